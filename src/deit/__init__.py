@@ -1,0 +1,45 @@
+"""Data-efficient image transformers: model, recipe, distillation. Names are resolved on first use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "deit.config": ("DeiTConfig", "ViTConfig", "VARIANTS"),
+    "deit.image": ("DeiTImageProcessor", "DeiTFeatureExtractor"),
+    "deit.model": ("DeiTModel", "DeiTForMaskedImageModeling", "DeiTForImageClassification",
+                   "DeiTForImageClassificationWithTeacher", "ViTModel", "ViTForImageClassification", "fuse_heads"),
+    "deit.predict": ("Predictor", "load_model"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+if TYPE_CHECKING:
+    from deit.config import VARIANTS as VARIANTS
+    from deit.config import DeiTConfig as DeiTConfig
+    from deit.config import ViTConfig as ViTConfig
+    from deit.image import DeiTFeatureExtractor as DeiTFeatureExtractor
+    from deit.image import DeiTImageProcessor as DeiTImageProcessor
+    from deit.model import DeiTForImageClassification as DeiTForImageClassification
+    from deit.model import DeiTForImageClassificationWithTeacher as DeiTForImageClassificationWithTeacher
+    from deit.model import DeiTForMaskedImageModeling as DeiTForMaskedImageModeling
+    from deit.model import DeiTModel as DeiTModel
+    from deit.model import ViTForImageClassification as ViTForImageClassification
+    from deit.model import ViTModel as ViTModel
+    from deit.model import fuse_heads as fuse_heads
+    from deit.predict import Predictor as Predictor
+    from deit.predict import load_model as load_model
+
+__all__ = ["__version__", *sorted(_MODULE_OF)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'deit' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,351 @@
+"""What a model is: its sizes, options and labels, with no framework.
+
+`DeiTConfig` is written and read as Hugging Face's `config.json`; `VARIANTS` holds the published architectures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+Pair = int | tuple[int, int]
+
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh", "sigmoid",
+               "linear")
+"""Names accepted by `hidden_act` and `pooler_act`, as `transformers` spells them."""
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+_NOT_WRITTEN = ("extra",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeiTConfig:
+    """Architecture and labels of a DeiT or ViT model. Immutable: `config.replace(...)` gives a changed copy.
+
+    Fields and defaults are those of `transformers` 5's `DeiTConfig`, so that a `config.json` means the same in both
+    (LayerNorm's epsilon of 1e-12 included; the published sizes in `VARIANTS` have the paper's 1e-6). The fields from
+    `distillation_token` on are ours.
+
+    Raises `ValueError` where a value is out of range or two fields contradict each other.
+    """
+
+    hidden_size: int = 768
+    """Width D of every token."""
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    """Heads H; must divide `hidden_size`."""
+    intermediate_size: int = 3072
+    """Width of the MLP's hidden layer."""
+    hidden_act: str = "gelu"
+    """One of `ACTIVATIONS`; "gelu" is the exact one (erf)."""
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    initializer_range: float = 0.02
+    """Standard deviation of the truncated normal that tokens, positions and linear weights start from."""
+    layer_norm_eps: float = 1e-12
+    image_size: Pair = 224
+    """Pixels: one number for a square, or (height, width)."""
+    patch_size: Pair = 16
+    """Pixels: one number for a square, or (height, width). Pixels beyond the last whole patch are not seen."""
+    num_channels: int = 3
+    qkv_bias: bool = True
+    encoder_stride: Pair = 16
+    """Upsampling of the masked-image decoder: must equal `patch_size` where that decoder is built."""
+    pooler_output_size: int | None = None
+    """Width of the pooler's output; None means `hidden_size`."""
+    pooler_act: str = "tanh"
+
+    num_labels: int | None = None
+    """Classes (or regression targets); 0 for no head. None: as many as `id2label` names, or else 2."""
+    id2label: dict[int, str] | None = None
+    """Class names by index; None: LABEL_0, LABEL_1, …"""
+    label2id: dict[str, int] | None = None
+    """The inverse of `id2label`; None: derived from it. Given alone, it defines the labels."""
+    problem_type: str | None = None
+    """One of `PROBLEM_TYPES`; None: decided from the labels' count and dtype when a loss is asked for."""
+
+    output_hidden_states: bool = False
+    output_attentions: bool = False
+    return_dict: bool = True
+
+    distillation_token: bool = True
+    """Whether a distillation token follows the class token (DeiT, section 4). Without it the model is a plain ViT."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth: probability, 0 to <1, of dropping a residual branch of the last block, for each image."""
+    drop_path_schedule: Literal["linear", "constant"] = "linear"
+    """`linear` grows the rate from 0 at the first block (DeiT); `constant` uses it in all (DeiT III)."""
+    layer_scale_init_value: float | None = None
+    """Start value of LayerScale's gains on both residual branches (DeiT III); None: no LayerScale."""
+    position_on_class_token: bool = True
+    """False (DeiT III): position embeddings cover the patches only, not the class and distillation tokens."""
+
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Keys of a `config.json` that this class does not know: kept, readable as attributes, and written back."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "encoder_stride"):
+            object.__setattr__(self, name, _pair_or_int(name, getattr(self, name)))
+        self._settle_labels()
+        self._check()
+
+    def _settle_labels(self) -> None:
+        names = self.id2label
+        if names is None and self.label2id is not None:
+            names = {i: label for label, i in self.label2id.items()}
+        if names is not None:
+            names = {int(i): str(label) for i, label in names.items()}
+            if sorted(names) != list(range(len(names))):
+                raise ValueError(f"id2label must number its {len(names)} labels 0 to {len(names) - 1}, "
+                                 f"found {_few(sorted(names))}; number the classes without gaps")
+            names = {i: names[i] for i in range(len(names))}
+        count = self.num_labels if self.num_labels is not None else (2 if names is None else len(names))
+        if count < 0:
+            raise ValueError(f"num_labels must be 0 or more, found {count}")
+        if names is None or (names == _unnamed(len(names)) and len(names) != count):
+            names = _unnamed(count)
+        if len(names) != count:
+            raise ValueError(f"num_labels={count} contradicts id2label, which names {len(names)} classes; give one of "
+                             "the two, or use config.replace(num_labels=...) to drop the names")
+        inverse = {label: i for i, label in names.items()}
+        if len(inverse) != len(names):
+            twice = next(label for i, label in names.items() if inverse[label] != i)
+            raise ValueError(f"id2label names {twice!r} more than once; class names must differ")
+        given = self.label2id
+        if given is not None and given != inverse and given != {v: k for k, v in _unnamed(len(given)).items()}:
+            raise ValueError("label2id is not the inverse of id2label; give one of the two, or use "
+                             "config.replace(id2label=...)")
+        object.__setattr__(self, "num_labels", count)
+        object.__setattr__(self, "id2label", names)
+        object.__setattr__(self, "label2id", inverse)
+
+    def _check(self) -> None:
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, found {value!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} cannot be divided among num_attention_heads="
+                             f"{self.num_attention_heads}; choose a multiple")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be at least 0 and below 1, found {getattr(self, name)!r}")
+        for name in ("hidden_act", "pooler_act"):
+            if getattr(self, name) not in ACTIVATIONS:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(ACTIVATIONS)}")
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise ValueError(f"problem_type={self.problem_type!r} is not known; choose one of "
+                             f"{', '.join(PROBLEM_TYPES)}, or None to decide from the labels")
+        if self.drop_path_schedule not in ("linear", "constant"):
+            raise ValueError(f"drop_path_schedule={self.drop_path_schedule!r} is not known; choose linear or constant")
+        if 0 in self.grid:
+            raise ValueError(f"image_size={self.image_size} is smaller than patch_size={self.patch_size}; "
+                             "an image must hold at least one patch")
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Height and width of the images, in pixels."""
+        return _pair(self.image_size)
+
+    @property
+    def patch_hw(self) -> tuple[int, int]:
+        """Height and width of a patch, in pixels."""
+        return _pair(self.patch_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.grid_of(*self.image_hw)
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches in an image of `height` x `width` pixels."""
+        return height // self.patch_hw[0], width // self.patch_hw[1]
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: the class token, and the distillation token where there is one."""
+        return 2 if self.distillation_token else 1
+
+    @property
+    def num_prefix_positions(self) -> int:
+        """Position embeddings before those of the patches."""
+        return self.num_prefix_tokens if self.position_on_class_token else 0
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def pooler_width(self) -> int:
+        return self.pooler_output_size or self.hidden_size
+
+    @property
+    def drop_path_rates(self) -> list[float]:
+        """Stochastic depth of each block, first to last."""
+        last = self.num_hidden_layers - 1
+        if self.drop_path_schedule == "constant" or last == 0:
+            return [self.drop_path_rate] * self.num_hidden_layers
+        return [self.drop_path_rate * i / last for i in range(self.num_hidden_layers)]
+
+    @property
+    def model_type(self) -> str:
+        """`deit` with a distillation token, `vit` without, `deit3` for what neither class of `transformers` computes.
+
+        LayerScale and patch-only positions are unknown to `transformers`: under the name `vit` it would load such a
+        file without them and answer wrongly.
+        """
+        if self.layer_scale_init_value is not None or not self.position_on_class_token:
+            return "deit3"
+        return "deit" if self.distillation_token else "vit"
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("__") and name != "extra" and name in self.extra:
+            return self.extra[name]
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}")
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed; a new label count or new names replace the old labels altogether."""
+        if not changes.keys().isdisjoint({"num_labels", "id2label", "label2id"}):
+            changes = {"num_labels": None, "id2label": None, "label2id": None, **changes}
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `config.json`: all fields, the unknown keys that were read, and `model_type`."""
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_WRITTEN}
+        known = {name: list(value) if isinstance(value, tuple) else value for name, value in known.items()}
+        known["id2label"] = {str(i): label for i, label in self.id2label.items()}  # type: ignore[union-attr]
+        del known["num_labels"]  # derived from id2label, as in `transformers`
+        return {**self.extra, **known, "model_type": self.model_type}
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Self:
+        """Builds a config from a `config.json`'s content: Hugging Face's (`deit`, `vit`, `deit3`) or timm's.
+
+        `overrides` replace fields; unknown ones are refused, while unknown keys in `values` are kept in `extra`.
+        """
+        values = _from_timm(values) if "architecture" in values and "model_type" not in values else dict(values)
+        model_type = values.pop("model_type", None)
+        if model_type is not None:
+            if model_type not in ("deit", "vit", "deit3"):
+                raise ValueError(f"model_type is {model_type!r}; this package reads deit, vit and deit3")
+            values.setdefault("distillation_token", model_type == "deit")
+        names = {f.name for f in fields(cls)} - set(_NOT_WRITTEN)
+        if unknown := overrides.keys() - names:
+            raise ValueError(f"{cls.__name__} has no field {_few(sorted(unknown))}; it has {', '.join(sorted(names))}")
+        extra = {name: value for name, value in values.items() if name not in names}
+        known = {name: value for name, value in values.items() if name in names}
+        config = cls(**known, extra=extra)
+        return config.replace(**overrides) if overrides else config
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, *, revision: str | None = None, subfolder: str = "",
+                        cache_dir: str | Path | None = None, local_files_only: bool = False,
+                        token: str | bool | None = None, **overrides: Any) -> Self:
+        """Reads `config.json` from a folder, or from a repository of the Hugging Face hub."""
+        from deit import hub
+
+        path = hub.find_file(name_or_folder, "config.json", revision=revision, subfolder=subfolder,
+                             cache_dir=cache_dir, local_files_only=local_files_only, token=token)
+        return cls.from_dict(hub.read_json(path), **overrides)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json` into `folder`, which is made where missing."""
+        from deit import hub
+
+        hub.write_text(Path(folder) / "config.json", self.to_json_string())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig(DeiTConfig):
+    """`DeiTConfig` for a model without distillation token (`model_type: vit`)."""
+
+    distillation_token: bool = False
+
+    def _check(self) -> None:
+        super()._check()
+        if self.distillation_token:
+            raise ValueError("ViTConfig describes a model without distillation token, found distillation_token=True; "
+                             "use DeiTConfig")
+
+
+def _pair(value: Pair) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
+
+
+def _pair_or_int(name: str, value: Any) -> Pair:
+    if isinstance(value, int) and value > 0:
+        return value
+    if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, int) and v > 0 for v in value):
+        return value[0], value[1]
+    raise ValueError(f"{name} must be a positive number of pixels or a pair (height, width), found {value!r}")
+
+
+def _unnamed(count: int) -> dict[int, str]:
+    return {i: f"LABEL_{i}" for i in range(count)}
+
+
+def _few(items: Any, most: int = 5) -> str:
+    items = list(items)
+    return ", ".join(map(repr, items[:most])) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def _from_timm(values: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's `config.json` names an architecture; what it changes of it stands in `model_args`."""
+    name = str(values["architecture"]).split(".")[0].replace("_", "-")
+    if name not in VARIANTS:
+        raise ValueError(f"timm architecture {values['architecture']!r} is not one of this family; known are "
+                         + ", ".join(v.replace("-", "_") for v in VARIANTS))
+    translate = {"img_size": "image_size", "patch_size": "patch_size", "in_chans": "num_channels",
+                 "embed_dim": "hidden_size", "depth": "num_hidden_layers", "num_heads": "num_attention_heads",
+                 "init_values": "layer_scale_init_value", "drop_path_rate": "drop_path_rate", "qkv_bias": "qkv_bias",
+                 "num_classes": "num_labels"}
+    changes: dict[str, Any] = {"num_labels": values.get("num_classes", 1000)}
+    arguments = dict(values.get("model_args") or {})
+    ratio = arguments.pop("mlp_ratio", None)
+    if unknown := arguments.keys() - translate.keys():
+        raise ValueError(f"timm's model_args hold {_few(sorted(unknown))}, which this package cannot honour; "
+                         f"it knows {', '.join(sorted((*translate, 'mlp_ratio')))}")
+    changes |= {translate[key]: value for key, value in arguments.items()}
+    cfg = values.get("pretrained_cfg") or {}
+    if isinstance(labels := values.get("label_names") or cfg.get("label_names"), list):
+        changes["id2label"] = dict(enumerate(labels))
+    config = VARIANTS[name].replace(**changes)
+    config = config.replace(intermediate_size=int(config.hidden_size * (ratio or 4)))
+    known = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _NOT_WRITTEN}
+    return {**known, **({"pretrained_cfg": cfg} if cfg else {})}
+
+
+def _variants() -> dict[str, DeiTConfig]:
+    def size(width: int, depth: int, heads: int) -> DeiTConfig:
+        return DeiTConfig(hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
+                          intermediate_size=4 * width, layer_norm_eps=1e-6, num_labels=1000)
+
+    tiny, small, medium = size(192, 12, 3), size(384, 12, 6), size(512, 12, 8)
+    base, large, huge = size(768, 12, 12), size(1024, 24, 16), size(1280, 32, 16)
+    found = {}
+    for name, config in {"tiny": tiny, "small": small, "base": base}.items():  # Touvron et al. 2020, table 1
+        for pixels in (224, 384) if name == "base" else (224,):
+            sized = config.replace(image_size=pixels)
+            found[f"deit-{name}-patch16-{pixels}"] = sized.replace(distillation_token=False)
+            found[f"deit-{name}-distilled-patch16-{pixels}"] = sized
+    # Touvron et al. 2022, "DeiT III". Medium and huge were published at 224 only; at 384 huge sees 27x27 patches.
+    for name, config in {"small": small, "medium": medium, "base": base, "large": large, "huge": huge}.items():
+        patch = 14 if name == "huge" else 16
+        for pixels in (224, 384):
+            found[f"deit3-{name}-patch{patch}-{pixels}"] = config.replace(
+                image_size=pixels, patch_size=patch, encoder_stride=patch, distillation_token=False,
+                position_on_class_token=False, layer_scale_init_value=1e-4, drop_path_schedule="constant")
+    return found
+
+
+VARIANTS: dict[str, DeiTConfig] = _variants()
+"""The published architectures by the names of their checkpoints, e.g. `deit-tiny-distilled-patch16-224`."""

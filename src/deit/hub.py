@@ -1,0 +1,443 @@
+"""From a name, a folder or a file to tensors, and back: finding, reading safely, writing atomically, converting.
+
+Local folders need no network and never import `huggingface_hub`. Reading executes nothing: safetensors, or PyTorch's
+restricted unpickler for `.bin` and `.pth`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from deit import weights
+from deit.config import VARIANTS, DeiTConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deit.image import DeiTImageProcessor
+
+Dialect = Literal["hf", "timm", "original"]
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+                "pytorch_model.bin.index.json")
+"""Looked for in this order."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be read whole; the message names the file, what was found and the next move."""
+
+
+# ---------------------------------------------------------------------------------------------------------- finding
+
+
+def find_file(name_or_folder: str | Path, filename: str, *, revision: str | None = None, subfolder: str = "",
+              cache_dir: str | Path | None = None, local_files_only: bool = False,
+              token: str | bool | None = None) -> Path:
+    """Path of `filename` in a folder, or in a hub repository's local cache, downloading it where allowed.
+
+    `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` are respected. Raises `FileNotFoundError` with the reason.
+    """
+    place = Path(name_or_folder).expanduser()
+    if place.is_file():  # a lone weight file: its companions lie beside it
+        place = place.parent
+    if place.is_dir():
+        path = place / subfolder / filename
+        if path.is_file():
+            return path
+        raise FileNotFoundError(f"{path.parent} holds no {filename}")
+    name = str(name_or_folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or place.suffix in (".pth", ".bin", ".safetensors"):
+        raise FileNotFoundError(f"{name} does not exist; give an existing folder, or a hub name like "
+                                "facebook/deit-tiny-patch16-224")
+    return _download(name, filename, revision=revision, subfolder=subfolder or None, cache_dir=cache_dir,
+                     local_files_only=local_files_only, token=token)
+
+
+def _download(name: str, filename: str, **options: Any) -> Path:
+    try:
+        from huggingface_hub import errors, hf_hub_download
+    except ImportError:
+        raise FileNotFoundError(f"there is no folder {name}, and fetching it from the hub needs huggingface_hub: "
+                                'pip install "deit[hub]"') from None
+    try:
+        return Path(hf_hub_download(name, filename, **options))
+    except errors.EntryNotFoundError as error:
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            raise FileNotFoundError(f"{filename} of {name} is not in the local cache and could not be fetched "
+                                    "(offline, or no network); connect, or give a local folder") from None
+        raise FileNotFoundError(f"{name} on the hub holds no {filename}") from None
+    except errors.RevisionNotFoundError:
+        raise FileNotFoundError(f"{name} on the hub has no revision {options['revision']!r}") from None
+    except (errors.RepositoryNotFoundError, errors.GatedRepoError):
+        raise FileNotFoundError(f"there is neither a folder {name} nor a hub repository of that name that this token "
+                                "may read; check the name, or pass token=") from None
+    except errors.HFValidationError:
+        raise FileNotFoundError(f"{name!r} is neither a folder nor a possible hub name (user/model)") from None
+
+
+def _find_weights(name_or_folder: str | Path, **where: Any) -> list[Path]:
+    """The weight file, or all shards of it."""
+    if (place := Path(name_or_folder).expanduser()).is_file():
+        return [place]
+    for filename in WEIGHT_FILES:
+        try:
+            path = find_file(name_or_folder, filename, **where)
+        except FileNotFoundError as error:
+            reason = error
+            continue
+        if not filename.endswith(".index.json"):
+            return [path]
+        shards = read_json(path).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise CheckpointError(f"{path} has no weight_map, so its shards are unknown; fetch the checkpoint again")
+        return [find_file(name_or_folder, shard, **where) for shard in sorted(set(shards.values()))]
+    if place.is_dir():
+        loose = sorted(place.glob("*.pth"))
+        if len(loose) == 1:
+            return loose
+        raise FileNotFoundError(f"{place} holds no weights; expected one of {', '.join(WEIGHT_FILES)} or one .pth file")
+    raise reason
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model read from files: what it is and its tensors under our names (`weights.manifest`)."""
+
+    config: DeiTConfig
+    tensors: dict[str, Tensor]
+    file: str
+    """The weight file (the first of the shards), for messages."""
+
+
+def read_checkpoint(name_or_folder: str | Path, *, config: DeiTConfig | None = None, **where: Any) -> Checkpoint:
+    """Reads a folder, a hub repository or a weight file, in any dialect; `where` as in `find_file`.
+
+    Without `config` and without a `config.json`, the architecture is told from the tensors' shapes.
+    """
+    import torch
+
+    paths = _find_weights(name_or_folder, **where)
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        tensors |= read_tensors(path)
+    file = str(paths[0])
+    ours = weights.to_ours(tensors, join=torch.cat, file=file)
+    if config is None:
+        try:
+            config = DeiTConfig.from_dict(read_json(find_file(name_or_folder, "config.json", **where)))
+        except FileNotFoundError:
+            config = weights.infer_config(ours, file=file)
+    return Checkpoint(config, ours, file)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch or write it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} should hold a JSON object, found {type(content).__name__}")
+    return content
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one `.safetensors`, `.bin` or `.pth` file, on the CPU, under the file's own names."""
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is truncated or corrupt ({error}); fetch it again") from None
+    return _read_pickle(path)
+
+
+class _Refused:
+    """Stands in for a pickled object that is not read: it takes any state and keeps none."""
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    """PyTorch's restricted unpickler. The original repository's files carry an `argparse.Namespace`: left unread."""
+    import torch
+
+    try:
+        with torch.serialization.safe_globals([(_Refused, "argparse.Namespace")]):  # type: ignore[list-item]
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" not in str(error) and "GLOBAL" not in str(error):
+            raise CheckpointError(f"{path} is truncated, corrupt or no PyTorch file; fetch it again") from None
+        raise CheckpointError(f"{path} holds more than tensors: a pickle that would run code when loaded. Nothing was "
+                              f"executed or loaded ({_culprit(str(error))}). Ask for a safetensors file") from None
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path} is truncated, corrupt or no PyTorch file "
+                              f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+                              "fetch it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} should hold a dictionary of tensors, found {type(content).__name__}")
+    refused = [str(name) for name, value in content.items() if isinstance(value, _Refused | argparse.Namespace)]
+    if refused:
+        warnings.warn(f"{path}: {', '.join(refused)} is a pickled object and was not read; the weights are",
+                      stacklevel=2)
+    tensors = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
+    if other := [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]:
+        raise CheckpointError(f"{path}: {other[0]!r} is {type(tensors[other[0]]).__name__}, expected tensors only, or "
+                              'a dictionary with them under "model"')
+    return dict(tensors)
+
+
+def _culprit(message: str) -> str:
+    words = [word.strip("`.,'\"") for word in message.split()]
+    after = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "GLOBAL" and "." in words[i + 1]]
+    return f"it asks for {after[0]}" if after else "it asks for objects other than tensors"
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+@contextmanager
+def replacing(path: Path) -> Any:
+    """A temporary path beside `path` that takes its place when the block ends well: readers never see half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], *, max_shard_size: int | str = "5GB") -> None:
+    """Writes `model.safetensors`, or numbered shards and their index where it would exceed `max_shard_size`."""
+    from safetensors.torch import save_file
+
+    shards = _shards(tensors, _bytes(max_shard_size))
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else ["model.safetensors"]
+    for name, shard in zip(names, shards, strict=True):
+        with replacing(folder / name) as temporary:
+            save_file({key: value.contiguous() for key, value in shard.items()}, temporary, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if len(shards) > 1:
+        content = {"metadata": {"total_size": sum(map(_size, tensors.values()))},
+                   "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard}}
+        write_text(index, json.dumps(content, indent=2) + "\n")
+    else:
+        index.unlink(missing_ok=True)
+    for stale in folder.glob("model*.safetensors"):
+        if stale.name not in names:
+            stale.unlink()
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + _size(tensor) > limit:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += _size(tensor)
+    return shards
+
+
+def _bytes(size: int | str) -> int:
+    if isinstance(size, int):
+        return size
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    for unit, factor in sorted(units.items(), key=lambda item: -len(item[0])):
+        if size.upper().endswith(unit) and size[:-len(unit)].strip().isdigit():
+            return int(size[:-len(unit)]) * factor
+    raise ValueError(f"max_shard_size={size!r} is not understood; give bytes, or a size like 500MB or 5GB")
+
+
+def write_checkpoint(folder: Path, config: DeiTConfig, tensors: Mapping[str, Tensor], *,
+                     max_shard_size: int | str = "5GB") -> None:
+    """Writes `config.json` and weights as Hugging Face names them; `transformers` reads the folder."""
+    kind = weights.kind_of(tensors)
+    family = "ViT" if config.model_type == "vit" else "DeiT"
+    prefix = "" if kind == "backbone" else f"{family.lower()}."
+    named = weights.from_ours(tensors, "hf", prefix=prefix)
+    architecture = {"backbone": "Model", "masked_image": "ForMaskedImageModeling",
+                    "classification": "ForImageClassification",
+                    "with_teacher": "ForImageClassificationWithTeacher"}[kind]
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    config = config.replace(extra={**config.extra, "architectures": [family + architecture], "dtype": dtype})
+    write_tensors(folder, named, max_shard_size=max_shard_size)
+    config.save_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------------- other dialects
+
+
+def convert(source: str | Path, to: Dialect, out: str | Path, **where: Any) -> Path:
+    """Reads any checkpoint and writes it for `to`; returns what was written.
+
+    `hf`: a folder for this package and `transformers`. `timm`: a folder for `timm.create_model("local-dir:FOLDER",
+    pretrained=True)`. `original`: one `.pth` as facebookresearch/deit loads them. The image preprocessing goes along
+    where the format has a place for it.
+    """
+    checkpoint = read_checkpoint(source, **where)
+    processor = _processor_of(source, checkpoint.config, where)
+    folder = Path(out)
+    if to == "hf":
+        write_checkpoint(folder, checkpoint.config, checkpoint.tensors)
+        processor.save_pretrained(folder)
+        return folder
+    if to not in ("timm", "original"):
+        raise ValueError(f"there is no format {to!r}; choose hf, timm or original")
+    _check_expressible(checkpoint, to)
+    named = weights.from_ours(checkpoint.tensors, to)
+    if to == "timm":
+        write_tensors(folder, named, max_shard_size=2**63)
+        write_text(folder / "config.json", json.dumps(_timm_config(checkpoint.config, processor), indent=2) + "\n")
+        return folder
+    import torch
+
+    path = folder / f"{nearest_variant(checkpoint.config).replace('-', '_')}.pth"
+    with replacing(path) as temporary:
+        torch.save({"model": {name: tensor.clone() for name, tensor in named.items()}}, temporary)
+    return path
+
+
+def _check_expressible(checkpoint: Checkpoint, to: Dialect) -> None:
+    config = checkpoint.config
+    if (kind := weights.kind_of(checkpoint.tensors)) not in ("classification", "with_teacher"):
+        raise ValueError(f"{checkpoint.file} is a {kind} model; {to} stores classifiers only, keep --to hf")
+    if config.distillation_token and kind == "classification":
+        raise ValueError(f"{checkpoint.file} has a distillation token and one head; {to}'s distilled models have two, "
+                         "keep --to hf")
+    if config.hidden_act != "gelu" or config.layer_norm_eps > 1e-6:
+        raise ValueError(f"{to}'s models compute with gelu and a LayerNorm epsilon of 1e-6; {checkpoint.file} has "
+                         f"{config.hidden_act} and {config.layer_norm_eps}, and would answer differently")
+
+
+def nearest_variant(config: DeiTConfig) -> str:
+    """The published architecture that shares most with `config`; raises `ValueError` where the family differs."""
+    def distance(name: str) -> tuple[int, int, int]:
+        other = VARIANTS[name]
+        return (abs(other.hidden_size - config.hidden_size), abs(other.num_hidden_layers - config.num_hidden_layers),
+                abs(other.image_hw[0] - config.image_hw[0]))
+
+    family = (config.distillation_token, config.position_on_class_token, config.layer_scale_init_value is None)
+    alike = [name for name, v in VARIANTS.items() if family == (
+        v.distillation_token, v.position_on_class_token, v.layer_scale_init_value is None)]
+    if not alike:
+        raise ValueError("no published architecture combines this distillation token, LayerScale and positions; "
+                         "keep --to hf")
+    return min(alike, key=distance)
+
+
+def _timm_config(config: DeiTConfig, processor: DeiTImageProcessor) -> dict[str, Any]:
+    """timm's `config.json`: an architecture of its own, and in `model_args` what differs from it."""
+    name = nearest_variant(config)
+    near = VARIANTS[name]
+    fields = {"img_size": "image_hw", "patch_size": "patch_hw", "in_chans": "num_channels",
+              "embed_dim": "hidden_size", "depth": "num_hidden_layers", "num_heads": "num_attention_heads",
+              "qkv_bias": "qkv_bias"}
+    arguments = {theirs: getattr(config, ours) for theirs, ours in fields.items()
+                 if getattr(config, ours) != getattr(near, ours)}
+    arguments = {key: value[0] if isinstance(value, tuple) and value[0] == value[1] else value
+                 for key, value in arguments.items()}
+    if config.intermediate_size != 4 * config.hidden_size:
+        arguments["mlp_ratio"] = config.intermediate_size / config.hidden_size
+    cfg = {"num_classes": config.num_labels, "input_size": [config.num_channels, *config.image_hw],
+           "fixed_input_size": True, "first_conv": "patch_embed.proj", **processor.to_timm(),
+           "classifier": ["head", "head_dist"] if config.distillation_token else "head",
+           "label_names": list(config.id2label.values())}  # type: ignore[union-attr]
+    return {"architecture": name.replace("-", "_"), "num_classes": config.num_labels,
+            "num_features": config.hidden_size, "model_args": arguments, "pretrained_cfg": cfg}
+
+
+def _processor_of(source: str | Path, config: DeiTConfig, where: Mapping[str, Any]) -> DeiTImageProcessor:
+    from deit.image import DeiTImageProcessor
+
+    try:
+        return DeiTImageProcessor.from_pretrained(source, **where)
+    except FileNotFoundError:
+        if timm := config.extra.get("pretrained_cfg"):
+            return DeiTImageProcessor.from_timm(timm, image_size=config.image_size)
+        return DeiTImageProcessor.paper(config.image_size)
+
+
+# ---------------------------------------------------------------------------------------------------------- sharing
+
+
+def push_folder(folder: Path, repo_id: str, *, token: str | bool | None = None, private: bool | None = None,
+                revision: str | None = None, commit_message: str = "Upload model") -> str:
+    """Uploads a saved folder to the hub, making the repository where it is missing; returns the commit's address."""
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise ImportError('pushing to the hub needs huggingface_hub: pip install "deit[hub]"') from None
+    card = folder / "README.md"
+    if not card.exists():
+        write_text(card, model_card(DeiTConfig.from_pretrained(folder), repo_id))
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision,
+                                 commit_message=commit_message))
+
+
+def model_card(config: DeiTConfig, name: str) -> str:
+    """The README.md of a hub repository: metadata the hub indexes, and how to use the model."""
+    labels: Sequence[str] = list((config.id2label or {}).values())
+    shown = ", ".join(labels[:20]) + (f" and {len(labels) - 20} more" if len(labels) > 20 else "")
+    kind = "with" if config.distillation_token else "without"
+    return f"""---
+library_name: deit
+pipeline_tag: image-classification
+tags:
+- image-classification
+- {config.model_type}
+---
+# {name.split("/")[-1]}
+
+A vision transformer {kind} distillation token: width {config.hidden_size}, {config.num_hidden_layers} blocks,
+{config.num_attention_heads} heads, patches of {config.patch_hw[0]}x{config.patch_hw[1]} pixels, images of
+{config.image_hw[0]}x{config.image_hw[1]}.
+
+Classes: {shown}.
+"""
+
+
+__all__ = ["Checkpoint", "CheckpointError", "convert", "find_file", "model_card", "nearest_variant", "push_folder",
+           "read_checkpoint", "read_json", "read_tensors", "replacing", "write_checkpoint", "write_tensors",
+           "write_text"]

@@ -1,0 +1,107 @@
+"""What is minimised, as functions of logits. B images, C classes or regression targets."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deit.config import DeiTConfig
+
+Distillation = Literal["hard", "soft"]
+
+PAPER_WEIGHT = {"hard": 0.5, "soft": 0.1}
+"""Share of the loss that the teacher gets: hard, eq. 3; soft, lambda of eq. 2 (Touvron et al. 2020)."""
+PAPER_TEMPERATURE = 3.0
+"""tau of eq. 2."""
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Mean over images; `targets` are class indices (B,) or probabilities (B, C)."""
+    if targets.is_floating_point():
+        targets = targets.to(logits.dtype)
+    return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+
+
+def classification_loss(logits: Tensor, labels: Tensor, config: DeiTConfig) -> Tensor:
+    """The loss that `transformers` computes for `labels`, by `config.problem_type` or decided as it decides.
+
+    One target: regression (mean squared error). Whole numbers: one class each (cross-entropy over (B,)). Otherwise:
+    multi-label (binary cross-entropy over (B, C)).
+    """
+    problem = config.problem_type
+    if problem is None:
+        whole = not labels.is_floating_point() and labels.dtype != torch.bool
+        problem = ("regression" if config.num_labels == 1 else
+                   "single_label_classification" if whole else "multi_label_classification")
+    if problem == "single_label_classification":
+        _expect(labels.reshape(-1), logits.shape[:1], problem)
+        return F.cross_entropy(logits, labels.reshape(-1))
+    labels = labels.to(logits.dtype)
+    if config.num_labels == 1:
+        logits, labels = logits.reshape(-1), labels.reshape(-1)
+    _expect(labels, logits.shape, problem)
+    loss = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
+    return loss(logits, labels)
+
+
+def _expect(labels: Tensor, shape: torch.Size, problem: str) -> None:
+    if labels.shape != shape:
+        raise ValueError(f"{problem.replace('_', ' ')} needs labels of shape {tuple(shape)}, found "
+                         f"{tuple(labels.shape)}; set config.problem_type if another problem is meant")
+
+
+def distillation_loss(cls_logits: Tensor, distillation_logits: Tensor, labels: Tensor, teacher: Tensor, *,
+                      kind: Distillation = "hard", weight: float | None = None, temperature: float | None = None,
+                      smoothing: float = 0.0) -> Tensor:
+    """The student's loss under a teacher (Touvron et al. 2020, section 4), mean over images.
+
+    hard, eq. 3: `(1 - weight) CE(cls, labels) + weight CE(distillation, argmax teacher)`.
+    soft, eq. 2: `(1 - weight) CE(cls, labels) + weight tau^2 KL(teacher / tau || distillation / tau)`.
+    Weight and temperature default to the paper's: 1/2; 0.1 and 3.
+
+    Args:
+        cls_logits: (B, C), of the class token's head, which learns from the labels.
+        distillation_logits: (B, C), of the head that learns from the teacher. Without distillation token: the same.
+        labels: class indices (B,) or probabilities (B, C).
+        teacher: the teacher's logits (B, C); for hard distillation also its decisions (B,).
+        smoothing: of the labels, 0 to <1; never of the teacher's decisions.
+    """
+    if kind not in PAPER_WEIGHT:
+        raise ValueError(f"distillation kind {kind!r} is not known; choose hard or soft")
+    weight = PAPER_WEIGHT[kind] if weight is None else weight
+    if not 0.0 <= weight <= 1.0:
+        raise ValueError(f"distillation weight must be from 0 to 1, found {weight}")
+    truth = cross_entropy(cls_logits, labels, smoothing)
+    if kind == "hard":
+        if temperature is not None:
+            raise ValueError("hard distillation has no temperature; leave it out, or choose kind='soft'")
+        decisions = teacher.argmax(-1) if teacher.dim() == 2 else teacher
+        taught = F.cross_entropy(distillation_logits, decisions)
+    else:
+        if teacher.shape != distillation_logits.shape:
+            raise ValueError(f"soft distillation needs teacher logits of shape {tuple(distillation_logits.shape)}, "
+                             f"found {tuple(teacher.shape)}; pass logits, or choose kind='hard'")
+        tau = PAPER_TEMPERATURE if temperature is None else temperature
+        taught = tau**2 * F.kl_div(F.log_softmax(distillation_logits / tau, dim=-1),
+                                   F.log_softmax(teacher.to(distillation_logits.dtype) / tau, dim=-1),
+                                   reduction="batchmean", log_target=True)
+    return (1 - weight) * truth + weight * taught
+
+
+def masked_image_loss(pixels: Tensor, reconstruction: Tensor, mask: Tensor) -> Tensor:
+    """Mean absolute difference over the masked pixels (SimMIM, Xie et al. 2021, section 3.4).
+
+    Args:
+        pixels: (B, channels, height, width); a border that no whole patch covers is left out.
+        reconstruction: (B, channels, rows * patch height, columns * patch width).
+        mask: (B, rows, columns), true where the patch was hidden.
+    """
+    height, width = reconstruction.shape[-2:]
+    rows, columns = mask.shape[-2:]
+    hidden = mask.to(reconstruction.dtype).repeat_interleave(height // rows, 1).repeat_interleave(width // columns, 2)
+    difference = (pixels[..., :height, :width] - reconstruction).abs() * hidden.unsqueeze(1)
+    # The small constant keeps an empty mask at zero instead of NaN; the value is transformers'.
+    return difference.sum() / (hidden.sum() + 1e-5) / pixels.shape[1]
