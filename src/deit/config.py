@@ -277,6 +277,46 @@ class ViTConfig(DeiTConfig):
                              "use DeiTConfig")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConvNetConfig:
+    """The small built-in ConvNet (`teacher.ConvNet`): stages of 3x3 convolutions, halving the image between them."""
+
+    widths: tuple[int, ...] = (32, 64, 128)
+    """Channels of each stage."""
+    depth: int = 2
+    """Convolutions per stage."""
+    image_size: Pair = 32
+    num_channels: int = 3
+    id2label: dict[int, str] = field(default_factory=lambda: _unnamed(2))
+
+    model_type = "deit_convnet"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(self.widths))
+        object.__setattr__(self, "image_size", _pair_or_int("image_size", self.image_size))
+        object.__setattr__(self, "id2label", {int(i): label for i, label in self.id2label.items()})
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.id2label)
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        return _pair(self.image_size)
+
+    def replace(self, **changes: Any) -> Self:
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        labels = {str(i): label for i, label in self.id2label.items()}
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"id2label": labels,
+                                                                         "model_type": self.model_type}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        return cls(**{name: value for name, value in values.items() if name != "model_type"})
+
+
 def _pair(value: Pair) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else value
 
@@ -311,10 +351,15 @@ def _from_timm(values: Mapping[str, Any]) -> dict[str, Any]:
     changes: dict[str, Any] = {"num_labels": values.get("num_classes", 1000)}
     arguments = dict(values.get("model_args") or {})
     ratio = arguments.pop("mlp_ratio", None)
+    pools = {arguments.pop("global_pool", "token"), values.get("global_pool", "token")}
+    if pools != {"token"}:
+        raise ValueError(f"timm's global_pool is {_few(sorted(pools - {'token'}))}; this package classifies by the "
+                         "class token")
     if unknown := arguments.keys() - translate.keys():
         raise ValueError(f"timm's model_args hold {_few(sorted(unknown))}, which this package cannot honour; "
                          f"it knows {', '.join(sorted((*translate, 'mlp_ratio')))}")
-    changes |= {translate[key]: value for key, value in arguments.items()}
+    changes |= {translate[key]: value[0] if isinstance(value, list) and len(set(value)) == 1 else value
+                for key, value in arguments.items()}  # timm writes squares as pairs
     cfg = values.get("pretrained_cfg") or {}
     if isinstance(labels := values.get("label_names") or cfg.get("label_names"), list):
         changes["id2label"] = dict(enumerate(labels))

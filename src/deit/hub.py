@@ -240,6 +240,10 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], *, max_shard_size: int | str = "5GB") -> None:
     """Writes `model.safetensors`, or numbered shards and their index where it would exceed `max_shard_size`."""
     from safetensors.torch import save_file
@@ -254,7 +258,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], *, max_shard_size
     if len(shards) > 1:
         content = {"metadata": {"total_size": sum(map(_size, tensors.values()))},
                    "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard}}
-        write_text(index, json.dumps(content, indent=2) + "\n")
+        write_json(index, content)
     else:
         index.unlink(missing_ok=True)
     for stale in folder.glob("model*.safetensors"):
@@ -326,8 +330,9 @@ def convert(source: str | Path, to: Dialect, out: str | Path, **where: Any) -> P
     _check_expressible(checkpoint, to)
     named = weights.from_ours(checkpoint.tensors, to)
     if to == "timm":
+        described = _timm_config(checkpoint.config, processor)
         write_tensors(folder, named, max_shard_size=2**63)
-        write_text(folder / "config.json", json.dumps(_timm_config(checkpoint.config, processor), indent=2) + "\n")
+        write_json(folder / "config.json", described)
         return folder
     import torch
 
@@ -365,9 +370,14 @@ def nearest_variant(config: DeiTConfig) -> str:
     return min(alike, key=distance)
 
 
+_TIMM_LACKS = {"deit3-medium-patch16-384": "deit3-medium-patch16-224",
+               "deit3-huge-patch14-384": "deit3-huge-patch14-224"}
+
+
 def _timm_config(config: DeiTConfig, processor: DeiTImageProcessor) -> dict[str, Any]:
     """timm's `config.json`: an architecture of its own, and in `model_args` what differs from it."""
     name = nearest_variant(config)
+    name = _TIMM_LACKS.get(name, name)
     near = VARIANTS[name]
     fields = {"img_size": "image_hw", "patch_size": "patch_hw", "in_chans": "num_channels",
               "embed_dim": "hidden_size", "depth": "num_hidden_layers", "num_heads": "num_attention_heads",
@@ -439,5 +449,5 @@ Classes: {shown}.
 
 
 __all__ = ["Checkpoint", "CheckpointError", "convert", "find_file", "model_card", "nearest_variant", "push_folder",
-           "read_checkpoint", "read_json", "read_tensors", "replacing", "write_checkpoint", "write_tensors",
-           "write_text"]
+           "read_checkpoint", "read_json", "read_tensors", "replacing", "write_checkpoint", "write_json",
+           "write_tensors", "write_text"]

@@ -20,8 +20,7 @@ PAPER_TEMPERATURE = 3.0
 
 def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """Mean over images; `targets` are class indices (B,) or probabilities (B, C)."""
-    if targets.is_floating_point():
-        targets = targets.to(logits.dtype)
+    targets = targets.to(logits.dtype) if targets.is_floating_point() else targets.long()
     return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
 
@@ -32,13 +31,16 @@ def classification_loss(logits: Tensor, labels: Tensor, config: DeiTConfig) -> T
     multi-label (binary cross-entropy over (B, C)).
     """
     problem = config.problem_type
+    whole = not labels.is_floating_point() and labels.dtype != torch.bool
     if problem is None:
-        whole = not labels.is_floating_point() and labels.dtype != torch.bool
         problem = ("regression" if config.num_labels == 1 else
                    "single_label_classification" if whole else "multi_label_classification")
     if problem == "single_label_classification":
         _expect(labels.reshape(-1), logits.shape[:1], problem)
-        return F.cross_entropy(logits, labels.reshape(-1))
+        if not whole:
+            raise ValueError(f"single label classification needs whole numbers, found {labels.dtype}; pass indices of "
+                             "classes, or set config.problem_type")
+        return cross_entropy(logits, labels.reshape(-1))
     labels = labels.to(logits.dtype)
     if config.num_labels == 1:
         logits, labels = logits.reshape(-1), labels.reshape(-1)
@@ -79,7 +81,7 @@ def distillation_loss(cls_logits: Tensor, distillation_logits: Tensor, labels: T
         if temperature is not None:
             raise ValueError("hard distillation has no temperature; leave it out, or choose kind='soft'")
         decisions = teacher.argmax(-1) if teacher.dim() == 2 else teacher
-        taught = F.cross_entropy(distillation_logits, decisions)
+        taught = cross_entropy(distillation_logits, decisions)
     else:
         if teacher.shape != distillation_logits.shape:
             raise ValueError(f"soft distillation needs teacher logits of shape {tuple(distillation_logits.shape)}, "

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from deit.outputs import (
     DeiTForImageClassificationWithTeacherOutput,
     ImageClassifierOutput,
     MaskedImageModelingOutput,
+    ModelOutput,
 )
 
 AttnImplementation = Literal["auto", "eager", "sdpa"]
@@ -640,6 +641,17 @@ def fuse_heads(cls_logits: Tensor, distillation_logits: Tensor, head: Head = "fu
     raise ValueError(f"head={head!r} is not known; choose fused, class, distillation or softmax")
 
 
+def head_probabilities(output: ModelOutput) -> dict[Head, Tensor]:
+    """Class probabilities (B, C) by every head of a classifier's output; one with a single head has `fused` and
+    `class` alike."""
+    if isinstance(output, DeiTForImageClassificationWithTeacherOutput):
+        heads: tuple[Head, ...] = get_args(Head)
+        return {head: fuse_heads(output.cls_logits.float(), output.distillation_logits.float(), head)
+                for head in heads}
+    alone = output["logits"].float().softmax(-1)
+    return {"fused": alone, "class": alone}
+
+
 class ViTModel(DeiTModel):
     """`DeiTModel` without distillation token."""
 
@@ -672,4 +684,4 @@ def _as_pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 __all__ = ["Attention", "Block", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher",
            "DeiTForMaskedImageModeling", "DeiTModel", "PreTrained", "ViTConfig", "ViTForImageClassification",
-           "ViTModel", "fuse_heads", "initialise"]
+           "ViTModel", "fuse_heads", "head_probabilities", "initialise"]

@@ -285,7 +285,7 @@ def infer_config(tensors: Mapping[str, Any], *, file: str) -> DeiTConfig:
         hidden_size=width, num_hidden_layers=depth, num_attention_heads=known[0] if known else width // 64,
         intermediate_size=hidden, layer_norm_eps=1e-6, num_channels=channels,
         image_size=pixels[0] if square else pixels, patch_size=patch[0] if square else tuple(patch),
-        encoder_stride=patch[0] if square else tuple(patch), qkv_bias="deit.blocks.0.attention.qkv.bias" in tensors,
+        encoder_stride=patch[0] if square else 16, qkv_bias="deit.blocks.0.attention.qkv.bias" in tensors,
         num_labels=0 if head is None else head.shape[0], distillation_token=distilled, position_on_class_token=on_class,
         layer_scale_init_value=1e-4 if scaled else None, drop_path_schedule="constant" if scaled else "linear")
 

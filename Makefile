@@ -1,0 +1,32 @@
+# Python 3.11 or newer. Everything is installed into .venv, at the versions in constraints.txt.
+PYTHON ?= python3
+# On a machine without NVIDIA GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu spares the CUDA build of torch.
+TORCH_INDEX ?=
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: setup quickstart test test-slow
+
+setup: .venv/installed            ## an environment with the package
+
+quickstart: setup                 ## the whole path on real digits, in minutes
+	$(BIN)/deit quickstart
+
+test: .venv/installed-test        ## style, types and the suite
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/installed-test   ## the checks that take minutes each
+	$(BIN)/python -m pytest -m slow
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "deit needs Python 3.11 or newer, found %d.%d; run make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(if $(TORCH_INDEX),$(INSTALL) --index-url $(TORCH_INDEX) torch torchvision)
+	$(INSTALL) --editable '.[hub,quickstart]'
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(INSTALL) --editable '.[test]'
+	touch $@

@@ -1,0 +1,53 @@
+"""The built-in convolutional teacher, for where no published one fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from deit import hub
+from deit.config import ConvNetConfig
+from deit.outputs import ImageClassifierOutput
+
+
+class ConvNet(nn.Module):
+    """A small convolutional classifier, quick to train where no published teacher fits.
+
+    Stages of 3x3 convolutions with batch normalisation, a 2x2 maximum between stages, the mean over the image, and a
+    linear layer.
+    """
+
+    model_type = ConvNetConfig.model_type
+
+    def __init__(self, config: ConvNetConfig):
+        super().__init__()
+        self.config = config
+        layers: list[nn.Module] = []
+        channels = config.num_channels
+        for stage, width in enumerate(config.widths):
+            layers += [nn.MaxPool2d(2)] if stage else []
+            for _ in range(config.depth):
+                layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+                channels = width
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(channels, config.num_labels)
+
+    def forward(self, pixel_values: Tensor) -> ImageClassifierOutput:
+        return ImageClassifierOutput(logits=self.classifier(self.features(pixel_values).mean((2, 3))))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        hub.write_tensors(Path(folder), self.state_dict())
+        hub.write_json(Path(folder) / "config.json", self.config.to_dict())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **where: Any) -> Self:
+        config = ConvNetConfig.from_dict(hub.read_json(hub.find_file(folder, "config.json", **where)))
+        path = hub.find_file(folder, "model.safetensors", **where)
+        model = cls(config)
+        try:
+            model.load_state_dict(hub.read_tensors(path))
+        except RuntimeError as error:
+            raise hub.CheckpointError(f"{path} does not fit the config.json beside it: {error}") from None
+        return model.eval()

@@ -1,0 +1,866 @@
+"""From a file or an array to `pixel_values`: THE preprocessing of evaluation, prediction, serving and export.
+
+`load_image` decodes, `DeiTImageProcessor` converts, resizes, crops, rescales and normalises. Its options, their
+defaults and the file `preprocessor_config.json` are Hugging Face's; the values equal those of the Pillow backend of
+`transformers` to float rounding.
+
+Legend: B images, C channels, H rows, W columns. Arrays inside this file are (H, W, C); sizes are (height, width),
+except in calls to Pillow, which takes (width, height).
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+import operator
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+__all__ = ["BatchFeature", "DeiTFeatureExtractor", "DeiTImageProcessor", "ImageError", "load_image", "to_rgb"]
+
+FILE_NAME = "preprocessor_config.json"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_PIXELS = 178_956_970  # where Pillow with its default settings raises DecompressionBombError
+
+_ORIENTATION = 0x0112  # EXIF tag
+_DRAFT_GAP = 2  # a scaled decode keeps twice the wanted sides, the gap of Pillow's own thumbnails: 0.4/255 on average
+
+
+class ImageError(ValueError):
+    """An image that cannot be read; the message names the file, the reason and the next move."""
+
+
+# ---- decoding ----------------------------------------------------------------------------------------------------
+
+
+class _Decoded(NamedTuple):
+    image: Image.Image
+    full: tuple[int, int]  # (height, width) of the file as it is displayed
+    box: tuple[float, float, float, float] | None  # what `image` shows of the file; None: all of it, to the pixel
+
+
+def load_image(
+    source: str | os.PathLike[str] | bytes | Any, *, min_side: tuple[int, int] | int | None = None,
+    mode: str | None = "RGB", max_pixels: int = MAX_PIXELS,
+) -> Image.Image:
+    """Decode one image, upright and in 8 bits.
+
+    `source` is a path, the bytes of a file, a binary file object or a Pillow image (never changed). The EXIF
+    orientation is applied; of a file with many frames the first is taken. With `min_side`, the (height, width), or
+    one int for both, that will be needed, a JPEG is decoded at 1/2, 1/4 or 1/8 scale as long as each side keeps
+    twice the needed pixels. `mode` is "RGB" (see `to_rgb`), "L" (grey) or None (as stored). An image with more than
+    `max_pixels` pixels is refused from its header.
+
+    Raises `ImageError` for what cannot be read, URLs included.
+    """
+    if mode not in ("RGB", "L", None):
+        raise ValueError(f'mode is {mode!r}, expected "RGB", "L" or None; convert the returned image yourself')
+    decoded = _decode(source, min_side, max_pixels).image
+    with _reading(_name(source)):
+        return _convert(decoded, mode)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as "RGB", 8 bits a channel; an RGB image is returned as it is.
+
+    Alpha and transparent colours are dropped, not blended, like `Image.convert("RGB")` in the published evaluation
+    code and in timm. Modes I, I;16 and I;16B hold 16-bit data, 0..65535, and are scaled to 0..255 (Pillow's own
+    `convert` clips them). Mode F holds 0..255, as Pillow's conversions write it; it is rounded and clipped.
+
+    Raises `ImageError` for values outside those ranges, NaN included, and for an F image in 0..1.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _deep_to_grey(image).convert("RGB")
+    if image.mode in ("La", "RGBa"):  # premultiplied: Pillow only converts them to their plain forms
+        image = image.convert(image.mode.upper())
+    elif isinstance(image.info.get("transparency"), bytes):  # Pillow warns on the direct way; the colours are equal
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _decode(source: Any, min_side: tuple[int, int] | int | None, max_pixels: int = MAX_PIXELS) -> _Decoded:
+    name = _name(source)
+    if isinstance(source, Image.Image):
+        _check_pixels(source, name, max_pixels)
+        with _reading(name):
+            source.load()
+            upright = source if _orientation(source) == 1 else ImageOps.exif_transpose(source)
+        return _Decoded(upright, (upright.height, upright.width), None)
+
+    data = _read_bytes(source, name)
+    with _reading(name, data):
+        image = Image.open(io.BytesIO(data))
+    _check_pixels(image, name, max_pixels)
+    with _reading(name):
+        full, drafted = image.size, None
+        if min_side is not None and image.format in ("JPEG", "MPO"):
+            rows, columns = (min_side, min_side) if isinstance(min_side, int) else min_side
+            if _orientation(image) >= 5:  # lies on its side in the file
+                rows, columns = columns, rows
+            drafted = image.draft(image.mode, (_DRAFT_GAP * columns, _DRAFT_GAP * rows))
+        image.load()
+        orientation = _orientation(image)
+        if orientation != 1:
+            ImageOps.exif_transpose(image, in_place=True)
+    if drafted is None:
+        return _Decoded(image, (image.height, image.width), None)
+    return _Decoded(image, full if orientation >= 5 else full[::-1], _draft_box(image, drafted[1], orientation))
+
+
+def _draft_box(
+    image: Image.Image, stored: tuple[float, float, float, float], orientation: int
+) -> tuple[float, float, float, float]:
+    """The part of the upright, scaled `image` that the file covers: a side that the scale does not divide ends
+    within a pixel, at the right and bottom edges of the stored image. (Taking that pixel as whole shifts the picture
+    by up to half a pixel: 2.8/255 instead of 0.15/255 on average in the test.)"""
+    width, height = (stored[3], stored[2]) if orientation >= 5 else (stored[2], stored[3])
+    left = image.width - width if orientation in (2, 3, 6, 7) else 0.0
+    top = image.height - height if orientation in (3, 4, 7, 8) else 0.0
+    return (left, top, left + width, top + height)
+
+
+def _name(source: Any) -> str:
+    if isinstance(source, (str, os.PathLike)):
+        text = os.fspath(source)
+        return text if len(text) <= 200 else f"{text[:80]}..."
+    if isinstance(source, Image.Image):
+        return str(getattr(source, "filename", "") or "<image>")
+    return "<bytes>" if _is_bytes(source) else str(getattr(source, "name", "<file>"))
+
+
+def _is_bytes(source: Any) -> bool:
+    return isinstance(source, (bytes, bytearray, memoryview))
+
+
+def _is_encoded(source: Any) -> bool:
+    """Whether `source` is an image file in some form: a path, bytes or a file object."""
+    return _is_bytes(source) or isinstance(source, (str, os.PathLike)) or callable(getattr(source, "read", None))
+
+
+def _read_bytes(source: Any, name: str) -> bytes:
+    if not _is_encoded(source):
+        raise ImageError(f"an image is read from a path, bytes, a binary file or a PIL image, found {_type(source)}")
+    if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
+        raise ImageError(f"{name} is a URL, expected a local file; download it first and give its path or bytes")
+    if isinstance(source, (str, os.PathLike)):
+        data = _read_path(source, name)
+    else:
+        data = bytes(source) if _is_bytes(source) else source.read()
+    if not isinstance(data, bytes):
+        raise ImageError(f'{name} gives {_type(data)}, expected bytes; open the file with mode "rb"')
+    if not data:
+        raise ImageError(f"{name} is empty (0 bytes), expected an image; copy or download it again")
+    return data
+
+
+def _read_path(path: str | os.PathLike[str], name: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise ImageError(f"{name} does not exist; check the path") from None
+    except IsADirectoryError:
+        raise ImageError(f"{name} is a folder, expected one image file; give the files in it one by one") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise ImageError(f"{name} cannot be opened ({error}); check the path and its permissions") from error
+
+
+@contextmanager
+def _reading(name: str, data: bytes = b"") -> Iterator[None]:
+    """Turn what Pillow raises into one sentence. Its plugins raise nearly anything on damaged bytes."""
+    try:
+        yield
+    except (ImageError, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(
+            f"{name} is too large for Pillow ({error}); shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+        ) from error
+    except Exception as error:
+        if b"<svg" in data[:1024].lower():
+            raise ImageError(f"{name} is an SVG drawing, expected pixels; render it to PNG first") from error
+        if isinstance(error, Image.UnidentifiedImageError):
+            raise ImageError(f"{name} is not an image that Pillow can read; convert it to JPEG or PNG") from error
+        raise ImageError(f"{name} is damaged or cut short ({error}); replace the file") from error
+
+
+def _check_pixels(image: Image.Image, name: str, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise ImageError(
+            f"{name} has {image.width}x{image.height} pixels, more than the limit of {max_pixels}; "
+            f"shrink it, or call load_image(..., max_pixels=...) if you trust it"
+        )
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8; 1 (upright) also when the EXIF block is absent or damaged, which is no reason to refuse the pixels."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _convert(image: Image.Image, mode: str | None) -> Image.Image:
+    if mode is None or image.mode == mode:
+        return image
+    if mode == "RGB":
+        return to_rgb(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _deep_to_grey(image)
+    return (image if image.mode in ("1", "LA") else to_rgb(image)).convert("L")
+
+
+def _deep_to_grey(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if image.mode == "F":
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise ImageError("a float image (mode F) holds NaN or infinity, expected 0..255; replace those pixels")
+        if low >= 0 and 0 < high <= 1:
+            raise ImageError("a float image (mode F) holds 0..1, expected 0..255; multiply it by 255")
+        return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    if low < 0 or high > 65535:
+        raise ImageError(f"an integer image (mode {image.mode}) holds {low}..{high}, expected 0..65535; scale it first")
+    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))  # 257 = 65535 / 255
+
+
+# ---- options -----------------------------------------------------------------------------------------------------
+
+
+def _or_none(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} is {value!r}, expected True or False")
+    return bool(value)
+
+
+def _pixels(name: str, value: Any) -> int:
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"{name} holds {value!r}, expected a whole number of pixels, 1 or more")
+    return count
+
+
+def _size(name: str, value: Any, forms: Sequence[set[str]] = ({"height", "width"},)) -> dict[str, int]:
+    """A size option as its dict: an int is a square, a pair is (height, width)."""
+    if isinstance(value, (list, tuple)) and len(value) == 2:
+        value = {"height": value[0], "width": value[1]}
+    elif isinstance(value, (int, np.integer)):
+        value = {"height": value, "width": value}
+    try:
+        value = {key: side for key, side in dict(value).items() if side is not None}
+    except (TypeError, ValueError):
+        value = {"": value}
+    if set(value) not in forms:
+        keys = " or ".join(", ".join(sorted(form)) for form in forms)
+        raise ValueError(
+            f"{name} is {value.get('', value)!r}, expected an int, a pair (height, width) or a dict of {keys}"
+        )
+    return {key: _pixels(f"{name}[{key!r}]", side) for key, side in value.items()}
+
+
+def _resize_size(name: str, value: Any) -> dict[str, int]:
+    return _size(name, value, ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}))
+
+
+def _resample(name: str, value: Any) -> Image.Resampling:
+    try:
+        if isinstance(value, str):
+            return Image.Resampling[value.upper()]
+        return Image.Resampling(operator.index(value))
+    except (KeyError, ValueError, TypeError):
+        known = ", ".join(f"{filter_.value} ({filter_.name.lower()})" for filter_ in sorted(Image.Resampling))
+        raise ValueError(f"{name} is {value!r}, expected one of {known}") from None
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, (bool, str)) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}, expected a finite number")
+    return float(value)
+
+
+def _per_channel(name: str, value: Any) -> float | tuple[float, ...]:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if not isinstance(value, (list, tuple)):
+        return _number(name, value)
+    if not value:
+        raise ValueError(f"{name} is empty, expected a number or one number per channel")
+    return tuple(_number(name, entry) for entry in value)
+
+
+def _deviation(name: str, value: Any) -> float | tuple[float, ...]:
+    std = _per_channel(name, value)
+    if np.any(np.less_equal(std, 0)):
+        raise ValueError(f"{name} is {value!r}, expected numbers above 0 (pixels are divided by it)")
+    return std
+
+
+def _layout(name: str, value: Any) -> str:
+    layout = getattr(value, "value", value)  # an enum of transformers, or its text
+    if layout not in ("channels_first", "channels_last"):
+        raise ValueError(f'{name} is {value!r}, expected "channels_first" or "channels_last"')
+    return str(layout)
+
+
+# Every option: its check, which also gives its normal form.
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "do_resize": _flag,
+    "size": _resize_size,
+    "resample": _resample,
+    "do_center_crop": _flag,
+    "crop_size": _size,
+    "do_rescale": _flag,
+    "rescale_factor": _number,
+    "do_normalize": _flag,
+    "image_mean": _per_channel,
+    "image_std": _deviation,
+    "do_convert_rgb": _or_none(_flag),
+    "data_format": _layout,
+    "input_data_format": _or_none(_layout),
+}
+_DEIT: dict[str, Any] = {
+    "do_resize": True,
+    "size": 256,
+    "resample": Image.Resampling.BICUBIC,
+    "do_center_crop": True,
+    "crop_size": 224,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+    "do_convert_rgb": None,
+    "data_format": "channels_first",
+    "input_data_format": None,
+}
+_VIT = {**_DEIT, "size": 224, "resample": Image.Resampling.BILINEAR, "do_center_crop": False}
+# Every processor type that a published file may name, with the defaults of its class.
+_TYPES = {
+    f"{family}{kind}": defaults
+    for family, defaults in (("DeiT", _DEIT), ("ViT", _VIT))
+    for kind in ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
+}
+# Options of transformers without a counterpart here, and what to do instead.
+_UNDONE = {
+    "do_pad": "crop_size pads a small image with zeros",
+    "pad_size": "crop_size pads a small image with zeros",
+    "device": "move the result with .to(device)",
+    "disable_grouping": "leave it out, images are never grouped here",
+    "image_seq_length": "leave it out, it does not change an image",
+    "return_tensors": "give it in the call",
+}
+
+
+def _refuse_undone(options: Mapping[str, Any]) -> None:
+    """Raise for the first setting that would change the result and cannot be honoured."""
+    for name, value in options.items():
+        if name not in _CHECKS and (name in _UNDONE or name.startswith("do_")) and value:
+            advice = _UNDONE.get(name, "take the step yourself and remove the setting")
+            raise ValueError(f"{name}={value!r} is not done by DeiTImageProcessor, expected False or None; {advice}")
+    size = options.get("size")
+    if options.get("default_to_square") is False and not isinstance(size, (Mapping, list, tuple, type(None))):
+        raise ValueError(f'size is {size!r} with default_to_square=False; write size={{"shortest_edge": {size!r}}}')
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given: None means the default. Unknown names are refused."""
+    unknown = sorted(set(options) - set(_CHECKS) - set(_UNDONE) - {"default_to_square"})
+    if unknown:
+        raise ValueError(f"unknown option {', '.join(unknown)}; the options are {', '.join(_CHECKS)}")
+    _refuse_undone(options)
+    return {name: value for name, value in options.items() if name in _CHECKS and value is not None}
+
+
+# ---- the processor -----------------------------------------------------------------------------------------------
+
+
+class BatchFeature(dict[str, Any]):
+    """What a processor returns: a dict whose entries are attributes too (`out["pixel_values"]`, `out.pixel_values`)."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no entry {name!r}, this batch has {', '.join(self)}") from None
+
+    def to(self, *args: Any, **kwargs: Any) -> BatchFeature:
+        """Move or cast every entry with `torch.Tensor.to`, in place; needs return_tensors="pt"."""
+        torch = sys.modules.get("torch")
+        for name, value in self.items():
+            if torch is None or not isinstance(value, torch.Tensor):
+                raise ValueError(f'{name} is {_type(value)}, .to() moves torch tensors; pass return_tensors="pt"')
+            self[name] = value.to(*args, **kwargs)
+        return self
+
+
+class DeiTImageProcessor:
+    """Images to the `pixel_values` of a DeiT model; the options, defaults and files of the class in transformers.
+
+    In the order of their effect (given to the constructor, set as attributes, or for one call):
+
+    - `do_convert_rgb` (None): True converts every image to RGB, alpha dropped; False leaves the channels alone;
+      None gives a Pillow image or a file the channels of `image_mean` (RGB for 3 entries or a scalar, grey for 1)
+      and leaves arrays alone. `input_data_format` (None: inferred): layout of arrays.
+    - `do_resize` (True), `size` (256x256), `resample` (bicubic): `size` is an int (a square: the aspect ratio is
+      lost), a pair (height, width), {"height", "width"}, or {"shortest_edge"}, optionally with "longest_edge" as its
+      bound. `resample` is a Pillow filter, its number or its name.
+    - `do_center_crop` (True), `crop_size` (224x224): a smaller image is padded with zeros.
+    - `do_rescale` (True), `rescale_factor` (1/255): pixels times the factor.
+    - `do_normalize` (True), `image_mean` and `image_std` (0.5): a number, or one per channel.
+    - `data_format` ("channels_first"): layout of the result, also "channels_last".
+
+    None as a value means the default. Raises `ValueError` for unknown options and bad values.
+    """
+
+    do_resize: bool
+    size: Any
+    resample: Any
+    do_center_crop: bool
+    crop_size: Any
+    do_rescale: bool
+    rescale_factor: float
+    do_normalize: bool
+    image_mean: Any
+    image_std: Any
+    do_convert_rgb: bool | None
+    data_format: str
+    input_data_format: str | None
+
+    def __init__(self, **options: Any) -> None:
+        self.__dict__["_extra"] = {}  # keys of a file that mean nothing here: written back by to_dict
+        for name, value in {**_DEIT, **_given(options)}.items():
+            setattr(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _CHECKS:
+            raise AttributeError(f"no option {name!r}; the options are {', '.join(_CHECKS)}")
+        self.__dict__[name] = _CHECKS[name](name, value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DeiTImageProcessor) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]  # options can be set
+
+    def __repr__(self) -> str:
+        shown = {**self._options({}), "resample": self.resample.name.lower()}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+    def __call__(self, images: Any, return_tensors: str | None = None, **overrides: Any) -> BatchFeature:
+        """The same as `preprocess`."""
+        return self.preprocess(images, return_tensors=return_tensors, **overrides)
+
+    def preprocess(self, images: Any, return_tensors: str | None = None, **overrides: Any) -> BatchFeature:
+        """Images to `{"pixel_values": ...}`, float32, (B, C, H, W), or (B, H, W, C) with data_format "channels_last".
+
+        `images` is one image, a list (also nested, which is flattened) or a batch of 4 dimensions. An image is a
+        Pillow image (as it is: `load_image` turns it upright), a path, the bytes of a file, a file object, or a NumPy
+        array or torch tensor, (C, H, W) or (H, W, C). To be resized, an array must hold uint8, whole numbers in
+        0..255, or floats in 0..1, which are cut to 8 bits and stay in 0..1: pass `do_rescale=False` with them.
+
+        `return_tensors` is None (a list of B arrays), "np", "pt" or "tf". `overrides` are options for this call.
+
+        Raises `ValueError` for images that do not fit the options, `ImageError` for files that cannot be read.
+        """
+        if return_tensors not in (None, "np", "pt", "tf"):
+            raise ValueError(f'return_tensors is {return_tensors!r}, expected None, "np", "pt" or "tf"')
+        options = self._options(overrides)
+        arrays = [_pixel_values(image, options, f"image {i}") for i, image in enumerate(_flatten(images))]
+        if not arrays:
+            raise ValueError("the list of images is empty, expected at least one image")
+        return BatchFeature(pixel_values=_as_tensors(arrays, return_tensors))
+
+    def _options(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        merged = {**{name: self.__dict__[name] for name in _CHECKS}, **_given(overrides)}
+        return {name: _CHECKS[name](name, value) for name, value in merged.items()}
+
+    @classmethod
+    def paper(cls, image_size: int | tuple[int, int] = 224, crop_ratio: float = 0.875) -> DeiTImageProcessor:
+        """The evaluation of Touvron et al. 2020 (arXiv 2012.12877), as in its published code and in timm.
+
+        Shortest edge to int(image_size / crop_ratio) (256 for 224), bicubic, centre crop, ImageNet statistics. For a
+        pair (height, width) the longer side sets the shortest edge, so that the crop stays inside every image.
+        """
+        crop = _size("image_size", image_size)
+        if not 0 < crop_ratio <= 1:
+            raise ValueError(f"crop_ratio is {crop_ratio!r}, expected a number above 0, at most 1")
+        edge = int(max(crop.values()) / crop_ratio)
+        return cls(size={"shortest_edge": edge}, crop_size=crop, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
+
+    @classmethod
+    def from_timm(
+        cls, pretrained_cfg: Mapping[str, Any], image_size: int | tuple[int, int] = 224
+    ) -> DeiTImageProcessor:
+        """The evaluation that timm's `pretrained_cfg` describes, for models of `image_size` (a pair as in `paper`).
+
+        Reads mean, std, interpolation, crop_pct and crop_mode ("center" or "squash"; others are refused).
+        """
+        statistics = {
+            "image_mean": pretrained_cfg.get("mean") or IMAGENET_MEAN,
+            "image_std": pretrained_cfg.get("std") or IMAGENET_STD,
+            "resample": pretrained_cfg.get("interpolation") or "bicubic",
+        }
+        ratio = pretrained_cfg.get("crop_pct") or 0.875
+        paper = cls.paper(image_size, ratio)
+        mode = pretrained_cfg.get("crop_mode") or "center"
+        if mode not in ("center", "squash"):
+            raise ValueError(f'crop_mode is {mode!r}, expected "center" or "squash"; build DeiTImageProcessor yourself')
+        size = paper.size if mode == "center" else {key: int(side / ratio) for key, side in paper.crop_size.items()}
+        return cls(size=size, crop_size=paper.crop_size, **statistics)
+
+    def to_timm(self) -> dict[str, Any]:
+        """The same evaluation as timm's keys: mean, std, interpolation, crop_pct and crop_mode.
+
+        Raises `ValueError` for options that timm's keys cannot say.
+        """
+        size, crop = self.size, self.crop_size if self.do_center_crop else self.size
+        if "height" not in crop or ("shortest_edge" in size and crop["height"] != crop["width"]):
+            raise ValueError(f"crop is {crop} after size {size}, timm's keys say a square crop; set crop_size")
+        edge = size.get("shortest_edge") or size["height"]
+        ratio = crop["height"] / edge
+        if int(crop["height"] / ratio) != edge:  # timm rounds down
+            ratio = crop["height"] / (edge + 0.5)
+        said: dict[str, Any] = {
+            "mean": list(self.image_mean) if isinstance(self.image_mean, tuple) else [self.image_mean] * 3,
+            "std": list(self.image_std) if isinstance(self.image_std, tuple) else [self.image_std] * 3,
+            "interpolation": self.resample.name.lower(),
+            "crop_pct": ratio,
+            "crop_mode": "center" if "shortest_edge" in size else "squash",
+        }
+        again = self.from_timm(said, (crop["height"], crop["width"]))
+        for name in ("size", "do_resize", "do_rescale", "rescale_factor", "do_normalize"):
+            if getattr(again, name) != getattr(self, name):
+                said_value = getattr(again, name)
+                raise ValueError(f"{name} is {getattr(self, name)!r}, timm's keys say {said_value!r}; set that first")
+        return said
+
+    # -- files
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path, *, revision: str | None = None, subfolder: str = "",
+        cache_dir: str | Path | None = None, local_files_only: bool = False, token: str | bool | None = None,
+        **overrides: Any,
+    ) -> DeiTImageProcessor:
+        """Read `preprocessor_config.json` of a folder or of a model on the Hub; `overrides` replace its options.
+
+        Raises `FileNotFoundError` without such a file, `ValueError` for one that cannot be honoured.
+        """
+        from deit import hub
+
+        path = hub.find_file(
+            name_or_folder, FILE_NAME, revision=revision, subfolder=subfolder, cache_dir=cache_dir,
+            local_files_only=local_files_only, token=token,
+        )
+        return cls.from_json_file(path, **overrides)
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike[str], **overrides: Any) -> DeiTImageProcessor:
+        """Read one file in the format of `preprocessor_config.json`."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}); restore or rewrite it with save_pretrained") from error
+        if not isinstance(data, dict):
+            raise ValueError(f"{path} holds {_type(data)}, expected an object of options; rewrite it")
+        return cls.from_dict(data, **overrides)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], **overrides: Any) -> DeiTImageProcessor:
+        """From the contents of a file: any DeiT or ViT processor or feature extractor of transformers.
+
+        The named type sets the defaults (a ViT type: 224x224, bilinear, no crop). Unknown keys are kept for
+        `to_dict`. Raises `ValueError` for other types, and for settings that cannot be honoured.
+        """
+        extra = copy.deepcopy(dict(data))
+        kinds = [extra.pop("image_processor_type", None), extra.pop("feature_extractor_type", None)]
+        kind = str(kinds[0] or kinds[1] or "DeiTImageProcessor")
+        if kind not in _TYPES:
+            raise ValueError(f"the file is for {kind}, which is not supported; expected one of {', '.join(_TYPES)}")
+        _refuse_undone(extra)
+        known = {name: extra.pop(name) for name in _CHECKS if name in extra}
+        processor = cls(**{**_TYPES[kind], **_given(known), **_given(overrides)})
+        processor.__dict__["_extra"] = extra
+        return processor
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option that is set and every kept key, as JSON types; a copy."""
+        options = {name: value for name, value in self._options({}).items() if value is not None}
+        options["resample"] = int(options["resample"])
+        for name in ("image_mean", "image_std"):
+            if isinstance(options[name], tuple):
+                options[name] = list(options[name])
+        return {**copy.deepcopy(self.__dict__["_extra"]), **options, "image_processor_type": "DeiTImageProcessor"}
+
+    def to_json_string(self) -> str:
+        """`to_dict` as text, keys sorted, ending in a newline."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `preprocessor_config.json` into `folder` (made when absent), whole or not at all; its path."""
+        path = Path(folder, FILE_NAME)
+        if path.parent.exists() and not path.parent.is_dir():
+            raise ValueError(f"{path.parent} is a file, expected a folder; choose another place")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{FILE_NAME}.{os.getpid()}")
+        unfinished.write_text(self.to_json_string(), encoding="utf-8")
+        os.replace(unfinished, path)
+        return path
+
+
+class DeiTFeatureExtractor(DeiTImageProcessor):
+    """The former name of `DeiTImageProcessor`."""
+
+    def __init__(self, **options: Any) -> None:
+        warnings.warn(
+            "DeiTFeatureExtractor is the former name of DeiTImageProcessor; use DeiTImageProcessor",
+            FutureWarning,
+            stacklevel=2,
+        )
+        super().__init__(**options)
+
+
+# ---- one image ---------------------------------------------------------------------------------------------------
+
+
+def _type(value: Any) -> str:
+    return f"an object of type {type(value).__name__}"
+
+
+def _flatten(images: Any) -> Iterator[Any]:
+    """Single images out of lists, nested lists and batches of 4 dimensions."""
+    if isinstance(images, (list, tuple)):
+        for entry in images:
+            yield from _flatten(entry)
+    elif getattr(images, "ndim", 0) == 4:
+        yield from images
+    else:
+        yield images
+
+
+def _pixel_values(source: Any, options: Mapping[str, Any], name: str) -> np.ndarray:
+    """One image, all the way: (C, H, W) or (H, W, C) in float32."""
+    full, box, in_unit = None, None, False
+    pixels: Any  # a Pillow image as long as it can be, (H, W, C) or (H, W) otherwise
+    if isinstance(source, Image.Image) or _is_encoded(source):
+        image, full, box = _picture(source, options)
+        pixels = image if image.mode in ("RGB", "L") else np.asarray(image)
+    else:
+        pixels = _channels_last(_to_numpy(source, name), options, name)
+    if options["do_resize"]:
+        if isinstance(pixels, np.ndarray):
+            pixels, in_unit = _to_picture(pixels, name)
+        height, width = _target_size(full or (pixels.height, pixels.width), options["size"])
+        pixels = pixels.resize((width, height), options["resample"], box=box)
+    array = np.asarray(pixels)
+    if array.ndim == 2:
+        array = array[..., None]
+    if options["do_center_crop"]:
+        array = _center_crop(array, **options["crop_size"])
+    return _rescale_and_normalize(array, in_unit, options, name)
+
+
+def _picture(source: Any, options: Mapping[str, Any]) -> _Decoded:
+    """A file or Pillow image, decoded no larger than the resize needs, in the channels that the options ask for."""
+    if isinstance(source, Image.Image):
+        decoded = _Decoded(source, (source.height, source.width), None)
+    else:
+        size = options["size"]
+        side = size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
+        decoded = _decode(source, side if options["do_resize"] else None)
+    with _reading(_name(source)):
+        decoded.image.load()
+        return decoded._replace(image=_convert(decoded.image, _wanted_mode(options)))
+
+
+def _wanted_mode(options: Mapping[str, Any]) -> str | None:
+    if options["do_convert_rgb"] is not None:
+        return "RGB" if options["do_convert_rgb"] else None
+    mean = options["image_mean"]
+    return {1: "L", 3: "RGB"}.get(len(mean)) if isinstance(mean, tuple) else "RGB"
+
+
+def _to_numpy(source: Any, name: str) -> np.ndarray:
+    """An array or tensor as NumPy in a type that NumPy computes with: bool, integer, float32 or float64."""
+    torch, tensorflow = sys.modules.get("torch"), sys.modules.get("tensorflow")
+    if torch is not None and isinstance(source, torch.Tensor):
+        source = source.detach().cpu()
+        source = (source.float() if source.is_floating_point() and source.itemsize < 4 else source).numpy()
+    elif tensorflow is not None and isinstance(source, tensorflow.Tensor):
+        source = source.numpy()
+    if not isinstance(source, np.ndarray):
+        raise ValueError(
+            f"{name} is {_type(source)}, expected a PIL image, a NumPy array, a torch tensor, a path or the bytes of a "
+            f"file; convert it first"
+        )
+    if source.dtype == np.float16:
+        source = source.astype(np.float32)
+    if source.dtype.kind not in "biuf":
+        raise ValueError(f"{name} has dtype {source.dtype}, expected integers or floats; convert it first")
+    if source.dtype.kind == "f" and not np.isfinite(source).all():
+        raise ValueError(f"{name} holds NaN or infinity, expected finite pixels; replace them first")
+    return source
+
+
+def _channels_last(array: np.ndarray, options: Mapping[str, Any], name: str) -> np.ndarray:
+    """An array image as (H, W, C), converted to three channels if the options say so."""
+    if array.ndim != 3 or 0 in array.shape:
+        raise ValueError(
+            f"{name} has shape {array.shape}, expected (C, H, W) or (H, W, C), all above 0; "
+            f"give a grey image a channel axis with array[None]"
+        )
+    layout = options["input_data_format"] or _infer_layout(array, name)
+    if layout == "channels_first":
+        array = array.transpose(1, 2, 0)
+    if options["do_rescale"] and array.dtype.kind == "f" and 0 < array.max() <= 1 and array.min() >= 0:
+        warnings.warn(
+            f"{name} holds floats in 0..1, which do_rescale=True scales down again; pass do_rescale=False with it",
+            UserWarning,
+            stacklevel=2,
+        )
+    if not options["do_convert_rgb"]:
+        return array
+    channels = array.shape[2]
+    if channels not in (1, 3, 4):
+        raise ValueError(f"{name} has {channels} channels, expected 1, 3 or 4 to convert to RGB; check its layout")
+    return np.repeat(array, 3, axis=2) if channels == 1 else array[..., :3]
+
+
+def _infer_layout(array: np.ndarray, name: str) -> str:
+    first, last = array.shape[0] in (1, 3, 4), array.shape[2] in (1, 3, 4)
+    if not first and not last:
+        raise ValueError(
+            f"{name} has shape {array.shape}, expected 1, 3 or 4 channels on the first or last axis; "
+            f"pass input_data_format if it has another number"
+        )
+    if first and last:
+        warnings.warn(
+            f"{name} has shape {array.shape}, taken as (C, H, W); pass input_data_format to decide",
+            UserWarning,
+            stacklevel=2,
+        )
+    return "channels_first" if first else "channels_last"
+
+
+def _to_picture(array: np.ndarray, name: str) -> tuple[Image.Image, bool]:
+    """An (H, W, C) array as the 8-bit image that Pillow resizes, and whether it stood for 0..1.
+
+    The rule of transformers: whole numbers are taken as they are, other floats are cut (not rounded) to n/255.
+    """
+    in_unit = False
+    if array.dtype != np.uint8:
+        low, high = array.min(), array.max()
+        whole = array.dtype.kind != "f" or np.allclose(array, np.trunc(array))
+        in_unit = not whole
+        if low < 0 or high > (255 if whole else 1):
+            raise ValueError(
+                f"{name} holds {'whole numbers' if whole else 'floats'} in {low:g}..{high:g}, expected "
+                f"{'0..255' if whole else '0..1'} to resize it; scale it first, or pass do_resize=False"
+            )
+        array = ((array * array.dtype.type(255)).astype(np.float32) if in_unit else array).astype(np.uint8)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    elif array.ndim == 3 and array.shape[2] > 4:
+        raise ValueError(f"{name} has {array.shape[2]} channels, expected at most 4 to resize; pass do_resize=False")
+    return Image.fromarray(np.ascontiguousarray(array)), in_unit
+
+
+def _target_size(full: tuple[int, int], size: Mapping[str, int]) -> tuple[int, int]:
+    """The (height, width) that `size` asks of an image of `full` (height, width)."""
+    if "height" in size:
+        return size["height"], size["width"]
+    short, long = min(full), max(full)
+    edge: float = size["shortest_edge"]
+    longest = size.get("longest_edge")
+    new_short = size["shortest_edge"]
+    if longest is not None and long / short * edge > longest:
+        edge = longest * short / long
+        new_short = max(1, round(edge))
+    if short == new_short:
+        return full
+    new_long = max(1, int(edge * long / short))
+    return (new_short, new_long) if full[0] <= full[1] else (new_long, new_short)
+
+
+def _center_crop(array: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The middle (height, width) of an (H, W, C) array; what lies outside is 0, and an odd rest falls to the start."""
+    top, left = (array.shape[0] - height) // 2, (array.shape[1] - width) // 2
+    inside = array[max(top, 0) : top + height, max(left, 0) : left + width]
+    if inside.shape[:2] == (height, width):
+        return inside
+    padded = np.zeros((height, width, array.shape[2]), array.dtype)
+    row, column = max(-top, 0), max(-left, 0)
+    padded[row : row + inside.shape[0], column : column + inside.shape[1]] = inside
+    return padded
+
+
+def _rescale_and_normalize(array: np.ndarray, in_unit: bool, options: Mapping[str, Any], name: str) -> np.ndarray:
+    """(pixel * rescale_factor - mean) / std as one multiplication and one addition, into the layout asked for."""
+    channels = array.shape[2]
+    scale = np.full(channels, (options["rescale_factor"] if options["do_rescale"] else 1.0) / (255 if in_unit else 1))
+    shift = np.zeros(channels)
+    if options["do_normalize"]:
+        mean, std = (_fit(options[key], channels, key, name) for key in ("image_mean", "image_std"))
+        scale, shift = scale / std, -mean / std
+    if options["data_format"] == "channels_first":
+        array, scale, shift = array.transpose(2, 0, 1), scale[:, None, None], shift[:, None, None]
+    out = np.empty(array.shape, np.float32)
+    np.multiply(array, scale.astype(np.float32), out=out, casting="same_kind")
+    out += shift.astype(np.float32)
+    return out
+
+
+def _fit(statistic: float | tuple[float, ...], channels: int, key: str, name: str) -> np.ndarray:
+    if isinstance(statistic, tuple) and len(statistic) != channels:
+        raise ValueError(
+            f"{name} has {channels} channels, {key} has {len(statistic)}; pass do_convert_rgb=True for three, "
+            f"or as many entries of {key} as channels"
+        )
+    return np.broadcast_to(np.asarray(statistic, np.float64), channels)
+
+
+def _as_tensors(arrays: list[np.ndarray], return_tensors: str | None) -> Any:
+    if return_tensors is None:
+        return arrays
+    shapes = sorted({array.shape for array in arrays})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"the images end in different shapes, {shapes[0]} and {shapes[1]}, expected one to stack them; "
+            f"pass do_center_crop=True or return_tensors=None"
+        )
+    batch = np.stack(arrays)
+    if return_tensors == "pt":
+        try:
+            import torch
+        except ImportError:
+            raise ImportError('return_tensors="pt" needs PyTorch, which is missing; pip install torch') from None
+        return torch.from_numpy(batch)
+    if return_tensors == "tf":
+        try:
+            import tensorflow
+        except ImportError:
+            raise ImportError(
+                'return_tensors="tf" needs TensorFlow, which is missing; pip install "deit[keras]"'
+            ) from None
+        return tensorflow.convert_to_tensor(batch)
+    return batch

@@ -1,0 +1,92 @@
+"""The main job from end to end, offline: real digits to a folder, a teacher, a distilled student, its use."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from deit import hub
+from deit.data import evaluation_batches, processor_for, read_split, write_digits
+from deit.evaluate import Accuracy, evaluate
+from deit.predict import Predictor, load_model
+from deit.recipes.digits import digits, digits_teacher
+from deit.train import train
+
+
+_PARTS = ("data", "teacher", "student")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Accuracies on the 360 test images, 0 to 1; `seconds` of everything together; the `model`'s folder."""
+
+    teacher: float
+    class_head: float
+    distillation_head: float
+    fused: float
+    seconds: float
+    model: str
+
+
+def quickstart(out: Path, *, seed: int = 0, console: Console) -> Result:
+    """Writes `out/data`, `out/teacher` and `out/student`; prints a table and the next commands on `console`.
+
+    An earlier quickstart in `out` is replaced. Raises `FileExistsError` where `out` holds anything else.
+    """
+    started = time.perf_counter()
+    _make_room(out)
+    sizes = write_digits(out / "data", seed=seed)
+    console.print(f"Wrote {sum(sizes.values())} digits to {out / 'data'}: " + ", ".join(
+        f"{split}/ {count}" for split, count in sizes.items()) + "; each holds a folder for every class")
+    train_split = read_split(out / "data", "train")
+    val_split, test_split = (read_split(out / "data", split, train_split.classes) for split in ("val", "test"))
+
+    taught = train(replace(digits_teacher(), seed=seed), train_split, val_split, out / "teacher", console=console)
+    recipe = digits()
+    recipe = replace(recipe, seed=seed, objective=replace(recipe.objective, teacher=str(taught.model)))
+    student = train(recipe, train_split, val_split, out / "student", console=console)
+
+    test = list(evaluation_batches(test_split, processor_for(recipe), recipe.data.batch))
+    teacher = evaluate(load_model(taught.model), test)["fused"]
+    heads = evaluate(load_model(student.model), test)
+    examples = test_split.files[::72]
+    found = Predictor(student.model)(examples, top_k=1)
+    seconds = time.perf_counter() - started
+
+    console.print(_table({"ConvNet teacher": teacher, "DeiT, class head": heads["class"],
+                          "DeiT, distillation head": heads["distillation"], "DeiT, both heads fused": heads["fused"]}))
+    for path, labels in zip(examples, found, strict=True):
+        console.print(f"{path}: [bold]{labels[0]['label']}[/] ({labels[0]['score']:.2f})")
+    console.print(f"\n{seconds:.0f} seconds. Next:\n"
+                  f"  deit predict {student.model} {examples[0]}\n"
+                  f"  deit convert {student.model} --to timm --out {out / 'timm'}\n"
+                  f"  less {out / 'student' / 'metrics.jsonl'}", highlight=False, soft_wrap=True)
+    return Result(teacher=teacher.value, class_head=heads["class"].value,
+                  distillation_head=heads["distillation"].value, fused=heads["fused"].value,
+                  seconds=round(seconds, 1), model=str(student.model))
+
+
+
+
+def _make_room(out: Path) -> None:
+    """Empties a folder of ours, known by its marker: another seed's digits left there would mix training and test."""
+    marker = out / "quickstart.txt"
+    if out.exists() and any(out.iterdir()):
+        if not marker.exists():
+            raise FileExistsError(f"{out} holds other files than a quickstart's; give --out a new folder")
+        for name in _PARTS:
+            shutil.rmtree(out / name, ignore_errors=True)
+    hub.write_text(marker, "Written by `deit quickstart`, which replaces what stands beside this file.\n")
+
+
+def _table(rows: dict[str, Accuracy]) -> Table:
+    table = Table("", "accuracy", "95 % interval", "correct")
+    for name, accuracy in rows.items():
+        low, high = accuracy.interval
+        table.add_row(name, f"{accuracy.value:.3f}", f"{low:.3f} to {high:.3f}", f"{accuracy.correct}/{accuracy.total}")
+    return table
