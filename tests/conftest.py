@@ -5,7 +5,8 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,6 +29,16 @@ torch.set_num_threads(1)
 
 CLASS_OF = {"backbone": DeiTModel, "masked_image": DeiTForMaskedImageModeling,
             "classification": DeiTForImageClassification, "with_teacher": DeiTForImageClassificationWithTeacher}
+
+
+@contextmanager
+def refuses(error: type[Exception], *parts: object) -> Iterator[None]:
+    """Asserts that the block fails with `error`, in one line that holds all `parts`."""
+    with pytest.raises(error) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [str(part) for part in parts if str(part) not in message] == [], message
 
 
 def run_python(code: str, **environment: str | None) -> str:

@@ -2,7 +2,7 @@ import json
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
-from conftest import run_python
+from conftest import refuses, run_python
 
 from deit.config import VARIANTS, DeiTConfig, ViTConfig
 
@@ -88,16 +88,16 @@ def test_unknown_keys():
     assert config.favourite == "tea"
     assert config.to_dict()["nested"] == {"a": [1]}
     assert config.replace(hidden_size=12).extra == config.extra
-    with pytest.raises(AttributeError, match="DeiTConfig has no field 'height'"):
+    with refuses(AttributeError, "DeiTConfig has no field 'height'"):
         config.height  # noqa: B018
-    with pytest.raises(ValueError, match=r"DeiTConfig has no field 'hiden_size'; it has .*hidden_size"):
+    with refuses(ValueError, "DeiTConfig has no field 'hiden_size'; it has ", "hidden_size, "):
         DeiTConfig.from_dict({}, hiden_size=3)
 
 
 def test_frozen_and_keyword_only():
     with pytest.raises(FrozenInstanceError):
         DeiTConfig().hidden_size = 3
-    with pytest.raises(TypeError, match="positional"):
+    with refuses(TypeError, "positional"):
         DeiTConfig(768)
 
 
@@ -153,26 +153,32 @@ def test_drop_path_rates(depth, schedule, rates):
     ({"patch_size": -4}, "patch_size must be a positive number of pixels or a pair"),
     ({"encoder_stride": "16"}, "encoder_stride must be a positive number of pixels or a pair"),
     ({"num_labels": -1}, "num_labels must be 0 or more, found -1"),
+    ({"layer_norm_eps": "1e-6"}, "layer_norm_eps must be a number of at least 0, found '1e-6'"),
+    ({"hidden_dropout_prob": None}, "hidden_dropout_prob must be at least 0 and below 1, found None"),
+    ({"qkv_bias": "no"}, "qkv_bias must be true or false, found 'no'"),
+    ({"pooler_output_size": -1}, "pooler_output_size must be a whole number or None, found -1"),
+    ({"layer_scale_init_value": "small"}, "layer_scale_init_value must be a number or None, found 'small'"),
+    ({"id2label": ["a", "b"]}, "id2label must be a dictionary, found ['a', 'b']"),
+    ({"num_labels": "3"}, "num_labels must be a whole number, found '3'"),
     ({"id2label": {0: "a", 2: "b"}}, "id2label must number its 2 labels 0 to 1, found 0, 2; number the classes"),
     ({"id2label": {0: "a", 1: "a"}}, "id2label names 'a' more than once; class names must differ"),
     ({"id2label": {0: "a", 1: "b"}, "num_labels": 3}, "num_labels=3 contradicts id2label, which names 2 classes"),
     ({"id2label": {0: "a"}, "label2id": {"b": 0}}, "label2id is not the inverse of id2label; give one of the two"),
 ])
 def test_refusals(changes, sentence):
-    with pytest.raises(ValueError) as caught:
+    with refuses(ValueError, sentence):
         DeiTConfig(**changes)
-    assert sentence in str(caught.value)
 
 
 def test_refused_distillation_token():
-    with pytest.raises(ValueError, match="ViTConfig describes a model without distillation token, found .* DeiTConfig"):
+    with refuses(ValueError, "ViTConfig describes a model without distillation token, found", "use DeiTConfig"):
         ViTConfig(distillation_token=True)
-    with pytest.raises(ValueError, match="ViTConfig describes a model without"):
+    with refuses(ValueError, "ViTConfig describes a model without"):
         ViTConfig.from_dict(DeiTConfig().to_dict())
 
 
 def test_refused_model_type():
-    with pytest.raises(ValueError, match="model_type is 'bert'; this package reads deit, vit and deit3"):
+    with refuses(ValueError, "model_type is 'bert'; this package reads deit, vit and deit3"):
         DeiTConfig.from_dict({"model_type": "bert"})
 
 
@@ -197,9 +203,8 @@ def test_timm_config():
     ({"architecture": "deit_tiny_patch16_224", "global_pool": "avg"}, "timm's global_pool is 'avg'"),
 ])
 def test_refused_timm_config(values, sentence):
-    with pytest.raises(ValueError) as caught:
+    with refuses(ValueError, sentence):
         DeiTConfig.from_dict(values)
-    assert sentence in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------------ import cost
@@ -217,5 +222,5 @@ def test_public_names():
     for name in deit.__all__:
         if name not in ("Predictor", "load_model"):
             assert getattr(deit, name) is not None
-    with pytest.raises(AttributeError, match="module 'deit' has no attribute 'DeitModel'; it has .*DeiTModel"):
+    with refuses(AttributeError, "module 'deit' has no attribute 'DeitModel'; it has ", "DeiTModel"):
         deit.DeitModel  # noqa: B018

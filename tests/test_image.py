@@ -1,4 +1,4 @@
-"""deit.image by value: against the Pillow backend of transformers, and against arithmetic."""
+"""deit.decode and deit.image by value: against the Pillow backend of transformers, and against arithmetic."""
 
 from __future__ import annotations
 
@@ -21,15 +21,9 @@ from transformers.image_utils import ChannelDimension
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from deit.image import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    DeiTFeatureExtractor,
-    DeiTImageProcessor,
-    ImageError,
-    load_image,
-    to_rgb,
-)
+from deit.config import IMAGENET_MEAN, IMAGENET_STD
+from deit.decode import ImageError, load_image, to_rgb
+from deit.image import DeiTFeatureExtractor, DeiTImageProcessor
 
 PHOTOS = Path(__file__).parents[2] / "shared/data/imagenet_sample.tar"
 SIZES = [(1, 1), (7, 300), (37, 53), (223, 225), (256, 256), (375, 500), (500, 375)]
@@ -548,7 +542,7 @@ def test_refused_files(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             DeiTImageProcessor.from_json_file(path)
-    with pytest.raises(ValueError, match="is a file, expected a folder"):
+    with pytest.raises(FileExistsError, match="is a file, expected a folder"):
         DeiTImageProcessor().save_pretrained(path)
 
 

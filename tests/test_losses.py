@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import build, close, images, small
+from conftest import build, close, images, refuses, small
 
 from deit import losses
 from deit.model import fuse_heads
@@ -78,17 +78,15 @@ def test_booleans_are_several_labels():
     assert losses.classification_loss(x, truth, small(num_labels=C)).item() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize(("problem", "labels", "shape"), [
+@pytest.mark.parametrize(("problem", "labels", "sentence"), [
     (None, torch.zeros(B, C + 1), f"multi label classification needs labels of shape ({B}, {C}), found ({B}, {C + 1})"),
     ("regression", torch.zeros(B), f"regression needs labels of shape ({B}, {C}), found ({B},)"),
     ("single_label_classification", torch.zeros(B), "needs whole numbers, found torch.float32; pass indices"),
     ("single_label_classification", torch.zeros(B - 1).long(), f"needs labels of shape ({B},), found ({B - 1},)"),
 ])
-def test_refused_shapes(problem, labels, shape):
-    with pytest.raises(ValueError) as caught:
+def test_refused_labels(problem, labels, sentence):
+    with refuses(ValueError, sentence, "set config.problem_type"):
         losses.classification_loss(torch.zeros(B, C), labels, small(num_labels=C, problem_type=problem))
-    assert shape in str(caught.value)
-    assert "set config.problem_type" in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------------ distillation
@@ -148,9 +146,8 @@ def test_gradients_reach_both_heads(kind, logits):
 ])
 def test_refusals(options, sentence, logits):
     given = {"teacher": logits[2], **options}
-    with pytest.raises(ValueError) as caught:
+    with refuses(ValueError, sentence):
         losses.distillation_loss(*logits[:2], LABELS["whole"], **given)
-    assert sentence in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------- in the model
@@ -176,13 +173,13 @@ def test_labels_without_teacher():
     out = model(x, labels=labels)
     assert out.loss.item() == pytest.approx(cross_entropy(out.logits.detach(), labels), abs=1e-5)
     for given, found in (({"labels": labels}, "only labels"), ({"teacher_logits": torch.zeros(B, C)}, "only teacher")):
-        with pytest.raises(ValueError, match=f"labels and teacher_logits together, found {found}.*; pass both, or tr"):
+        with refuses(ValueError, f"labels and teacher_logits together, found {found}", "; pass both, or tr"):
             model.train()(x, **given)
 
 
 def test_teacher_without_labels_in_evaluation():
     model = build("with_teacher", small())
-    with pytest.raises(ValueError, match="found only teacher_logits"):
+    with refuses(ValueError, "found only teacher_logits"):
         model(images(model.config), teacher_logits=torch.zeros(2, C))
 
 
@@ -194,7 +191,7 @@ def test_fuse_heads(logits):
     for head, probabilities in expected.items():
         close(fuse_heads(cls, distillation, head), torch.tensor(probabilities).float(), 1e-6)
     assert not np.allclose(expected["fused"], expected["softmax"], atol=1e-3)
-    with pytest.raises(ValueError, match="head='both' is not known; choose fused, class, distillation or softmax"):
+    with refuses(ValueError, "head='both' is not known; choose fused, class, distillation or softmax"):
         fuse_heads(cls, distillation, "both")
 
 

@@ -1,14 +1,13 @@
 import math
-import re
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLASS_OF, build, close, images, loss_of, mask_for, small
+from conftest import CLASS_OF, build, close, images, loss_of, mask_for, refuses, small
 
 from deit import weights
-from deit.config import DeiTConfig, ViTConfig
+from deit.config import ViTConfig
 from deit.model import (
     DeiTForImageClassificationWithTeacher,
     DeiTForMaskedImageModeling,
@@ -152,7 +151,7 @@ def test_initial_values(kind, spread):
     assert (found["deit.cls_token"] - found["deit.distillation_token"]).std() > spread
 
 
-# ------------------------------------------------------------------------------------------------------ stochastic depth
+# ----------------------------------------------------------------------------------------------------- stochastic depth
 
 
 @pytest.mark.parametrize(("schedule", "rates"), [("linear", [0.0, 0.2, 0.4]), ("constant", [0.4, 0.4, 0.4])])
@@ -274,8 +273,8 @@ def test_trace_ends_in_the_answer(kind, last):
 def test_compiles_whole(kind):
     """No graph breaks, in evaluation and training, with masks, attentions and images of sizes seen and unseen."""
     torch._dynamo.reset()
-    model = build(kind, small())
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    model = build(kind, small(num_hidden_layers=2))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     for size, options in [(None, {}), ((8, 12), {"interpolate_pos_encoding": True}),
                           ((20, 24), {"interpolate_pos_encoding": True, "output_attentions": True}),
                           (None, {"head_mask": torch.tensor([1.0, 0.5, 0.0]), "output_hidden_states": True})]:
@@ -284,7 +283,8 @@ def test_compiles_whole(kind):
             close(dict(compiled(**given).items()), dict(model(**given).items()))
     given = given_for(kind, model.train().config)
     expected = gradients(model, **given)
-    loss_of(compiled(**given)).backward()
+    trained = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss_of(trained(**given)).backward()
     close({name: p.grad for name, p in model.named_parameters()}, {name: 2 * g for name, g in expected.items()})
 
 
@@ -309,7 +309,7 @@ def test_gradient_checkpointing(kind, changes):
         found.append(gradients(model, **given))
     close(found[1], found[0], 0)
     calls = []
-    model.backbone.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    model.backbone.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     gradients(model, **given)
     assert len(calls) == 2  # computed again in the backward pass
 
@@ -364,14 +364,14 @@ def test_vit():
 ])
 def test_refused_inputs(given, sentence):
     model = build("backbone", small())
-    with pytest.raises(ValueError, match=re.escape(sentence)):
+    with refuses(ValueError, sentence):
         model(**{"pixel_values": images(model.config), **given})
 
 
 def test_refused_mask():
     model = build("masked_image", small())
-    with pytest.raises(ValueError, match=re.escape("bool_masked_pos must be (2, 16): 4x4 patches for each of 2 images; "
-                                                   "found (2, 9)")):
+    with refuses(ValueError, "bool_masked_pos must be (2, 16): 4x4 patches for each of 2 images; "
+                                                   "found (2, 9)"):
         model(images(model.config), torch.zeros(2, 9).bool())
 
 
@@ -385,5 +385,5 @@ def test_refused_mask():
     (lambda: DeiTModel(small()).resize_to(3), "image_size=3 is smaller than patch_size=4"),
 ])
 def test_refusals(make, sentence):
-    with pytest.raises(ValueError, match=re.escape(sentence)):
+    with refuses(ValueError, sentence):
         make()

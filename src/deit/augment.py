@@ -32,11 +32,11 @@ def random_affine(image: Image.Image, recipe: Affine, rng: np.random.Generator) 
     width, height = image.size
     rotate, shear_x, shear_y = np.radians(rng.uniform(-1, 1, 3) * (recipe.rotate, recipe.shear, recipe.shear))
     scale = rng.uniform(*recipe.scale)
-    shift_x, shift_y = rng.uniform(-recipe.shift, recipe.shift, 2) * (width, height)
+    shift = rng.uniform(-recipe.shift, recipe.shift, 2) * (width, height)
     turn = np.array([[math.cos(rotate), -math.sin(rotate)], [math.sin(rotate), math.cos(rotate)]])
     forward = scale * turn @ np.array([[1.0, math.tan(shear_x)], [math.tan(shear_y), 1.0]])
     back = np.linalg.inv(forward)  # Pillow asks, for each output pixel, where it comes from
     centre = np.array([width / 2, height / 2])
-    offset = centre - back @ (centre + (shift_x, shift_y))
+    offset = centre - back @ (centre + shift)
     return image.transform(image.size, Image.Transform.AFFINE, (*back[0], offset[0], *back[1], offset[1]),
                            resample=Image.Resampling.BICUBIC)

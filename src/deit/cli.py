@@ -69,7 +69,7 @@ def _quickstart(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from deit.image import ImageError
+    from deit.decode import ImageError
     from deit.predict import Predictor
 
     predictor = Predictor(options.model, head=options.head)

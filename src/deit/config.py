@@ -17,6 +17,10 @@ ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "s
                "linear")
 """Names accepted by `hidden_act` and `pooler_act`, as `transformers` spells them."""
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Red, green and blue over ImageNet's training images, pixels from 0 to 1."""
+
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 _NOT_WRITTEN = ("extra",)
@@ -94,6 +98,11 @@ class DeiTConfig:
 
     def _settle_labels(self) -> None:
         names = self.id2label
+        for name in ("id2label", "label2id"):
+            if not isinstance(value := getattr(self, name), Mapping | None):
+                raise ValueError(f"{name} must be a dictionary, found {value!r}")
+        if not isinstance(self.num_labels, int | None):
+            raise ValueError(f"num_labels must be a whole number, found {self.num_labels!r}")
         if names is None and self.label2id is not None:
             names = {i: label for label, i in self.label2id.items()}
         if names is not None:
@@ -130,8 +139,19 @@ class DeiTConfig:
             raise ValueError(f"hidden_size={self.hidden_size} cannot be divided among num_attention_heads="
                              f"{self.num_attention_heads}; choose a multiple")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be at least 0 and below 1, found {getattr(self, name)!r}")
+            if not isinstance(value := getattr(self, name), int | float) or not 0.0 <= value < 1.0:
+                raise ValueError(f"{name} must be at least 0 and below 1, found {value!r}")
+        for name in ("initializer_range", "layer_norm_eps"):
+            if not isinstance(value := getattr(self, name), int | float) or value < 0:
+                raise ValueError(f"{name} must be a number of at least 0, found {value!r}")
+        for name in ("qkv_bias", "distillation_token", "position_on_class_token", "output_hidden_states",
+                     "output_attentions", "return_dict"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, found {value!r}")
+        if not isinstance(self.pooler_output_size, int | None) or (self.pooler_output_size or 1) < 1:
+            raise ValueError(f"pooler_output_size must be a whole number or None, found {self.pooler_output_size!r}")
+        if not isinstance(self.layer_scale_init_value, int | float | None):
+            raise ValueError(f"layer_scale_init_value must be a number or None, found {self.layer_scale_init_value!r}")
         for name in ("hidden_act", "pooler_act"):
             if getattr(self, name) not in ACTIVATIONS:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(ACTIVATIONS)}")
@@ -255,7 +275,11 @@ class DeiTConfig:
 
         path = hub.find_file(name_or_folder, "config.json", revision=revision, subfolder=subfolder,
                              cache_dir=cache_dir, local_files_only=local_files_only, token=token)
-        return cls.from_dict(hub.read_json(path), **overrides)
+        values = hub.read_json(path)
+        try:
+            return cls.from_dict(values, **overrides)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` into `folder`, which is made where missing."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from deit.augment import augment, draws
-from deit.image import DeiTImageProcessor, load_image
+from deit.image import DeiTImageProcessor
 from deit.recipe import Data, Recipe
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -79,7 +79,7 @@ class _TrainingViews(Dataset[tuple[np.ndarray, int]]):
 
     def __init__(self, split: Split, recipe: Recipe):
         self.split, self.recipe = split, recipe
-        self.size = recipe.model.image_hw[::-1]  # Pillow's (width, height)
+        self.processor = processor_for(recipe)
         self.decoded: dict[int, Image.Image] = {}
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, int]:
@@ -88,10 +88,11 @@ class _TrainingViews(Dataset[tuple[np.ndarray, int]]):
         return np.asarray(view), self.split.labels[index]
 
     def _image(self, index: int) -> Image.Image:
-        """Decoded and resized once, kept in memory: at training size a thousand images are a few megabytes."""
+        """Resized and cropped as for evaluation; kept in memory, where a thousand images of 32 pixels take 3 MB."""
         if index not in self.decoded:
-            image = load_image(self.split.files[index], min_side=self.size[::-1])
-            self.decoded[index] = image.resize(self.size, Image.Resampling.BICUBIC)
+            [pixels] = self.processor([self.split.files[index]], do_rescale=False, do_normalize=False,
+                                      data_format="channels_last").pixel_values
+            self.decoded[index] = Image.fromarray(pixels.astype(np.uint8))
         return self.decoded[index]
 
 

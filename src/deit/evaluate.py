@@ -12,6 +12,7 @@ from torch import nn
 from deit.data import Batch
 from deit.model import Head, head_probabilities
 
+
 @dataclass(frozen=True)
 class Accuracy:
     """Share of correct decisions, and Wilson's 95 % interval for it (Wilson 1927)."""

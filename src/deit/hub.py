@@ -10,10 +10,10 @@ import argparse
 import json
 import os
 import pickle
-import tempfile
+import uuid
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,24 +90,29 @@ def _find_weights(name_or_folder: str | Path, **where: Any) -> list[Path]:
     """The weight file, or all shards of it."""
     if (place := Path(name_or_folder).expanduser()).is_file():
         return [place]
+    reasons = []
     for filename in WEIGHT_FILES:
         try:
             path = find_file(name_or_folder, filename, **where)
         except FileNotFoundError as error:
-            reason = error
+            reasons.append(error)
             continue
         if not filename.endswith(".index.json"):
             return [path]
         shards = read_json(path).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise CheckpointError(f"{path} has no weight_map, so its shards are unknown; fetch the checkpoint again")
-        return [find_file(name_or_folder, shard, **where) for shard in sorted(set(shards.values()))]
+        try:
+            return [find_file(name_or_folder, shard, **where) for shard in sorted(set(shards.values()))]
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} lists a shard that is missing ({error}); fetch the checkpoint again") from None
     if place.is_dir():
+        place = place / where.get("subfolder", "")
         loose = sorted(place.glob("*.pth"))
         if len(loose) == 1:
             return loose
         raise FileNotFoundError(f"{place} holds no weights; expected one of {', '.join(WEIGHT_FILES)} or one .pth file")
-    raise reason
+    raise reasons[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -135,10 +140,10 @@ def read_checkpoint(name_or_folder: str | Path, *, config: DeiTConfig | None = N
     for path in paths:
         tensors |= read_tensors(path)
     file = str(paths[0])
-    ours = weights.to_ours(tensors, join=torch.cat, file=file)
+    ours = weights.to_ours(tensors, join=lambda parts: torch.cat(list(parts)), file=file)
     if config is None:
         try:
-            config = DeiTConfig.from_dict(read_json(find_file(name_or_folder, "config.json", **where)))
+            config = DeiTConfig.from_pretrained(name_or_folder, **where)
         except FileNotFoundError:
             config = weights.infer_config(ours, file=file)
     return Checkpoint(config, ours, file)
@@ -179,10 +184,10 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     import torch
 
     try:
-        with torch.serialization.safe_globals([(_Refused, "argparse.Namespace")]):  # type: ignore[list-item]
+        with torch.serialization.safe_globals([(_Refused, "argparse.Namespace")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" not in str(error) and "GLOBAL" not in str(error):
+        if "GLOBAL" not in str(error):
             raise CheckpointError(f"{path} is truncated, corrupt or no PyTorch file; fetch it again") from None
         raise CheckpointError(f"{path} holds more than tensors: a pickle that would run code when loaded. Nothing was "
                               f"executed or loaded ({_culprit(str(error))}). Ask for a safetensors file") from None
@@ -213,26 +218,19 @@ def _culprit(message: str) -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Any:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well: readers never see half a file."""
+    if path.parent.exists() and not path.parent.is_dir():
+        raise FileExistsError(f"{path.parent} is a file, expected a folder; choose another place")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_text(path: Path, text: str) -> None:
@@ -438,7 +436,7 @@ tags:
 - image-classification
 - {config.model_type}
 ---
-# {name.split("/")[-1]}
+# {name.rsplit("/", maxsplit=1)[-1]}
 
 A vision transformer {kind} distillation token: width {config.hidden_size}, {config.num_hidden_layers} blocks,
 {config.num_attention_heads} heads, patches of {config.patch_hw[0]}x{config.patch_hw[1]} pixels, images of

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -37,7 +37,7 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-_ACTIVATION = {
+_ACTIVATION: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU, "gelu_new": lambda: nn.GELU("tanh"), "gelu_pytorch_tanh": lambda: nn.GELU("tanh"),
     "quick_gelu": QuickGELU, "relu": nn.ReLU, "silu": nn.SiLU, "swish": nn.SiLU, "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid, "linear": nn.Identity,
@@ -180,7 +180,7 @@ class PreTrained(nn.Module):
         if name not in ("auto", "eager", "sdpa"):
             raise ValueError(f"attn_implementation={name!r} is not known; choose auto, eager or sdpa")
         for block in self.backbone.blocks:
-            block.attention.implementation = name
+            block.attention.implementation = name  # type: ignore[union-attr]
 
     def gradient_checkpointing_enable(self) -> None:
         """Recomputes each block in the backward pass: activations of one block at a time, for about a third more
@@ -273,7 +273,7 @@ class PreTrained(nn.Module):
         """Puts the file's tensors in place of this model's (on the meta device), and initialises the rest."""
         expected = {name: tuple(tensor.shape) for name, tensor in self._tensors().items()}
         given = {name: tensor for name, tensor in found.tensors.items() if name in expected}
-        mismatched = [name for name, tensor in given.items() if tuple(tensor.shape) != expected[name]]
+        mismatched = [name for name in expected if name in given and tuple(given[name].shape) != expected[name]]
         if mismatched and not ignore_mismatched_sizes:
             name = mismatched[0]
             raise hub.CheckpointError(
@@ -288,7 +288,7 @@ class PreTrained(nn.Module):
         fresh = [*missing, *mismatched]
         if fresh:
             warnings.warn(f"{found.file} does not give {', '.join(fresh)}: initialised anew, train before use",
-                          stacklevel=4)
+                          stacklevel=3)
         base = len(weights.BASE) if self.kind == "backbone" else 0
         state = {name[base:]: tensor for name, tensor in given.items() if name not in mismatched}
         self.load_state_dict(state, strict=False, assign=True)
@@ -301,7 +301,7 @@ class PreTrained(nn.Module):
             setattr(module, leaf, nn.Parameter(torch.empty(getattr(module, leaf).shape)))
         initialise(self, self.config, own)
         return {"missing_keys": missing, "mismatched_keys": mismatched, "error_msgs": [],
-                "unexpected_keys": [name for name in found.tensors if name not in expected]}
+                "unexpected_keys": sorted(found.tensors.keys() - expected.keys())}
 
 
 _MAY_BE_MISSING = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder.", "deit.pooler.",
@@ -338,7 +338,7 @@ def initialise(model: nn.Module, config: DeiTConfig, names: list[str] | None = N
             bound = 1 / math.sqrt(config.num_channels * math.prod(config.patch_hw))
             parameter.uniform_(-bound, bound)
         elif leaf in ("scale1", "scale2"):
-            parameter.fill_(config.layer_scale_init_value)
+            parameter.fill_(config.layer_scale_init_value or 0.0)
         elif owner.startswith("norm"):
             parameter.fill_(1.0 if leaf == "weight" else 0.0)
         elif leaf == "bias":
@@ -443,7 +443,8 @@ class DeiTModel(PreTrained):
         patches = self.patch(pixels.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)  # (B, R * S, D)
         batch = patches.shape[0]
         if mask is not None:
-            patches = torch.where(self._mask(mask, batch, rows, columns), self.mask_token.to(patches.dtype), patches)
+            hidden = self._mask(mask, batch, rows, columns)
+            patches = torch.where(hidden, self.mask_token.to(patches.dtype), patches)  # type: ignore[union-attr]
         prefix = [self.cls_token] + ([self.distillation_token] if self.distillation_token is not None else [])
         tokens = torch.cat([*(token.expand(batch, -1, -1) for token in prefix), patches], dim=1)
         position = self._positions(rows, columns)

@@ -18,7 +18,8 @@ def parameter_groups(model: nn.Module, recipe: AdamW) -> list[dict[str, object]]
     """
     free = {"position", "cls_token", "mask_token"} | (set() if recipe.decay_distillation_token
                                                       else {"distillation_token"})
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             whole = parameter.ndim <= 1 or name.rpartition(".")[2] in free
@@ -27,7 +28,7 @@ def parameter_groups(model: nn.Module, recipe: AdamW) -> list[dict[str, object]]
 
 
 def optimizer(model: nn.Module, recipe: AdamW) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr, betas=recipe.betas,  # type: ignore[arg-type]
+    return torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr, betas=recipe.betas,
                              eps=recipe.eps, fused=True)
 
 

@@ -30,7 +30,8 @@ class ModelOutput:
         return [(name, getattr(self, name)) for name in self.keys()]
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+        value = getattr(self, name, None)
+        return default if value is None else value
 
     def __getitem__(self, key: str | int | slice) -> Any:
         if not isinstance(key, str):

@@ -18,10 +18,11 @@ from deit.model import (
     DeiTForMaskedImageModeling,
     DeiTModel,
     Head,
+    PreTrained,
     head_probabilities,
 )
 
-_CLASS = {"Model": DeiTModel, "ForMaskedImageModeling": DeiTForMaskedImageModeling,
+_CLASS: dict[str, type[PreTrained]] = {"Model": DeiTModel, "ForMaskedImageModeling": DeiTForMaskedImageModeling,
           "ForImageClassification": DeiTForImageClassification,
           "ForImageClassificationWithTeacher": DeiTForImageClassificationWithTeacher}
 _OF_KIND = {cls.kind: cls for cls in _CLASS.values()}

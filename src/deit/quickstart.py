@@ -17,7 +17,6 @@ from deit.predict import Predictor, load_model
 from deit.recipes.digits import digits, digits_teacher
 from deit.train import train
 
-
 _PARTS = ("data", "teacher", "student")
 
 
@@ -47,8 +46,7 @@ def quickstart(out: Path, *, seed: int = 0, console: Console) -> Result:
     val_split, test_split = (read_split(out / "data", split, train_split.classes) for split in ("val", "test"))
 
     taught = train(replace(digits_teacher(), seed=seed), train_split, val_split, out / "teacher", console=console)
-    recipe = digits()
-    recipe = replace(recipe, seed=seed, objective=replace(recipe.objective, teacher=str(taught.model)))
+    recipe = replace(digits(teacher=taught.model), seed=seed)
     student = train(recipe, train_split, val_split, out / "student", console=console)
 
     test = list(evaluation_batches(test_split, processor_for(recipe), recipe.data.batch))

@@ -8,10 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from deit.config import ConvNetConfig, DeiTConfig
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from deit.config import IMAGENET_MEAN, IMAGENET_STD, ConvNetConfig, DeiTConfig
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Teacher:
 
     def __init__(self, model: nn.Module, processor: DeiTImageProcessor, order: Tensor | None, student: Data):
         self.model = model.eval().requires_grad_(False)
-        self.size = model.config.image_hw  # type: ignore[union-attr]
+        self.size: tuple[int, int] = model.config.image_hw  # type: ignore[union-attr, assignment]
         self.order = order
         ours, theirs = (torch.tensor(student.mean), torch.tensor(student.std)), (
             torch.tensor(processor.image_mean), torch.tensor(processor.image_std))

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import CLASS_OF, build, close, images, scramble, shrink
+from conftest import CLASS_OF, build, close, images, refuses, scramble, shrink
 
 from deit import hub, weights
 from deit.config import VARIANTS, DeiTConfig
@@ -135,7 +135,7 @@ def test_pooling_by_average_is_refused(tmp_path):
     """timm can classify by the mean of the patches; reading such a file as if by the class token would lie."""
     timm.models.save_for_hf(timm.create_model("deit_tiny_patch16_224", depth=1, global_pool="avg"), tmp_path,
                             safe_serialization=True)
-    with pytest.raises(ValueError, match="global_pool is 'avg'; this package classifies by the class token"):
+    with refuses(ValueError, "global_pool is 'avg'; this package classifies by the class token"):
         DeiTConfig.from_pretrained(tmp_path)
 
 
@@ -210,23 +210,23 @@ def test_convert_to_original(variant, tmp_path):
     agree(ours, theirs)
 
 
-@pytest.mark.parametrize(("kind", "changes", "sentence"), [
-    ("masked_image", {}, "is a masked_image model; timm stores classifiers only, keep --to hf"),
-    ("classification", {}, "has a distillation token and one head; timm's distilled models have two"),
-    ("with_teacher", {"hidden_act": "relu"}, "timm's models compute with gelu .* has relu"),
-    ("with_teacher", {"layer_norm_eps": 1e-3}, "epsilon of 1e-6; .* and 0.001, and would answer differently"),
+@pytest.mark.parametrize(("kind", "changes", "parts"), [
+    ("masked_image", {}, ["is a masked_image model; timm stores classifiers only, keep --to hf"]),
+    ("classification", {}, ["has a distillation token and one head; timm's distilled models have two"]),
+    ("with_teacher", {"hidden_act": "relu"}, ["timm's models compute with gelu", "has relu"]),
+    ("with_teacher", {"layer_norm_eps": 1e-3}, ["epsilon of 1e-6", "and 0.001, and would answer differently"]),
     ("classification", {"distillation_token": False, "layer_scale_init_value": 1.0},
-     "no published architecture combines this"),
+     ["no published architecture combines this"]),
 ])
-def test_refused_conversion(kind, changes, sentence, tmp_path):
+def test_refused_conversion(kind, changes, parts, tmp_path):
     config = shrink(VARIANTS["deit-tiny-distilled-patch16-224"], encoder_stride=16, **changes)
     build(kind, config).save_pretrained(tmp_path / "ours")
-    with pytest.raises(ValueError, match=sentence):
+    with refuses(ValueError, *parts):
         hub.convert(tmp_path / "ours", "timm", tmp_path / "timm")
     assert not (tmp_path / "timm").exists()
 
 
 def test_unknown_format(tmp_path):
     build("classification", shrink(VARIANTS["deit-tiny-patch16-224"])).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="there is no format 'keras'; choose hf, timm or original"):
+    with refuses(ValueError, "there is no format 'keras'; choose hf, timm or original"):
         hub.convert(tmp_path, "keras", tmp_path / "out")

@@ -1,5 +1,7 @@
 """scikit-learn's handwritten digits: the whole path, teacher to distilled student, in minutes on a laptop."""
 
+from pathlib import Path
+
 from deit.config import ConvNetConfig, DeiTConfig
 from deit.recipe import AdamW, Affine, Augment, Cosine, Data, Distilled, Recipe, Supervised, epochs
 
@@ -21,7 +23,7 @@ def digits_teacher() -> Recipe:
     )
 
 
-def digits() -> Recipe:
+def digits(teacher: str | Path = "") -> Recipe:
     """A DeiT of 16 patches that learns from the labels and from the ConvNet's decisions."""
     return Recipe(
         name="digits",
@@ -29,7 +31,7 @@ def digits() -> Recipe:
                          layer_norm_eps=1e-6, image_size=32, patch_size=8, encoder_stride=8),
         data=_DATA,
         augment=_HANDWRITING,
-        objective=Distilled(kind="hard", smoothing=0.1),
+        objective=Distilled(teacher=str(teacher), kind="hard", smoothing=0.1),
         optim=AdamW(lr=1e-3, per_images=64, weight_decay=0.05),
         schedule=Cosine(total=epochs(60), warmup=epochs(5)),
     )
