@@ -210,3 +210,10 @@ def test_masked_image_loss(grid, patch, border):
                    if mask[b, i // height, j // width]]
     assert losses.masked_image_loss(pixels, painted, mask).item() == pytest.approx(np.mean(differences), abs=1e-5)
     assert losses.masked_image_loss(pixels, painted, torch.zeros_like(mask)).item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_masked_image_loss_of_more_pixels_than_half_precision_counts(dtype):
+    pixels, painted = torch.zeros(4, 1, 160, 160), torch.full((4, 1, 160, 160), 0.5, dtype=dtype)
+    found = losses.masked_image_loss(pixels, painted, torch.ones(4, 10, 10))
+    assert found.item() == pytest.approx(0.5, rel=1e-6)

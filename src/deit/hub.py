@@ -105,7 +105,8 @@ def _find_weights(name_or_folder: str | Path, **where: Any) -> list[Path]:
         try:
             return [find_file(name_or_folder, shard, **where) for shard in sorted(set(shards.values()))]
         except FileNotFoundError as error:
-            raise CheckpointError(f"{path} lists a shard that is missing ({error}); fetch the checkpoint again") from None
+            raise CheckpointError(f"{path} lists a shard that is missing ({error}); fetch the checkpoint "
+                                  "again") from None
     if place.is_dir():
         place = place / where.get("subfolder", "")
         loose = sorted(place.glob("*.pth"))

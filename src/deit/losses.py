@@ -103,7 +103,8 @@ def masked_image_loss(pixels: Tensor, reconstruction: Tensor, mask: Tensor) -> T
     """
     height, width = reconstruction.shape[-2:]
     rows, columns = mask.shape[-2:]
-    hidden = mask.to(reconstruction.dtype).repeat_interleave(height // rows, 1).repeat_interleave(width // columns, 2)
+    # Counted in float32 whatever the model computes in: float16 ends at 65504 pixels.
+    hidden = mask.float().repeat_interleave(height // rows, 1).repeat_interleave(width // columns, 2)
     difference = (pixels[..., :height, :width] - reconstruction).abs() * hidden.unsqueeze(1)
     # The small constant keeps an empty mask at zero instead of NaN; the value is transformers'.
     return difference.sum() / (hidden.sum() + 1e-5) / pixels.shape[1]
