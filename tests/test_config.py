@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
@@ -99,6 +101,13 @@ def test_frozen_and_keyword_only():
         DeiTConfig().hidden_size = 3
     with refuses(TypeError, "positional"):
         DeiTConfig(768)
+
+
+def test_copies():
+    config = DeiTConfig(id2label={0: "cat", 1: "dog"}, extra={"favourite": "tea"})
+    for again in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert again == config
+        assert again.favourite == "tea"
 
 
 def test_replace():

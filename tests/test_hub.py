@@ -77,7 +77,7 @@ def test_config_of_a_saved_model(saved):
 
 
 def test_failing_write_leaves_the_old_files(saved, monkeypatch):
-    model, folder = saved
+    _, folder = saved
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
 
     def full_disk(tensors, path, **_):
@@ -119,7 +119,7 @@ def test_views_and_shared_storage_are_saved_whole(tmp_path):
 def test_missing_head(tmp_path):
     backbone = build("backbone", small(hidden_size=96))
     backbone.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="initialised anew") as caught:
         model, info = CLASS_OF["with_teacher"].from_pretrained(tmp_path, num_labels=100, output_loading_info=True)
     heads = [f"{name}.{leaf}" for name in ("cls_classifier", "distillation_classifier") for leaf in ("weight", "bias")]
     assert info == {"missing_keys": heads, "mismatched_keys": [], "error_msgs": [],
@@ -283,7 +283,7 @@ def test_pickled_code_is_not_run(wrap, legacy, tmp_path):
     ([torch.zeros(1)], "should hold a dictionary of tensors, found list"),
     ({"a": torch.zeros(1), "b": 3}, "'b' is int, expected tensors only, or a dictionary with them under \"model\""),
     ({"model": {"a": "text"}}, "'a' is str, expected tensors only"),
-    ({"fc.weight": torch.zeros(1)}, "names its tensors like ['fc.weight']; expected Hugging Face's, timm's or facebook"),
+    ({"fc.weight": torch.zeros(1)}, "names its tensors like ['fc.weight']; expected Hugging Face's, timm's or"),
 ])
 def test_other_pickles(content, sentence, tmp_path):
     torch.save(content, tmp_path / "m.pth")
@@ -373,7 +373,8 @@ def test_hub_cache(saved, tmp_path):
         loaded = DeiTForImageClassification.from_pretrained("org/tiny", cache_dir=tmp_path / "cache",
                                                             local_files_only=True, **options)
         close(loaded.state_dict(), model.state_dict(), 0)
-    assert DeiTConfig.from_pretrained("org/tiny", cache_dir=tmp_path / "cache", local_files_only=True).id2label[1] == "bee"
+    config = DeiTConfig.from_pretrained("org/tiny", cache_dir=tmp_path / "cache", local_files_only=True)
+    assert config.id2label[1] == "bee"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -390,6 +391,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
                  "RevisionNotFound" if revision not in ("v1", COMMIT) else
                  None if (self.folder / name).is_file() else "EntryNotFound")
         body = b"" if error else (self.folder / name).read_bytes()
+        if self.headers.get("Authorization") == "Bearer wrong":
+            self.send_response(401)
+            self.send_header("X-Error-Message", "Invalid credentials in Authorization header")
+            self.end_headers()
+            return
         self.send_response(404 if error else 200)
         self.send_header("X-Error-Code", error) if error else self.send_header("ETag", f'"{name}-{len(body)}"')
         if error in (None, "EntryNotFound"):
@@ -444,8 +450,11 @@ def test_hub(served, saved, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
-    ("'org/none'", "there is neither a folder org/none nor a hub repository of that name that this token may read; check "
-                   "the name, or pass token="),
+    ("'org/none'", "there is neither a folder org/none nor a hub repository of that name that this token may read; "
+                   "check the name, or pass token="),
+    ("'org/tiny', revision='v1', token='wrong'",
+     "the hub does not give model.safetensors of org/tiny (Client error '401 Unauthorized' for url "
+     "'ENDPOINT/org/tiny/resolve/v1/model.safetensors'); check the token"),
     ("'org/tiny', revision='v9'", "org/tiny on the hub has no revision 'v9'"),
     ("'org/tiny', revision='v1', subfolder='deep'", "org/tiny on the hub holds no model.safetensors"),
 ])
@@ -453,15 +462,35 @@ def test_hub_refuses(arguments, sentence, served):
     code = ("from deit import DeiTForImageClassification\n"
             f"try: DeiTForImageClassification.from_pretrained({arguments})\n"
             "except FileNotFoundError as error: print(error)")
-    assert run_python(code, **served[0]) == sentence
+    assert run_python(code, **served[0]) == sentence.replace("ENDPOINT", served[0]["HF_ENDPOINT"])
+
+
+def test_unanswering_hub_is_waited_for_once(saved, tmp_path, monkeypatch):
+    """The client retries for half a minute before it gives up on a file."""
+    import huggingface_hub
+
+    waited = []
+
+    def unreachable(name, filename, *, local_files_only, **_):
+        waited.append((filename, local_files_only))
+        if filename == "pytorch_model.bin" and local_files_only:
+            return str(path)
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(weights.from_ours(saved[0]._tensors(), "hf"), path)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    loaded = load("org/tiny", config=saved[0].config)
+    close(loaded.state_dict(), saved[0].state_dict(), 0)
+    assert waited == [("model.safetensors", False), ("model.safetensors.index.json", True), ("pytorch_model.bin", True)]
 
 
 def test_unreachable_hub(tmp_path):
     code = ("from deit import DeiTConfig\n"
             "try: DeiTConfig.from_pretrained('org/tiny')\n"
             "except FileNotFoundError as error: print(error)")
-    sentence = ("config.json of org/tiny is not in the local cache and could not be fetched (offline, or no network); "
-                "connect, or give a local folder")
+    sentence = ("config.json of org/tiny is not in the local cache and could not be fetched (offline, no network, or "
+                "the hub does not answer); connect, or give a local folder")
     assert run_python(code, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)) == sentence
 
 

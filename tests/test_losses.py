@@ -46,7 +46,8 @@ LABELS = {
 @pytest.mark.parametrize(("problem", "count", "labels"), [
     (None, C, "whole"), (None, C, "floats"), (None, 1, "one float"), (None, 1, "column"), (None, C, "multi-hot"),
     ("regression", C, "floats"), ("regression", 1, "column"), ("regression", 1, "one float"),
-    ("single_label_classification", C, "whole"), ("multi_label_classification", C, "multi-hot"), ("multi_label_classification", C, "floats"),
+    ("single_label_classification", C, "whole"), ("multi_label_classification", C, "multi-hot"),
+    ("multi_label_classification", C, "floats"),
 ])
 def test_equals_transformers(problem, count, labels, quiet_transformers):
     from transformers.loss.loss_utils import LOSS_MAPPING

@@ -14,7 +14,7 @@ import uuid
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,6 +36,10 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_mo
 
 class CheckpointError(ValueError):
     """A checkpoint that can't be read whole; the message names the file, what was found and the next move."""
+
+
+class NotFetched(FileNotFoundError):
+    """A file that is not in the local cache, where the hub is not reachable or not asked."""
 
 
 # ---------------------------------------------------------------------------------------------------------- finding
@@ -74,8 +78,8 @@ def _download(name: str, filename: str, **options: Any) -> Path:
         return Path(hf_hub_download(name, filename, **options))
     except errors.EntryNotFoundError as error:
         if isinstance(error, errors.LocalEntryNotFoundError):
-            raise FileNotFoundError(f"{filename} of {name} is not in the local cache and could not be fetched "
-                                    "(offline, or no network); connect, or give a local folder") from None
+            raise NotFetched(f"{filename} of {name} is not in the local cache and could not be fetched (offline, no "
+                             "network, or the hub does not answer); connect, or give a local folder") from None
         raise FileNotFoundError(f"{name} on the hub holds no {filename}") from None
     except errors.RevisionNotFoundError:
         raise FileNotFoundError(f"{name} on the hub has no revision {options['revision']!r}") from None
@@ -84,6 +88,9 @@ def _download(name: str, filename: str, **options: Any) -> Path:
                                 "may read; check the name, or pass token=") from None
     except errors.HFValidationError:
         raise FileNotFoundError(f"{name!r} is neither a folder nor a possible hub name (user/model)") from None
+    except errors.HfHubHTTPError as error:
+        raise FileNotFoundError(f"the hub does not give {filename} of {name} ({str(error).splitlines()[0]}); check the "
+                                "token") from None
 
 
 def _find_weights(name_or_folder: str | Path, **where: Any) -> list[Path]:
@@ -96,6 +103,8 @@ def _find_weights(name_or_folder: str | Path, **where: Any) -> list[Path]:
             path = find_file(name_or_folder, filename, **where)
         except FileNotFoundError as error:
             reasons.append(error)
+            if isinstance(error, NotFetched):  # the client waits long for each file; the cache may hold another
+                where["local_files_only"] = True
             continue
         if not filename.endswith(".index.json"):
             return [path]
@@ -136,18 +145,16 @@ def read_checkpoint(name_or_folder: str | Path, *, config: DeiTConfig | None = N
     """
     import torch
 
+    if config is None:
+        with suppress(FileNotFoundError):
+            config = DeiTConfig.from_pretrained(name_or_folder, **where)
     paths = _find_weights(name_or_folder, **where)
     tensors: dict[str, Tensor] = {}
     for path in paths:
         tensors |= read_tensors(path)
     file = str(paths[0])
     ours = weights.to_ours(tensors, join=lambda parts: torch.cat(list(parts)), file=file)
-    if config is None:
-        try:
-            config = DeiTConfig.from_pretrained(name_or_folder, **where)
-        except FileNotFoundError:
-            config = weights.infer_config(ours, file=file)
-    return Checkpoint(config, ours, file)
+    return Checkpoint(config or weights.infer_config(ours, file=file), ours, file)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -447,6 +454,6 @@ Classes: {shown}.
 """
 
 
-__all__ = ["Checkpoint", "CheckpointError", "convert", "find_file", "model_card", "nearest_variant", "push_folder",
-           "read_checkpoint", "read_json", "read_tensors", "replacing", "write_checkpoint", "write_json",
-           "write_tensors", "write_text"]
+__all__ = ["Checkpoint", "CheckpointError", "NotFetched", "convert", "find_file", "model_card", "nearest_variant",
+           "push_folder", "read_checkpoint", "read_json", "read_tensors", "replacing", "write_checkpoint",
+           "write_json", "write_tensors", "write_text"]

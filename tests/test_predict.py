@@ -1,0 +1,95 @@
+"""From files to labels."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import build, refuses, small
+from PIL import Image
+
+from deit import hub, weights
+from deit.config import ConvNetConfig
+from deit.convnet import ConvNet
+from deit.image import DeiTImageProcessor
+from deit.model import (
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    DeiTForMaskedImageModeling,
+    DeiTModel,
+    fuse_heads,
+)
+from deit.predict import Predictor, load_model
+
+LABELS = {0: "ant", 1: "bee", 2: "cat", 3: "dog", 4: "eel"}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / "small.png", tmp_path / "wide.jpg"]
+    for path, size in zip(paths, [(20, 30, 3), (90, 160, 3)], strict=True):
+        Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(path)
+    return paths
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = build("with_teacher", small(id2label=LABELS, num_labels=None))
+    model.save_pretrained(tmp_path / "model")
+    DeiTImageProcessor.paper(16).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("head", ["fused", "class", "distillation", "softmax"])
+def test_labels_and_scores(folder, photos, head):
+    """The processor, the model and the head by hand give the same."""
+    found = Predictor(folder, head=head)(photos, top_k=5)
+    pixels = DeiTImageProcessor.from_pretrained(folder)(photos, return_tensors="pt").pixel_values
+    out = DeiTForImageClassificationWithTeacher.from_pretrained(folder)(pixels)
+    expected = fuse_heads(out.cls_logits, out.distillation_logits, head)
+    for row, scores in zip(found, expected, strict=True):
+        assert [entry["score"] for entry in row] == sorted((entry["score"] for entry in row), reverse=True)
+        for entry in row:
+            index = {name: i for i, name in LABELS.items()}[entry["label"]]
+            assert entry["score"] == pytest.approx(scores[index].item(), abs=1e-6)
+        assert len(row) == 5
+
+
+def test_paths_bytes_and_pictures_agree(folder, photos):
+    predictor = Predictor(folder)
+    by_path = predictor(photos, top_k=1)
+    assert predictor([path.read_bytes() for path in photos], top_k=1) == by_path
+    assert predictor([photos[0], Image.open(photos[1])], top_k=1)[0] == by_path[0]
+    assert predictor([], top_k=1) == []
+    assert len(predictor(photos[:1], top_k=99)[0]) == 5
+
+
+def test_a_model_with_one_head(tmp_path, photos):
+    build("classification", small(id2label=LABELS, num_labels=None)).save_pretrained(tmp_path)
+    DeiTImageProcessor.paper(16).save_pretrained(tmp_path)
+    assert Predictor(tmp_path)(photos) == Predictor(tmp_path, head="class")(photos)
+    with refuses(ValueError, "no head 'distillation'", "it has fused, class"):
+        Predictor(tmp_path, head="distillation")(photos)
+
+
+@pytest.mark.parametrize("kind", ["backbone", "masked_image", "classification", "with_teacher"])
+def test_the_class_is_told_from_the_files(tmp_path, kind):
+    config = small()
+    build(kind, config).save_pretrained(tmp_path)
+    expected = {"backbone": DeiTModel, "masked_image": DeiTForMaskedImageModeling,
+                "classification": DeiTForImageClassification, "with_teacher": DeiTForImageClassificationWithTeacher}
+    assert type(load_model(tmp_path)) is expected[kind]
+
+
+def test_the_class_is_told_from_a_lone_weight_file(tmp_path):
+    model = build("with_teacher", small(hidden_size=64, num_attention_heads=1))
+    torch.save({"model": weights.from_ours(model._tensors(), "original")}, tmp_path / "deit.pth")
+    found = load_model(tmp_path / "deit.pth")
+    assert type(found) is DeiTForImageClassificationWithTeacher
+    assert torch.equal(found.deit.position, model.deit.position)
+
+
+def test_the_built_in_convnet_is_loaded(tmp_path):
+    ConvNet(ConvNetConfig(widths=(4,), depth=1)).save_pretrained(tmp_path)
+    assert isinstance(load_model(tmp_path), ConvNet)
+    with refuses(ValueError, "model_type is 'deit_convnet'"):
+        hub.read_checkpoint(tmp_path)
