@@ -99,7 +99,8 @@ def test_import_loads_no_framework():
 def test_every_public_name_resolves():
     assert run_python("import deit; print(all(getattr(deit, name) is not None for name in deit.__all__), "
                       "set(deit.__all__) <= set(dir(deit)))") == "True True"
-    assert "no attribute 'nothing'" in run_python("import deit\ntry: deit.nothing\nexcept AttributeError as e: print(e)")
+    shown = run_python("import deit\ntry: deit.nothing\nexcept AttributeError as error: print(error)")
+    assert "no attribute 'nothing'" in shown
 
 
 def commands(text):

@@ -92,6 +92,6 @@ def _row(path: str, labels: list[dict[str, Any]], as_json: bool) -> str:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from deit.hub import convert
+    from deit.convert import convert
 
     print(convert(options.source, options.to, options.out))

@@ -147,7 +147,8 @@ def _read_bytes(source: Any, name: str) -> bytes:
     else:
         data = bytes(source) if _is_bytes(source) else source.read()
     if not isinstance(data, bytes):
-        raise ImageError(f'{name} gives an object of type {type(data).__name__}, expected bytes; open the file with mode "rb"')
+        raise ImageError(f"{name} gives an object of type {type(data).__name__}, expected bytes; open the file with "
+                         'mode "rb"')
     if not data:
         raise ImageError(f"{name} is empty (0 bytes), expected an image; copy or download it again")
     return data

@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import CLASS_OF, build, close, images, refuses, scramble, shrink
 
-from deit import hub, weights
+from deit import weights
 from deit.config import VARIANTS, DeiTConfig
+from deit.convert import convert
 
 timm = pytest.importorskip("timm")
 
@@ -175,7 +176,7 @@ def test_convert_to_timm(variant, tmp_path):
     config = shrink(VARIANTS[variant], id2label={i: f"kind {i}" for i in range(7)})
     ours = build(kind_for(config), config)
     ours.save_pretrained(tmp_path / "ours")
-    assert hub.convert(tmp_path / "ours", "timm", tmp_path / "timm") == tmp_path / "timm"
+    assert convert(tmp_path / "ours", "timm", tmp_path / "timm") == tmp_path / "timm"
     theirs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
     agree(ours, theirs)
     assert list(theirs.pretrained_cfg["input_size"]) == [3, *config.image_hw]
@@ -189,10 +190,10 @@ def test_convert_to_hf_and_back(variant, tmp_path):
     config = shrink(VARIANTS[variant])
     theirs = scramble(timm_model(variant, config))
     timm.models.save_for_hf(theirs, tmp_path / "timm", safe_serialization=True)
-    hub.convert(tmp_path / "timm", "hf", tmp_path / "hf")
+    convert(tmp_path / "timm", "hf", tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
     agree(CLASS_OF[kind_for(config)].from_pretrained(tmp_path / "hf"), theirs)
-    hub.convert(tmp_path / "hf", "timm", tmp_path / "again")
+    convert(tmp_path / "hf", "timm", tmp_path / "again")
     agree(CLASS_OF[kind_for(config)].from_pretrained(tmp_path / "hf"),
           timm.create_model(f"local-dir:{tmp_path / 'again'}", pretrained=True))
 
@@ -201,7 +202,7 @@ def test_convert_to_original(variant, tmp_path):
     config = shrink(VARIANTS[variant])
     ours = build(kind_for(config), config)
     ours.save_pretrained(tmp_path / "ours")
-    path = hub.convert(tmp_path / "ours", "original", tmp_path / "out")
+    path = convert(tmp_path / "ours", "original", tmp_path / "out")
     state = torch.load(path, weights_only=True)["model"]
     assert any("gamma_1" in name for name in state) == (config.layer_scale_init_value is not None)
     theirs = timm_model(variant, config)
@@ -222,11 +223,11 @@ def test_refused_conversion(kind, changes, parts, tmp_path):
     config = shrink(VARIANTS["deit-tiny-distilled-patch16-224"], encoder_stride=16, **changes)
     build(kind, config).save_pretrained(tmp_path / "ours")
     with refuses(ValueError, *parts):
-        hub.convert(tmp_path / "ours", "timm", tmp_path / "timm")
+        convert(tmp_path / "ours", "timm", tmp_path / "timm")
     assert not (tmp_path / "timm").exists()
 
 
 def test_unknown_format(tmp_path):
     build("classification", shrink(VARIANTS["deit-tiny-patch16-224"])).save_pretrained(tmp_path)
     with refuses(ValueError, "there is no format 'keras'; choose hf, timm or original"):
-        hub.convert(tmp_path, "keras", tmp_path / "out")
+        convert(tmp_path, "keras", tmp_path / "out")

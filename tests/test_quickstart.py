@@ -1,0 +1,63 @@
+"""The main job, whole: the numbers it promises."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import refuses
+from rich.console import Console
+
+from deit.data import evaluation_batches, read_split
+from deit.evaluate import evaluate
+from deit.image import DeiTImageProcessor
+from deit.predict import load_model
+from deit.quickstart import quickstart
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """With the threads that a person gets: in this process the tests have set one."""
+    out = tmp_path_factory.mktemp("run") / "quickstart"
+    return subprocess.run([sys.executable, "-m", "deit", "quickstart", "--out", str(out), "--json"],
+                          capture_output=True, text=True, check=True), out
+
+
+def test_the_numbers(done):
+    result = json.loads(done[0].stdout.splitlines()[-1])
+    assert set(result) == {"teacher", "class_head", "distillation_head", "fused", "seconds", "model"}
+    assert result["fused"] >= 0.98
+    assert min(result["teacher"], result["class_head"], result["distillation_head"]) >= 0.97
+    assert result["seconds"] <= 180
+
+
+def test_the_folder_it_leaves(done):
+    """The saved model scores on the saved images what the command printed, with labels and preprocessing of its own."""
+    result, out = json.loads(done[0].stdout.splitlines()[-1]), done[1]
+    model = load_model(result["model"])
+    assert model.config.id2label == {i: str(i) for i in range(10)}
+    split = read_split(out / "data", "test", list(model.config.id2label.values()))
+    assert len(split) == 360
+    heads = evaluate(model, evaluation_batches(split, DeiTImageProcessor.from_pretrained(result["model"]), 64))
+    assert (heads["class"].value, heads["distillation"].value, heads["fused"].value) == (
+        result["class_head"], result["distillation_head"], result["fused"])
+    taught = load_model(out / "teacher" / "model")
+    batches = evaluation_batches(split, DeiTImageProcessor.from_pretrained(out / "teacher" / "model"), 64)
+    assert evaluate(taught, batches)["fused"].value == result["teacher"]
+
+
+def test_what_it_shows(done):
+    """The table with intervals, predictions from files, and next commands that are commands."""
+    shown = done[0].stderr
+    for row in ("ConvNet teacher", "DeiT, class head", "DeiT, distillation head", "DeiT, both heads fused", "/360"):
+        assert row in shown
+    assert "deit predict" in shown
+    assert "deit convert" in shown
+    assert shown.count(".png: ") == 5
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with refuses(FileExistsError, tmp_path, "give --out a new folder"):
+        quickstart(tmp_path, console=Console(quiet=True))
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
