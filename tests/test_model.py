@@ -352,6 +352,18 @@ def test_vit():
     assert model.device == torch.device("cpu")
 
 
+def test_vit_from_files(tmp_path):
+    plain = build("classification", small(distillation_token=False))
+    plain.save_pretrained(tmp_path / "plain")
+    model = ViTForImageClassification.from_pretrained(tmp_path / "plain")
+    assert isinstance(model.config, ViTConfig)
+    x = images(plain.config)
+    assert torch.equal(model(x).logits, plain(x).logits)
+    build("classification", small()).save_pretrained(tmp_path / "distilled")
+    with refuses(ValueError, "a model without distillation token, found distillation_token=True; use DeiTConfig"):
+        ViTForImageClassification.from_pretrained(tmp_path / "distilled")
+
+
 @pytest.mark.parametrize(("given", "sentence"), [
     ({"pixel_values": None}, "pixel_values are missing; pass a tensor (images, channels, height, width)"),
     ({"pixel_values": torch.zeros(3, 16, 16)}, "pixel_values must be (images, 3, height, width), found (3, 16, 16)"),

@@ -159,6 +159,7 @@ class PreTrained(nn.Module):
     """What every model of the family has: files, the hub, resolution, checkpointing, choice of attention."""
 
     kind: ClassVar[weights.Kind]
+    config_class: ClassVar[type[DeiTConfig]] = DeiTConfig
     config: DeiTConfig
 
     @property
@@ -254,7 +255,7 @@ class PreTrained(nn.Module):
                  "local_files_only": local_files_only, "token": token}
         found = hub.read_checkpoint(name_or_folder, config=config, **where)
         image_size = overrides.pop("image_size", None)
-        settings = DeiTConfig.from_dict(found.config.to_dict(), **overrides)
+        settings = cls.config_class.from_dict(found.config.to_dict(), **overrides)
         if cls is DeiTForMaskedImageModeling and "encoder_stride" not in overrides:
             settings = settings.replace(encoder_stride=settings.patch_size)
         extras = {"add_pooling_layer": any(n.startswith("deit.pooler.") for n in found.tensors),
@@ -656,6 +657,8 @@ def head_probabilities(output: ModelOutput) -> dict[Head, Tensor]:
 class ViTModel(DeiTModel):
     """`DeiTModel` without distillation token."""
 
+    config_class = ViTConfig
+
     def __init__(self, config: DeiTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
         _refuse_distillation_token(config)
         super().__init__(config, add_pooling_layer, use_mask_token)
@@ -663,6 +666,8 @@ class ViTModel(DeiTModel):
 
 class ViTForImageClassification(DeiTForImageClassification):
     """`DeiTForImageClassification` without distillation token; the backbone is also known as `vit`."""
+
+    config_class = ViTConfig
 
     def __init__(self, config: DeiTConfig):
         _refuse_distillation_token(config)
