@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from conftest import CLASS_OF, build, close, images, refuses, run_python, small
 
-from deit import hub, weights
+from deit import files, hub, weights
 from deit.config import DeiTConfig
 from deit.model import DeiTForImageClassification, DeiTModel
 
@@ -91,7 +91,7 @@ def test_failing_write_leaves_the_old_files(saved, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("I/O error")))
     with refuses(OSError, "I/O error"):
-        hub.write_text(folder / "config.json", "{}")
+        files.write_text(folder / "config.json", "{}")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
@@ -99,7 +99,7 @@ def test_written_files_are_readable_by_others(tmp_path):
     """The temporary file's private mode would otherwise stay."""
     before = os.umask(0o022)
     try:
-        hub.write_text(tmp_path / "new" / "a.txt", "é")
+        files.write_text(tmp_path / "new" / "a.txt", "é")
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "new" / "a.txt").stat().st_mode) == 0o644
@@ -158,7 +158,7 @@ def test_backbone_of_a_classifier(saved):
 
 def test_other_number_of_labels(saved):
     model, folder = saved
-    with refuses(hub.CheckpointError, folder / "model.safetensors",
+    with refuses(files.CheckpointError, folder / "model.safetensors",
                  "classifier.weight has shape (5, 24), this model expects " "(9, 24) (and 1 more)",
                  "ignore_mismatched_sizes=True"):
         load(folder, num_labels=9)
@@ -255,7 +255,7 @@ def test_damaged_file(name, damage, saved):
     whole = path.read_bytes()
     path.write_bytes({"empty": b"", "half": whole[:len(whole) // 2], "ones": b"\xff" * 999,
                       "header": whole[:5]}[damage])
-    with refuses(hub.CheckpointError, path, "truncated", "corrupt", "fetch it again"):
+    with refuses(files.CheckpointError, path, "truncated", "corrupt", "fetch it again"):
         load(folder)
 
 
@@ -273,7 +273,7 @@ class Attack:
 def test_pickled_code_is_not_run(wrap, legacy, tmp_path):
     marker, path = tmp_path / "marker", tmp_path / "m.pth"
     torch.save(wrap(Attack(marker)), path, _use_new_zipfile_serialization=not legacy)
-    with refuses(hub.CheckpointError, path, "would run code when loaded. Nothing was executed or loaded", "asks for "
+    with refuses(files.CheckpointError, path, "would run code when loaded. Nothing was executed or loaded", "asks for "
                  f"{os.system.__module__}.system", "Ask for a safetensors file"):
         load(path)
     assert not marker.exists()
@@ -316,14 +316,14 @@ def test_missing_part_of_qkv(saved):
 
 def test_missing_tensor(saved):
     folder = altered(saved, lambda named: [named.pop(key) for key in list(named) if "layernorm_after" in key])
-    with refuses(hub.CheckpointError, folder / "model.safetensors", "lacks deit.blocks.0.norm2.weight (and 5 more)",
+    with refuses(files.CheckpointError, folder / "model.safetensors", "lacks deit.blocks.0.norm2.weight (and 5 more)",
                  "the file is incomplete, or the config is another model's"):
         load(folder)
 
 
 def test_tensor_of_another_shape(saved):
     folder = altered(saved, lambda named: named.update({"deit.embeddings.cls_token": torch.zeros(1, 1, 7)}))
-    with refuses(hub.CheckpointError, folder / "model.safetensors",
+    with refuses(files.CheckpointError, folder / "model.safetensors",
                  "deit.cls_token has shape (1, 1, 7), this model expects " "(1, 1, 24);"):
         load(folder)
 
@@ -348,11 +348,11 @@ def test_missing_shard(saved):
     model.save_pretrained(folder, max_shard_size="3KB")
     gone = sorted(folder.glob("model-*"))[1]
     gone.unlink()
-    with refuses(hub.CheckpointError, folder / "model.safetensors.index.json",
+    with refuses(files.CheckpointError, folder / "model.safetensors.index.json",
                  f"lists a shard that is missing ({folder} " f"holds no {gone.name})", "fetch the checkpoint again"):
         load(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
-    with refuses(hub.CheckpointError, folder / "model.safetensors.index.json", "has no weight_map"):
+    with refuses(files.CheckpointError, folder / "model.safetensors.index.json", "has no weight_map"):
         load(folder)
 
 

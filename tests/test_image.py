@@ -535,7 +535,7 @@ def test_from_pretrained(tmp_path):
 
 def test_refused_files(tmp_path):
     path = tmp_path / "preprocessor_config.json"
-    for text, message in [("{", "is not JSON"), ("[]", "expected an object of options"),
+    for text, message in [("{", "is not valid JSON"), ("[]", "should hold a JSON object, found list"),
                           ('{"image_processor_type": "CLIPImageProcessor"}', "is for CLIPImageProcessor, which is not"),
                           ('{"feature_extractor_type": "BeitFeatureExtractor"}', "is for BeitFeatureExtractor"),
                           ('{"do_pad": true}', "do_pad=True is not done")]:

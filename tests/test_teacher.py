@@ -8,7 +8,7 @@ from conftest import refuses
 from deit.config import ConvNetConfig
 from deit.convnet import ConvNet
 from deit.data import Batch
-from deit.hub import CheckpointError
+from deit.files import CheckpointError
 from deit.image import DeiTImageProcessor
 from deit.losses import distillation_loss
 from deit.model import DeiTForImageClassificationWithTeacher

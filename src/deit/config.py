@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from deit import files
+
 Pair = int | tuple[int, int]
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh", "sigmoid",
@@ -271,11 +273,9 @@ class DeiTConfig:
                         cache_dir: str | Path | None = None, local_files_only: bool = False,
                         token: str | bool | None = None, **overrides: Any) -> Self:
         """Reads `config.json` from a folder, or from a repository of the Hugging Face hub."""
-        from deit import hub
-
-        path = hub.find_file(name_or_folder, "config.json", revision=revision, subfolder=subfolder,
-                             cache_dir=cache_dir, local_files_only=local_files_only, token=token)
-        values = hub.read_json(path)
+        path = files.find_file(name_or_folder, "config.json", revision=revision, subfolder=subfolder,
+                               cache_dir=cache_dir, local_files_only=local_files_only, token=token)
+        values = files.read_json(path)
         try:
             return cls.from_dict(values, **overrides)
         except ValueError as error:
@@ -283,9 +283,7 @@ class DeiTConfig:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` into `folder`, which is made where missing."""
-        from deit import hub
-
-        hub.write_text(Path(folder) / "config.json", self.to_json_string())
+        files.write_text(Path(folder) / "config.json", self.to_json_string())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,7 +301,7 @@ class ViTConfig(DeiTConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ConvNetConfig:
-    """The small built-in ConvNet (`teacher.ConvNet`): stages of 3x3 convolutions, halving the image between them."""
+    """The small built-in ConvNet (`convnet.ConvNet`): stages of 3x3 convolutions, halving the image between them."""
 
     widths: tuple[int, ...] = (32, 64, 128)
     """Channels of each stage."""

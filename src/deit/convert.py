@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from deit import hub, weights
+from deit import files, hub, weights
 from deit.config import VARIANTS, DeiTConfig
 from deit.image import DeiTImageProcessor
 
@@ -34,12 +34,12 @@ def convert(source: str | Path, to: Dialect, out: str | Path, **where: Any) -> P
     if to == "timm":
         described = _timm_config(checkpoint.config, processor)
         hub.write_tensors(folder, named, max_shard_size=2**63)
-        hub.write_json(folder / "config.json", described)
+        files.write_json(folder / "config.json", described)
         return folder
     import torch
 
     path = folder / f"{nearest_variant(checkpoint.config).replace('-', '_')}.pth"
-    with hub.replacing(path) as temporary:
+    with files.replacing(path) as temporary:
         torch.save({"model": {name: tensor.clone() for name, tensor in named.items()}}, temporary)
     return path
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from deit import hub
+from deit import files, hub
 from deit.config import ConvNetConfig
 from deit.outputs import ImageClassifierOutput
 
@@ -39,15 +39,15 @@ class ConvNet(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         hub.write_tensors(Path(folder), self.state_dict())
-        hub.write_json(Path(folder) / "config.json", self.config.to_dict())
+        files.write_json(Path(folder) / "config.json", self.config.to_dict())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **where: Any) -> Self:
-        config = ConvNetConfig.from_dict(hub.read_json(hub.find_file(folder, "config.json", **where)))
-        path = hub.find_file(folder, "model.safetensors", **where)
+        config = ConvNetConfig.from_dict(files.read_json(files.find_file(folder, "config.json", **where)))
+        path = files.find_file(folder, "model.safetensors", **where)
         model = cls(config)
         try:
             model.load_state_dict(hub.read_tensors(path))
         except RuntimeError as error:
-            raise hub.CheckpointError(f"{path} does not fit the config.json beside it: {error}") from None
+            raise files.CheckpointError(f"{path} does not fit the config.json beside it: {error}") from None
         return model.eval()

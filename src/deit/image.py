@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from deit import files
 from deit.config import IMAGENET_MEAN, IMAGENET_STD
 from deit.decode import Decoded, convert, decode, is_encoded, name_of, reading
 
@@ -361,9 +362,7 @@ class DeiTImageProcessor:
 
         Raises `FileNotFoundError` without such a file, `ValueError` for one that cannot be honoured.
         """
-        from deit import hub
-
-        path = hub.find_file(
+        path = files.find_file(
             name_or_folder, FILE_NAME, revision=revision, subfolder=subfolder, cache_dir=cache_dir,
             local_files_only=local_files_only, token=token,
         )
@@ -372,13 +371,7 @@ class DeiTImageProcessor:
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str], **overrides: Any) -> DeiTImageProcessor:
         """Read one file in the format of `preprocessor_config.json`."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}); restore or rewrite it with save_pretrained") from error
-        if not isinstance(data, dict):
-            raise ValueError(f"{path} holds {_type(data)}, expected an object of options; rewrite it")
-        return cls.from_dict(data, **overrides)
+        return cls.from_dict(files.read_json(Path(path)), **overrides)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], **overrides: Any) -> DeiTImageProcessor:
@@ -413,10 +406,8 @@ class DeiTImageProcessor:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write `preprocessor_config.json` into `folder` (made when absent), whole or not at all; its path."""
-        from deit import hub
-
         path = Path(folder, FILE_NAME)
-        hub.write_text(path, self.to_json_string())
+        files.write_text(path, self.to_json_string())
         return path
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deit import hub, weights
+from deit import files, hub, weights
 from deit.config import DeiTConfig, ViTConfig
 from deit.losses import Distillation, classification_loss, distillation_loss, masked_image_loss
 from deit.outputs import (
@@ -277,14 +277,14 @@ class PreTrained(nn.Module):
         mismatched = [name for name in expected if name in given and tuple(given[name].shape) != expected[name]]
         if mismatched and not ignore_mismatched_sizes:
             name = mismatched[0]
-            raise hub.CheckpointError(
+            raise files.CheckpointError(
                 f"{found.file}: {name} has shape {tuple(given[name].shape)}, this model expects {expected[name]}"
                 f"{_others(mismatched)}; pass a config that fits the file, or ignore_mismatched_sizes=True to start "
                 "such tensors anew")
         missing = [name for name in expected if name not in given]
         broken = [name for name in missing if not name.startswith(_MAY_BE_MISSING)]
         if broken:
-            raise hub.CheckpointError(f"{found.file} lacks {broken[0]}{_others(broken)}, which this model's config "
+            raise files.CheckpointError(f"{found.file} lacks {broken[0]}{_others(broken)}, which this model's config "
                                       "asks for; the file is incomplete, or the config is another model's")
         fresh = [*missing, *mismatched]
         if fresh:

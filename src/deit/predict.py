@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from deit import hub, weights
+from deit import files, hub, weights
 from deit.convnet import ConvNet
 from deit.image import DeiTImageProcessor
 from deit.model import (
@@ -33,7 +33,7 @@ def load_model(name_or_folder: str | Path, **options: Any) -> Any:
     where = {key: options[key] for key in ("revision", "subfolder", "cache_dir", "local_files_only", "token")
              if key in options}
     try:
-        config = hub.read_json(hub.find_file(name_or_folder, "config.json", **where))
+        config = files.read_json(files.find_file(name_or_folder, "config.json", **where))
     except FileNotFoundError:
         config = {}
     if config.get("model_type") == ConvNet.model_type:

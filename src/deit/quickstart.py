@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from deit import hub
+from deit import files
 from deit.data import evaluation_batches, processor_for, read_split, write_digits
 from deit.evaluate import Accuracy, evaluate
 from deit.predict import Predictor, load_model
@@ -79,7 +79,7 @@ def _make_room(out: Path) -> None:
             raise FileExistsError(f"{out} holds other files than a quickstart's; give --out a new folder")
         for name in _PARTS:
             shutil.rmtree(out / name, ignore_errors=True)
-    hub.write_text(marker, "Written by `deit quickstart`, which replaces what stands beside this file.\n")
+    files.write_text(marker, "Written by `deit quickstart`, which replaces what stands beside this file.\n")
 
 
 def _table(rows: dict[str, Accuracy]) -> Table:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from deit import hub, objectives, optim
+from deit import files, objectives, optim
 from deit.config import ConvNetConfig
 from deit.convnet import ConvNet
 from deit.data import Split, TrainingBatches, evaluation_batches, processor_for
@@ -74,7 +74,7 @@ def train(recipe: Recipe, train_split: Split, val_split: Split, out: str | Path,
     per_epoch = batches.steps_per_epoch
     last_epoch = math.ceil(recipe.schedule.total.in_steps(per_epoch) / per_epoch)
 
-    hub.write_json(out / "recipe.json", recipe.to_dict())
+    files.write_json(out / "recipe.json", recipe.to_dict())
     metrics = open(out / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115
     best, step = -1.0, 0
     # Images are scored many times over a run: decoded once.

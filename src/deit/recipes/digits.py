@@ -6,7 +6,7 @@ from deit.config import ConvNetConfig, DeiTConfig
 from deit.recipe import AdamW, Affine, Augment, Cosine, Data, Distilled, Recipe, Supervised, epochs
 
 # Digits keep their meaning under small turns, slants and shifts; a mirrored one is another shape, or none.
-_HANDWRITING = Augment(affine=Affine(rotate=12, shear=8, scale=(0.85, 1.15), shift=0.08))
+_HANDWRITING = Augment(affine=Affine(rotate=10, shear=6, scale=(0.88, 1.12), shift=0.06))
 _DATA = Data(batch=64, crop_ratio=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
@@ -35,5 +35,5 @@ def digits(teacher: str | Path = "") -> Recipe:
         augment=_HANDWRITING,
         objective=Distilled(teacher=str(teacher), kind="hard", smoothing=0.1),
         optim=AdamW(lr=1e-3, per_images=64, weight_decay=0.05),
-        schedule=Cosine(total=epochs(35), warmup=epochs(3)),
+        schedule=Cosine(total=epochs(45), warmup=epochs(3)),
     )

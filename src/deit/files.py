@@ -1,0 +1,105 @@
+"""Finding files by name or folder, and reading and writing them whole. Local folders need no network.
+
+`huggingface_hub` is imported only to fetch what no local folder has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be read whole; the message names the file, what was found and the next move."""
+
+
+class NotFetched(FileNotFoundError):
+    """A file that is not in the local cache, where the hub is not reachable or not asked."""
+
+
+def find_file(name_or_folder: str | Path, filename: str, *, revision: str | None = None, subfolder: str = "",
+              cache_dir: str | Path | None = None, local_files_only: bool = False,
+              token: str | bool | None = None) -> Path:
+    """Path of `filename` in a folder, or in a hub repository's local cache, downloading it where allowed.
+
+    `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` are respected. Raises `FileNotFoundError` with the reason.
+    """
+    place = Path(name_or_folder).expanduser()
+    if place.is_file():  # a lone weight file: its companions lie beside it
+        place = place.parent
+    if place.is_dir():
+        path = place / subfolder / filename
+        if path.is_file():
+            return path
+        raise FileNotFoundError(f"{path.parent} holds no {filename}")
+    name = str(name_or_folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or place.suffix in (".pth", ".bin", ".safetensors"):
+        raise FileNotFoundError(f"{name} does not exist; give an existing folder, or a hub name like "
+                                "facebook/deit-tiny-patch16-224")
+    return _download(name, filename, revision=revision, subfolder=subfolder or None, cache_dir=cache_dir,
+                     local_files_only=local_files_only, token=token)
+
+
+def _download(name: str, filename: str, **options: Any) -> Path:
+    try:
+        from huggingface_hub import errors, hf_hub_download
+    except ImportError:
+        raise FileNotFoundError(f"there is no folder {name}, and fetching it from the hub needs huggingface_hub: "
+                                'pip install "deit[hub]"') from None
+    try:
+        return Path(hf_hub_download(name, filename, **options))
+    except errors.EntryNotFoundError as error:
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            raise NotFetched(f"{filename} of {name} is not in the local cache and could not be fetched (offline, no "
+                             "network, or the hub does not answer); connect, or give a local folder") from None
+        raise FileNotFoundError(f"{name} on the hub holds no {filename}") from None
+    except errors.RevisionNotFoundError:
+        raise FileNotFoundError(f"{name} on the hub has no revision {options['revision']!r}") from None
+    except (errors.RepositoryNotFoundError, errors.GatedRepoError):
+        raise FileNotFoundError(f"there is neither a folder {name} nor a hub repository of that name that this token "
+                                "may read; check the name, or pass token=") from None
+    except errors.HFValidationError:
+        raise FileNotFoundError(f"{name!r} is neither a folder nor a possible hub name (user/model)") from None
+    except errors.HfHubHTTPError as error:
+        raise FileNotFoundError(f"the hub does not give {filename} of {name} ({str(error).splitlines()[0]}); check the "
+                                "token") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch or write it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} should hold a JSON object, found {type(content).__name__}")
+    return content
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well: readers never see half a file."""
+    if path.parent.exists() and not path.parent.is_dir():
+        raise FileExistsError(f"{path.parent} is a file, expected a folder; choose another place")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
