@@ -32,7 +32,7 @@ CLASS_OF = {"backbone": DeiTModel, "masked_image": DeiTForMaskedImageModeling,
 
 
 @contextmanager
-def refuses(error: type[Exception], *parts: object) -> Iterator[None]:
+def raises_saying(error: type[Exception], *parts: object) -> Iterator[None]:
     """Asserts that the block fails with `error`, in one line that holds all `parts`."""
     with pytest.raises(error) as caught:
         yield
@@ -128,16 +128,16 @@ def mask_for(config: DeiTConfig, count: int = 2, size: tuple[int, int] | None = 
     return mask
 
 
-def close(found: Any, expected: Any, atol: float = 1e-5) -> None:
+def assert_close(found: Any, expected: Any, atol: float = 1e-5) -> None:
     """Asserts equality of tensors, or of tuples and mappings of tensors, within an absolute difference."""
     if isinstance(expected, Mapping):
         assert set(found) == set(expected)
         for name in expected:
-            close(found[name], expected[name], atol)
+            assert_close(found[name], expected[name], atol)
     elif isinstance(expected, tuple | list):
         assert len(found) == len(expected)
         for one, other in zip(found, expected, strict=True):
-            close(one, other, atol)
+            assert_close(one, other, atol)
     else:
         torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected), rtol=0, atol=atol)
 

@@ -4,7 +4,7 @@ import pickle
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
-from conftest import refuses, run_python
+from conftest import raises_saying, run_python
 
 from deit.config import VARIANTS, DeiTConfig, ViTConfig
 
@@ -90,16 +90,16 @@ def test_unknown_keys():
     assert config.favourite == "tea"
     assert config.to_dict()["nested"] == {"a": [1]}
     assert config.replace(hidden_size=12).extra == config.extra
-    with refuses(AttributeError, "DeiTConfig has no field 'height'"):
+    with raises_saying(AttributeError, "DeiTConfig has no field 'height'"):
         config.height  # noqa: B018
-    with refuses(ValueError, "DeiTConfig has no field 'hiden_size'; it has ", "hidden_size, "):
+    with raises_saying(ValueError, "DeiTConfig has no field 'hiden_size'; it has ", "hidden_size, "):
         DeiTConfig.from_dict({}, hiden_size=3)
 
 
 def test_frozen_and_keyword_only():
     with pytest.raises(FrozenInstanceError):
         DeiTConfig().hidden_size = 3
-    with refuses(TypeError, "positional"):
+    with raises_saying(TypeError, "positional"):
         DeiTConfig(768)
 
 
@@ -175,19 +175,19 @@ def test_drop_path_rates(depth, schedule, rates):
     ({"id2label": {0: "a"}, "label2id": {"b": 0}}, "label2id is not the inverse of id2label; give one of the two"),
 ])
 def test_refusals(changes, sentence):
-    with refuses(ValueError, sentence):
+    with raises_saying(ValueError, sentence):
         DeiTConfig(**changes)
 
 
 def test_refused_distillation_token():
-    with refuses(ValueError, "ViTConfig describes a model without distillation token, found", "use DeiTConfig"):
+    with raises_saying(ValueError, "ViTConfig describes a model without distillation token, found", "use DeiTConfig"):
         ViTConfig(distillation_token=True)
-    with refuses(ValueError, "ViTConfig describes a model without"):
+    with raises_saying(ValueError, "ViTConfig describes a model without"):
         ViTConfig.from_dict(DeiTConfig().to_dict())
 
 
 def test_refused_model_type():
-    with refuses(ValueError, "model_type is 'bert'; this package reads deit, vit and deit3"):
+    with raises_saying(ValueError, "model_type is 'bert'; this package reads deit, vit and deit3"):
         DeiTConfig.from_dict({"model_type": "bert"})
 
 
@@ -212,7 +212,7 @@ def test_timm_config():
     ({"architecture": "deit_tiny_patch16_224", "global_pool": "avg"}, "timm's global_pool is 'avg'"),
 ])
 def test_refused_timm_config(values, sentence):
-    with refuses(ValueError, sentence):
+    with raises_saying(ValueError, sentence):
         DeiTConfig.from_dict(values)
 
 
@@ -231,5 +231,5 @@ def test_public_names():
     for name in deit.__all__:
         if name not in ("Predictor", "load_model"):
             assert getattr(deit, name) is not None
-    with refuses(AttributeError, "module 'deit' has no attribute 'DeitModel'; it has ", "DeiTModel"):
+    with raises_saying(AttributeError, "module 'deit' has no attribute 'DeitModel'; it has ", "DeiTModel"):
         deit.DeitModel  # noqa: B018

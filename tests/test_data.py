@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import refuses
+from conftest import raises_saying
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -69,15 +69,15 @@ def test_reading_a_folder(tmp_path, name):
 
 
 def test_refused_folders(tmp_path):
-    with refuses(FileNotFoundError, tmp_path, "no folder train", "CLASS"):
+    with raises_saying(FileNotFoundError, tmp_path, "no folder train", "CLASS"):
         read_split(tmp_path, "train")
     (tmp_path / "train" / "a").mkdir(parents=True)
-    with refuses(ValueError, tmp_path / "train", "has no images"):
+    with raises_saying(ValueError, tmp_path / "train", "has no images"):
         read_split(tmp_path, "train")
     folder_of(tmp_path / "more")
-    with refuses(ValueError, "class 'b' that the model does not know", "it knows a, c"):
+    with raises_saying(ValueError, "class 'b' that the model does not know", "it knows a, c"):
         read_split(tmp_path / "more", "train", classes=["a", "c"])
-    with refuses(ValueError, "6 training images do not fill a batch of 64", "data.batch"):
+    with raises_saying(ValueError, "6 training images do not fill a batch of 64", "data.batch"):
         TrainingBatches(read_split(tmp_path / "more", "train"), digits())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import CLASS_OF, build, close, images, refuses, run_python, small
+from conftest import CLASS_OF, assert_close, build, images, raises_saying, run_python, small
 
 from deit import files, hub, weights
 from deit.config import DeiTConfig
@@ -47,7 +47,7 @@ def test_round_trip(kind, size, tmp_path):
         assert sum(t.numel() * 4 for t in tensors.values()) <= max(limit, largest)
     again, info = CLASS_OF[kind].from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
-    close(again.state_dict(), model.state_dict(), 0)
+    assert_close(again.state_dict(), model.state_dict(), 0)
 
 
 def test_stale_shards_are_removed(saved):
@@ -63,7 +63,7 @@ def test_stale_shards_are_removed(saved):
 
 @pytest.mark.parametrize("size", ["lots", "5 parsecs", "MB"])
 def test_refused_shard_size(size, saved):
-    with refuses(ValueError, f"max_shard_size='{size}' is not understood; give bytes, or a size like 500MB"):
+    with raises_saying(ValueError, f"max_shard_size='{size}' is not understood; give bytes, or a size like 500MB"):
         saved[0].save_pretrained(saved[1], max_shard_size=size)
 
 
@@ -73,7 +73,7 @@ def test_config_of_a_saved_model(saved):
     assert (content["dtype"], content["model_type"]) == ("float32", "deit")
     assert content["id2label"]["3"] == "dog"
     metadata = safetensors.safe_open(saved[1] / "model.safetensors", "pt").metadata()
-    assert metadata == {"format": "pt"}  # transformers refuses a file without it
+    assert metadata == {"format": "pt"}  # transformers raises_saying a file without it
 
 
 def test_failing_write_leaves_the_old_files(saved, monkeypatch):
@@ -85,12 +85,12 @@ def test_failing_write_leaves_the_old_files(saved, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
-    with refuses(OSError, "No space left"):
+    with raises_saying(OSError, "No space left"):
         build("classification", small(), seed=9).save_pretrained(folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     monkeypatch.undo()
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("I/O error")))
-    with refuses(OSError, "I/O error"):
+    with raises_saying(OSError, "I/O error"):
         files.write_text(folder / "config.json", "{}")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
@@ -110,7 +110,7 @@ def test_views_and_shared_storage_are_saved_whole(tmp_path):
     model = build("classification", small())
     model.classifier.weight.data = torch.randn(24, 5).T
     model.save_pretrained(tmp_path)
-    close(DeiTForImageClassification.from_pretrained(tmp_path).state_dict(), model.state_dict(), 0)
+    assert_close(DeiTForImageClassification.from_pretrained(tmp_path).state_dict(), model.state_dict(), 0)
 
 
 # ------------------------------------------------------------------------------------------------------- what is read
@@ -134,7 +134,7 @@ def test_missing_head(tmp_path):
     assert all(p.requires_grad and not p.is_meta for p in model.parameters())
     with torch.no_grad():
         x = images(model.config)
-        close(model.deit(x).last_hidden_state, backbone(x).last_hidden_state, 0)
+        assert_close(model.deit(x).last_hidden_state, backbone(x).last_hidden_state, 0)
 
 
 def test_missing_mask_token_and_decoder(saved):
@@ -143,7 +143,7 @@ def test_missing_mask_token_and_decoder(saved):
         masked = CLASS_OF["masked_image"].from_pretrained(folder)
     assert masked.deit.mask_token.std().item() == pytest.approx(0.02, rel=0.5)
     assert masked.decoder.weight.std().item() == pytest.approx(0.02, rel=0.1)
-    close(masked.deit.position, model.deit.position, 0)
+    assert_close(masked.deit.position, model.deit.position, 0)
 
 
 def test_backbone_of_a_classifier(saved):
@@ -153,13 +153,13 @@ def test_backbone_of_a_classifier(saved):
         backbone, info = DeiTModel.from_pretrained(folder, output_loading_info=True)
     assert backbone.pooler is None
     assert info["unexpected_keys"] == ["classifier.bias", "classifier.weight"]
-    close(backbone.state_dict(), model.deit.state_dict(), 0)
+    assert_close(backbone.state_dict(), model.deit.state_dict(), 0)
 
 
 def test_other_number_of_labels(saved):
     model, folder = saved
-    with refuses(files.CheckpointError, folder / "model.safetensors",
-                 "classifier.weight has shape (5, 24), this model expects " "(9, 24) (and 1 more)",
+    with raises_saying(files.CheckpointError, folder / "model.safetensors",
+                       "classifier.weight has shape (5, 24), this model expects " "(9, 24) (and 1 more)",
                  "ignore_mismatched_sizes=True"):
         load(folder, num_labels=9)
     with pytest.warns(UserWarning, match="does not give classifier.weight, classifier.bias: initialised anew"):
@@ -169,7 +169,7 @@ def test_other_number_of_labels(saved):
     assert other.classifier.weight.shape == (9, 24)
     assert 0 < other.classifier.weight.std() < 0.03
     assert other.config.id2label[8] == "LABEL_8"
-    close(other.deit.state_dict(), model.deit.state_dict(), 0)
+    assert_close(other.deit.state_dict(), model.deit.state_dict(), 0)
 
 
 def test_overrides_and_names(saved):
@@ -177,7 +177,7 @@ def test_overrides_and_names(saved):
     assert model.config.id2label[3] == "dog"
     assert [block.drop_path.rate for block in model.deit.blocks] == pytest.approx([0, 0.1, 0.2])
     assert {block.attention.implementation for block in model.deit.blocks} == {"sdpa"}
-    with refuses(ValueError, "DeiTConfig has no field 'numlabels'"):
+    with raises_saying(ValueError, "DeiTConfig has no field 'numlabels'"):
         DeiTForImageClassification.from_pretrained(saved[1], numlabels=3)
 
 
@@ -193,12 +193,12 @@ def test_dtype(stored, asked, found, saved):
     assert DeiTConfig.from_pretrained(folder).dtype == str(stored).removeprefix("torch.")
     loaded = DeiTForImageClassification.from_pretrained(folder, dtype=asked)
     assert {p.dtype for p in loaded.parameters()} == {found}
-    close(loaded.state_dict(), {k: v.to(found) for k, v in model.state_dict().items()}, 0)
+    assert_close(loaded.state_dict(), {k: v.to(found) for k, v in model.state_dict().items()}, 0)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "half precision"])
 def test_refused_dtype(dtype, saved):
-    with refuses(ValueError, "dtype must be a floating torch dtype, its name"):
+    with raises_saying(ValueError, "dtype must be a floating torch dtype, its name"):
         load(saved[1], dtype=dtype)
 
 
@@ -211,19 +211,19 @@ def test_places(place, saved):
     if "pth" in place:
         (folder / "model.safetensors").unlink()
         torch.save({"model": weights.from_ours(model._tensors(), "hf")}, folder / "best.pth")
-    close(DeiTForImageClassification.from_pretrained(str(source), **options).state_dict(), model.state_dict(), 0)
+    assert_close(DeiTForImageClassification.from_pretrained(str(source), **options).state_dict(), model.state_dict(), 0)
 
 
 def test_config_given(saved):
     """A file alone, and shapes that don't tell the number of heads."""
     model, folder = saved
     (folder / "config.json").unlink()
-    with refuses(ValueError, folder / "model.safetensors", "shapes don't tell the number of attention heads"):
+    with raises_saying(ValueError, folder / "model.safetensors", "shapes don't tell the number of attention heads"):
         load(folder)
     loaded = DeiTForImageClassification.from_pretrained(folder, config=model.config)
     assert loaded.config == model.config
     with torch.no_grad():
-        close(loaded(images(model.config)).logits, model(images(model.config)).logits, 1e-6)
+        assert_close(loaded(images(model.config)).logits, model(images(model.config)).logits, 1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------- what is refused
@@ -231,16 +231,16 @@ def test_config_given(saved):
 
 def test_missing_places(tmp_path):
     (tmp_path / "empty").mkdir()
-    with refuses(FileNotFoundError, tmp_path / "no" / "such",
-                 "does not exist; give an existing folder, or a hub name like"):
+    with raises_saying(FileNotFoundError, tmp_path / "no" / "such",
+                       "does not exist; give an existing folder, or a hub name like"):
         load(tmp_path / "no" / "such")
-    with refuses(FileNotFoundError, "best.pth does not exist"):
+    with raises_saying(FileNotFoundError, "best.pth does not exist"):
         load("best.pth")
-    with refuses(FileNotFoundError, tmp_path / "empty", "holds no weights; expected one of model.safetensors, "):
+    with raises_saying(FileNotFoundError, tmp_path / "empty", "holds no weights; expected one of model.safetensors, "):
         load(tmp_path / "empty")
-    with refuses(FileNotFoundError, "'a b/c' is neither a folder nor a possible hub name"):
+    with raises_saying(FileNotFoundError, "'a b/c' is neither a folder nor a possible hub name"):
         load("a b/c")
-    with refuses(FileNotFoundError, "model.safetensors of org/none is not in the local cache", "give a local folder"):
+    with raises_saying(FileNotFoundError, "model.safetensors of org/none is not in the local cache", "a local folder"):
         load("org/none", cache_dir=tmp_path, local_files_only=True)
 
 
@@ -255,7 +255,7 @@ def test_damaged_file(name, damage, saved):
     whole = path.read_bytes()
     path.write_bytes({"empty": b"", "half": whole[:len(whole) // 2], "ones": b"\xff" * 999,
                       "header": whole[:5]}[damage])
-    with refuses(files.CheckpointError, path, "truncated", "corrupt", "fetch it again"):
+    with raises_saying(files.CheckpointError, path, "truncated", "corrupt", "fetch it again"):
         load(folder)
 
 
@@ -273,8 +273,8 @@ class Attack:
 def test_pickled_code_is_not_run(wrap, legacy, tmp_path):
     marker, path = tmp_path / "marker", tmp_path / "m.pth"
     torch.save(wrap(Attack(marker)), path, _use_new_zipfile_serialization=not legacy)
-    with refuses(files.CheckpointError, path, "would run code when loaded. Nothing was executed or loaded", "asks for "
-                 f"{os.system.__module__}.system", "Ask for a safetensors file"):
+    with raises_saying(files.CheckpointError, path, "would run code when loaded. Nothing was executed or loaded",
+                       f"asks for {os.system.__module__}.system", "Ask for a safetensors file"):
         load(path)
     assert not marker.exists()
 
@@ -287,7 +287,7 @@ def test_pickled_code_is_not_run(wrap, legacy, tmp_path):
 ])
 def test_other_pickles(content, sentence, tmp_path):
     torch.save(content, tmp_path / "m.pth")
-    with refuses(ValueError, tmp_path / "m.pth", sentence):
+    with raises_saying(ValueError, tmp_path / "m.pth", sentence):
         load(tmp_path / "m.pth")
 
 
@@ -301,30 +301,31 @@ def altered(saved, change):
 
 def test_key_without_a_rule(saved):
     folder = altered(saved, lambda named: named.update({"deit.extra.weight": torch.zeros(1)}))
-    with refuses(ValueError, folder / "model.safetensors", "no rule for tensor 'deit.extra.weight' (read as hf names)",
-                 "save the file without it"):
+    with raises_saying(ValueError, folder / "model.safetensors",
+                       "no rule for tensor 'deit.extra.weight' (read as hf names)", "save the file without it"):
         load(folder)
 
 
 def test_missing_part_of_qkv(saved):
     folder = altered(saved, lambda named: named.pop("deit.encoder.layer.2.attention.attention.value.weight"))
-    with refuses(ValueError, folder / "model.safetensors",
-                 "deit.blocks.2.attention.qkv.weight is made of query, key and "
+    with raises_saying(ValueError, folder / "model.safetensors",
+                       "deit.blocks.2.attention.qkv.weight is made of query, key and "
                  "value, and the file has only 2 of the three", "fetch it again"):
         load(folder)
 
 
 def test_missing_tensor(saved):
     folder = altered(saved, lambda named: [named.pop(key) for key in list(named) if "layernorm_after" in key])
-    with refuses(files.CheckpointError, folder / "model.safetensors", "lacks deit.blocks.0.norm2.weight (and 5 more)",
-                 "the file is incomplete, or the config is another model's"):
+    with raises_saying(files.CheckpointError, folder / "model.safetensors",
+                       "lacks deit.blocks.0.norm2.weight (and 5 more)",
+                       "the file is incomplete, or the config is another model's"):
         load(folder)
 
 
 def test_tensor_of_another_shape(saved):
     folder = altered(saved, lambda named: named.update({"deit.embeddings.cls_token": torch.zeros(1, 1, 7)}))
-    with refuses(files.CheckpointError, folder / "model.safetensors",
-                 "deit.cls_token has shape (1, 1, 7), this model expects " "(1, 1, 24);"):
+    with raises_saying(files.CheckpointError, folder / "model.safetensors",
+                       "deit.cls_token has shape (1, 1, 7), this model expects " "(1, 1, 24);"):
         load(folder)
 
 
@@ -337,9 +338,9 @@ def test_tensor_of_another_shape(saved):
 def test_bad_config(text, parts, saved):
     path = saved[1] / "config.json"
     path.write_bytes(text.encode(errors="surrogatepass"))
-    with refuses(ValueError, path, *parts):
+    with raises_saying(ValueError, path, *parts):
         load(saved[1])
-    with refuses(ValueError, path, *parts):
+    with raises_saying(ValueError, path, *parts):
         DeiTConfig.from_pretrained(saved[1])
 
 
@@ -348,11 +349,11 @@ def test_missing_shard(saved):
     model.save_pretrained(folder, max_shard_size="3KB")
     gone = sorted(folder.glob("model-*"))[1]
     gone.unlink()
-    with refuses(files.CheckpointError, folder / "model.safetensors.index.json",
+    with raises_saying(files.CheckpointError, folder / "model.safetensors.index.json",
                  f"lists a shard that is missing ({folder} " f"holds no {gone.name})", "fetch the checkpoint again"):
         load(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
-    with refuses(files.CheckpointError, folder / "model.safetensors.index.json", "has no weight_map"):
+    with raises_saying(files.CheckpointError, folder / "model.safetensors.index.json", "has no weight_map"):
         load(folder)
 
 
@@ -372,7 +373,7 @@ def test_hub_cache(saved, tmp_path):
     for options in ({}, {"revision": "main"}, {"revision": COMMIT}):
         loaded = DeiTForImageClassification.from_pretrained("org/tiny", cache_dir=tmp_path / "cache",
                                                             local_files_only=True, **options)
-        close(loaded.state_dict(), model.state_dict(), 0)
+        assert_close(loaded.state_dict(), model.state_dict(), 0)
     config = DeiTConfig.from_pretrained("org/tiny", cache_dir=tmp_path / "cache", local_files_only=True)
     assert config.id2label[1] == "bee"
 
@@ -481,7 +482,7 @@ def test_unanswering_hub_is_waited_for_once(saved, tmp_path, monkeypatch):
     torch.save(weights.from_ours(saved[0]._tensors(), "hf"), path)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
     loaded = load("org/tiny", config=saved[0].config)
-    close(loaded.state_dict(), saved[0].state_dict(), 0)
+    assert_close(loaded.state_dict(), saved[0].state_dict(), 0)
     assert waited == [("model.safetensors", False), ("model.safetensors.index.json", True), ("pytorch_model.bin", True)]
 
 

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import build, close, images, refuses, small
+from conftest import assert_close, build, images, raises_saying, small
 
 from deit import losses
 from deit.model import fuse_heads
@@ -58,10 +58,10 @@ def test_equals_transformers(problem, count, labels, quiet_transformers):
     y = x.detach().clone().requires_grad_()
     found = losses.classification_loss(x, LABELS[labels], ours)
     expected = LOSS_MAPPING["ForImageClassification"](LABELS[labels], y, theirs)
-    close(found, expected, 1e-6)
+    assert_close(found, expected, 1e-6)
     found.backward()
     expected.backward()
-    close(x.grad, y.grad, 1e-6)
+    assert_close(x.grad, y.grad, 1e-6)
 
 
 def test_whole_numbers_of_every_width_are_classes():
@@ -69,7 +69,7 @@ def test_whole_numbers_of_every_width_are_classes():
     expected = losses.classification_loss(x, LABELS["whole"], small(num_labels=C))
     assert expected.item() == pytest.approx(cross_entropy(x, LABELS["whole"]))
     for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        close(losses.classification_loss(x, LABELS["whole"].to(dtype), small(num_labels=C)), expected, 0)
+        assert_close(losses.classification_loss(x, LABELS["whole"].to(dtype), small(num_labels=C)), expected, 0)
 
 
 def test_booleans_are_several_labels():
@@ -86,7 +86,7 @@ def test_booleans_are_several_labels():
     ("single_label_classification", torch.zeros(B - 1).long(), f"needs labels of shape ({B},), found ({B - 1},)"),
 ])
 def test_refused_labels(problem, labels, sentence):
-    with refuses(ValueError, sentence, "set config.problem_type"):
+    with raises_saying(ValueError, sentence, "set config.problem_type"):
         losses.classification_loss(torch.zeros(B, C), labels, small(num_labels=C, problem_type=problem))
 
 
@@ -107,7 +107,7 @@ def test_hard(labels, weight, smoothing, logits):
     assert found.item() == pytest.approx(expected, abs=1e-6)
     decided = losses.distillation_loss(cls, distillation, LABELS[labels], teacher.argmax(-1), weight=weight,
                                        smoothing=smoothing)
-    close(decided, found, 0)
+    assert_close(decided, found, 0)
 
 
 @pytest.mark.parametrize("labels", ["whole", "probabilities"])
@@ -131,12 +131,12 @@ def test_gradients_reach_both_heads(kind, logits):
     x, y, z = (np.exp(log_softmax(t)) for t in numbers(*logits))
     truth = np.eye(C)[LABELS["whole"]]
     if kind == "hard":
-        close(cls.grad, torch.tensor(0.5 * (x - truth) / B).float(), 1e-6)
-        close(distillation.grad, torch.tensor(0.5 * (y - np.eye(C)[z.argmax(-1)]) / B).float(), 1e-6)
+        assert_close(cls.grad, torch.tensor(0.5 * (x - truth) / B).float(), 1e-6)
+        assert_close(distillation.grad, torch.tensor(0.5 * (y - np.eye(C)[z.argmax(-1)]) / B).float(), 1e-6)
     else:
         soft_y, soft_z = (np.exp(log_softmax(t / 3)) for t in numbers(distillation, teacher))
-        close(cls.grad, torch.tensor(0.9 * (x - truth) / B).float(), 1e-6)
-        close(distillation.grad, torch.tensor(0.1 * 3 * (soft_y - soft_z) / B).float(), 1e-6)
+        assert_close(cls.grad, torch.tensor(0.9 * (x - truth) / B).float(), 1e-6)
+        assert_close(distillation.grad, torch.tensor(0.1 * 3 * (soft_y - soft_z) / B).float(), 1e-6)
 
 
 @pytest.mark.parametrize(("options", "sentence"), [
@@ -147,7 +147,7 @@ def test_gradients_reach_both_heads(kind, logits):
 ])
 def test_refusals(options, sentence, logits):
     given = {"teacher": logits[2], **options}
-    with refuses(ValueError, sentence):
+    with raises_saying(ValueError, sentence):
         losses.distillation_loss(*logits[:2], LABELS["whole"], **given)
 
 
@@ -161,7 +161,7 @@ def test_model_distils(options, kind):
     out = model(x, labels=labels, teacher_logits=teacher, **options)
     expected = losses.distillation_loss(out.cls_logits, out.distillation_logits, labels, teacher, kind=kind,
                                         temperature=options.get("temperature"))
-    close(out.loss, expected, 0)
+    assert_close(out.loss, expected, 0)
     out.loss.backward()
     for name in ("cls_classifier", "distillation_classifier"):
         assert getattr(model, name).weight.grad.norm() > 1e-3
@@ -174,13 +174,13 @@ def test_labels_without_teacher():
     out = model(x, labels=labels)
     assert out.loss.item() == pytest.approx(cross_entropy(out.logits.detach(), labels), abs=1e-5)
     for given, found in (({"labels": labels}, "only labels"), ({"teacher_logits": torch.zeros(B, C)}, "only teacher")):
-        with refuses(ValueError, f"labels and teacher_logits together, found {found}", "; pass both, or tr"):
+        with raises_saying(ValueError, f"labels and teacher_logits together, found {found}", "; pass both, or tr"):
             model.train()(x, **given)
 
 
 def test_teacher_without_labels_in_evaluation():
     model = build("with_teacher", small())
-    with refuses(ValueError, "found only teacher_logits"):
+    with raises_saying(ValueError, "found only teacher_logits"):
         model(images(model.config), teacher_logits=torch.zeros(2, C))
 
 
@@ -190,9 +190,9 @@ def test_fuse_heads(logits):
     p, q = np.exp(log_softmax(x)), np.exp(log_softmax(y))
     expected = {"fused": np.exp(log_softmax((x + y) / 2)), "softmax": (p + q) / 2, "class": p, "distillation": q}
     for head, probabilities in expected.items():
-        close(fuse_heads(cls, distillation, head), torch.tensor(probabilities).float(), 1e-6)
+        assert_close(fuse_heads(cls, distillation, head), torch.tensor(probabilities).float(), 1e-6)
     assert not np.allclose(expected["fused"], expected["softmax"], atol=1e-3)
-    with refuses(ValueError, "head='both' is not known; choose fused, class, distillation or softmax"):
+    with raises_saying(ValueError, "head='both' is not known; choose fused, class, distillation or softmax"):
         fuse_heads(cls, distillation, "both")
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLASS_OF, build, close, images, loss_of, mask_for, refuses, small
+from conftest import CLASS_OF, assert_close, build, images, loss_of, mask_for, raises_saying, small
 
 from deit import weights
 from deit.config import ViTConfig
@@ -62,7 +62,7 @@ def test_masked_image_modelling(changes, size):
             painted[b, :, top:top + height, left:left + width] = patch
             if mask[b, n]:
                 errors.append(np.abs(patch - x[b, :, top:top + height, left:left + width].numpy()).mean())
-    close(out.reconstruction, torch.tensor(painted).float())
+    assert_close(out.reconstruction, torch.tensor(painted).float())
     assert out.loss.item() == pytest.approx(np.mean(errors), abs=1e-5)
 
 
@@ -73,7 +73,7 @@ def test_mask_hides_pixels():
     hidden = mask.view(2, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
     with torch.no_grad():
         first = model(x, mask).reconstruction
-        close(model(torch.where(hidden, x + 9, x), mask).reconstruction, first, 0)
+        assert_close(model(torch.where(hidden, x + 9, x), mask).reconstruction, first, 0)
         assert (model(x + 9, mask).reconstruction - first).abs().max() > 0.1
         assert model(x).loss is None
 
@@ -93,9 +93,9 @@ def test_positions_are_resized_as_pytorch_interpolates(changes, size):
     x = images(config, size=size)
     with torch.no_grad():
         expected = resized.eval()(x).to_tuple()
-        close(model(x, interpolate_pos_encoding=True).to_tuple(), expected)
+        assert_close(model(x, interpolate_pos_encoding=True).to_tuple(), expected)
         assert model.resize_to(size) is model
-        close(model(x).to_tuple(), expected)
+        assert_close(model(x).to_tuple(), expected)
     assert model.config == config.replace(image_size=size)
     assert model.position.requires_grad
 
@@ -107,11 +107,11 @@ def test_resized_after_reading(kind, tmp_path):
     given = given_for(kind, model.config, (8, 24))
     resized = CLASS_OF[kind].from_pretrained(tmp_path, image_size=(8, 24))
     with torch.no_grad():
-        close(resized(**given).to_tuple(), model(**given, interpolate_pos_encoding=True).to_tuple())
+        assert_close(resized(**given).to_tuple(), model(**given, interpolate_pos_encoding=True).to_tuple())
     resized.save_pretrained(tmp_path)
     again = CLASS_OF[kind].from_pretrained(tmp_path)
     assert again.config.image_size == (8, 24)
-    close(again.state_dict(), resized.state_dict(), 0)
+    assert_close(again.state_dict(), resized.state_dict(), 0)
 
 
 def test_resized_model_trains():
@@ -164,11 +164,11 @@ def test_drop_path():
     drop, x = DropPath(0.3), torch.randn(20_000, 2, 3)
     y = drop(x)
     kept = (y != 0).flatten(1).any(1)
-    close(y[kept], x[kept] / 0.7)
+    assert_close(y[kept], x[kept] / 0.7)
     assert not y[~kept].any()
     assert kept.double().mean().item() == pytest.approx(0.7, abs=5 * math.sqrt(0.21 / len(x)))
     assert (y - x).mean(0).abs().max() < 5 * math.sqrt(0.3 / 0.7 / len(x))
-    close(drop.eval()(x), x, 0)
+    assert_close(drop.eval()(x), x, 0)
 
 
 def test_drop_path_keeps_the_expectation_in_the_model():
@@ -181,7 +181,7 @@ def test_drop_path_keeps_the_expectation_in_the_model():
         first = {tuple(row.tolist()) for row in outcomes.flatten(1).mul(100).round()}
         assert 2 <= len(first) <= 4
         model.eval()
-        close(model(x).last_hidden_state, build("backbone", small(num_hidden_layers=1))(x).last_hidden_state, 0)
+        assert_close(model(x).last_hidden_state, build("backbone", small(num_hidden_layers=1))(x).last_hidden_state, 0)
 
 
 def test_dropout():
@@ -189,17 +189,17 @@ def test_dropout():
     model, x = build("backbone", config), images(small(), 16)
     with torch.no_grad():
         plain = build("backbone", small())
-        close(model(x).last_hidden_state, plain(x).last_hidden_state, 0)
+        assert_close(model(x).last_hidden_state, plain(x).last_hidden_state, 0)
         trace = {}
         out = model.train()(x, output_attentions=True, trace=trace)
         clean = {}
         expected = plain(x, output_attentions=True, trace=clean)
     kept = trace["embeddings"] != 0
-    close(trace["embeddings"][kept], clean["embeddings"][kept] / 0.75)
+    assert_close(trace["embeddings"][kept], clean["embeddings"][kept] / 0.75)
     assert kept.double().mean().item() == pytest.approx(0.75, abs=5 * math.sqrt(0.1875 / kept.numel()))
     zeros = (out.attentions[0] == 0).double().mean().item()
     assert zeros == pytest.approx(0.5, abs=5 * 0.5 / math.sqrt(out.attentions[0].numel()))
-    close(expected.attentions[0].sum(-1), torch.ones(16, 3, 18))
+    assert_close(expected.attentions[0].sum(-1), torch.ones(16, 3, 18))
     model.set_attn_implementation("sdpa")
     torch.manual_seed(1)
     first = model(x).last_hidden_state
@@ -225,9 +225,9 @@ def test_head_mask(shape, implementation):
         for block, weights_of_heads in zip(model.blocks, mask.expand(3, 3), strict=True):
             block.attention.out.weight.mul_(weights_of_heads.repeat_interleave(config.head_width))
         expected = model(x)
-    close(out.last_hidden_state, expected.last_hidden_state)
-    close(quiet.last_hidden_state, expected.last_hidden_state)
-    close(out.attentions[0], plain * mask.expand(3, 3)[0].view(3, 1, 1))
+    assert_close(out.last_hidden_state, expected.last_hidden_state)
+    assert_close(quiet.last_hidden_state, expected.last_hidden_state)
+    assert_close(out.attentions[0], plain * mask.expand(3, 3)[0].view(3, 1, 1))
 
 
 @KINDS
@@ -239,7 +239,7 @@ def test_attentions_whatever_the_kernel(kind, implementation):
     with torch.no_grad():
         expected = model(**given, output_attentions=True)
         model.set_attn_implementation(implementation)
-        close(dict(model(**given, output_attentions=True).items()), dict(expected.items()))
+        assert_close(dict(model(**given, output_attentions=True).items()), dict(expected.items()))
         assert model(**given).attentions is None
 
 
@@ -251,9 +251,9 @@ def test_trace():
         out = model(x, output_hidden_states=True, trace=trace)
         tokens = model.deit.norm(out.hidden_states[-1])
     assert list(trace) == ["embeddings", "block00", "block01", "block02", "norm", "cls_logits", "distillation_logits"]
-    close([trace[name] for name in ("embeddings", "block00", "block01", "block02")], list(out.hidden_states), 0)
-    close(trace["norm"], tokens, 0)
-    close((trace["cls_logits"], trace["distillation_logits"]), (out.cls_logits, out.distillation_logits), 0)
+    assert_close([trace[name] for name in ("embeddings", "block00", "block01", "block02")], list(out.hidden_states), 0)
+    assert_close(trace["norm"], tokens, 0)
+    assert_close((trace["cls_logits"], trace["distillation_logits"]), (out.cls_logits, out.distillation_logits), 0)
 
 
 @pytest.mark.parametrize(("kind", "last"), [("backbone", "pooler"), ("masked_image", "reconstruction"),
@@ -263,7 +263,7 @@ def test_trace_ends_in_the_answer(kind, last):
     trace = {}
     out = model(images(model.config), trace=trace)
     assert list(trace)[-1] == last
-    close(trace[last], out["pooler_output" if last == "pooler" else last], 0)
+    assert_close(trace[last], out["pooler_output" if last == "pooler" else last], 0)
 
 
 # --------------------------------------------------------------------------------- compilation, memory, number formats
@@ -280,12 +280,12 @@ def test_compiles_whole(kind):
                           (None, {"head_mask": torch.tensor([1.0, 0.5, 0.0]), "output_hidden_states": True})]:
         given = {**given_for(kind, model.config, size), **options}
         with torch.no_grad():
-            close(dict(compiled(**given).items()), dict(model(**given).items()))
+            assert_close(dict(compiled(**given).items()), dict(model(**given).items()))
     given = given_for(kind, model.train().config)
     expected = gradients(model, **given)
     trained = torch.compile(model, fullgraph=True, backend="aot_eager")
     loss_of(trained(**given)).backward()
-    close({name: p.grad for name, p in model.named_parameters()}, {name: 2 * g for name, g in expected.items()})
+    assert_close({name: p.grad for name, p in model.named_parameters()}, {name: 2 * g for name, g in expected.items()})
 
 
 @pytest.mark.slow
@@ -294,7 +294,7 @@ def test_compiles_with_inductor():
     model = build("with_teacher", small())
     x = images(model.config)
     with torch.no_grad():
-        close(torch.compile(model, fullgraph=True)(x).logits, model(x).logits)
+        assert_close(torch.compile(model, fullgraph=True)(x).logits, model(x).logits)
 
 
 @pytest.mark.parametrize("changes", [{}, {"drop_path_rate": 0.5, "hidden_dropout_prob": 0.2}])
@@ -307,7 +307,7 @@ def test_gradient_checkpointing(kind, changes):
         switch()
         torch.manual_seed(5)
         found.append(gradients(model, **given))
-    close(found[1], found[0], 0)
+    assert_close(found[1], found[0], 0)
     calls = []
     model.backbone.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     gradients(model, **given)
@@ -323,7 +323,7 @@ def test_bfloat16(kind):
         model.bfloat16()
         found = model(**given).to_tuple()
     assert model.dtype == found[-1].dtype == torch.bfloat16
-    close([t.float() for t in found], list(expected), 0.15)
+    assert_close([t.float() for t in found], list(expected), 0.15)
 
 
 # ------------------------------------------------------------------------------------------------------------ surface
@@ -335,9 +335,9 @@ def test_tuples(kind):
     given = given_for(kind, model.config)
     with torch.no_grad():
         out = model(**given)
-        close(model(**given, return_dict=False), out.to_tuple(), 0)
+        assert_close(model(**given, return_dict=False), out.to_tuple(), 0)
         every = build(kind, small(return_dict=False, output_hidden_states=True, output_attentions=True))(**given)
-        close(every, model(**given, output_hidden_states=True, output_attentions=True).to_tuple())
+        assert_close(every, model(**given, output_hidden_states=True, output_attentions=True).to_tuple())
         assert len(every) == len(out) + 2
 
 
@@ -360,7 +360,7 @@ def test_vit_from_files(tmp_path):
     x = images(plain.config)
     assert torch.equal(model(x).logits, plain(x).logits)
     build("classification", small()).save_pretrained(tmp_path / "distilled")
-    with refuses(ValueError, "a model without distillation token, found distillation_token=True; use DeiTConfig"):
+    with raises_saying(ValueError, "a model without distillation token, found distillation_token=True; use DeiTConfig"):
         ViTForImageClassification.from_pretrained(tmp_path / "distilled")
 
 
@@ -376,14 +376,14 @@ def test_vit_from_files(tmp_path):
 ])
 def test_refused_inputs(given, sentence):
     model = build("backbone", small())
-    with refuses(ValueError, sentence):
+    with raises_saying(ValueError, sentence):
         model(**{"pixel_values": images(model.config), **given})
 
 
 def test_refused_mask():
     model = build("masked_image", small())
-    with refuses(ValueError, "bool_masked_pos must be (2, 16): 4x4 patches for each of 2 images; "
-                                                   "found (2, 9)"):
+    with raises_saying(ValueError, "bool_masked_pos must be (2, 16): 4x4 patches for each of 2 images; "
+                       "found (2, 9)"):
         model(images(model.config), torch.zeros(2, 9).bool())
 
 
@@ -397,5 +397,5 @@ def test_refused_mask():
     (lambda: DeiTModel(small()).resize_to(3), "image_size=3 is smaller than patch_size=4"),
 ])
 def test_refusals(make, sentence):
-    with refuses(ValueError, sentence):
+    with raises_saying(ValueError, sentence):
         make()

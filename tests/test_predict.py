@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import build, refuses, small
+from conftest import build, raises_saying, small
 from PIL import Image
 
 from deit import hub, weights
@@ -67,7 +67,7 @@ def test_a_model_with_one_head(tmp_path, photos):
     build("classification", small(id2label=LABELS, num_labels=None)).save_pretrained(tmp_path)
     DeiTImageProcessor.paper(16).save_pretrained(tmp_path)
     assert Predictor(tmp_path)(photos) == Predictor(tmp_path, head="class")(photos)
-    with refuses(ValueError, "no head 'distillation'", "it has fused, class"):
+    with raises_saying(ValueError, "no head 'distillation'", "it has fused, class"):
         Predictor(tmp_path, head="distillation")(photos)
 
 
@@ -91,5 +91,5 @@ def test_the_class_is_told_from_a_lone_weight_file(tmp_path):
 def test_the_built_in_convnet_is_loaded(tmp_path):
     ConvNet(ConvNetConfig(widths=(4,), depth=1)).save_pretrained(tmp_path)
     assert isinstance(load_model(tmp_path), ConvNet)
-    with refuses(ValueError, "model_type is 'deit_convnet'"):
+    with raises_saying(ValueError, "model_type is 'deit_convnet'"):
         hub.read_checkpoint(tmp_path)

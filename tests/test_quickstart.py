@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import refuses
+from conftest import raises_saying
 from rich.console import Console
 
 from deit.data import evaluation_batches, read_split
@@ -58,6 +58,6 @@ def test_what_it_shows(done):
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with refuses(FileExistsError, tmp_path, "give --out a new folder"):
+    with raises_saying(FileExistsError, tmp_path, "give --out a new folder"):
         quickstart(tmp_path, console=Console(quiet=True))
     assert (tmp_path / "thesis.txt").read_text() == "years of work"

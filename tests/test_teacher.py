@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refuses
+from conftest import raises_saying
 
 from deit.config import ConvNetConfig
 from deit.convnet import ConvNet
@@ -88,7 +88,7 @@ def test_classes_in_another_order_are_permuted_by_name(folder):
 
 @pytest.mark.parametrize("classes", [("ant", "bee", "cat", "cow"), CLASSES[:3], (*CLASSES, "eel")])
 def test_other_classes_are_refused(folder, classes):
-    with refuses(ValueError, folder, "does not have the data's classes"):
+    with raises_saying(ValueError, folder, "does not have the data's classes"):
         Teacher.from_folder(folder, classes, STUDENT)
 
 
@@ -120,5 +120,5 @@ def test_supervised_objective_is_smoothed_cross_entropy():
 
 
 def test_distillation_without_a_teacher_is_refused():
-    with refuses(ValueError, "recipe digits distils without naming a teacher", "objective.teacher"):
+    with raises_saying(ValueError, "recipe digits distils without naming a teacher", "objective.teacher"):
         build(digits(), CLASSES, torch.device("cpu"))

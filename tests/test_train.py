@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import refuses
+from conftest import raises_saying
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -137,7 +137,7 @@ def test_the_class_of_the_model_follows_the_objective():
 def test_a_loss_that_is_no_number_stops_the_run(splits, tmp_path):
     recipe = short(digits_teacher())
     recipe = replace(recipe, optim=replace(recipe.optim, lr=1e30))
-    with refuses(Diverged, "digits_teacher: the loss is", "lower optim.lr"):
+    with raises_saying(Diverged, "digits_teacher: the loss is", "lower optim.lr"):
         train(recipe, *splits, tmp_path, device="cpu", console=QUIET)
 
 

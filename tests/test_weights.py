@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLASS_OF, build, close, refuses, shrink, small
+from conftest import CLASS_OF, assert_close, build, raises_saying, shrink, small
 
 from deit import weights
 from deit.config import VARIANTS, DeiTConfig
@@ -107,34 +107,34 @@ def test_every_tensor_has_a_line(dialect):
 
 def test_split_qkv():
     named = weights.from_ours({"deit.blocks.11.attention.qkv.weight": torch.arange(12.).view(6, 2)}, "hf")
-    close(named, {f"deit.encoder.layer.11.attention.attention.{name}.weight": torch.arange(4.).view(2, 2) + 4 * i
+    assert_close(named, {f"deit.encoder.layer.11.attention.attention.{name}.weight": torch.arange(4.).view(2, 2) + 4 * i
                   for i, name in enumerate(("query", "key", "value"))})
 
 
 @pytest.mark.parametrize(("dialect", "name"), [
     ("timm", "deit.mask_token"), ("timm", "deit.pooler.weight"), ("original", "decoder.bias")])
 def test_inexpressible(dialect, name):
-    with refuses(ValueError, f"{dialect} has no name for {name}; convert a classification model"):
+    with raises_saying(ValueError, f"{dialect} has no name for {name}; convert a classification model"):
         weights.from_ours({name: torch.zeros(1)}, dialect)
 
 
 def test_unknown_dialect_of_a_file():
-    with refuses(ValueError, "f.bin: no DeiT or ViT checkpoint", "names its tensors like ['layer1.0"):
+    with raises_saying(ValueError, "f.bin: no DeiT or ViT checkpoint", "names its tensors like ['layer1.0"):
         read({"layer1.0.conv1.weight": torch.zeros(1)})
 
 
 @pytest.mark.parametrize("dialect", weights.DIALECTS)
 def test_key_without_a_rule(dialect):
     named = weights.from_ours(arrays(small(layer_scale_init_value=1.0), "with_teacher"), dialect)
-    with refuses(ValueError, f"f.bin: no rule for tensor 'fc_norm.weight' (read as {dialect} names)"):
+    with raises_saying(ValueError, f"f.bin: no rule for tensor 'fc_norm.weight' (read as {dialect} names)"):
         read({**named, "fc_norm.weight": np.zeros(3)})
 
 
 def test_missing_part_of_qkv():
     named = weights.from_ours(arrays(small(), "classification"), "hf")
     del named["deit.encoder.layer.1.attention.attention.key.bias"]
-    with refuses(ValueError, "f.bin: deit.blocks.1.attention.qkv.bias is made of query, key and "
-                                                   "value, and the file has only 2 of the three"):
+    with raises_saying(ValueError, "f.bin: deit.blocks.1.attention.qkv.bias is made of query, key and "
+                       "value, and the file has only 2 of the three"):
         read(named)
 
 
@@ -163,11 +163,11 @@ def test_infer_config_of_options(changes):
 
 def test_uninferable():
     whole = build("classification", small())._tensors()
-    with refuses(ValueError, "f.pth: shapes don't tell the number of attention heads of a model of width 2"):
+    with raises_saying(ValueError, "f.pth: shapes don't tell the number of attention heads of a model of width 2"):
         weights.infer_config(whole, file="f.pth")
-    with refuses(ValueError, "f.pth: tensor 'deit.patch.weight' is missing; this is not a whole model"):
+    with raises_saying(ValueError, "f.pth: tensor 'deit.patch.weight' is missing; this is not a whole model"):
         weights.infer_config({k: v for k, v in whole.items() if k != "deit.patch.weight"}, file="f.pth")
-    with refuses(ValueError, "f.pth: 14 positions are not a square grid of patches; pass the model's con"):
+    with raises_saying(ValueError, "f.pth: 14 positions are not a square grid of patches; pass the model's con"):
         weights.infer_config({**whole, "deit.position": torch.zeros(1, 14, 24)}, file="f.pth")
 
 
@@ -179,7 +179,8 @@ def test_resize_matrix(old):
     for new in (1, 2, 3, 4, 7, 14, 23, 24, 31):
         line = torch.randn(1, 1, old, old, dtype=torch.float64)
         matrix = torch.from_numpy(weights.resize_matrix(old, new))
-        close(matrix @ line @ matrix.T, F.interpolate(line, (new, new), mode="bicubic", align_corners=False), 1e-12)
+        expected = F.interpolate(line, (new, new), mode="bicubic", align_corners=False)
+        assert_close(matrix @ line @ matrix.T, expected, 1e-12)
         assert np.allclose(weights.resize_matrix(old, new).sum(1), 1)
     assert np.allclose(weights.resize_matrix(old, old), np.eye(old))
 

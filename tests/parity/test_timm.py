@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import CLASS_OF, build, close, images, refuses, scramble, shrink
+from conftest import CLASS_OF, assert_close, build, images, raises_saying, scramble, shrink
 
 from deit import weights
 from deit.config import VARIANTS, DeiTConfig
@@ -62,9 +62,9 @@ def agree(ours, theirs, implementations=("sdpa",)) -> None:
         ours.set_attn_implementation(implementation)
         trace = {}
         found = ours.train(implementation == "eager")(x, trace=trace)
-        close(found.logits, logits)
-        close(trace["norm"], tokens)
-        close({key: found[key] for key in heads}, heads)
+        assert_close(found.logits, logits)
+        assert_close(trace["norm"], tokens)
+        assert_close({key: found[key] for key in heads}, heads)
 
 
 def test_values(variant):
@@ -77,7 +77,7 @@ def test_gradients(variant):
     ours(x).logits.square().sum().backward()
     theirs(x).square().sum().backward()
     expected = {name: p.grad for name, p in theirs.named_parameters()}
-    close(weights.from_ours({name: p.grad for name, p in ours.named_parameters()}, "timm"), expected, 1e-4)
+    assert_close(weights.from_ours({name: p.grad for name, p in ours.named_parameters()}, "timm"), expected, 1e-4)
 
 
 def test_architecture_of_full_size(variant):
@@ -136,7 +136,7 @@ def test_pooling_by_average_is_refused(tmp_path):
     """timm can classify by the mean of the patches; reading such a file as if by the class token would lie."""
     timm.models.save_for_hf(timm.create_model("deit_tiny_patch16_224", depth=1, global_pool="avg"), tmp_path,
                             safe_serialization=True)
-    with refuses(ValueError, "global_pool is 'avg'; this package classifies by the class token"):
+    with raises_saying(ValueError, "global_pool is 'avg'; this package classifies by the class token"):
         DeiTConfig.from_pretrained(tmp_path)
 
 
@@ -155,7 +155,7 @@ def test_distilled_backbone_alone(tmp_path):
     ours = CLASS_OF["backbone"].from_pretrained(tmp_path)
     x = images(config)
     with torch.no_grad():
-        close(ours(x).last_hidden_state, theirs.forward_features(x))
+        assert_close(ours(x).last_hidden_state, theirs.forward_features(x))
 
 
 def test_full_size_tiny(tmp_path):
@@ -166,7 +166,7 @@ def test_full_size_tiny(tmp_path):
     assert ours.config == VARIANTS[variant]
     x = images(ours.config, 1)
     with torch.no_grad():
-        close(ours(x).logits, theirs(x))
+        assert_close(ours(x).logits, theirs(x))
 
 
 # ------------------------------------------------------------------------------------------------------- conversion
@@ -183,7 +183,7 @@ def test_convert_to_timm(variant, tmp_path):
     assert theirs.pretrained_cfg["label_names"] == [f"kind {i}" for i in range(7)]
     back = CLASS_OF[kind_for(config)].from_pretrained(tmp_path / "timm")
     assert back.config.replace(extra={}, encoder_stride=config.encoder_stride) == config
-    close(back.state_dict(), ours.state_dict(), 0)
+    assert_close(back.state_dict(), ours.state_dict(), 0)
 
 
 def test_convert_to_hf_and_back(variant, tmp_path):
@@ -222,12 +222,12 @@ def test_convert_to_original(variant, tmp_path):
 def test_refused_conversion(kind, changes, parts, tmp_path):
     config = shrink(VARIANTS["deit-tiny-distilled-patch16-224"], encoder_stride=16, **changes)
     build(kind, config).save_pretrained(tmp_path / "ours")
-    with refuses(ValueError, *parts):
+    with raises_saying(ValueError, *parts):
         convert(tmp_path / "ours", "timm", tmp_path / "timm")
     assert not (tmp_path / "timm").exists()
 
 
 def test_unknown_format(tmp_path):
     build("classification", shrink(VARIANTS["deit-tiny-patch16-224"])).save_pretrained(tmp_path)
-    with refuses(ValueError, "there is no format 'keras'; choose hf, timm or original"):
+    with raises_saying(ValueError, "there is no format 'keras'; choose hf, timm or original"):
         convert(tmp_path, "keras", tmp_path / "out")
