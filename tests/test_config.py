@@ -147,6 +147,17 @@ def test_drop_path_rates(depth, schedule, rates):
     assert config.drop_path_rates == pytest.approx(rates)
 
 
+def test_labels_as_published():
+    """ImageNet's names repeat ("crane"), and transformers' example scripts write numbers as strings."""
+    labels = {"id2label": {"0": "crane", "1": "tench", "2": "crane"}}
+    assert DeiTConfig.from_dict(labels).id2label == {0: "crane", 1: "tench", 2: "crane"}
+    for number in (0, 2):
+        config = DeiTConfig.from_dict({**labels, "label2id": {"crane": number, "tench": 1}})
+        assert config.label2id == {"crane": number, "tench": 1}
+        assert DeiTConfig.from_dict(config.to_dict()) == config
+    assert DeiTConfig.from_dict({"label2id": {"a": "1", "b": "0"}}).id2label == {0: "b", 1: "a"}
+
+
 @pytest.mark.parametrize(("changes", "sentence"), [
     ({"hidden_size": 0}, "hidden_size must be a whole number of at least 1, found 0"),
     ({"num_hidden_layers": 1.5}, "num_hidden_layers must be a whole number of at least 1, found 1.5"),
@@ -170,7 +181,7 @@ def test_drop_path_rates(depth, schedule, rates):
     ({"id2label": ["a", "b"]}, "id2label must be a dictionary, found ['a', 'b']"),
     ({"num_labels": "3"}, "num_labels must be a whole number, found '3'"),
     ({"id2label": {0: "a", 2: "b"}}, "id2label must number its 2 labels 0 to 1, found 0, 2; number the classes"),
-    ({"id2label": {0: "a", 1: "a"}}, "id2label names 'a' more than once; class names must differ"),
+    ({"id2label": {0: "a", 1: "a"}, "label2id": {"a": 2}}, "label2id is not the inverse of id2label; give one of"),
     ({"id2label": {0: "a", 1: "b"}, "num_labels": 3}, "num_labels=3 contradicts id2label, which names 2 classes"),
     ({"id2label": {0: "a"}, "label2id": {"b": 0}}, "label2id is not the inverse of id2label; give one of the two"),
 ])

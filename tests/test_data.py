@@ -9,6 +9,7 @@ from conftest import raises_saying
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from deit import data
 from deit.augment import augment, draws
 from deit.data import TrainingBatches, evaluation_batches, normalise, processor_for, read_split, write_digits
 from deit.image import DeiTImageProcessor
@@ -99,6 +100,18 @@ def test_batches_are_augmented_views_in_a_counted_order(root, workers):
             assert found[j].labels[i] == split.labels[index]
 
 
+def test_batches_do_not_depend_on_the_cache(root, monkeypatch):
+    split = read_split(root, "test")
+    kept = TrainingBatches(split, digits())
+    cached = list(kept.epoch(0))
+    assert len(kept.views.decoded) == 320
+    monkeypatch.setattr(data, "CACHE_BYTES", len(split) * 32 * 32 * 3 - 1)
+    batches = TrainingBatches(split, digits())
+    for ours, theirs in zip(batches.epoch(0), cached, strict=True):
+        assert torch.equal(ours.pixels, theirs.pixels)
+    assert not batches.views.decoded
+
+
 def test_every_epoch_has_its_own_order(root):
     batches = TrainingBatches(read_split(root, "train"), digits())
     first, second = batches.order(0), batches.order(1)
@@ -109,11 +122,11 @@ def test_every_epoch_has_its_own_order(root):
 
 
 def test_normalisation_is_the_formula():
-    data = Data(batch=1, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    recipe = Data(batch=1, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     pixels = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
-    expected = (pixels.double() / 255 - torch.tensor(data.mean).double().view(3, 1, 1)) / torch.tensor(
-        data.std).double().view(3, 1, 1)
-    torch.testing.assert_close(normalise(pixels, data).double(), expected, atol=1e-6, rtol=0)
+    expected = (pixels.double() / 255 - torch.tensor(recipe.mean).double().view(3, 1, 1)) / torch.tensor(
+        recipe.std).double().view(3, 1, 1)
+    torch.testing.assert_close(normalise(pixels, recipe).double(), expected, atol=1e-6, rtol=0)
 
 
 def test_evaluation_sees_every_image_once_through_the_processor(root):

@@ -105,8 +105,10 @@ class DeiTConfig:
                 raise ValueError(f"{name} must be a dictionary, found {value!r}")
         if not isinstance(self.num_labels, int | None):
             raise ValueError(f"num_labels must be a whole number, found {self.num_labels!r}")
-        if names is None and self.label2id is not None:
-            names = {i: label for label, i in self.label2id.items()}
+        # transformers' example scripts write the numbers of label2id as strings.
+        given = None if self.label2id is None else {str(label): int(i) for label, i in self.label2id.items()}
+        if names is None and given is not None:
+            names = {i: label for label, i in given.items()}
         if names is not None:
             names = {int(i): str(label) for i, label in names.items()}
             if sorted(names) != list(range(len(names))):
@@ -121,17 +123,16 @@ class DeiTConfig:
         if len(names) != count:
             raise ValueError(f"num_labels={count} contradicts id2label, which names {len(names)} classes; give one of "
                              "the two, or use config.replace(num_labels=...) to drop the names")
+        # Names may repeat: ImageNet's, as published, call two classes "crane". Then any of their numbers will do.
         inverse = {label: i for i, label in names.items()}
-        if len(inverse) != len(names):
-            twice = next(label for i, label in names.items() if inverse[label] != i)
-            raise ValueError(f"id2label names {twice!r} more than once; class names must differ")
-        given = self.label2id
-        if given is not None and given != inverse and given != {v: k for k, v in _unnamed(len(given)).items()}:
+        if given is None or given == {label: i for i, label in _unnamed(len(given)).items()}:
+            given = inverse
+        if given.keys() != inverse.keys() or any(names.get(i) != label for label, i in given.items()):
             raise ValueError("label2id is not the inverse of id2label; give one of the two, or use "
                              "config.replace(id2label=...)")
         object.__setattr__(self, "num_labels", count)
         object.__setattr__(self, "id2label", names)
-        object.__setattr__(self, "label2id", inverse)
+        object.__setattr__(self, "label2id", dict(given))
 
     def _check(self) -> None:
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):

@@ -19,6 +19,8 @@ from deit.recipe import Data, Recipe
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 """Accepted folder names of each split."""
+CACHE_BYTES = 2**30
+"""Decoded training images are kept in memory up to this size, in each loader process."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class _TrainingViews(Dataset[tuple[np.ndarray, int]]):
     def __init__(self, split: Split, recipe: Recipe):
         self.split, self.recipe = split, recipe
         self.processor = processor_for(recipe)
+        height, width = recipe.model.image_hw
+        self.keeps = len(split) * height * width * 3 <= CACHE_BYTES
         self.decoded: dict[int, Image.Image] = {}
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, int]:
@@ -88,12 +92,15 @@ class _TrainingViews(Dataset[tuple[np.ndarray, int]]):
         return np.asarray(view), self.split.labels[index]
 
     def _image(self, index: int) -> Image.Image:
-        """Resized and cropped as for evaluation; kept in memory, where a thousand images of 32 pixels take 3 MB."""
-        if index not in self.decoded:
-            [pixels] = self.processor([self.split.files[index]], do_rescale=False, do_normalize=False,
-                                      data_format="channels_last").pixel_values
-            self.decoded[index] = Image.fromarray(pixels.astype(np.uint8))
-        return self.decoded[index]
+        """Resized and cropped as for evaluation; decoded once where all images fit into `CACHE_BYTES`."""
+        if index in self.decoded:
+            return self.decoded[index]
+        [pixels] = self.processor([self.split.files[index]], do_rescale=False, do_normalize=False,
+                                  data_format="channels_last").pixel_values
+        image = Image.fromarray(pixels.astype(np.uint8))
+        if self.keeps:
+            self.decoded[index] = image
+        return image
 
 
 class TrainingBatches:
