@@ -6,7 +6,7 @@ from timm.scheduler import CosineLRScheduler
 
 from deit.config import VARIANTS
 from deit.model import DeiTForImageClassificationWithTeacher, DeiTForMaskedImageModeling
-from deit.optim import learning_rate, optimizer, parameter_groups, peak_lr
+from deit.optim import EMA, learning_rate, optimizer, parameter_groups, peak_lr
 from deit.recipe import AdamW, Cosine, epochs, steps
 
 PAPER = AdamW(lr=5e-4, per_images=512)
@@ -64,6 +64,30 @@ def test_one_step_is_adamw():
         decay = 0.0 if name in free else 0.05
         expected = before[name] * (1 - 5e-4 * decay) - 5e-4 * grads[name] / (grads[name].abs() + 1e-8)
         torch.testing.assert_close(parameter.detach(), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9])
+def test_average_is_the_weighted_sum(decay):
+    """After its first updates, which are a plain mean, each weight's share shrinks by `decay` per update."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    average = EMA(model, decay)
+    history = [model[0].weight.detach().clone()]
+    expected = history[0].double()
+    for update in range(1, 30):
+        with torch.no_grad():
+            model[0].weight.normal_()
+        model[1].running_mean.normal_()
+        average.update(model)
+        history.append(model[0].weight.detach().clone())
+        share = max(1 - decay, 1 / (update + 1))
+        expected = (1 - share) * expected + share * history[-1].double()
+        if 1 / (update + 1) >= 1 - decay:
+            torch.testing.assert_close(expected, torch.stack(history).double().mean(0))
+    torch.testing.assert_close(average.model[0].weight.double(), expected, atol=1e-6, rtol=0)
+    assert torch.equal(average.model[1].running_mean, model[1].running_mean)
+    assert not average.model.training
+    assert not any(parameter.requires_grad for parameter in average.model.parameters())
 
 
 def test_learning_rate_grows_with_the_batch():

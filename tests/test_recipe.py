@@ -49,6 +49,8 @@ def test_refusals():
                    objective=Supervised(), optim=AdamW(lr=1e-3, per_images=512), schedule=Cosine(total=epochs(1)))
     with pytest.raises(ValueError, match="distillation needs a model with a distillation token"):
         replace(plain, objective=Distilled(teacher="x"))
+    with pytest.raises(ValueError, match="ema must be at least 0 and below 1, found 1"):
+        replace(plain, ema=1.0)
     with pytest.raises(FrozenInstanceError):
         plain.seed = 1
 

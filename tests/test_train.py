@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from deit import train as loop
 from deit.convnet import ConvNet
 from deit.data import Split, evaluation_batches, processor_for, read_split, write_digits
-from deit.evaluate import evaluate
+from deit.evaluate import Accuracy, evaluate
 from deit.image import DeiTImageProcessor
 from deit.model import DeiTForImageClassification, DeiTForImageClassificationWithTeacher
 from deit.optim import learning_rate
@@ -97,7 +97,7 @@ def test_both_heads_and_the_tokens_are_trained(splits, teacher, tmp_path):
 def test_every_step_follows_the_formula(splits, tmp_path, monkeypatch):
     """Replays the loop by hand: objective, backward, AdamW at the scheduled rate, nothing else."""
     recipe = short(digits_teacher())
-    monkeypatch.setattr(loop, "evaluate", lambda *_: {"fused": type("Always", (), {"value": 1.0})()})  # keep the last
+    monkeypatch.setattr(loop, "evaluate", lambda *_: {"fused": Accuracy(1, 1)})  # keep the last
     run = train(recipe, *splits, tmp_path, device="cpu", console=QUIET)
     model = build_model(recipe, splits[0].classes).train()
     batches = loop.TrainingBatches(splits[0], recipe)
@@ -118,6 +118,21 @@ def test_every_step_follows_the_formula(splits, tmp_path, monkeypatch):
     found = load_file(run.model / "model.safetensors")
     for name, expected in model.state_dict().items():
         assert torch.equal(found[name], expected), name
+
+
+def test_the_average_is_evaluated_and_saved(splits, tmp_path, monkeypatch):
+    recipe = short(digits_teacher(), ema=0.9)
+    trained, averages = [], []
+    monkeypatch.setattr(loop, "build_model", lambda *given: trained.append(build_model(*given)) or trained[-1])
+    monkeypatch.setattr(loop, "evaluate", lambda model, *_: averages.append(model) or {"fused": Accuracy(1, 1)})
+    run = train(recipe, *splits, tmp_path, device="cpu", console=QUIET)
+    saved, weights = load_file(run.model / "model.safetensors"), trained[0].state_dict()
+    assert averages[0] is not trained[0]
+    for name, value in averages[0].state_dict().items():
+        assert torch.equal(saved[name], value), name
+    assert not torch.equal(saved["classifier.weight"], weights["classifier.weight"])
+    distance = (saved["classifier.weight"] - weights["classifier.weight"]).norm() / weights["classifier.weight"].norm()
+    assert distance < 0.2
 
 
 def test_the_class_of_the_model_follows_the_objective():

@@ -1,7 +1,8 @@
-"""Parameter groups, optimizer and learning rate."""
+"""Parameter groups, optimizer, learning rate, and the average of the weights."""
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -30,6 +31,25 @@ def parameter_groups(model: nn.Module, recipe: AdamW) -> list[dict[str, object]]
 def optimizer(model: nn.Module, recipe: AdamW) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr, betas=recipe.betas,
                              eps=recipe.eps, fused=True)
+
+
+class EMA:
+    """A copy of the model whose parameters follow at `1 - decay` of the way per update; buffers are the model's.
+
+    The first updates follow faster, at `1 / (updates + 1)` of the way: the average forgets where it started.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay, self.updates = decay, 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        self.updates += 1
+        step = max(1.0 - self.decay, 1.0 / (self.updates + 1))
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), step)
+        for ours, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
+            ours.copy_(theirs)
 
 
 def peak_lr(recipe: AdamW, batch: int) -> float:

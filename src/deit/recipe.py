@@ -132,6 +132,9 @@ class Recipe:
     optim: AdamW
     schedule: Cosine
     augment: Augment = field(default_factory=Augment)
+    ema: float = 0.0
+    """Exponential moving average of the weights: its decay per update, 0 to <1. The average is what is evaluated and
+    saved; 0 takes the weights themselves."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the forward and backward pass; auto is bfloat16 where the hardware computes with it, else float32."""
     seed: int = 0
@@ -139,6 +142,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if isinstance(self.objective, Distilled) and not getattr(self.model, "distillation_token", False):
             raise ValueError(f"recipe {self.name}: distillation needs a model with a distillation token")
+        if not 0.0 <= self.ema < 1.0:
+            raise ValueError(f"recipe {self.name}: ema must be at least 0 and below 1, found {self.ema}")
 
     def to_dict(self) -> dict[str, Any]:
         """The whole record as JSON types; alternatives carry their class name as `kind_of`."""

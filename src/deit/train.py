@@ -68,6 +68,8 @@ def train(recipe: Recipe, train_split: Split, val_split: Split, out: str | Path,
     model = build_model(recipe, train_split.classes).to(place)
     objective = objectives.build(recipe, train_split.classes, place)
     optimizer = optim.optimizer(model, recipe.optim)
+    average = optim.EMA(model, recipe.ema) if recipe.ema else None
+    shown = average.model if average else model
     batches = TrainingBatches(train_split, recipe)
     processor = processor_for(recipe)
     peak = optim.peak_lr(recipe.optim, recipe.data.batch)
@@ -95,6 +97,8 @@ def train(recipe: Recipe, train_split: Split, val_split: Split, out: str | Path,
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+                if average:
+                    average.update(model)
                 step += 1
                 for name, value in {"loss": loss.detach(), **parts}.items():
                     seen[name] = seen.get(name, 0.0) + value.item() / per_epoch  # on CUDA this waits for the device
@@ -103,10 +107,10 @@ def train(recipe: Recipe, train_split: Split, val_split: Split, out: str | Path,
                 raise Diverged(f"{recipe.name}: the loss is {seen['loss']} in epoch {epoch + 1}; lower optim.lr "
                                f"(now {recipe.optim.lr}) or lengthen schedule.warmup")
 
-            accuracy = evaluate(model, validation, place)["fused"].value
+            accuracy = evaluate(shown, validation, place)["fused"].value
             if accuracy >= best:  # on a tie the later one: it has seen more and at a lower learning rate
                 best = accuracy
-                save_model(model, processor, out / "model")
+                save_model(shown, processor, out / "model")
             record = {"epoch": epoch + 1, "step": step, "lr": lr, **seen, "val_accuracy": accuracy,
                       "seconds": time.perf_counter() - started}
             metrics.write(json.dumps(record) + "\n")
