@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 
 from deit import data
 from deit.augment import augment, draws
-from deit.data import TrainingBatches, evaluation_batches, normalise, processor_for, read_split, write_digits
+from deit.data import EvaluationBatches, TrainingBatches, normalise, processor_for, read_split, write_digits
 from deit.image import DeiTImageProcessor
 from deit.recipe import Data
 from deit.recipes.digits import digits
@@ -129,14 +129,22 @@ def test_normalisation_is_the_formula():
     torch.testing.assert_close(normalise(pixels, recipe).double(), expected, atol=1e-6, rtol=0)
 
 
-def test_evaluation_sees_every_image_once_through_the_processor(root):
+def test_evaluation_sees_every_image_once_through_the_processor(root, monkeypatch):
     split = read_split(root, "test")
     processor = processor_for(digits())
-    batches = list(evaluation_batches(split, processor, 100))
+    source = EvaluationBatches(split, processor, 100)
+    batches = list(source)
     assert [len(batch.labels) for batch in batches] == [100, 100, 100, 60]
     assert tuple(torch.cat([batch.labels for batch in batches]).tolist()) == split.labels
     last = processor(split.files[-1], return_tensors="pt").pixel_values[0]
     assert torch.equal(batches[-1].pixels[-1], last)
+    again = list(source)
+    assert all(one is other for one, other in zip(batches, again, strict=True))
+    monkeypatch.setattr(data, "CACHE_BYTES", 360 * 3 * 32 * 32 * 4 - 1)
+    large = EvaluationBatches(split, processor, 100)
+    for _ in range(2):
+        assert all(torch.equal(one.pixels, other.pixels) for one, other in zip(large, batches, strict=True))
+    assert not large.kept
 
 
 def test_training_and_evaluation_see_the_same_part_of_a_photo(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from conftest import raises_saying
 from rich.console import Console
 
-from deit.data import evaluation_batches, read_split
+from deit.data import EvaluationBatches, read_split
 from deit.evaluate import evaluate
 from deit.image import DeiTImageProcessor
 from deit.predict import load_model
@@ -38,11 +38,11 @@ def test_the_folder_it_leaves(done):
     assert model.config.id2label == {i: str(i) for i in range(10)}
     split = read_split(out / "data", "test", list(model.config.id2label.values()))
     assert len(split) == 360
-    heads = evaluate(model, evaluation_batches(split, DeiTImageProcessor.from_pretrained(result["model"]), 64))
+    heads = evaluate(model, EvaluationBatches(split, DeiTImageProcessor.from_pretrained(result["model"]), 64))
     assert (heads["class"].value, heads["distillation"].value, heads["fused"].value) == (
         result["class_head"], result["distillation_head"], result["fused"])
     taught = load_model(out / "teacher" / "model")
-    batches = evaluation_batches(split, DeiTImageProcessor.from_pretrained(out / "teacher" / "model"), 64)
+    batches = EvaluationBatches(split, DeiTImageProcessor.from_pretrained(out / "teacher" / "model"), 64)
     assert evaluate(taught, batches)["fused"].value == result["teacher"]
 
 

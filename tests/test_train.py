@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from deit import train as loop
 from deit.convnet import ConvNet
-from deit.data import Split, evaluation_batches, processor_for, read_split, write_digits
+from deit.data import EvaluationBatches, Split, processor_for, read_split, write_digits
 from deit.evaluate import Accuracy, evaluate
 from deit.image import DeiTImageProcessor
 from deit.model import DeiTForImageClassification, DeiTForImageClassificationWithTeacher
@@ -55,7 +55,7 @@ def test_a_run_leaves_a_model_that_scores_as_recorded(splits, teacher):
     assert list(model.config.id2label.values()) == list(splits[0].classes)
     processor = DeiTImageProcessor.from_pretrained(teacher.model)
     assert processor == processor_for(digits_teacher())
-    found = evaluate(model, evaluation_batches(splits[1], processor, 50))["fused"].value
+    found = evaluate(model, EvaluationBatches(splits[1], processor, 50))["fused"].value
     rows = [json.loads(line) for line in (teacher.model.parent / "metrics.jsonl").read_text().splitlines()]
     assert found == teacher.accuracy == max(row["val_accuracy"] for row in rows)
     assert rows[-1]["loss"] < rows[0]["loss"]

@@ -20,7 +20,7 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".we
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 """Accepted folder names of each split."""
 CACHE_BYTES = 2**30
-"""Decoded training images are kept in memory up to this size, in each loader process."""
+"""A split's decoded images are kept in memory up to this size, in each process that loads them."""
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,30 @@ def normalise(pixels: Tensor, data: Data) -> Tensor:
     return torch.addcdiv(-mean / std, pixels.float(), 255 * std)
 
 
-def evaluation_batches(split: Split, processor: DeiTImageProcessor, batch: int) -> Iterator[Batch]:
-    """Every image of a split once, in order, through the processor; the last batch may be smaller."""
-    for start in range(0, len(split), batch):
-        chunk = slice(start, start + batch)
-        yield Batch(processor(list(split.files[chunk]), return_tensors="pt").pixel_values,
-                    torch.tensor(split.labels[chunk]))
+class EvaluationBatches:
+    """Every image of a split once, in order, through the processor; the last batch may be smaller.
+
+    Can be iterated again and again; decoded once where all images fit into `CACHE_BYTES`.
+    """
+
+    def __init__(self, split: Split, processor: DeiTImageProcessor, batch: int):
+        self.split, self.processor, self.batch = split, processor, batch
+        self.kept: list[Batch] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        starts = range(0, len(self.split), self.batch)
+        if len(self.kept) == len(starts):
+            yield from self.kept
+            return
+        kept: list[Batch] = []
+        for start in starts:
+            chunk = slice(start, start + self.batch)
+            pixels = self.processor(list(self.split.files[chunk]), return_tensors="pt").pixel_values
+            batch = Batch(pixels, torch.tensor(self.split.labels[chunk]))
+            if pixels[0].numel() * 4 * len(self.split) <= CACHE_BYTES:
+                kept.append(batch)
+            yield batch
+        self.kept = kept
 
 
 def write_digits(root: Path, *, seed: int = 0, side: int = 32) -> dict[str, int]:

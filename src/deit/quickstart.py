@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deit import files
-from deit.data import evaluation_batches, processor_for, read_split, write_digits
+from deit.data import EvaluationBatches, processor_for, read_split, write_digits
 from deit.evaluate import Accuracy, evaluate
 from deit.predict import Predictor, load_model
 from deit.recipes.digits import digits, digits_teacher
@@ -49,7 +49,7 @@ def quickstart(out: Path, *, seed: int = 0, console: Console) -> Result:
     recipe = replace(digits(teacher=taught.model), seed=seed)
     student = train(recipe, train_split, val_split, out / "student", console=console)
 
-    test = list(evaluation_batches(test_split, processor_for(recipe), recipe.data.batch))
+    test = EvaluationBatches(test_split, processor_for(recipe), recipe.data.batch)
     teacher = evaluate(load_model(taught.model), test)["fused"]
     heads = evaluate(load_model(student.model), test)
     examples = test_split.files[::72]

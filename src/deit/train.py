@@ -17,7 +17,7 @@ from torch import nn
 from deit import files, objectives, optim
 from deit.config import ConvNetConfig
 from deit.convnet import ConvNet
-from deit.data import Split, TrainingBatches, evaluation_batches, processor_for
+from deit.data import EvaluationBatches, Split, TrainingBatches, processor_for
 from deit.evaluate import evaluate
 from deit.model import DeiTForImageClassification, DeiTForImageClassificationWithTeacher
 from deit.recipe import Distilled, Recipe
@@ -79,8 +79,7 @@ def train(recipe: Recipe, train_split: Split, val_split: Split, out: str | Path,
     files.write_json(out / "recipe.json", recipe.to_dict())
     metrics = open(out / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115
     best, step = -1.0, 0
-    # Images are scored many times over a run: decoded once.
-    validation = list(evaluation_batches(val_split, processor, recipe.data.batch))
+    validation = EvaluationBatches(val_split, processor, recipe.data.batch)
 
     with metrics, _progress(console) as progress:
         bar = progress.add_task(recipe.name, total=last_epoch * per_epoch, note="")
