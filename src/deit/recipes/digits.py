@@ -11,7 +11,10 @@ _DATA = Data(batch=64, crop_ratio=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
 
 
 def digits_teacher() -> Recipe:
-    """A ConvNet of 72,000 parameters."""
+    """A ConvNet of 73,000 parameters.
+
+    Ours: 0.989 to 1.000 of the 360 test images, median 0.994 (seeds 0 to 5, each with its own split).
+    """
     return Recipe(
         name="digits_teacher",
         model=ConvNetConfig(widths=(16, 32, 64), depth=2, image_size=32),
@@ -24,7 +27,10 @@ def digits_teacher() -> Recipe:
 
 
 def digits(teacher: str | Path = "") -> Recipe:
-    """A DeiT of 16 patches that learns from the labels and from the ConvNet's decisions."""
+    """A DeiT of 16 patches and 1.2 million parameters that learns from the labels and from the ConvNet's decisions.
+
+    Ours: fused heads 0.989 to 0.997 of the 360 test images, median 0.993 (seeds 0 to 5, each with its own split).
+    """
     return Recipe(
         name="digits",
         # The paper's 0.02 suits widths of 192 to 768 and long runs; at width 128 three times that starts to learn at
