@@ -95,7 +95,7 @@ def test_other_classes_are_refused(folder, classes):
 def test_distilled_objective_is_the_papers_loss_with_the_teachers_answers(folder):
     teacher = Teacher.from_folder(folder, CLASSES, STUDENT)
     model = DeiTForImageClassificationWithTeacher(digits().model.replace(
-        image_size=16, patch_size=8, hidden_size=16, num_attention_heads=2, num_hidden_layers=1, num_labels=4))
+        image_size=16, patch_size=8, hidden_size=16, num_attention_heads=2, num_hidden_layers=1, num_labels=4)).eval()
     batch = Batch(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3]))
     for recipe in (DistilledRecipe(teacher="t"), DistilledRecipe(teacher="t", kind="soft", weight=0.3, temperature=2.0),
                    DistilledRecipe(teacher="t", smoothing=0.1)):
