@@ -20,9 +20,12 @@ def convert(source: str | Path, to: Dialect, out: str | Path, **where: Any) -> P
     pretrained=True)`. `original`: one `.pth` as facebookresearch/deit loads them. The image preprocessing goes along
     where the format has a place for it.
     """
+    folder = Path(out)
+    place = Path(source).parent if Path(source).is_file() else Path(source)
+    if folder.resolve() == place.resolve():
+        raise ValueError(f"{folder} is where {source} lies, and its files would be replaced; write to another folder")
     checkpoint = hub.read_checkpoint(source, **where)
     processor = _processor_of(source, checkpoint.config, where)
-    folder = Path(out)
     if to == "hf":
         hub.write_checkpoint(folder, checkpoint.config, checkpoint.tensors)
         processor.save_pretrained(folder)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -170,8 +171,11 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], *, max_shard_size
     else:
         index.unlink(missing_ok=True)
     for stale in folder.glob("model*.safetensors"):
-        if stale.name not in names:
+        if stale.name not in names and _WEIGHT_FILE.fullmatch(stale.name):
             stale.unlink()
+
+
+_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def _size(tensor: Tensor) -> int:

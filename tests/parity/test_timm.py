@@ -227,6 +227,16 @@ def test_refused_conversion(kind, changes, parts, tmp_path):
     assert not (tmp_path / "timm").exists()
 
 
+def test_the_source_is_never_replaced(tmp_path):
+    build("classification", shrink(VARIANTS["deit-tiny-patch16-224"])).save_pretrained(tmp_path / "m")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
+    for source in (tmp_path / "m", tmp_path / "m" / "model.safetensors", tmp_path / "m" / ".." / "m"):
+        with raises_saying(ValueError, "its files would be replaced; write to another folder"):
+            convert(source, "timm", tmp_path / "m")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before
+    convert(tmp_path / "m", "timm", tmp_path)  # the folder above is another folder
+
+
 def test_unknown_format(tmp_path):
     build("classification", shrink(VARIANTS["deit-tiny-patch16-224"])).save_pretrained(tmp_path)
     with raises_saying(ValueError, "there is no format 'keras'; choose hf, timm or original"):
