@@ -1,5 +1,6 @@
 """Folders, batches and their independence of everything but (seed, epoch, image)."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -46,6 +47,12 @@ def test_another_seed_splits_otherwise(root, tmp_path):
     write_digits(tmp_path, seed=4)
     names = [{path.name for path in folder.glob("test/*/*.png")} for folder in (root, tmp_path)]
     assert names[0] != names[1]
+
+
+def test_without_scikit_learn(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with raises_saying(ImportError, 'pip install "deit[quickstart]"'):
+        write_digits(tmp_path)
 
 
 def folder_of(root, split="train", classes=("b", "a"), count=3):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from deit import hub, weights
 from deit.config import ConvNetConfig
+from deit.convert import convert
 from deit.convnet import ConvNet
 from deit.image import DeiTImageProcessor
 from deit.model import (
@@ -69,6 +70,22 @@ def test_a_model_with_one_head(tmp_path, photos):
     assert Predictor(tmp_path)(photos) == Predictor(tmp_path, head="class")(photos)
     with raises_saying(ValueError, "no head 'distillation'", "it has fused, class"):
         Predictor(tmp_path, head="distillation")(photos)
+
+
+def test_a_folder_of_timm_predicts_the_same(folder, photos, tmp_path):
+    convert(folder, "timm", tmp_path / "timm")
+    for ours, theirs in zip(Predictor(folder)(photos), Predictor(tmp_path / "timm")(photos), strict=True):
+        assert [entry["label"] for entry in ours] == [entry["label"] for entry in theirs]
+        assert [entry["score"] for entry in ours] == pytest.approx([entry["score"] for entry in theirs], abs=1e-6)
+
+
+def test_unknown_preprocessing_is_refused(folder):
+    (folder / "preprocessor_config.json").unlink()
+    with raises_saying(FileNotFoundError, folder, "holds no preprocessor_config.json", "save_pretrained(FOLDER)"):
+        Predictor(folder)
+    ConvNet(ConvNetConfig(widths=(4,), depth=1)).save_pretrained(folder / "convnet")
+    with raises_saying(FileNotFoundError, folder / "convnet", "save_pretrained(FOLDER)"):
+        Predictor(folder / "convnet")
 
 
 @pytest.mark.parametrize("kind", ["backbone", "masked_image", "classification", "with_teacher"])

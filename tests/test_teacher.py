@@ -45,6 +45,8 @@ def test_convnet_round_trip(folder):
     again = ConvNet.from_pretrained(folder)
     assert torch.equal(again(pixels).logits, model(pixels).logits)
     assert again.config == model.config
+    kept = ConvNetConfig.from_dict({**model.config.to_dict(), "favourite": "tea"})
+    assert kept.to_dict() == {**model.config.to_dict(), "favourite": "tea"}
     assert not again.training
 
 

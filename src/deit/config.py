@@ -311,6 +311,8 @@ class ConvNetConfig:
     image_size: Pair = 32
     num_channels: int = 3
     id2label: dict[int, str] = field(default_factory=lambda: _unnamed(2))
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Unknown keys of a `config.json`, written back."""
 
     model_type = "deit_convnet"
 
@@ -331,13 +333,15 @@ class ConvNetConfig:
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        labels = {str(i): label for i, label in self.id2label.items()}
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"id2label": labels,
-                                                                         "model_type": self.model_type}
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_WRITTEN}
+        known["id2label"] = {str(i): label for i, label in self.id2label.items()}
+        return {**self.extra, **known, "model_type": self.model_type}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        return cls(**{name: value for name, value in values.items() if name != "model_type"})
+        names = {f.name for f in fields(cls)} - set(_NOT_WRITTEN)
+        extra = {name: value for name, value in values.items() if name not in names and name != "model_type"}
+        return cls(**{name: value for name, value in values.items() if name in names}, extra=extra)
 
 
 def _pair(value: Pair) -> tuple[int, int]:

@@ -104,8 +104,6 @@ def _timm_config(config: DeiTConfig, processor: DeiTImageProcessor) -> dict[str,
 
 def _processor_of(source: str | Path, config: DeiTConfig, where: Mapping[str, Any]) -> DeiTImageProcessor:
     try:
-        return DeiTImageProcessor.from_pretrained(source, **where)
+        return DeiTImageProcessor.of_model(source, config, **where)
     except FileNotFoundError:
-        if timm := config.extra.get("pretrained_cfg"):
-            return DeiTImageProcessor.from_timm(timm, image_size=config.image_size)
         return DeiTImageProcessor.paper(config.image_size)

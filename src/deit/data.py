@@ -174,8 +174,11 @@ def write_digits(root: Path, *, seed: int = 0, side: int = 32) -> dict[str, int]
     360 images go to `test` and 144 to `val`, drawn with `seed` and balanced over the classes. The 8x8 scans (UCI
     Optical Recognition of Handwritten Digits, 1998) are enlarged to `side` pixels.
     """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError:
+        raise ImportError('the digits come with scikit-learn: pip install "deit[quickstart]"') from None
 
     scans = load_digits()
     rest, test = train_test_split(np.arange(len(scans.target)), test_size=360, random_state=seed,

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from deit import files
-from deit.config import IMAGENET_MEAN, IMAGENET_STD
+from deit.config import IMAGENET_MEAN, IMAGENET_STD, DeiTConfig
 from deit.decode import Decoded, convert, decode, is_encoded, name_of, reading
 
 __all__ = ["BatchFeature", "DeiTFeatureExtractor", "DeiTImageProcessor"]
@@ -367,6 +367,22 @@ class DeiTImageProcessor:
             local_files_only=local_files_only, token=token,
         )
         return cls.from_json_file(path, **overrides)
+
+    @classmethod
+    def of_model(cls, name_or_folder: str | Path, config: DeiTConfig, **where: Any) -> DeiTImageProcessor:
+        """The preprocessing that a model's files say: `preprocessor_config.json`, or timm's `pretrained_cfg` in its
+        config; `where` as for `from_pretrained`.
+
+        Raises `FileNotFoundError` where they say nothing.
+        """
+        try:
+            return cls.from_pretrained(name_or_folder, **where)
+        except FileNotFoundError as error:
+            if timm := config.extra.get("pretrained_cfg"):
+                return cls.from_timm(timm, image_size=config.image_size)
+            raise FileNotFoundError(f"{error}, so how its images are prepared is not known; save the processor it was "
+                                    "trained with there, e.g. DeiTImageProcessor.paper(224).save_pretrained(FOLDER)"
+                                    ) from None
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str], **overrides: Any) -> DeiTImageProcessor:

@@ -49,14 +49,16 @@ class Predictor:
     """A classifier with its preprocessing and its labels.
 
     Args:
-        name_or_folder: what `deit` or `transformers` saved, or a hub name.
+        name_or_folder: what `deit`, `transformers` or timm saved, or a hub name.
         head: which of a distilled model's heads decides (`fuse_heads`).
         device: `cpu`, `cuda`, …
+
+    Raises `FileNotFoundError` where the files do not say how images are prepared.
     """
 
     def __init__(self, name_or_folder: str | Path, *, head: Head = "fused", device: str | torch.device = "cpu"):
         self.model = load_model(name_or_folder).to(device)
-        self.processor = DeiTImageProcessor.from_pretrained(name_or_folder)
+        self.processor = DeiTImageProcessor.of_model(name_or_folder, self.model.config)
         self.head, self.device = head, torch.device(device)
         self.labels = list(self.model.config.id2label.values())
 
