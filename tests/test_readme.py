@@ -1,4 +1,4 @@
-"""The README's Python, run as it stands on a model of the quickstart's shape."""
+"""The README's Python, run as it stands on models of the quickstart's shape."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from deit.data import processor_for
-from deit.recipes.digits import digits
+from deit.recipes.digits import digits, digits_teacher
 from deit.train import build_model, save_model
 
 README = Path(__file__).parents[1] / "README.md"
@@ -16,8 +16,9 @@ README = Path(__file__).parents[1] / "README.md"
 @pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
 def test_the_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = build_model(digits(), tuple("0123456789"))
-    save_model(model, processor_for(digits()), tmp_path / "deit-quickstart/student/model")
+    for recipe, part in [(digits(), "student"), (digits_teacher(), "teacher")]:
+        model = build_model(recipe, tuple("0123456789"))
+        save_model(model, processor_for(recipe), tmp_path / "deit-quickstart" / part / "model")
     picture = tmp_path / "deit-quickstart/data/test/7/1728.png"
     picture.parent.mkdir(parents=True)
     Image.new("L", (32, 32), 99).save(picture)
