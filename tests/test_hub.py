@@ -1,6 +1,7 @@
 import http.server
 import json
 import os
+import random
 import re
 import stat
 import threading
@@ -260,6 +261,28 @@ def test_damaged_file(name, damage, saved):
                       "header": whole[:5]}[damage])
     with raises_saying(files.CheckpointError, path, "truncated", "corrupt", "fetch it again"):
         load(folder)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("legacy", [False, True])
+def test_mutated_pickles_load_or_are_refused(legacy, tmp_path):
+    """Random bytes in the part that is unpickled: a model or one sentence, never another error."""
+    model = build("with_teacher", small(hidden_size=64, num_attention_heads=1))
+    path, draw = tmp_path / "m.pth", random.Random(0)
+    torch.save({"model": weights.from_ours(model._tensors(), "original")}, path,
+               _use_new_zipfile_serialization=not legacy)
+    whole, sentences = path.read_bytes(), []
+    for _ in range(120):
+        mutated = bytearray(whole)
+        for _ in range(draw.randint(1, 4)):
+            mutated[draw.randrange(6000)] = draw.randrange(256)
+        path.write_bytes(mutated)
+        try:
+            CLASS_OF["with_teacher"].from_pretrained(path)
+        except ValueError as error:
+            sentences.append(str(error))
+    assert len(sentences) > 30
+    assert all(str(path) in sentence and "\n" not in sentence for sentence in sentences)
 
 
 class Attack:

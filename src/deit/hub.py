@@ -9,7 +9,6 @@ import argparse
 import pickle
 import re
 import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -122,15 +121,15 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([(_Refused, "argparse.Namespace")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" not in str(error):
-            raise CheckpointError(f"{path} is truncated, corrupt or no PyTorch file; fetch it again") from None
-        raise CheckpointError(f"{path} holds more than tensors: a pickle that would run code when loaded. Nothing was "
-                              f"executed or loaded ({_culprit(str(error))}). Ask for a safetensors file") from None
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} is truncated, corrupt or no PyTorch file "
-                              f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
-                              "fetch it again") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # on damaged bytes the unpickler raises nearly anything
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            raise CheckpointError(f"{path} holds more than tensors: a pickle that would run code when loaded. Nothing "
+                                  f"was executed or loaded ({_culprit(str(error))}). Ask for a safetensors "
+                                  "file") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} is truncated, corrupt or no PyTorch file ({reason}); fetch it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} should hold a dictionary of tensors, found {type(content).__name__}")
     refused = [str(name) for name, value in content.items() if isinstance(value, _Refused | argparse.Namespace)]
