@@ -572,7 +572,7 @@ def test_push(saved, uploads):
     card = files["README.md"].decode()
     assert card.startswith("---\nlibrary_name: deit\npipeline_tag: image-classification\n")
     for part in ("- deit\n---", "# ants\n", "width 24, 3 blocks,\n3 heads, patches of 4x4 pixels, images of\n16x16",
-                 "Classes: ant, bee, cat, dog, eel."):
+                 "Classes: ant, bee, cat, dog, eel.", 'model = deit.load_model("org/ants")'):
         assert part in card
 
 
@@ -588,8 +588,16 @@ def test_push_of_a_saved_folder(saved, uploads):
     assert uploads[-1][1]["repo_id"] == "m"
 
 
+def test_card_of_a_model_without_classifier(saved, uploads):
+    build("masked_image", small()).push_to_hub("org/masks")
+    card = uploads[-1][2]["README.md"].decode()
+    assert "pipeline_tag: image-feature-extraction\n" in card
+    assert "Classes" not in card
+
+
 def test_card_of_many_classes():
-    card = hub.model_card(small(num_labels=25, distillation_token=False), "x/y")
+    config = small(num_labels=25, distillation_token=False, extra={"architectures": ["ViTForImageClassification"]})
+    card = hub.model_card(config, "x/y")
     assert "LABEL_19 and 5 more." in card
     assert "without distillation token" in card
     assert "- vit\n" in card

@@ -239,15 +239,21 @@ def push_folder(folder: Path, repo_id: str, *, token: str | bool | None = None, 
 
 
 def model_card(config: DeiTConfig, name: str) -> str:
-    """The README.md of a hub repository: metadata the hub indexes, and how to use the model."""
+    """The README.md of a hub repository: metadata that the hub indexes, what the model is, and how to load it.
+
+    `config` is one that was read from a saved model: it names the architecture.
+    """
+    architecture = config.extra["architectures"][0]
+    task = {"Model": "image-feature-extraction", "ForMaskedImageModeling": "image-feature-extraction"}.get(
+        architecture.removeprefix("DeiT").removeprefix("ViT"), "image-classification")
     labels: Sequence[str] = list((config.id2label or {}).values())
     shown = ", ".join(labels[:20]) + (f" and {len(labels) - 20} more" if len(labels) > 20 else "")
+    classes = f"\nClasses: {shown}.\n" if task == "image-classification" else ""
     kind = "with" if config.distillation_token else "without"
     return f"""---
 library_name: deit
-pipeline_tag: image-classification
+pipeline_tag: {task}
 tags:
-- image-classification
 - {config.model_type}
 ---
 # {name.rsplit("/", maxsplit=1)[-1]}
@@ -255,6 +261,10 @@ tags:
 A vision transformer {kind} distillation token: width {config.hidden_size}, {config.num_hidden_layers} blocks,
 {config.num_attention_heads} heads, patches of {config.patch_hw[0]}x{config.patch_hw[1]} pixels, images of
 {config.image_hw[0]}x{config.image_hw[1]}.
+{classes}
+```python
+import deit
 
-Classes: {shown}.
+model = deit.load_model("{name}")
+```
 """

@@ -22,9 +22,11 @@ from deit.model import (
     head_probabilities,
 )
 
-_CLASS: dict[str, type[PreTrained]] = {"Model": DeiTModel, "ForMaskedImageModeling": DeiTForMaskedImageModeling,
-          "ForImageClassification": DeiTForImageClassification,
-          "ForImageClassificationWithTeacher": DeiTForImageClassificationWithTeacher}
+_CLASS: dict[str, type[PreTrained]] = {
+    "Model": DeiTModel, "ForMaskedImageModeling": DeiTForMaskedImageModeling,
+    "ForImageClassification": DeiTForImageClassification,
+    "ForImageClassificationWithTeacher": DeiTForImageClassificationWithTeacher,
+}
 _OF_KIND = {cls.kind: cls for cls in _CLASS.values()}
 
 
