@@ -103,6 +103,8 @@ def test_the_class_is_told_from_a_lone_weight_file(tmp_path):
     found = load_model(tmp_path / "deit.pth")
     assert type(found) is DeiTForImageClassificationWithTeacher
     assert torch.equal(found.deit.position, model.deit.position)
+    wider = load_model(tmp_path / "deit.pth", config=model.config, image_size=24, local_files_only=True)
+    assert wider.config.image_size == 24
 
 
 def test_the_built_in_convnet_is_loaded(tmp_path):

@@ -17,8 +17,9 @@ from deit.quickstart import quickstart
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """With the threads that a person gets: in this process the tests have set one."""
-    out = tmp_path_factory.mktemp("run") / "quickstart"
+    """With the threads that a person gets: in this process the tests have set one. The folder's name has a blank for
+    the shell and brackets for the console to leave alone."""
+    out = tmp_path_factory.mktemp("run") / "quick start [1]"
     return subprocess.run([sys.executable, "-m", "deit", "quickstart", "--out", str(out), "--json"],
                           capture_output=True, text=True, check=True), out
 
@@ -48,11 +49,11 @@ def test_the_folder_it_leaves(done):
 
 def test_what_it_shows(done):
     """The table with intervals, predictions from files, and next commands that are commands."""
-    shown = done[0].stderr
+    shown, out = done[0].stderr, done[1]
     for row in ("ConvNet teacher", "DeiT, class head", "DeiT, distillation head", "DeiT, both heads fused", "/360"):
         assert row in shown
-    assert "deit predict" in shown
-    assert "deit convert" in shown
+    assert f"deit predict '{out / 'student' / 'model'}' '{out / 'data' / 'test'}" in shown
+    assert f"deit convert '{out / 'student' / 'model'}' --to timm --out '{out / 'timm'}'" in shown
     assert shown.count(".png: ") == 5
 
 

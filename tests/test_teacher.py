@@ -94,6 +94,13 @@ def test_other_classes_are_refused(folder, classes):
         Teacher.from_folder(folder, classes, STUDENT)
 
 
+def test_a_teacher_whose_names_repeat_is_refused(tmp_path):
+    labels = {0: "crane", 1: "tench", 2: "crane"}
+    ConvNet(ConvNetConfig(widths=(4,), depth=1, id2label=labels)).save_pretrained(tmp_path)
+    with raises_saying(ValueError, tmp_path, "it gives a name to several classes (3 and 2 classes)"):
+        Teacher.from_folder(tmp_path, ("crane", "tench"), STUDENT)
+
+
 def test_distilled_objective_is_the_papers_loss_with_the_teachers_answers(folder):
     teacher = Teacher.from_folder(folder, CLASSES, STUDENT)
     model = DeiTForImageClassificationWithTeacher(digits().model.replace(

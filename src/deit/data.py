@@ -104,7 +104,7 @@ class _TrainingViews(Dataset[tuple[np.ndarray, int]]):
 
 
 class TrainingBatches:
-    """Endless training batches: every epoch a new order and new views, the same for any number of workers."""
+    """Training batches by epoch: each has a new order and new views, the same for any number of workers."""
 
     def __init__(self, split: Split, recipe: Recipe):
         if len(split) < recipe.data.batch:

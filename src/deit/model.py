@@ -254,6 +254,15 @@ class PreTrained(nn.Module):
         where = {"revision": revision, "subfolder": subfolder, "cache_dir": cache_dir,
                  "local_files_only": local_files_only, "token": token}
         found = hub.read_checkpoint(name_or_folder, config=config, **where)
+        return cls.from_checkpoint(found, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes,
+                                   output_loading_info=output_loading_info, attn_implementation=attn_implementation,
+                                   **overrides)
+
+    @classmethod
+    def from_checkpoint(cls, found: hub.Checkpoint, *, dtype: torch.dtype | str | None = None,
+                        ignore_mismatched_sizes: bool = False, output_loading_info: bool = False,
+                        attn_implementation: AttnImplementation = "auto", **overrides: Any) -> Any:
+        """`from_pretrained` of a checkpoint that is read already."""
         image_size = overrides.pop("image_size", None)
         settings = cls.config_class.from_dict(found.config.to_dict(), **overrides)
         if cls is DeiTForMaskedImageModeling and "encoder_stride" not in overrides:
@@ -289,7 +298,7 @@ class PreTrained(nn.Module):
         fresh = [*missing, *mismatched]
         if fresh:
             warnings.warn(f"{found.file} does not give {', '.join(fresh)}: initialised anew, train before use",
-                          stacklevel=3)
+                          stacklevel=4)
         base = len(weights.BASE) if self.kind == "backbone" else 0
         state = {name[base:]: tensor for name, tensor in given.items() if name not in mismatched}
         self.load_state_dict(state, strict=False, assign=True)

@@ -20,12 +20,12 @@ def parameter_groups(model: nn.Module, recipe: AdamW) -> list[dict[str, object]]
     free = {"position", "cls_token", "mask_token"} | (set() if recipe.decay_distillation_token
                                                       else {"distillation_token"})
     decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            whole = parameter.ndim <= 1 or name.rpartition(".")[2] in free
-            (kept if whole else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+            is_exempt = parameter.ndim <= 1 or name.rpartition(".")[2] in free
+            (exempt if is_exempt else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
 
 
 def optimizer(model: nn.Module, recipe: AdamW) -> torch.optim.Optimizer:

@@ -43,8 +43,9 @@ def load_model(name_or_folder: str | Path, **options: Any) -> Any:
     name = next(iter(config.get("architectures") or []), "").removeprefix("DeiT").removeprefix("ViT")
     if name in _CLASS:
         return _CLASS[name].from_pretrained(name_or_folder, **options)
-    found = hub.read_checkpoint(name_or_folder, **where)
-    return _OF_KIND[weights.kind_of(found.tensors)].from_pretrained(name_or_folder, **options)
+    found = hub.read_checkpoint(name_or_folder, config=options.pop("config", None), **where)
+    others = {key: value for key, value in options.items() if key not in where}
+    return _OF_KIND[weights.kind_of(found.tensors)].from_checkpoint(found, **others)
 
 
 class Predictor:

@@ -26,10 +26,9 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
         self.size: tuple[int, int] = model.config.image_hw  # type: ignore[union-attr, assignment]
         self.order = order
-        ours, theirs = (torch.tensor(student.mean), torch.tensor(student.std)), (
-            torch.tensor(processor.image_mean), torch.tensor(processor.image_std))
-        self.gain = (ours[1] / theirs[1]).view(-1, 1, 1)
-        self.shift = ((ours[0] - theirs[0]) / theirs[1]).view(-1, 1, 1)
+        mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
+        self.gain = (torch.tensor(student.std) / std).view(-1, 1, 1)
+        self.shift = ((torch.tensor(student.mean) - mean) / std).view(-1, 1, 1)
 
     @classmethod
     def from_folder(cls, folder: str | Path, classes: Sequence[str], student: Data) -> Teacher:
@@ -41,10 +40,11 @@ class Teacher:
         theirs = list(model.config.id2label.values())
         if sorted(theirs) != sorted(classes):
             strange = sorted(set(classes) ^ set(theirs))
-            raise ValueError(f"teacher {folder} does not have the data's classes: {strange[0]!r} is known to only one "
-                             f"of them ({len(theirs)} and {len(classes)} classes); choose a teacher of these classes")
+            reason = f"{strange[0]!r} is known to only one of them" if strange else "it gives a name to several classes"
+            raise ValueError(f"teacher {folder} does not have the data's classes: {reason} ({len(theirs)} and "
+                             f"{len(classes)} classes); choose a teacher of these classes")
         order = None if theirs == list(classes) else torch.tensor([theirs.index(name) for name in classes])
-        return cls(model, DeiTImageProcessor.from_pretrained(folder), order, student)
+        return cls(model, DeiTImageProcessor.of_model(folder, model.config), order, student)
 
     def to(self, device: torch.device) -> Self:
         self.model.to(device)
