@@ -7,6 +7,7 @@ from conftest import assert_close, build, images, raises_saying, small
 
 from deit import losses
 from deit.model import fuse_heads
+from deit.recipe import Supervised
 
 B, C = 6, 5
 
@@ -122,6 +123,70 @@ def test_soft(labels, weight, temperature, logits):
                      zip(log_softmax(z / tau).flat, log_softmax(y / tau).flat, strict=True)) / B
     expected = (1 - w) * cross_entropy(x, LABELS[labels]) + w * tau**2 * divergence
     assert found.item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("count", [3, 700])
+def test_soft_with_the_original_normalisation(count):
+    """facebookresearch/deit divides by images times classes: the teacher weighs `count` times less than in eq. 2."""
+    student, teacher = torch.randn(B, count), torch.randn(B, count)
+    labels = torch.arange(B) % count
+    options = {"kind": "soft", "weight": 0.5, "temperature": 2.0}
+    found = [losses.distillation_loss(student, student, labels, teacher, **options, normalisation=name).item()
+             for name in ("images", "elements")]
+    p, q = (log_softmax(x.numpy() / 2.0) for x in (teacher, student))
+    divergence = (np.exp(p) * (p - q)).sum() * 2.0**2
+    truth = 0.5 * -log_softmax(student.numpy())[np.arange(B), labels.numpy()].mean()
+    np.testing.assert_allclose(found, [truth + 0.5 * divergence / B, truth + 0.5 * divergence / (B * count)], rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------ DeiT III
+
+
+def binary(x, targets):
+    x, targets = np.asarray(x, np.float64), np.asarray(targets, np.float64)
+    return (np.log1p(np.exp(-np.abs(x))) + np.maximum(x, 0) - x * targets).mean()
+
+
+def test_binary_cross_entropy(logits):
+    """Classes as indices are one yes and C - 1 noes; of two mixed images both classes are a yes, in full."""
+    x = logits[0]
+    labels = torch.tensor([0, 1, 2, 3, 4, 0])
+    [n] = numbers(x)
+    assert losses.binary_cross_entropy(x, labels).item() == pytest.approx(binary(n, np.eye(C)[labels]), rel=1e-6)
+    mixed = 0.9 * torch.eye(C)[labels] + 0.1 * torch.eye(C)[labels.flip(0)]
+    expected = binary(n, (mixed.numpy() > 0).astype(float))
+    assert losses.binary_cross_entropy(x, mixed).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_smoothing_and_the_binary_loss_exclude_each_other():
+    """Smoothed labels give every class a share, and the original's threshold at 0 makes each of them a yes."""
+    smoothed = 0.9 * torch.eye(C) + 0.1 / C
+    assert losses.binary_cross_entropy(torch.zeros(C, C), smoothed).item() == pytest.approx(
+        binary(np.zeros((C, C)), np.ones((C, C))))
+    with raises_saying(ValueError, "smoothing makes every class a yes", "smoothing=0.1"):
+        Supervised(loss="binary", smoothing=0.1)
+
+
+@pytest.mark.parametrize("is_binary", [True, False])
+def test_cosub(is_binary, logits):
+    """A quarter each: both submodels against the labels, and each against the other, which gets no gradient."""
+    one, other, _ = logits
+    labels = torch.tensor([0, 1, 2, 3, 4, 0])
+    found = losses.cosub_loss(one, other, labels, binary=is_binary, smoothing=0.0)
+    a, b = numbers(one, other)
+    if is_binary:
+        sigmoid = [1 / (1 + np.exp(-x)) for x in (a, b)]
+        expected = (binary(a, np.eye(C)[labels]) + binary(b, np.eye(C)[labels]) + binary(a, sigmoid[1])
+                    + binary(b, sigmoid[0])) / 4
+        gradient = ((sigmoid[0] - np.eye(C)[labels]) + (sigmoid[0] - sigmoid[1])) / (4 * B * C)
+    else:
+        soft = [np.exp(log_softmax(x)) for x in (a, b)]
+        expected = (cross_entropy(a, labels) + cross_entropy(b, labels) + cross_entropy(a, soft[1])
+                    + cross_entropy(b, soft[0])) / 4
+        gradient = ((soft[0] - np.eye(C)[labels]) + (soft[0] - soft[1])) / (4 * B)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    found.backward()
+    np.testing.assert_allclose(one.grad.numpy(), gradient, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])

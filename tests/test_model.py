@@ -12,7 +12,6 @@ from deit.model import (
     DeiTForImageClassificationWithTeacher,
     DeiTForMaskedImageModeling,
     DeiTModel,
-    DropPath,
     ViTForImageClassification,
     ViTModel,
 )
@@ -155,20 +154,32 @@ def test_initial_values(kind, spread):
 
 
 @pytest.mark.parametrize(("schedule", "rates"), [("linear", [0.0, 0.2, 0.4]), ("constant", [0.4, 0.4, 0.4])])
-def test_drop_path_of_each_block(schedule, rates):
-    model = DeiTModel(small(drop_path_rate=0.4, drop_path_schedule=schedule))
-    assert [block.drop_path.rate for block in model.blocks] == pytest.approx(rates)
+def test_each_block_drops_by_its_rate_and_its_draws(schedule, rates):
+    """The whole forward pass again by hand, a branch times 0 or 1 / (1 - rate) for each image."""
+    model = build("backbone", small(drop_path_rate=0.4, drop_path_schedule=schedule, layer_scale_init_value=0.1)).train()
+    x = images(model.config, 8)
+    draws = torch.rand(8, 3, 2)
+    trace = {}
+    found = model(x, depth_draws=draws, trace=trace).last_hidden_state
+    state = trace["embeddings"]
+    for i, block in enumerate(model.blocks):
+        first, second = ((draws[:, i, j] >= rates[i]).float() / (1 - rates[i]) for j in range(2))
+        state = state + block.scale1 * block.attention(block.norm1(state))[0] * first.view(8, 1, 1)
+        state = state + block.scale2 * block.mlp(block.norm2(state)) * second.view(8, 1, 1)
+    assert_close(found, model.norm(state))
+    assert_close(model.eval()(x, depth_draws=draws).last_hidden_state, model(x).last_hidden_state, 0)
 
 
-def test_drop_path():
-    drop, x = DropPath(0.3), torch.randn(20_000, 2, 3)
-    y = drop(x)
-    kept = (y != 0).flatten(1).any(1)
-    assert_close(y[kept], x[kept] / 0.7)
-    assert not y[~kept].any()
-    assert kept.double().mean().item() == pytest.approx(0.7, abs=5 * math.sqrt(0.21 / len(x)))
-    assert (y - x).mean(0).abs().max() < 5 * math.sqrt(0.3 / 0.7 / len(x))
-    assert_close(drop.eval()(x), x, 0)
+def test_depth_draws_are_made_where_none_are_given_and_checked():
+    model = build("with_teacher", small(drop_path_rate=0.4)).train()
+    x = images(model.config, 3)
+    torch.manual_seed(7)
+    own = model(x).logits
+    torch.manual_seed(7)
+    assert_close(model(x, depth_draws=torch.rand(3, 3, 2)).logits, own, 0)
+    assert not torch.equal(model(x).logits, own)
+    with raises_saying(ValueError, "depth_draws must be (3, 3, 2)", "found (3, 2, 2)"):
+        model(x, depth_draws=torch.rand(3, 2, 2))
 
 
 def test_drop_path_keeps_the_expectation_in_the_model():

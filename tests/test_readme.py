@@ -28,5 +28,5 @@ def test_the_python_runs(page, tmp_path, monkeypatch):
     for block in blocks:
         exec(block, names)
     assert names["label"] in set("0123456789")
-    assert names["model"].deit.blocks[-1].drop_path.rate == 0.1
+    assert names["model"].config.drop_path_rate == 0.1
     assert names["model"].distillation_classifier.weight.grad.abs().sum() > 0

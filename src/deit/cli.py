@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,35 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="print the result as one JSON line, last on standard output")
     verb.set_defaults(run=_quickstart)
 
+    verb = verbs.add_parser("train", help="train a recipe on a folder of images", description="Trains a recipe on a "
+                            "folder of labelled images: DATA/train/CLASS/* and DATA/val/CLASS/*, or DATA/CLASS/*, of "
+                            "which a share is then held out. Starts on many GPUs or machines with torchrun -m deit.")
+    verb.add_argument("recipe", metavar="RECIPE", help="a name from `deit recipes`, FILE.py:FUNCTION, or a recipe.json")
+    verb.add_argument("--data", type=Path, required=True, metavar="DIR")
+    verb.add_argument("--out", type=Path, required=True, metavar="RUN",
+                      help="folder for the model, the metrics, the recipe and the checkpoints")
+    _add_settings(verb)
+    verb.add_argument("--resume", action="store_true", help="go on where the run in RUN stopped, if there is one")
+    verb.add_argument("--time", type=_minutes, metavar="SPAN",
+                      help="shorten the schedule to end within this time, e.g. 90s, 30m, 1.5h")
+    verb.set_defaults(run=_train)
+
+    verb = verbs.add_parser("teach", help="store a teacher's labels for every view that a recipe will show")
+    verb.add_argument("data", type=Path, metavar="DATA", help="folder of labelled images, as for train")
+    verb.add_argument("--teacher", required=True,
+                      help="timm:NAME, a trained model's folder, or FILE.py:FUNCTION that returns a module")
+    verb.add_argument("--recipe", required=True, metavar="RECIPE", help="the one that will train with these labels")
+    verb.add_argument("--epochs", type=float, required=True, metavar="K",
+                      help="of labels; a longer training goes through them again and again")
+    verb.add_argument("--out", type=Path, required=True, metavar="CACHE")
+    _add_settings(verb)
+    verb.set_defaults(run=_teach)
+
+    verb = verbs.add_parser("recipes", help="list the recipes, or print one as the record that a run keeps")
+    verb.add_argument("name", nargs="?", metavar="NAME")
+    _add_overrides(verb)
+    verb.set_defaults(run=_recipes)
+
     verb = verbs.add_parser("predict", help="labels for image files")
     verb.add_argument("model", help="folder of a trained model, or a hub name")
     verb.add_argument("images", nargs="+", metavar="IMAGE")
@@ -58,6 +88,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_overrides(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="settings",
+                      help="change a field of the recipe, e.g. optim.lr=1e-3 or schedule.total=epochs(30); repeatable")
+
+
+def _add_settings(verb: argparse.ArgumentParser) -> None:
+    _add_overrides(verb)
+    verb.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu or cuda (default: %(default)s)")
+
+
+def _minutes(text: str) -> float:
+    """A span of time like 90s, 30m or 1.5h, in minutes."""
+    units = {"s": 1 / 60, "m": 1.0, "h": 60.0}
+    try:
+        minutes = float(text[:-1]) * units[text[-1:]]
+    except (ValueError, KeyError):
+        minutes = 0.0
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a time like 90s, 30m or 1.5h, found {text!r}")
+    return minutes
+
+
 def _quickstart(options: argparse.Namespace) -> None:
     from rich.console import Console
 
@@ -66,6 +118,50 @@ def _quickstart(options: argparse.Namespace) -> None:
     result = quickstart(options.out, seed=options.seed, console=Console(stderr=options.json))
     if options.json:
         print(json.dumps(vars(result)))
+
+
+def _train(options: argparse.Namespace) -> int:
+    from deit.data import read_data
+    from deit.recipe import MaskedImage, override
+    from deit.recipes import find
+    from deit.train import Stopped, train
+
+    recipe = override(find(options.recipe), options.settings)
+    labelled = not isinstance(recipe.objective, MaskedImage)
+    splits = read_data(options.data, holdout=recipe.data.holdout, seed=recipe.seed, labelled=labelled)
+    try:
+        run = train(recipe, *splits, options.out, device=options.device, resume=options.resume, minutes=options.time)
+    except Stopped as stopped:
+        print(f"deit train: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal_number
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{run.model}: {'accuracy' if labelled else 'minus the loss'} {run.score:.4f} on {len(splits[1])} "
+              f"validation images, {run.seconds:.0f} s")
+    return 0
+
+
+def _teach(options: argparse.Namespace) -> None:
+    from deit.data import read_data
+    from deit.recipe import override
+    from deit.recipes import find
+    from deit.teach import teach
+
+    recipe = override(find(options.recipe), [*options.settings, f"objective.teacher={options.teacher}"])
+    split, _ = read_data(options.data, holdout=recipe.data.holdout, seed=recipe.seed)
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    print(teach(recipe, split, options.out, epochs=options.epochs, device=options.device, rank=rank, world=world))
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    from deit.recipe import override
+    from deit.recipes import find, shipped, summary
+
+    if options.name:
+        print(json.dumps(override(find(options.name), options.settings).to_dict(), indent=2))
+        return
+    width = max(map(len, shipped()))
+    for name, function in shipped().items():
+        print(f"{name:{width}}  {summary(function)}")
 
 
 def _predict(options: argparse.Namespace) -> int:

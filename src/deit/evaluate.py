@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from deit.data import Batch
+from deit.machine import Processes
 from deit.model import Head, head_probabilities
 
 
@@ -34,19 +35,29 @@ class Accuracy:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[Batch], device: torch.device | str = "cpu") -> dict[Head, Accuracy]:
-    """Accuracy of each head over all batches, in evaluation mode; the model's mode is restored."""
-    device = torch.device(device)
+def evaluate(model: nn.Module, batches: Iterable[Batch], us: Processes | None = None,
+             precision: torch.dtype = torch.float32) -> dict[Head, Accuracy]:
+    """Accuracy of each head over all batches, in evaluation mode; the model's mode is restored.
+
+    With many processes each gives its share of the batches, and all get the result on the whole. Rows labelled -1
+    (padding, unreadable images) do not count. Raises `ValueError` where nothing counts.
+    """
+    us = us or Processes(torch.device("cpu"))
     training = model.training
     model.eval()
-    correct: dict[Head, int] = {}
+    heads: list[Head] = []
+    correct = torch.zeros(0)
     total = 0
     for batch in batches:
-        batch = batch.to(device)
-        for head, probabilities in head_probabilities(model(batch.pixels)).items():
-            correct[head] = correct.get(head, 0) + int((probabilities.argmax(-1) == batch.labels).sum())
-        total += len(batch.labels)
+        real = batch.labels >= 0
+        pixels, labels = batch.pixels.to(us.device, non_blocking=True), batch.labels.to(us.device, non_blocking=True)
+        with torch.autocast(us.device.type, precision, enabled=precision != torch.float32):
+            by_head = head_probabilities(model(pixels))
+        found = torch.stack([(probabilities.argmax(-1) == labels).sum() for probabilities in by_head.values()])
+        correct = found if not heads else correct + found
+        heads, total = list(by_head), total + int(real.sum())
     model.train(training)
-    if not total:
+    counts = us.sum(torch.cat([correct.double(), torch.tensor([total], device=us.device).double()])).tolist()
+    if not counts[-1]:
         raise ValueError("there is no image to evaluate on")
-    return {head: Accuracy(count, total) for head, count in correct.items()}
+    return {head: Accuracy(int(count), int(counts[-1])) for head, count in zip(heads, counts, strict=False)}

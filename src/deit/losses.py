@@ -24,6 +24,29 @@ def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Te
     return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
 
+def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over images and classes (Touvron et al. 2022, DeiT III); `targets` are class indices (B,) or shares (B, C).
+
+    Every class with a share is a yes: of two mixed images, both.
+    """
+    if targets.dim() == 1:
+        targets = F.one_hot(targets.long(), logits.shape[-1])
+    return F.binary_cross_entropy_with_logits(logits, (targets > 0).to(logits.dtype))
+
+
+def cosub_loss(one: Tensor, other: Tensor, targets: Tensor, *, binary: bool, smoothing: float = 0.0) -> Tensor:
+    """Two submodels' logits (B, C) against the labels and against each other, a quarter each (Touvron et al. 2022,
+    "Co-training 2^L submodels", eq. 1); what one teaches the other has no gradient."""
+    if binary:
+        total = sum(binary_cross_entropy(logits, targets) for logits in (one, other)) + sum(
+            F.binary_cross_entropy_with_logits(logits, teacher.detach().sigmoid())
+            for logits, teacher in ((one, other), (other, one)))
+    else:
+        total = sum(cross_entropy(logits, targets, smoothing) for logits in (one, other)) + sum(
+            F.cross_entropy(logits, teacher.detach().softmax(-1)) for logits, teacher in ((one, other), (other, one)))
+    return total / 4  # type: ignore[return-value]
+
+
 def classification_loss(logits: Tensor, labels: Tensor, config: DeiTConfig) -> Tensor:
     """The loss that `transformers` computes for `labels`, by `config.problem_type` or decided as it decides.
 
@@ -57,12 +80,13 @@ def _expect(labels: Tensor, shape: torch.Size, problem: str) -> None:
 
 def distillation_loss(cls_logits: Tensor, distillation_logits: Tensor, labels: Tensor, teacher: Tensor, *,
                       kind: Distillation = "hard", weight: float | None = None, temperature: float | None = None,
-                      smoothing: float = 0.0) -> Tensor:
+                      normalisation: Literal["images", "elements"] = "images", smoothing: float = 0.0) -> Tensor:
     """The student's loss under a teacher (Touvron et al. 2020, section 4), mean over images.
 
     hard, eq. 3: `(1 - weight) CE(cls, labels) + weight CE(distillation, argmax teacher)`.
     soft, eq. 2: `(1 - weight) CE(cls, labels) + weight tau^2 KL(teacher / tau || distillation / tau)`.
-    Weight and temperature default to the paper's: 1/2; 0.1 and 3.
+    Weight and temperature default to the paper's: 1/2; 0.1 and 3. The original code divides KL by the number of
+    elements, images times classes, and not by that of images: `normalisation="elements"`.
 
     Args:
         cls_logits: (B, C), of the class token's head, which learns from the labels.
@@ -87,9 +111,10 @@ def distillation_loss(cls_logits: Tensor, distillation_logits: Tensor, labels: T
             raise ValueError(f"soft distillation needs teacher logits of shape {tuple(distillation_logits.shape)}, "
                              f"found {tuple(teacher.shape)}; pass logits, or choose kind='hard'")
         tau = PAPER_TEMPERATURE if temperature is None else temperature
-        taught = tau**2 * F.kl_div(F.log_softmax(distillation_logits / tau, dim=-1),
-                                   F.log_softmax(teacher.to(distillation_logits.dtype) / tau, dim=-1),
-                                   reduction="batchmean", log_target=True)
+        divergence = F.kl_div(F.log_softmax(distillation_logits / tau, dim=-1),
+                              F.log_softmax(teacher.to(distillation_logits.dtype) / tau, dim=-1),
+                              reduction="sum", log_target=True)
+        taught = tau**2 * divergence / (len(teacher) if normalisation == "images" else teacher.numel())
     return (1 - weight) * truth + weight * taught
 
 

@@ -6,17 +6,15 @@ B images, N tokens (prefix and patches), D width, H heads, K head width, C class
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deit import files, hub, weights
+from deit import weights
 from deit.config import DeiTConfig, ViTConfig
 from deit.losses import Distillation, classification_loss, distillation_loss, masked_image_loss
 from deit.outputs import (
@@ -26,8 +24,8 @@ from deit.outputs import (
     MaskedImageModelingOutput,
     ModelOutput,
 )
+from deit.pretrained import AttnImplementation, PreTrained, initialise
 
-AttnImplementation = Literal["auto", "eager", "sdpa"]
 Head = Literal["fused", "class", "distillation", "softmax"]
 Trace = dict[str, Tensor]
 
@@ -52,23 +50,6 @@ def note(trace: Trace | None, name: str, value: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------ blocks
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: in training, zeroes a residual branch for whole images, and scales the others up."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, N, D)
-        if not self.training or self.rate == 0.0:
-            return x
-        keep = 1.0 - self.rate
-        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate:.3f}"
 
 
 class Attention(nn.Module):
@@ -122,12 +103,13 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; both branches with optional LayerScale and stochastic depth."""
+    """Pre-norm transformer block; both branches with optional LayerScale, and a factor `keep` (2, B) for each image:
+    stochastic depth's."""
 
     scale1: Tensor | None
     scale2: Tensor | None
 
-    def __init__(self, config: DeiTConfig, drop_path: float):
+    def __init__(self, config: DeiTConfig):
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
         scaled = config.layer_scale_init_value is not None
@@ -138,223 +120,22 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.scale2 = nn.Parameter(torch.empty(width)) if scaled else None
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, head_mask: Tensor | None = None,
-                need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, head_mask: Tensor | None = None, need_weights: bool = False,
+                keep: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        first, second = (None, None) if keep is None else keep
         y, attention = self.attention(self.norm1(x), head_mask, need_weights)
-        x = x + self._branch(y, self.scale1)
-        x = x + self._branch(self.mlp(self.norm2(x)), self.scale2)
+        x = x + self._branch(y, self.scale1, first)
+        x = x + self._branch(self.mlp(self.norm2(x)), self.scale2, second)
         return x, attention
 
-    def _branch(self, y: Tensor, scale: Tensor | None) -> Tensor:
+    def _branch(self, y: Tensor, scale: Tensor | None, keep: Tensor | None) -> Tensor:
         y = self.dropout(y)
-        return self.drop_path(y if scale is None else y * scale)
+        y = y if scale is None else y * scale
+        return y if keep is None else y * keep.to(y.dtype).view(-1, 1, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- models
-
-
-class PreTrained(nn.Module):
-    """What every model of the family has: files, the hub, resolution, checkpointing, choice of attention."""
-
-    kind: ClassVar[weights.Kind]
-    config_class: ClassVar[type[DeiTConfig]] = DeiTConfig
-    config: DeiTConfig
-
-    @property
-    def backbone(self) -> DeiTModel:
-        return self.deit  # type: ignore[return-value]
-
-    @property
-    def device(self) -> torch.device:
-        return self.backbone.position.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.backbone.position.dtype
-
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
-
-    def set_attn_implementation(self, name: AttnImplementation) -> None:
-        if name not in ("auto", "eager", "sdpa"):
-            raise ValueError(f"attn_implementation={name!r} is not known; choose auto, eager or sdpa")
-        for block in self.backbone.blocks:
-            block.attention.implementation = name  # type: ignore[union-attr]
-
-    def gradient_checkpointing_enable(self) -> None:
-        """Recomputes each block in the backward pass: activations of one block at a time, for about a third more
-        computation."""
-        self.backbone.gradient_checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.backbone.gradient_checkpointing = False
-
-    @torch.no_grad()
-    def resize_to(self, image_size: int | tuple[int, int]) -> Self:
-        """Adapts the positions to images of another size (pixels, one number or (height, width)), once and for all.
-
-        Bicubic, as the paper does for fine-tuning at higher resolution (section 3.3); tokens before the patches keep
-        theirs. Returns the model itself.
-        """
-        model = self.backbone
-        config = model.config.replace(image_size=image_size)
-        position = model._positions(*config.grid)
-        model.position = nn.Parameter(position.detach().clone(), requires_grad=model.position.requires_grad)
-        model._config = config
-        return self
-
-    def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "5GB",
-                        push_to_hub: bool = False, **push: Any) -> None:
-        """Writes `config.json` and `model.safetensors` (or shards) as Hugging Face names them; `transformers` reads
-        them."""
-        hub.write_checkpoint(Path(folder), self.config, self._tensors(), max_shard_size=max_shard_size)
-        if push_to_hub:
-            hub.push_folder(Path(folder), push.pop("repo_id", Path(folder).name), **push)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Uploads the model (`token`, `private`, `revision`, `commit_message`); returns the commit's address."""
-        import tempfile
-
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return hub.push_folder(Path(folder), repo_id, **options)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """Parameters under the names of `weights.manifest`."""
-        base = weights.BASE if self.kind == "backbone" else ""
-        return {base + name: tensor.detach() for name, tensor in self.state_dict().items()}
-
-    @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, *, config: DeiTConfig | None = None,
-                        revision: str | None = None, subfolder: str = "", cache_dir: str | Path | None = None,
-                        local_files_only: bool = False, token: str | bool | None = None,
-                        dtype: torch.dtype | str | None = None, ignore_mismatched_sizes: bool = False,
-                        output_loading_info: bool = False, attn_implementation: AttnImplementation = "auto",
-                        **overrides: Any) -> Any:
-        """A model in evaluation mode from a folder, a weight file, or a hub repository, in any known dialect.
-
-        Args:
-            name_or_folder: e.g. `facebook/deit-tiny-distilled-patch16-224`, `runs/x/model`, `deit_tiny.pth`.
-            config: replaces the file's own, and is needed where there is none and shapes can't tell.
-            dtype: of the parameters; None is float32, "auto" is the file's.
-            ignore_mismatched_sizes: tensors of another shape than the model's are left at their fresh initialisation.
-            output_loading_info: returns `(model, info)`, info with missing, unexpected and mismatched keys.
-            overrides: fields of the config, e.g. `num_labels=10`, `id2label=...`, `drop_path_rate=0.1`. With
-                `image_size`, the positions are resized after reading.
-
-        Returns:
-            The model; what the file lacks (a head, a pooler, a mask token) is initialised anew, with a warning.
-
-        Raises:
-            FileNotFoundError: nothing there, or not reachable.
-            CheckpointError, ValueError: truncated, corrupt, unsafe, unknown or ill-fitting; nothing is half-loaded.
-        """
-        where = {"revision": revision, "subfolder": subfolder, "cache_dir": cache_dir,
-                 "local_files_only": local_files_only, "token": token}
-        found = hub.read_checkpoint(name_or_folder, config=config, **where)
-        return cls.from_checkpoint(found, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes,
-                                   output_loading_info=output_loading_info, attn_implementation=attn_implementation,
-                                   **overrides)
-
-    @classmethod
-    def from_checkpoint(cls, found: hub.Checkpoint, *, dtype: torch.dtype | str | None = None,
-                        ignore_mismatched_sizes: bool = False, output_loading_info: bool = False,
-                        attn_implementation: AttnImplementation = "auto", **overrides: Any) -> Any:
-        """`from_pretrained` of a checkpoint that is read already."""
-        image_size = overrides.pop("image_size", None)
-        settings = cls.config_class.from_dict(found.config.to_dict(), **overrides)
-        if cls is DeiTForMaskedImageModeling and "encoder_stride" not in overrides:
-            settings = settings.replace(encoder_stride=settings.patch_size)
-        extras = {"add_pooling_layer": any(n.startswith("deit.pooler.") for n in found.tensors),
-                  "use_mask_token": "deit.mask_token" in found.tensors} if cls.kind == "backbone" else {}
-        with torch.device("meta"):  # neither allocates nor initialises what the file is about to give
-            model = cls(settings, **extras)
-        info = model._load(found, ignore_mismatched_sizes)
-        model.to(_dtype(dtype, found.tensors))
-        model.set_attn_implementation(attn_implementation)
-        if image_size is not None:
-            model.resize_to(tuple(image_size) if isinstance(image_size, list) else image_size)
-        model.eval()
-        return (model, info) if output_loading_info else model
-
-    def _load(self, found: hub.Checkpoint, ignore_mismatched_sizes: bool) -> dict[str, list[str]]:
-        """Puts the file's tensors in place of this model's (on the meta device), and initialises the rest."""
-        expected = {name: tuple(tensor.shape) for name, tensor in self._tensors().items()}
-        given = {name: tensor for name, tensor in found.tensors.items() if name in expected}
-        mismatched = [name for name in expected if name in given and tuple(given[name].shape) != expected[name]]
-        if mismatched and not ignore_mismatched_sizes:
-            name = mismatched[0]
-            raise files.CheckpointError(
-                f"{found.file}: {name} has shape {tuple(given[name].shape)}, this model expects {expected[name]}"
-                f"{_others(mismatched)}; pass a config that fits the file, or ignore_mismatched_sizes=True to start "
-                "such tensors anew")
-        missing = [name for name in expected if name not in given]
-        broken = [name for name in missing if not name.startswith(_MAY_BE_MISSING)]
-        if broken:
-            raise files.CheckpointError(f"{found.file} lacks {broken[0]}{_others(broken)}, which this model's config "
-                                      "asks for; the file is incomplete, or the config is another model's")
-        fresh = [*missing, *mismatched]
-        if fresh:
-            warnings.warn(f"{found.file} does not give {', '.join(fresh)}: initialised anew, train before use",
-                          stacklevel=4)
-        base = len(weights.BASE) if self.kind == "backbone" else 0
-        state = {name[base:]: tensor for name, tensor in given.items() if name not in mismatched}
-        self.load_state_dict(state, strict=False, assign=True)
-        for parameter in self.parameters():
-            parameter.requires_grad_(True)
-        own = [name[base:] for name in fresh]
-        for name in own:
-            owner, _, leaf = name.rpartition(".")
-            module = self.get_submodule(owner)
-            setattr(module, leaf, nn.Parameter(torch.empty(getattr(module, leaf).shape)))
-        initialise(self, self.config, own)
-        return {"missing_keys": missing, "mismatched_keys": mismatched, "error_msgs": [],
-                "unexpected_keys": sorted(found.tensors.keys() - expected.keys())}
-
-
-_MAY_BE_MISSING = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder.", "deit.pooler.",
-                   "deit.mask_token")
-
-
-def _others(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def _dtype(dtype: torch.dtype | str | None, tensors: Mapping[str, Tensor]) -> torch.dtype:
-    if dtype == "auto":
-        return next(iter(tensors.values())).dtype
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype.removeprefix("torch."), None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError('dtype must be a floating torch dtype, its name (e.g. "bfloat16"), or "auto"')
-    return dtype or torch.float32
-
-
-@torch.no_grad()
-def initialise(model: nn.Module, config: DeiTConfig, names: list[str] | None = None) -> None:
-    """Fresh values as the original code draws them, for all parameters or those in `names`.
-
-    Tokens, positions and linear weights: truncated normal of `config.initializer_range`; biases zero; LayerNorm one
-    and zero; LayerScale at its start value; patch projection: PyTorch's own for a convolution (uniform within
-    1/sqrt(fan in)), which the original leaves as it is.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta or (names is not None and name not in names):
-            continue
-        *_, owner, leaf = ("", *name.split("."))
-        if owner == "patch":
-            bound = 1 / math.sqrt(config.num_channels * math.prod(config.patch_hw))
-            parameter.uniform_(-bound, bound)
-        elif leaf in ("scale1", "scale2"):
-            parameter.fill_(config.layer_scale_init_value or 0.0)
-        elif owner.startswith("norm"):
-            parameter.fill_(1.0 if leaf == "weight" else 0.0)
-        elif leaf == "bias":
-            parameter.zero_()
-        else:
-            nn.init.trunc_normal_(parameter, std=config.initializer_range)
 
 
 def _resize_matrix(old: int, new: int) -> Tensor:
@@ -384,7 +165,7 @@ class DeiTModel(PreTrained):
         self.position = nn.Parameter(torch.empty(1, config.num_prefix_positions + config.num_patches, width))
         self.patch = nn.Conv2d(config.num_channels, width, config.patch_hw, config.patch_hw)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in config.drop_path_rates)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.pooler = nn.Linear(width, config.pooler_width) if add_pooling_layer else None
         self.pooler_activation = _ACTIVATION[config.pooler_act]()
@@ -402,7 +183,7 @@ class DeiTModel(PreTrained):
     def forward(self, pixel_values: Tensor | None = None, bool_masked_pos: Tensor | None = None,
                 head_mask: Tensor | None = None, output_attentions: bool | None = None,
                 output_hidden_states: bool | None = None, return_dict: bool | None = None,
-                interpolate_pos_encoding: bool = False, *,
+                interpolate_pos_encoding: bool = False, *, depth_draws: Tensor | None = None,
                 trace: Trace | None = None) -> BaseModelOutputWithPooling | tuple[Any, ...]:
         """Args:
             pixel_values: (B, channels, height, width), normalised.
@@ -410,19 +191,22 @@ class DeiTModel(PreTrained):
             head_mask: (H,) or (blocks, H), a factor for each head's attention weights, 0 to 1.
             output_attentions, output_hidden_states, return_dict: None takes the config's.
             interpolate_pos_encoding: accept images of another size than `config.image_size`.
+            depth_draws: (B, blocks, 2), uniform in [0, 1): stochastic depth in training drops a branch for an image
+                where its number is below the block's rate. None draws them here.
             trace: a dict to fill with every intermediate by name.
         """
         config = self.config
         need_weights = config.output_attentions if output_attentions is None else output_attentions
         keep_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         masks = self._head_masks(head_mask)
+        keeps = self._keeps(pixel_values, depth_draws)
         x = note(trace, "embeddings", self._embed(pixel_values, bool_masked_pos, interpolate_pos_encoding))
         states, attentions = [x], []
         for i, block in enumerate(self.blocks):
             if self.gradient_checkpointing and self.training:
-                x, attention = checkpoint(block, x, masks[i], need_weights, use_reentrant=False)
+                x, attention = checkpoint(block, x, masks[i], need_weights, keeps[i], use_reentrant=False)
             else:
-                x, attention = block(x, masks[i], need_weights)
+                x, attention = block(x, masks[i], need_weights, keeps[i])
             note(trace, f"block{i:02}", x)
             states.append(x)
             attentions.append(attention)
@@ -431,6 +215,21 @@ class DeiTModel(PreTrained):
         return _result(self, return_dict, BaseModelOutputWithPooling(
             last_hidden_state=x, pooler_output=pooled, hidden_states=tuple(states) if keep_states else None,
             attentions=tuple(attentions) if need_weights else None))
+
+    def _keeps(self, pixels: Tensor | None, draws: Tensor | None) -> Sequence[Tensor | None]:
+        """For each block the factors (2, B) of its branches, 0 or 1 / (1 - rate): the expectation stays."""
+        config = self.config
+        shape = (0 if pixels is None else len(pixels), config.num_hidden_layers, 2)
+        if draws is not None and draws.shape != shape:
+            raise ValueError(f"depth_draws must be {shape}: two for each block of each image; found "
+                             f"{tuple(draws.shape)}")
+        if pixels is None or not self.training or config.drop_path_rate == 0.0:
+            return [None] * config.num_hidden_layers
+        draws = torch.rand(shape) if draws is None else draws
+        rates = torch.tensor(config.drop_path_rates, device=draws.device).view(-1, 1)
+        keeps = (draws >= rates).float() / (1.0 - rates)
+        keeps = keeps.permute(1, 2, 0).to(pixels.device, non_blocking=True)
+        return [keep if rate else None for keep, rate in zip(keeps, config.drop_path_rates, strict=True)]
 
     def _embed(self, pixels: Tensor | None, mask: Tensor | None, interpolate: bool) -> Tensor:
         config = self.config
@@ -537,11 +336,11 @@ class DeiTForMaskedImageModeling(_WithHead):
     def forward(self, pixel_values: Tensor | None = None, bool_masked_pos: Tensor | None = None,
                 head_mask: Tensor | None = None, output_attentions: bool | None = None,
                 output_hidden_states: bool | None = None, return_dict: bool | None = None,
-                interpolate_pos_encoding: bool = False, *,
+                interpolate_pos_encoding: bool = False, *, depth_draws: Tensor | None = None,
                 trace: Trace | None = None) -> MaskedImageModelingOutput | tuple[Any, ...]:
         """As `DeiTModel.forward`; with `bool_masked_pos` the output has the `loss` on the hidden patches."""
         out = self.deit(pixel_values, bool_masked_pos, head_mask, output_attentions, output_hidden_states, True,
-                        interpolate_pos_encoding, trace=trace)
+                        interpolate_pos_encoding, depth_draws=depth_draws, trace=trace)
         config = self.config
         rows, columns = config.grid_of(*pixel_values.shape[2:])  # type: ignore[union-attr]
         tokens = out.last_hidden_state[:, config.num_prefix_tokens:]
@@ -569,11 +368,11 @@ class DeiTForImageClassification(_WithHead):
     def forward(self, pixel_values: Tensor | None = None, head_mask: Tensor | None = None,
                 labels: Tensor | None = None, output_attentions: bool | None = None,
                 output_hidden_states: bool | None = None, return_dict: bool | None = None,
-                interpolate_pos_encoding: bool = False, *,
+                interpolate_pos_encoding: bool = False, *, depth_draws: Tensor | None = None,
                 trace: Trace | None = None) -> ImageClassifierOutput | tuple[Any, ...]:
         """As `DeiTModel.forward`; `labels` give the loss: (B,) class indices, or (B, C) multi-label or regression."""
         out = self.deit(pixel_values, None, head_mask, output_attentions, output_hidden_states, True,
-                        interpolate_pos_encoding, trace=trace)
+                        interpolate_pos_encoding, depth_draws=depth_draws, trace=trace)
         logits = note(trace, "logits", self.classifier(out.last_hidden_state[:, 0]))
         loss = None if labels is None else classification_loss(logits, labels, self.config)
         return _result(self, return_dict, ImageClassifierOutput(
@@ -602,7 +401,8 @@ class DeiTForImageClassificationWithTeacher(_WithHead):
                 return_dict: bool | None = None, interpolate_pos_encoding: bool = False, *,
                 labels: Tensor | None = None, teacher_logits: Tensor | None = None,
                 distillation: Distillation = "hard", distillation_weight: float | None = None,
-                temperature: float | None = None, trace: Trace | None = None,
+                temperature: float | None = None, depth_draws: Tensor | None = None,
+                trace: Trace | None = None,
                 ) -> DeiTForImageClassificationWithTeacherOutput | tuple[Any, ...]:
         """As `DeiTModel.forward`, and the loss:
 
@@ -613,7 +413,7 @@ class DeiTForImageClassificationWithTeacher(_WithHead):
                 alone it is the loss of the fused logits, in evaluation only: training so would ignore the teacher.
         """
         out = self.deit(pixel_values, None, head_mask, output_attentions, output_hidden_states, True,
-                        interpolate_pos_encoding, trace=trace)
+                        interpolate_pos_encoding, depth_draws=depth_draws, trace=trace)
         cls_logits = note(trace, "cls_logits", self.cls_classifier(out.last_hidden_state[:, 0]))
         distillation_logits = note(trace, "distillation_logits",
                                    self.distillation_classifier(out.last_hidden_state[:, 1]))
@@ -699,4 +499,4 @@ def _as_pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 __all__ = ["Attention", "Block", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher",
            "DeiTForMaskedImageModeling", "DeiTModel", "PreTrained", "ViTConfig", "ViTForImageClassification",
-           "ViTModel", "fuse_heads", "head_probabilities", "initialise"]
+           "ViTModel", "fuse_heads", "head_probabilities"]

@@ -1,66 +1,364 @@
-"""Parameter groups, optimizer, learning rate, and the average of the weights."""
+"""Parameter groups, the optimizers, learning rate, gradient clipping, and the average of the weights.
+
+What the optimizers and the average remember is a flat dictionary by parameter name. It holds whole tensors, also where
+the parameters are sharded over processes (FSDP2), so it fits any number of processes.
+"""
 
 from __future__ import annotations
 
-import copy
 import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from deit.recipe import AdamW, Cosine
+from deit.machine import whole
+from deit.recipe import LAMB, SGD, AdamW, Cosine, Muon, Optimizer
+
+_NEVER_DECAYED = {"position", "cls_token", "mask_token"}
+_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
+_INPUT = re.compile(r"(?:^|\.)(?:patch\.|(?:position|cls_token|distillation_token|mask_token)$)")
+"""What comes before the first block."""
+_FUSED_ON = ("cpu", "cuda")
 
 
-def parameter_groups(model: nn.Module, recipe: AdamW) -> list[dict[str, object]]:
-    """Two groups, with and without weight decay.
+# ------------------------------------------------------------------------------------------------------------- groups
 
-    No decay on vectors (biases, norms, LayerScale), positions, class and mask token, as in the original code; the
-    distillation token as the recipe says.
+
+def parameter_groups(model: nn.Module, recipe: Optimizer) -> list[dict[str, Any]]:
+    """The parameters that train, in groups of one `weight_decay` and one `lr_scale` (the group's learning rate over
+    the main one).
+
+    No weight decay on vectors (biases, norms, LayerScale), positions, class and mask token, as in the original code;
+    the distillation token as the recipe says. The scale is `layer_decay ** (last - depth)` with depth 0 for patches,
+    tokens and positions, i + 1 for block i, and last = blocks + 1 for all that follows them (Clark et al. 2020; BEiT,
+    Bao et al. 2021). timm counts the final norm to the last block, one power lower.
+
+    Raises `ValueError` where `layer_decay` is below 1 and the model has no blocks.
     """
-    free = {"position", "cls_token", "mask_token"} | (set() if recipe.decay_distillation_token
-                                                      else {"distillation_token"})
-    decayed: list[nn.Parameter] = []
-    exempt: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_exempt = parameter.ndim <= 1 or name.rpartition(".")[2] in free
-            (exempt if is_exempt else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    return _groups(model, recipe, _trained(model))
 
 
-def optimizer(model: nn.Module, recipe: AdamW) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr, betas=recipe.betas,
-                             eps=recipe.eps, fused=True)
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-class EMA:
-    """A copy of the model whose parameters follow at `1 - decay` of the way per update; buffers are the model's.
+def _groups(model: nn.Module, recipe: Optimizer, chosen: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    last = 1 + len({found[1] for name, _ in model.named_parameters() if (found := _BLOCK.search(name))})
+    if recipe.layer_decay < 1 and last == 1:
+        raise ValueError(f"layer_decay={recipe.layer_decay} needs a model with blocks, {type(model).__name__} has "
+                         "none; set optim.layer_decay=1")
+    free = _NEVER_DECAYED | (set() if recipe.decay_distillation_token else {"distillation_token"})
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in chosen.items():
+        block = _BLOCK.search(name)
+        depth = int(block[1]) + 1 if block else 0 if _INPUT.search(name) else last
+        scale = recipe.layer_decay ** (last - depth)
+        decay = 0.0 if parameter.ndim <= 1 or name.rpartition(".")[2] in free else recipe.weight_decay
+        group = groups.setdefault((scale, decay), {"params": [], "weight_decay": decay, "lr_scale": scale})
+        group["params"].append(parameter)
+    return list(groups.values())
 
-    The first updates follow faster, at `1 / (updates + 1)` of the way: the average forgets where it started.
+
+# --------------------------------------------------------------------------------------------------------- optimizers
+
+
+class Optimizers:
+    """The optimizers of one model, which step together; `build` makes them.
+
+    What they remember exists from the start, at the values that each would begin with, so a run's state has the same
+    names before its first update as after it.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay, self.updates = decay, 0
+    def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]):
+        self.optimizers = tuple(optimizers)
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def set_lr(self, lr: float) -> None:
+        """`lr` for the recipe's own rate; every group in its proportion to that."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the optimizers remember, `"{parameter}.{what}"` -> whole tensor.
+
+        The tensors themselves, not copies, unless they are sharded: then all processes must call, and each gets whole
+        copies in main memory.
+        """
+        return _gathered(self._state())
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on where `state` was taken, bit for bit; with sharded parameters all processes must call.
+
+        Raises `ValueError` for a name that is missing or unknown, or another shape, and changes nothing then.
+        """
+        _fill(self._state(), state, "the optimizer's state")
+
+    def _state(self) -> dict[str, Tensor]:
+        return {f"{self._names[parameter]}.{what}": value for optimizer in self.optimizers
+                for parameter, remembered in optimizer.state.items() for what, value in remembered.items()}
+
+
+def build(model: nn.Module, recipe: Optimizer) -> Optimizers:
+    """The optimizers that a recipe asks for, on the model's device, for the parameters that train.
+
+    The learning rate is the recipe's for a batch of `per_images` until `Optimizers.set_lr`. Parameters that are
+    sharded later are not followed: spread the model over processes first.
+
+    Raises `ValueError` for what the model has nothing for (blocks, for `Muon` and `layer_decay`), or where nothing
+    trains.
+    """
+    trained = _trained(model)
+    if not trained:
+        raise ValueError(f"every parameter of {type(model).__name__} is frozen; set requires_grad of those to train")
+    matrices = {name: p for name, p in trained.items() if isinstance(recipe, Muon) and p.ndim == 2
+                and _BLOCK.search(name)}
+    others = _groups(model, recipe, {name: p for name, p in trained.items() if name not in matrices})
+    fused = True if next(iter(trained.values())).device.type in _FUSED_ON else None
+    made: list[torch.optim.Optimizer] = []
+    match recipe:
+        case AdamW():
+            made = [torch.optim.AdamW(others, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=fused)]
+        case SGD():
+            made = [torch.optim.SGD(others, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)]
+        case LAMB():
+            made = [_Lamb(others, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)]
+        case Muon():
+            made = [_muon(model, recipe, matrices)]
+            for group in others:
+                group["lr_scale"] *= recipe.others_lr / recipe.lr
+            if others:
+                made.append(torch.optim.AdamW(others, lr=recipe.others_lr, betas=recipe.betas, eps=recipe.eps,
+                                              fused=fused))
+    for optimizer in made:
+        _begin(optimizer)
+    optimizers = Optimizers(model, made)
+    optimizers.set_lr(recipe.lr)
+    return optimizers
+
+
+def _muon(model: nn.Module, recipe: Muon, matrices: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+    if not matrices:
+        raise ValueError(f"Muon is for the matrices of a transformer's blocks, {type(model).__name__} trains none; "
+                         "choose AdamW")
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"Muon needs PyTorch 2.9 or newer, found {torch.__version__}; update it, or choose AdamW")
+    return torch.optim.Muon(_groups(model, recipe, matrices), lr=recipe.lr, momentum=recipe.momentum,
+                            adjust_lr_fn="match_rms_adamw")
+
+
+def _begin(optimizer: torch.optim.Optimizer) -> None:
+    """Gives every parameter the zeros that the optimizer would give it in its first step."""
+    adaptive = isinstance(optimizer, torch.optim.AdamW | _Lamb)
+    for group in optimizer.param_groups:
+        if isinstance(optimizer, torch.optim.SGD) and not group["momentum"]:
+            continue
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if adaptive:  # a fused kernel counts on the parameter's device, everything else on the CPU
+                state["step"] = torch.zeros((), device=parameter.device if group.get("fused") else "cpu")
+            for what in ("exp_avg", "exp_avg_sq") if adaptive else ("momentum_buffer",):
+                state[what] = torch.zeros_like(parameter, requires_grad=False)
+
+
+class _Lamb(torch.optim.Optimizer):
+    """You et al. 2020 as Nvidia implemented it, and DeiT III trained with it.
+
+    Gradients are divided by their global norm where that exceeds 1. AdamW's bias-corrected step plus weight decay is
+    scaled, tensor by tensor, by the norm of the weights over its own; tensors without weight decay are not scaled, nor
+    where either norm is 0.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float):
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        self.updates += 1
-        step = max(1.0 - self.decay, 1.0 / (self.updates + 1))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), step)
-        for ours, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
-            ours.copy_(theirs)
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        with_gradient = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        gradients = [grad for parameters in with_gradient for grad in _gradients(parameters)]
+        if gradients:
+            divisor = _norm(gradients).clamp(min=1.0)
+            for group, parameters in zip(self.param_groups, with_gradient, strict=True):
+                if parameters:
+                    self._step(group, parameters, divisor)
+
+    def _step(self, group: dict[str, Any], parameters: list[Tensor], divisor: Tensor) -> None:
+        """One group, of which all `parameters` have gradients. Takes room for two more copies of them."""
+        first, second = group["betas"]
+        states = [self.state[p] for p in parameters]
+        means, squares = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+        steps = [s["step"] for s in states]  # on the CPU: reading them waits for no device
+        torch._foreach_add_(steps, 1)
+        counts = [float(step) for step in steps]
+
+        gradients = torch._foreach_div(_gradients(parameters), divisor)
+        torch._foreach_lerp_(means, gradients, 1 - first)
+        torch._foreach_mul_(squares, second)
+        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - second)
+        del gradients
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_div_(roots, [math.sqrt(1 - second**count) for count in counts])
+        torch._foreach_add_(roots, group["eps"])
+        updates = torch._foreach_div(means, roots)
+        del roots
+        torch._foreach_div_(updates, [1 - first**count for count in counts])
+        if group["weight_decay"]:
+            torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
+            weights, sizes = _norms(parameters), _norms(updates)
+            ratios = torch.where((weights > 0) & (sizes > 0), weights / sizes, 1.0)
+            torch._foreach_mul_(updates, list(ratios.unbind()))
+        torch._foreach_add_(parameters, updates, alpha=-group["lr"])
 
 
-def peak_lr(recipe: AdamW, batch: int) -> float:
+# ----------------------------------------------------------------------------------------------------------- clipping
+
+
+def clip_gradients(parameters: Iterable[Tensor], limit: float | None) -> Tensor:
+    """The norm of all gradients together before clipping, a number on their device, whether finite or not.
+
+    Where it exceeds `limit`, the gradients are scaled down to that in place. With sharded parameters all processes
+    must call, and each gets the whole norm.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    if not parameters:
+        return torch.zeros(())
+    norm = _norm(_gradients(parameters))
+    if limit is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
+def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Of all tensors together."""
+    return torch.linalg.vector_norm(_norms(tensors))
+
+
+@torch.no_grad()
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Of each tensor: (tensors,)."""
+    return whole(torch.stack(torch._foreach_norm(list(tensors))))
+
+
+# ------------------------------------------------------------------------------------------------------ learning rate
+
+
+def peak_lr(recipe: Optimizer, batch: int) -> float:
     """The recipe's learning rate scaled to the batch (Touvron et al. 2020, section 6: lr x batch / 512)."""
     return recipe.lr * batch / recipe.per_images
 
 
-def learning_rate(recipe: Cosine, peak: float, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of update `step`, counted from 0; after `recipe.total` it stays at the floor."""
-    warmup, total = recipe.warmup.in_steps(steps_per_epoch), recipe.total.in_steps(steps_per_epoch)
-    if step < warmup:
-        return recipe.start + (peak - recipe.start) * (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, total - warmup))
+def learning_rate(recipe: Cosine, peak: float, step: int, total_steps: int, warmup_steps: int = 0) -> float:
+    """Learning rate of update `step`, counted from 0.
+
+    A line from `recipe.start` (the rate of update 0) to `peak` (the rate of update `warmup_steps`), then half a cosine
+    to `recipe.floor` at `total_steps`, where it stays. By update, where the original code goes by epoch and runs the
+    first two at `start`.
+    """
+    if step < warmup_steps:
+        return recipe.start + (peak - recipe.start) * step / warmup_steps
+    done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return recipe.floor + (peak - recipe.floor) * (1 + math.cos(math.pi * done)) / 2
+
+
+# ----------------------------------------------------------------------------------------------- average of the weights
+
+
+class EMA:
+    """An average of the model's parameters, which follows them at `1 - decay` of the way per update.
+
+    The first updates follow faster, at `1 / (updates + 1)` of the way: the average forgets where it started. Buffers
+    are the model's own. It takes the room of the parameters once more, on their device and sharded as they are.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay, self.updates = decay, 0
+        self._model = model
+        self._parameters: dict[str, Tensor] = dict(model.named_parameters())
+        self._averages = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After each step of the optimizer."""
+        self.updates += 1
+        share = max(1.0 - self.decay, 1.0 / (self.updates + 1))
+        torch._foreach_lerp_(list(self._averages.values()), list(self._parameters.values()), share)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the model has the average for its parameters; afterwards its own again, bit for bit, whatever
+        happened. Takes room for the parameters once more meanwhile."""
+        own = [parameter.detach().clone() for parameter in self._parameters.values()]
+        try:
+            self._put(self._averages.values())
+            yield
+        finally:
+            self._put(own)
+
+    def state(self) -> dict[str, Tensor]:
+        """The average by parameter name, whole tensors as in `Optimizers.state`, and the count of `updates`."""
+        return _gathered(self._averages) | {"updates": torch.tensor(self.updates)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on where `state` was taken; raises as `Optimizers.load_state` does."""
+        updates = torch.tensor(self.updates)
+        _fill(self._averages | {"updates": updates}, state, "the average of the weights")
+        self.updates = int(updates)
+
+    @torch.no_grad()
+    def _put(self, values: Iterable[Tensor]) -> None:
+        for parameter, value in zip(self._parameters.values(), values, strict=True):
+            parameter.copy_(value)
+        # FSDP2 may keep parameters that it gathered in the last forward pass; from now on they are out of date.
+        for module in self._model.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()  # type: ignore[operator]
+
+
+# --------------------------------------------------------------------------------------------------------- flat state
+
+
+def _gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors; those that had to be gathered go to main memory, so that a device holds one of them at a time."""
+    return {name: whole(tensor).cpu() if _is_sharded(tensor) else tensor.detach() for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def _fill(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+    """Copies the whole tensors of `state` into those of the same name, each process its share."""
+    for problem, names in (("lacks", tensors.keys() - state.keys()), ("knows no", state.keys() - tensors.keys())):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise ValueError(f"{what} {problem} {min(names)}{more}; it was saved for another model or optimizer: "
+                             "resume with the recipe that it was saved from")
+    for name, tensor in tensors.items():
+        if tensor.shape != state[name].shape:
+            raise ValueError(f"{what} has {name} as {tuple(state[name].shape)}, expected {tuple(tensor.shape)}; resume "
+                             "with the recipe that it was saved from")
+    for name, tensor in tensors.items():
+        value = state[name].to(tensor.device)
+        if _is_sharded(tensor):
+            from torch.distributed.tensor import DTensor, distribute_tensor
+
+            assert isinstance(tensor, DTensor)
+            value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+        tensor.copy_(value)
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")

@@ -1,11 +1,18 @@
 """A recipe is the complete record of an experiment: model, data, augmentation, objective, optimisation, seed.
 
-Frozen data and no behaviour but checks and arithmetic; the rooms that act on each part import it from here.
+Frozen data and no behaviour but checks and arithmetic; the rooms that act on each part import it from here. `to_dict`
+and `from_dict` are the JSON of `recipe.json`; `override` is the command line's `--set`.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import ast
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from deit.config import IMAGENET_MEAN, IMAGENET_STD, ConvNetConfig, DeiTConfig
@@ -19,21 +26,35 @@ class Duration:
     unit: Literal["epochs", "steps"]
 
     def __post_init__(self) -> None:
-        if self.amount < 0:
-            raise ValueError(f"a duration can't be negative, found {self.amount} {self.unit}")
+        _check(self.amount >= 0, f"a duration can't be negative, found {self.amount} {self.unit}")
 
-    def in_steps(self, steps_per_epoch: int) -> int:
+    def in_steps(self, steps_per_epoch: float) -> int:
         return round(self.amount * steps_per_epoch) if self.unit == "epochs" else round(self.amount)
 
 
 def epochs(amount: float) -> Duration:
-    """Passes over the training images."""
-    return Duration(amount, "epochs")
+    """As many views as there are training images, times `amount`."""
+    return Duration(float(amount), "epochs")
 
 
 def steps(amount: float) -> Duration:
     """Updates of the weights."""
-    return Duration(amount, "steps")
+    return Duration(float(amount), "steps")
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _within(owner: object, low: float, high: float, *names: str) -> None:
+    """Each field is from `low` to `high`, both included."""
+    for name in names:
+        value = getattr(owner, name)
+        _check(low <= value <= high, f"{name} must be from {low} to {high}, found {value}")
+
+
+# --------------------------------------------------------------------------------------------------------------- data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +62,52 @@ class Data:
     """How images become batches. Their size is the model's."""
 
     batch: int
-    """Images per update."""
+    """Images per update, over all processes together."""
+    repeats: int = 1
+    """Repeated augmentation (Hoffer et al. 2020): views of an image in one batch. An epoch stays as many views as
+    there are images, so each shows 1/repeats of them, and `repeats` epochs show them all."""
+    holdout: float = 0.1
+    """Share of every class's training images kept for validation where the folder has none."""
     crop_ratio: float = 0.875
     """Evaluation: side of the centre crop over the shortest edge it is cut from (224/256 in the paper)."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    workers: int = 0
-    """Loader processes; 0 loads in the training process. The batches do not depend on it."""
+
+    def __post_init__(self) -> None:
+        _check(self.batch >= 1 and self.repeats >= 1, "batch and repeats must be at least 1, found "
+               f"batch={self.batch}, repeats={self.repeats}")
+        _within(self, 0.0, 0.9, "holdout")
+        _within(self, 0.01, 1.0, "crop_ratio")
+        _check(len(self.mean) == len(self.std) and min(self.std) > 0, "mean and std need one entry per channel and std "
+               f"must be positive, found mean={self.mean}, std={self.std}")
+
+
+# ------------------------------------------------------------------------------------------------------- augmentation
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizedCrop:
+    """A random rectangle of the image, resized to the model's size (bicubic)."""
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest share of the image's area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Narrowest and widest width over height; drawn uniformly in the logarithm."""
+
+    def __post_init__(self) -> None:
+        _check(0 < self.scale[0] <= self.scale[1] <= 1, f"scale must rise within 0 and 1, found {self.scale}")
+        _check(0 < self.ratio[0] <= self.ratio[1], f"ratio must be positive and rise, found {self.ratio}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimpleCrop:
+    """The shortest edge resized to the model's size, `padding` mirrored around, and a random crop (DeiT III)."""
+
+    padding: int = 4
+    """Pixels on every side."""
+
+    def __post_init__(self) -> None:
+        _check(self.padding >= 0, f"padding must be at least 0, found {self.padding}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,18 +125,130 @@ class Affine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Augment:
-    """What happens to training images only."""
+class RandAugment:
+    """Random operations from a list (Cubuk et al. 2019), as timm's `rand-m9-mstd0.5-inc1` names them."""
 
+    magnitude: float = 9.0
+    """Strength, 0 to 10."""
+    std: float = 0.0
+    """Standard deviation of the strength, which is then clipped to 0 to 10."""
+    layers: int = 2
+    """Operations drawn for each image, with replacement."""
+    probability: float = 0.5
+    """Of applying each operation that was drawn."""
+    increasing: bool = True
+    """Operations whose effect grows with the strength (timm's `inc1`)."""
+
+    def __post_init__(self) -> None:
+        _within(self, 0.0, 10.0, "magnitude")
+        _within(self, 0.0, 1.0, "probability")
+        _check(self.layers >= 0 and self.std >= 0, f"layers and std can't be negative, found {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoAugment:
+    """One of 25 learnt pairs of operations (Cubuk et al. 2018): timm's `original` policy for ImageNet, or `v0`."""
+
+    policy: Literal["original", "v0"] = "original"
+    std: float = 0.0
+    """Standard deviation of each operation's strength, as for `RandAugment`."""
+
+    def __post_init__(self) -> None:
+        _check(self.std >= 0, f"std can't be negative, found {self.std}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreeAugment:
+    """One of grey, solarise (half the range) and Gaussian blur (radius 0.1 to 2), equally likely (DeiT III)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jitter:
+    """Brightness, contrast and saturation times a factor drawn from 1 - strength to 1 + strength, in random order."""
+
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+
+    def __post_init__(self) -> None:
+        _within(self, 0.0, 1.0, "brightness", "contrast", "saturation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Erase:
+    """Random erasing (Zhong et al. 2017): a rectangle of normally distributed noise, pixel by pixel, in the
+    normalised image."""
+
+    probability: float = 0.25
+    area: tuple[float, float] = (0.02, 1 / 3)
+    """Smallest and largest share of the image's area."""
+    ratio: tuple[float, float] = (0.3, 1 / 0.3)
+    """Narrowest and widest height over width; drawn uniformly in the logarithm."""
+
+    def __post_init__(self) -> None:
+        _within(self, 0.0, 1.0, "probability")
+        _check(0 < self.area[0] <= self.area[1] < 1, f"area must rise within 0 and 1, found {self.area}")
+        _check(0 < self.ratio[0] <= self.ratio[1], f"ratio must be positive and rise, found {self.ratio}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """Mixup (Zhang et al. 2017) and CutMix (Yun et al. 2019): an image and its label with its mirror in the batch."""
+
+    mixup: float = 0.0
+    """alpha of the Beta distribution that Mixup's share is drawn from; 0 is no Mixup."""
+    cutmix: float = 0.0
+    """alpha of the Beta distribution that CutMix's area is drawn from; 0 is no CutMix."""
+    probability: float = 1.0
+    """Of mixing at all."""
+    switch: float = 0.5
+    """Probability of CutMix where both are on."""
+    mode: Literal["batch", "pair", "element"] = "batch"
+    """What shares one draw: the whole batch, an image and its partner, or nothing."""
+
+    def __post_init__(self) -> None:
+        _within(self, 0.0, 1.0, "probability", "switch")
+        _check(min(self.mixup, self.cutmix) >= 0 and max(self.mixup, self.cutmix) > 0, "mixing needs a positive mixup "
+               f"or cutmix alpha, found mixup={self.mixup}, cutmix={self.cutmix}; for none, leave augment.mix None")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """What happens to training images only, in this order."""
+
+    crop: ResizedCrop | SimpleCrop | None = None
+    """None: the resize and centre crop of evaluation."""
+    flip: float = 0.0
+    """Probability of a horizontal flip."""
     affine: Affine | None = None
+    policy: RandAugment | AutoAugment | ThreeAugment | None = None
+    jitter: Jitter | None = None
+    erase: Erase | None = None
+    mix: Mix | None = None
+
+    def __post_init__(self) -> None:
+        _within(self, 0.0, 1.0, "flip")
+
+
+# ---------------------------------------------------------------------------------------------------------- objective
 
 
 @dataclass(frozen=True, kw_only=True)
 class Supervised:
-    """Cross-entropy against the labels."""
+    """The labels, through the class token."""
 
+    loss: Literal["cross_entropy", "binary"] = "cross_entropy"
+    """`binary`: one yes-or-no question for each class (DeiT III); of mixed images both classes are yes."""
     smoothing: float = 0.0
     """Label smoothing, 0 to <1."""
+    cosub: bool = False
+    """Two passes over each batch with independent stochastic depth, which also learn from each other (Touvron et al.
+    2022, "Co-training 2^L submodels")."""
+
+    def __post_init__(self) -> None:
+        _within(self, 0.0, 0.999, "smoothing")
+        _check(self.loss != "binary" or not self.smoothing, "smoothing makes every class a yes for the binary loss, "
+               f"found smoothing={self.smoothing}; set it to 0, or loss='cross_entropy'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,33 +256,123 @@ class Distilled:
     """Labels for the class token, a teacher for the distillation token (Touvron et al. 2020, section 4)."""
 
     teacher: str = ""
-    """Folder of a trained model."""
+    """`timm:NAME` (pretrained), `timm:NAME:WEIGHT_FILE`, the folder or hub name of a trained model, or
+    `FILE.py:FUNCTION` that returns one."""
+    cache: str = ""
+    """Folder that `deit teach` wrote: the labels come from there, and no teacher is needed."""
     kind: Literal["hard", "soft"] = "hard"
+    token: Literal["distillation", "class"] = "distillation"
+    """`class`: the class token learns from both, and the model has no distillation token (table 3)."""
     weight: float | None = None
     """The teacher's share of the loss, 0 to 1; None is the paper's for this kind."""
     temperature: float | None = None
     """Of soft distillation; None is the paper's."""
+    normalisation: Literal["images", "elements"] = "images"
+    """Of soft distillation: the mean over images, or over images and classes, as in the original code, where the
+    teacher counts for as many times less as there are classes."""
+    top_k: int | None = None
+    """Of soft distillation: the teacher's k most likely classes are kept, and the rest of its certainty is spread
+    evenly over the others; None keeps all."""
     smoothing: float = 0.0
     """Smoothing of the labels, 0 to <1; the teacher's decisions are never smoothed."""
+    resolution: Literal["teacher", "student"] = "teacher"
+    """Whose image size the teacher sees; the paper fine-tunes at 384 with a teacher at 384 (section 6)."""
 
-
-Objective = Supervised | Distilled
+    def __post_init__(self) -> None:
+        _within(self, 0.0, 0.999, "smoothing")
+        if self.weight is not None:
+            _within(self, 0.0, 1.0, "weight")
+        if self.kind == "hard":
+            for name, default in (("temperature", None), ("top_k", None), ("normalisation", "images")):
+                _check(getattr(self, name) == default, f"hard distillation has no {name}, found "
+                       f"{getattr(self, name)!r}; leave it out, or set kind='soft'")
+        _check(self.temperature is None or self.temperature > 0, f"temperature must be positive, found "
+               f"{self.temperature}")
+        _check(self.top_k is None or self.top_k >= 1, f"top_k must be at least 1, found {self.top_k}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW:
+class MaskedImage:
+    """The pixels of hidden patches, from the patches around them (SimMIM, Xie et al. 2021). Needs no labels."""
+
+    ratio: float = 0.6
+    """Share of the image that is hidden."""
+    unit: int = 32
+    """Side of the squares that are hidden, pixels: a multiple of the patch size."""
+
+    def __post_init__(self) -> None:
+        _within(self, 0.01, 0.99, "ratio")
+
+
+Objective = Supervised | Distilled | MaskedImage
+
+
+# ------------------------------------------------------------------------------------------------------- optimisation
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Optimizer:
+    """What every optimizer has."""
+
     lr: float
     """Peak learning rate for a batch of `per_images`; scaled in proportion to the batch."""
     per_images: int
     weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    """Not applied to biases, norms, LayerScale, positions, class and mask token."""
     decay_distillation_token: bool = True
     """Whether weight decay acts on the distillation token: it does in the original code, not in timm."""
+    layer_decay: float = 1.0
+    """Learning rate of each block over that of the next; the head has the whole rate (Clark et al. 2020)."""
+    clip: float | None = None
+    """Largest norm of all gradients together; None does not clip."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.per_images < 1:
-            raise ValueError(f"lr and per_images must be positive, found lr={self.lr}, per_images={self.per_images}")
+        _check(self.lr > 0 and self.per_images >= 1, "lr and per_images must be positive, found "
+               f"lr={self.lr}, per_images={self.per_images}")
+        _check(self.weight_decay >= 0, f"weight_decay can't be negative, found {self.weight_decay}")
+        _check(0 < self.layer_decay <= 1, f"layer_decay must be above 0 and at most 1, found {self.layer_decay}")
+        _check(self.clip is None or self.clip > 0, f"clip must be positive or None, found {self.clip}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(_Optimizer):
+    """Loshchilov and Hutter 2019."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD(_Optimizer):
+    """Stochastic gradient descent with Nesterov's momentum; weight decay is added to the gradient."""
+
+    momentum: float = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class LAMB(_Optimizer):
+    """AdamW's step, scaled in each tensor to the tensor's norm (You et al. 2020); tensors without weight decay are
+    not scaled. Gradients are first divided by their global norm where that exceeds 1, as in Nvidia's implementation."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon(_Optimizer):
+    """Momentum made orthogonal, for the blocks' matrices (Jordan et al. 2024); AdamW for everything else.
+
+    `lr` is the matrices', with the step scaled to the size of AdamW's (Liu et al. 2025).
+    """
+
+    momentum: float = 0.95
+    others_lr: float
+    """AdamW's learning rate for all that is no matrix of a block, per `per_images`."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+
+Optimizer = AdamW | SGD | LAMB | Muon
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,31 +386,247 @@ class Cosine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How the machine does the work. But for rounding, none of it changes the result."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the forward and backward pass; auto is bfloat16 where the hardware computes with it, else float32."""
+    accumulate: int = 1
+    """Parts that a process computes its share of a batch in; doubled when memory runs out."""
+    checkpoint_blocks: bool = False
+    """Recomputes each block in the backward pass: far less memory for about a third more computation."""
+    compile: bool = False
+    """`torch.compile`: minutes at the start, then faster steps on a GPU."""
+    parallel: Literal["replicate", "shard"] = "replicate"
+    """Many processes: each holds the whole model (DDP), or a share of it (FSDP2)."""
+    workers: int | None = None
+    """Loader processes of each training process; None: one for each of its cores, up to 8, or 0 where all images fit
+    into memory once decoded."""
+    save_minutes: float = 10.0
+    """Time between checkpoints; each evaluation writes one too."""
+
+    def __post_init__(self) -> None:
+        _check(self.accumulate >= 1, f"accumulate must be at least 1, found {self.accumulate}")
+        _check(self.workers is None or self.workers >= 0, f"workers can't be negative, found {self.workers}")
+        _check(self.save_minutes >= 0, f"save_minutes can't be negative, found {self.save_minutes}")
+
+
+# --------------------------------------------------------------------------------------------------------- the recipe
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     name: str
     model: DeiTConfig | ConvNetConfig
+    """Its labels are the data's."""
     data: Data
     objective: Objective
-    optim: AdamW
+    optim: Optimizer
     schedule: Cosine
     augment: Augment = field(default_factory=Augment)
+    start: str = ""
+    """Fine-tuning: folder, weight file or hub name that the weights come from. Positions are resized; a head for other
+    labels is initialised anew."""
     ema: float = 0.0
     """Exponential moving average of the weights: its decay per update, 0 to <1. The average is what is evaluated and
     saved; 0 takes the weights themselves."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the forward and backward pass; auto is bfloat16 where the hardware computes with it, else float32."""
+    evaluate: Duration = field(default_factory=lambda: epochs(1))
+    """Time between evaluations on the validation images; there is one at the end in any case."""
+    compute: Compute = field(default_factory=Compute)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.objective, Distilled) and not getattr(self.model, "distillation_token", False):
-            raise ValueError(f"recipe {self.name}: distillation needs a model with a distillation token")
-        if not 0.0 <= self.ema < 1.0:
-            raise ValueError(f"recipe {self.name}: ema must be at least 0 and below 1, found {self.ema}")
+        try:
+            self._check()
+        except ValueError as error:
+            raise ValueError(f"recipe {self.name}: {error}") from None
+
+    def _check(self) -> None:
+        model, objective = self.model, self.objective
+        token = getattr(model, "distillation_token", False)
+        if isinstance(objective, Distilled):
+            if objective.token == "distillation":
+                _check(token, "distillation through its own token needs a model with one; set "
+                       "model.distillation_token=True, or objective.token=class")
+            else:
+                _check(not token, "with objective.token=class the distillation token would learn nothing; set "
+                       "model.distillation_token=False")
+        if isinstance(objective, MaskedImage):
+            _check(isinstance(model, DeiTConfig), "masked images need a DeiT or ViT model")
+            _check(self.augment.mix is None and self.augment.erase is None, "masked images have no labels to mix and "
+                   "every pixel counts; set augment.mix and augment.erase to None")
+            rows, columns = model.patch_hw  # type: ignore[union-attr]
+            _check(objective.unit % rows == 0 and objective.unit % columns == 0, f"objective.unit={objective.unit} "
+                   f"must be a multiple of the patch size {rows}x{columns}")
+        if isinstance(objective, Supervised) and objective.cosub:
+            _check(getattr(model, "drop_path_rate", 0) > 0, "co-training of submodels needs stochastic depth; set "
+                   "model.drop_path_rate above 0")
+        _check(model.num_channels in (1, 3), f"images have 1 or 3 channels, found model.num_channels="
+               f"{model.num_channels}")
+        _check(len(self.data.mean) == model.num_channels, f"data.mean has {len(self.data.mean)} entries for "
+               f"{model.num_channels} channels")
+        _check(0.0 <= self.ema < 1.0, f"ema must be at least 0 and below 1, found {self.ema}")
+        _check(self.evaluate.amount > 0, "evaluate must be longer than nothing")
+        if isinstance(model, ConvNetConfig):
+            _check(not self.compute.checkpoint_blocks and not self.start, "the built-in ConvNet has neither "
+                   "checkpoint_blocks nor a start")
+            _check(isinstance(self.optim, AdamW | SGD | LAMB) and self.optim.layer_decay == 1, "Muon and layer_decay "
+                   "know the blocks of a transformer; choose AdamW, SGD or LAMB for the ConvNet")
+        _check(self.seed >= 0, f"seed can't be negative, found {self.seed}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole record as JSON types; alternatives carry their class name as `kind_of`."""
-        record = asdict(self)
-        record["model"] = self.model.to_dict()
-        for part in ("objective", "optim", "schedule"):
-            record[part]["kind_of"] = type(getattr(self, part)).__name__
-        return record
+        """The whole record as JSON types; where a field has alternatives, `kind_of` names the class."""
+        return _record(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """The recipe of a `recipe.json`; unknown keys and values of another type are refused by name."""
+        return typing.cast(Recipe, _build(values, cls, "recipe"))
+
+
+_CALLS: dict[str, Any] = {cls.__name__: cls for cls in (
+    ResizedCrop, SimpleCrop, Affine, RandAugment, AutoAugment, ThreeAugment, Jitter, Erase, Mix, Augment, Data,
+    Supervised, Distilled, MaskedImage, AdamW, SGD, LAMB, Muon, Cosine, Compute)} | {"epochs": epochs, "steps": steps}
+
+
+def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
+    """A copy with fields changed, each written `a.b=value` with the value as in a recipe's Python.
+
+    `optim.lr=1e-3`, `schedule.total=epochs(30)`, `augment.mix=None`, `optim=LAMB(lr=5e-3, per_images=2048)`,
+    `objective.teacher=timm:regnety_160`. All are applied before the whole is checked.
+    """
+    record = recipe.to_dict()
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        _check(bool(equals), f"--set {setting}: expected FIELD=VALUE, e.g. optim.lr=1e-3")
+        *owners, last = path.strip().split(".")
+        place: Any = record
+        for depth, name in enumerate([*owners, last]):
+            _check(isinstance(place, dict), f"--set {setting}: {'.'.join(owners[:depth])} is {place!r} and has no "
+                   f"field {name!r}; set it as a whole first, e.g. augment.erase=Erase()")
+            kind = f": {place['kind_of']}" if depth and "kind_of" in place else ""
+            _known(name, place.keys() - {"kind_of"}, f"--set {setting}{kind}")
+            place = place[name] if depth < len(owners) else place
+        place[last] = _record(_parse(text.strip(), setting))
+    return Recipe.from_dict(record)
+
+
+def _parse(text: str, setting: str) -> Any:
+    """A literal, or a call of one of `_CALLS`; anything else is the text itself."""
+    try:
+        node = ast.parse(text, mode="eval").body
+    except SyntaxError:
+        return text
+    if isinstance(node, ast.Call):
+        return _called(node, setting)
+    try:
+        return {"true": True, "false": False, "none": None}.get(text.lower(), ast.literal_eval(node))
+    except (ValueError, TypeError):
+        return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+
+
+def _called(node: ast.Call, setting: str) -> Any:
+    """What a call of one of `_CALLS` makes; its arguments are checked as those of a `recipe.json`."""
+    name, where = ast.unparse(node.func), f"--set {setting}"
+    _known(name, _CALLS, where)
+    arguments = [_parse(ast.unparse(value), setting) for value in node.args]
+    named = {str(keyword.arg): _parse(ast.unparse(keyword.value), setting) for keyword in node.keywords}
+    if not is_dataclass(_CALLS[name]):
+        _check(len(arguments) == 1 and not named, f"{where}: expected {name}(NUMBER), e.g. {name}(30)")
+        return _build({"amount": arguments[0], "unit": name}, Duration, f"{where}: {name}")
+    own = [f"{f.name}=..." for f in fields(_CALLS[name])]
+    _check(not arguments, f"{where}: {name} takes its arguments by name: {name}({', '.join(own)})")
+    return _build({key: _record(value) for key, value in named.items()}, _CALLS[name], f"{where}: {name}")
+
+
+def _known(name: str, names: Iterable[str], where: str) -> None:
+    names = sorted(names)
+    if name not in names:
+        close = difflib.get_close_matches(name, names, 1)
+        raise ValueError(f"{where}: there is no {name!r}; " + (f"did you mean {close[0]!r}?" if close else
+                                                               f"there is {', '.join(names)}"))
+
+
+def _record(value: Any, hint: Any = None) -> Any:
+    """A dataclass as JSON types."""
+    if isinstance(value, DeiTConfig | ConvNetConfig):
+        return {key: found for key, found in value.to_dict().items() if key not in ("id2label", "label2id")}
+    if is_dataclass(value):
+        hints = typing.get_type_hints(type(value))
+        record = {f.name: _record(getattr(value, f.name), hints[f.name]) for f in fields(value)}
+        # Without a hint the value is an override, which may change the kind.
+        return record if hint is not None and len(_classes(hint)) < 2 else {**record, "kind_of": type(value).__name__}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _classes(hint: Any) -> list[type]:
+    """The dataclasses among a hint's alternatives."""
+    return [part for part in (typing.get_args(hint) if _is_union(hint) else (hint,))
+            if isinstance(part, type) and is_dataclass(part)]
+
+
+def _is_union(hint: Any) -> bool:
+    return isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+
+
+def _build(value: Any, hint: Any, path: str) -> Any:
+    """The inverse of `_record`: `value` as `hint` says, or a `ValueError` that names `path`."""
+    if _is_union(hint):
+        if value is None and type(None) in typing.get_args(hint):
+            return None
+        if DeiTConfig in typing.get_args(hint) and isinstance(value, Mapping):
+            kind = ConvNetConfig if value.get("model_type") == ConvNetConfig.model_type else DeiTConfig
+            return _config(value, kind, path)
+        if isinstance(value, Mapping) and (classes := {cls.__name__: cls for cls in _classes(hint)}):
+            name = value.get("kind_of", next(iter(classes)) if len(classes) == 1 else None)
+            _check(name in classes, f"{path}: expected kind_of to be one of {', '.join(classes)}, found {name!r}")
+            return _build(value, classes[str(name)], path)
+        plain = [part for part in typing.get_args(hint) if part is not type(None) and not is_dataclass(part)]
+        _check(len(plain) == 1, f"{path}: expected {' or '.join(cls.__name__ for cls in _classes(hint))}, found "
+               f"{value!r}")
+        return _build(value, plain[0], path)
+    if is_dataclass(hint):
+        expected = "epochs(NUMBER) or steps(NUMBER)" if hint is Duration else hint.__name__  # type: ignore[union-attr]
+        given = value.get("kind_of", hint.__name__) if isinstance(value, Mapping) else repr(value)  # type: ignore[union-attr]
+        _check(given == hint.__name__, f"{path}: expected {expected}, found {given}")  # type: ignore[union-attr]
+        hints = typing.get_type_hints(hint)
+        for name in value.keys() - {"kind_of"}:
+            _known(name, (f.name for f in fields(hint)), path)
+        missing = [f.name for f in fields(hint)
+                   if f.name not in value and f.default is MISSING and f.default_factory is MISSING]
+        _check(not missing, f"{path}: {' and '.join(missing)} must be given")
+        arguments = {name: _build(found, hints[name], f"{path}.{name}".removeprefix("recipe."))
+                     for name, found in value.items() if name != "kind_of"}
+        try:
+            return hint(**arguments)  # type: ignore[operator]
+        except ValueError as error:
+            raise ValueError(str(error) if hint is Recipe else f"{path}: {error}") from None
+    return _plain(value, hint, path)
+
+
+def _config(value: Mapping[str, Any], kind: type[DeiTConfig] | type[ConvNetConfig], path: str) -> Any:
+    """A model's config, with the fields this package does not know refused: in a recipe they are mistakes."""
+    try:
+        config = kind.from_dict({**value, "id2label": {0: "LABEL_0", 1: "LABEL_1"}})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    _check(not config.extra, f"{path}: there is no field {', '.join(map(repr, config.extra))}")
+    return config
+
+
+def _plain(value: Any, hint: Any, path: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        _check(value in typing.get_args(hint), f"{path}: expected {' or '.join(map(str, typing.get_args(hint)))}, "
+               f"found {value!r}")
+        return value
+    if origin is tuple:
+        parts = typing.get_args(hint)
+        _check(isinstance(value, list | tuple) and (parts[-1] is Ellipsis or len(value) == len(parts)),
+               f"{path}: expected {'numbers' if parts[-1] is Ellipsis else f'{len(parts)} numbers'}, found {value!r}")
+        return tuple(_plain(entry, parts[0], path) for entry in value)
+    right = (isinstance(value, int | float) if hint is float else isinstance(value, hint))
+    _check(right and (hint is bool or not isinstance(value, bool)), f"{path}: expected {hint.__name__}, found "
+           f"{value!r}")
+    _check(hint is not float or math.isfinite(value), f"{path}: expected a finite number, found {value!r}")
+    return float(value) if hint is float else value

@@ -1,26 +1,41 @@
-"""The training loop, top to bottom: one for every model and objective."""
+"""The training loop: one for every model, objective and number of processes.
+
+A run's whole state is its tensors and `State`. Everything random is a function of the update's number, so a run that
+is stopped anywhere goes on from its last checkpoint to the same end, bit by bit.
+"""
 
 from __future__ import annotations
 
-import json
 import math
+import os
+import signal
+import statistics
+import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 
-from deit import files, objectives, optim
-from deit.config import ConvNetConfig
-from deit.convnet import ConvNet
-from deit.data import EvaluationBatches, Split, TrainingBatches, processor_for
-from deit.evaluate import evaluate
-from deit.model import DeiTForImageClassification, DeiTForImageClassificationWithTeacher
-from deit.recipe import Distilled, Recipe
+from deit import files, objectives, optim, runs
+from deit.augment import draws
+from deit.config import DeiTConfig
+from deit.data import Batch, Faults, Split
+from deit.machine import Processes, processes, synchronised
+from deit.progress import Reporter
+from deit.recipe import Recipe, steps
+from deit.runs import State, Work
+
+_MOST_SKIPPED = 5
+"""Updates in a row whose loss or gradient is not finite, before the run stops."""
+_ROWS = 50
+"""Updates between rows of metrics, where evaluations are further apart."""
 
 
 @dataclass(frozen=True)
@@ -28,114 +43,375 @@ class Run:
     """What a run left behind."""
 
     model: Path
-    """Folder of the model with the best validation accuracy: weights, config, preprocessing."""
-    accuracy: float
-    """Its validation accuracy, 0 to 1 (fused heads)."""
+    """Folder of the model with the best validation score: weights, config, preprocessing."""
+    score: float
+    """Its score on the validation images: accuracy of the fused heads, 0 to 1, or minus the loss of masked images."""
     seconds: float
+    """Training time, of all sessions together."""
 
 
 class Diverged(RuntimeError):
     """The loss is no longer a number."""
 
 
-def build_model(recipe: Recipe, classes: tuple[str, ...]) -> nn.Module:
-    """A freshly initialised model of the class that the recipe's objective trains, with the data's labels."""
-    config = recipe.model.replace(id2label=dict(enumerate(classes)))
-    torch.manual_seed(recipe.seed)
-    if isinstance(config, ConvNetConfig):
-        return ConvNet(config)
-    if isinstance(recipe.objective, Distilled):
-        return DeiTForImageClassificationWithTeacher(config)
-    return DeiTForImageClassification(config)
+class Stopped(RuntimeError):
+    """A signal ended the run early; its state is saved."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.signal_number = signal_number
 
 
 def train(recipe: Recipe, train_split: Split, val_split: Split, out: str | Path, *, device: str = "auto",
-          console: Console | None = None) -> Run:
-    """Trains a recipe on images, and leaves in `out`: `recipe.json`, `metrics.jsonl` and the best model in `model/`.
+          console: Console | None = None, resume: bool = False, minutes: float | None = None) -> Run:
+    """Trains a recipe on images; under torchrun, together with the other processes.
+
+    Leaves in `out`: `recipe.json`, `metrics.jsonl`, the best model in `model/`, and the run's state in `checkpoints/`.
 
     Args:
         device: `auto` is CUDA where there is one, else the CPU.
         console: where progress goes; standard error when not given.
+        resume: goes on where a run of this recipe in `out` stopped. What only concerns the machine (`compute`) may
+            differ. Implied where torchrun starts a process again.
+        minutes: the schedule is shortened so that the run ends within this time.
 
     Raises:
-        Diverged: the loss is not finite; the best model so far stays in `out/model`.
+        FileExistsError: `out` holds a run, and `resume` is not asked for.
+        ValueError: the run to go on with is of another recipe or of other images.
+        Diverged: the loss is not finite again and again; the best model so far stays in `out/model`.
+        Stopped: SIGTERM or Ctrl-C came; the state is saved.
+        data.BadImages, data.LoaderDied: too many images can't be read; a loader process died.
     """
+    out, started = Path(out), time.perf_counter()
+    with processes(device) as us, _Signals() as signals:
+        resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        found = runs.find(out, recipe, resume, minutes is not None)
+        us.wait()  # nobody writes before all have looked
+        if found is not None:
+            recipe = replace(recipe, schedule=found[1])
+        elif minutes is not None:
+            recipe = _plan(recipe, train_split, val_split, us, minutes * 60 - (time.perf_counter() - started), console)
+        if us.main:
+            files.write_json(out / "recipe.json", recipe.to_dict())
+        work, state = runs.prepare(recipe, train_split, val_split, us, found[0] if found else None)
+        with Reporter(out, recipe, us, console, done=state.step, total=work.total, written=state.written) as reporter:
+            for problem in found[2] if found else []:
+                reporter.say(f"{problem}: going on from an earlier one")
+            deadline = math.inf if minutes is None else started + minutes * 60
+            _loop(_Session(work, state, out, reporter, signals, deadline))
+        return Run(out / "model", state.best if state.best is not None else -math.inf, state.seconds)
+
+
+class _Session:
+    """One stretch of a run, from its beginning or a checkpoint to its end or a signal."""
+
+    def __init__(self, work: Work, state: State, out: Path, reporter: Reporter, signals: _Signals, deadline: float):
+        self.work, self.state, self.out = work, state, out
+        self.reporter, self.signals, self.deadline = reporter, signals, deadline
+        self.faults = Faults(len(work.batches.split))
+        self.faults.load_state(state.faults)
+        self.last_saved = time.perf_counter()
+        self.began = self.last_saved - state.seconds
+        self.judging = 0.0
+        """Seconds that an evaluation takes."""
+
+    @property
+    def seconds(self) -> float:
+        """Training time, of all sessions together."""
+        return time.perf_counter() - self.began
+
+    def wishes(self) -> tuple[bool, bool, bool]:
+        """Whether to stop, to save and to end early. The main process has the clock; any may be told to stop."""
+        now, main = time.perf_counter(), self.work.us.main
+        return (self.signals.caught != 0,
+                main and now - self.last_saved >= 60 * self.work.recipe.compute.save_minutes,
+                main and now + 1.5 * self.judging >= self.deadline)
+
+    def save(self) -> None:
+        self.state.seconds, self.state.written = self.seconds, self.reporter.written
+        self.state.faults = self.faults.state()
+        runs.save(self.work, self.state, self.out)
+        self.last_saved = time.perf_counter()
+
+    def judge(self) -> None:
+        """Scores the model, saves it where it is the best so far, and writes a row."""
+        began = time.perf_counter()
+        try:
+            verdict = _judge(self.work, self.state, self.out, self.signals)
+        except Stopped:  # the evaluation comes again, first of all
+            self.save()
+            raise
+        self.row(verdict.numbers)
+        self.judging = time.perf_counter() - began
+
+    def row(self, numbers: dict[str, float]) -> None:
+        work, state = self.work, self.state
+        means = {name: total / state.counted for name, total in state.sums.items()} if state.counted else {}
+        self.reporter.row({"step": state.step, "epoch": state.step / work.batches.steps_per_epoch,
+                           "images": state.step * work.recipe.data.batch, "lr": work.lr(state.step - 1), **means,
+                           **numbers, "skipped": state.skipped, "bad_images": len(self.faults),
+                           "seconds": round(self.seconds, 3)})
+        state.sums, state.counted = {}, 0
+
+    def tell_faults(self, batch: Batch) -> None:
+        for file, reason in self.faults.add(batch.faults):
+            self.reporter.say(f"{file} can't be read, another image stands in for it: {reason}")
+
+
+def _loop(session: _Session) -> None:
+    work, state, say = session.work, session.state, session.reporter.say
+    per_row = work.every / math.ceil(work.every / _ROWS)
+    if not state.step:
+        runs.save_model(work, session.out / "model")
+    fitted = work.us.world == 1
+    stream = work.batches.from_step(state.step)
+    try:
+        while True:
+            if state.evaluated < state.step and work.due(state.step, work.every):
+                session.judge()
+            elif state.counted and work.due(state.step, per_row):
+                session.row({})
+            if state.step >= work.total:
+                break
+
+            began = time.perf_counter()
+            batch = next(stream)
+            session.tell_faults(batch)
+            if not fitted:
+                _fit(work, state, batch, say)
+                fitted = True
+            work.optimizers.set_lr(work.lr(state.step))
+            numbers, (stop, save, late) = _update(work, state, batch, session.wishes(), say)
+            session.reporter.advance(state.step, numbers, time.perf_counter() - began)
+
+            if late and state.step < work.total:
+                say(f"the time is up after update {state.step} of {work.total}; --resume would go on")
+                session.judge()
+                break
+            if stop:
+                session.save()
+                raise Stopped(f"stopped by {session.signals.name} after update {state.step} of {work.total}; the state "
+                              "is saved, --resume goes on", session.signals.caught or signal.SIGTERM)
+            if save and not state.skipped_in_a_row:
+                session.save()
+    finally:
+        stream.close()  # type: ignore[attr-defined]
+    session.save()
+
+
+def _update(work: Work, state: State, batch: Batch, wishes: tuple[bool, ...],
+            say: Callable[[str], None]) -> tuple[dict[str, float], list[bool]]:
+    """One update of the weights, or none where loss or gradient is not finite; whether any process wishes for what
+    `wishes` holds."""
+    buffers = [buffer.clone() for buffer in work.model.buffers()]  # running statistics change in the forward pass
+    names, means = _gradients(work, state, batch, buffers, say)
+    norm = optim.clip_gradients(work.model.parameters(), work.recipe.optim.clip)
+    values = torch.cat([means, norm.detach().float().reshape(1) / work.us.world,
+                        torch.tensor(wishes, dtype=torch.float32).to(work.us.device)])
+    found = work.us.sum(values).tolist()  # the one host-device synchronisation of an update
+    numbers = dict(zip([*names, "gradient_norm"], found, strict=False))
+    state.step += 1
+    if math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient_norm"]):
+        work.optimizers.step()
+        if work.average:
+            work.average.update()
+        work.optimizers.zero_grad()
+        state.skipped_in_a_row = 0
+        state.counted += 1
+        for name, value in numbers.items():
+            state.sums[name] = state.sums.get(name, 0.0) + value
+    else:
+        _undo(work, buffers)
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        say(f"update {state.step} is skipped: loss {numbers['loss']}, norm of the gradient {numbers['gradient_norm']}")
+        if state.skipped_in_a_row >= _MOST_SKIPPED:
+            optimizer = work.recipe.optim
+            raise Diverged(f"{work.recipe.name}: the loss or its gradient was not finite in {_MOST_SKIPPED} updates in "
+                           f"a row, up to {state.step}; the last good checkpoint and model are kept. Lower optim.lr "
+                           f"(now {optimizer.lr}), set optim.clip (now {optimizer.clip}), lengthen schedule.warmup, or "
+                           "set compute.precision=float32")
+    return numbers, [wish > 0 for wish in found[-len(wishes):]]
+
+
+def _gradients(work: Work, state: State, batch: Batch, buffers: list[Tensor],
+               say: Callable[[str], None]) -> tuple[list[str], Tensor]:
+    """Gradients of the mean loss over the global batch, and this process's share of all logged means.
+
+    Out of memory, the micro-batches are halved and the batch is computed again.
+    """
+    while True:
+        try:
+            return _accumulated(work, state, batch, work.computing)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            if work.us.world > 1:  # the others wait within a collective operation
+                raise _too_large(work, batch) from error
+        _undo(work, buffers)
+        _halve(work, batch, say)
+
+
+def _fit(work: Work, state: State, batch: Batch, say: Callable[[str], None]) -> None:
+    """Halves the micro-batches of all processes until each can compute its share by itself, which is not used: out of
+    memory within a collective operation, a process would leave the others waiting."""
+    if work.recipe.compute.parallel == "shard":
+        return
+    while True:
+        buffers, failed = [buffer.clone() for buffer in work.model.buffers()], False
+        try:
+            _accumulated(work, state, batch, work.model)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            failed = True
+        _undo(work, buffers)
+        if not work.us.sum(torch.tensor(float(failed), device=work.us.device)).item():
+            return
+        _halve(work, batch, say)
+
+
+def _halve(work: Work, batch: Batch, say: Callable[[str], None]) -> None:
+    if work.accumulate >= (len(batch) + 1) // 2:  # mirror images stay together
+        raise _too_large(work, batch)
+    work.accumulate *= 2
+    if work.us.device.type == "cuda":
+        torch.cuda.empty_cache()
+    say(f"out of memory: the batch is now computed in {work.accumulate} parts; the result is the same")
+
+
+def _too_large(work: Work, batch: Batch) -> RuntimeError:
+    return RuntimeError(f"out of memory with micro-batches of {len(batch.parts(work.accumulate)[0])} images; set "
+                        f"compute.accumulate above {work.accumulate}, compute.checkpoint_blocks=True, or a smaller "
+                        "model")
+
+
+def _undo(work: Work, buffers: list[Tensor]) -> None:
+    work.optimizers.zero_grad()
+    for buffer, kept in zip(work.model.buffers(), buffers, strict=True):
+        buffer.copy_(kept)
+
+
+def _accumulated(work: Work, state: State, batch: Batch, computing: nn.Module) -> tuple[list[str], Tensor]:
+    recipe, us = work.recipe, work.us
+    torch.manual_seed(int(draws(recipe.seed, state.step, us.rank, 0, stream=6).integers(2**62)))  # dropout
+    depth = _depth_draws(recipe, state.step, work.objective.passes)
+    parts = batch.parts(work.accumulate)
+    totals: list[Tensor] = []
+    for i, part in enumerate(parts):
+        share = len(part) / recipe.data.batch
+        rows = None if depth is None else torch.cat([each[part.positions] for each in depth])
+        part = work.batches.mix(part.to(us.device))
+        with synchronised(computing, i == len(parts) - 1):
+            with torch.autocast(us.device.type, work.precision, enabled=work.precision != torch.float32):
+                found = work.objective(computing, part, rows)
+            # DDP and FSDP take the mean over processes; the loss is a sum of shares.
+            (found["loss"] * (share * us.world)).backward()
+        totals.append(torch.stack([value.detach().float() for value in found.values()]) * share)
+    return list(found), torch.stack(totals).sum(0)
+
+
+def _depth_draws(recipe: Recipe, step: int, passes: int) -> Tensor | None:
+    """(passes, batch, blocks, 2) for the global batch: each image's stochastic depth is the same however the batch is
+    divided."""
+    config = recipe.model
+    if not isinstance(config, DeiTConfig) or not config.drop_path_rate:
+        return None
+    shape = (passes, recipe.data.batch, config.num_hidden_layers, 2)
+    return torch.from_numpy(draws(recipe.seed, step, 0, 0, stream=4).random(shape, dtype="float32"))
+
+
+def _judge(work: Work, state: State, out: Path, signals: _Signals) -> objectives.Verdict:
+    """Scores the model on the validation images, and saves it where it is the best so far."""
+    with work.average.averaged() if work.average else nullcontext():
+        images = signals.watched(work.validation) if work.us.world == 1 else work.validation
+        verdict = work.objective.judge(work.model, images, work.us, work.precision)
+        # On a tie the later one: it has seen more, at a lower learning rate.
+        if math.isfinite(verdict.score) and (state.best is None or verdict.score >= state.best):
+            state.best = verdict.score
+            runs.save_model(work, out / "model")
+    if verdict.picture is not None and work.us.main:
+        path = out / "reconstructions" / f"update-{state.step:09}.png"
+        with files.replacing(path) as temporary:
+            verdict.picture.save(temporary, "PNG")
+    state.evaluated = state.step
+    return verdict
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return (isinstance(error, MemoryError | torch.OutOfMemoryError)
+            or "not enough memory" in str(error) or "can't allocate memory" in str(error))
+
+
+# ------------------------------------------------------------------------------------------------- time, interruptions
+
+
+def _plan(recipe: Recipe, train_split: Split, val_split: Split, us: Processes, seconds: float,
+          console: Console | None) -> Recipe:
+    """The recipe with a schedule that ends within `seconds`: updates and evaluation are timed on a model that is then
+    thrown away, so that the record of the run stays complete. Never longer than the recipe's own."""
+    began = time.perf_counter()
+    work, state = runs.prepare(recipe, train_split, val_split, us, None)
+    times: list[float] = []
+    stream = work.batches.from_step(0)
+    while len(times) < 3 or (len(times) < 12 and sum(times) < 0.05 * seconds):
+        started = time.perf_counter()
+        work.optimizers.set_lr(work.lr(0))
+        _update(work, state, next(stream), (False,), lambda _: None)
+        times.append(time.perf_counter() - started)
+    stream.close()  # type: ignore[attr-defined]
     started = time.perf_counter()
-    out = Path(out)
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    precision = resolve_precision(recipe.precision, place)
-
-    model = build_model(recipe, train_split.classes).to(place)
-    objective = objectives.build(recipe, train_split.classes, place)
-    optimizer = optim.optimizer(model, recipe.optim)
-    average = optim.EMA(model, recipe.ema) if recipe.ema else None
-    shown = average.model if average else model
-    batches = TrainingBatches(train_split, recipe)
-    processor = processor_for(recipe)
-    peak = optim.peak_lr(recipe.optim, recipe.data.batch)
-    per_epoch = batches.steps_per_epoch
-    last_epoch = math.ceil(recipe.schedule.total.in_steps(per_epoch) / per_epoch)
-
-    files.write_json(out / "recipe.json", recipe.to_dict())
-    metrics = open(out / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115
-    best, step = -1.0, 0
-    validation = EvaluationBatches(val_split, processor, recipe.data.batch)
-
-    with metrics, _progress(console) as progress:
-        bar = progress.add_task(recipe.name, total=last_epoch * per_epoch, note="")
-        for epoch in range(last_epoch):
-            model.train()
-            seen: dict[str, float] = {}
-            for batch in batches.epoch(epoch):
-                batch = batch.to(place)
-                lr = optim.learning_rate(recipe.schedule, peak, step, per_epoch)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                with torch.autocast(place.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-                    loss, parts = objective(model, batch)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                if average:
-                    average.update(model)
-                step += 1
-                for name, value in {"loss": loss.detach(), **parts}.items():
-                    seen[name] = seen.get(name, 0.0) + value.item() / per_epoch  # on CUDA this waits for the device
-                progress.advance(bar)
-            if not math.isfinite(seen["loss"]):
-                raise Diverged(f"{recipe.name}: the loss is {seen['loss']} in epoch {epoch + 1}; lower optim.lr "
-                               f"(now {recipe.optim.lr}) or lengthen schedule.warmup")
-
-            accuracy = evaluate(shown, validation, place)["fused"].value
-            if accuracy >= best:  # on a tie the later one: it has seen more and at a lower learning rate
-                best = accuracy
-                save_model(shown, processor, out / "model")
-            record = {"epoch": epoch + 1, "step": step, "lr": lr, **seen, "val_accuracy": accuracy,
-                      "seconds": time.perf_counter() - started}
-            metrics.write(json.dumps(record) + "\n")
-            metrics.flush()
-            progress.update(bar, note=f"loss {seen['loss']:.3f}  val {accuracy:.3f}")
-    return Run(out / "model", best, time.perf_counter() - started)
+    work.objective.judge(work.model, islice(work.validation, 2), us, work.precision)
+    judging = (time.perf_counter() - started) * len(work.validation) / min(2, len(work.validation))
+    per_update = statistics.median(times[2:])
+    left = 0.9 * (seconds - (time.perf_counter() - began)) - judging
+    total = int(us.sum(torch.tensor(left / (per_update + judging / work.every) if us.main else 0.0)).item())
+    if total < 1:
+        raise ValueError(f"an update takes about {per_update:.1f} s and an evaluation {judging:.1f} s: none fits into "
+                         f"the {seconds:.0f} s that are left; give more time, or a smaller model")
+    if us.main:
+        (console or Console(stderr=True)).print(
+            f"{min(total, work.total)} of the recipe's {work.total} updates fit into the time", highlight=False)
+    if total >= work.total:
+        return recipe
+    shorter = replace(recipe.schedule, total=steps(total), warmup=steps(round(work.warmup * total / work.total)))
+    return replace(recipe, schedule=shorter)
 
 
-def save_model(model: Any, processor: Any, folder: Path) -> None:
-    """A folder that predicts by itself: weights, config with labels, preprocessing."""
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+class _Signals:
+    """Remembers SIGTERM and Ctrl-C, so that the loop can stop where its state is whole. A second Ctrl-C stops at
+    once."""
+
+    def __init__(self) -> None:
+        self.caught = 0
+        self.previous: dict[int, Any] = {}
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.caught).name if self.caught else "a signal to another process"
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.previous[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, _: object) -> None:
+        if self.caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.caught = number
+
+    def watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, until a signal comes."""
+        for batch in batches:
+            if self.caught:
+                raise Stopped(f"stopped by {self.name} during an evaluation; the state is saved, --resume goes on",
+                              self.caught)
+            yield batch
 
 
-def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware computes with it (CUDA since Ampere, CPUs with AVX512-BF16 or AMX)."""
-    if precision == "auto":
-        native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
-                  else torch.cpu.get_capabilities().get("avx512_bf16", False))
-        return torch.bfloat16 if native else torch.float32
-    return getattr(torch, precision)
-
-
-def _progress(console: Console | None) -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                    TextColumn("{task.fields[note]}"), console=console or Console(stderr=True))
-
-
-__all__ = ["Diverged", "Run", "build_model", "resolve_precision", "save_model", "train"]
+__all__ = ["Diverged", "Run", "Stopped", "train"]

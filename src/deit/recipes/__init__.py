@@ -1,1 +1,95 @@
-"""Experiments as functions: one file for each data set or paper table, one function for each experiment."""
+"""Experiments as functions: one file for each data set or paper, one function for each experiment."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import json
+import pkgutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from deit.recipe import Recipe
+
+
+def shipped() -> dict[str, Callable[..., Recipe]]:
+    """Every recipe of this package by name: file by file, each in the order that it is written in."""
+    return {name: function for found in pkgutil.iter_modules(__path__)
+            for name, function in _recipes_of(importlib.import_module(f"{__name__}.{found.name}")).items()}
+
+
+def summary(function: Callable[..., Recipe]) -> str:
+    """The first line of a recipe's docstring; empty where it has none."""
+    return (inspect.getdoc(function) or "").partition("\n")[0]
+
+
+def find(name: str) -> Recipe:
+    """A recipe by its shipped name, as `FILE.py:FUNCTION`, or from a `recipe.json` or the folder of a run.
+
+    The function is called without arguments. A shipped name wins over a folder of that name.
+
+    Raises `ValueError` where there is no such name or function, where it returns something else, or where the JSON
+    is no recipe, and `FileNotFoundError` where the file is missing.
+    """
+    recipes = shipped()
+    if name in recipes:
+        return recipes[name]()
+    file, colon, function = name.rpartition(":")
+    if colon and file.endswith(".py"):
+        return _call(Path(file).expanduser(), function)
+    place = Path(name).expanduser()
+    if name.endswith(".py"):
+        raise ValueError(f"{name} may hold many recipes; name one of its functions, as in {name}:my_recipe")
+    if place.suffix == ".json" or place.is_dir():
+        return _read(place / "recipe.json" if place.is_dir() else place)
+    close = difflib.get_close_matches(name, recipes, 3)
+    raise ValueError(f"there is no recipe {name!r}; " + (f"did you mean {' or '.join(close)}? " if close else "") +
+                     "`deit recipes` lists them, and FILE.py:FUNCTION or a recipe.json is taken too")
+
+
+def _recipes_of(module: ModuleType) -> dict[str, Callable[..., Recipe]]:
+    """The module's own public functions that are declared to return a `Recipe`."""
+    return {name: function for name, function in vars(module).items()
+            if inspect.isfunction(function) and function.__module__ == module.__name__ and not name.startswith("_")
+            and function.__annotations__.get("return") in (Recipe, "Recipe")}
+
+
+def _call(file: Path, name: str) -> Recipe:
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}; give the path of a Python file, as in {file.name}:{name}")
+    spec = importlib.util.spec_from_file_location(f"deit_recipe_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+        function = getattr(module, name, None)
+        if not inspect.isfunction(function):
+            own = ", ".join(_recipes_of(module)) or "none that is declared to return a Recipe"
+            raise ValueError(f"there is no function {name!r}; its recipes: {own}")
+        recipe = function()
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{file}: {kind}{reason}") from error
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"{file}: {name} must return a Recipe, found {type(recipe).__name__}")
+    return recipe
+
+
+def _read(file: Path) -> Recipe:
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}; give a recipe.json, or the folder of a run, which holds one")
+    try:
+        return Recipe.from_dict(json.loads(file.read_text()))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text ({error.reason}); expected the JSON of a recipe") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is no JSON ({error}); expected the record that `deit recipes NAME` prints") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None

@@ -11,8 +11,10 @@ _DATA = Data(batch=64, crop_ratio=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
 
 
 def digits_teacher() -> Recipe:
-    """A ConvNet of 73,000 parameters.
+    """A ConvNet of 73,000 parameters for handwritten digits.
 
+    Source: ours; the digits are scikit-learn's `load_digits`.
+    Expected: nothing published for this network.
     Ours: 0.989 to 1.000 of the 360 test images, median 0.994 (seeds 0 to 5, each with its own split).
     """
     return Recipe(
@@ -29,6 +31,10 @@ def digits_teacher() -> Recipe:
 def digits(teacher: str | Path = "") -> Recipe:
     """A DeiT of 16 patches and 1.2 million parameters that learns from the labels and from the ConvNet's decisions.
 
+    `teacher` is the model of a `digits_teacher` run: on the command line, `--set objective.teacher=RUN/model`.
+
+    Source: ours; the digits are scikit-learn's `load_digits`.
+    Expected: nothing published for this network.
     Ours: fused heads 0.989 to 0.997 of the 360 test images, median 0.993 (seeds 0 to 5, each with its own split).
     """
     return Recipe(

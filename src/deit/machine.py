@@ -1,0 +1,125 @@
+"""The machine a run is on: its device, its precision, and the processes that share the run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+from torch import Tensor, distributed, nn
+
+_PATIENCE = timedelta(minutes=30)
+"""How long a process waits for the others: the first evaluation of one may take that long on a loaded machine."""
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU; under torchrun each process takes the GPU of its own number."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("device cuda is asked for, but PyTorch sees no GPU here; use --device cpu, or install "
+                             "PyTorch's CUDA build and a driver")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"GPU {device.index} is asked for, this machine has {torch.cuda.device_count()}; start at "
+                             "most one process for each")
+    return device
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware computes with it (CUDA since Ampere, CPUs with AVX512-BF16 or AMX)."""
+    if precision == "auto":
+        native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
+                  else torch.cpu.get_capabilities().get("avx512_bf16", False))
+        return torch.bfloat16 if native else torch.float32
+    return getattr(torch, precision)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of a run. Alone, nothing is communicated."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and reports."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in each of them."""
+        if self.world > 1:
+            values = values.clone()
+            distributed.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            distributed.barrier()
+
+    def spread(self, model: nn.Module, parallel: Literal["replicate", "shard"]) -> nn.Module:
+        """What computes `model` in all processes: DDP around it, or itself with its parameters sharded (FSDP2)."""
+        if self.world == 1:
+            return model
+        if parallel == "replicate":
+            where = [self.device.index] if self.device.type == "cuda" else None
+            return nn.parallel.DistributedDataParallel(model, device_ids=where, gradient_as_bucket_view=True)
+        from torch.distributed.fsdp import fully_shard
+
+        for block in getattr(getattr(model, "backbone", None), "blocks", ()):
+            fully_shard(block)
+        return fully_shard(model)
+
+
+@contextmanager
+def synchronised(computing: nn.Module, on: bool) -> Iterator[None]:
+    """Gradients are summed over the processes in the backward pass within only where `on`: once for all micro-batches
+    of an update."""
+    if isinstance(computing, nn.parallel.DistributedDataParallel) and not on:
+        with computing.no_sync():
+            yield
+        return
+    if hasattr(computing, "set_requires_gradient_sync"):  # what fully_shard adds
+        computing.set_requires_gradient_sync(on)
+    yield
+
+
+@contextmanager
+def processes(device: str = "auto") -> Iterator[Processes]:
+    """Joins the processes that torchrun started, and leaves them at the end; alone otherwise."""
+    place = resolve_device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if "RANK" not in os.environ or distributed.is_initialized():
+        joined = distributed.is_initialized()
+        yield Processes(place, distributed.get_rank() if joined else 0, distributed.get_world_size() if joined else 1)
+        return
+    distributed.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=_PATIENCE)
+    try:
+        yield Processes(place, distributed.get_rank(), distributed.get_world_size())
+    finally:
+        distributed.destroy_process_group()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process had in use at most: of the GPU, or of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with all of its values: that of a sharded parameter is gathered, and every process calls for it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

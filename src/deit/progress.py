@@ -1,0 +1,107 @@
+"""What a person sees of a run: a live line, `metrics.jsonl`, and TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from deit.machine import Processes, peak_memory
+from deit.recipe import Recipe
+
+_SETTLED = 10
+"""Updates after which the rate is worth an estimate: the first ones compile, allocate and fill caches."""
+
+
+class Reporter:
+    """Writes and shows, in the main process; silent in the others.
+
+    Args:
+        out: the run's folder.
+        done, total: updates so far, and in all.
+        written: bytes of `metrics.jsonl` that belong to the run so far; what a stopped run wrote after its last
+            checkpoint is cut off, and written again.
+    """
+
+    def __init__(self, out: Path, recipe: Recipe, us: Processes, console: Console | None, *, done: int, total: int,
+                 written: int):
+        self.recipe, self.us, self.total = recipe, us, total
+        self.console = (console or Console(stderr=True)) if us.main else Console(quiet=True)
+        self.first, self.spent, self.rate = done, 0.0, 0.0
+        self.latest: dict[str, float] = {}
+        self.board = None
+        self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                            TextColumn("{task.fields[note]}"), console=self.console,
+                            disable=not self.console.is_terminal)
+        self.task = self.bar.add_task(recipe.name, total=total, completed=done, note="")
+        if us.main:
+            self.metrics = open(out / "metrics.jsonl", "a+b")  # noqa: SIM115 (closed by __exit__)
+            self.metrics.truncate(written)
+            self.metrics.seek(0, os.SEEK_END)
+            if find_spec("tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(out / "tensorboard"), purge_step=done + 1)
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+        if self.us.main:
+            self.metrics.close()
+        if self.board:
+            self.board.close()
+
+    @property
+    def written(self) -> int:
+        return self.metrics.tell() if self.us.main else 0
+
+    def say(self, sentence: str) -> None:
+        self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+    def advance(self, step: int, numbers: dict[str, float], seconds: float) -> None:
+        """After every update, which took `seconds`: the line moves."""
+        since = step - self.first
+        self.spent += seconds
+        self.rate = since * self.recipe.data.batch / self.spent
+        self.latest |= numbers
+        if since == _SETTLED and self.total > 2 * _SETTLED:
+            left = (self.total - step) * self.recipe.data.batch / self.rate
+            self.say(f"{self.total - step} updates of {self.recipe.data.batch} images to go: about {_span(left)} at "
+                     f"{self.rate:.0f} images/s, evaluation not counted")
+        self.bar.update(self.task, completed=step, note=self._note())
+
+    def row(self, row: dict[str, Any]) -> None:
+        """One line of `metrics.jsonl`."""
+        if not self.us.main:
+            return
+        row = row | {"images_per_second": round(self.rate, 1), "memory": peak_memory(self.us.device)}
+        self.metrics.write(json.dumps(row).encode() + b"\n")
+        self.metrics.flush()
+        self.latest |= {name: value for name, value in row.items() if name.startswith("val_")}
+        if self.board:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, row["step"])
+            self.board.flush()
+        if not self.console.is_terminal and any(name.startswith("val_") for name in row):
+            self.say(f"{self.recipe.name}: epoch {row['epoch']:.4g}, update {row['step']} of {self.total}: "
+                     f"{self._note()}")
+
+    def _note(self) -> str:
+        shown = [f"{name.replace('val_accuracy', 'val').replace('_', ' ')} {self.latest[name]:.3f}"
+                 for name in ("loss", "accuracy", "agreement", "val_accuracy", "val_loss") if name in self.latest]
+        return "  ".join([*shown, f"{self.rate:.0f} images/s", f"{peak_memory(self.us.device) / 2**30:.1f} GiB"])
+
+
+def _span(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

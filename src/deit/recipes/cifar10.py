@@ -1,0 +1,152 @@
+"""CIFAR-10 at its own 32 pixels, from scratch: small enough for a CPU, and the same for a GPU. All numbers are ours."""
+
+from dataclasses import replace
+
+from deit.config import ConvNetConfig, DeiTConfig
+from deit.recipe import (
+    AdamW,
+    Augment,
+    Cosine,
+    Data,
+    Distilled,
+    MaskedImage,
+    Mix,
+    RandAugment,
+    Recipe,
+    ResizedCrop,
+    SimpleCrop,
+    Supervised,
+    epochs,
+)
+
+_DATA = Data(batch=128, crop_ratio=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+# A random rectangle of 32 pixels leaves too little of them for a run of a few epochs.
+_SHIFTED = Augment(crop=SimpleCrop(padding=4), flip=0.5)
+_SHORT = replace(_SHIFTED, policy=RandAugment(magnitude=5, std=0.5, layers=1), mix=Mix(cutmix=1.0, probability=0.5))
+_LONG = replace(_SHIFTED, policy=RandAugment(magnitude=9, std=0.5, layers=2), mix=Mix(mixup=0.8, cutmix=1.0))
+
+
+def _student(depth: int, drop_path: float, *, token: bool = True) -> DeiTConfig:
+    """DeiT-Ti's width on 8 x 8 patches."""
+    return DeiTConfig(hidden_size=192, num_hidden_layers=depth, num_attention_heads=3, intermediate_size=768,
+                      layer_norm_eps=1e-6, image_size=32, patch_size=4, encoder_stride=4, distillation_token=token,
+                      drop_path_rate=drop_path)
+
+
+def cifar10_teacher() -> Recipe:
+    """A ConvNet of 290,000 parameters for CIFAR-10, made for a CPU.
+
+    Source: ours.
+    Expected: nothing published for this network.
+    Ours: not run at full scale.
+    """
+    return Recipe(
+        name="cifar10_teacher",
+        model=ConvNetConfig(widths=(32, 64, 128), depth=2, image_size=32),
+        data=_DATA,
+        augment=_SHIFTED,
+        objective=Supervised(smoothing=0.1),
+        optim=AdamW(lr=4e-3, per_images=128, weight_decay=0.05),
+        schedule=Cosine(total=epochs(12), warmup=epochs(1)),
+    )
+
+
+def cifar10(teacher: str = "runs/cifar10_teacher/model") -> Recipe:
+    """A DeiT of 64 patches and 2.7 million parameters for CIFAR-10, made for half an hour on two CPU cores.
+
+    `teacher` is the model of the `cifar10_teacher` run: where it lies elsewhere, `--set objective.teacher=RUN/model`.
+
+    Source: ours.
+    Expected: nothing published for this network.
+    Ours: not run at full scale.
+    """
+    return Recipe(
+        name="cifar10",
+        model=_student(6, 0.0),
+        data=_DATA,
+        augment=_SHORT,
+        objective=Distilled(teacher=teacher, smoothing=0.1),
+        optim=AdamW(lr=1e-3, per_images=128, weight_decay=0.05, clip=1.0),
+        schedule=Cosine(total=epochs(12), warmup=epochs(1)),
+        ema=0.998,
+    )
+
+
+def cifar10_gpu_teacher() -> Recipe:
+    """`cifar10_teacher` of 4.6 million parameters and 100 epochs, for a GPU.
+
+    Source: ours.
+    Expected: nothing published for this network.
+    Ours: not run at full scale.
+    """
+    return Recipe(
+        name="cifar10_gpu_teacher",
+        model=ConvNetConfig(widths=(128, 256, 512), depth=2, image_size=32),
+        data=replace(_DATA, batch=512),
+        augment=replace(_SHORT, mix=Mix(cutmix=1.0, probability=0.5)),
+        objective=Supervised(smoothing=0.1),
+        optim=AdamW(lr=4e-3, per_images=512, weight_decay=0.05),
+        schedule=Cosine(total=epochs(100), warmup=epochs(5)),
+    )
+
+
+def cifar10_gpu(teacher: str = "runs/cifar10_gpu_teacher/model") -> Recipe:
+    """A DeiT-Ti of 64 patches for CIFAR-10, 300 epochs: for a GPU.
+
+    `teacher` is the model of the `cifar10_gpu_teacher` run: elsewhere, `--set objective.teacher=RUN/model`.
+
+    Source: ours.
+    Expected: nothing published for this network.
+    Ours: not run at full scale.
+    """
+    return Recipe(
+        name="cifar10_gpu",
+        model=_student(12, 0.1),
+        data=replace(_DATA, batch=1024),
+        augment=_LONG,
+        objective=Distilled(teacher=teacher, smoothing=0.1),
+        optim=AdamW(lr=5e-4, per_images=512, weight_decay=0.05, clip=1.0),
+        schedule=Cosine(total=epochs(300), warmup=epochs(10)),
+        ema=0.999,
+    )
+
+
+def cifar10_masked() -> Recipe:
+    """The same DeiT learns to fill in hidden squares of 4 pixels, without labels; `cifar10_masked_finetune` follows.
+
+    Source: ours, of Xie et al. 2021, whose share of hidden pixels it keeps.
+    Expected: nothing published for these settings.
+    Ours: not run at full scale.
+    """
+    return Recipe(
+        name="cifar10_masked",
+        model=_student(12, 0.0, token=False),
+        data=replace(_DATA, batch=512),
+        augment=Augment(crop=ResizedCrop(scale=(0.67, 1.0)), flip=0.5),
+        objective=MaskedImage(ratio=0.6, unit=4),
+        optim=AdamW(lr=1e-3, per_images=512, weight_decay=0.05, clip=5.0),
+        schedule=Cosine(total=epochs(200), warmup=epochs(10)),
+        evaluate=epochs(10),
+    )
+
+
+def cifar10_masked_finetune(start: str = "runs/cifar10_masked/model") -> Recipe:
+    """`cifar10_masked` fine-tuned on CIFAR-10's labels.
+
+    `start` is the model of that run: where it lies elsewhere, `--set start=RUN/model`.
+
+    Source: ours; the decay of the learning rate towards the first block is SimMIM's.
+    Expected: nothing published for these settings.
+    Ours: not run at full scale.
+    """
+    return Recipe(
+        name="cifar10_masked_finetune",
+        model=_student(12, 0.1, token=False),
+        data=replace(_DATA, batch=512),
+        augment=_LONG,
+        objective=Supervised(smoothing=0.1),
+        optim=AdamW(lr=1e-3, per_images=512, weight_decay=0.05, layer_decay=0.65, clip=5.0),
+        schedule=Cosine(total=epochs(100), warmup=epochs(5)),
+        start=start,
+        ema=0.999,
+    )
