@@ -10,10 +10,12 @@ from conftest import build, small
 from PIL import Image
 
 from deit import __version__
-from deit.cli import main
+from deit.cli import _parser, main
 from deit.image import DeiTImageProcessor
 from deit.model import DeiTForImageClassificationWithTeacher
 from deit.predict import Predictor
+from deit.recipe import Recipe, override
+from deit.recipes import find, shipped
 
 
 @pytest.fixture
@@ -69,3 +71,36 @@ def test_usage_is_status_2_and_version_0():
         done = subprocess.run([sys.executable, "-m", "deit", *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == status
     assert done.stdout == f"deit {__version__}\n"
+
+
+@pytest.mark.parametrize(("text", "minutes"), [("90s", 1.5), ("30m", 30.0), ("1.5h", 90.0)])
+def test_spans_of_time(text, minutes):
+    given = ["train", "digits", "--data", "d", "--out", "o", "--time", text]
+    assert _parser().parse_args(given).time == pytest.approx(minutes)
+
+
+@pytest.mark.parametrize("text", ["30", "m", "0s", "nanh", "infh", "ten minutes"])
+def test_spans_that_are_none(text, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "digits", "--data", "d", "--out", "o", "--time", text])
+    assert f"expected a time like 90s, 30m or 1.5h, found {text!r}" in capsys.readouterr().err
+
+
+def test_recipes_are_listed_and_printed(capsys):
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(shipped())
+    assert any(line.startswith("deit_tiny ") and line.endswith("from scratch, labels only.") for line in lines)
+    assert main(["recipes", "deit_tiny", "--set", "optim.lr=2e-3", "--set", "seed=7"]) == 0
+    printed = Recipe.from_dict(json.loads(capsys.readouterr().out))
+    assert printed == override(find("deit_tiny"), ["optim.lr=2e-3", "seed=7"])
+    assert (printed.optim.lr, printed.seed) == (2e-3, 7)
+    assert main(["recipes", "deit_tinny"]) == 1
+    assert "deit recipes: there is no recipe 'deit_tinny'; did you mean deit_tiny" in capsys.readouterr().err
+
+
+def test_the_options_of_train_do_not_grow():
+    """A new knob is a field of the recipe: --set reaches it."""
+    [verbs] = [action for action in _parser()._actions if action.dest == "verb"]
+    options = {action.dest for action in verbs.choices["train"]._actions}
+    assert options == {"help", "recipe", "data", "out", "settings", "device", "resume", "time"}

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -15,9 +16,10 @@ from deit.cli import _parser
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "deit"
 
-ORDER = ["files", "config", "outputs", "weights", "hub", "decode", "image", "convert", "losses", "pretrained", "model", "convnet",
-         "predict", "recipe", "recipes", "machine", "build", "policies", "mixing", "augment", "data", "evaluate",
-         "teacher", "teach", "objectives", "optim", "checkpoint", "progress", "runs", "train", "quickstart", "cli", "__main__"]
+ORDER = ["files", "config", "outputs", "weights", "hub", "decode", "image", "convert", "losses", "pretrained", "model",
+         "convnet", "predict", "recipe", "recipes", "machine", "build", "policies", "mixing", "augment", "data",
+         "evaluate", "teacher", "teach", "objectives", "optim", "checkpoint", "progress", "runs", "train", "quickstart",
+         "cli", "__main__"]
 """A module imports only what stands before it."""
 
 FRAMEWORKS = {"torch", "transformers", "timm", "keras", "tensorflow", "sklearn", "scipy", "huggingface_hub"}
@@ -105,10 +107,11 @@ def commands(text):
     for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
         for line in block.splitlines():
             if line.startswith("deit "):
-                yield line.split(" #")[0].split()[1:]
+                yield shlex.split(line.split(" #")[0])[1:]
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", *(
+    str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md")))])
 def test_documented_commands_parse(page):
     text = (ROOT / page).read_text()
     for command in commands(text):

@@ -156,8 +156,9 @@ def test_initial_values(kind, spread):
 @pytest.mark.parametrize(("schedule", "rates"), [("linear", [0.0, 0.2, 0.4]), ("constant", [0.4, 0.4, 0.4])])
 def test_each_block_drops_by_its_rate_and_its_draws(schedule, rates):
     """The whole forward pass again by hand, a branch times 0 or 1 / (1 - rate) for each image."""
-    model = build("backbone", small(drop_path_rate=0.4, drop_path_schedule=schedule, layer_scale_init_value=0.1)).train()
-    x = images(model.config, 8)
+    config = small(drop_path_rate=0.4, drop_path_schedule=schedule, layer_scale_init_value=0.1)
+    model = build("backbone", config).train()
+    x = images(config, 8)
     draws = torch.rand(8, 3, 2)
     trace = {}
     found = model(x, depth_draws=draws, trace=trace).last_hidden_state

@@ -17,10 +17,10 @@ from deit.optim import EMA, clip_gradients, learning_rate, parameter_groups, pea
 from deit.recipe import LAMB, SGD, AdamW, Cosine, Muon, steps
 
 PAPER = AdamW(lr=5e-4, per_images=512)
-RECIPES = [AdamW(lr=1e-3, per_images=512, weight_decay=0.1, layer_decay=0.75),
+RECIPES = [AdamW(lr=1e-3, per_images=512, weight_decay=0.1, layer_decay=0.75, betas=(0.8, 0.95), eps=1e-6),
            SGD(lr=1e-2, per_images=512, weight_decay=0.1, layer_decay=0.75),
            LAMB(lr=5e-3, per_images=512, weight_decay=0.1, layer_decay=0.75),
-           Muon(lr=1e-3, others_lr=4e-4, per_images=512, weight_decay=0.1, layer_decay=0.75)]
+           Muon(lr=1e-3, others_lr=4e-4, per_images=512, weight_decay=0.1, layer_decay=0.75, betas=(0.8, 0.95))]
 every_optimizer = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: type(recipe).__name__)
 
 
@@ -141,10 +141,10 @@ def references(net, recipe, rate):
     if isinstance(recipe, SGD):
         return [torch.optim.SGD(groups(depth, rate), momentum=0.9, nesterov=True, foreach=False)]
     if isinstance(recipe, AdamW):
-        return [torch.optim.AdamW(groups(depth, rate), foreach=False)]
+        return [torch.optim.AdamW(groups(depth, rate), betas=(0.8, 0.95), eps=1e-6, foreach=False)]
     others = [name for name in depth if name not in matrices]
     return [torch.optim.Muon(groups(matrices, rate), momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(groups(others, rate * 4e-4 / 1e-3), foreach=False)]
+            torch.optim.AdamW(groups(others, rate * 4e-4 / 1e-3), betas=(0.8, 0.95), foreach=False)]
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if not isinstance(recipe, LAMB)],

@@ -412,12 +412,14 @@ def test_fingerprint_is_of_the_content(tmp_path):
     model = convnet()
     one = Teacher.load(saved(model, tmp_path / "one"), CLASSES, student()).fingerprint()
     assert Teacher.load(saved(model, tmp_path / "two"), CLASSES, student()).fingerprint() == one
+    same = {"labels": CLASSES, "mean": PAPER[0], "std": PAPER[1]}
+    assert Teacher.of(model, CLASSES, student(), **same).fingerprint() == one
     others = {
         "mean": Teacher.of(model, CLASSES, student(), labels=CLASSES, std=PAPER[1]),
         "std": Teacher.of(model, CLASSES, student(), labels=CLASSES, mean=PAPER[0]),
-        "size": Teacher.of(model, CLASSES, student(), labels=CLASSES, mean=PAPER[0], std=PAPER[1], image_size=20),
+        "size": Teacher.of(model, CLASSES, student(), **same, image_size=20),
         "order": Teacher.load(str(tmp_path / "one"), CLASSES[::-1], student()),
-        "names": Teacher.of(model, "abcd", student(), labels=["a", "b", "c", "d"], mean=PAPER[0], std=PAPER[1]),
+        "names": Teacher.of(model, "abcd", student(), **{**same, "labels": list("abcd")}),
         "resolution": Teacher.load(str(tmp_path / "one"), CLASSES, student(resolution="student")),
     }
     prints = {name: teacher.fingerprint() for name, teacher in others.items()} | {"": one}

@@ -83,5 +83,5 @@ def _checksum(tensors: Mapping[str, Tensor], header: str) -> int:
     total = zlib.crc32(header.encode())
     for name in sorted(tensors):
         total = zlib.crc32(name.encode(), total)
-        total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), total)
+        total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, total)
     return total

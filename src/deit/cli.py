@@ -90,7 +90,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_overrides(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="settings",
-                      help="change a field of the recipe, e.g. optim.lr=1e-3 or schedule.total=epochs(30); repeatable")
+                      help="change a field of the recipe, e.g. optim.lr=1e-3 or 'schedule.total=epochs(30)'; may be "
+                           "repeated")
 
 
 def _add_settings(verb: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,9 @@ MAX_PIXELS = 178_956_970  # where Pillow with its default settings raises Decomp
 
 _ORIENTATION = 0x0112  # EXIF tag
 _DRAFT_GAP = 2  # a scaled decode keeps twice the wanted sides, the gap of Pillow's own thumbnails: 0.4/255 on average
+
+Sides = tuple[int, int] | int
+"""(height, width), or one int for both."""
 
 
 class ImageError(ValueError):
@@ -75,8 +78,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode(source: Any, min_side: tuple[int, int] | int | None, max_pixels: int = MAX_PIXELS) -> Decoded:
-    """As `load_image`, in the file's own mode, and with what a scaled decode covers of the full image."""
+def decode(source: Any, min_side: Sides | Callable[[tuple[int, int]], Sides] | None,
+           max_pixels: int = MAX_PIXELS) -> Decoded:
+    """As `load_image`, in the file's own mode, and with what a scaled decode covers of the full image.
+
+    `min_side` may also be a function of the full (height, width), which is asked before a JPEG is decoded, and of
+    other files not at all."""
     name = name_of(source)
     if isinstance(source, Image.Image):
         _check_pixels(source, name, max_pixels)
@@ -92,8 +99,10 @@ def decode(source: Any, min_side: tuple[int, int] | int | None, max_pixels: int 
     with reading(name):
         full, drafted = image.size, None
         if min_side is not None and image.format in ("JPEG", "MPO"):
-            rows, columns = (min_side, min_side) if isinstance(min_side, int) else min_side
-            if _orientation(image) >= 5:  # lies on its side in the file
+            lying = _orientation(image) >= 5  # on its side in the file
+            sides = min_side(full if lying else full[::-1]) if callable(min_side) else min_side
+            rows, columns = (sides, sides) if isinstance(sides, int) else sides
+            if lying:
                 rows, columns = columns, rows
             drafted = image.draft(image.mode, (_DRAFT_GAP * columns, _DRAFT_GAP * rows))
         image.load()

@@ -78,7 +78,8 @@ class Processes:
 
         for block in getattr(getattr(model, "backbone", None), "blocks", ()):
             fully_shard(block)
-        return fully_shard(model)
+        fully_shard(model)
+        return model
 
 
 @contextmanager
@@ -90,7 +91,7 @@ def synchronised(computing: nn.Module, on: bool) -> Iterator[None]:
             yield
         return
     if hasattr(computing, "set_requires_gradient_sync"):  # what fully_shard adds
-        computing.set_requires_gradient_sync(on)
+        computing.set_requires_gradient_sync(on)  # type: ignore[operator]
     yield
 
 

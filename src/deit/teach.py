@@ -131,7 +131,7 @@ def teach(recipe: Recipe, split: Split, out: str | Path, *, epochs: float, devic
                 _read(out, layout, part, prints)
                 continue
             except files.CheckpointError as error:
-                _say(console, f"{error}: it is made anew")
+                _say(console, str(error))
         todo.append(part)
     _write_parts(_Work(recipe, split, teacher, layout, place), out, todo, prints, console)
     return out
@@ -378,12 +378,12 @@ def _read(folder: Path, layout: _Layout, part: int, prints: Mapping[str, str], *
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
             checksum = (file.metadata() or {}).get("sha256")
     except (SafetensorError, OSError) as error:
-        raise files.CheckpointError(f"{path} is truncated or corrupt ({error}); run the same deit teach "
-                                    "again") from None
+        raise files.CheckpointError(f"{path} is truncated or corrupt ({error}); the same deit teach makes it "
+                                    "anew") from None
     found = {name: (array.dtype, array.shape) for name, array in arrays.items()}
     if found != expected or (verify and checksum != _checksum(arrays, part, prints)):
         raise files.CheckpointError(f"{path} is damaged, or a part of another cache (its checksum or shapes are "
-                                    "wrong); run the same deit teach again")
+                                    "wrong); the same deit teach makes it anew")
     return arrays
 
 

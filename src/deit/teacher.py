@@ -114,8 +114,8 @@ class Teacher:
         name = name or type(module).__name__
         if names is not None and (isinstance(names, str) or not isinstance(names, Sequence)):
             raise ValueError(f"teacher {name} has classes={names!r}, expected a list of names, one for each output")
-        mean_std = [student[key] if stated[key] is None else torch.as_tensor(stated[key]).flatten().tolist()
-                    for key in ("mean", "std")]
+        mean_std = [torch.as_tensor(student[key] if stated[key] is None else stated[key], dtype=torch.float64)
+                    .flatten().tolist() for key in ("mean", "std")]
         return cls(module, classes, recipe, name=name, vocabularies=[] if names is None else [list(map(str, names))],
                    mean=mean_std[0], std=mean_std[1], size=_pair(size or student["size"]))
 
