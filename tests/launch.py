@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -95,9 +96,23 @@ def wait_for(out: Path, step: int, process: subprocess.Popen[str]) -> bool:
     return True
 
 
-def kill(process: subprocess.Popen[str]) -> None:
-    """The process and all that it started, at once."""
-    os.killpg(process.pid, signal.SIGKILL)
+def running(text: object) -> dict[int, int]:
+    """Processes with `text` on their command line, by number, and each one's parent."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if str(text).encode() in (place / "cmdline").read_bytes():
+                found[int(place.name)] = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+    return found
+
+
+def kill(process: subprocess.Popen[str], out: Path) -> None:
+    """The process and all that work on the same run, at once: torchrun puts them into sessions of their own."""
+    while found := running(out):
+        for number in found:
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        process.poll()
     process.communicate()
 
 

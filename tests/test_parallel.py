@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from launch import (
@@ -15,6 +14,7 @@ from launch import (
     kill,
     metrics,
     reached,
+    running,
     start,
     wait_for,
 )
@@ -55,17 +55,11 @@ def test_a_killed_worker_is_restarted_and_the_run_ends_as_it_would(given, tmp_pa
     finish(start(*command(given, whole), processes=2))
     process = start(*command(given, broken, "--set", "compute.save_minutes=0"), processes=2, restarts=2)
     assert wait_for(broken, 7, process)
-    workers = children(process.pid)
+    workers = [number for number, parent in running(broken).items() if parent == process.pid]
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
     finish(process)
     assert_same_end(broken, whole)
-
-
-def children(pid):
-    """Processes that `pid` started."""
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=True)
-    return sorted(map(int, listed.stdout.split()))
 
 
 def test_killed_again_and_again(given, tmp_path):
@@ -76,12 +70,7 @@ def test_killed_again_and_again(given, tmp_path):
         process = start(*command(given, broken, "--resume", "--set", "compute.save_minutes=0",
                                  "--set", f"compute.workers={kills}"), processes=2)
         assert wait_for(broken, reached(broken) + 3, process)
-        kill(process)
-        for _ in range(100):  # torchrun puts its workers into sessions of their own
-            if not subprocess.run(["pgrep", "-f", str(broken)], capture_output=True, check=False).stdout:
-                break
-            subprocess.run(["pkill", "-9", "-f", str(broken)], check=False)
-            time.sleep(0.05)
+        kill(process, broken)
     finish(start(*command(given, broken, "--resume"), processes=2))
     assert_same_end(broken, whole)
 
@@ -130,7 +119,8 @@ def test_two_nodes_meet_over_a_network(given, tmp_path, nodes):
     for i, name in enumerate(nodes):
         arguments = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes=2",
                      "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=1", "--rdzv-endpoint=10.77.0.1:29511",
-                     f"--local-addr=10.77.0.{i + 1}", "-m", "deit", *map(str, command(given, out))]
+                     f"--rdzv-conf=is_host={i == 0}", f"--local-addr=10.77.0.{i + 1}", "-m", "deit",
+                     *map(str, command(given, out))]
         launched.append(subprocess.Popen(arguments, text=True, stdout=subprocess.PIPE,
                                          stderr=subprocess.STDOUT,
                                          env={**os.environ, "OMP_NUM_THREADS": "1",

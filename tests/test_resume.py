@@ -45,7 +45,7 @@ def test_killed_again_and_again(given, tmp_path):
         if kills == 10 or not wait_for(out, reached(out) + draw.randint(1, 4), process):
             break
         time.sleep(draw.random() * 0.05)
-        kill(process)
+        kill(process, out)
         kills += 1
     finish(process)
     assert kills == 10
@@ -75,7 +75,7 @@ def test_a_damaged_checkpoint_costs_its_steps_only(given, tmp_path):
     out = tmp_path / "run"
     process = start(*command(given, out))
     assert wait_for(out, 20, process)
-    kill(process)
+    kill(process, out)
     newest = sorted((out / "checkpoints").glob("step-*"))[-1]
     newest.write_bytes(newest.read_bytes()[:-100])
     output = finish(start(*command(given, out)))

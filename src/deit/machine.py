@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,11 +108,41 @@ def processes(device: str = "auto") -> Iterator[Processes]:
         joined = distributed.is_initialized()
         yield Processes(place, distributed.get_rank() if joined else 0, distributed.get_world_size() if joined else 1)
         return
-    distributed.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=_PATIENCE)
+    store, rank, world = next(distributed.rendezvous("env://", timeout=_PATIENCE))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = _own_part(store, rank, world)
+    distributed.init_process_group("nccl" if place.type == "cuda" else "gloo", store=store, rank=rank,
+                                   world_size=world, timeout=_PATIENCE)
     try:
-        yield Processes(place, distributed.get_rank(), distributed.get_world_size())
+        yield Processes(place, rank, world)
+        distributed.barrier()  # one that leaves early aborts what still runs between the others
     finally:
         distributed.destroy_process_group()
+
+
+def _own_part(store: distributed.Store, rank: int, world: int) -> distributed.Store:
+    """A part of torchrun's store that no earlier processes wrote to.
+
+    torchrun gives all restarts the same store (PyTorch 2.15, `_create_c10d_store`), and a process that finds the
+    address of one that died waits for it or fails. So each puts its name in; the first proposes the list of names,
+    those whose list it is agree, and when all have, it names their part. To the names of the dead nobody answers.
+    """
+    me = uuid.uuid4().hex
+    store.set(f"deit/name/{rank}", me)
+    end = time.monotonic() + _PATIENCE.total_seconds()
+    while time.monotonic() < end:
+        if rank == 0:
+            store.set("deit/names", ",".join(store.get(f"deit/name/{other}").decode() for other in range(world)))
+        names = store.get("deit/names").decode()
+        if names.split(",")[rank:rank + 1] == [me]:
+            part = f"deit/{hashlib.sha256(names.encode()).hexdigest()}"
+            store.set(f"{part}/{rank}", "agreed")
+            if rank == 0 and store.check([f"{part}/{other}" for other in range(world)]):
+                store.set(f"{part}/complete", "")
+            if store.check([f"{part}/complete"]):
+                return distributed.PrefixStore(part, store)
+        time.sleep(0.02)
+    raise RuntimeError(f"process {rank} of {world} waited {_PATIENCE} for the others; did torchrun start them?")
 
 
 def peak_memory(device: torch.device) -> int:
