@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from deit.build import build_model
 from deit.data import processor_for
 from deit.recipes.digits import digits, digits_teacher
-from deit.train import build_model, save_model
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -17,8 +17,9 @@ README = Path(__file__).parents[1] / "README.md"
 def test_the_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for recipe, part in [(digits(), "student"), (digits_teacher(), "teacher")]:
-        model = build_model(recipe, tuple("0123456789"))
-        save_model(model, processor_for(recipe), tmp_path / "deit-quickstart" / part / "model")
+        folder = tmp_path / "deit-quickstart" / part / "model"
+        build_model(recipe, tuple("0123456789")).save_pretrained(folder)
+        processor_for(recipe).save_pretrained(folder)
     picture = tmp_path / "deit-quickstart/data/test/7/1728.png"
     picture.parent.mkdir(parents=True)
     Image.new("L", (32, 32), 99).save(picture)
