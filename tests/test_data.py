@@ -55,7 +55,8 @@ from deit.recipes.digits import digits
 def recipe_for(batch=8, *, repeats=1, seed=0, workers=0, augment=None, objective=None):
     return Recipe(name="x", model=small(distillation_token=False), data=Data(batch=batch, repeats=repeats), seed=seed,
                   objective=objective or Supervised(), optim=AdamW(lr=1e-3, per_images=8),
-                  compute=Compute(workers=workers), schedule=Cosine(total=epochs(1)), augment=augment or Augment(crop=ResizedCrop()))
+                  compute=Compute(workers=workers), schedule=Cosine(total=epochs(1)),
+                  augment=augment or Augment(crop=ResizedCrop()))
 
 
 def pretended(count, classes=3):

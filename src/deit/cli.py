@@ -14,7 +14,10 @@ from deit import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0 done, 1 failed with a sentence, 2 usage, 130 interrupted."""
+    """Runs one command; returns the exit status: 0 done, 1 failed with a sentence, 2 usage, 130 interrupted.
+
+    A training that a signal stopped ends the process with status 130 or 143 itself.
+    """
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options) or 0)
@@ -121,24 +124,19 @@ def _quickstart(options: argparse.Namespace) -> None:
         print(json.dumps(vars(result)))
 
 
-def _train(options: argparse.Namespace) -> int:
+def _train(options: argparse.Namespace) -> None:
     from deit.data import read_data
     from deit.recipe import MaskedImage, override
     from deit.recipes import find
-    from deit.train import Stopped, train
+    from deit.train import train
 
     recipe = override(find(options.recipe), options.settings)
     labelled = not isinstance(recipe.objective, MaskedImage)
     splits = read_data(options.data, holdout=recipe.data.holdout, seed=recipe.seed, labelled=labelled)
-    try:
-        run = train(recipe, *splits, options.out, device=options.device, resume=options.resume, minutes=options.time)
-    except Stopped as stopped:
-        print(f"deit train: {stopped}", file=sys.stderr)
-        return 128 + stopped.signal_number
+    run = train(recipe, *splits, options.out, device=options.device, resume=options.resume, minutes=options.time)
     if os.environ.get("RANK", "0") == "0":
         print(f"{run.model}: {'accuracy' if labelled else 'minus the loss'} {run.score:.4f} on {len(splits[1])} "
               f"validation images, {run.seconds:.0f} s")
-    return 0
 
 
 def _teach(options: argparse.Namespace) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +32,7 @@ from deit.recipe import Data, MaskedImage, Recipe
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
-"""Accepted folder names of each split."""
+"""Accepted folder names of each split, in any case."""
 CACHE_BYTES = 2**30
 """Decoded images are kept in memory up to this size, by all loaders of a process together."""
 CACHED_PIXELS = 512 * 512
@@ -85,7 +86,7 @@ def read_data(root: str | Path, *, holdout: float, seed: int, labelled: bool = T
     place = _folder_of(root, "train") or root
     val_place = _folder_of(root, "val")
     others = {name for names in SPLITS.values() for name in names} if place == root else set()
-    if place == root and not [entry for entry in _entries(root) if entry.name not in others]:
+    if place == root and not [entry for entry in _entries(root) if entry.name.lower() not in others]:
         raise FileNotFoundError(f"{root} has neither a folder train nor folders of classes; expected "
                                 f"{root}/train/CLASS/IMAGE files, one folder for each class")
     train = _read(place, None, labelled, others)
@@ -115,7 +116,10 @@ def read_split(root: str | Path, split: str, classes: Sequence[str] | None = Non
 
 
 def _folder_of(root: Path, split: str) -> Path | None:
-    return next((root / name for name in SPLITS[split] if (root / name).is_dir()), None)
+    if not root.is_dir():
+        return None
+    entries = [entry for entry in _entries(root) if entry.is_dir()]
+    return next((entry for name in SPLITS[split] for entry in entries if entry.name.lower() == name), None)
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -125,12 +129,14 @@ def _entries(folder: Path) -> list[Path]:
         raise ValueError(f"{folder} can't be read ({error}); check its permissions") from None
 
 
-def _images(folder: Path) -> list[Path]:
-    """All image files below a folder, sorted; hidden files and folders are passed over, links followed."""
+def _images(folder: Path, above: tuple[str, ...] = ()) -> list[Path]:
+    """All image files below a folder, sorted; hidden files and folders are passed over, links followed, but not back
+    to a folder that the link lies in (`above`)."""
+    above = (*above, os.path.realpath(folder))
     found = []
     for entry in _entries(folder):
         if entry.is_dir():
-            found += _images(entry)
+            found += _images(entry, above) if os.path.realpath(entry) not in above else []
         elif entry.suffix.lower() in IMAGE_SUFFIXES:
             found.append(entry)
     return found
@@ -139,17 +145,17 @@ def _images(folder: Path) -> list[Path]:
 def _read(folder: Path, classes: Sequence[str] | None, labelled: bool, others: set[str]) -> Split:
     """One split; `others` are folders that are no classes."""
     if not labelled:
-        skipped = [folder / name for name in others]
-        files = [path for path in _images(folder) if not any(place in path.parents for place in skipped)]
+        files = [path for path in _images(folder) if path.relative_to(folder).parts[0].lower() not in others]
         if not files:
             raise ValueError(f"{folder} has no images; expected {_pattern(folder, '')}")
         return Split(tuple(files), (0,) * len(files), ("image",))
     entries = _entries(folder)
-    names = [entry.name for entry in entries if entry.is_dir() and entry.name not in others]
+    names = [entry.name for entry in entries if entry.is_dir() and entry.name.lower() not in others]
     order = tuple(names if classes is None else classes)
     if unknown := sorted(set(names) - set(order)):
         raise ValueError(f"{folder} has a class {unknown[0]!r} that the model does not know; it knows "
-                         f"{', '.join(order)}")
+                         f"{', '.join(order[:10])}{' and others' if len(order) > 10 else ''}: rename or remove the "
+                         "folder, or train with it")
     if loose := [entry.name for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file()]:
         raise ValueError(f"{folder} holds images outside any class, {loose[0]} among {len(loose)}; move them into the "
                          "folders of their classes, or away")
@@ -181,13 +187,15 @@ def _hold_out(split: Split, share: float, seed: int) -> tuple[list[int], list[in
 
 def fingerprint(split: Split) -> str:
     """A hash of classes, relative names, labels and sizes of all files, and of the contents of 256 of them, evenly
-    spread. It does not depend on where the folder lies."""
+    spread. It does not depend on where the folder lies. What can't be opened counts as empty."""
     root = os.path.commonpath([path.parent for path in split.files])
     digest = hashlib.sha256(repr(split.classes).encode())
     for path, label in zip(split.files, split.labels, strict=True):
-        digest.update(f"{os.path.relpath(path, root)}\0{label}\0{path.stat().st_size}\n".encode())
+        size = path.stat().st_size if path.exists() else 0
+        digest.update(os.fsencode(f"{os.path.relpath(path, root)}\0{label}\0{size}\n"))
     for i in np.unique(np.linspace(0, len(split) - 1, min(256, len(split))).astype(int)):
-        digest.update(hashlib.sha256(split.files[i].read_bytes()).digest())
+        with suppress(OSError):  # a dead link, a file of someone else: told where the image is wanted
+            digest.update(hashlib.sha256(split.files[i].read_bytes()).digest())
     return digest.hexdigest()
 
 
@@ -211,7 +219,7 @@ class Faults:
     def __len__(self) -> int:
         return len(self.reasons)
 
-    def add(self, faults: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    def add(self, faults: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         """Those that are new. Raises `BadImages` where they are too many by now."""
         new = [(file, reason) for file, reason in dict(faults).items() if file not in self.reasons]
         self.reasons |= dict(new)
@@ -381,6 +389,11 @@ def loaders(split: Split, recipe: Recipe, world: int = 1) -> int:
                 continue
     if len(split) * 3 * max(rows * columns for rows, columns in sizes) <= CACHE_BYTES:
         return 0
+    return _cores()
+
+
+def _cores() -> int:
+    """Of this process, up to 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
@@ -509,13 +522,16 @@ class EvaluationBatches:
     Args:
         rank, world: this process takes every `world`-th image from `rank` on. All processes have the same number of
             batches, filled up with rows labelled -1.
-        workers: loader processes.
+        workers: loader processes; None: one for each core, up to 8, or 0 where all images fit into memory.
         masks: what is hidden of an image, by its index (masked-image runs).
     """
 
     def __init__(self, split: Split, processor: DeiTImageProcessor, batch: int, *, rank: int = 0, world: int = 1,
-                 workers: int = 0, masks: Callable[[int], np.ndarray] | None = None):
-        self.split, self.processor, self.batch, self.workers, self.masks = split, processor, batch, workers, masks
+                 workers: int | None = 0, masks: Callable[[int], np.ndarray] | None = None):
+        self.split, self.processor, self.batch, self.masks = split, processor, batch, masks
+        size = processor.crop_size
+        self.keeps = len(split) * len(processor.image_mean) * size["height"] * size["width"] * 4 <= CACHE_BYTES
+        self.workers = workers if workers is not None else 0 if self.keeps else _cores()
         own, most = list(range(rank, len(split), world)), -(-len(split) // world)
         self.chunks = [own[start:start + batch] or [-1] for start in range(0, most, batch)]
         self.kept: list[Batch] = []
@@ -531,7 +547,7 @@ class EvaluationBatches:
                             worker_init_fn=_begin_worker)
         kept: list[Batch] = []
         for batch in loader:
-            if batch.pixels[0].numel() * 4 * len(self.split) <= CACHE_BYTES:
+            if self.keeps:
                 kept.append(batch)
             yield batch
         self.kept = kept

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
@@ -64,6 +64,14 @@ class Processes:
             values = values.clone()
             distributed.all_reduce(values)
         return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every process calls this with, in each of them."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        distributed.all_gather_object(found, value)
+        return found
 
     def wait(self) -> None:
         """Until all processes are here."""

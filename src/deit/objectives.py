@@ -79,7 +79,7 @@ class _Classification:
 
     def validation(self, split: Split, us: Processes) -> EvaluationBatches:
         return EvaluationBatches(split, processor_for(self.recipe), -(-self.recipe.data.batch // us.world),
-                                 rank=us.rank, world=us.world, workers=self.recipe.compute.workers or 0)
+                                 rank=us.rank, world=us.world, workers=self.recipe.compute.workers)
 
     def judge(self, model: nn.Module, batches: Iterable[Batch], us: Processes, precision: torch.dtype) -> Verdict:
         heads = evaluate(model, batches, us, precision)
@@ -161,7 +161,7 @@ class MaskedImage:
 
     def validation(self, split: Split, us: Processes) -> EvaluationBatches:
         return EvaluationBatches(split, processor_for(self.recipe), -(-self.recipe.data.batch // us.world),
-                                 rank=us.rank, world=us.world, workers=self.recipe.compute.workers or 0,
+                                 rank=us.rank, world=us.world, workers=self.recipe.compute.workers,
                                  masks=self._mask)
 
     def _mask(self, index: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from rich.console import Console
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from deit import files, objectives, optim, runs
 from deit.augment import draws
 from deit.config import DeiTConfig
-from deit.data import Batch, Faults, Split
+from deit.data import Batch, Faults, LoaderDied, Split
 from deit.machine import Processes, processes, synchronised
 from deit.progress import Reporter
 from deit.recipe import Recipe, steps
@@ -54,12 +54,9 @@ class Diverged(RuntimeError):
     """The loss is no longer a number."""
 
 
-class Stopped(RuntimeError):
-    """A signal ended the run early; its state is saved."""
-
-    def __init__(self, message: str, signal_number: int):
-        super().__init__(message)
-        self.signal_number = signal_number
+class Stopped(SystemExit):
+    """SIGTERM or Ctrl-C ended the run early; its state is saved. Unless caught, the process ends with status 143 or
+    130."""
 
 
 def train(recipe: Recipe, train_split: Split, val_split: Split, out: str | Path, *, device: str = "auto",
@@ -79,7 +76,7 @@ def train(recipe: Recipe, train_split: Split, val_split: Split, out: str | Path,
         FileExistsError: `out` holds a run, and `resume` is not asked for.
         ValueError: the run to go on with is of another recipe or of other images.
         Diverged: the loss is not finite again and again; the best model so far stays in `out/model`.
-        Stopped: SIGTERM or Ctrl-C came; the state is saved.
+        Stopped: SIGTERM or Ctrl-C came; the state is saved. It is a `SystemExit`.
         data.BadImages, data.LoaderDied: too many images can't be read; a loader process died.
     """
     out, started = Path(out), time.perf_counter()
@@ -108,7 +105,7 @@ class _Session:
     def __init__(self, work: Work, state: State, out: Path, reporter: Reporter, signals: _Signals, deadline: float):
         self.work, self.state, self.out = work, state, out
         self.reporter, self.signals, self.deadline = reporter, signals, deadline
-        self.faults = Faults(len(work.batches.split))
+        self.faults, self.val_faults = Faults(len(work.batches.split)), Faults(len(work.validation.split))
         self.faults.load_state(state.faults)
         self.last_saved = time.perf_counter()
         self.began = self.last_saved - state.seconds
@@ -133,19 +130,31 @@ class _Session:
         runs.save(self.work, self.state, self.out)
         self.last_saved = time.perf_counter()
 
+    def stop(self) -> NoReturn:
+        self.save()
+        self.reporter.say(f"stopped by {self.signals.name} after update {self.state.step} of {self.work.total}; the "
+                          "state is saved, --resume goes on")
+        raise Stopped(128 + (self.signals.caught or signal.SIGTERM))
+
     def judge(self) -> None:
         """Scores the model, saves it where it is the best so far, and writes a row."""
         began = time.perf_counter()
-        try:
-            verdict = _judge(self.work, self.state, self.out, self.signals)
-        except Stopped:  # the evaluation comes again, first of all
-            self.save()
-            raise
+        verdict = _judge(self.work, self.state, self.out, self.validation())
         self.row(verdict.numbers)
         self.judging = time.perf_counter() - began
 
+    def validation(self) -> Iterator[Batch]:
+        for batch in self.work.validation:
+            if self.signals.caught and self.work.us.world == 1:  # many would have to agree
+                self.stop()  # the evaluation comes again, first of all
+            for file, reason in self.val_faults.add(batch.faults):
+                self.reporter.say(f"{file} can't be read, the evaluation leaves it out: {reason}")
+            yield batch
+
     def row(self, numbers: dict[str, float]) -> None:
         work, state = self.work, self.state
+        for theirs in work.us.gather(self.faults.state()):
+            self.tell(theirs.items())
         means = {name: total / state.counted for name, total in state.sums.items()} if state.counted else {}
         self.reporter.row({"step": state.step, "epoch": state.step / work.batches.steps_per_epoch,
                            "images": state.step * work.recipe.data.batch, "lr": work.lr(state.step - 1), **means,
@@ -153,8 +162,8 @@ class _Session:
                            "seconds": round(self.seconds, 3)})
         state.sums, state.counted = {}, 0
 
-    def tell_faults(self, batch: Batch) -> None:
-        for file, reason in self.faults.add(batch.faults):
+    def tell(self, faults: Iterable[tuple[str, str]]) -> None:
+        for file, reason in self.faults.add(faults):
             self.reporter.say(f"{file} can't be read, another image stands in for it: {reason}")
 
 
@@ -175,8 +184,13 @@ def _loop(session: _Session) -> None:
                 break
 
             began = time.perf_counter()
-            batch = next(stream)
-            session.tell_faults(batch)
+            try:
+                batch = next(stream)
+            except LoaderDied:
+                if work.us.world == 1:
+                    session.save()
+                raise
+            session.tell(batch.faults)
             if not fitted:
                 _fit(work, state, batch, say)
                 fitted = True
@@ -189,9 +203,7 @@ def _loop(session: _Session) -> None:
                 session.judge()
                 break
             if stop:
-                session.save()
-                raise Stopped(f"stopped by {session.signals.name} after update {state.step} of {work.total}; the state "
-                              "is saved, --resume goes on", session.signals.caught or signal.SIGTERM)
+                session.stop()
             if save and not state.skipped_in_a_row:
                 session.save()
     finally:
@@ -321,11 +333,10 @@ def _depth_draws(recipe: Recipe, step: int, passes: int) -> Tensor | None:
     return torch.from_numpy(draws(recipe.seed, step, 0, 0, stream=4).random(shape, dtype="float32"))
 
 
-def _judge(work: Work, state: State, out: Path, signals: _Signals) -> objectives.Verdict:
+def _judge(work: Work, state: State, out: Path, validation: Iterable[Batch]) -> objectives.Verdict:
     """Scores the model on the validation images, and saves it where it is the best so far."""
     with work.average.averaged() if work.average else nullcontext():
-        images = signals.watched(work.validation) if work.us.world == 1 else work.validation
-        verdict = work.objective.judge(work.model, images, work.us, work.precision)
+        verdict = work.objective.judge(work.model, validation, work.us, work.precision)
         # On a tie the later one: it has seen more, at a lower learning rate.
         if math.isfinite(verdict.score) and (state.best is None or verdict.score >= state.best):
             state.best = verdict.score
@@ -404,14 +415,6 @@ class _Signals:
         if self.caught and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.caught = number
-
-    def watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, until a signal comes."""
-        for batch in batches:
-            if self.caught:
-                raise Stopped(f"stopped by {self.name} during an evaluation; the state is saved, --resume goes on",
-                              self.caught)
-            yield batch
 
 
 __all__ = ["Diverged", "Run", "Stopped", "train"]
