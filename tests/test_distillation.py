@@ -1,7 +1,6 @@
 """Distillation as a person does it: a teacher trained, its labels stored, students trained with either."""
 
 import json
-import os
 import shutil
 import signal
 import statistics
@@ -9,6 +8,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +57,7 @@ def student():
 '''
 
 SLOW_TEACHER = """
+import os
 import time
 from deit.predict import load_model
 
@@ -64,7 +65,7 @@ from deit.predict import load_model
 def make():
     model = load_model({folder!r})
     model.classes, model.mean, model.std = ["a", "b", "c"], (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-    model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    model.register_forward_pre_hook(lambda *_: time.sleep(float(os.environ.get("PAUSE", "0"))))
     return model
 """
 
@@ -73,7 +74,7 @@ def make():
 class Place:
     """Where data, recipes and the trained teacher are."""
 
-    root: object
+    root: Path
 
     @property
     def data(self):
@@ -207,18 +208,18 @@ def test_a_killed_student_goes_on_with_stored_labels(place, stored, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- teaching
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_teaching_goes_on_to_the_same_bytes(place, number, tmp_path):
     """Whole parts stay, and what was begun is made anew."""
     (tmp_path / "slow.py").write_text(SLOW_TEACHER.format(folder=str(place.teacher)))
     teacher = f"{tmp_path / 'slow.py'}:make"
     process = start("teach", place.data, "--teacher", teacher, "--recipe", f"{place.recipes}:student", "--epochs", 16,
-                    "--out", tmp_path / "labels")
+                    "--out", tmp_path / "labels", PAUSE="0.02")
     while len(list((tmp_path / "labels").glob("labels-*"))) < 3:
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
     process.send_signal(number)
-    output = finish(process, 130 if number == signal.SIGINT else -number)
+    output = finish(process, -number)
     assert "Traceback" not in output
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "labels").glob("labels-*")}
     assert 3 <= len(times) < 21  # of 42 updates, two in a part
@@ -324,13 +325,13 @@ def test_a_student_of_another_resolution_than_its_teacher(place, resolution, tmp
     assert_same_end(tmp_path / "stored", tmp_path / "asked")
 
 
-# ------------------------------------------------------------------------------------------------------------ what it costs
+# ------------------------------------------------------------------------------------------------------- what it costs
 
 
 @pytest.mark.slow
 def test_stored_labels_cost_no_more_than_none(tmp_path):
     """An epoch of a tiny model at 32 pixels: with stored hard labels at most 1.05 times that of the same transformer
-    that learns from labels alone. Both in turn, seven rounds, the median of their ratios."""
+    that learns from labels alone. Update by update in turn, seven epochs, the median of their ratios."""
     draw = np.random.default_rng(0)
     paths = tuple(tmp_path / f"{i:03}.png" for i in range(512))
     for path in paths:
@@ -346,28 +347,27 @@ def test_stored_labels_cost_no_more_than_none(tmp_path):
                        objective=Distilled(teacher=f"{tmp_path / 'teacher.py'}:make"),
                        optim=AdamW(lr=1e-4, per_images=128), schedule=Cosine(total=steps(1000)),
                        compute=Compute(workers=0))
-    teach(distilled, split, tmp_path / "labels", epochs=1, device="cpu", console=Console(quiet=True))
+    teach(distilled, split, tmp_path / "labels", epochs=2, device="cpu", console=Console(quiet=True))
     recipes = {"labels": replace(distilled, objective=Supervised()),
                "stored": replace(distilled, objective=Distilled(cache=str(tmp_path / "labels")))}
     works = {name: runs.prepare(recipe, split, split, Processes(torch.device("cpu")), None)
              for name, recipe in recipes.items()}
-    assert all(work.model.config.distillation_token for work, _ in works.values())
     streams = {name: work.batches.from_step(0) for name, (work, _) in works.items()}
 
-    def epoch(name):
-        work, state = works[name]
-        batches = [next(streams[name]) for _ in range(4)]
+    def update(name):
+        (work, state), batch = works[name], next(streams[name])
         began = time.perf_counter()
-        for batch in batches:
-            loop._update(work, state, batch, (False,), lambda _: None)
+        loop._update(work, state, batch, (False,), lambda _: None)
         return time.perf_counter() - began
 
-    for name in recipes:
-        epoch(name)
     ratios = []
-    for i in range(7):
-        order = list(recipes)[::-1 if i % 2 else 1]
-        times = {name: epoch(name) for name in order}
-        ratios.append(times["stored"] / times["labels"])
+    for epoch in range(8):
+        times = dict.fromkeys(recipes, 0.0)
+        for i in range(4):
+            for name in list(recipes)[::-1 if i % 2 else 1]:
+                times[name] += update(name)
+        if epoch:  # the first warms up
+            ratios.append(times["stored"] / times["labels"])
+    assert len(ratios) == 7
     print(f"stored / labels: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
     assert statistics.median(ratios) <= 1.05, ratios

@@ -1,21 +1,25 @@
-"""From folders to batches. B images of a batch, N training images.
+"""From folders to batches. N images of a split, B of a global batch.
 
-Training is an endless stream of views. Update `step` takes the positions [step * B, (step + 1) * B) of it, and what
-stands there is a function of the position: so batches depend neither on the number of processes or loaders nor on
-where a run was stopped, no partial batch is ever dropped, and any N will do.
+Training is one endless stream of views, and everything in it is a function of its place: update `step` takes places
+step * B to (step + 1) * B. With R views of an image (repeated augmentation, Hoffer et al. 2020), R * N places are a
+cycle with an order of its own, in which the R views of an image stand side by side. So every image comes R times in R
+epochs, for any N and B; many processes share the batches of one; and the state of the stream is `step` alone.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import itertools
+import math
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -25,34 +29,23 @@ from torch.utils.data import DataLoader, Dataset
 
 from deit.augment import augment, crop, draws, erase, patch_mask
 from deit.config import DeiTConfig
-from deit.decode import ImageError, load_image
+from deit.decode import ImageError, load_image, name_of
 from deit.image import DeiTImageProcessor
 from deit.mixing import mix, mixing
-from deit.recipe import Data, MaskedImage, Recipe
+from deit.recipe import MaskedImage, Recipe
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
-"""Accepted folder names of each split, in any case."""
+"""Accepted folder names of each split."""
 CACHE_BYTES = 2**30
-"""Decoded images are kept in memory up to this size, by all loaders of a process together."""
-CACHED_PIXELS = 512 * 512
-"""Where a random part of an image is cut out, larger images are decoded each time, at the scale that the part needs."""
-MOST_BAD = 0.01
-"""Share of the images that may be unreadable."""
+"""A split's decoded images are kept in memory up to this size, by all loader processes of a training process together.
+"""
+KEPT_PIXELS = 512 * 512
+"""Under a random crop, larger images are not kept: they are decoded at the scale that each crop needs."""
 
-VIEWS, ORDER, MIXING, MASKS, HOLDOUT, STAND_INS = 0, 1, 2, 3, 8, 5
-"""Streams of random numbers (`augment.draws`)."""
-
-
-class BadImages(RuntimeError):
-    """Too many images can't be read."""
-
-
-class LoaderDied(RuntimeError):
-    """A loader process ended by itself."""
-
-
-# ------------------------------------------------------------------------------------------------------------- folders
+_ORDER, _MIXING, _MASKS, _STAND_INS, _HOLDOUT = 1, 2, 3, 5, 8  # streams of draws; 4, 6 and 7 are others', 0 the views'
+_STAND_IN_ATTEMPTS = 100
+_PIXEL_BYTES = 4  # of an RGB image in Pillow's memory
 
 
 @dataclass(frozen=True)
@@ -66,137 +59,259 @@ class Split:
     def __len__(self) -> int:
         return len(self.files)
 
-    def take(self, indices: Sequence[int]) -> Split:
-        return Split(tuple(self.files[i] for i in indices), tuple(self.labels[i] for i in indices), self.classes)
+
+@dataclass(frozen=True)
+class Batch:
+    pixels: Tensor
+    """(B, channels, height, width) float32, normalised, erased."""
+    labels: Tensor
+    """(B,) int64 class indices, after mixing (B, classes) float32 probabilities. In evaluation -1 is padding, or an
+    image that can't be read."""
+    step: int = 0
+    """The update that it belongs to."""
+    positions: Tensor | None = None
+    """(B,) int64, on the CPU: places in the global batch. Row i and row B-1-i are mirror images there too."""
+    mask: Tensor | None = None
+    """(B, patches) bool, of masked-image runs: True for hidden."""
+    faults: tuple[tuple[str, str], ...] = ()
+    """(file, reason) of images that can't be read; in training another stands in for each."""
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """All but the positions on another device."""
+        return self._changed(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """In memory that a GPU copies from while it computes; the loader calls it."""
+        return self._changed(Tensor.pin_memory)
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        mask = None if self.mask is None else change(self.mask)
+        return replace(self, pixels=change(self.pixels), labels=change(self.labels), mask=mask)
+
+    def parts(self, count: int) -> list[Batch]:
+        """`count` nearly equal micro-batches, or as many as there are mirror pairs where those are fewer. In each, row
+        i and the i-th row from its end are mirror images. The faults stay with the whole."""
+        if count < 1:
+            raise ValueError(f"a batch is divided into 1 part or more, found {count}")
+        found = []
+        for part in range(min(count, (len(self) + 1) // 2)):
+            rows = torch.from_numpy(_mirrored_share(len(self), part, min(count, (len(self) + 1) // 2)))
+            found.append(Batch(self.pixels[rows], self.labels[rows], self.step,
+                               None if self.positions is None else self.positions[rows],
+                               None if self.mask is None else self.mask[rows]))
+        return found
 
 
-def read_data(root: str | Path, *, holdout: float, seed: int, labelled: bool = True) -> tuple[Split, Split]:
-    """Training and validation images of a folder.
+def _mirrored_share(size: int, part: int, parts: int) -> np.ndarray:
+    """Places of the `part`-th share of whole mirror pairs (j, size-1-j), rising: its own row i and row -1-i are
+    mirror images again. The middle of an odd size is its own mirror image."""
+    pairs = np.array_split(np.arange((size + 1) // 2), parts)[part]
+    mirrored = size - 1 - pairs[::-1]
+    return np.concatenate([pairs, mirrored[1:] if mirrored[0] == pairs[-1] else mirrored])
 
-    `root/train/CLASS/*` and `root/val/CLASS/*`; without `train`, `root/CLASS/*` are the training images. Without `val`,
-    the share `holdout` of every class is held out of them, drawn with `seed`, at least one image of each class that has
-    two. A folder `test` is never touched. With `labelled=False`, all images below `root/train` or `root` are of one
-    class, `image`.
 
-    Raises `FileNotFoundError` or `ValueError` with what the folder should look like.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"there is no folder {root}; give --data a folder with {root}/train/CLASS/IMAGE files")
-    place = _folder_of(root, "train") or root
-    val_place = _folder_of(root, "val")
-    others = {name for names in SPLITS.values() for name in names} if place == root else set()
-    if place == root and not [entry for entry in _entries(root) if entry.name.lower() not in others]:
-        raise FileNotFoundError(f"{root} has neither a folder train nor folders of classes; expected "
-                                f"{root}/train/CLASS/IMAGE files, one folder for each class")
-    train = _read(place, None, labelled, others)
-    if labelled and len(train.classes) < 2:
-        raise ValueError(f"{place} has one class, {train.classes[0]!r}; a classifier needs two: add a folder for each")
-    if val_place is not None:
-        return train, _read(val_place, train.classes, labelled, set())
-    kept, held = _hold_out(train, holdout, seed)
-    if not held:
-        raise ValueError(f"{place} has too few images to hold {holdout:.0%} of each class out for validation; add "
-                         f"images, set data.holdout, or give a folder {root / 'val'}")
-    return train.take(kept), train.take(held)
+# ------------------------------------------------------------------------------------------------------------- folders
 
 
 def read_split(root: str | Path, split: str, classes: Sequence[str] | None = None) -> Split:
-    """The image files of `root/SPLIT/CLASS/*`, classes in the order of their names.
+    """The image files of `root/SPLIT/CLASS/**`, classes in the order of their names, files in that of their paths.
 
-    `classes` fixes the order (that of a trained model); a folder of another name is refused. Raises
-    `FileNotFoundError` or `ValueError` with what the folder should look like.
+    `split` is train, val or test. `classes` fixes the order (that of a trained model); a folder of another name is
+    refused. Hidden files and folders don't count; links to folders are followed.
+
+    Raises `FileNotFoundError` or `ValueError` with what the folder should look like, `OSError` where it can't be read.
     """
     root = Path(root)
-    folder = _folder_of(root, split)
+    folder = _split_folder(root, split)
     if folder is None:
         raise FileNotFoundError(f"{root} has no folder {' or '.join(SPLITS[split])}; expected {root}/{split}/CLASS/"
                                 "IMAGE files, one folder for each class")
-    return _read(folder, classes, True, set())
+    return _read_labelled(folder, classes)
 
 
-def _folder_of(root: Path, split: str) -> Path | None:
+def read_data(root: str | Path, *, holdout: float, seed: int, labelled: bool = True) -> tuple[Split, Split]:
+    """Training and validation images of a folder; those of `root/test` are never among them.
+
+    `root/train/CLASS/**` and, where there is one, `root/val/CLASS/**` (or valid, validation). Without val, the share
+    `holdout` (0 to 1) of each class's training images is held out, drawn with `seed`: at least one of a class of two
+    or more, none of a class of one. With neither train nor val, `root/CLASS/**` are the training images.
+
+    `labelled=False`, for masked-image runs: all images below `root/train` or `root`, at any depth, as one class.
+
+    Raises `FileNotFoundError` or `ValueError` with what the folder should look like, `OSError` where it can't be read.
+    """
+    root = Path(root)
     if not root.is_dir():
-        return None
-    entries = [entry for entry in _entries(root) if entry.is_dir()]
-    return next((entry for name in SPLITS[split] for entry in entries if entry.name.lower() == name), None)
+        raise FileNotFoundError(f"{root} is not a folder; expected one with {root}/train/CLASS/IMAGE files")
+    train, val = _split_folder(root, "train"), _split_folder(root, "val")
+    read, apart = (_read_labelled if labelled else _read_unlabelled), () if train else SPLITS["test"]
+    if train is None and (val is not None or not any(_listed(root, apart))):
+        raise FileNotFoundError(f"{root} has {'a folder ' + val.name if val else 'no images'} and no folder train; "
+                                f"expected {root}/train/CLASS/IMAGE files")
+    whole = read(train or root, None, apart)
+    if labelled and len(whole.classes) < 2:
+        raise ValueError(f"{train or root} has one class, {whole.classes[0]!r}, and a classifier needs two; add a "
+                         "folder for each other class")
+    return (whole, read(val, whole.classes)) if val else _hold_out(whole, holdout, seed, train or root)
 
 
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    except OSError as error:
-        raise ValueError(f"{folder} can't be read ({error}); check its permissions") from None
+def _split_folder(root: Path, split: str) -> Path | None:
+    return next((root / name for name in SPLITS[split] if (root / name).is_dir()), None)
 
 
-def _images(folder: Path, above: tuple[str, ...] = ()) -> list[Path]:
-    """All image files below a folder, sorted; hidden files and folders are passed over, links followed, but not back
-    to a folder that the link lies in (`above`)."""
-    above = (*above, os.path.realpath(folder))
-    found = []
-    for entry in _entries(folder):
-        if entry.is_dir():
-            found += _images(entry, above) if os.path.realpath(entry) not in above else []
-        elif entry.suffix.lower() in IMAGE_SUFFIXES:
-            found.append(entry)
-    return found
-
-
-def _read(folder: Path, classes: Sequence[str] | None, labelled: bool, others: set[str]) -> Split:
-    """One split; `others` are folders that are no classes."""
-    if not labelled:
-        files = [path for path in _images(folder) if path.relative_to(folder).parts[0].lower() not in others]
-        if not files:
-            raise ValueError(f"{folder} has no images; expected {_pattern(folder, '')}")
-        return Split(tuple(files), (0,) * len(files), ("image",))
-    entries = _entries(folder)
-    names = [entry.name for entry in entries if entry.is_dir() and entry.name.lower() not in others]
+def _read_labelled(folder: Path, classes: Sequence[str] | None = None, apart: Sequence[str] = ()) -> Split:
+    """`apart` are folders that are no classes."""
+    names, stray = _listed(folder, apart)
+    if stray:
+        more = f" and {len(stray) - 1} more images lie" if len(stray) > 1 else " lies"
+        raise ValueError(f"{folder / stray[0]}{more} in no class folder, so the class is not known; move what lies "
+                         f"there to {folder}/CLASS/, or away")
+    if not names:
+        raise ValueError(f"{folder} has no images; expected {folder}/CLASS/*{{{','.join(IMAGE_SUFFIXES)}}}")
     order = tuple(names if classes is None else classes)
     if unknown := sorted(set(names) - set(order)):
         raise ValueError(f"{folder} has a class {unknown[0]!r} that the model does not know; it knows "
-                         f"{', '.join(order[:10])}{' and others' if len(order) > 10 else ''}: rename or remove the "
-                         "folder, or train with it")
-    if loose := [entry.name for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file()]:
-        raise ValueError(f"{folder} holds images outside any class, {loose[0]} among {len(loose)}; move them into the "
-                         "folders of their classes, or away")
-    found = {name: _images(folder / name) for name in names}
-    if not any(found.values()):
-        raise ValueError(f"{folder} has no images; expected {_pattern(folder, 'CLASS/')}")
-    if classes is None and (empty := [name for name in names if not found[name]]):
-        raise ValueError(f"{folder / empty[0]} has no images, so its class can't be learnt; add some, or remove the "
-                         "folder")
-    pairs = [(path, order.index(name)) for name in names for path in found[name]]
-    return Split(tuple(path for path, _ in pairs), tuple(label for _, label in pairs), order)
+                         f"{', '.join(order)}")
+    if apart and (misnamed := [name for name in names if name.lower() in itertools.chain(*SPLITS.values())]):
+        raise ValueError(f"{folder / misnamed[0]} would be read as a class; rename it to {misnamed[0].lower()} if it "
+                         "holds a split, to something else if it is a class")
+    label_of = {name: label for label, name in enumerate(order)}
+    files: list[Path] = []
+    labels: list[int] = []
+    for name in names:
+        found = _images(folder / name)
+        if not found:
+            raise ValueError(f"{folder / name} has no images; expected files *{{{','.join(IMAGE_SUFFIXES)}}} there, or "
+                             "no such folder")
+        files += found
+        labels += [label_of[name]] * len(found)
+    return Split(tuple(files), tuple(labels), order)
 
 
-def _pattern(folder: Path, below: str) -> str:
-    return f"{folder}/{below}*{{{','.join(IMAGE_SUFFIXES)}}}"
+def _read_unlabelled(folder: Path, classes: Sequence[str] | None = None, apart: Sequence[str] = ()) -> Split:
+    names, files = _listed(folder, apart)
+    found = sorted([folder / file for file in files] + [path for name in names for path in _images(folder / name)],
+                   key=str)
+    if not found:
+        raise ValueError(f"{folder} has no images; expected files *{{{','.join(IMAGE_SUFFIXES)}}} in it, at any depth")
+    return Split(tuple(found), (0,) * len(found), ("image",))
 
 
-def _hold_out(split: Split, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices that stay, and those held out: of each class the nearest number to its share, at least one of two."""
-    labels = np.asarray(split.labels)
-    held: list[int] = []
-    for label in range(len(split.classes)):
-        own = np.flatnonzero(labels == label)
-        count = min(len(own) - 1, max(1, round(share * len(own)))) if share > 0 else 0
-        if count > 0:
-            held += draws(seed, label, 0, 0, HOLDOUT).permutation(own)[:count].tolist()
-    return sorted(set(range(len(split))) - set(held)), sorted(held)
+def _listed(folder: Path, apart: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names of the folders and of the image files in a folder, sorted, without hidden ones and those `apart`."""
+    _, folders, files = next(os.walk(folder, onerror=_refuse))
+    return sorted(name for name in folders if not name.startswith(".") and name not in apart), sorted(
+        filter(_is_image, files))
+
+
+def _images(folder: Path) -> list[Path]:
+    """Image files at any depth, by path; hidden ones don't count."""
+    found: list[str] = []
+    visited: set[tuple[int, int]] = set()
+    for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in visited:  # a link to a folder above
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [os.path.join(place, name) for name in names if _is_image(name)]
+    return [Path(path) for path in sorted(found)]
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise OSError(f"the folder {error.filename} can't be read ({error.strerror}); check its permissions") from None
+
+
+def _hold_out(whole: Split, holdout: float, seed: int, folder: Path) -> tuple[Split, Split]:
+    held = np.zeros(len(whole), bool)
+    labels = np.array(whole.labels)
+    counts = np.bincount(labels, minlength=len(whole.classes))
+    members = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
+    for label, count in enumerate(counts.tolist()):
+        taken = min(max(1, round(holdout * count)), count - 1) if holdout > 0 else 0
+        held[draws(seed, 0, label, 0, _HOLDOUT).permutation(members[label])[:taken]] = True
+    if not held.any():
+        reason = f"no class of {folder} has two images" if holdout > 0 else f"data.holdout is {holdout:g}"
+        raise ValueError(f"there is nothing to validate on: no folder val beside the training images, and {reason}, so "
+                         "none can be held out; add a folder val" + ("" if holdout > 0 else ", or set data.holdout"))
+    return _rows(whole, np.flatnonzero(~held)), _rows(whole, np.flatnonzero(held))
+
+
+def _rows(split: Split, rows: np.ndarray) -> Split:
+    return Split(tuple(split.files[i] for i in rows), tuple(split.labels[i] for i in rows), split.classes)
 
 
 def fingerprint(split: Split) -> str:
-    """A hash of classes, relative names, labels and sizes of all files, and of the contents of 256 of them, evenly
-    spread. It does not depend on where the folder lies. What can't be opened counts as empty."""
-    root = os.path.commonpath([path.parent for path in split.files])
+    """SHA-256, in hexadecimal, of the classes, of every file's label, size and path below the folder that holds them
+    all, and of the content of up to 256 files, evenly spread. Wherever that folder lies, it is the same."""
+    files = [os.fspath(file) for file in split.files]
+    root = os.path.commonpath([os.path.dirname(min(files)), os.path.dirname(max(files))])
     digest = hashlib.sha256(repr(split.classes).encode())
-    for path, label in zip(split.files, split.labels, strict=True):
-        size = path.stat().st_size if path.exists() else 0
-        digest.update(os.fsencode(f"{os.path.relpath(path, root)}\0{label}\0{size}\n"))
-    for i in np.unique(np.linspace(0, len(split) - 1, min(256, len(split))).astype(int)):
-        with suppress(OSError):  # a dead link, a file of someone else: told where the image is wanted
-            digest.update(hashlib.sha256(split.files[i].read_bytes()).digest())
+    for file, label in zip(files, split.labels, strict=True):
+        digest.update(f"{os.path.relpath(file, root)!r} {label} {_size(file)}\n".encode())
+    for i in np.unique(np.linspace(0, len(files) - 1, 256).round().astype(int)):
+        if _size(files[i]) >= 0:
+            digest.update(hashlib.sha256(Path(files[i]).read_bytes()).digest())
     return digest.hexdigest()
+
+
+def _size(file: str) -> int:
+    """Bytes; -1 for what is not there, such as a link to nothing, which then counts as an unreadable image."""
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return -1
+
+
+# --------------------------------------------------------------------------------------------------- unreadable images
+
+
+class BadImages(RuntimeError):
+    """Too many images can't be read."""
+
+
+class Faults:
+    """The unreadable images of a run's `images` training images; more than 1 % of them end it."""
+
+    def __init__(self, images: int):
+        self.images = images
+        self.reasons: dict[str, str] = {}
+        """By file."""
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def add(self, faults: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Those (file, reason) that are new. Raises `BadImages` when they are more than 1 % of all."""
+        new = {file: reason for file, reason in faults if file not in self.reasons}
+        self.reasons |= new
+        if new and len(self) > 0.01 * self.images:
+            first = "; ".join(f"{file} {reason}" for file, reason in itertools.islice(self.reasons.items(), 3))
+            raise BadImages(f"{len(self)} of {self.images} images can't be read, more than 1 %: {first}"
+                            f"{' ...' if len(self) > 3 else ''}. Replace or remove such files, then go on")
+        return list(new.items())
+
+    def state(self) -> dict[str, str]:
+        """What `load_state` takes, as JSON types."""
+        return dict(self.reasons)
+
+    def load_state(self, state: Mapping[str, str] | None) -> None:
+        self.reasons = dict(state or {})
+
+
+def _fault(file: Path, error: ImageError) -> tuple[str, str]:
+    return str(file), " ".join(str(error).removeprefix(f"{name_of(file)} ").split())
+
+
+# ------------------------------------------------------------------------------------------------------------ training
 
 
 def processor_for(recipe: Recipe) -> DeiTImageProcessor:
@@ -206,380 +321,332 @@ def processor_for(recipe: Recipe) -> DeiTImageProcessor:
     return processor
 
 
-# -------------------------------------------------------------------------------------------------------------- faults
+class _Files:
+    """Files and labels as two arrays: lists of objects would be copied into each loader process, page by page, as
+    their reference counts change (1.3 million paths take 0.4 GB)."""
 
-
-class Faults:
-    """Files that turned out to be unreadable, of `images` in all."""
-
-    def __init__(self, images: int):
-        self.images = images
-        self.reasons: dict[str, str] = {}
+    def __init__(self, split: Split):
+        self.paths = np.array([os.fsencode(file) for file in split.files])
+        self.labels = np.array(split.labels, np.int64)
 
     def __len__(self) -> int:
-        return len(self.reasons)
+        return len(self.labels)
 
-    def add(self, faults: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Those that are new. Raises `BadImages` where they are too many by now."""
-        new = [(file, reason) for file, reason in dict(faults).items() if file not in self.reasons]
-        self.reasons |= dict(new)
-        if len(self.reasons) > MOST_BAD * self.images:
-            file, reason = next(iter(self.reasons.items()))
-            raise BadImages(f"{len(self.reasons)} of {self.images} images can't be read, more than {MOST_BAD:.0%}: "
-                            f"{', '.join(list(self.reasons)[:5])} ({file}: {reason}); replace or remove them")
-        return new
-
-    def state(self) -> dict[str, str]:
-        return dict(self.reasons)
-
-    def load_state(self, state: dict[str, str] | None) -> None:
-        self.reasons = dict(state or {})
+    def __getitem__(self, index: int) -> Path:
+        return Path(os.fsdecode(self.paths[index]))
 
 
-# ------------------------------------------------------------------------------------------------------------- batches
+class _Views(Dataset[Any]):
+    """Training batches by (step, positions, keys): a row for each position, drawn from its key alone."""
+
+    def __init__(self, split: Split, recipe: Recipe, budget: int):
+        self.files, self.recipe, self.budget = _Files(split), recipe, budget
+        self.processor = processor_for(recipe)
+        mean, std = (np.array(values, np.float64)[:, None, None] for values in (recipe.data.mean, recipe.data.std))
+        self.scale, self.shift = (1 / 255 / std).astype(np.float32), (-mean / std).astype(np.float32)
+        fill = [round(255 * value) for value in recipe.data.mean]
+        self.fill = tuple(fill if len(fill) == 3 else fill * 3)
+        self.small: dict[int, bool] = {}
+        self.kept: dict[int, Image.Image] = {}
+        self.spent = 0
+        """Bytes of the images kept."""
+
+    def __getitem__(self, wanted: tuple[int, np.ndarray, np.ndarray]) -> Batch | BadImages:
+        """An exception is returned: raised in a loader process, it would come with a traceback for its message."""
+        step, positions, keys = wanted
+        recipe = self.recipe
+        pixels = np.empty((len(keys), recipe.model.num_channels, *recipe.model.image_hw), np.float32)
+        labels = np.empty(len(keys), np.int64)
+        faults: list[tuple[str, str]] = []
+        for row, key in enumerate(keys.tolist()):
+            for index in self._candidates(*key):
+                try:
+                    self._draw(index, draws(recipe.seed, *key), pixels[row])
+                    break
+                except ImageError as error:
+                    faults.append(_fault(self.files[index], error))
+            else:
+                return BadImages(f"{_STAND_IN_ATTEMPTS} training images in a row can't be read, the last is "
+                                 f"{' '.join(faults[-1])}; check the folder")
+            labels[row] = self.files.labels[index]
+        return Batch(torch.from_numpy(pixels), torch.from_numpy(labels), step, torch.from_numpy(positions),
+                     self._masks(keys), tuple(faults))
+
+    def _candidates(self, epoch: int, index: int, repeat: int) -> Iterator[int]:
+        """The image, and what stands in for it, one after the other."""
+        yield index
+        others = draws(self.recipe.seed, epoch, index, repeat, _STAND_INS)
+        for _ in range(_STAND_IN_ATTEMPTS - 1):
+            yield int(others.integers(len(self.files)))
+
+    def _draw(self, index: int, rng: np.random.Generator, out: np.ndarray) -> None:
+        """A view of an image into `out`, (channels, height, width)."""
+        recipe = self.recipe.augment
+        if recipe.crop is None:
+            image = self._once(index, self._resized)
+        else:
+            source = self._once(index, load_image) if self._is_small(index) else self.files[index]
+            image = crop(source, self.recipe.model.image_hw, recipe.crop, rng)
+        image = augment(image, recipe, rng, self.fill)
+        array = np.asarray(image if len(out) == 3 else image.convert("L"))
+        np.multiply(array.transpose(2, 0, 1) if array.ndim == 3 else array[None], self.scale, out=out)
+        out += self.shift
+        if recipe.erase is not None:
+            erase(out, recipe.erase, rng)
+
+    def _once(self, index: int, read: Callable[[Path], Image.Image]) -> Image.Image:
+        """An image, RGB, read only once where the budget allows."""
+        if index in self.kept:
+            return self.kept[index]
+        image = read(self.files[index])
+        size = _PIXEL_BYTES * image.width * image.height
+        if self.spent + size <= self.budget:
+            self.kept[index] = image
+            self.spent += size
+        return image
+
+    def _resized(self, file: Path) -> Image.Image:
+        """Resized and cropped as for evaluation."""
+        [pixels] = self.processor([file], do_rescale=False, do_normalize=False,
+                                  data_format="channels_last").pixel_values
+        array = pixels.astype(np.uint8)
+        return Image.fromarray(array if array.shape[-1] == 3 else array[..., 0]).convert("RGB")
+
+    def _is_small(self, index: int) -> bool:
+        if index not in self.small:
+            sides = _sides(self.files[index])
+            self.small[index] = sides is None or sides[0] * sides[1] <= KEPT_PIXELS
+        return self.small[index]
+
+    def _masks(self, keys: np.ndarray) -> Tensor | None:
+        objective, model = self.recipe.objective, self.recipe.model
+        if not isinstance(objective, MaskedImage):
+            return None
+        assert isinstance(model, DeiTConfig)
+        unit = (objective.unit // model.patch_hw[0], objective.unit // model.patch_hw[1])
+        return torch.from_numpy(np.stack([
+            patch_mask(model.grid, unit, objective.ratio, draws(self.recipe.seed, epoch, index, repeat, _MASKS))
+            for epoch, index, repeat in keys.tolist()]))
 
 
-@dataclass(frozen=True)
-class Batch:
-    pixels: Tensor
-    """(B, channels, height, width) float32, normalised."""
-    labels: Tensor
-    """(B,) int64 class indices, or (B, C) float32 shares of mixed images. -1: a row of an evaluation that does not
-    count."""
-    step: int = 0
-    """Update that the batch belongs to."""
-    positions: Tensor | None = None
-    """(B,) int64, on the CPU: places in the global batch. Row i and row B-1-i are mirror images there."""
-    mask: Tensor | None = None
-    """(B, patches) bool, of masked-image runs: true where hidden."""
-    faults: tuple[tuple[str, str], ...] = ()
-    """File and reason of images that can't be read."""
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def to(self, device: torch.device | str) -> Batch:
-        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
-        return replace(self, pixels=self.pixels.to(device, non_blocking=True), mask=mask,
-                       labels=self.labels.to(device, non_blocking=True))
-
-    def parts(self, count: int) -> list[Batch]:
-        """Nearly equal micro-batches, at most `count`; mirror images stay together."""
-        if count == 1:
-            return [self]
-        return [self._rows(torch.from_numpy(rows)) for rows in _shares(len(self), count)]
-
-    def _rows(self, rows: Tensor) -> Batch:
-        there = rows.to(self.pixels.device)
-        return replace(self, pixels=self.pixels[there], labels=self.labels[there], faults=(),
-                       positions=None if self.positions is None else self.positions[rows],
-                       mask=None if self.mask is None else self.mask[there])
-
-
-def _shares(batch: int, count: int) -> list[np.ndarray]:
-    """The positions of a batch in `count` shares, or as many as there are pairs (j, batch - 1 - j): each takes
-    neighbouring pairs, the fronts first and their mirrors, turned round, last."""
-    pairs = -(-batch // 2)
-    shares = []
-    for part in np.array_split(np.arange(pairs), min(count, pairs)):
-        mirrors = batch - 1 - part[::-1]
-        shares.append(np.concatenate([part, mirrors[mirrors >= pairs]]))
-    return shares
+def _sides(file: Path) -> tuple[int, int] | None:
+    """Of an image, from its header; None where that can't be read: decoding it says why."""
+    try:
+        with Image.open(file) as image:
+            return image.size
+    except Exception:  # Pillow's plugins raise nearly anything on damaged bytes
+        return None
 
 
 class TrainingBatches:
-    """The stream of training batches; of each, the share of one process.
+    """One process's share of the endless stream of training batches.
+
+    A share holds whole pairs of mirror images (row i and row B-1-i), which mixing needs together.
 
     Args:
-        rank, world: this process among those that share every batch.
-        cycle: updates after which the batches come again; None: never.
+        rank, world: this process among all.
+        cycle: updates after which views and mixing come again, as those of cached teacher labels do.
+
+    Raises `ValueError` where some process would have no pair.
     """
 
     def __init__(self, split: Split, recipe: Recipe, *, rank: int = 0, world: int = 1, cycle: int | None = None):
-        batch = recipe.data.batch
-        shares = _shares(batch, world)
-        if len(shares) < world:
-            raise ValueError(f"a batch of {batch} images can't be shared by {world} processes, a pair of images each "
-                             "at least; raise data.batch, or start fewer")
+        batch, pairs = recipe.data.batch, (recipe.data.batch + 1) // 2
+        if pairs < world:
+            raise ValueError(f"a batch of {batch} has {pairs} pairs of mirror images, too few for {world} processes; "
+                             f"set data.batch to {2 * world} or more, or start fewer processes")
         self.split, self.recipe, self.cycle = split, recipe, cycle
-        self.share = shares[rank]
-        self.steps_per_epoch = len(split) / batch
-        self.workers = loaders(split, recipe, world)
-        self.views = _Views(split, recipe, self.workers)
-        seed, images = recipe.seed, len(split)
-        self._permutation = lru_cache(2)(lambda cycle: draws(seed, cycle, 0, 0, ORDER).permutation(images))
+        self.positions = _mirrored_share(batch, rank, world)
+        self.workers = _workers(recipe.compute.workers, lambda: _fits(split, recipe))
+        self.views = _Views(split, recipe, CACHE_BYTES // max(1, self.workers))
+        self._orders: dict[int, np.ndarray] = {}
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """An epoch is as many views as there are images."""
+        return len(self.split) / self.recipe.data.batch
 
     def keys(self, step: int) -> np.ndarray:
-        """(B, 3) int64: epoch, image and repeat of every position of update `step`'s global batch.
+        """(B, 3) int64: epoch, image and repeat of every place of the global batch, which its view is drawn from."""
+        batch, repeats, images = self.recipe.data.batch, self.recipe.data.repeats, len(self.split)
+        places = self._drawn(step) * batch + np.arange(batch)
+        cycles, within = np.divmod(places, images * repeats)
+        first, last = int(cycles[0]), int(cycles[-1])
+        self._orders = {cycle: self._orders[cycle] if cycle in self._orders else
+                        draws(self.recipe.seed, cycle, 0, 0, _ORDER).permutation(images)
+                        for cycle in range(first, last + 1)}
+        chosen = np.concatenate([self._orders[cycle][within[cycles == cycle] // repeats]
+                                 for cycle in range(first, last + 1)])
+        return np.stack([places // images, chosen, places % repeats], axis=1)
 
-        Each image is seen `repeats` times in `repeats` epochs, next to each other, before the order is drawn anew.
-        """
-        step = step if self.cycle is None else step % self.cycle
-        images, repeats, batch = len(self.split), self.recipe.data.repeats, self.recipe.data.batch
-        at = np.arange(step * batch, (step + 1) * batch)
-        cycle, within = np.divmod(at, images * repeats)
-        order = [self._permutation(int(c)) for c in range(cycle[0], cycle[-1] + 1)]
-        index = np.concatenate([order[c - cycle[0]][within[cycle == c] // repeats] for c in np.unique(cycle)])
-        return np.stack([at // images, index, within % repeats], axis=1)
+    def _drawn(self, step: int) -> int:
+        return step % self.cycle if self.cycle else step
 
     def from_step(self, step: int) -> Iterator[Batch]:
-        """This process's share of every batch from `step` on, without end. Raises `LoaderDied`, `BadImages`."""
-        loader = DataLoader(self.views, batch_sampler=_Steps(self, step), num_workers=self.workers,
-                            collate_fn=self.views.collate, generator=torch.Generator(),
-                            pin_memory=torch.cuda.is_available(), worker_init_fn=_begin_worker)
-        batches = iter(loader)
-        try:
-            while True:
-                try:
-                    batch = next(batches)
-                except RuntimeError as error:
-                    if "exited unexpectedly" not in str(error):
-                        raise
-                    raise LoaderDied(f"a loader process died ({str(error).splitlines()[0]}), probably killed for lack "
-                                     f"of memory; set compute.workers below {self.workers}, and go on with "
-                                     "--resume") from error
-                yield replace(batch, step=step, positions=torch.from_numpy(self.share))
-                step += 1
-        finally:
-            if hasattr(batches, "_shutdown_workers"):
-                batches._shutdown_workers()
+        """This process's share of every batch from `step` on, without end; closing it ends the loader processes.
+
+        Raises `LoaderDied`, and `BadImages` where no image can stand in for one that can't be read.
+        """
+        wanted = ((number, self.positions, self.keys(number)[self.positions]) for number in itertools.count(step))
+        return _loaded(self.views, wanted, self.workers)
 
     def mix(self, batch: Batch) -> Batch:
-        """Mixup and CutMix of any mirror-symmetric rows of a global batch, on their device."""
+        """Mixup and CutMix, on the device of the batch, which is a share of a global batch or a part of one; as it is
+        where the recipe does not mix."""
         recipe = self.recipe.augment.mix
         if recipe is None:
             return batch
         assert batch.positions is not None
-        drawn = self._mixing(batch.step).at(batch.positions.numpy())
-        pixels, targets = mix(batch.pixels, batch.labels, len(self.split.classes), drawn)
-        return replace(batch, pixels=pixels, labels=targets)
-
-    def _mixing(self, step: int) -> Any:
-        recipe = self.recipe
-        step = step if self.cycle is None else step % self.cycle
-        assert recipe.augment.mix is not None
-        return mixing(recipe.augment.mix, recipe.data.batch, recipe.model.image_hw,
-                      draws(recipe.seed, step, 0, 0, MIXING))
+        drawn = mixing(recipe, self.recipe.data.batch, self.recipe.model.image_hw,
+                       draws(self.recipe.seed, self._drawn(batch.step), 0, 0, _MIXING))
+        pixels, labels = mix(batch.pixels, batch.labels, len(self.split.classes), drawn.at(batch.positions.numpy()))
+        return replace(batch, pixels=pixels, labels=labels)
 
 
-class _Steps:
-    """Keys of this process's views for every update from one on: a batch sampler without end."""
-
-    def __init__(self, batches: TrainingBatches, step: int):
-        self.batches, self.step = batches, step
-
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        step = self.step
-        while True:
-            yield [tuple(key) for key in self.batches.keys(step)[self.batches.share].tolist()]
-            step += 1
-
-
-def loaders(split: Split, recipe: Recipe, world: int = 1) -> int:
-    """Loader processes for a training process: as the recipe says, or as `Compute.workers` describes."""
-    if recipe.compute.workers is not None:
-        return recipe.compute.workers
-    sizes = [recipe.model.image_hw]
-    if recipe.augment.crop is not None:
-        for path in split.files[::max(1, len(split) // 8)]:
-            try:
-                with Image.open(path) as image:
-                    sizes.append(image.size)
-            except Exception:  # it is told when it comes
-                continue
-    if len(split) * 3 * max(rows * columns for rows, columns in sizes) <= CACHE_BYTES:
-        return 0
-    return _cores()
-
-
-def _cores() -> int:
-    """Of this process, up to 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
-def _begin_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the training process acts on it
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
-
-
-@dataclass(frozen=True)
-class _View:
-    pixels: np.ndarray
-    """(channels, height, width) float32, normalised."""
-    label: int
-    mask: np.ndarray | None
-    faults: tuple[tuple[str, str], ...]
-
-
-class _Views(Dataset[_View]):
-    """Training views by (epoch, image, repeat)."""
-
-    def __init__(self, split: Split, recipe: Recipe, workers: int):
-        self.split, self.recipe = split, recipe
-        self.processor = processor_for(recipe)
-        self.processor.image_mean = [0.5] * 3
-        self.processor.image_std = [0.5] * 3
-        self.fill = tuple(round(255 * value) for value in (recipe.data.mean * 3)[:3])
-        self.room = CACHE_BYTES // max(1, workers)
-        self.kept: dict[int, Image.Image] = {}
-
-    def __getitem__(self, key: tuple[int, int, int]) -> _View:
-        epoch, index, repeat = key
-        seed = self.recipe.seed
-        faults: list[tuple[str, str]] = []
-        stand_ins = draws(seed, epoch, index, repeat, STAND_INS)
-        for _ in range(100):
-            try:
-                pixels = self._view(index, draws(seed, *key, stream=VIEWS))
-                return _View(pixels, self.split.labels[index], self._mask(draws(seed, *key, stream=MASKS)),
-                             tuple(faults))
-            except ImageError as error:
-                faults.append((str(self.split.files[index]), str(error)))
-                index = int(stand_ins.integers(len(self.split)))
-        raise BadImages(f"no readable image was found in 100 tries, {faults[0][0]} the first: {faults[0][1]}; check "
-                        "the folder")
-
-    def _view(self, index: int, rng: np.random.Generator) -> np.ndarray:
-        given, data = self.recipe.augment, self.recipe.data
-        if given.crop is None:
-            image = self._cached(index, self._processed)
-        else:
-            image = crop(self._small(index) or self.split.files[index], self.recipe.model.image_hw, given.crop, rng)
-        image = augment(image, given, rng, self.fill)
-        if self.recipe.model.num_channels == 1:
-            image = image.convert("L")
-        pixels = np.asarray(image).reshape(image.height, image.width, -1).transpose(2, 0, 1)
-        pixels = normalise(pixels, data)
-        if given.erase is not None:
-            erase(pixels, given.erase, rng)
-        return pixels
-
-    def _processed(self, index: int) -> Image.Image:
-        """Resized and cropped as for evaluation."""
-        [pixels] = self.processor([self.split.files[index]], do_rescale=False, do_normalize=False,
-                                  do_convert_rgb=True, data_format="channels_last").pixel_values
-        return Image.fromarray(pixels.astype(np.uint8))
-
-    def _small(self, index: int) -> Image.Image | None:
-        """The whole image, where it is so small that it is always decoded whole; so a view does not depend on what is
-        kept."""
-        if index in self.kept:
-            return self.kept[index]
-        try:
-            with Image.open(self.split.files[index]) as header:
-                small = header.width * header.height <= CACHED_PIXELS
-        except Exception:  # `crop` says what is wrong
-            return None
-        return self._cached(index, lambda i: load_image(self.split.files[i])) if small else None
-
-    def _cached(self, index: int, make: Callable[[int], Image.Image]) -> Image.Image:
-        if index not in self.kept:
-            image = make(index)
-            size = 3 * image.width * image.height
-            if size > self.room:
-                return image
-            self.room -= size
-            self.kept[index] = image
-        return self.kept[index]
-
-    def _mask(self, rng: np.random.Generator) -> np.ndarray | None:
-        return mask_of(self.recipe, rng) if isinstance(self.recipe.objective, MaskedImage) else None
-
-    def collate(self, views: list[_View]) -> Batch:
-        masks = [view.mask for view in views if view.mask is not None]
-        return Batch(torch.from_numpy(np.stack([view.pixels for view in views])),
-                     torch.tensor([view.label for view in views]),
-                     mask=torch.from_numpy(np.stack(masks)) if masks else None,
-                     faults=tuple(fault for view in views for fault in view.faults))
-
-
-def mask_of(recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
-    """(patches,) bool: what a masked-image recipe hides of one image."""
-    model, objective = recipe.model, recipe.objective
-    assert isinstance(model, DeiTConfig)
-    assert isinstance(objective, MaskedImage)
-    rows, columns = model.patch_hw
-    return patch_mask(model.grid, (objective.unit // rows, objective.unit // columns), objective.ratio, rng)
-
-
-def normalise(pixels: np.ndarray, data: Data) -> np.ndarray:
-    """uint8 (channels, height, width) to float32 with the recipe's mean and deviation."""
-    mean, std = (np.asarray(values, np.float64).reshape(-1, 1, 1) for values in (data.mean, data.std))
-    return pixels * (1 / (255 * std)).astype(np.float32) - (mean / std).astype(np.float32)
+def _fits(split: Split, recipe: Recipe) -> bool:
+    """Whether all that is kept of the images fits into the cache, by the headers of a few."""
+    if recipe.augment.crop is None:
+        height, width = recipe.model.image_hw
+        return len(split) * height * width * _PIXEL_BYTES <= CACHE_BYTES
+    files = [split.files[i] for i in np.unique(np.linspace(0, len(split) - 1, 16).round().astype(int))]
+    sizes = [sides[0] * sides[1] for sides in map(_sides, files) if sides is not None]
+    expected = len(split) * _PIXEL_BYTES * float(np.mean(sizes or [0]))
+    return max(sizes, default=0) <= KEPT_PIXELS and expected <= CACHE_BYTES
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
 class EvaluationBatches:
-    """Every image of a split once, in order, through the processor; the last batch may be smaller.
+    """Every image of a split once, in order, through the processor. Can be iterated again and again.
 
-    Can be iterated again and again; kept in memory where all fit into `CACHE_BYTES`. Images that can't be read have
-    label -1 and are among the batch's faults.
+    Of `world` processes, `rank` has every `world`-th image. All give the same number of batches, so that they meet in
+    collective operations: rows without an image, and those whose image can't be read, are zero and labelled -1.
+    Decoded once where this process's images fit into `CACHE_BYTES` as float32.
 
     Args:
-        rank, world: this process takes every `world`-th image from `rank` on. All processes have the same number of
-            batches, filled up with rows labelled -1.
-        workers: loader processes; None: one for each core, up to 8, or 0 where all images fit into memory.
-        masks: what is hidden of an image, by its index (masked-image runs).
+        batch: rows of each batch; the last may have fewer.
+        workers: loader processes; None chooses as for training.
+        masks: gives the mask, (patches,) bool, of an image by its number in the split, for masked-image runs.
     """
 
     def __init__(self, split: Split, processor: DeiTImageProcessor, batch: int, *, rank: int = 0, world: int = 1,
                  workers: int | None = 0, masks: Callable[[int], np.ndarray] | None = None):
-        self.split, self.processor, self.batch, self.masks = split, processor, batch, masks
-        size = processor.crop_size
-        self.keeps = len(split) * len(processor.image_mean) * size["height"] * size["width"] * 4 <= CACHE_BYTES
-        self.workers = workers if workers is not None else 0 if self.keeps else _cores()
-        own, most = list(range(rank, len(split), world)), -(-len(split) // world)
-        self.chunks = [own[start:start + batch] or [-1] for start in range(0, most, batch)]
+        self.split = split
+        self.views = _EvaluationViews(split, processor, batch, rank, world, masks)
+        self.keeps = self.views.rows * 4 * int(np.prod(self.views.shape)) <= CACHE_BYTES
+        self.workers = _workers(workers, lambda: self.keeps)
         self.kept: list[Batch] = []
 
     def __len__(self) -> int:
-        return len(self.chunks)
+        return len(self.views)
 
     def __iter__(self) -> Iterator[Batch]:
-        if len(self.kept) == len(self.chunks):
+        if len(self.kept) == len(self):
             yield from self.kept
             return
-        loader = DataLoader(_Chunks(self), batch_size=None, num_workers=self.workers, generator=torch.Generator(),
-                            worker_init_fn=_begin_worker)
         kept: list[Batch] = []
-        for batch in loader:
+        for batch in _loaded(self.views, range(len(self)), self.workers):
             if self.keeps:
                 kept.append(batch)
             yield batch
         self.kept = kept
 
 
-class _Chunks(Dataset[Batch]):
-    def __init__(self, source: EvaluationBatches):
-        self.source = source
+class _EvaluationViews(Dataset[Batch]):
+    """Evaluation batches of one process by their number."""
+
+    def __init__(self, split: Split, processor: DeiTImageProcessor, batch: int, rank: int, world: int,
+                 masks: Callable[[int], np.ndarray] | None):
+        self.files, self.processor, self.batch, self.masks = _Files(split), processor, batch, masks
+        self.rank, self.world = rank, world
+        self.rows = -(-len(split) // world)
+        self.shape = processor([Image.new("RGB", (8, 8))]).pixel_values[0].shape
 
     def __len__(self) -> int:
-        return len(self.source.chunks)
+        return math.ceil(self.rows / self.batch)
 
     def __getitem__(self, number: int) -> Batch:
-        if number >= len(self):
-            raise IndexError(number)
-        source, split = self.source, self.source.split
-        pixels, labels, faults = [], [], []
-        for index in source.chunks[number]:
-            found = None
-            if index >= 0:
+        rows = range(number * self.batch, min((number + 1) * self.batch, self.rows))
+        indices = [row * self.world + self.rank for row in rows]
+        pixels = np.zeros((len(rows), *self.shape), np.float32)
+        labels = np.full(len(rows), -1)
+        faults = []
+        for row, index in enumerate(indices):
+            if index < len(self.files):
                 try:
-                    found = source.processor(split.files[index], return_tensors="pt").pixel_values[0]
+                    pixels[row] = self.processor([self.files[index]]).pixel_values[0]
+                    labels[row] = self.files.labels[index]
                 except ImageError as error:
-                    faults.append((str(split.files[index]), str(error)))
-            pixels.append(found)
-            labels.append(-1 if found is None else split.labels[index])
-        size = source.processor.crop_size
-        blank = torch.zeros(len(source.processor.image_mean), size["height"], size["width"])
-        masks = None if source.masks is None else torch.from_numpy(np.stack(
-            [source.masks(max(0, index)) for index in source.chunks[number]]))
-        return Batch(torch.stack([blank if found is None else found for found in pixels]), torch.tensor(labels),
-                     mask=masks, faults=tuple(faults))
+                    faults.append(_fault(self.files[index], error))
+        mask = None if self.masks is None else torch.from_numpy(
+            np.stack([self.masks(min(index, len(self.files) - 1)) for index in indices]))
+        return Batch(torch.from_numpy(pixels), torch.from_numpy(labels), mask=mask, faults=tuple(faults))
+
+
+# ---------------------------------------------------------------------------------------------------- loader processes
+
+
+class LoaderDied(RuntimeError):
+    """A loader process is gone."""
+
+
+def _workers(asked: int | None, fits: Callable[[], bool]) -> int:
+    """Loader processes of this process: what is asked for, or none where images are decoded but once, or its share of
+    this machine's cores, 8 at most."""
+    if asked is not None:
+        return asked
+    if fits():
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _loaded(views: Dataset[Any], wanted: Iterable[Any], workers: int) -> Iterator[Batch]:
+    """What `views` gives for each of `wanted`, in their order, read ahead by loader processes that end with it."""
+    loader = DataLoader(views, sampler=wanted, batch_size=None, num_workers=workers, collate_fn=_unchanged,
+                        worker_init_fn=_begin_worker, pin_memory=torch.cuda.is_available(),
+                        generator=torch.Generator())  # of its own: PyTorch's global one is the model's
+    with _child_signal_kept():
+        batches = iter(loader)
+    died = ""
+    try:
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
+                    raise
+                died = str(error).splitlines()[0]
+            if died:  # raised here, where no traceback holds on to the other processes
+                raise LoaderDied(f"a loader process died ({died}), most likely killed for lack of memory, or of shared "
+                                 f"memory (/dev/shm); set compute.workers below {workers}")
+            if isinstance(batch, BadImages):
+                raise batch
+            yield batch
+    finally:
+        del batches
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _begin_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the parent ends this one
+    gc.freeze()  # a collection would write to, and so copy, all memory that is shared with the parent
+
+
+@contextmanager
+def _child_signal_kept() -> Iterator[None]:
+    """PyTorch's handler for the end of a child raises wherever the parent is, be it in the midst of saving. Without
+    it, waiting for a batch finds the death, within 5 seconds."""
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if threading.current_thread() is threading.main_thread() and before is not None:
+        signal.signal(signal.SIGCHLD, before)
 
 
 # -------------------------------------------------------------------------------------------------------------- digits

@@ -170,7 +170,7 @@ def _write_parts(work: _Work, out: Path, todo: list[int], prints: Mapping[str, s
         bar = progress.add_task(work.teacher.name, total=total, rate=0.0)
         for part, row, batch in _updates(batches, layout, todo):
             for file, reason in faults.add(batch.faults):
-                _say(console, f"{file} can't be read, another image stands in for it: {reason}")
+                _say(console, f"{file} {reason}. Another image stands in for it")
             rows = len(layout.updates(part))
             for positions, found in work.answers(batch, batches):
                 for name, value in found.items():

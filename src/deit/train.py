@@ -148,7 +148,7 @@ class _Session:
             if self.signals.caught and self.work.us.world == 1:  # many would have to agree
                 self.stop()  # the evaluation comes again, first of all
             for file, reason in self.val_faults.add(batch.faults):
-                self.reporter.say(f"{file} can't be read, the evaluation leaves it out: {reason}")
+                self.reporter.say(f"{file} {reason}. The evaluation leaves it out")
             yield batch
 
     def row(self, numbers: dict[str, float]) -> None:
@@ -164,7 +164,7 @@ class _Session:
 
     def tell(self, faults: Iterable[tuple[str, str]]) -> None:
         for file, reason in self.faults.add(faults):
-            self.reporter.say(f"{file} can't be read, another image stands in for it: {reason}")
+            self.reporter.say(f"{file} {reason}. Another image stands in for it")
 
 
 def _loop(session: _Session) -> None:
@@ -187,8 +187,8 @@ def _loop(session: _Session) -> None:
             try:
                 batch = next(stream)
             except LoaderDied:
-                if work.us.world == 1:
-                    session.save()
+                if session.signals.caught and work.us.world == 1:  # one that was meant for all processes
+                    session.stop()
                 raise
             session.tell(batch.faults)
             if not fitted:
@@ -371,9 +371,11 @@ def _plan(recipe: Recipe, train_split: Split, val_split: Split, us: Processes, s
         _update(work, state, next(stream), (False,), lambda _: None)
         times.append(time.perf_counter() - started)
     stream.close()  # type: ignore[attr-defined]
+    sample = min(3, len(work.validation))
+    work.objective.judge(work.model, islice(work.validation, 1), us, work.precision)  # the first one is slow
     started = time.perf_counter()
-    work.objective.judge(work.model, islice(work.validation, 2), us, work.precision)
-    judging = (time.perf_counter() - started) * len(work.validation) / min(2, len(work.validation))
+    work.objective.judge(work.model, islice(work.validation, sample), us, work.precision)
+    judging = (time.perf_counter() - started) * len(work.validation) / sample
     per_update = statistics.median(times[2:])
     left = 0.9 * (seconds - (time.perf_counter() - began)) - judging
     total = int(us.sum(torch.tensor(left / (per_update + judging / work.every) if us.main else 0.0)).item())
