@@ -4,8 +4,8 @@ import json
 import math
 import random
 import shutil
+import signal
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -627,15 +627,19 @@ def test_the_average_is_what_is_scored_and_it_is_resumed(given, tmp_path, monkey
     assert torch.equal(scored[-1], tensors["ema.classifier.weight"])
     assert not torch.equal(scored[-1], tensors["model.classifier.weight"])
 
-    @contextmanager
-    def stopped():
-        with monkeypatch.context() as patch:
-            patch.setattr(loop, "_judge", lambda *_: (_ for _ in ()).throw(loop.Stopped("stopped", 15)))
-            with pytest.raises(loop.Stopped):
-                yield
+    update = loop._update
 
-    with stopped():
-        run(recipe, given[:2], tmp_path / "parts")
+    def disturbed(work, state, *rest):
+        if state.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return update(work, state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_update", disturbed)
+        with pytest.raises(loop.Stopped):
+            run(recipe, given[:2], tmp_path / "parts")
+    [saved] = checkpoint.saved(tmp_path / "parts" / "checkpoints")
+    assert 3 < load_file(saved)["ema.updates"] < 6
     again, _ = run(recipe, given[:2], tmp_path / "parts", resume=True)
     assert again["ema.updates"] == 6
     assert same_bits(again, tensors)

@@ -333,7 +333,7 @@ def test_unreadable_images_are_replaced_as_in_training(tmp_path, teacher):
     split, recipe = images(tmp_path / "many", 120), pupil(teacher, "data.batch=24")
     split.files[7].write_bytes(b"no image")
     said = run(recipe, split, tmp_path / "cache", 1)
-    assert said.count(f"{split.files[7]} can't be read, another image stands in for it") == 1
+    assert said.count(f"{split.files[7]} is not an image") == said.count("Another image stands in for it") == 1
     cache = LabelCache.open(tmp_path / "cache", split, recipe)
     for step, positions, expected in on_the_way(recipe, split, cache.steps, cache.steps):
         assert torch.equal(cache.labels(step, positions), expected)

@@ -151,6 +151,10 @@ def read_data(root: str | Path, *, holdout: float, seed: int, labelled: bool = T
     if train is None and (val is not None or not any(_listed(root, apart))):
         raise FileNotFoundError(f"{root} has {'a folder ' + val.name if val else 'no images'} and no folder train; "
                                 f"expected {root}/train/CLASS/IMAGE files")
+    meant = SPLITS["val"] if train else tuple(itertools.chain(*SPLITS.values()))  # Test beside train is left alone
+    if val is None and (misnamed := [name for name in _listed(root, meant)[0] if name.lower() in meant]):
+        raise ValueError(f"{root / misnamed[0]} would not be read as a split; rename it to {misnamed[0].lower()} if it "
+                         "is one, else to something else")
     whole = read(train or root, None, apart)
     if labelled and len(whole.classes) < 2:
         raise ValueError(f"{train or root} has one class, {whole.classes[0]!r}, and a classifier needs two; add a "
@@ -174,10 +178,8 @@ def _read_labelled(folder: Path, classes: Sequence[str] | None = None, apart: Se
     order = tuple(names if classes is None else classes)
     if unknown := sorted(set(names) - set(order)):
         raise ValueError(f"{folder} has a class {unknown[0]!r} that the model does not know; it knows "
-                         f"{', '.join(order)}")
-    if apart and (misnamed := [name for name in names if name.lower() in itertools.chain(*SPLITS.values())]):
-        raise ValueError(f"{folder / misnamed[0]} would be read as a class; rename it to {misnamed[0].lower()} if it "
-                         "holds a split, to something else if it is a class")
+                         f"{', '.join(order[:10])}{' and others' if len(order) > 10 else ''}; rename or remove the "
+                         "folder")
     label_of = {name: label for label, name in enumerate(order)}
     files: list[Path] = []
     labels: list[int] = []

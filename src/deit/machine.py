@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import time
@@ -125,6 +126,7 @@ def processes(device: str = "auto") -> Iterator[Processes]:
         yield Processes(place, rank, world)
         distributed.barrier()  # one that leaves early aborts what still runs between the others
     finally:
+        gc.collect()  # DDP holds on to the group: its threads must end before the interpreter does
         distributed.destroy_process_group()
 
 

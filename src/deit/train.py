@@ -79,24 +79,29 @@ def train(recipe: Recipe, train_split: Split, val_split: Split, out: str | Path,
         Stopped: SIGTERM or Ctrl-C came; the state is saved. It is a `SystemExit`.
         data.BadImages, data.LoaderDied: too many images can't be read; a loader process died.
     """
-    out, started = Path(out), time.perf_counter()
+    end = math.inf if minutes is None else time.perf_counter() + 60 * minutes
+    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     with processes(device) as us, _Signals() as signals:
-        resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-        found = runs.find(out, recipe, resume, minutes is not None)
-        us.wait()  # nobody writes before all have looked
-        if found is not None:
-            recipe = replace(recipe, schedule=found[1])
-        elif minutes is not None:
-            recipe = _plan(recipe, train_split, val_split, us, minutes * 60 - (time.perf_counter() - started), console)
-        if us.main:
-            files.write_json(out / "recipe.json", recipe.to_dict())
-        work, state = runs.prepare(recipe, train_split, val_split, us, found[0] if found else None)
-        with Reporter(out, recipe, us, console, done=state.step, total=work.total, written=state.written) as reporter:
-            for problem in found[2] if found else []:
-                reporter.say(f"{problem}: going on from an earlier one")
-            deadline = math.inf if minutes is None else started + minutes * 60
-            _loop(_Session(work, state, out, reporter, signals, deadline))
-        return Run(out / "model", state.best if state.best is not None else -math.inf, state.seconds)
+        return _train(recipe, (train_split, val_split), Path(out), us, signals, console, resume, end)
+
+
+def _train(recipe: Recipe, splits: tuple[Split, Split], out: Path, us: Processes, signals: _Signals,
+           console: Console | None, resume: bool, end: float) -> Run:
+    """`end` is when it should end, by `time.perf_counter`. Holds nothing of the run any more when it returns."""
+    found = runs.find(out, recipe, resume, planned=end < math.inf)
+    us.wait()  # nobody writes before all have looked
+    if found is not None:
+        recipe = replace(recipe, schedule=found[1])
+    elif end < math.inf:
+        recipe = _plan(recipe, *splits, us, end - time.perf_counter(), console)
+    if us.main:
+        files.write_json(out / "recipe.json", recipe.to_dict())
+    work, state = runs.prepare(recipe, *splits, us, found[0] if found else None)
+    with Reporter(out, recipe, us, console, done=state.step, total=work.total, written=state.written) as reporter:
+        for problem in found[2] if found else []:
+            reporter.say(f"{problem}: going on from an earlier one")
+        _loop(_Session(work, state, out, reporter, signals, end))
+    return Run(out / "model", state.best if state.best is not None else -math.inf, state.seconds)
 
 
 class _Session:
