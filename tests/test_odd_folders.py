@@ -61,7 +61,7 @@ class Command:
         assert (self.out / "model" / "model.safetensors").exists()
         return load_model(self.out / "model")
 
-    def refuses(self, *given, saying):
+    def assert_refused(self, *given, saying):
         assert self(*given) == 1
         [sentence] = self.shown.err.splitlines()
         assert sentence.startswith("deit train: ")
@@ -191,7 +191,7 @@ def test_one_bad_image_of_ten_is_refused(name, breaks, reason, tmp_path, command
     (root / "train" / "a" / "0.png").unlink()
     bad = save(root / "train" / "a" / name, (200, 0, 0), (64, 64))
     breaks(bad)
-    command.refuses(root, saying=["1 of 10 images can't be read", bad, reason, "Replace or remove"])
+    command.assert_refused(root, saying=["1 of 10 images can't be read", bad, reason, "Replace or remove"])
 
 
 def test_a_bad_image_whose_name_is_no_utf8(tmp_path, command):
@@ -379,24 +379,24 @@ def test_a_grey_recipe_on_colour_photos(data, command, tmp_path):
 def test_a_class_folder_without_images_is_refused(data, command):
     (data / "train" / "empty").mkdir()
     (data / "train" / "empty" / "notes.txt").write_text("later")
-    command.refuses(data, saying=[data / "train" / "empty", "has no images", "expected files *{.bmp",
+    command.assert_refused(data, saying=[data / "train" / "empty", "has no images", "expected files *{.bmp",
                                   "or no such folder"])
 
 
 def test_a_train_folder_without_images_is_refused(data, command):
     for path in (data / "train").rglob("*.png"):
         path.rename(path.with_suffix(".heic"))
-    command.refuses(data, saying=[data / "train" / "a", "has no images", "expected", ".png"])
+    command.assert_refused(data, saying=[data / "train" / "a", "has no images", "expected", ".png"])
     (data / "train").rename(data / "photos")
     (data / "train").mkdir()
-    command.refuses(data, saying=[data / "train", "has no images", f"expected {data / 'train'}/CLASS/*", ".png"])
+    command.assert_refused(data, saying=[data / "train", "has no images", f"expected {data / 'train'}/CLASS/*", ".png"])
 
 
 def test_a_class_that_validation_lacks(data, command):
     """The score is over the images that are there, and the model keeps all classes."""
     for path in (data / "val" / "b").iterdir():
         path.unlink()
-    command.refuses(data, saying=[data / "val" / "b", "has no images", "or no such folder"])
+    command.assert_refused(data, saying=[data / "val" / "b", "has no images", "or no such folder"])
     (data / "val" / "b").rmdir()
     train, val = found_in(data)
     assert train.classes == val.classes == ("a", "b", "c")
@@ -410,7 +410,7 @@ def test_a_class_that_validation_lacks(data, command):
 
 def test_a_class_that_training_lacks_is_refused(data, command):
     save(data / "val" / "zebra" / "0.png")
-    command.refuses(data, saying=[data / "val", "'zebra'", "it knows a, b, c", "rename or remove"])
+    command.assert_refused(data, saying=[data / "val", "'zebra'", "it knows a, b, c", "rename or remove"])
 
 
 def test_the_refusal_of_a_class_among_many_stays_short(data):
@@ -423,8 +423,8 @@ def test_the_refusal_of_a_class_among_many_stays_short(data):
 
 def test_a_single_class_is_refused(tmp_path, command):
     root = photos(photos(tmp_path / "data", classes="a"), split="val", classes="a")
-    command.refuses(root, saying=[root / "train", "one class, 'a'", "needs two", "add a folder"])
-    command.refuses(root / "train", saying=[root / "train", "one class, 'a'", "needs two", "add a folder"])
+    command.assert_refused(root, saying=[root / "train", "one class, 'a'", "needs two", "add a folder"])
+    command.assert_refused(root / "train", saying=[root / "train", "one class, 'a'", "needs two", "add a folder"])
 
 
 def test_three_images_in_all(tmp_path, command):
@@ -448,21 +448,21 @@ def test_three_images_in_all(tmp_path, command):
 def test_one_image_of_each_class_can_not_be_held_out(tmp_path, command):
     for name in "ab":
         save(tmp_path / "data" / "train" / name / "0.png")
-    command.refuses(tmp_path / "data", saying=["nothing to validate on", tmp_path / "data" / "train",
+    command.assert_refused(tmp_path / "data", saying=["nothing to validate on", tmp_path / "data" / "train",
                                                "add a folder val"])
 
 
 def test_images_beside_class_folders_are_refused(data, command):
     save(data / "train" / "stray.JPG")
-    command.refuses(data, saying=[data / "train" / "stray.JPG", "lies in no class folder", "move"])
+    command.assert_refused(data, saying=[data / "train" / "stray.JPG", "lies in no class folder", "move"])
     (data / "train" / "stray.JPG").rename(data / "val" / "stray.JPG")
-    command.refuses(data, saying=[data / "val" / "stray.JPG", "lies in no class folder", "move"])
+    command.assert_refused(data, saying=[data / "val" / "stray.JPG", "lies in no class folder", "move"])
 
 
 def test_images_without_classes_are_refused(tmp_path, command):
     for i in range(3):
         save(tmp_path / "data" / f"{i}.png")
-    command.refuses(tmp_path / "data", saying=[tmp_path / "data" / "0.png", "and 2 more images", "move",
+    command.assert_refused(tmp_path / "data", saying=[tmp_path / "data" / "0.png", "and 2 more images", "move",
                                                tmp_path / "data" / "CLASS"])
 
 
@@ -519,10 +519,10 @@ def test_split_folders_in_upper_case_are_refused(spelt, recipe, data, command):
             (data / name).rename(data / "aside")
             (data / "aside").rename(data / other)
     if spelt == ("Train", "val"):
-        command.refuses(data, recipe, saying=[data, "no folder train", f"expected {data}/train/CLASS/IMAGE"])
+        command.assert_refused(data, recipe, saying=[data, "no folder train", f"expected {data}/train/CLASS/IMAGE"])
     else:
         first = min(name for name in spelt if name.lower() != name)
-        command.refuses(data, recipe, saying=[data / first, f"rename it to {first.lower()}"])
+        command.assert_refused(data, recipe, saying=[data / first, f"rename it to {first.lower()}"])
 
 
 def test_a_test_folder_in_upper_case_beside_train_is_left_alone(data, command):
@@ -533,14 +533,14 @@ def test_a_test_folder_in_upper_case_beside_train_is_left_alone(data, command):
 @pytest.mark.parametrize("split", ["test", "val"])
 def test_without_training_images_it_is_refused(split, tmp_path, command):
     root = photos(tmp_path / "data", split=split)
-    command.refuses(root, saying=[root, "no folder train", f"expected {root}/train/CLASS/IMAGE files"])
+    command.assert_refused(root, saying=[root, "no folder train", f"expected {root}/train/CLASS/IMAGE files"])
 
 
 def test_a_root_that_is_empty_missing_or_a_file(tmp_path, command):
     (tmp_path / "empty").mkdir()
-    command.refuses(tmp_path / "empty", saying=[tmp_path / "empty", "no folder train", "CLASS/IMAGE"])
+    command.assert_refused(tmp_path / "empty", saying=[tmp_path / "empty", "no folder train", "CLASS/IMAGE"])
     for place in (tmp_path / "nowhere", save(tmp_path / "photo.jpg")):
-        command.refuses(place, saying=[f"{place} is not a folder", "expected one with"])
+        command.assert_refused(place, saying=[f"{place} is not a folder", "expected one with"])
 
 
 def test_nested_hidden_and_linked_folders(data, command, tmp_path):
@@ -575,7 +575,7 @@ def test_a_class_folder_without_permission_is_refused(data, command, monkeypatch
 
         monkeypatch.setattr(os, "scandir", refused)
     try:
-        command.refuses(data, saying=[f"{closed} can't be read", "Permission denied", "check its permissions"])
+        command.assert_refused(data, saying=[f"{closed} can't be read", "Permission denied", "check its permissions"])
     finally:
         closed.chmod(0o755)
 
@@ -626,9 +626,9 @@ def test_masked_images_from_folders_of_any_depth(train, tmp_path, command):
 def test_masked_images_without_images_are_refused(tmp_path, command):
     save(tmp_path / "data" / "test" / "0.png")
     (tmp_path / "data" / "notes").mkdir()
-    command.refuses(tmp_path / "data", "masked", saying=[tmp_path / "data", "has no images", ".png"])
+    command.assert_refused(tmp_path / "data", "masked", saying=[tmp_path / "data", "has no images", ".png"])
     save(tmp_path / "data" / "only.png")
-    command.refuses(tmp_path / "data", "masked", saying=["nothing to validate on", tmp_path / "data",
+    command.assert_refused(tmp_path / "data", "masked", saying=["nothing to validate on", tmp_path / "data",
                                                          "add a folder val"])
 
 

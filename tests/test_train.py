@@ -342,7 +342,7 @@ def test_an_unreadable_image_is_named_counted_and_replaced(tmp_path):
 
 def test_too_many_unreadable_images_stop_the_run(tmp_path):
     recipe = replace(CONVNET, data=Data(batch=40), schedule=Cosine(total=epochs(3)))
-    with raises_saying(BadImages, "3 of 200 images can't be read, more than 1 %", "train/a/", "Replace or remove such files"):
+    with raises_saying(BadImages, "3 of 200 images can't be read, more than 1 %", "train/a/", "Replace or remove"):
         run(recipe, many(tmp_path, 200, 3), tmp_path / "run")
 
 

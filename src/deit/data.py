@@ -421,14 +421,20 @@ class _Views(Dataset[Any]):
         return self.small[index]
 
     def _masks(self, keys: np.ndarray) -> Tensor | None:
-        objective, model = self.recipe.objective, self.recipe.model
-        if not isinstance(objective, MaskedImage):
+        if not isinstance(self.recipe.objective, MaskedImage):
             return None
-        assert isinstance(model, DeiTConfig)
-        unit = (objective.unit // model.patch_hw[0], objective.unit // model.patch_hw[1])
         return torch.from_numpy(np.stack([
-            patch_mask(model.grid, unit, objective.ratio, draws(self.recipe.seed, epoch, index, repeat, _MASKS))
+            hidden_patches(self.recipe, draws(self.recipe.seed, epoch, index, repeat, _MASKS))
             for epoch, index, repeat in keys.tolist()]))
+
+
+def hidden_patches(recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
+    """What a masked-image recipe hides of one image: (patches,) bool."""
+    objective, model = recipe.objective, recipe.model
+    assert isinstance(objective, MaskedImage)
+    assert isinstance(model, DeiTConfig)
+    unit = (objective.unit // model.patch_hw[0], objective.unit // model.patch_hw[1])
+    return patch_mask(model.grid, unit, objective.ratio, rng)
 
 
 def _sides(file: Path) -> tuple[int, int] | None:

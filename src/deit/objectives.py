@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from deit import recipe as r
-from deit.augment import draws, patch_mask
-from deit.data import Batch, EvaluationBatches, Split, processor_for
+from deit.augment import draws
+from deit.config import DeiTConfig
+from deit.data import Batch, EvaluationBatches, Split, hidden_patches, processor_for
 from deit.evaluate import evaluate
 from deit.losses import binary_cross_entropy, cosub_loss, cross_entropy, distillation_loss, masked_image_loss
 from deit.machine import Processes
@@ -165,12 +166,7 @@ class MaskedImage:
                                  masks=self._mask)
 
     def _mask(self, index: int) -> np.ndarray:
-        config, objective = self.recipe.model, self.recipe.objective
-        assert isinstance(config, r.DeiTConfig)
-        assert isinstance(objective, r.MaskedImage)
-        rows, columns = config.patch_hw
-        return patch_mask(config.grid, (objective.unit // rows, objective.unit // columns), objective.ratio,
-                          draws(self.recipe.seed, 0, index, 0, stream=7))
+        return hidden_patches(self.recipe, draws(self.recipe.seed, 0, index, 0, stream=7))
 
     @torch.inference_mode()
     def judge(self, model: nn.Module, batches: Iterable[Batch], us: Processes, precision: torch.dtype) -> Verdict:
@@ -201,7 +197,7 @@ class MaskedImage:
         """Rows of original, what the model saw, and what it made of it."""
         count = min(self.shown, len(batch.pixels))
         data, config = self.recipe.data, self.recipe.model
-        assert isinstance(config, r.DeiTConfig)
+        assert isinstance(config, DeiTConfig)
         height, width = painted.shape[-2:]
         original = batch.pixels[:count, :, :height, :width].float()
         rows, columns = config.patch_hw

@@ -484,6 +484,16 @@ class Recipe:
         return typing.cast(Recipe, _build(values, cls, "recipe"))
 
 
+def difference(theirs: Any, ours: Any, path: str = "") -> str:
+    """The first field in which two records differ, with both values; empty where none does."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        found = (difference(theirs.get(name), ours.get(name), f"{path}.{name}".lstrip("."))
+                 for name in {**theirs, **ours})
+        return next(filter(None, found), "")
+    as_json = [list(value) if isinstance(value, tuple) else value for value in (theirs, ours)]
+    return "" if as_json[0] == as_json[1] else f"{path} is {theirs!r} there and {ours!r} here"
+
+
 _CALLS: dict[str, Any] = {cls.__name__: cls for cls in (
     ResizedCrop, SimpleCrop, Affine, RandAugment, AutoAugment, ThreeAugment, Jitter, Erase, Mix, Augment, Data,
     Supervised, Distilled, MaskedImage, AdamW, SGD, LAMB, Muon, Cosine, Compute)} | {"epochs": epochs, "steps": steps}

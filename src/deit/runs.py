@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from deit.build import build_model
 from deit.data import EvaluationBatches, Split, TrainingBatches, fingerprint, processor_for
 from deit.image import DeiTImageProcessor
 from deit.machine import Processes, resolve_precision, whole
-from deit.recipe import Recipe
+from deit.recipe import Recipe, difference
 
 
 @dataclass
@@ -84,24 +83,14 @@ def find(out: Path, recipe: Recipe, resume: bool, planned: bool) -> tuple[Any, A
     tensors, values, problems = found
     theirs = Recipe.from_dict(files.read_json(out / "recipe.json"))
     same = replace(recipe, compute=theirs.compute, schedule=theirs.schedule if planned else recipe.schedule)
-    if difference := _difference(theirs.to_dict(), same.to_dict()):
-        raise ValueError(f"{out} holds a run of another recipe: {difference}; go on with its own recipe "
+    if changed := difference(theirs.to_dict(), same.to_dict()):
+        raise ValueError(f"{out} holds a run of another recipe: {changed}; go on with its own recipe "
                          f"({out / 'recipe.json'}), or choose another --out")
     return (tensors, State(**values)), theirs.schedule, problems
 
 
-def _difference(theirs: Any, ours: Any, path: str = "") -> str:
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for name in {**theirs, **ours}:
-            if found := _difference(theirs.get(name), ours.get(name), f"{path}.{name}".lstrip(".")):
-                return found
-        return ""
-    same = json.dumps(theirs) == json.dumps(ours)
-    return "" if same else f"{path} is {theirs!r} there and {ours!r} here"
-
-
 def prepare(recipe: Recipe, train_split: Split, val_split: Split, us: Processes,
-             found: tuple[dict[str, Tensor], State] | None) -> tuple[Work, State]:
+            found: tuple[dict[str, Tensor], State] | None) -> tuple[Work, State]:
     """Builds a run's parts and, in this order, gives them the state that was found."""
     data = fingerprint(train_split)
     tensors, state = found if found else ({}, State(data=data))

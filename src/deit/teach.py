@@ -35,7 +35,7 @@ from torch import Tensor
 from deit import __version__, files
 from deit.data import Batch, Faults, Split, TrainingBatches, fingerprint
 from deit.machine import resolve_device, resolve_precision
-from deit.recipe import Distilled, Recipe
+from deit.recipe import Distilled, Recipe, difference
 from deit.teacher import Teacher, condense, expand
 
 VERSION = 1
@@ -287,25 +287,14 @@ def _compare(folder: Path, record: Mapping[str, Any], recipe: Recipe, split: Spl
         reason = (f"{record['images']} images there, {len(split)} here" if record["images"] != len(split) else
                   "names, classes or contents of its files differ")
     elif name == "views":
-        reason = _difference(record["views"], json.loads(json.dumps(views(recipe))))
+        then, now = record["views"], views(recipe)
+        reason = (difference(then, now) if then.get("version") == now["version"] else "the code of augmentation has "
+                  f"changed since (version {then.get('version')} there, {now['version']} here)")
     else:
         reason = (f"its weights, classes or preprocessing differ from those of {record['teacher']} then")
     moves = {"data": "bring that data back", "views": "set it back", "teacher": "take that teacher"}
     raise ValueError(f"{folder} was taught with other {name}: {reason}; {moves[name]}, or run deit teach into another "
                      "folder")
-
-
-def _difference(theirs: Any, ours: Any, path: str = "") -> str:
-    """The first setting that differs."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        found = (_difference(theirs.get(name), ours.get(name), f"{path}.{name}".lstrip(".")) for name in
-                 {**theirs, **ours})
-        return next(filter(None, found), "")
-    if theirs == ours:
-        return ""
-    if path == "version":
-        return f"the code of augmentation has changed since (version {theirs} there, {ours} here)"
-    return f"{path} is {theirs!r} there and {ours!r} here"
 
 
 def _claim(out: Path, recipe: Recipe, split: Split, layout: _Layout, prints: Mapping[str, str]) -> _Layout:
