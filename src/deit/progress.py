@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
+from collections import deque
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +18,8 @@ from deit.recipe import Recipe
 
 _SETTLED = 10
 """Updates after which the rate is worth an estimate: the first ones compile, allocate and fill caches."""
+_RECENT = 50
+"""Updates whose median duration is the rate."""
 
 
 class Reporter:
@@ -32,7 +36,8 @@ class Reporter:
                  written: int):
         self.recipe, self.us, self.total = recipe, us, total
         self.console = (console or Console(stderr=True)) if us.main else Console(quiet=True)
-        self.first, self.spent, self.rate = done, 0.0, 0.0
+        self.first, self.rate = done, 0.0
+        self.durations: deque[float] = deque(maxlen=_RECENT)
         self.latest: dict[str, float] = {}
         self.board = None
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -69,8 +74,8 @@ class Reporter:
     def advance(self, step: int, numbers: dict[str, float], seconds: float) -> None:
         """After every update, which took `seconds`: the line moves."""
         since = step - self.first
-        self.spent += seconds
-        self.rate = since * self.recipe.data.batch / self.spent
+        self.durations.append(seconds)
+        self.rate = self.recipe.data.batch / statistics.median(self.durations)
         self.latest |= numbers
         if since == _SETTLED and self.total > 2 * _SETTLED:
             left = (self.total - step) * self.recipe.data.batch / self.rate
