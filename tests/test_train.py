@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -230,6 +232,33 @@ def replace_split(split):
 
 
 # --------------------------------------------------------------------------------------------------- when it goes wrong
+
+
+@pytest.mark.parametrize("when", ["evaluation", "update"])
+def test_a_signal_saves_the_weights_and_not_their_average(when, splits, tmp_path, monkeypatch):
+    """SIGTERM within an evaluation, when the model has the average for its weights, or within an update."""
+    recipe = replace(PLAIN, ema=0.9, augment=Augment(erase=Erase(), mix=Mix(mixup=0.8)))
+    run(recipe, splits, tmp_path / "whole")
+    owner, name = (EvaluationBatches, "__iter__") if when == "evaluation" else (objectives.Supervised, "__call__")
+    honest, calls = getattr(owner, name), []
+
+    def signalled(*given):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, signalled)
+        with pytest.raises(SystemExit, match="143"):
+            run(recipe, splits, tmp_path / "broken")
+    assert len(rows(tmp_path / "broken")) == (1 if when == "evaluation" else 0)
+    run(recipe, splits, tmp_path / "broken", resume=True)
+    one, other = end(tmp_path / "broken"), end(tmp_path / "whole")
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    for row, expected in zip(rows(tmp_path / "broken"), rows(tmp_path / "whole"), strict=True):
+        assert {key: row[key] for key in ("step", "loss", "val_accuracy")} == {
+            key: expected[key] for key in ("step", "loss", "val_accuracy")}
 
 
 def poisoned(monkeypatch, bad):

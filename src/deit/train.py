@@ -38,6 +38,10 @@ _ROWS = 50
 """Updates between rows of metrics, where evaluations are further apart."""
 
 
+class _Interrupted(Exception):
+    """A signal came during an evaluation."""
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run left behind."""
@@ -144,14 +148,17 @@ class _Session:
     def judge(self) -> None:
         """Scores the model, saves it where it is the best so far, and writes a row."""
         began = time.perf_counter()
-        verdict = _judge(self.work, self.state, self.out, self.validation())
+        try:
+            verdict = _judge(self.work, self.state, self.out, self.validation())
+        except _Interrupted:  # it comes again, first of all. Saved here, where the model has its own weights again
+            self.stop()
         self.row(verdict.numbers)
         self.judging = time.perf_counter() - began
 
     def validation(self) -> Iterator[Batch]:
         for batch in self.work.validation:
             if self.signals.caught and self.work.us.world == 1:  # many would have to agree
-                self.stop()  # the evaluation comes again, first of all
+                raise _Interrupted
             for file, reason in self.val_faults.add(batch.faults):
                 self.reporter.say(f"{file} {reason}. The evaluation leaves it out")
             yield batch
