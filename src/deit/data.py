@@ -651,10 +651,11 @@ def _begin_worker(_: int) -> None:
 def _child_signal_kept() -> Iterator[None]:
     """PyTorch's handler for the end of a child raises wherever the parent is, be it in the midst of saving. Without
     it, waiting for a batch finds the death, within 5 seconds."""
-    before = signal.getsignal(signal.SIGCHLD)
+    number = getattr(signal, "SIGCHLD", None)  # Windows has none
+    before = None if number is None else signal.getsignal(number)
     yield
-    if threading.current_thread() is threading.main_thread() and before is not None:
-        signal.signal(signal.SIGCHLD, before)
+    if threading.current_thread() is threading.main_thread() and number is not None and before is not None:
+        signal.signal(number, before)
 
 
 # -------------------------------------------------------------------------------------------------------------- digits

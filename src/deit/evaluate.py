@@ -46,7 +46,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], us: Processes | None = 
     training = model.training
     model.eval()
     heads: list[Head] = []
-    correct = torch.zeros(0)
+    correct = torch.zeros(0, dtype=torch.int64, device=us.device)
     total = 0
     for batch in batches:
         real = batch.labels >= 0
@@ -57,7 +57,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], us: Processes | None = 
         correct = found if not heads else correct + found
         heads, total = list(by_head), total + int(real.sum())
     model.train(training)
-    counts = us.sum(torch.cat([correct.double(), torch.tensor([total], device=us.device).double()])).tolist()
+    counts = us.sum(torch.cat([correct, torch.tensor([total], device=us.device)])).tolist()
     if not counts[-1]:
         raise ValueError("there is no image to evaluate on")
-    return {head: Accuracy(int(count), int(counts[-1])) for head, count in zip(heads, counts, strict=False)}
+    return {head: Accuracy(count, counts[-1]) for head, count in zip(heads, counts, strict=False)}

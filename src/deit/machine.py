@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -40,9 +41,9 @@ def resolve_device(name: str = "auto") -> torch.device:
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 where the hardware computes with it (CUDA since Ampere, CPUs with AVX512-BF16 or AMX)."""
     if precision == "auto":
-        native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
-                  else torch.cpu.get_capabilities().get("avx512_bf16", False))
-        return torch.bfloat16 if native else torch.float32
+        native = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+                  "cpu": lambda: torch.cpu.get_capabilities().get("avx512_bf16", False)}
+        return torch.bfloat16 if device.type in native and native[device.type]() else torch.float32
     return getattr(torch, precision)
 
 
@@ -156,12 +157,15 @@ def _own_part(store: distributed.Store, rank: int, world: int) -> distributed.St
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process had in use at most: of the GPU, or of main memory."""
+    """Bytes that this process had in use at most: of the GPU, or of main memory; 0 where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -172,7 +172,7 @@ class MaskedImage:
     def judge(self, model: nn.Module, batches: Iterable[Batch], us: Processes, precision: torch.dtype) -> Verdict:
         training = model.training
         model.eval()
-        totals = torch.zeros(2, dtype=torch.float64)
+        totals = torch.zeros(2)
         picture = None
         for batch in batches:
             real = batch.labels >= 0
@@ -186,7 +186,7 @@ class MaskedImage:
                 hidden = batch.mask[rows]  # type: ignore[index]
                 loss = masked_image_loss(batch.pixels[rows], out.reconstruction[rows].float(),
                                          hidden.unflatten(1, self.recipe.model.grid))  # type: ignore[union-attr]
-                totals += torch.tensor([float(loss) * len(rows), len(rows)], dtype=torch.float64)
+                totals += torch.tensor([float(loss) * len(rows), len(rows)])
         model.train(training)
         total, count = us.sum(totals.to(us.device)).tolist()
         if not count:
