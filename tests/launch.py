@@ -30,7 +30,7 @@ def student():
         name="student", model=MODEL, data=Data(batch=8, repeats=2), objective=Supervised(smoothing=0.1),
         augment=Augment(crop=ResizedCrop(), flip=0.5, policy=RandAugment(std=0.5), erase=Erase(),
                         mix=Mix(mixup=0.8, cutmix=1.0)),
-        optim=AdamW(lr=1e-2, per_images=8, clip=1.0), schedule=Cosine(total=steps(48), warmup=steps(5)), ema=0.9,
+        optim=AdamW(lr=1e-2, per_images=8, clip=1.0), schedule=Cosine(total=steps(96), warmup=steps(5)), ema=0.9,
         compute=Compute(precision="float32", workers=0), evaluate=steps(15))
 
 

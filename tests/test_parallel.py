@@ -66,14 +66,14 @@ def test_a_killed_worker_is_restarted_and_the_run_ends_as_it_would(given, tmp_pa
 def test_killed_again_and_again(kills, given, tmp_path):
     """All processes at once, and each time another number of loaders."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    longer = ("--set", "schedule.total=steps(60)")
+    longer = ("--set", "schedule.total=steps(90)")
     finish(start(*command(given, whole, *longer), processes=2))
     for count in range(kills):
         process = start(*command(given, broken, "--resume", *longer, "--set", "compute.save_minutes=0",
                                  "--set", f"compute.workers={count % 3}"), processes=2)
         assert wait_for(broken, reached(broken) + 2, process)
         kill(process, broken)
-    assert reached(broken) < 60
+    assert reached(broken) < 90
     finish(start(*command(given, broken, *longer, "--resume"), processes=2))
     assert_same_end(broken, whole)
 

@@ -26,7 +26,7 @@ def given(tmp_path_factory):
     root = tmp_path_factory.mktemp("resume")
     data, recipes = data_and_recipes(root)
     finish(start("train", f"{recipes}:student", "--data", data, "--out", root / "whole"))
-    assert reached(root / "whole") == 48
+    assert reached(root / "whole") == 96
     return data, recipes, root / "whole"
 
 
@@ -42,7 +42,7 @@ def test_killed_again_and_again(given, tmp_path):
     while True:
         workers = ("--set", f"compute.workers={(0, 2, 1)[kills % 3]}")
         process = start(*command(given, out, *workers))
-        if kills == 10 or not wait_for(out, reached(out) + draw.randint(1, 4), process):
+        if kills == 10 or not wait_for(out, reached(out) + draw.randint(1, 3), process):
             break
         time.sleep(draw.random() * 0.05)
         kill(process, out)
@@ -64,8 +64,8 @@ def test_a_signal_saves_and_ends(given, tmp_path, number, code):
     process.send_signal(number)
     output = finish(process, code)
     step = reached(out)
-    assert 15 <= step < 48
-    assert f"stopped by {signal.Signals(number).name} after update {step} of 48; the state is saved" in output
+    assert 15 <= step < 96
+    assert f"stopped by {signal.Signals(number).name} after update {step} of 96; the state is saved" in output
     assert "Traceback" not in output
     finish(start(*command(given, out)))
     assert_same_end(out, given[2])
