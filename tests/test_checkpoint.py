@@ -32,6 +32,13 @@ def test_everything_comes_back_to_the_bit(tmp_path):
         assert torch.equal(found[name], tensor), name
 
 
+def test_files_are_for_whom_the_umask_says(tmp_path):
+    """safetensors' own are for their owner alone, and a server under another user's name could not read them."""
+    path = checkpoint.save(tmp_path, 7, tensors(), STATE)
+    (tmp_path / "plain").write_text("")
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_the_two_newest_are_kept(tmp_path):
     for step in (5, 10, 200):
         checkpoint.save(tmp_path, step, tensors(step), {"step": step})

@@ -88,7 +88,10 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors writes files for their owner alone: a server under another name needs them
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
