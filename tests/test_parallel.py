@@ -1,5 +1,6 @@
 """Many processes do the work of one."""
 
+import json
 import os
 import shutil
 import signal
@@ -47,6 +48,14 @@ def test_two_processes_give_the_run_of_one(given, tmp_path, options):
     for ours, theirs in zip(two, one, strict=True):
         assert ours["val_accuracy"] == theirs["val_accuracy"]  # of 9 images over 2 processes: none twice, none lost
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+def test_two_processes_plan_the_same_schedule(given, tmp_path):
+    """The main process's clock decides, also how many updates are timed."""
+    finish(start(*command(given, tmp_path, "--time", "20s", "--set", "schedule.total=steps(1000000)",
+                          "--set", "evaluate=steps(100000)"), processes=2))
+    total = json.loads((tmp_path / "recipe.json").read_text())["schedule"]["total"]["amount"]
+    assert 1 <= metrics(tmp_path)[-1]["step"] <= total < 1_000_000
 
 
 def test_a_killed_worker_is_restarted_and_the_run_ends_as_it_would(given, tmp_path):

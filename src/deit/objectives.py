@@ -7,7 +7,7 @@ on the validation images. The loop knows no more of them.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -153,7 +153,7 @@ class MaskedImage:
     recipe: r.Recipe
     passes: int = 1
     cycle: int | None = None
-    shown: int = field(default=8)
+    shown: int = 8
     """Validation images whose reconstructions are painted."""
 
     def __call__(self, model: nn.Module, batch: Batch, depth_draws: Tensor | None) -> dict[str, Tensor]:

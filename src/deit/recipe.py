@@ -403,7 +403,7 @@ class Compute:
     """Loader processes of each training process; None: one for each of its cores, up to 8, or 0 where all images fit
     into memory once decoded."""
     save_minutes: float = 10.0
-    """Time between checkpoints; each evaluation writes one too."""
+    """Time between checkpoints; a run that ends or is stopped writes one too."""
 
     def __post_init__(self) -> None:
         _check(self.accumulate >= 1, f"accumulate must be at least 1, found {self.accumulate}")

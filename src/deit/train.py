@@ -377,7 +377,12 @@ def _plan(recipe: Recipe, train_split: Split, val_split: Split, us: Processes, s
     work, state = runs.prepare(recipe, train_split, val_split, us, None)
     times: list[float] = []
     stream = work.batches.from_step(0)
-    while len(times) < 3 or (len(times) < 12 and sum(times) < 0.05 * seconds):
+
+    def by_main(value: float) -> float:
+        """The main process's, in all: their clocks differ, and what they do must not."""
+        return float(us.sum(torch.tensor(float(value) if us.main else 0.0, device=us.device)))
+
+    while len(times) < 3 or (len(times) < 12 and by_main(sum(times) < 0.05 * seconds)):
         started = time.perf_counter()
         work.optimizers.set_lr(work.lr(0))
         _update(work, state, next(stream), (False,), lambda _: None)
@@ -390,7 +395,7 @@ def _plan(recipe: Recipe, train_split: Split, val_split: Split, us: Processes, s
     judging = (time.perf_counter() - started) * len(work.validation) / sample
     per_update = statistics.median(times[2:])
     left = 0.9 * (seconds - (time.perf_counter() - began)) - judging
-    total = int(us.sum(torch.tensor(left / (per_update + judging / work.every) if us.main else 0.0)).item())
+    total = int(by_main(left / (per_update + judging / work.every)))
     if total < 1:
         raise ValueError(f"an update takes about {per_update:.1f} s and an evaluation {judging:.1f} s: none fits into "
                          f"the {seconds:.0f} s that are left; give more time, or a smaller model")
