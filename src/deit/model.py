@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deit import weights
+from deit import cpu_training, weights
 from deit.config import DeiTConfig, ViTConfig
 from deit.losses import Distillation, classification_loss, distillation_loss, masked_image_loss
 from deit.outputs import (
@@ -70,9 +70,11 @@ class Attention(nn.Module):
         self.dropout = config.attention_probs_dropout_prob
         self.implementation = "auto"
 
-    def forward(self, x: Tensor, head_mask: Tensor | None = None,
-                need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, head_mask: Tensor | None = None, need_weights: bool = False,
+                read: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """What the first `read` tokens, or all, gather from all tokens; and their weights where they are needed."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_width)).permute(2, 0, 3, 1, 4)  # (B, H, N, K)
+        q = q[:, :, :read]
         dropout = self.dropout if self.training else 0.0
         attention = None
         if need_weights or head_mask is not None or self._eager(x):
@@ -104,7 +106,11 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm transformer block; both branches with optional LayerScale, and a factor `keep` (2, B) for each image:
-    stochastic depth's."""
+    stochastic depth's. `read`: only so many of the first tokens are wanted of the result.
+
+    In training on the CPU both branches are those of `cpu_training`, which has the same values for less work, unless
+    something is asked for that only autograd knows: dropout, attention weights, another activation, compilation.
+    """
 
     scale1: Tensor | None
     scale2: Tensor | None
@@ -122,12 +128,30 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, head_mask: Tensor | None = None, need_weights: bool = False,
-                keep: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+                keep: Tensor | None = None, read: int | None = None) -> tuple[Tensor, Tensor | None]:
         first, second = (None, None) if keep is None else keep
-        y, attention = self.attention(self.norm1(x), head_mask, need_weights)
-        x = x + self._branch(y, self.scale1, first)
+        if self._by_hand(x, head_mask, need_weights):
+            return self._trained_on_cpu(x, first, second, x.shape[1] if read is None else read), None
+        y, attention = self.attention(self.norm1(x), head_mask, need_weights, read)
+        x = x[:, :read] + self._branch(y, self.scale1, first)
         x = x + self._branch(self.mlp(self.norm2(x)), self.scale2, second)
         return x, attention
+
+    def _by_hand(self, x: Tensor, head_mask: Tensor | None, need_weights: bool) -> bool:
+        attention, activation = self.attention, self.mlp.activation
+        return (self.training and x.device.type == "cpu" and torch.is_grad_enabled() and not need_weights
+                and head_mask is None and attention.implementation == "auto" and attention.dropout == 0.0
+                and self.dropout.p == 0.0 and isinstance(activation, nn.GELU) and not torch.compiler.is_compiling())
+
+    def _trained_on_cpu(self, x: Tensor, first: Tensor | None, second: Tensor | None, read: int) -> Tensor:
+        attention, mlp, dtype = self.attention, self.mlp, cpu_training.compute_dtype(x)
+        with torch.autocast("cpu", enabled=False):  # the branches choose for themselves
+            x = cpu_training.AttentionBranch.apply(
+                x, first, read, attention.heads, self.norm1.eps, dtype, self.norm1.weight, self.norm1.bias,
+                attention.qkv.weight, attention.qkv.bias, attention.out.weight, attention.out.bias, self.scale1)
+            return cpu_training.MLPBranch.apply(
+                x, second, mlp.activation.approximate, self.norm2.eps, dtype, self.norm2.weight, self.norm2.bias,
+                mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, self.scale2)
 
     def _branch(self, y: Tensor, scale: Tensor | None, keep: Tensor | None) -> Tensor:
         y = self.dropout(y)
@@ -183,7 +207,7 @@ class DeiTModel(PreTrained):
     def forward(self, pixel_values: Tensor | None = None, bool_masked_pos: Tensor | None = None,
                 head_mask: Tensor | None = None, output_attentions: bool | None = None,
                 output_hidden_states: bool | None = None, return_dict: bool | None = None,
-                interpolate_pos_encoding: bool = False, *, depth_draws: Tensor | None = None,
+                interpolate_pos_encoding: bool = False, *, depth_draws: Tensor | None = None, read: int | None = None,
                 trace: Trace | None = None) -> BaseModelOutputWithPooling | tuple[Any, ...]:
         """Args:
             pixel_values: (B, channels, height, width), normalised.
@@ -193,6 +217,8 @@ class DeiTModel(PreTrained):
             interpolate_pos_encoding: accept images of another size than `config.image_size`.
             depth_draws: (B, blocks, 2), uniform in [0, 1): stochastic depth in training drops a branch for an image
                 where its number is below the block's rate. None draws them here.
+            read: only so many of the first tokens are wanted of `last_hidden_state`: the last block then computes no
+                others. Where hidden states, attentions or a trace are asked for, it gives all.
             trace: a dict to fill with every intermediate by name.
         """
         config = self.config
@@ -201,12 +227,15 @@ class DeiTModel(PreTrained):
         masks = self._head_masks(head_mask)
         keeps = self._keeps(pixel_values, depth_draws)
         x = note(trace, "embeddings", self._embed(pixel_values, bool_masked_pos, interpolate_pos_encoding))
+        reads: list[int | None] = [None] * len(self.blocks)
+        if reads and not (need_weights or keep_states or trace is not None):
+            reads[-1] = read
         states, attentions = [x], []
         for i, block in enumerate(self.blocks):
             if self.gradient_checkpointing and self.training:
-                x, attention = checkpoint(block, x, masks[i], need_weights, keeps[i], use_reentrant=False)
+                x, attention = checkpoint(block, x, masks[i], need_weights, keeps[i], reads[i], use_reentrant=False)
             else:
-                x, attention = block(x, masks[i], need_weights, keeps[i])
+                x, attention = block(x, masks[i], need_weights, keeps[i], reads[i])
             note(trace, f"block{i:02}", x)
             states.append(x)
             attentions.append(attention)
@@ -372,7 +401,7 @@ class DeiTForImageClassification(_WithHead):
                 trace: Trace | None = None) -> ImageClassifierOutput | tuple[Any, ...]:
         """As `DeiTModel.forward`; `labels` give the loss: (B,) class indices, or (B, C) multi-label or regression."""
         out = self.deit(pixel_values, None, head_mask, output_attentions, output_hidden_states, True,
-                        interpolate_pos_encoding, depth_draws=depth_draws, trace=trace)
+                        interpolate_pos_encoding, depth_draws=depth_draws, read=1, trace=trace)
         logits = note(trace, "logits", self.classifier(out.last_hidden_state[:, 0]))
         loss = None if labels is None else classification_loss(logits, labels, self.config)
         return _result(self, return_dict, ImageClassifierOutput(
@@ -413,7 +442,7 @@ class DeiTForImageClassificationWithTeacher(_WithHead):
                 alone it is the loss of the fused logits, in evaluation only: training so would ignore the teacher.
         """
         out = self.deit(pixel_values, None, head_mask, output_attentions, output_hidden_states, True,
-                        interpolate_pos_encoding, depth_draws=depth_draws, trace=trace)
+                        interpolate_pos_encoding, depth_draws=depth_draws, read=2, trace=trace)
         cls_logits = note(trace, "cls_logits", self.cls_classifier(out.last_hidden_state[:, 0]))
         distillation_logits = note(trace, "distillation_logits",
                                    self.distillation_classifier(out.last_hidden_state[:, 1]))

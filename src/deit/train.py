@@ -27,7 +27,7 @@ from deit import files, objectives, optim, runs
 from deit.augment import draws
 from deit.config import DeiTConfig
 from deit.data import Batch, Faults, LoaderDied, Split
-from deit.machine import Processes, processes, synchronised
+from deit.machine import Processes, keep_memory, processes, synchronised
 from deit.progress import Reporter
 from deit.recipe import Recipe, steps
 from deit.runs import State, Work
@@ -86,6 +86,8 @@ def train(recipe: Recipe, train_split: Split, val_split: Split, out: str | Path,
     end = math.inf if minutes is None else time.perf_counter() + 60 * minutes
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     with processes(device) as us, _Signals() as signals:
+        if us.device.type == "cpu":
+            keep_memory()
         return _train(recipe, (train_split, val_split), Path(out), us, signals, console, resume, end)
 
 

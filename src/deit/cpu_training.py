@@ -1,0 +1,167 @@
+"""A block's forward and backward pass in training on the CPU, by hand.
+
+The values are those of autograd on `Block`, the operations too; what goes is what autograd puts between them: copies
+between precisions, tensors of scores that are scaled in a pass of their own, gradients that are added in fresh memory.
+And an image whose branch stochastic depth drops is not computed. About a tenth of a step of DeiT-Ti (docs/log.md).
+
+B images, N tokens, D width, H heads, K head width; R of the images are kept by stochastic depth, and M, the first of
+the tokens, are what the caller reads: all of them but in a classifier's last block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_aten = torch.ops.aten
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What matrices are multiplied in: autocast's type, or that of `x`."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+class AttentionBranch(torch.autograd.Function):
+    """x (B, N, D) -> x[:, :M] + keep * scale * attention(norm(x))[:, :M].
+
+    `qkv_bias`, `scale` (D,) and `keep` (B,) may be None.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor | None, read: int, heads: int, eps: float,
+                dtype: torch.dtype, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
+                qkv_bias: Tensor | None, out_weight: Tensor, out_bias: Tensor, scale: Tensor | None) -> Tensor:
+        rows = _kept(keep)
+        inside = x if rows is None else x[rows]
+        (images, tokens, width), head_width = inside.shape, inside.shape[2] // heads
+        normed, mean, rstd = _norm(inside, norm_weight, norm_bias, eps, dtype)  # (R * N, D)
+        qkv_weight, out_weight = qkv_weight.to(dtype), out_weight.to(dtype)
+        qkv = _linear(normed, qkv_weight, qkv_bias).view(images, tokens, 3, heads, head_width)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous().view(3, images * heads, tokens, head_width)
+        q = q[:, :read]
+        attention = _scaled_bmm(q, k.transpose(1, 2), head_width**-0.5).softmax(-1)  # (R * H, M, N)
+        y = torch.bmm(attention, v).view(images, heads, read, head_width).transpose(1, 2).reshape(-1, width)
+        branch = _linear(y, out_weight, out_bias)  # (R * M, D)
+        ctx.save_for_backward(inside, mean, rstd, norm_weight, norm_bias, normed, q, k, v, attention, y, qkv_weight,
+                              out_weight, scale, None if scale is None else branch, rows, keep)
+        ctx.heads, ctx.images, ctx.has_bias = heads, len(x), qkv_bias is not None
+        return _added(x[:, :read], branch, scale, rows, keep)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (inside, mean, rstd, norm_weight, norm_bias, normed, q, k, v, attention, y, qkv_weight, out_weight, scale,
+         branch, rows, keep) = ctx.saved_tensors
+        (images, tokens, width), heads, read = inside.shape, ctx.heads, gradient.shape[1]
+        head_width, dtype = width // heads, normed.dtype
+        wanted = ctx.needs_input_grad
+        d_branch, d_scale = _into_branch(gradient, branch, scale, rows, keep, dtype)  # (R * M, D)
+        d_y = (d_branch @ out_weight).view(images, read, heads, head_width).transpose(1, 2)
+        d_y = d_y.reshape(images * heads, read, head_width)
+        d_scores = torch._softmax_backward_data(torch.bmm(d_y, v.transpose(1, 2)), attention, -1, dtype)
+        d_qkv = normed.new_empty(images, tokens, 3, heads, head_width)
+        d_qkv[:, read:, 0] = 0.0
+        parts = (_scaled_bmm(d_scores, k, head_width**-0.5), _scaled_bmm(d_scores.transpose(1, 2), q, head_width**-0.5),
+                 torch.bmm(attention.transpose(1, 2), d_y))
+        for i, part in enumerate(parts):
+            d_qkv[:, :part.shape[1], i] = part.unflatten(0, (images, heads)).transpose(1, 2)
+        d_qkv = d_qkv.view(images * tokens, 3 * width)
+        d_x, d_norm_weight, d_norm_bias = _norm_backward(d_qkv @ qkv_weight, inside, mean, rstd, norm_weight, norm_bias)
+        return (_through(d_x, gradient, rows, ctx.images), None, None, None, None, None, d_norm_weight, d_norm_bias,
+                d_qkv.t() @ normed if wanted[8] else None, d_qkv.sum(0) if ctx.has_bias and wanted[9] else None,
+                d_branch.t() @ y if wanted[10] else None, d_branch.sum(0) if wanted[11] else None, d_scale)
+
+
+class MLPBranch(torch.autograd.Function):
+    """x (B, N, D) -> x + keep * scale * fc2(gelu(fc1(norm(x)))). `approximate` is `torch.nn.GELU`'s."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor | None, approximate: str, eps: float,
+                dtype: torch.dtype, norm_weight: Tensor, norm_bias: Tensor, fc1_weight: Tensor, fc1_bias: Tensor,
+                fc2_weight: Tensor, fc2_bias: Tensor, scale: Tensor | None) -> Tensor:
+        rows = _kept(keep)
+        inside = x if rows is None else x[rows]
+        normed, mean, rstd = _norm(inside, norm_weight, norm_bias, eps, dtype)
+        fc1_weight, fc2_weight = fc1_weight.to(dtype), fc2_weight.to(dtype)
+        before = _linear(normed, fc1_weight, fc1_bias)
+        after = F.gelu(before, approximate=approximate)
+        branch = _linear(after, fc2_weight, fc2_bias)
+        ctx.save_for_backward(inside, mean, rstd, norm_weight, norm_bias, normed, before, after, fc1_weight, fc2_weight,
+                              scale, None if scale is None else branch, rows, keep)
+        ctx.images, ctx.approximate = len(x), approximate
+        return _added(x, branch, scale, rows, keep)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (inside, mean, rstd, norm_weight, norm_bias, normed, before, after, fc1_weight, fc2_weight, scale, branch, rows,
+         keep) = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        d_branch, d_scale = _into_branch(gradient, branch, scale, rows, keep, normed.dtype)
+        d_before = _aten.gelu_backward(d_branch @ fc2_weight, before, approximate=ctx.approximate)
+        d_x, d_norm_weight, d_norm_bias = _norm_backward(d_before @ fc1_weight, inside, mean, rstd, norm_weight,
+                                                         norm_bias)
+        return (_through(d_x, gradient, rows, ctx.images), None, None, None, None, d_norm_weight, d_norm_bias,
+                d_before.t() @ normed if wanted[7] else None, d_before.sum(0) if wanted[8] else None,
+                d_branch.t() @ after if wanted[9] else None, d_branch.sum(0) if wanted[10] else None, d_scale)
+
+
+# ------------------------------------------------------------------------------------------------ what both branches do
+
+
+def _kept(keep: Tensor | None) -> Tensor | None:
+    """Images that the branch is computed for, (R,); None: all."""
+    return None if keep is None else keep.nonzero().squeeze(1)
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    normed, mean, rstd = _aten.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return normed.to(dtype).flatten(0, 1), mean, rstd
+
+
+def _norm_backward(gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
+                   bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _aten.native_layer_norm_backward(gradient.to(x.dtype).view(x.shape), x, x.shape[-1:], mean, rstd, weight,
+                                            bias, [True, True, True])
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # The library multiplies by a weight that lies transposed in memory a fifth faster; copying one is nearly free.
+    weight = weight.t().contiguous()
+    return x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
+
+
+def _scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
+
+
+def _added(x: Tensor, branch: Tensor, scale: Tensor | None, rows: Tensor | None, keep: Tensor | None) -> Tensor:
+    """(B, M, D): x with the branch, (R * M, D), added where it was computed."""
+    if scale is not None:
+        branch = branch * scale
+    branch = branch.view(-1, *x.shape[1:])
+    if rows is None or keep is None:
+        return x + branch
+    return x.clone().index_add_(0, rows, (branch * keep[rows].view(-1, 1, 1)).to(x.dtype))
+
+
+def _into_branch(gradient: Tensor, branch: Tensor | None, scale: Tensor | None, rows: Tensor | None,
+                 keep: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Gradients of what `_added` adds: of the branch, (R * M, D), and of the scale."""
+    if rows is not None and keep is not None:
+        gradient = gradient[rows] * keep[rows].view(-1, 1, 1)
+    gradient = gradient.flatten(0, 1)
+    if scale is None or branch is None:
+        return gradient.to(dtype), None
+    return (gradient * scale).to(dtype), (gradient * branch).sum(0)
+
+
+def _through(d_inside: Tensor, gradient: Tensor, rows: Tensor | None, images: int) -> Tensor:
+    """The gradient of x, (B, N, D), from the branch's, (R, N, D), and from the sum's, (B, M, D)."""
+    d_x = d_inside if rows is None else d_inside.new_zeros(images, *d_inside.shape[1:]).index_add_(0, rows, d_inside)
+    d_x[:, :gradient.shape[1]] += gradient
+    return d_x
