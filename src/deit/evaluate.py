@@ -200,8 +200,9 @@ def examine_files(model: str | Path, data: str | Path, *, split: str | None = No
     subjects = [_Subject(model, examples, head, crop_ratio, place)]
     if other is not None:
         subjects.append(_Subject(other, examples, head, None, place))
+    identity = fingerprint(examples)
     examined = [subject.examine(console, tell=subject is subjects[0]) for subject in subjects]
-    return Evaluation(str(data), found, fingerprint(examples), *examined)
+    return Evaluation(str(data), found, identity, *examined)
 
 
 class _Subject:
