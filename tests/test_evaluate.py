@@ -149,3 +149,18 @@ def test_answers_that_are_no_numbers_are_refused(heads):
 def test_names_for_another_number_of_classes_are_refused():
     with raises_saying(ValueError, "5 probabilities", "3 class names"):
         examine(Lookup(heads=1), batches()[2], "abc")
+
+
+def test_float32_is_float32_on_a_gpu_too():
+    """PyTorch would let a convolution round its inputs to TF32."""
+    asked = []
+
+    class Asked(Lookup):
+        def forward(self, pixels):
+            asked.append(torch.backends.cudnn.allow_tf32)
+            return super().forward(pixels)
+
+    before = torch.backends.cudnn.allow_tf32
+    examine(Asked(heads=1), batches()[2], NAMES[:5])
+    assert set(asked) == {False}
+    assert torch.backends.cudnn.allow_tf32 is before is True

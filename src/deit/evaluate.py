@@ -92,28 +92,21 @@ def examine(model: nn.Module, batches: Iterable[Batch], classes: Sequence[str], 
     ranks: defaultdict[str, list[np.ndarray]] = defaultdict(list)
     faults: list[tuple[str, str]] = []
     done = 0
-    for batch, labels, by_head in _answered(model, batches, torch.device(device), precision):
-        _check_head(by_head, head)
-        chosen = by_head[head]
-        if chosen.shape[1] != len(classes):
-            raise ValueError(f"the model gives {chosen.shape[1]} probabilities, for {len(classes)} class names; name "
-                             "each of its classes")
-        sums = torch.stack([probabilities.sum(-1) for probabilities in by_head.values()])  # (heads, B)
-        if (broken := ~sums.isfinite().all(0) & (labels >= 0)).any():
-            row = int(broken.nonzero()[0])
-            raise ValueError(f"the model's answer to image {done + row} of the data is not a number, so it can't be "
-                             "scored; its weights are damaged or diverged: take another checkpoint")
-        true = labels.clamp(min=0).unsqueeze(1)  # (B, 1)
-        for each, probabilities in by_head.items():
-            ranks[each].append(_ranks(probabilities, true).cpu().numpy())
-        predicted = chosen.argmax(-1)
-        for name, values in (("labels", labels), ("predicted", predicted),
-                             ("confidence", chosen.gather(1, predicted.unsqueeze(1)).squeeze(1).double()),
-                             ("probability", chosen.gather(1, true).squeeze(1).double()),
-                             ("squares", chosen.square().sum(-1).double())):
-            rows[name].append(values.cpu().numpy())
-        faults += batch.faults
-        done += len(batch)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # else 10 bits of a convolution's numbers count
+        for batch, labels, by_head in _answered(model, batches, torch.device(device), precision):
+            _check(by_head, labels, head, classes, done)
+            chosen = by_head[head]
+            true = labels.clamp(min=0).unsqueeze(1)  # (B, 1)
+            for each, probabilities in by_head.items():
+                ranks[each].append(_ranks(probabilities, true).cpu().numpy())
+            predicted = chosen.argmax(-1)
+            for name, values in (("labels", labels), ("predicted", predicted),
+                                 ("confidence", chosen.gather(1, predicted.unsqueeze(1)).squeeze(1).cpu().double()),
+                                 ("probability", chosen.gather(1, true).squeeze(1).cpu().double()),
+                                 ("squares", chosen.square().sum(-1).cpu().double())):
+                rows[name].append(values.cpu().numpy())
+            faults += batch.faults
+            done += len(batch)
     if not done:
         raise ValueError("there is no image to evaluate on")
     whole = {name: np.concatenate(parts) for name, parts in rows.items()}
@@ -126,6 +119,19 @@ def _ranks(probabilities: Tensor, true: Tensor) -> Tensor:
     own = probabilities.gather(1, true)
     earlier = torch.arange(probabilities.shape[1], device=true.device) < true  # (B, C)
     return ((probabilities > own) | ((probabilities == own) & earlier)).sum(-1)
+
+
+def _check(by_head: dict[Head, Tensor], labels: Tensor, head: Head, classes: Sequence[str], done: int) -> None:
+    """Refuses what can't be scored; `done` images came before."""
+    _check_head(by_head, head)
+    if (outputs := by_head[head].shape[1]) != len(classes):
+        raise ValueError(f"the model gives {outputs} probabilities, for {len(classes)} class names; name each of its "
+                         "classes")
+    sums = torch.stack([probabilities.sum(-1) for probabilities in by_head.values()])  # (heads, B)
+    broken = ~sums.isfinite().all(0) & (labels >= 0)
+    if broken.any():
+        raise ValueError(f"the model's answer to image {done + int(broken.nonzero()[0])} of the data is not a number, so "
+                         "it can't be scored; its weights are damaged or diverged: take another checkpoint")
 
 
 def _check_head(by_head: dict[Head, Tensor], head: Head) -> None:
