@@ -237,24 +237,7 @@ def test_the_tables(evaluate, root):
                  f"Difference {compared['difference']:+.4f}, 95 % interval {compared['low']:+.4f} to "
                  f"{compared['high']:+.4f}"):
         assert part in text, part
-    confusions = re.findall(r"│ (\w) │ (\w) │ (\d+) │ (0\.\d+|1\.000) │", text)
-    cells = {(NAMES[label], NAMES[answer]): count for label, answer, count in found["confusion"] if label != answer}
-    assert [int(count) for _, _, count, _ in confusions] == sorted(cells.values(), reverse=True)[:10]
-    for label, answer, count, share in confusions:
-        assert (int(count), share) == (cells[label, answer], f"{cells[label, answer] / 20:.3f}")
     assert "│ fused │" not in evaluate("single")  # one head is one row
-
-
-def test_names_are_not_taken_for_markup(evaluate, root, tmp_path):
-    names = ("[red]", "[/b]")
-    photos(tmp_path, split="test", classes=["x", "y"])
-    (tmp_path / "test" / "x").rename(tmp_path / "test" / "[red]")
-    (tmp_path / "list.csv").write_text("path,label\n" + "".join(
-        f"test/{folder}/{i}.png,{name}\n" for folder, name in (("[red]", "[red]"), ("y", "[/b]")) for i in range(7)))
-    save(root / "marked", names=names)
-    text = evaluate("marked", data=tmp_path / "list.csv")
-    assert "[red]" in text
-    assert "[/b]" in text
 
 
 def test_many_images_are_read_by_loaders_and_none_is_kept(root, monkeypatch):

@@ -130,8 +130,9 @@ def _check(by_head: dict[Head, Tensor], labels: Tensor, head: Head, classes: Seq
     sums = torch.stack([probabilities.sum(-1) for probabilities in by_head.values()])  # (heads, B)
     broken = ~sums.isfinite().all(0) & (labels >= 0)
     if broken.any():
-        raise ValueError(f"the model's answer to image {done + int(broken.nonzero()[0])} of the data is not a number, so "
-                         "it can't be scored; its weights are damaged or diverged: take another checkpoint")
+        image = done + int(broken.nonzero()[0])
+        raise ValueError(f"the model's answer to image {image} of the data is not a number, so it can't be scored; its "
+                         "weights are damaged or diverged: take another checkpoint")
 
 
 def _check_head(by_head: dict[Head, Tensor], head: Head) -> None:
