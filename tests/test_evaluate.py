@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import raises_saying
+from conftest import raises_saying, run_python
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from torch import nn
 
@@ -164,3 +164,30 @@ def test_float32_is_float32_on_a_gpu_too():
     examine(Asked(heads=1), batches()[2], NAMES[:5])
     assert set(asked) == {False}
     assert torch.backends.cudnn.allow_tf32 is before is True
+
+
+MEMORY = """
+import resource
+import torch
+from deit.data import Batch
+from deit.evaluate import examine
+from deit.outputs import ImageClassifierOutput
+
+class Model(torch.nn.Module):
+    def forward(self, pixels):
+        return ImageClassifierOutput(logits=pixels.flatten(1))
+
+def peak(batches):
+    examine(Model(), (Batch(torch.randn(64, 1, 1, 1000), torch.randint(0, 1000, (64,))) for _ in range(batches)),
+            tuple(map(str, range(1000))))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+before = peak(20)
+print((peak(320) - before) / 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_images():
+    """MiB from 1,280 to 20,480 images of 1000 classes, whose probabilities alone would take 73."""
+    pytest.importorskip("resource")
+    assert float(run_python(MEMORY, OMP_NUM_THREADS="1")) < 25
