@@ -825,3 +825,48 @@ def test_lazy_pillow_image(tmp_path):
 def test_exif_matches_pillow():
     file = encode(smooth(60, 80), exif=exif(5))
     np.testing.assert_array_equal(load_image(file), ImageOps.exif_transpose(Image.open(io.BytesIO(file))))
+
+
+# ---- the crop ratio ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(40, 40), (30, 60), (60, 30)])
+@pytest.mark.parametrize("ratio", [0.5, 0.8, 1.0])
+def test_another_crop_ratio_is_the_papers_with_it(size, ratio):
+    image = smooth(*size)
+    for side in (16, (16, 24)):
+        before = DeiTImageProcessor.paper(side)
+        after = before.with_crop_ratio(ratio)
+        assert after == DeiTImageProcessor.paper(side, ratio)
+        assert before == DeiTImageProcessor.paper(side)
+        different, changed = (made([image]).pixel_values[0] for made in (before, after))
+        assert different.shape == changed.shape
+        assert np.abs(different - changed).max() > 0.05
+        assert after.crop_ratio == max(after.crop_size.values()) / after.size["shortest_edge"]
+
+
+def test_a_squashed_image_stays_squashed():
+    squashed = DeiTImageProcessor.from_timm({"crop_mode": "squash", "crop_pct": 0.875, "mean": (0.1,) * 3})
+    assert squashed.crop_ratio == 0.875
+    changed = squashed.with_crop_ratio(0.5)
+    assert (changed.size, changed.crop_ratio) == ({"height": 448, "width": 448}, 0.5)
+    assert changed.to_dict() == {**squashed.to_dict(), "size": {"height": 448, "width": 448}}
+
+
+def test_without_crop_the_ratio_is_one_and_can_be_lowered():
+    whole = DeiTImageProcessor(size=16, do_center_crop=False)
+    assert whole.crop_ratio == 1.0
+    changed = whole.with_crop_ratio(0.5)
+    assert (changed.size, changed.crop_size) == ({"height": 32, "width": 32}, {"height": 16, "width": 16})
+    image = smooth(40, 40)
+    np.testing.assert_array_equal(whole.with_crop_ratio(1.0)([image]).pixel_values[0], whole([image]).pixel_values[0])
+
+
+def test_crop_ratios_that_can_not_be():
+    assert DeiTImageProcessor(do_resize=False).crop_ratio is None
+    for options in ({"do_resize": False}, {"size": {"shortest_edge": 16}, "do_center_crop": False}):
+        with pytest.raises(ValueError, match="needs images that are resized and cropped"):
+            DeiTImageProcessor(**options).with_crop_ratio(0.9)
+    for ratio in (0.0, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="above 0, at most 1"):
+            DeiTImageProcessor().with_crop_ratio(ratio)

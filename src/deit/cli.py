@@ -78,10 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("model", help="folder of a trained model, or a hub name")
     verb.add_argument("images", nargs="+", metavar="IMAGE")
     verb.add_argument("--top-k", type=int, default=3, metavar="K", help="labels for each image (default: 3)")
-    verb.add_argument("--head", choices=("fused", "class", "distillation", "softmax"), default="fused",
-                      help="which head of a distilled model decides (default: fused)")
+    _add_head(verb)
     verb.add_argument("--json", action="store_true", help="one JSON line for each image")
     verb.set_defaults(run=_predict)
+
+    _add_eval(verbs)
 
     verb = verbs.add_parser("convert", help="rewrite a checkpoint for another project")
     verb.add_argument("source", help="folder, weight file or hub name, in any known format")
@@ -89,6 +90,25 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", type=Path, required=True, metavar="DIR")
     verb.set_defaults(run=_convert)
     return parser
+
+
+def _add_eval(verbs: Any) -> None:
+    verb = verbs.add_parser("eval", help="how good a model is on labelled images, or how much better than another",
+                            description="Accuracy of every head, calibration, classes and confusions of a model on "
+                            "labelled images: DATA/test/CLASS/* or DATA/val/CLASS/*, DATA/CLASS/*, or a .csv or .jsonl "
+                            "list with the columns or keys path and label. Classes are found in the model by name.")
+    verb.add_argument("model", metavar="MODEL", help="folder of a trained model, or a hub name")
+    verb.add_argument("--data", type=Path, required=True, metavar="DATA", help="folder or list of labelled images")
+    verb.add_argument("--split", choices=("train", "val", "test"),
+                      help="of a folder that has splits (default: test, or where there is none val)")
+    _add_head(verb)
+    verb.add_argument("--crop-ratio", type=float, metavar="R",
+                      help="side of the crop by the resized image's, up to 1 (default: the model's own)")
+    verb.add_argument("--compare", metavar="OTHER", help="a second model for the same images, prepared as it says")
+    _add_device(verb)
+    verb.add_argument("--json", action="store_true",
+                      help="print the result as one JSON line on standard output, and the tables on standard error")
+    verb.set_defaults(run=_eval)
 
 
 def _add_overrides(verb: argparse.ArgumentParser) -> None:
@@ -99,7 +119,16 @@ def _add_overrides(verb: argparse.ArgumentParser) -> None:
 
 def _add_settings(verb: argparse.ArgumentParser) -> None:
     _add_overrides(verb)
+    _add_device(verb)
+
+
+def _add_device(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu or cuda (default: %(default)s)")
+
+
+def _add_head(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--head", choices=("fused", "class", "distillation", "softmax"), default="fused",
+                      help="which head of a distilled model decides (default: fused)")
 
 
 def _minutes(text: str) -> float:
@@ -184,6 +213,19 @@ def _row(path: str, labels: list[dict[str, Any]], as_json: bool) -> str:
     if as_json:
         return json.dumps({"image": path, "labels": labels})
     return f"{path}: " + ", ".join(f"{found['label']} {found['score']:.3f}" for found in labels)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from deit.evaluate import examine_files
+    from deit.tables import show
+
+    found = examine_files(options.model, options.data, split=options.split, head=options.head,
+                          crop_ratio=options.crop_ratio, other=options.compare, device=options.device)
+    show(found, Console(stderr=options.json))
+    if options.json:
+        print(json.dumps(found.to_dict()))
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from deit import files, hub
@@ -35,7 +36,9 @@ class ConvNet(nn.Module):
         self.classifier = nn.Linear(channels, config.num_labels)
 
     def forward(self, pixel_values: Tensor) -> ImageClassifierOutput:
-        return ImageClassifierOutput(logits=self.classifier(self.features(pixel_values).mean((2, 3))))
+        # Channels last in memory: convolutions of the CPU's library and of tensor cores are a third faster that way.
+        features = self.features(pixel_values.contiguous(memory_format=torch.channels_last))
+        return ImageClassifierOutput(logits=self.classifier(features.mean((2, 3))))
 
     def save_pretrained(self, folder: str | Path) -> None:
         hub.write_tensors(Path(folder), self.state_dict())

@@ -8,15 +8,19 @@ epochs, for any N and B; many processes share the batches of one; and the state 
 
 from __future__ import annotations
 
+import csv
+import difflib
 import gc
 import hashlib
 import itertools
+import json
 import math
 import os
 import signal
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,6 +41,7 @@ from deit.recipe import MaskedImage, Recipe
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 """Accepted folder names of each split."""
+LIST_SUFFIXES = (".csv", ".jsonl")
 CACHE_BYTES = 2**30
 """A split's decoded images are kept in memory up to this size, by all loader processes of a training process together.
 """
@@ -151,15 +156,86 @@ def read_data(root: str | Path, *, holdout: float, seed: int, labelled: bool = T
     if train is None and (val is not None or not any(_listed(root, apart))):
         raise FileNotFoundError(f"{root} has {'a folder ' + val.name if val else 'no images'} and no folder train; "
                                 f"expected {root}/train/CLASS/IMAGE files")
-    meant = SPLITS["val"] if train else tuple(itertools.chain(*SPLITS.values()))  # Test beside train is left alone
-    if val is None and (misnamed := [name for name in _listed(root, meant)[0] if name.lower() in meant]):
-        raise ValueError(f"{root / misnamed[0]} would not be read as a split; rename it to {misnamed[0].lower()} if it "
-                         "is one, else to something else")
+    if val is None:  # Test beside train is left alone
+        _refuse_misnamed(root, SPLITS["val"] if train else tuple(itertools.chain(*SPLITS.values())))
     whole = read(train or root, None, apart)
     if labelled and len(whole.classes) < 2:
         raise ValueError(f"{train or root} has one class, {whole.classes[0]!r}, and a classifier needs two; add a "
                          "folder for each other class")
     return (whole, read(val, whole.classes)) if val else _hold_out(whole, holdout, seed, train or root)
+
+
+def read_examples(place: str | Path, split: str | None = None) -> tuple[Split, str | None]:
+    """Labelled images to judge a model by, with their own classes in the order of the names, and the split they are.
+
+    `place` is a folder or a list. Of a folder with splits, `split` (train, val or test) is read; None takes test, or
+    where there is none val. Of a folder without splits, all of `place/CLASS/**`.
+
+    A list is a file of paths and class names, one image in a line; relative paths start from the list's folder.
+    `.csv`: a header that names the columns `path` and `label`, commas, other columns ignored. `.jsonl`: an object with
+    the strings `path` and `label` in every line, other keys ignored. Both in UTF-8.
+
+    `matched` brings the labels into a model's order.
+
+    Raises `FileNotFoundError` or `ValueError` with what is expected there and, in a list, the line.
+    """
+    place = Path(place)
+    if place.is_dir():
+        found = split or next((name for name in ("test", "val") if _split_folder(place, name)), None)
+        if found:
+            return read_split(place, found), found
+        if _split_folder(place, "train"):
+            raise ValueError(f"{place} has a folder train, but neither test nor val; add one, or take --split train to "
+                             "evaluate on the training images")
+        _refuse_misnamed(place, tuple(itertools.chain(*SPLITS.values())))
+        return _read_labelled(place), None
+    if not place.is_file():
+        raise FileNotFoundError(f"{place} does not exist; expected a folder of images, or a list of them "
+                                f"({' or '.join(LIST_SUFFIXES)})")
+    if place.suffix.lower() not in LIST_SUFFIXES:
+        raise ValueError(f"{place} is neither a folder of images nor a list of them, which ends in "
+                         f"{' or '.join(LIST_SUFFIXES)}; give one of the two")
+    if split:
+        raise ValueError(f"{place} is a list and has no splits, but --split {split} is asked for; leave it out")
+    return _read_list(place), None
+
+
+def matched(split: Split, classes: Sequence[str]) -> Split:
+    """The same images labelled by `classes`, a model's, in its order: found by name.
+
+    Raises `ValueError` for a class that is not among them, and for one whose name stands there twice: the published
+    names of ImageNet call two classes "crane".
+    """
+    first = {label: file for file, label in zip(reversed(split.files), reversed(split.labels), strict=True)}
+    names = {label: split.classes[label] for label in sorted(first)}
+    places = {name: number for number, name in enumerate(classes)}
+    if unknown := [label for label, name in names.items() if name not in places]:
+        name, more = names[unknown[0]], len(unknown) - 1
+        raise ValueError(f"the model knows no class {name!r}, which {first[unknown[0]]} is of"
+                         f"{f' ({more} more are unknown)' if more else ''}; {_near(name, classes)}; rename the class, "
+                         "or leave its images out")
+    if repeated := [name for name in names.values() if classes.count(name) > 1]:
+        raise ValueError(f"the model calls {classes.count(repeated[0])} of its classes {repeated[0]!r}, so which one "
+                         "the images of that name show is not known; make the names in id2label of the model's "
+                         "config.json differ, or leave these images out")
+    return replace(split, labels=tuple(places[names[label]] for label in split.labels), classes=tuple(classes))
+
+
+def _near(name: str, classes: Sequence[str]) -> str:
+    """What of `classes` may be meant by `name`."""
+    folded = {one.casefold(): one for one in classes}
+    close = [folded[one] for one in difflib.get_close_matches(name.casefold(), folded, n=3)]
+    close += [one for key, one in folded.items() if name.casefold() in key and one not in close]
+    if close:
+        return f"it knows {' and '.join(map(repr, close[:3]))}"
+    return f"it knows {', '.join(map(repr, classes[:5]))}{' and others' if len(classes) > 5 else ''}"
+
+
+def _refuse_misnamed(root: Path, meant: Sequence[str]) -> None:
+    """Train or VAL would count as a class."""
+    if misnamed := [name for name in _listed(root, meant)[0] if name.lower() in meant]:
+        raise ValueError(f"{root / misnamed[0]} would not be read as a split; rename it to {misnamed[0].lower()} if it "
+                         "is one, else to something else")
 
 
 def _split_folder(root: Path, split: str) -> Path | None:
@@ -251,6 +327,62 @@ def _rows(split: Split, rows: np.ndarray) -> Split:
     return Split(tuple(split.files[i] for i in rows), tuple(split.labels[i] for i in rows), split.classes)
 
 
+def _read_list(file: Path) -> Split:
+    root = os.path.abspath(file.parent)
+    rows: dict[str, tuple[int, str]] = {}  # path: line, label
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            for number, path, label in (_csv_rows if file.suffix.lower() == ".csv" else _jsonl_rows)(file, lines):
+                for key, value in (("path", path), ("label", label)):
+                    if not isinstance(value, str) or not value.strip():
+                        raise ValueError(f"{file}, line {number}: {key} is {json.dumps(value)}, expected "
+                                         f"{'a path' if key == 'path' else 'the name of a class'} as text")
+                path = os.path.normpath(os.path.join(root, path))
+                if path in rows:
+                    raise ValueError(f"{file}, line {number}: {path} is listed already in line {rows[path][0]}, and "
+                                     "counts once; remove one of the two")
+                rows[path] = (number, label)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file} can't be read as {file.suffix[1:].upper()} in UTF-8 ({error}); write it again"
+                         ) from None
+    if not rows:
+        raise ValueError(f"{file} lists no images; expected a line with a path and a label for each")
+    classes = tuple(sorted({label for _, label in rows.values()}))
+    label_of = {name: label for label, name in enumerate(classes)}
+    return Split(tuple(map(Path, rows)), tuple(label_of[label] for _, label in rows.values()), classes)
+
+
+def _csv_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any, Any]]:
+    reader = csv.reader(lines, strict=True)
+    header = [name.strip() for name in next(reader, [])]
+    for name in ("path", "label"):
+        if header.count(name) != 1:
+            raise ValueError(f"{file}, line 1: expected a header with one column {name!r}, found "
+                             f"{', '.join(map(repr, header)) or 'nothing'}; the columns path and label are read")
+    for row in reader:
+        if not row:
+            continue
+        if len(row) != len(header):
+            raise ValueError(f"{file}, line {reader.line_num}: expected {len(header)} fields as in the header, found "
+                             f'{len(row)}; a name with a comma stands in quotes: "tench, Tinca tinca"')
+        yield reader.line_num, row[header.index("path")], row[header.index("label")]
+
+
+def _jsonl_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any, Any]]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number}: not valid JSON ({error.msg}); expected an object like "
+                             '{"path": "a.jpg", "label": "cat"}') from None
+        if not isinstance(row, dict) or not {"path", "label"} <= row.keys():
+            raise ValueError(f'{file}, line {number}: expected an object with the keys "path" and "label", found '
+                             f"{', '.join(map(repr, row)) if isinstance(row, dict) else type(row).__name__}")
+        yield number, row["path"], row["label"]
+
+
 def fingerprint(split: Split) -> str:
     """SHA-256, in hexadecimal, of the classes, of every file's label, size and path below the folder that holds them
     all, and of the content of up to 256 files, evenly spread. Wherever that folder lies, it is the same."""
@@ -261,14 +393,16 @@ def fingerprint(split: Split) -> str:
         digest.update(f"{os.path.relpath(file, root)!r} {label} {_size(file)}\n".encode())
     for i in np.unique(np.linspace(0, len(files) - 1, 256).round().astype(int)):
         if _size(files[i]) >= 0:
-            digest.update(hashlib.sha256(Path(files[i]).read_bytes()).digest())
+            with suppress(OSError):  # no permission: an unreadable image
+                digest.update(hashlib.sha256(Path(files[i]).read_bytes()).digest())
     return digest.hexdigest()
 
 
 def _size(file: str) -> int:
-    """Bytes; -1 for what is not there, such as a link to nothing, which then counts as an unreadable image."""
+    """Bytes; -1 for what is no file, such as a link to nothing, which then counts as an unreadable image."""
     try:
-        return os.stat(file).st_size
+        status = os.stat(file)
+        return status.st_size if stat.S_ISREG(status.st_mode) else -1
     except OSError:
         return -1
 
@@ -536,13 +670,14 @@ class EvaluationBatches:
         batch: rows of each batch; the last may have fewer.
         workers: loader processes; None chooses as for training.
         masks: gives the mask, (patches,) bool, of an image by its number in the split, for masked-image runs.
+        keep: False for a single pass: nothing is kept in memory.
     """
 
     def __init__(self, split: Split, processor: DeiTImageProcessor, batch: int, *, rank: int = 0, world: int = 1,
-                 workers: int | None = 0, masks: Callable[[int], np.ndarray] | None = None):
+                 workers: int | None = 0, masks: Callable[[int], np.ndarray] | None = None, keep: bool = True):
         self.split = split
         self.views = _EvaluationViews(split, processor, batch, rank, world, masks)
-        self.keeps = self.views.rows * 4 * int(np.prod(self.views.shape)) <= CACHE_BYTES
+        self.keeps = keep and self.views.rows * 4 * int(np.prod(self.views.shape)) <= CACHE_BYTES
         self.workers = _workers(workers, lambda: self.keeps)
         self.kept: list[Batch] = []
 

@@ -349,6 +349,35 @@ class DeiTImageProcessor:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, timm's keys say {said_value!r}; set that first")
         return said
 
+    @property
+    def crop_ratio(self) -> float | None:
+        """Side of the crop by the resized image's (the shortest edge, or the height of one squashed into `size`); 1
+        without a crop, None without resizing."""
+        if not self.do_resize:
+            return None
+        if not self.do_center_crop:
+            return 1.0
+        squashed = "height" in self.size
+        side = self.crop_size["height"] if squashed else max(self.crop_size.values())
+        return float(side / (self.size["height"] if squashed else self.size["shortest_edge"]))
+
+    def with_crop_ratio(self, ratio: float) -> DeiTImageProcessor:
+        """A copy that resizes to int(crop / ratio) before it crops. All else stays: the size of the result, and whether
+        the image keeps its aspect ratio (`size` a shortest edge) or is squashed into `size`.
+
+        Raises `ValueError` for a ratio outside (0, 1], and where nothing is resized or the result has no fixed size.
+        """
+        crop = self.crop_size if self.do_center_crop else self.size
+        if not self.do_resize or "height" not in crop:
+            raise ValueError(f"a crop ratio needs images that are resized and cropped, found do_resize={self.do_resize}"
+                             f" and do_center_crop={self.do_center_crop} with size={self.size}; set these options")
+        paper = self.paper((crop["height"], crop["width"]), ratio)
+        changed = copy.deepcopy(self)
+        squashed = {key: int(side / ratio) for key, side in crop.items()}
+        changed.do_center_crop, changed.crop_size = True, crop
+        changed.size = squashed if "height" in self.size else paper.size
+        return changed
+
     # -- files
 
     @classmethod

@@ -13,9 +13,10 @@ from rich.table import Table
 
 from deit import files
 from deit.data import EvaluationBatches, processor_for, read_split, write_digits
-from deit.evaluate import Accuracy, evaluate
+from deit.evaluate import evaluate
 from deit.predict import Predictor, load_model
 from deit.recipes.digits import digits, digits_teacher
+from deit.scores import Accuracy
 from deit.train import train
 
 _PARTS = ("data", "teacher", "student")

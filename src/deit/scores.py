@@ -1,0 +1,281 @@
+"""How good answers are, and how sure that is. N images, C classes; NumPy alone, so that a report needs no model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+BINS = 15
+"""Of the calibration error, as in Guo et al. 2017."""
+LEAST = float(np.finfo(np.float32).tiny)
+"""1.2e-38, in place of a probability that float32 rounds to 0, so that one image adds at most 87.3 to the sum of logs.
+"""
+_Z = 1.959963984540054  # two-sided 95 % of the normal distribution
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of correct decisions, and Wilson's 95 % interval for it (Wilson 1927)."""
+
+    correct: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        return self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        n, p = self.total, self.value
+        centre = (p + _Z * _Z / (2 * n)) / (1 + _Z * _Z / n)
+        half = _Z / (1 + _Z * _Z / n) * math.sqrt(p * (1 - p) / n + _Z * _Z / (4 * n * n))
+        return max(0.0, centre - half), min(1.0, centre + half)
+
+    def to_dict(self) -> dict[str, Any]:
+        low, high = self.interval
+        return {"value": self.value, "low": low, "high": high, "correct": self.correct}
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Images whose confidence, the largest probability, is above `low` and at most `high`."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float | None
+    """Mean over the images; None without any."""
+    accuracy: float | None
+    """Share of correct answers; None without images."""
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """One class. What would be 0 / 0 is None: precision where it is never answered, recall where it is never shown."""
+
+    name: str
+    support: int
+    """Images of it."""
+    predicted: int
+    """Images that it is the answer to."""
+    correct: int
+
+    @property
+    def precision(self) -> float | None:
+        return self.correct / self.predicted if self.predicted else None
+
+    @property
+    def recall(self) -> float | None:
+        return self.correct / self.support if self.support else None
+
+    @property
+    def f1(self) -> float | None:
+        """2 correct / (support + predicted): the harmonic mean of precision and recall."""
+        return 2 * self.correct / (self.support + self.predicted) if self.support + self.predicted else None
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """A classifier's answers on N images, in the data's order, and the scores that follow from them.
+
+    The arrays have a row for every image. One that could not be read is labelled -1 and counts nowhere.
+    """
+
+    classes: tuple[str, ...]
+    """Names of the model's classes."""
+    head: str
+    """That `predicted` to `squares` are of."""
+    labels: np.ndarray
+    """(N,) int64: the true class."""
+    ranks: Mapping[str, np.ndarray]
+    """By head, (N,) int64: how many classes come before the true one. Of equal ones the lower number is first, as in
+    argmax."""
+    predicted: np.ndarray
+    """(N,) int64: the class of the largest probability."""
+    confidence: np.ndarray
+    """(N,) float64, 0 to 1: the largest probability."""
+    probability: np.ndarray
+    """(N,) float64, 0 to 1: that of the true class."""
+    squares: np.ndarray
+    """(N,) float64, 1/C to 1: the sum over classes of squared probabilities."""
+    unreadable: tuple[tuple[str, str], ...] = ()
+    """(file, reason) of every image left out."""
+
+    def __post_init__(self) -> None:
+        if not self.read.any():
+            first = "; the first: " + " ".join(self.unreadable[0]) if self.unreadable else ""
+            raise ValueError(f"there is no image to evaluate on: {len(self.unreadable)} found, none can be read{first}")
+
+    @cached_property
+    def read(self) -> np.ndarray:
+        """(N,) bool: which images count."""
+        return self.labels >= 0
+
+    @property
+    def images(self) -> int:
+        """That count."""
+        return int(self.read.sum())
+
+    def accuracy(self, head: str | None = None, top: int = 1) -> Accuracy:
+        """Images whose true class is among the `top` first of a head, `self.head` by default."""
+        return Accuracy(int((self.ranks[head or self.head][self.read] < top).sum()), self.images)
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log likelihood of the true class, in nats; probabilities below `LEAST` count as that."""
+        return float(-np.log(np.maximum(self.probability[self.read], LEAST)).mean())
+
+    @property
+    def brier(self) -> float:
+        """Mean over images of the squared distance between probabilities and truth, summed over classes: 0 to 2
+        (Brier 1950)."""
+        return float((self.squares - 2 * self.probability + 1)[self.read].mean())
+
+    @cached_property
+    def bins(self) -> tuple[Bin, ...]:
+        """`BINS` bins of equal width over confidence: a reliability diagram."""
+        edges = np.arange(BINS + 1) / BINS
+        confidence, correct = self.confidence[self.read], (self.predicted == self.labels)[self.read]
+        places = np.digitize(confidence, edges[1:-1], right=True)
+        found = []
+        for place in range(BINS):
+            inside = places == place
+            means = (float(confidence[inside].mean()), float(correct[inside].mean())) if inside.any() else (None, None)
+            found.append(Bin(float(edges[place]), float(edges[place + 1]), int(inside.sum()), *means))
+        return tuple(found)
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error: the mean over images of their bin's |accuracy - confidence| (Guo et al. 2017)."""
+        return sum(each.count * abs(each.accuracy - each.confidence) for each in self.bins
+                   if each.accuracy is not None and each.confidence is not None) / self.images
+
+    @cached_property
+    def cells(self) -> tuple[tuple[int, int, int], ...]:
+        """The confusion matrix without its zeros: (true class, answer, images), by class and answer."""
+        pairs, counts = np.unique(np.stack([self.labels, self.predicted])[:, self.read], axis=1, return_counts=True)
+        return tuple(zip(*pairs.tolist(), counts.tolist(), strict=True))
+
+    def confusion(self) -> np.ndarray:
+        """The confusion matrix, (C, C) int64: rows are true classes, columns answers. 8 MB for 1000 classes."""
+        matrix = np.zeros((len(self.classes),) * 2, np.int64)
+        for label, answer, count in self.cells:
+            matrix[label, answer] = count
+        return matrix
+
+    @cached_property
+    def by_class(self) -> tuple[ClassScore, ...]:
+        """In the model's order, those without images too."""
+        count = len(self.classes)
+        labels, predicted = self.labels[self.read], self.predicted[self.read]
+        columns = [np.bincount(which, minlength=count).tolist()
+                   for which in (labels, predicted, labels[labels == predicted])]
+        return tuple(ClassScore(*each) for each in zip(self.classes, *columns, strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types; the keys are in docs/evaluation.md."""
+        return {
+            "images": self.images,
+            "unreadable": [{"file": file, "reason": reason} for file, reason in self.unreadable],
+            "heads": {head: {f"top{top}": self.accuracy(head, top).to_dict() for top in (1, 5)} for head in self.ranks},
+            "head": self.head,
+            "nll": self.nll,
+            "brier": self.brier,
+            "calibration": {"error": self.calibration_error, "bins": [vars(each) for each in self.bins]},
+            "classes": [{"name": each.name, "support": each.support, "predicted": each.predicted,
+                         "precision": each.precision, "recall": each.recall, "f1": each.f1} for each in self.by_class],
+            "confusion": [list(cell) for cell in self.cells],
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two classifiers on the same images: how many both, one or neither of them got right."""
+
+    both: int
+    only_first: int
+    only_second: int
+    neither: int
+
+    @property
+    def images(self) -> int:
+        return self.both + self.only_first + self.only_second + self.neither
+
+    @property
+    def first(self) -> Accuracy:
+        return Accuracy(self.both + self.only_first, self.images)
+
+    @property
+    def second(self) -> Accuracy:
+        return Accuracy(self.both + self.only_second, self.images)
+
+    @property
+    def difference(self) -> float:
+        """Accuracy of the first minus that of the second, -1 to 1."""
+        return (self.only_first - self.only_second) / self.images
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the difference: method 10 of Newcombe 1998 (Statistics in Medicine 17, 2635), which puts the
+        Wilson intervals of both accuracies together with their correlation. It holds for few images and for accuracies
+        near 1, where the interval of the normal distribution is too short."""
+        first, second, n = self.first, self.second, self.images
+        (low1, high1), (low2, high2) = first.interval, second.interval
+        down1, up1, down2, up2 = (first.value - low1, high1 - first.value, second.value - low2, high2 - second.value)
+        margins = first.correct * (n - first.correct) * second.correct * (n - second.correct)
+        surplus = float(self.both * self.neither - self.only_first * self.only_second)
+        if surplus > 0:  # a correction for continuity, only here
+            surplus = max(surplus - n / 2, 0.0)
+        phi = surplus / math.sqrt(margins) if margins else 0.0
+        down = math.sqrt(max(0.0, down1**2 - 2 * phi * down1 * up2 + up2**2))
+        up = math.sqrt(max(0.0, up1**2 - 2 * phi * up1 * down2 + down2**2))
+        return max(-1.0, self.difference - down), min(1.0, self.difference + up)
+
+    @property
+    def p_value(self) -> float:
+        """McNemar's exact test: how likely a split of the discordant images at least as uneven is where each falls to
+        either side alike. Two-sided."""
+        return mcnemar(self.only_first, self.only_second)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types; the keys are in docs/evaluation.md."""
+        low, high = self.interval
+        return {"images": self.images, "accuracy": self.first.to_dict(), "other_accuracy": self.second.to_dict(),
+                "both": self.both, "only_model": self.only_first, "only_other": self.only_second,
+                "neither": self.neither, "difference": self.difference, "low": low, "high": high,
+                "p_value": self.p_value}
+
+
+def compare(first: Report, second: Report) -> Comparison:
+    """Two reports on the same images in the same order; those that both could read count.
+
+    Raises `ValueError` where the images are not the same in number, or none was read by both.
+    """
+    if len(first.labels) != len(second.labels):
+        raise ValueError(f"the same images are compared, found {len(first.labels)} and {len(second.labels)}")
+    read = first.read & second.read
+    if not read.any():
+        raise ValueError("no image could be read by both models, so there is nothing to compare")
+    one, other = (report.ranks[report.head][read] == 0 for report in (first, second))
+    return Comparison(*(int(found.sum()) for found in (one & other, one & ~other, ~one & other, ~one & ~other)))
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided exact p-value of two discordant counts: twice the tail of a binomial distribution of 1/2, at most 1
+    (McNemar 1947). In logarithms: 0.5**n is 0 in float64 for n above 1074."""
+    n, least = only_first + only_second, min(only_first, only_second)
+    if only_first == only_second:
+        return 1.0
+    tail = term = 1.0  # in units of its largest term, P(X = least)
+    for k in range(least, 0, -1):
+        term *= k / (n - k + 1)
+        tail += term
+        if term < 1e-17 * tail:
+            break
+    largest = math.lgamma(n + 1) - math.lgamma(least + 1) - math.lgamma(n - least + 1) - n * math.log(2)
+    return min(1.0, math.exp(largest + math.log(2 * tail)))
