@@ -31,11 +31,11 @@ def _flat(value, path=""):
 
 LENGTH = {"schedule.total.amount", "schedule.warmup.amount", "evaluate.amount"}
 DIFFERENCES = {
-    ("none", "no_randaugment"): {"augment.policy"}, ("none", "no_mixup"): {"augment.mix.mixup"},
-    ("none", "no_cutmix"): {"augment.mix.cutmix"}, ("none", "no_mixing"): {"augment.mix"},
-    ("none", "no_erasing"): {"augment.erase"}, ("none", "no_stochastic_depth"): {"model.drop_path_rate"},
-    ("none", "no_repeats"): {"data.repeats"}, ("none", "sgd"): {"optim"},
-    ("none", "dropout"): {"model.hidden_dropout_prob"}, ("none", "ema"): {"ema"},
+    ("few", "no_randaugment"): {"augment.policy"}, ("few", "no_mixup"): {"augment.mix.mixup"},
+    ("few", "no_cutmix"): {"augment.mix.cutmix"}, ("few", "no_mixing"): {"augment.mix"},
+    ("few", "no_erasing"): {"augment.erase"}, ("few", "no_stochastic_depth"): {"model.drop_path_rate"},
+    ("few", "no_repeats"): {"data.repeats"}, ("few", "sgd"): {"optim"},
+    ("few", "dropout"): {"model.hidden_dropout_prob"}, ("few", "ema"): {"ema"},
     ("none", "soft"): {"objective"}, ("none", "hard"): {"objective"},
     ("none", "distilled"): {"objective", "model.distillation_token", "model.architectures", "model.model_type"},
     ("none", "masked_finetuned"): {"start"}, ("none", "none_twice"): LENGTH, ("none", "transformer"): LENGTH,
