@@ -1,6 +1,6 @@
-"""The experiments of bench/claims.py: what differs between arms, and how claims are judged."""
+"""The experiments in bench/: what differs between arms, and how claims are judged."""
 
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -10,16 +10,21 @@ import pytest
 BENCH = Path(__file__).parents[1] / "bench"
 
 
-@pytest.fixture(scope="module")
-def claims():
+@pytest.fixture(scope="module", autouse=True)
+def _bench():
     sys.path.insert(0, str(BENCH))
-    spec = importlib.util.spec_from_file_location("claims", BENCH / "claims.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["claims"] = module
-    spec.loader.exec_module(module)
-    yield module
+    yield
     sys.path.remove(str(BENCH))
-    del sys.modules["claims"]
+
+
+@pytest.fixture
+def claims():
+    return importlib.import_module("claims")
+
+
+@pytest.fixture
+def report():
+    return importlib.import_module("report")
 
 
 def _flat(value, path=""):
@@ -88,11 +93,11 @@ def test_plan_keeps_what_is_needed_before_and_seeds_together(claims):
     assert max(order.index((arm, 0)) for arm in ("none", "soft", "hard", "distilled")) < order.index(("none", 1))
 
 
-def test_interval_is_students(claims):
+def test_interval_is_students(report):
     stats = pytest.importorskip("scipy.stats")
     for count in range(2, 21):
         values = [0.01 * ((7 * i) % 5) - 0.02 + 0.001 * i for i in range(count)]
-        mean, low, high = claims.interval(values)
+        mean, low, high = report.interval(values)
         expected = stats.t.interval(0.95, count - 1, loc=mean, scale=stats.sem(values))
         assert mean == pytest.approx(sum(values) / count)
         assert (low, high) == pytest.approx(expected, abs=1e-4)
@@ -107,8 +112,8 @@ def test_interval_is_students(claims):
     ([-0.03, -0.031, -0.032], "equal", "does not hold"), ([0.02, -0.02, 0.0], "equal", "not decided"),
     ([0.0, 0.0, 0.0], "above", "not decided"),
 ])
-def test_verdict(claims, differences, expected, found):
-    assert claims.verdict(differences, expected) == found
+def test_verdict(report, differences, expected, found):
+    assert report.verdict(differences, expected) == found
 
 
 def _record(claims, arm, seed, **test):
@@ -116,17 +121,17 @@ def _record(claims, arm, seed, **test):
             "test": test, "curve": [[100, 0.2], [200, 0.2 + test.get("fused", 0)]], "seconds": 1.0}
 
 
-def test_tables_and_pictures_from_records(claims, tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, "RESULTS", tmp_path / "results.jsonl")
-    monkeypatch.setattr(claims, "PICTURES", tmp_path / "pictures")
+def test_tables_and_pictures_from_records(claims, report, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results.jsonl")
+    monkeypatch.setattr(report, "PICTURES", tmp_path / "pictures")
     found = [_record(claims, "none", seed, fused=0.4 + 0.01 * seed) for seed in range(3)]
     found += [_record(claims, "hard", seed, fused=0.45 + 0.01 * seed + 0.001 * (seed % 2)) for seed in range(3)]
     old = _record(claims, "none", 0, fused=0.9) | {"base": claims.UPDATES + 1}
-    claims.RESULTS.write_text("\n".join(map(json.dumps, [*found, old])), encoding="utf-8")
+    report.RESULTS.write_text("\n".join(map(json.dumps, [*found, old])), encoding="utf-8")
     page = tmp_path / "results.md"
     page.write_text("before\n<!-- claims: begin -->\nstale\n<!-- claims: end -->\nafter\n", encoding="utf-8")
-    claims.draw()
-    claims.write(page, claims.table())
+    report.draw()
+    report.write(page, report.table())
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n")
     assert text.endswith("<!-- claims: end -->\nafter\n")
