@@ -114,7 +114,8 @@ FEW = (_arm("few", BASE).name, *(_arm(name, BASE, setting).name for name, settin
     "no_erasing": "augment.erase=None",
     "no_stochastic_depth": "model.drop_path_rate=0.0",
     "no_repeats": "data.repeats=1",
-    "sgd": "optim=SGD(lr=0.03, per_images=64, weight_decay=1e-4)",
+    # Validation accuracy after 200 updates at the rates 0.01, 0.03 and 0.1: 0.28, 0.27, 0.22 (AdamW: 0.26).
+    "sgd": "optim=SGD(lr=0.01, per_images=64, weight_decay=1e-4)",
     "dropout": "model.hidden_dropout_prob=0.1",
     # The average's half-life is 4.6 % of the run, as the original code's 0.99996 is of 300 epochs.
     "ema": f"ema={0.5 ** (1 / max(1.0, 0.046 * UPDATES)):.4f}",
