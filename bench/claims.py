@@ -1,0 +1,288 @@
+"""The claims of Touvron et al. 2020 (arXiv 2012.12877) on a problem that a CPU can hold: 5,000 images of CIFAR-10.
+
+    python bench/claims.py prepare CIFAR_DIR WORK     # CIFAR_DIR/{train,test}/CLASS/*.jpg; links the images used
+    python bench/claims.py run WORK                   # every run that has no record yet; again, it goes on
+    python bench/claims.py table --write docs/results.md
+
+`experiments.py` says what is run and what is claimed, `report.py` judges. A record of each run is appended to
+results.jsonl beside this file, and everything printed comes from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import report
+from experiments import (
+    ARMS,
+    BASE,
+    EXPERIMENTS,
+    FEW,
+    FEWER,
+    MATCHES,
+    ONCE,
+    STUDENT,
+    TRAIN,
+    UPDATES,
+    VAL,
+    needs,
+    plan,
+    updates_of,
+)
+from report import records
+
+from deit.recipe import Distilled, MaskedImage, Recipe
+
+# ------------------------------------------------------------------------------------------------------------ one run
+
+
+def run_folder(work: Path, arm: str, seed: int) -> Path:
+    return work / f"runs-{UPDATES}" / f"{arm}-{0 if arm in ONCE else seed}"
+
+
+def recipe_of(arm: str, seed: int, work: Path) -> Recipe:
+    """The arm's recipe with its seed, and with the folders of the models it names."""
+    def folder(name: str) -> str:
+        return str(run_folder(work, _matched() if name == "@matched" else name[1:], seed) / "model")
+
+    recipe = replace(ARMS[arm], seed=seed)
+    if recipe.start:
+        recipe = replace(recipe, start=folder(recipe.start))
+    if isinstance(recipe.objective, Distilled):
+        recipe = replace(recipe, objective=replace(recipe.objective, teacher=folder(recipe.objective.teacher)))
+    return recipe
+
+
+def _matched() -> str:
+    """Chosen on validation images, never on test images."""
+    found = records()
+    wanted = found["transformer", 0]["validation"]
+    return min(MATCHES, key=lambda arm: abs(found[arm, 0]["validation"] - wanted))
+
+
+def run_arm(work: Path, arm: str, seed: int) -> dict[str, Any]:
+    """Trains an arm, or goes on with it, and returns its record. Test images are seen once, at the end, by the model
+    with the best validation accuracy."""
+    import torch
+    from rich.console import Console
+
+    from deit.data import EvaluationBatches, processor_for, read_split
+    from deit.evaluate import evaluate
+    from deit.machine import resolve_precision
+    from deit.predict import load_model
+    from deit.train import Diverged, train
+
+    began = time.perf_counter()
+    if arm == "agreement":
+        return {"test": agreement(work, seed), "seconds": round(time.perf_counter() - began, 1)}
+    recipe, out = recipe_of(arm, seed, work), run_folder(work, arm, seed)
+    data = work / ("few" if arm in FEW else "data")
+    train_split = read_split(data, "train")
+    val_split, test_split = (read_split(data, split, train_split.classes) for split in ("val", "test"))
+    record: dict[str, Any] = {"diverged": False}
+    try:
+        train(recipe, train_split, val_split, out, device="cpu", console=Console(width=120), resume=True)
+    except Diverged:  # of the paper's table 8 too, two did
+        record["diverged"] = True
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    judged = [row for row in rows if "val_accuracy" in row or "val_loss" in row]
+    if isinstance(recipe.objective, MaskedImage):
+        record |= {"validation": judged[-1]["val_loss"], "test": {}}
+    else:
+        cpu = torch.device("cpu")  # in training's precision, as on validation images
+        heads = evaluate(load_model(out / "model"), EvaluationBatches(test_split, processor_for(recipe), 250),
+                         precision=resolve_precision(recipe.compute.precision, cpu))
+        record |= {"validation": max([row["val_accuracy"] for row in judged], default=0.0),
+                   "test": {head: accuracy.value for head, accuracy in heads.items()},
+                   "curve": [[row["images"], row["val_accuracy"]] for row in judged]}
+    if "@matched" in str(ARMS[arm].objective):
+        record["teacher"] = _matched()
+    seconds = rows[-1]["seconds"] if rows else 0.0
+    return record | {"seconds": seconds, "images_per_second": round(recipe.data.batch * updates_of(arm) / seconds, 1)}
+
+
+def agreement(work: Path, seed: int) -> dict[str, float]:
+    """Table 4: the share of test images on which two decide differently; and the mean cosine between class and
+    distillation token, at the input of the first block and after each block, over the test images (section 4)."""
+    import torch
+
+    from deit.data import EvaluationBatches, processor_for, read_split
+    from deit.model import head_probabilities
+    from deit.predict import load_model
+
+    batches = EvaluationBatches(read_split(work / "data", "test"), processor_for(BASE), 250)
+    models = {arm: load_model(run_folder(work, arm, seed) / "model") for arm in needs("agreement")}
+    decisions: dict[str, list[Any]] = {}
+    cosines: dict[str, list[Any]] = {}
+    with torch.inference_mode():
+        for batch in batches:
+            for arm in ("convnet", "none"):
+                decisions.setdefault(arm, []).append(models[arm](batch.pixels).logits.argmax(-1))
+            trace: dict[str, Any] = {}
+            for head, found in head_probabilities(models["distilled"](batch.pixels, trace=trace)).items():
+                decisions.setdefault(head, []).append(found.argmax(-1))
+            for name in ["embeddings", *(f"block{i:02}" for i in range(STUDENT.num_hidden_layers))]:
+                tokens = trace[name]
+                cosines.setdefault(name, []).append(torch.cosine_similarity(tokens[:, 0], tokens[:, 1], dim=-1))
+    decided = {name: torch.cat(parts) for name, parts in decisions.items()}
+    found = {f"{one} and {other}": float((decided[one] != decided[other]).float().mean())
+             for one in ("convnet", "none") for other in ("none", "class", "distillation", "fused") if one != other}
+    mean = [float(torch.cat(parts).mean()) for parts in cosines.values()]
+    return found | {"cosine, input": mean[0], "cosine, first block": mean[1], "cosine, last block": mean[-1]}
+
+
+# ------------------------------------------------------------------------------------------------------------- runner
+
+
+def prepare(cifar: Path, work: Path) -> None:
+    """Links to the images used, `work/data/{train,val,test}/CLASS/` and `work/few/...`: balanced over the classes,
+    drawn with a fixed seed."""
+    classes = sorted(path.name for path in (cifar / "train").iterdir() if path.is_dir())
+    if (work / "data").exists():
+        raise FileExistsError(f"{work / 'data'} is there already; remove it, or give another WORK")
+    train, fewer, val = (count // len(classes) for count in (TRAIN, FEWER, VAL))
+    for number, name in enumerate(classes):
+        files = sorted((cifar / "train" / name).iterdir())
+        random.Random(number).shuffle(files)
+        chosen = {"data/train": files[:train], "few/train": files[:fewer], "data/val": files[train:train + val],
+                  "data/test": sorted((cifar / "test" / name).iterdir())}
+        for folder, members in chosen.items():
+            (work / folder / name).mkdir(parents=True)
+            for file in members:
+                (work / folder / name / file.name).symlink_to(file.resolve())
+    for split in ("val", "test"):
+        (work / "few" / split).symlink_to((work / "data" / split).resolve())
+
+
+def run(work: Path, experiments: Sequence[str], seeds: Sequence[int], jobs: int, minutes: float) -> int:
+    """Runs what has no record, `jobs` at a time; after `minutes` those under way are stopped, to go on another time.
+    Returns how many are left."""
+    if not (work / "data").is_dir():
+        raise FileNotFoundError(f"{work} holds no data; first: python bench/claims.py prepare CIFAR_DIR {work}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through `finally` below
+    end = time.monotonic() + 60 * minutes
+    waiting = [task for task in plan(experiments, seeds) if task not in records()]
+    total, failed = len(waiting), set[tuple[str, int]]()
+    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
+    try:
+        while (waiting or running) and time.monotonic() < end:
+            for task in [task for task, process in running.items() if process.poll() is not None]:
+                if not _finish(work, task, running.pop(task).returncode, f"{total - len(waiting) - len(running)}/"
+                               f"{total}"):
+                    failed.add(task)
+            done = records()
+            free = [task for task in waiting
+                    if all((arm, 0 if arm in ONCE else task[1]) in done for arm in needs(task[0]))]
+            for task in free[:jobs - len(running)]:
+                waiting.remove(task)
+                running[task] = _start(work, task)
+            if not running and not free:
+                break  # the rest needs what has failed
+            time.sleep(0.5)
+    finally:  # also on Ctrl-C: they save their state
+        for process in running.values():
+            process.send_signal(signal.SIGTERM)
+        for process in running.values():
+            process.wait()
+    left = len(waiting) + len(running) + len(failed)
+    print(f"{total - left} runs done, {left} left" + (f", {len(failed)} failed" if failed else ""))
+    return left
+
+
+def _start(work: Path, task: tuple[str, int]) -> subprocess.Popen[bytes]:
+    folder = run_folder(work, *task)
+    folder.mkdir(parents=True, exist_ok=True)
+    # One thread for each: OpenMP's would wait for each other where runs share cores.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    with open(folder / "log.txt", "ab") as log:
+        return subprocess.Popen([sys.executable, __file__, "one", str(work), task[0], str(task[1])], stdout=log,
+                                stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+
+
+def _finish(work: Path, task: tuple[str, int], status: int, progress: str) -> bool:
+    """Appends the record that a run left; whether there is one."""
+    folder = run_folder(work, *task)
+    if status:
+        last = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-3:]
+        print(f"{task[0]}, seed {task[1]}: status {status}. {' / '.join(last)}", flush=True)
+        return False
+    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    with open(report.RESULTS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    test = ", ".join(f"{head} {value:.3f}" for head, value in record["test"].items())
+    print(f"{progress} {task[0]}, seed {task[1]}: {record['seconds']:.0f} s; {test}", flush=True)
+    return True
+
+
+def one(work: Path, arm: str, seed: int) -> None:
+    """What each process does: one run, whose record it leaves beside it."""
+    import torch
+
+    from deit import __version__, files
+
+    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], check=False,
+                         capture_output=True, text=True)
+    record = {"arm": arm, "seed": seed, "base": UPDATES, "updates": updates_of(arm), **run_arm(work, arm, seed),
+              "cpu_seconds": round(time.process_time(), 1), "machine": machine(),
+              "commit": git.stdout.strip() or "unknown", "python": platform.python_version(),
+              "torch": torch.__version__, "deit": __version__, "when": time.strftime("%Y-%m-%d %H:%M", time.gmtime())}
+    files.write_json(run_folder(work, arm, seed) / "record.json", record)
+
+
+def machine() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{found[1].strip() if found else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verb = verbs.add_parser("prepare", help="link the images used")
+    verb.add_argument("cifar", type=Path)
+    verb.add_argument("work", type=Path)
+    verb = verbs.add_parser("run", help="run what has no record yet")
+    verb.add_argument("work", type=Path)
+    verb.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)}; all when none is given")
+    verb.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    verb.add_argument("--jobs", type=int, default=2, help="runs side by side (default: %(default)s)")
+    verb.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long")
+    verb = verbs.add_parser("one", help="one run; what `run` starts")
+    verb.add_argument("work", type=Path)
+    verb.add_argument("arm", choices=[*ARMS, "agreement"])
+    verb.add_argument("seed", type=int)
+    verb = verbs.add_parser("table", help="tables and verdicts from the records")
+    verb.add_argument("--write", type=Path, help="Markdown file with the markers; the pictures are drawn too")
+    options = parser.parse_args()
+    if options.verb == "prepare":
+        prepare(options.cifar, options.work)
+    elif options.verb == "run":
+        if unknown := set(options.experiments) - set(EXPERIMENTS):
+            parser.error(f"there is no experiment {min(unknown)}; there is {', '.join(EXPERIMENTS)}")
+        return min(1, run(options.work, options.experiments or list(EXPERIMENTS), options.seeds, options.jobs,
+                          options.minutes))
+    elif options.verb == "one":
+        one(options.work, options.arm, options.seed)
+    elif options.write:
+        report.draw()
+        report.write(options.write, report.table())
+    else:
+        print(report.table())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
