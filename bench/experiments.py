@@ -181,18 +181,6 @@ EXPERIMENTS = {
               ("distilled_by_matched", "fused"), ("distilled_by_transformer", "fused")),
         Claim("a better ConvNet teaches better", "table 2: 83.1, 82.7", ("distilled", "fused"),
               ("distilled_by_matched", "fused")))),
-    "ingredients": Experiment("One ingredient left out or put in (table 8)", FEW, _FEW, (
-        Claim("RandAugment helps", "table 8: 79.6 without, 81.8", ("no_randaugment", "fused"), _FEW, "below"),
-        Claim("Mixup helps", "table 8: 78.7 without, 81.8", ("no_mixup", "fused"), _FEW, "below"),
-        Claim("CutMix helps", "table 8: 80.0 without, 81.8", ("no_cutmix", "fused"), _FEW, "below"),
-        Claim("Mixup and CutMix together help", "table 8: 75.8 without, 81.8", ("no_mixing", "fused"), _FEW, "below"),
-        Claim("random erasing helps", "table 8: 4.3 (diverged) without, 81.8", ("no_erasing", "fused"), _FEW, "below"),
-        Claim("stochastic depth helps", "table 8: 3.4 (diverged) without, 81.8", ("no_stochastic_depth", "fused"),
-              _FEW, "below"),
-        Claim("repeated augmentation helps", "table 8: 76.5 without, 81.8", ("no_repeats", "fused"), _FEW, "below"),
-        Claim("SGD is worse than AdamW", "table 8: 74.5, 81.8", ("sgd", "fused"), _FEW, "below"),
-        Claim("dropout hurts", "table 8: 81.3, 81.8", ("dropout", "fused"), _FEW, "below"),
-        Claim("the average of the weights changes little", "table 8: 81.9, 81.8", ("ema", "fused"), _FEW, "equal"))),
     "resolution": Experiment("Fine-tuning at a higher resolution (sections 4 and 6)", (
         "distilled_24", "finetuned_24", "finetuned_32_teacher_24", "finetuned_32", "finetuned_32_labels"),
         ("finetuned_24", "fused"), (
@@ -212,6 +200,18 @@ EXPERIMENTS = {
               ("masked_finetuned", "fused"), _NONE),
         Claim("it beats as many updates in all from scratch", "ours", ("masked_finetuned", "fused"),
               ("none_twice", "fused")))),
+    "ingredients": Experiment("One ingredient left out or put in (table 8)", FEW, _FEW, (
+        Claim("RandAugment helps", "table 8: 79.6 without, 81.8", ("no_randaugment", "fused"), _FEW, "below"),
+        Claim("Mixup helps", "table 8: 78.7 without, 81.8", ("no_mixup", "fused"), _FEW, "below"),
+        Claim("CutMix helps", "table 8: 80.0 without, 81.8", ("no_cutmix", "fused"), _FEW, "below"),
+        Claim("Mixup and CutMix together help", "table 8: 75.8 without, 81.8", ("no_mixing", "fused"), _FEW, "below"),
+        Claim("random erasing helps", "table 8: 4.3 (diverged) without, 81.8", ("no_erasing", "fused"), _FEW, "below"),
+        Claim("stochastic depth helps", "table 8: 3.4 (diverged) without, 81.8", ("no_stochastic_depth", "fused"),
+              _FEW, "below"),
+        Claim("repeated augmentation helps", "table 8: 76.5 without, 81.8", ("no_repeats", "fused"), _FEW, "below"),
+        Claim("SGD is worse than AdamW", "table 8: 74.5, 81.8", ("sgd", "fused"), _FEW, "below"),
+        Claim("dropout hurts", "table 8: 81.3, 81.8", ("dropout", "fused"), _FEW, "below"),
+        Claim("the average of the weights changes little", "table 8: 81.9, 81.8", ("ema", "fused"), _FEW, "equal"))),
 }
 """The most important first."""
 
