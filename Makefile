@@ -5,7 +5,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup quickstart test test-slow
+.PHONY: setup quickstart test test-slow bench
 
 setup: .venv/installed            ## an environment with the package
 
@@ -19,6 +19,9 @@ test: .venv/installed-test        ## style, types and the suite
 
 test-slow: .venv/installed-test   ## the checks that take minutes each
 	$(BIN)/python -m pytest -m slow
+
+bench: .venv/installed-test       ## training speed beside timm and transformers; wants a quiet machine
+	$(BIN)/python bench/train_speed.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "deit needs Python 3.11 or newer, found %d.%d; run make PYTHON=python3.12 ..." % sys.version_info[:2])'
