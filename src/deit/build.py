@@ -18,7 +18,7 @@ from deit.model import (
 )
 from deit.recipe import Distilled, MaskedImage, Recipe
 
-_SAME = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "patch_size",
+_SAME = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
          "num_channels", "qkv_bias", "position_on_class_token")
 """Fields in which a model and the weights it starts from must agree."""
 _HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.")
@@ -28,7 +28,7 @@ def build_model(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
     """A model of the class that the recipe's objective trains, with the data's labels, on the CPU.
 
     Fresh values depend on `recipe.seed` alone. With `recipe.start`, every tensor that the start has is its: positions
-    are resized to the recipe's grid (bicubic), a distillation token is added or left out, and heads are kept where the
+    and the patch projection are resized to the recipe's grid and patch (bicubic), a distillation token is added or left out, and heads are kept where the
     start's labels are the data's, in the same order, and fresh otherwise.
 
     Raises `ValueError` where the start is another architecture, `FileNotFoundError` and `CheckpointError` as
@@ -66,6 +66,8 @@ def _start_from(model: PreTrained, found: hub.Checkpoint, classes: Sequence[str]
         given = found.tensors.get(name)
         if name == weights.BASE + "position" and given is not None:
             tensor.copy_(_positions(given, theirs, ours, tensor))
+        elif name == weights.BASE + "patch.weight" and given is not None and given.shape != tensor.shape:
+            tensor.copy_(torch.from_numpy(weights.resize_kernel(given.float().numpy(), ours.patch_hw)))
         elif given is not None and given.shape == tensor.shape and (same_labels or not name.startswith(_HEADS)):
             tensor.copy_(given)
         elif not name.startswith((*_HEADS, "decoder.", "deit.mask_token", "deit.distillation_token")):

@@ -309,3 +309,13 @@ def resize_matrix(old: int, new: int) -> np.ndarray:
         # Comparing instead of indexing lets torch.compile trace this with sizes it does not know yet.
         matrix = matrix + np.where(x <= 1, near, far)[:, None] * (column[:, None] == np.arange(old))
     return matrix
+
+
+def resize_kernel(kernel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A patch projection (width, channels, height, width) for patches of another size, float64.
+
+    Of all kernels of the new size, the one whose answers to resized patches are nearest to the old one's to the
+    patches themselves: the pseudo-inverse of the resize (FlexiViT, Beyer et al. 2022, section 3.4).
+    """
+    down, across = (np.linalg.pinv(resize_matrix(old, new).T) for old, new in zip(kernel.shape[2:], size, strict=True))
+    return np.einsum("hH,wW,dcHW->dchw", down, across, kernel.astype(np.float64))
