@@ -28,8 +28,8 @@ def build_model(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
     """A model of the class that the recipe's objective trains, with the data's labels, on the CPU.
 
     Fresh values depend on `recipe.seed` alone. With `recipe.start`, every tensor that the start has is its: positions
-    and the patch projection are resized to the recipe's grid and patch (bicubic), a distillation token is added or left out, and heads are kept where the
-    start's labels are the data's, in the same order, and fresh otherwise.
+    are resized to the recipe's grid (bicubic) and the patch projection to its patches, a distillation token is added or
+    left out, and heads are kept where the start's labels are the data's, in the same order, and fresh otherwise.
 
     Raises `ValueError` where the start is another architecture, `FileNotFoundError` and `CheckpointError` as
     `from_pretrained` does.

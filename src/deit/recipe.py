@@ -425,8 +425,8 @@ class Recipe:
     schedule: Cosine
     augment: Augment = field(default_factory=Augment)
     start: str = ""
-    """Fine-tuning: folder, weight file or hub name that the weights come from. Positions are resized; a head for other
-    labels is initialised anew."""
+    """Fine-tuning: folder, weight file or hub name that the weights come from. Positions and patches are resized; a
+    head for other labels is initialised anew."""
     ema: float = 0.0
     """Exponential moving average of the weights: its decay per update, 0 to <1. The average is what is evaluated and
     saved; 0 takes the weights themselves."""

@@ -11,6 +11,7 @@ from deit.recipe import (
     Distilled,
     MaskedImage,
     Mix,
+    Muon,
     RandAugment,
     Recipe,
     ResizedCrop,
@@ -26,11 +27,15 @@ _SHORT = replace(_SHIFTED, policy=RandAugment(magnitude=5, std=0.5, layers=1), m
 _LONG = replace(_SHIFTED, policy=RandAugment(magnitude=9, std=0.5, layers=2), mix=Mix(mixup=0.8, cutmix=1.0))
 
 
-def _student(depth: int, drop_path: float, *, token: bool = True) -> DeiTConfig:
-    """DeiT-Ti's width on 8 x 8 patches."""
+def _student(depth: int, drop_path: float, *, token: bool = True, patch: int = 4) -> DeiTConfig:
+    """DeiT-Ti's width."""
     return DeiTConfig(hidden_size=192, num_hidden_layers=depth, num_attention_heads=3, intermediate_size=768,
-                      layer_norm_eps=1e-6, image_size=32, patch_size=4, encoder_stride=4, distillation_token=token,
-                      drop_path_rate=drop_path)
+                      layer_norm_eps=1e-6, image_size=32, patch_size=patch, encoder_stride=patch,
+                      distillation_token=token, drop_path_rate=drop_path)
+
+
+def _muon(lr: float) -> Muon:
+    return Muon(lr=lr, others_lr=lr, per_images=128, weight_decay=0.05, clip=1.0)
 
 
 def cifar10_teacher() -> Recipe:
@@ -47,28 +52,49 @@ def cifar10_teacher() -> Recipe:
         augment=_SHIFTED,
         objective=Supervised(smoothing=0.1),
         optim=AdamW(lr=4e-3, per_images=128, weight_decay=0.05),
-        schedule=Cosine(total=epochs(12), warmup=epochs(1)),
+        schedule=Cosine(total=epochs(7), warmup=epochs(1)),
     )
 
 
-def cifar10(teacher: str = "runs/cifar10_teacher/model") -> Recipe:
-    """A DeiT of 64 patches and 2.7 million parameters for CIFAR-10, made for half an hour on two CPU cores.
+def cifar10_coarse(teacher: str = "runs/cifar10_teacher/model") -> Recipe:
+    """A DeiT of 16 patches learns CIFAR-10 first, three times as fast as with 64; `cifar10` follows.
 
     `teacher` is the model of the `cifar10_teacher` run: where it lies elsewhere, `--set objective.teacher=RUN/model`.
+    Its probabilities say more of an image than its decision does, and count for nine tenths.
 
     Source: ours.
     Expected: nothing published for this network.
     Ours: not run at full scale.
     """
     return Recipe(
+        name="cifar10_coarse",
+        model=_student(6, 0.0, patch=8),
+        data=_DATA,
+        augment=_SHIFTED,
+        objective=Distilled(teacher=teacher, kind="soft", weight=0.9, temperature=2.0, smoothing=0.1),
+        optim=_muon(2e-3),
+        schedule=Cosine(total=epochs(6), warmup=epochs(0.5)),
+        ema=0.99,
+    )
+
+
+def cifar10(start: str = "runs/cifar10_coarse/model", teacher: str = "runs/cifar10_teacher/model") -> Recipe:
+    """A DeiT of 64 patches and 2.7 million parameters for CIFAR-10: the last of three runs, half an hour on two cores.
+
+    `start` and `teacher` are the models of the `cifar10_coarse` and `cifar10_teacher` runs: where they lie elsewhere,
+    `--set start=RUN/model` and `--set objective.teacher=RUN/model`.
+
+    Source: ours.
+    Expected: nothing published for this network.
+    Ours: not run at full scale.
+    """
+    return replace(
+        cifar10_coarse(teacher),
         name="cifar10",
         model=_student(6, 0.0),
-        data=_DATA,
-        augment=_SHORT,
-        objective=Distilled(teacher=teacher, smoothing=0.1),
-        optim=AdamW(lr=1e-3, per_images=128, weight_decay=0.05, clip=1.0),
-        schedule=Cosine(total=epochs(12), warmup=epochs(1)),
-        ema=0.998,
+        optim=_muon(1e-3),
+        schedule=Cosine(total=epochs(3), warmup=epochs(0.25)),
+        start=start,
     )
 
 
