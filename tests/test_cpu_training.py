@@ -125,6 +125,27 @@ def test_what_only_autograd_knows_is_left_to_it(changes, given, calls):
     assert calls == []
 
 
+def test_parts_that_were_replaced_or_hooked_are_called(calls):
+    """As adapters and whoever looks at features do it."""
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    config = small()
+    model = build("classification", config).train()
+    seen = []
+    handle = model.deit.blocks[0].mlp.register_forward_hook(lambda *_: seen.append(1))
+    before = model(images(config)).logits
+    assert len(seen) == 1
+    assert len(calls) == 2 * (config.num_hidden_layers - 1)
+    handle.remove()
+    model.deit.blocks[0].attention.out.__class__ = Doubled
+    torch.nn.utils.parametrizations.weight_norm(model.deit.blocks[1].mlp.fc1)
+    calls.clear()
+    assert not torch.allclose(model(images(config)).logits, before, atol=1e-3)
+    assert len(calls) == 2 * (config.num_hidden_layers - 2)
+
+
 def test_evaluation_is_autograds(calls):
     config = small()
     build("with_teacher", config).eval()(images(config))

@@ -104,12 +104,22 @@ class MLP(nn.Module):
         return self.fc2(self.activation(self.fc1(x)))
 
 
+_KNOWN_BY_HAND = {Attention, MLP, nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout}
+
+
+def _untouched(module: nn.Module) -> bool:
+    """Whether it is what `cpu_training` stands for, neither replaced (adapters, parametrizations) nor hooked."""
+    return type(module) in _KNOWN_BY_HAND and not (module._forward_hooks or module._forward_pre_hooks
+                                                   or module._backward_hooks or module._backward_pre_hooks)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block; both branches with optional LayerScale, and a factor `keep` (2, B) for each image:
     stochastic depth's. `read`: only so many of the first tokens are wanted of the result.
 
     In training on the CPU both branches are those of `cpu_training`, which has the same values for less work, unless
-    something is asked for that only autograd knows: dropout, attention weights, another activation, compilation.
+    something is asked for that only autograd knows: dropout, attention weights, another activation, compilation, hooks
+    on the parts, parts that were replaced.
     """
 
     scale1: Tensor | None
@@ -138,10 +148,10 @@ class Block(nn.Module):
         return x, attention
 
     def _by_hand(self, x: Tensor, head_mask: Tensor | None, need_weights: bool) -> bool:
-        attention, activation = self.attention, self.mlp.activation
         return (self.training and x.device.type == "cpu" and torch.is_grad_enabled() and not need_weights
-                and head_mask is None and attention.implementation == "auto" and attention.dropout == 0.0
-                and self.dropout.p == 0.0 and isinstance(activation, nn.GELU) and not torch.compiler.is_compiling())
+                and head_mask is None and self.attention.implementation == "auto" and self.attention.dropout == 0.0
+                and self.dropout.p == 0.0 and not torch.compiler.is_compiling()
+                and all(_untouched(part) for child in self.children() for part in child.modules()))
 
     def _trained_on_cpu(self, x: Tensor, first: Tensor | None, second: Tensor | None, read: int) -> Tensor:
         attention, mlp, dtype = self.attention, self.mlp, cpu_training.compute_dtype(x)
