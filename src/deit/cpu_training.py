@@ -72,8 +72,8 @@ class AttentionBranch(torch.autograd.Function):
         d_qkv = d_qkv.view(images * tokens, 3 * width)
         d_x, d_norm_weight, d_norm_bias = _norm_backward(d_qkv @ qkv_weight, inside, mean, rstd, norm_weight, norm_bias)
         return (_through(d_x, gradient, rows, ctx.images), None, None, None, None, None, d_norm_weight, d_norm_bias,
-                d_qkv.t() @ normed if wanted[8] else None, d_qkv.sum(0) if ctx.has_bias and wanted[9] else None,
-                d_branch.t() @ y if wanted[10] else None, d_branch.sum(0) if wanted[11] else None, d_scale)
+                _outer(d_qkv, normed) if wanted[8] else None, _summed(d_qkv) if ctx.has_bias and wanted[9] else None,
+                _outer(d_branch, y) if wanted[10] else None, _summed(d_branch) if wanted[11] else None, d_scale)
 
 
 class MLPBranch(torch.autograd.Function):
@@ -106,8 +106,8 @@ class MLPBranch(torch.autograd.Function):
         d_x, d_norm_weight, d_norm_bias = _norm_backward(d_before @ fc1_weight, inside, mean, rstd, norm_weight,
                                                          norm_bias)
         return (_through(d_x, gradient, rows, ctx.images), None, None, None, None, d_norm_weight, d_norm_bias,
-                d_before.t() @ normed if wanted[7] else None, d_before.sum(0) if wanted[8] else None,
-                d_branch.t() @ after if wanted[9] else None, d_branch.sum(0) if wanted[10] else None, d_scale)
+                _outer(d_before, normed) if wanted[7] else None, _summed(d_before) if wanted[8] else None,
+                _outer(d_branch, after) if wanted[9] else None, _summed(d_branch) if wanted[10] else None, d_scale)
 
 
 # ------------------------------------------------------------------------------------------------ what both branches do
@@ -133,6 +133,21 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # The library multiplies by a weight that lies transposed in memory a fifth faster; copying one is nearly free.
     weight = weight.t().contiguous()
     return x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b, summed over the rows: of (rows, A) and (rows, B) an (A, B)."""
+    # In two halves, and with the narrower one transposed: a tenth faster than one product over so many rows.
+    if len(a) % 2:
+        return a.t() @ b
+    if a.shape[1] > b.shape[1]:
+        return _outer(b, a).t()
+    return torch.bmm(a.unflatten(0, (2, -1)).transpose(1, 2), b.unflatten(0, (2, -1))).sum(0)
+
+
+def _summed(x: Tensor) -> Tensor:
+    """(rows, columns) -> (columns,)."""
+    return (x.new_ones(1, len(x)) @ x)[0]  # half the time of a sum
 
 
 def _scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
