@@ -43,7 +43,7 @@ def cifar10_teacher() -> Recipe:
 
     Source: ours.
     Expected: nothing published for this network.
-    Ours: not run at full scale.
+    Ours: 0.824 of the 10,000 test images (one run), 308 s on 2 cores of an AMD EPYC.
     """
     return Recipe(
         name="cifar10_teacher",
@@ -64,7 +64,7 @@ def cifar10_coarse(teacher: str = "runs/cifar10_teacher/model") -> Recipe:
 
     Source: ours.
     Expected: nothing published for this network.
-    Ours: not run at full scale.
+    Ours: 0.743 of the 10,000 test images (fused heads; one run), 587 s on 2 cores of an AMD EPYC.
     """
     return Recipe(
         name="cifar10_coarse",
@@ -86,7 +86,8 @@ def cifar10(start: str = "runs/cifar10_coarse/model", teacher: str = "runs/cifar
 
     Source: ours.
     Expected: nothing published for this network.
-    Ours: not run at full scale.
+    Ours: 0.789 of the 10,000 test images (fused heads; one run, bench/cifar10.jsonl), all three runs in 26 minutes on
+    2 cores of an AMD EPYC.
     """
     return replace(
         cifar10_coarse(teacher),
