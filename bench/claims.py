@@ -79,8 +79,9 @@ def run_arm(work: Path, arm: str, seed: int) -> dict[str, Any]:
     import torch
     from rich.console import Console
 
-    from deit.data import EvaluationBatches, processor_for, read_split
+    from deit.data import EvaluationBatches, processor_for
     from deit.evaluate import evaluate
+    from deit.folders import read_split
     from deit.machine import resolve_precision
     from deit.predict import load_model
     from deit.train import Diverged, train
@@ -119,7 +120,8 @@ def agreement(work: Path, seed: int) -> dict[str, float]:
     distillation token, at the input of the first block and after each block, over the test images (section 4)."""
     import torch
 
-    from deit.data import EvaluationBatches, processor_for, read_split
+    from deit.data import EvaluationBatches, processor_for
+    from deit.folders import read_split
     from deit.model import head_probabilities
     from deit.predict import load_model
 

@@ -20,19 +20,9 @@ from sklearn.datasets import load_digits
 from deit import data
 from deit.augment import augment, crop, draws, erase, patch_mask
 from deit.config import DeiTConfig
-from deit.data import (
-    BadImages,
-    Batch,
-    EvaluationBatches,
-    Faults,
-    LoaderDied,
-    Split,
-    TrainingBatches,
-    processor_for,
-    read_split,
-    write_digits,
-)
+from deit.data import BadImages, Batch, EvaluationBatches, Faults, LoaderDied, TrainingBatches, processor_for
 from deit.decode import load_image
+from deit.folders import Split, read_split, write_digits
 from deit.image import DeiTImageProcessor
 from deit.mixing import mix, mixing
 from deit.recipe import (

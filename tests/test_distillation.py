@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from deit import objectives, runs
 from deit import train as loop
 from deit.cli import main
-from deit.data import Split
+from deit.folders import Split
 from deit.machine import Processes
 from deit.predict import load_model
 from deit.recipe import AdamW, Augment, Compute, Cosine, Data, Distilled, Recipe, Supervised, steps

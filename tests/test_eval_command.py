@@ -17,8 +17,8 @@ from deit import data
 from deit.cli import main
 from deit.config import ConvNetConfig
 from deit.convnet import ConvNet
-from deit.data import fingerprint, read_data, read_split
 from deit.evaluate import examine_files
+from deit.folders import fingerprint, read_data, read_split
 from deit.image import DeiTImageProcessor
 from deit.model import fuse_heads
 from deit.predict import load_model

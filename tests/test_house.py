@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "deit"
 
 ORDER = ["files", "config", "outputs", "weights", "hub", "decode", "image", "convert", "losses", "pretrained",
-         "cpu_training", "model", "convnet", "predict", "recipe", "recipes", "machine", "build", "policies", "mixing",
-         "augment", "data", "scores", "evaluate", "tables", "teacher", "teach", "objectives", "optim", "checkpoint",
-         "progress", "runs", "train", "quickstart", "cli", "__main__"]
+         "cpu_training", "model", "convnet", "predict", "recipe", "recipes", "machine", "build", "policies",
+         "mixing", "augment", "folders", "data", "scores", "evaluate", "tables", "teacher", "teach", "objectives",
+         "optim", "checkpoint", "progress", "runs", "train", "quickstart", "cli", "__main__"]
 """A module imports only what stands before it."""
 
 FRAMEWORKS = {"torch", "transformers", "timm", "keras", "tensorflow", "sklearn", "scipy", "huggingface_hub"}

@@ -23,8 +23,9 @@ from deit import checkpoint, objectives, policies
 from deit import train as loop
 from deit.build import build_model
 from deit.config import ConvNetConfig
-from deit.data import EvaluationBatches, TrainingBatches, processor_for, read_data
+from deit.data import EvaluationBatches, TrainingBatches, processor_for
 from deit.evaluate import evaluate
+from deit.folders import read_data
 from deit.machine import Processes
 from deit.recipe import (
     SGD,

@@ -16,8 +16,9 @@ from torchvision.transforms import v2
 
 from deit.cli import main
 from deit.config import ConvNetConfig
-from deit.data import EvaluationBatches, Split, TrainingBatches, processor_for, read_data
+from deit.data import EvaluationBatches, TrainingBatches, processor_for
 from deit.evaluate import evaluate
+from deit.folders import Split, read_data
 from deit.predict import load_model
 from deit.recipe import SGD, Augment, Compute, Cosine, Data, Recipe, ResizedCrop, SimpleCrop, Supervised, steps
 

@@ -8,8 +8,9 @@ import pytest
 from conftest import raises_saying
 from rich.console import Console
 
-from deit.data import EvaluationBatches, read_split
+from deit.data import EvaluationBatches
 from deit.evaluate import evaluate
+from deit.folders import read_split
 from deit.image import DeiTImageProcessor
 from deit.predict import load_model
 from deit.quickstart import quickstart

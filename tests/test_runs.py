@@ -12,7 +12,8 @@ from rich.console import Console
 
 from deit.build import build_model
 from deit.config import ConvNetConfig, DeiTConfig
-from deit.data import processor_for, read_data
+from deit.data import processor_for
+from deit.folders import read_data
 from deit.predict import Predictor
 from deit.recipe import (
     LAMB,

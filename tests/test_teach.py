@@ -16,8 +16,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from deit import teach as teaching
-from deit.data import BadImages, Split, TrainingBatches
+from deit.data import BadImages, TrainingBatches
 from deit.files import CheckpointError
+from deit.folders import Split
 from deit.recipe import (
     AdamW,
     Augment,

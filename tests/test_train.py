@@ -24,8 +24,9 @@ from deit import train as loop
 from deit.augment import draws
 from deit.build import build_model
 from deit.config import ConvNetConfig
-from deit.data import BadImages, EvaluationBatches, Split, TrainingBatches, processor_for, read_data
+from deit.data import BadImages, EvaluationBatches, TrainingBatches, processor_for
 from deit.evaluate import evaluate
+from deit.folders import Split, read_data
 from deit.image import DeiTImageProcessor
 from deit.predict import load_model
 from deit.recipe import (

@@ -154,7 +154,7 @@ def _quickstart(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from deit.data import read_data
+    from deit.folders import read_data
     from deit.recipe import MaskedImage, override
     from deit.recipes import find
     from deit.train import train
@@ -169,7 +169,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _teach(options: argparse.Namespace) -> None:
-    from deit.data import read_data
+    from deit.folders import read_data
     from deit.recipe import override
     from deit.recipes import find
     from deit.teach import teach

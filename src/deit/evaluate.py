@@ -19,7 +19,8 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from deit.convnet import ConvNet
-from deit.data import Batch, EvaluationBatches, Split, fingerprint, matched, read_examples
+from deit.data import Batch, EvaluationBatches
+from deit.folders import Split, fingerprint, matched, read_examples
 from deit.image import DeiTImageProcessor
 from deit.machine import Processes, resolve_device
 from deit.model import (

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from deit import recipe as r
 from deit.augment import draws
 from deit.config import DeiTConfig
-from deit.data import Batch, EvaluationBatches, Split, hidden_patches, processor_for
+from deit.data import Batch, EvaluationBatches, hidden_patches, processor_for
 from deit.evaluate import evaluate
+from deit.folders import Split
 from deit.losses import binary_cross_entropy, cosub_loss, cross_entropy, distillation_loss, masked_image_loss
 from deit.machine import Processes
 from deit.teach import LabelCache

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from deit import files
-from deit.data import EvaluationBatches, processor_for, read_split, write_digits
+from deit.data import EvaluationBatches, processor_for
 from deit.evaluate import evaluate
+from deit.folders import read_split, write_digits
 from deit.predict import Predictor, load_model
 from deit.recipes.digits import digits, digits_teacher
 from deit.scores import Accuracy

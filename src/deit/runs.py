@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from deit import checkpoint, files, objectives, optim
 from deit.build import build_model
-from deit.data import EvaluationBatches, Split, TrainingBatches, fingerprint, processor_for
+from deit.data import EvaluationBatches, TrainingBatches, processor_for
+from deit.folders import Split, fingerprint
 from deit.image import DeiTImageProcessor
 from deit.machine import Processes, resolve_precision, whole
 from deit.recipe import Recipe, difference

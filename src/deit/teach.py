@@ -33,7 +33,8 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from deit import __version__, files
-from deit.data import Batch, Faults, Split, TrainingBatches, fingerprint
+from deit.data import Batch, Faults, TrainingBatches
+from deit.folders import Split, fingerprint
 from deit.machine import resolve_device, resolve_precision
 from deit.recipe import Distilled, Recipe, difference
 from deit.teacher import Teacher, condense, expand

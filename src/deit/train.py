@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from deit import files, objectives, optim, runs
 from deit.augment import draws
 from deit.config import DeiTConfig
-from deit.data import Batch, Faults, LoaderDied, Split
+from deit.data import Batch, Faults, LoaderDied
+from deit.folders import Split
 from deit.machine import Processes, keep_memory, processes, synchronised
 from deit.progress import Reporter
 from deit.recipe import Recipe, steps
