@@ -136,6 +136,7 @@ def draw() -> None:
     lines = {name: [(seconds / 60 * record["threads"], 100 * value) for seconds, value in curve]
              for record in records.values() for name, curve in record["curves"].items()}
     picture = Path(__file__).parents[1] / "docs" / "pictures" / "cifar10.svg"
+    picture.parent.mkdir(exist_ok=True)
     picture.write_text(curves("CIFAR-10 on CPU cores", lines, "minutes of one core", "validation accuracy, %"))
 
 
