@@ -174,7 +174,7 @@ def keep_memory() -> None:
     """Makes this process keep the memory that it frees, where the C library is glibc; elsewhere nothing happens.
 
     An update frees what it allocated, hundreds of megabytes, and by default glibc returns large pieces to the system,
-    which hands them out again page by page: about a tenth of an update on the CPU.
+    which hands them out again page by page: some percent of an update on the CPU (docs/log.md).
     """
     try:
         library = ctypes.CDLL("libc.so.6")
