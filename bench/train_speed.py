@@ -11,6 +11,7 @@ Appends a record to bench/speed.jsonl: images per second, median over the rounds
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import operator
 import os
@@ -19,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ MODELS: dict[str, Callable[..., Any]] = {"deit": deit_model, "timm": timm_model,
 
 
 def work(contender: str, image: int, patch: int, batch: int, drop_path: float) -> None:
-    """A contender: makes as many updates as each line of standard input says, and answers with the seconds."""
+    """A contender."""
     import torch
     import torch.nn.functional as F
 
@@ -86,35 +87,44 @@ def work(contender: str, image: int, patch: int, batch: int, drop_path: float) -
     dtype = getattr(torch, precision) if precision else resolve_precision("auto", torch.device("cpu"))
     pixels, labels = torch.randn(batch, 3, image, image), torch.randint(CLASSES, (batch,))
     taught = torch.randint(CLASSES, (batch,))
+
+    def update() -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            own, distilled = heads(pixels)
+        loss = (F.cross_entropy(own.float(), labels) + F.cross_entropy(distilled.float(), taught)) / 2
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    answer(update)
+
+
+def answer(step: Callable[[], Any]) -> None:
+    """Takes as many steps as each line of standard input says, and answers with the seconds."""
     for line in sys.stdin:
         began = time.perf_counter()
         for _ in range(int(line)):
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                own, distilled = heads(pixels)
-            loss = (F.cross_entropy(own.float(), labels) + F.cross_entropy(distilled.float(), taught)) / 2
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            step()
         print(time.perf_counter() - began, flush=True)
 
 
 class Contender:
-    def __init__(self, name: str, case: dict[str, Any]):
-        self.process = subprocess.Popen([sys.executable, __file__, "--work", name, *map(str, case.values())],
+    def __init__(self, script: str, name: str, case_name: str, batch: int):
+        self.process = subprocess.Popen([sys.executable, script, "--work", name, case_name],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.batch, self.updates, self.rates = case["batch"], 1, list[float]()
+        self.batch, self.steps, self.rates = batch, 1, list[float]()
         self.first = self._timed(1)
         self._timed(2)
-        self.updates = max(1, round(SECONDS / self._timed(1)))
+        self.steps = max(1, round(SECONDS / self._timed(1)))
 
-    def _timed(self, updates: int) -> float:
+    def _timed(self, steps: int) -> float:
         assert self.process.stdin
         assert self.process.stdout
-        print(updates, file=self.process.stdin, flush=True)
+        print(steps, file=self.process.stdin, flush=True)
         return float(self.process.stdout.readline())
 
     def round(self) -> None:
-        self.rates.append(self.batch * self.updates / self._timed(self.updates))
+        self.rates.append(self.batch * self.steps / self._timed(self.steps))
 
     def close(self) -> None:
         assert self.process.stdin
@@ -122,25 +132,30 @@ class Contender:
         self.process.wait()
 
 
-def measure(case_name: str, rounds: int) -> dict[str, Any]:
-    case = CASES[case_name]
-    contenders = {name: Contender(name, case) for name in CONTENDERS
-                  if not (case["drop_path"] and name.startswith("transformers"))}
+def contest(script: str, names: Iterable[str], case_name: str, batch: int, rounds: int, step: str) -> dict[str, Any]:
+    """Rates of the contenders, each a process of `script`, and the ratio of our best to the best of each peer."""
+    contenders = {name: Contender(script, name, case_name, batch) for name in names}
     for _ in range(rounds):
         for contender in contenders.values():
             contender.round()
     for contender in contenders.values():
         contender.close()
     rates = {name: contender.rates for name, contender in contenders.items()}
-    peers = {name: statistics.median(found) for name, found in rates.items() if name != "deit"}
-    best = {peer: max((name for name in peers if name.startswith(peer)), key=peers.__getitem__)
-            for peer in sorted({name.partition(" ")[0] for name in peers})}
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+    best = {peer: max((name for name in medians if name.partition(" ")[0] == peer), key=medians.__getitem__)
+            for peer in sorted({name.partition(" ")[0] for name in medians})}
+    ours = best.pop("deit")
+    return {"images_per_second": {name: round(median, 1) for name, median in medians.items()},
+            f"first_{step}_seconds": {name: round(contender.first, 2) for name, contender in contenders.items()},
+            "ratio_to_best": {name: [round(value, 3) for value in _spread(rates[ours], rates[name])]
+                              for name in best.values()}}
+
+
+def measure(case_name: str, rounds: int) -> dict[str, Any]:
+    case = CASES[case_name]
+    names = [name for name in CONTENDERS if not (case["drop_path"] and name.startswith("transformers"))]
     return {"case": case_name, **case, "rounds": rounds,
-            "images_per_second": {name: round(statistics.median(found), 1) for name, found in rates.items()},
-            "first_update_seconds": {name: round(contender.first, 2) for name, contender in contenders.items()},
-            "ratio_to_best": {name: [round(value, 3) for value in _spread(rates["deit"], rates[name])]
-                              for name in best.values()},
-            **machine()}
+            **contest(__file__, names, case_name, case["batch"], rounds, "update"), **machine()}
 
 
 def _spread(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
@@ -149,10 +164,9 @@ def _spread(ours: list[float], theirs: list[float]) -> tuple[float, float, float
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
-def machine() -> dict[str, Any]:
-    import timm
+def machine(*packages: str) -> dict[str, Any]:
+    """Hardware, versions and date; of `packages`, or else of this comparison's."""
     import torch
-    import transformers
 
     models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
               if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else [platform.processor()]
@@ -161,26 +175,29 @@ def machine() -> dict[str, Any]:
     features = torch.cpu.get_capabilities()
     return {"machine": f"{len(os.sched_getaffinity(0))} cores of {models[0]}",
             "bfloat16": "AMX" if features.get("amx_bf16") else "AVX512" if features.get("avx512_bf16") else "none",
-            "torch": torch.__version__, "timm": timm.__version__, "transformers": transformers.__version__,
+            **{name: importlib.import_module(name).__version__
+               for name in packages or ("torch", "timm", "transformers")},
             "commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d")}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(description: str, cases: dict[str, dict[str, Any]], measure: Callable[[str, int], dict[str, Any]],
+        work: Callable[..., None], records: Path) -> None:
+    """The command line of a comparison, and of its contenders."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--case", choices=tuple(CASES), action="append", help="may be repeated; all when not given")
-    parser.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--case", choices=tuple(cases), action="append", help="may be repeated; all when not given")
+    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        name, image, patch, batch, drop_path = options.work
-        return work(name, int(image), int(patch), int(batch), float(drop_path))
-    for case in options.case or CASES:
+        name, case = options.work
+        return work(name, **cases[case])
+    for case in options.case or cases:
         record = measure(case, options.rounds)
-        with (HERE / "speed.jsonl").open("a") as file:
+        with records.open("a") as file:
             print(json.dumps(record), file=file)
         print(f"{case}: {record['images_per_second']}; ratio to the best of each peer {record['ratio_to_best']}")
     return None
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, CASES, measure, work, HERE / "speed.jsonl")

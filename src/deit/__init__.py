@@ -14,7 +14,11 @@ _HOME = {
                    "DeiTForImageClassificationWithTeacher", "ViTModel", "ViTForImageClassification", "fuse_heads"),
     "deit.predict": ("Predictor", "load_model"),
 }
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+_KERAS = {"deit.model_keras": (
+    "TFDeiTModel", "TFDeiTForMaskedImageModeling", "TFDeiTForImageClassification",
+    "TFDeiTForImageClassificationWithTeacher", "TFViTModel", "TFViTForImageClassification")}
+"""Need the extra `keras`, so `from deit import *` leaves them out."""
+_MODULE_OF = {name: module for module, names in {**_HOME, **_KERAS}.items() for name in names}
 
 if TYPE_CHECKING:
     from deit.config import VARIANTS as VARIANTS
@@ -29,17 +33,23 @@ if TYPE_CHECKING:
     from deit.model import ViTForImageClassification as ViTForImageClassification
     from deit.model import ViTModel as ViTModel
     from deit.model import fuse_heads as fuse_heads
+    from deit.model_keras import TFDeiTForImageClassification as TFDeiTForImageClassification
+    from deit.model_keras import TFDeiTForImageClassificationWithTeacher as TFDeiTForImageClassificationWithTeacher
+    from deit.model_keras import TFDeiTForMaskedImageModeling as TFDeiTForMaskedImageModeling
+    from deit.model_keras import TFDeiTModel as TFDeiTModel
+    from deit.model_keras import TFViTForImageClassification as TFViTForImageClassification
+    from deit.model_keras import TFViTModel as TFViTModel
     from deit.predict import Predictor as Predictor
     from deit.predict import load_model as load_model
 
-__all__ = ["__version__", *sorted(_MODULE_OF)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(name for names in _HOME.values() for name in names)]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
-        raise AttributeError(f"module 'deit' has no attribute {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(f"module 'deit' has no attribute {name!r}; it has {', '.join(__dir__())}")
     return getattr(import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return ["__version__", *sorted(_MODULE_OF)]

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("convert", help="rewrite a checkpoint for another project")
     verb.add_argument("source", help="folder, weight file or hub name, in any known format")
-    verb.add_argument("--to", choices=("hf", "timm", "original"), required=True)
+    verb.add_argument("--to", choices=("hf", "timm", "original", "keras"), required=True)
     verb.add_argument("--out", type=Path, required=True, metavar="DIR")
     verb.set_defaults(run=_convert)
     return parser

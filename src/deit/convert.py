@@ -10,28 +10,31 @@ from deit import files, hub, weights
 from deit.config import VARIANTS, DeiTConfig
 from deit.image import DeiTImageProcessor
 
-Dialect = Literal["hf", "timm", "original"]
+Dialect = Literal["hf", "timm", "original", "keras"]
 
 
 def convert(source: str | Path, to: Dialect, out: str | Path, **where: Any) -> Path:
     """Reads any checkpoint and writes it for `to`; returns what was written.
 
     `hf`: a folder for this package and `transformers`. `timm`: a folder for `timm.create_model("local-dir:FOLDER",
-    pretrained=True)`. `original`: one `.pth` as facebookresearch/deit loads them. The image preprocessing goes along
-    where the format has a place for it.
+    pretrained=True)`. `original`: one `.pth` as facebookresearch/deit loads them. `keras`: `model.keras`, which
+    `keras.saving.load_model` opens once `deit.model_keras` is imported. The image preprocessing goes along where the
+    format has a place for it; beside `model.keras` it is a file of its own.
     """
     folder = Path(out)
     place = Path(source).parent if Path(source).is_file() else Path(source)
     if folder.resolve() == place.resolve():
         raise ValueError(f"{folder} is where {source} lies, and its files would be replaced; write to another folder")
-    checkpoint = hub.read_checkpoint(source, **where)
+    checkpoint = hub.read_checkpoint(source, arrays="numpy" if to == "keras" else "torch", **where)
     processor = _processor_of(source, checkpoint.config, where)
     if to == "hf":
         hub.write_checkpoint(folder, checkpoint.config, checkpoint.tensors)
         processor.save_pretrained(folder)
         return folder
+    if to == "keras":
+        return _to_keras(checkpoint, processor, folder)
     if to not in ("timm", "original"):
-        raise ValueError(f"there is no format {to!r}; choose hf, timm or original")
+        raise ValueError(f"there is no format {to!r}; choose hf, timm, original or keras")
     _check_expressible(checkpoint, to)
     named = weights.from_ours(checkpoint.tensors, to)
     if to == "timm":
@@ -44,6 +47,21 @@ def convert(source: str | Path, to: Dialect, out: str | Path, **where: Any) -> P
     path = folder / f"{nearest_variant(checkpoint.config).replace('-', '_')}.pth"
     with files.replacing(path) as temporary:
         torch.save({"model": {name: tensor.clone() for name, tensor in named.items()}}, temporary)
+    return path
+
+
+def _to_keras(checkpoint: hub.Checkpoint, processor: DeiTImageProcessor, folder: Path) -> Path:
+    from deit import model_keras
+
+    cls = {"backbone": model_keras.TFDeiTModel, "masked_image": model_keras.TFDeiTForMaskedImageModeling,
+           "classification": model_keras.TFDeiTForImageClassification,
+           "with_teacher": model_keras.TFDeiTForImageClassificationWithTeacher}[weights.kind_of(checkpoint.tensors)]
+    model, path = cls.from_checkpoint(checkpoint), folder / "model.keras"
+    with files.replacing(path) as temporary:
+        renamed = temporary.with_suffix(".keras")  # the only ending that Keras writes
+        model.save(renamed)
+        renamed.replace(temporary)
+    processor.save_pretrained(folder)
     return path
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: a name, a folder or a file to tensors under our names, and back, and onto the hub.
 
-Reading executes nothing: safetensors, or PyTorch's restricted unpickler for `.bin` and `.pth`.
+Reading executes nothing: safetensors, HDF5, or PyTorch's restricted unpickler for `.bin` and `.pth`. Tensors are
+PyTorch's or NumPy's, as the caller's framework wants them; the other framework need not be installed.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
+
+import numpy as np
 
 from deit import weights
 from deit.config import DeiTConfig
 from deit.files import CheckpointError, NotFetched, find_file, read_json, replacing, write_json, write_text
 
-if TYPE_CHECKING:
-    from torch import Tensor
+Arrays = Literal["torch", "numpy"]
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-                "pytorch_model.bin.index.json")
+                "pytorch_model.bin.index.json", "tf_model.h5")
 """Looked for in this order."""
 
 
@@ -70,41 +72,155 @@ class Checkpoint:
     """A model read from files: what it is and its tensors under our names (`weights.manifest`)."""
 
     config: DeiTConfig
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Any]
     file: str
     """The weight file (the first of the shards), for messages."""
 
+    def config_for(self, kind: weights.Kind, config_class: type[DeiTConfig],
+                   overrides: Mapping[str, Any]) -> DeiTConfig:
+        """The config of a model of this kind that takes these tensors."""
+        config = config_class.from_dict(self.config.to_dict(), **overrides)
+        if kind == "masked_image" and "encoder_stride" not in overrides:
+            config = config.replace(encoder_stride=config.patch_size)
+        return config
 
-def read_checkpoint(name_or_folder: str | Path, *, config: DeiTConfig | None = None, **where: Any) -> Checkpoint:
+    def options_for(self, kind: weights.Kind) -> dict[str, bool]:
+        """Which optional parts of a backbone these tensors hold."""
+        return {"add_pooling_layer": any(name.startswith("deit.pooler.") for name in self.tensors),
+                "use_mask_token": "deit.mask_token" in self.tensors} if kind == "backbone" else {}
+
+    def fit(self, expected: Mapping[str, tuple[int, ...]], ignore_mismatched_sizes: bool) -> Fitted:
+        """The tensors for a model that expects these names and shapes; warns of what has to start anew.
+
+        Raises `CheckpointError` where a tensor has another shape, or where one is missing that isn't a head's.
+        """
+        given = {name: tensor for name, tensor in self.tensors.items() if name in expected}
+        mismatched = [name for name in expected if name in given and tuple(given[name].shape) != expected[name]]
+        if mismatched and not ignore_mismatched_sizes:
+            name = mismatched[0]
+            raise CheckpointError(
+                f"{self.file}: {name} has shape {tuple(given[name].shape)}, this model expects {expected[name]}"
+                f"{_others(mismatched)}; pass a config that fits the file, or ignore_mismatched_sizes=True to start "
+                "such tensors anew")
+        missing = [name for name in expected if name not in given]
+        broken = [name for name in missing if not name.startswith(_MAY_BE_MISSING)]
+        if broken:
+            raise CheckpointError(f"{self.file} lacks {broken[0]}{_others(broken)}, which this model's config asks "
+                                  "for; the file is incomplete, or the config is another model's")
+        if fresh := [*missing, *mismatched]:
+            warnings.warn(f"{self.file} does not give {', '.join(fresh)}: initialised anew, train before use",
+                          stacklevel=5)
+        return Fitted({name: given[name] for name in given if name not in mismatched}, fresh, {
+            "missing_keys": missing, "mismatched_keys": mismatched, "error_msgs": [],
+            "unexpected_keys": sorted(self.tensors.keys() - expected.keys())})
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a model takes from a checkpoint."""
+
+    given: dict[str, Any]
+    fresh: list[str]
+    """Tensors that the file lacks, or has in another shape."""
+    info: dict[str, list[str]]
+    """The loading info that `transformers` returns."""
+
+
+_MAY_BE_MISSING = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder.", "deit.pooler.",
+                   "deit.mask_token")
+
+
+def _others(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def read_checkpoint(name_or_folder: str | Path, *, config: DeiTConfig | None = None, arrays: Arrays = "torch",
+                    **where: Any) -> Checkpoint:
     """Reads a folder, a hub repository or a weight file, in any dialect; `where` as in `find_file`.
 
     Without `config` and without a `config.json`, the architecture is told from the tensors' shapes.
     """
-    import torch
-
     if config is None:
         with suppress(FileNotFoundError):
             config = DeiTConfig.from_pretrained(name_or_folder, **where)
     paths = _find_weights(name_or_folder, **where)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Any] = {}
     for path in paths:
-        tensors |= read_tensors(path)
+        tensors |= read_tensors(path, arrays)
     file = str(paths[0])
-    ours = weights.to_ours(tensors, join=lambda parts: torch.cat(list(parts)), file=file)
+    ours = weights.to_ours(tensors, join=_concatenate, file=file)
     return Checkpoint(config or weights.infer_config(ours, file=file), ours, file)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one `.safetensors`, `.bin` or `.pth` file, on the CPU, under the file's own names."""
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+def _concatenate(parts: Sequence[Any]) -> Any:
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts)
+    import torch
 
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is truncated or corrupt ({error}); fetch it again") from None
-    return _read_pickle(path)
+    return torch.cat(list(parts))
+
+
+def read_tensors(path: Path, arrays: Arrays = "torch") -> dict[str, Any]:
+    """The tensors of one `.safetensors`, `.bin`, `.pth` or `.h5` file, on the CPU, under the file's own names.
+
+    What TensorFlow stored, named and laid out as it does, comes as Hugging Face's PyTorch files have it.
+    """
+    if path.suffix == ".h5":
+        return _as(arrays, weights.from_tensorflow(_read_h5(path), file=str(path)))
+    if path.suffix != ".safetensors":
+        return _as(arrays, _read_pickle(path))
+    from safetensors import SafetensorError
+
+    try:
+        if arrays == "numpy":
+            from safetensors.numpy import load_file as load_arrays
+
+            tensors: dict[str, Any] = load_arrays(path)
+        else:
+            from safetensors.torch import load_file
+
+            tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or corrupt ({error}); fetch it again") from None
+    if any(name.endswith(":0") for name in tensors):
+        return _as(arrays, weights.from_tensorflow(_as("numpy", tensors), file=str(path)))
+    return tensors
+
+
+def _as(arrays: Arrays, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values as tensors of that framework. NumPy has bfloat16 from ml_dtypes, which every back end brings."""
+    if arrays == "numpy":
+        return {name: value if isinstance(value, np.ndarray) else _to_numpy(value) for name, value in tensors.items()}
+    import torch
+
+    return {name: torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
+            for name, value in tensors.items()}
+
+
+def _to_numpy(tensor: Any) -> np.ndarray:
+    import torch
+
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
+    import ml_dtypes
+
+    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+
+def _read_h5(path: Path) -> dict[str, np.ndarray]:
+    """All datasets of an HDF5 file by their path, e.g. of `tf_model.h5`, as `transformers` 4 wrote it."""
+    try:
+        import h5py
+    except ImportError:
+        raise ImportError(f'reading {path} needs h5py: pip install "deit[keras]"') from None
+    tensors: dict[str, np.ndarray] = {}
+    try:
+        with h5py.File(path) as file:
+            file.visititems(lambda name, node: tensors.update({name: node[()]})
+                            if isinstance(node, h5py.Dataset) else None)
+    except OSError as error:
+        raise CheckpointError(f"{path} is truncated, corrupt or no HDF5 file ({error}); fetch it again") from None
+    return tensors
 
 
 class _Refused:
@@ -114,10 +230,13 @@ class _Refused:
         pass
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def _read_pickle(path: Path) -> dict[str, Any]:
     """PyTorch's restricted unpickler. The original repository's files carry an `argparse.Namespace`: left unread."""
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        raise ImportError(f"{path} is a PyTorch file, and reading it needs PyTorch: pip install torch, or ask for a "
+                          "safetensors file") from None
     try:
         with torch.serialization.safe_globals([(_Refused, "argparse.Namespace")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -152,19 +271,17 @@ def _culprit(message: str) -> str:
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], *, max_shard_size: int | str = "5GB") -> None:
+def write_tensors(folder: Path, tensors: Mapping[str, Any], *, max_shard_size: int | str = "5GB") -> None:
     """Writes `model.safetensors`, or numbered shards and their index where it would exceed `max_shard_size`."""
-    from safetensors.torch import save_file
-
     shards = _shards(tensors, _bytes(max_shard_size))
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else ["model.safetensors"]
     for name, shard in zip(names, shards, strict=True):
         with replacing(folder / name) as temporary:
-            save_file({key: value.contiguous() for key, value in shard.items()}, temporary, metadata={"format": "pt"})
+            _save_file(shard, temporary)
     index = folder / "model.safetensors.index.json"
     if len(shards) > 1:
-        content = {"metadata": {"total_size": sum(map(_size, tensors.values()))},
+        content = {"metadata": {"total_size": sum(value.nbytes for value in tensors.values())},
                    "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard}}
         write_json(index, content)
     else:
@@ -174,22 +291,30 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], *, max_shard_size
             stale.unlink()
 
 
+def _save_file(tensors: Mapping[str, Any], path: Path) -> None:
+    metadata = {"format": "pt"}  # the layout: what `transformers` looks for
+    if all(isinstance(value, np.ndarray) for value in tensors.values()):
+        from safetensors.numpy import save_file as save_arrays
+
+        save_arrays({key: np.ascontiguousarray(value) for key, value in tensors.items()}, path, metadata=metadata)
+    else:
+        from safetensors.torch import save_file
+
+        save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=metadata)
+
+
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
+def _shards(tensors: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
+    shards: list[dict[str, Any]] = [{}]
     filled = 0
     for name, tensor in tensors.items():
-        if shards[-1] and filled + _size(tensor) > limit:
+        if shards[-1] and filled + tensor.nbytes > limit:
             shards.append({})
             filled = 0
         shards[-1][name] = tensor
-        filled += _size(tensor)
+        filled += tensor.nbytes
     return shards
 
 
@@ -203,7 +328,7 @@ def _bytes(size: int | str) -> int:
     raise ValueError(f"max_shard_size={size!r} is not understood; give bytes, or a size like 500MB or 5GB")
 
 
-def write_checkpoint(folder: Path, config: DeiTConfig, tensors: Mapping[str, Tensor], *,
+def write_checkpoint(folder: Path, config: DeiTConfig, tensors: Mapping[str, Any], *,
                      max_shard_size: int | str = "5GB") -> None:
     """Writes `config.json` and weights as Hugging Face names them; `transformers` reads the folder."""
     kind = weights.kind_of(tensors)

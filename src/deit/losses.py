@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from deit.config import DeiTConfig
-
-Distillation = Literal["hard", "soft"]
-
-PAPER_WEIGHT = {"hard": 0.5, "soft": 0.1}
-"""Share of the loss that the teacher gets: hard, eq. 3; soft, lambda of eq. 2 (Touvron et al. 2020)."""
-PAPER_TEMPERATURE = 3.0
-"""tau of eq. 2."""
+from deit.loss_rules import (
+    Distillation,
+    Normalisation,
+    check_labels,
+    check_soft_teacher,
+    distillation_settings,
+    problem_type,
+)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -53,34 +52,22 @@ def classification_loss(logits: Tensor, labels: Tensor, config: DeiTConfig) -> T
     One target: regression (mean squared error). Whole numbers: one class each (cross-entropy over (B,)). Otherwise:
     multi-label (binary cross-entropy over (B, C)).
     """
-    problem = config.problem_type
     whole = not labels.is_floating_point() and labels.dtype != torch.bool
-    if problem is None:
-        problem = ("regression" if config.num_labels == 1 else
-                   "single_label_classification" if whole else "multi_label_classification")
+    problem = problem_type(config, labels.dtype, whole)
     if problem == "single_label_classification":
-        _expect(labels.reshape(-1), logits.shape[:1], problem)
-        if not whole:
-            raise ValueError(f"single label classification needs whole numbers, found {labels.dtype}; pass indices of "
-                             "classes, or set config.problem_type")
+        check_labels(labels.reshape(-1).shape, logits.shape[:1], problem)
         return cross_entropy(logits, labels.reshape(-1))
     labels = labels.to(logits.dtype)
     if config.num_labels == 1:
         logits, labels = logits.reshape(-1), labels.reshape(-1)
-    _expect(labels, logits.shape, problem)
+    check_labels(labels.shape, logits.shape, problem)
     loss = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
     return loss(logits, labels)
 
 
-def _expect(labels: Tensor, shape: torch.Size, problem: str) -> None:
-    if labels.shape != shape:
-        raise ValueError(f"{problem.replace('_', ' ')} needs labels of shape {tuple(shape)}, found "
-                         f"{tuple(labels.shape)}; set config.problem_type if another problem is meant")
-
-
 def distillation_loss(cls_logits: Tensor, distillation_logits: Tensor, labels: Tensor, teacher: Tensor, *,
                       kind: Distillation = "hard", weight: float | None = None, temperature: float | None = None,
-                      normalisation: Literal["images", "elements"] = "images", smoothing: float = 0.0) -> Tensor:
+                      normalisation: Normalisation = "images", smoothing: float = 0.0) -> Tensor:
     """The student's loss under a teacher (Touvron et al. 2020, section 4), mean over images.
 
     hard, eq. 3: `(1 - weight) CE(cls, labels) + weight CE(distillation, argmax teacher)`.
@@ -95,22 +82,13 @@ def distillation_loss(cls_logits: Tensor, distillation_logits: Tensor, labels: T
         teacher: the teacher's logits (B, C); for hard distillation also its decisions (B,).
         smoothing: of the labels, 0 to <1; never of the teacher's decisions.
     """
-    if kind not in PAPER_WEIGHT:
-        raise ValueError(f"distillation kind {kind!r} is not known; choose hard or soft")
-    weight = PAPER_WEIGHT[kind] if weight is None else weight
-    if not 0.0 <= weight <= 1.0:
-        raise ValueError(f"distillation weight must be from 0 to 1, found {weight}")
+    weight, tau = distillation_settings(kind, weight, temperature)
     truth = cross_entropy(cls_logits, labels, smoothing)
     if kind == "hard":
-        if temperature is not None:
-            raise ValueError("hard distillation has no temperature; leave it out, or choose kind='soft'")
         decisions = teacher.argmax(-1) if teacher.dim() == 2 else teacher
         taught = cross_entropy(distillation_logits, decisions)
     else:
-        if teacher.shape != distillation_logits.shape:
-            raise ValueError(f"soft distillation needs teacher logits of shape {tuple(distillation_logits.shape)}, "
-                             f"found {tuple(teacher.shape)}; pass logits, or choose kind='hard'")
-        tau = PAPER_TEMPERATURE if temperature is None else temperature
+        check_soft_teacher(distillation_logits.shape, teacher.shape)
         divergence = F.kl_div(F.log_softmax(distillation_logits / tau, dim=-1),
                               F.log_softmax(teacher.to(distillation_logits.dtype) / tau, dim=-1),
                               reduction="sum", log_target=True)

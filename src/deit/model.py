@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +16,18 @@ from torch.utils.checkpoint import checkpoint
 
 from deit import cpu_training, weights
 from deit.config import DeiTConfig, ViTConfig
-from deit.losses import Distillation, classification_loss, distillation_loss, masked_image_loss
+from deit.loss_rules import Distillation
+from deit.losses import classification_loss, distillation_loss, masked_image_loss
 from deit.outputs import (
     BaseModelOutputWithPooling,
     DeiTForImageClassificationWithTeacherOutput,
+    Head,
     ImageClassifierOutput,
     MaskedImageModelingOutput,
     ModelOutput,
 )
 from deit.pretrained import AttnImplementation, PreTrained, initialise
 
-Head = Literal["fused", "class", "distillation", "softmax"]
 Trace = dict[str, Tensor]
 
 

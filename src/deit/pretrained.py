@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from deit import files, hub, weights
+from deit import hub, weights
 from deit.config import DeiTConfig
 
 if TYPE_CHECKING:
@@ -116,8 +115,8 @@ class PreTrained(nn.Module):
             FileNotFoundError: nothing there, or not reachable.
             CheckpointError, ValueError: truncated, corrupt, unsafe, unknown or ill-fitting; nothing is half-loaded.
         """
-        where = {"revision": revision, "subfolder": subfolder, "cache_dir": cache_dir,
-                 "local_files_only": local_files_only, "token": token}
+        where: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "cache_dir": cache_dir,
+                                 "local_files_only": local_files_only, "token": token}
         found = hub.read_checkpoint(name_or_folder, config=config, **where)
         return cls.from_checkpoint(found, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes,
                                    output_loading_info=output_loading_info, attn_implementation=attn_implementation,
@@ -129,13 +128,9 @@ class PreTrained(nn.Module):
                         attn_implementation: AttnImplementation = "auto", **overrides: Any) -> Any:
         """`from_pretrained` of a checkpoint that is read already."""
         image_size = overrides.pop("image_size", None)
-        settings = cls.config_class.from_dict(found.config.to_dict(), **overrides)
-        if cls.kind == "masked_image" and "encoder_stride" not in overrides:
-            settings = settings.replace(encoder_stride=settings.patch_size)
-        extras = {"add_pooling_layer": any(n.startswith("deit.pooler.") for n in found.tensors),
-                  "use_mask_token": "deit.mask_token" in found.tensors} if cls.kind == "backbone" else {}
+        settings = found.config_for(cls.kind, cls.config_class, overrides)
         with torch.device("meta"):  # neither allocates nor initialises what the file is about to give
-            model = cls(settings, **extras)
+            model = cls(settings, **found.options_for(cls.kind))
         info = model._load(found, ignore_mismatched_sizes)
         model.to(_dtype(dtype, found.tensors))
         model.set_attn_implementation(attn_implementation)
@@ -147,44 +142,19 @@ class PreTrained(nn.Module):
     def _load(self, found: hub.Checkpoint, ignore_mismatched_sizes: bool) -> dict[str, list[str]]:
         """Puts the file's tensors in place of this model's (on the meta device), and initialises the rest."""
         expected = {name: tuple(tensor.shape) for name, tensor in self._tensors().items()}
-        given = {name: tensor for name, tensor in found.tensors.items() if name in expected}
-        mismatched = [name for name in expected if name in given and tuple(given[name].shape) != expected[name]]
-        if mismatched and not ignore_mismatched_sizes:
-            name = mismatched[0]
-            raise files.CheckpointError(
-                f"{found.file}: {name} has shape {tuple(given[name].shape)}, this model expects {expected[name]}"
-                f"{_others(mismatched)}; pass a config that fits the file, or ignore_mismatched_sizes=True to start "
-                "such tensors anew")
-        missing = [name for name in expected if name not in given]
-        broken = [name for name in missing if not name.startswith(_MAY_BE_MISSING)]
-        if broken:
-            raise files.CheckpointError(f"{found.file} lacks {broken[0]}{_others(broken)}, which this model's config "
-                                      "asks for; the file is incomplete, or the config is another model's")
-        fresh = [*missing, *mismatched]
-        if fresh:
-            warnings.warn(f"{found.file} does not give {', '.join(fresh)}: initialised anew, train before use",
-                          stacklevel=4)
+        fitted = found.fit(expected, ignore_mismatched_sizes)
         base = len(weights.BASE) if self.kind == "backbone" else 0
-        state = {name[base:]: tensor for name, tensor in given.items() if name not in mismatched}
+        state = {name[base:]: tensor for name, tensor in fitted.given.items()}
         self.load_state_dict(state, strict=False, assign=True)
         for parameter in self.parameters():
             parameter.requires_grad_(True)
-        own = [name[base:] for name in fresh]
+        own = [name[base:] for name in fitted.fresh]
         for name in own:
             owner, _, leaf = name.rpartition(".")
             module = self.get_submodule(owner)
             setattr(module, leaf, nn.Parameter(torch.empty(getattr(module, leaf).shape)))
         initialise(self, self.config, own)
-        return {"missing_keys": missing, "mismatched_keys": mismatched, "error_msgs": [],
-                "unexpected_keys": sorted(found.tensors.keys() - expected.keys())}
-
-
-_MAY_BE_MISSING = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder.", "deit.pooler.",
-                   "deit.mask_token")
-
-
-def _others(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        return fitted.info
 
 
 def _dtype(dtype: torch.dtype | str | None, tensors: Mapping[str, Tensor]) -> torch.dtype:

@@ -210,6 +210,30 @@ def to_ours(tensors: Mapping[str, Any], *, join: Callable[[Sequence[Any]], Any],
     return found
 
 
+_TF_NAME = re.compile(r"(?:.*/)?((?:embeddings|encoder|layernorm|pooler|classifier|cls_classifier|"
+                      r"distillation_classifier|decoder)/.+?)(?::0)?")
+_TF_LEAF = {"kernel": "weight", "gamma": "weight", "beta": "bias"}
+
+
+def from_tensorflow(tensors: Mapping[str, np.ndarray], *, file: str) -> dict[str, np.ndarray]:
+    """What `transformers` 4's TensorFlow classes stored, as its PyTorch classes name it and lay it out.
+
+    Names like `tf_dei_t_model/deit/encoder/layer_._0/attention/attention/query/kernel:0`; matrices (in, out) become
+    (out, in), convolutions (height, width, in, out) become (out, in, height, width). Raises `ValueError` naming `file`
+    for a name of another kind.
+    """
+    found = {}
+    for name, value in tensors.items():
+        match = _TF_NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{file}: {name!r} is no tensor of the TensorFlow classes of transformers; expected names "
+                             "like .../encoder/layer_._0/attention/attention/query/kernel:0")
+        *path, leaf = match.group(1).replace("layer_._", "layer/").split("/")
+        axes = {2: (1, 0), 4: (3, 2, 0, 1)}[value.ndim] if leaf == "kernel" else range(value.ndim)
+        found[".".join([*path, _TF_LEAF.get(leaf, leaf)])] = np.ascontiguousarray(value.transpose(*axes))
+    return found
+
+
 _HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder.")
 
 
@@ -309,6 +333,15 @@ def resize_matrix(old: int, new: int) -> np.ndarray:
         # Comparing instead of indexing lets torch.compile trace this with sizes it does not know yet.
         matrix = matrix + np.where(x <= 1, near, far)[:, None] * (column[:, None] == np.arange(old))
     return matrix
+
+
+def resize_positions(position: np.ndarray, old: DeiTConfig, new: DeiTConfig) -> np.ndarray:
+    """Position embeddings (1, positions, D) for the images of another config; those of prefix tokens stay."""
+    prefix, grid = np.split(position, [old.num_prefix_positions], axis=1)
+    down, across = (resize_matrix(*sizes) for sizes in zip(old.grid, new.grid, strict=True))
+    grid = grid.reshape(*old.grid, -1).astype(np.float64)
+    resized = np.einsum("rR,sS,RSd->rsd", down, across, grid).reshape(1, new.num_patches, -1)
+    return np.concatenate([prefix, resized.astype(position.dtype)], axis=1)
 
 
 def resize_kernel(kernel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
