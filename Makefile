@@ -15,13 +15,23 @@ quickstart: setup                 ## the whole path on real digits, in minutes
 test: .venv/installed-test        ## style, types and the suite
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target suite twins
+
+.PHONY: suite twins
+suite:
 	$(BIN)/python -m pytest -m "not slow"
+# A process has one Keras back end, and TensorFlow stays out of the rest of the suite.
+twins:
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -m "not slow" tests/twin
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -m "not slow" tests/twin
 
 test-slow: .venv/installed-test   ## the checks that take minutes each
 	$(BIN)/python -m pytest -m slow
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -m slow tests/twin
 
-bench: .venv/installed-test       ## training speed beside timm and transformers; wants a quiet machine
+bench: .venv/installed-bench      ## speed beside timm, transformers and keras-hub; wants a quiet machine
 	$(BIN)/python bench/train_speed.py
+	$(BIN)/python bench/keras_speed.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "deit needs Python 3.11 or newer, found %d.%d; run make PYTHON=python3.12 ..." % sys.version_info[:2])'
@@ -32,4 +42,9 @@ bench: .venv/installed-test       ## training speed beside timm and transformers
 
 .venv/installed-test: .venv/installed
 	$(INSTALL) --editable '.[test]'
+	touch $@
+
+# keras-hub asks for tensorflow-text, which brings a second TensorFlow, and more that its DeiT works without.
+.venv/installed-bench: .venv/installed-test
+	$(INSTALL) --no-deps keras-hub
 	touch $@

@@ -79,7 +79,9 @@ def _litert(path: Path) -> Runtime:
     try:
         from ai_edge_litert.interpreter import Interpreter
     except ImportError:  # the same one as TensorFlow brings it, which advises to install that package
-        from tensorflow.lite import Interpreter
+        import tensorflow as tf
+
+        Interpreter = tf.lite.Interpreter
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*tf.lite.Interpreter is deprecated")

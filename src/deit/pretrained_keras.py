@@ -6,13 +6,21 @@ B images, N tokens, D width, C classes.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import wraps
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+
+if "tensorflow" not in sys.modules:
+    # PyTorch's compiler and TensorFlow each bring an LLVM. With TensorFlow's loaded first, Triton's aborts the process
+    # when it comes, e.g. with the first optimizer of torch.optim; the other way round both work.
+    with suppress(ImportError):
+        import triton  # noqa: F401
 
 try:
     import keras
@@ -110,6 +118,8 @@ class PreTrainedKeras(keras.Model):
     def __call__(self, *args: Any, trace: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         if trace is not None:
             kwargs["trace"] = Trace(trace)
+        if args and isinstance(args[0], Mapping):
+            args = (dict(args[0]), *args[1:])  # of mappings Keras sees into plain ones only
         return super().__call__(*args, **kwargs)
 
     # ---- files
@@ -223,6 +233,15 @@ class PreTrainedKeras(keras.Model):
     def own_loss(self, output: Any, given: Mapping[str, Any], training: bool) -> Any:
         """The loss that the model computes itself, from its output and the tensors of the data by name."""
         raise ValueError(f"{type(self).__name__} has no loss of its own; give compile() a loss")
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Keras' `compile`; without `loss` the model's own is minimised."""
+        self.loss = self._compile_loss = None  # Keras would keep that of an earlier call
+        super().compile(*args, **options)
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
 
     def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None,
                      training: bool = True) -> Any:
