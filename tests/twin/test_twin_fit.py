@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import raises_saying, small
-from twins import BACKEND, TWIN_OF, arrays, as_arrays, distance, given_for, keras, twins
+from twins import BACKEND, TWIN_OF, arrays, as_arrays, distance, given_for, keras, needs_tensorflow, twins
 
 from deit import losses, losses_keras
 from deit.folders import write_digits
@@ -146,9 +146,6 @@ def test_it_learns_real_digits_with_a_teacher(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- export
-
-
-needs_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="LiteRT is written by TensorFlow only")
 
 
 @pytest.mark.parametrize("kind", TWIN_OF)

@@ -23,6 +23,7 @@ TWIN_OF = {"backbone": model_keras.TFDeiTModel, "masked_image": model_keras.TFDe
            "classification": model_keras.TFDeiTForImageClassification,
            "with_teacher": model_keras.TFDeiTForImageClassificationWithTeacher}
 BACKEND = keras.backend.backend()
+needs_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="LiteRT is written by TensorFlow only")
 SLOW_ON_JAX = [pytest.mark.slow] if BACKEND == "jax" else []
 """JAX compiles each operation for each shape, which takes most of the time of these tests."""
 
