@@ -18,7 +18,7 @@ SOURCE = ROOT / "src" / "deit"
 
 ORDER = ["files", "config", "outputs", "weights", "hub", "decode", "image", "loss_rules", "losses",
          "pretrained", "cpu_training", "model", "export_keras", "pretrained_keras", "losses_keras", "model_keras",
-         "convert", "convnet", "scores", "calibration", "predict", "pipeline", "recipe", "recipes",
+         "convert", "convnet", "scores", "calibration", "predict", "pipelines", "recipe", "recipes",
          "machine", "build", "policies", "mixing", "augment", "folders", "bulk", "data", "calibrate", "evaluate",
          "tables", "teacher", "teach", "objectives", "optim", "checkpoint", "progress", "runs", "train", "quickstart",
          "cli", "__main__"]

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from deit.calibration import Calibration, fit
+from deit.calibration import Calibration, HeadCalibration, fit
 from deit.data import EvaluationBatches
 from deit.folders import fingerprint, has_split, matched, read_examples
 from deit.machine import resolve_device
@@ -55,8 +55,9 @@ def calibrate(folder: str | Path, data: str | Path, *, split: str | None = None,
         labels.append(batch.labels[read].numpy())
     output = kind(**{name: torch.cat(values) for name, values in parts.items()})
     truth = np.concatenate(labels)
-    heads = {head: fit(lambda t, head=head: head_probabilities(output, t)[head].numpy(), truth, error_rate)
-             for head in head_probabilities(output)}
+    heads: dict[str, HeadCalibration] = {
+        head: fit(lambda t, head=head: head_probabilities(output, t)[head].numpy(), truth, error_rate)
+        for head in head_probabilities(output)}
     calibration = Calibration(error_rate=error_rate, images=len(truth), data=fingerprint(examples), heads=heads)
     calibration.save(Path(folder))
     return calibration
