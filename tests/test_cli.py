@@ -29,7 +29,8 @@ def folder(tmp_path):
 
 def test_predict(folder, capsys):
     images = [str(folder / f"{i}.png") for i in range(2)]
-    assert main(["predict", str(folder / "m"), *images, "--top-k", "2", "--json", "--head", "class"]) == 0
+    assert main(["predict", str(folder / "m"), *images, "--top-k", "2", "--batch", "1", "--head", "class",
+                 "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     predictor = Predictor(folder / "m", head="class")
     assert rows == [{"image": image, "labels": predictor([image], top_k=2)[0]} for image in images]

@@ -870,3 +870,21 @@ def test_crop_ratios_that_can_not_be():
     for ratio in (0.0, 1.1, float("nan")):
         with pytest.raises(ValueError, match="above 0, at most 1"):
             DeiTImageProcessor().with_crop_ratio(ratio)
+
+
+@pytest.mark.parametrize("size", [(5000, 1), (1, 5000), (9000, 10), (11, 8999)])
+@pytest.mark.parametrize("crop", [224, {"height": 100, "width": 300}])
+def test_of_a_strip_only_what_the_crop_keeps_is_computed(size, crop, monkeypatch):
+    """The pixels of the whole way without its memory: 1x5000 would become 256x1280000."""
+    strip = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    processor = DeiTImageProcessor(size={"shortest_edge": 256}, crop_size=crop, image_mean=0.0, image_std=1.0)
+    resized = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, *args, **options: resized.append(args[0]) or resize(
+        self, *args, **options))
+    found = processor([strip]).pixel_values[0]
+    assert max(map(max, resized)) <= 300
+    monkeypatch.undo()
+    if min(size) > 1:
+        monkeypatch.setattr("deit.image._LARGE", float("inf"))
+        assert np.abs(found - processor([strip]).pixel_values[0]).mean() < 1 / 255

@@ -1,5 +1,8 @@
 """From files to labels."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -112,3 +115,18 @@ def test_the_built_in_convnet_is_loaded(tmp_path):
     assert isinstance(load_model(tmp_path), ConvNet)
     with raises_saying(ValueError, "model_type is 'deit_convnet'"):
         hub.read_checkpoint(tmp_path)
+
+
+def test_the_guide_runs(folder, photos, tmp_path, monkeypatch, capsys):
+    """docs/predict.md's Python, as it stands."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/taught").mkdir(parents=True)
+    folder.rename(tmp_path / "runs/taught/model")
+    photos[1].rename("photo.jpg")
+    photos[0].rename("other.png")
+    page = (Path(__file__).parents[1] / "docs/predict.md").read_text()
+    [block] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    exec(block, names)
+    assert set(capsys.readouterr().out.split()) <= set(LABELS.values())
+    assert np.array(names["features"]).shape == (1, 18, 24)

@@ -13,6 +13,7 @@ _HOME = {
     "deit.model": ("DeiTModel", "DeiTForMaskedImageModeling", "DeiTForImageClassification",
                    "DeiTForImageClassificationWithTeacher", "ViTModel", "ViTForImageClassification", "fuse_heads"),
     "deit.predict": ("Predictor", "load_model"),
+    "deit.pipelines": ("pipeline",),
 }
 _KERAS = {"deit.model_keras": (
     "TFDeiTModel", "TFDeiTForMaskedImageModeling", "TFDeiTForImageClassification",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from deit.model_keras import TFDeiTModel as TFDeiTModel
     from deit.model_keras import TFViTForImageClassification as TFViTForImageClassification
     from deit.model_keras import TFViTModel as TFViTModel
+    from deit.pipelines import pipeline as pipeline
     from deit.predict import Predictor as Predictor
     from deit.predict import load_model as load_model
 

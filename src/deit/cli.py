@@ -74,13 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_overrides(verb)
     verb.set_defaults(run=_recipes)
 
-    verb = verbs.add_parser("predict", help="labels for image files")
-    verb.add_argument("model", help="folder of a trained model, or a hub name")
-    verb.add_argument("images", nargs="+", metavar="IMAGE")
-    verb.add_argument("--top-k", type=int, default=3, metavar="K", help="labels for each image (default: 3)")
-    _add_head(verb)
-    verb.add_argument("--json", action="store_true", help="one JSON line for each image")
-    verb.set_defaults(run=_predict)
+    _add_predict(verbs)
 
     _add_eval(verbs)
 
@@ -90,6 +84,46 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", type=Path, required=True, metavar="DIR")
     verb.set_defaults(run=_convert)
     return parser
+
+
+def _add_predict(verbs: Any) -> None:
+    verb = verbs.add_parser("predict", help="labels for image files",
+                            description="Labels for any number of images, printed as they come. An image that can't be "
+                            "read is a row with the reason, and makes the exit status 1 at the end.")
+    verb.add_argument("model", metavar="MODEL", help="folder of a trained model, or a hub name")
+    verb.add_argument("images", nargs="+", metavar="INPUT",
+                      help="image files, folders of them at any depth, patterns like 'photos/**/*.jpg', or - for a "
+                           "list of paths on standard input")
+    verb.add_argument("--top-k", type=_count, default=3, metavar="K", help="labels for each image (default: 3)")
+    _add_head(verb)
+    for name, what in (("json", "one JSON line for each image"), ("csv", "one line of a table for each image")):
+        verb.add_argument(f"--{name}", nargs="?", const="-", metavar="FILE", help=f"{what}, on standard output or in "
+                          "FILE, which grows in parts: the same command goes on where it was stopped")
+    verb.add_argument("--parquet", metavar="FILE", help="the same in Parquet")
+    verb.add_argument("--batch", type=_count, default=32, metavar="B", help="images computed at once (default: 32)")
+    verb.add_argument("--shard", metavar="i/N", help="only every N-th image from the i-th on, 1 to N")
+    _add_device(verb)
+    verb.set_defaults(run=_predict)
+
+    verb = verbs.add_parser("calibrate", help="honest probabilities, and the choice to say \"I don't know\"",
+                            description="From labelled images that the model was not trained on: a temperature for its "
+                            "probabilities, and the probability from which a label is sure. Stored in MODEL; "
+                            "predictions use both from then on.")
+    verb.add_argument("model", type=Path, metavar="MODEL", help="folder of a trained model")
+    verb.add_argument("--data", type=Path, required=True, metavar="DATA", help="as for eval")
+    verb.add_argument("--split", choices=("train", "val", "test"),
+                      help="of a folder that has splits (default: val)")
+    verb.add_argument("--error-rate", type=float, default=0.05, metavar="E",
+                      help="share of images that may get one sure and wrong label (default: 0.05)")
+    _add_device(verb)
+    verb.add_argument("--json", action="store_true", help="print the result as one JSON line")
+    verb.set_defaults(run=_calibrate)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
 
 
 def _add_eval(verbs: Any) -> None:
@@ -193,26 +227,76 @@ def _recipes(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from deit.decode import ImageError
+    from deit.bulk import Job, Results, Tally, csv_lines, find_images, parse_shard, share
+    from deit.machine import resolve_device
     from deit.predict import Predictor
 
-    predictor = Predictor(options.model, head=options.head)
-    failed = 0
-    for path in options.images:
-        try:
-            [labels] = predictor([path], top_k=options.top_k)
-        except ImageError as error:
-            failed += 1
-            print(f"deit predict: {error}", file=sys.stderr)
-            continue
-        print(_row(path, labels, options.json))
-    return 1 if failed else 0
+    file = _file_of_results(options)
+    shard = parse_shard(options.shard) if options.shard else (1, 1)
+    predictor = Predictor(options.model, head=options.head, device=resolve_device(options.device))
+    if predictor.calibration is not None:
+        print(f"calibrated on {predictor.calibration.images} images; sure means at most "
+              f"{predictor.calibration.error_rate:.3g} errors", file=sys.stderr)
+    paths = share(find_images(options.images, sys.stdin), shard)
+    results = None if file is None else Results(file, Job(model=options.model, head=options.head, top_k=options.top_k,
+                                                          inputs=tuple(options.images), shard=shard))
+    if results is not None and results.done:
+        print(f"going on after {results.done} images", file=sys.stderr)
+    tally = Tally(sys.stderr)
+    rows = tally.counted(answer.to_dict() for answer in predictor.stream(
+        paths if results is None else results.remaining(paths), top_k=options.top_k, batch=options.batch))
+    if results is not None:
+        for _ in results.write(rows):
+            pass
+    elif options.json:
+        for row in rows:
+            print(json.dumps(row), flush=True)
+    elif options.csv:
+        for line in csv_lines(rows, options.top_k):
+            print(line, end="", flush=True)
+    else:
+        for row in rows:
+            if "error" not in row:
+                print(_line(row), flush=True)
+    tally.finish()
+    return 1 if tally.unreadable else 0
 
 
-def _row(path: str, labels: list[dict[str, Any]], as_json: bool) -> str:
-    if as_json:
-        return json.dumps({"image": path, "labels": labels})
-    return f"{path}: " + ", ".join(f"{found['label']} {found['score']:.3f}" for found in labels)
+def _file_of_results(options: argparse.Namespace) -> Path | None:
+    """FILE of --json, --csv or --parquet."""
+    chosen = [(name, suffix, value) for name, suffix, value in (
+        ("--json", ".jsonl", options.json), ("--csv", ".csv", options.csv), ("--parquet", ".parquet", options.parquet))
+        if value]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(name for name, _, _ in chosen)} exclude each other; choose one")
+    for name, suffix, value in chosen:
+        if value != "-":
+            if not value.endswith(suffix):
+                raise ValueError(f"expected a {suffix} file after {name}, found {value}; give such a name, or put "
+                                 f"{name} last for standard output")
+            return Path(value)
+    return None
+
+
+def _line(row: dict[str, Any]) -> str:
+    labels = ", ".join(f"{found['label']} {found['score']:.3f}" for found in row["labels"])
+    return f"{row['image']}: " + (f"I don't know ({labels})" if row.get("sure") is False else labels)
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from deit.calibrate import calibrate
+
+    found = calibrate(options.model, options.data, split=options.split, error_rate=options.error_rate,
+                      device=options.device)
+    if options.json:
+        print(json.dumps(asdict(found)))
+        return
+    print(f"{found.images} images; at most {found.error_rate:.3g} of new ones get one label that is sure and wrong")
+    for name, head in found.heads.items():
+        print(f"{name:12}  temperature {head.temperature:.3f}  negative log likelihood {head.nll[0]:.4f} -> "
+              f"{head.nll[1]:.4f}  sure from {head.threshold:.3f} on, of {head.answered:.1%}")
 
 
 def _eval(options: argparse.Namespace) -> None:

@@ -121,6 +121,11 @@ def read_examples(place: str | Path, split: str | None = None) -> tuple[Split, s
     return _read_list(place), None
 
 
+def has_split(place: str | Path, split: str) -> bool:
+    """Whether a folder has images of this split (train, val or test) apart."""
+    return Path(place).is_dir() and _split_folder(Path(place), split) is not None
+
+
 def matched(split: Split, classes: Sequence[str]) -> Split:
     """The same images labelled by `classes`, a model's, in its order: found by name.
 

@@ -499,6 +499,8 @@ def _pixel_values(source: Any, options: Mapping[str, Any], name: str) -> np.ndar
         if isinstance(pixels, np.ndarray):
             pixels, in_unit = _to_picture(pixels, name)
         height, width = _target_size(full or (pixels.height, pixels.width), options["size"])
+        if options["do_center_crop"] and height * width > _LARGE:
+            (height, width), box = _middle(pixels, (height, width), options["crop_size"], box)
         pixels = pixels.resize((width, height), options["resample"], box=box)
     array = np.asarray(pixels)
     if array.ndim == 2:
@@ -628,6 +630,23 @@ def _target_size(full: tuple[int, int], size: Mapping[str, int]) -> tuple[int, i
         return full
     new_long = max(1, int(edge * long / short))
     return (new_short, new_long) if full[0] <= full[1] else (new_long, new_short)
+
+
+_LARGE = 2**25
+"""Pixels of a resized image from which on what the crop discards is not computed: of a 1x5000 image, 3 GB."""
+
+
+def _middle(picture: Image.Image, target: tuple[int, int], crop: Mapping[str, int],
+            box: tuple[float, float, float, float] | None) -> tuple[tuple[int, int], tuple[float, float, float, float]]:
+    """The part of a resize to `target` (height, width) that a central crop keeps: its size, and the part of the picture
+    that it shows. Pillow rounds such a box, so that pixels differ by less than 1 of 255 on average."""
+    left, top, right, bottom = box or (0.0, 0.0, float(picture.width), float(picture.height))
+    sides, spans = [], []
+    for size, kept, start, end in ((target[0], crop["height"], top, bottom), (target[1], crop["width"], left, right)):
+        first, scale = max(0, (size - kept) // 2), (end - start) / size
+        sides.append(min(size, kept))
+        spans.append((start + first * scale, start + (first + sides[-1]) * scale))
+    return (sides[0], sides[1]), (spans[1][0], spans[0][0], spans[1][1], spans[0][1])
 
 
 def _center_crop(array: np.ndarray, height: int, width: int) -> np.ndarray:

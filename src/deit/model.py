@@ -492,14 +492,14 @@ def fuse_heads(cls_logits: Tensor, distillation_logits: Tensor, head: Head = "fu
     raise ValueError(f"head={head!r} is not known; choose fused, class, distillation or softmax")
 
 
-def head_probabilities(output: ModelOutput) -> dict[Head, Tensor]:
-    """Class probabilities (B, C) by every head of a classifier's output; one with a single head has `fused` and
-    `class` alike."""
+def head_probabilities(output: ModelOutput, temperature: float = 1.0) -> dict[Head, Tensor]:
+    """Class probabilities (B, C) by every head of a classifier's output, of logits divided by `temperature`; one with a
+    single head has `fused` and `class` alike."""
     if isinstance(output, DeiTForImageClassificationWithTeacherOutput):
         heads: tuple[Head, ...] = get_args(Head)
-        return {head: fuse_heads(output.cls_logits.float(), output.distillation_logits.float(), head)
-                for head in heads}
-    alone = output["logits"].float().softmax(-1)
+        both = output.cls_logits.float() / temperature, output.distillation_logits.float() / temperature
+        return {head: fuse_heads(*both, head) for head in heads}
+    alone = (output["logits"].float() / temperature).softmax(-1)
     return {"fused": alone, "class": alone}
 
 

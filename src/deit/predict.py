@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from deit import files, hub, weights
+from deit.calibration import Calibration
 from deit.convnet import ConvNet
+from deit.decode import ImageError
 from deit.image import DeiTImageProcessor
 from deit.model import (
     DeiTForImageClassification,
@@ -21,6 +29,9 @@ from deit.model import (
     PreTrained,
     head_probabilities,
 )
+
+Source = str | Path | bytes | Image.Image
+"""A file's path or bytes, or a picture."""
 
 _CLASS: dict[str, type[PreTrained]] = {
     "Model": DeiTModel, "ForMaskedImageModeling": DeiTForMaskedImageModeling,
@@ -48,13 +59,34 @@ def load_model(name_or_folder: str | Path, **options: Any) -> Any:
     return _OF_KIND[weights.kind_of(found.tensors)].from_checkpoint(found, **others)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a model says of one image, or why it says nothing."""
+
+    source: Source
+    labels: list[dict[str, Any]]
+    """`{"label": name, "score": probability}`, best first."""
+    sure: bool | None = None
+    """Of a calibrated model: whether the one best label can be told at the stated error rate. None: not calibrated."""
+    error: str | None = None
+    """Why the image could not be read; then there are no labels."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A row of `deit predict --json`; fields that are None are left out, and images that have no name."""
+        named = {"image": str(self.source)} if isinstance(self.source, str | Path) else {}
+        rest = {"labels": self.labels, "sure": self.sure, "error": self.error}
+        return named | {key: value for key, value in rest.items() if value is not None}
+
+
 class Predictor:
-    """A classifier with its preprocessing and its labels.
+    """A classifier with its preprocessing, its labels and its calibration: the only way from files to labels.
 
     Args:
         name_or_folder: what `deit`, `transformers` or timm saved, or a hub name.
         head: which of a distilled model's heads decides (`fuse_heads`).
         device: `cpu`, `cuda`, …
+
+    A folder with a `calibration.json` (`deit calibrate`) has its temperature in every probability.
 
     Raises `FileNotFoundError` where the files do not say how images are prepared.
     """
@@ -62,22 +94,86 @@ class Predictor:
     def __init__(self, name_or_folder: str | Path, *, head: Head = "fused", device: str | torch.device = "cpu"):
         self.model = load_model(name_or_folder).to(device)
         self.processor = DeiTImageProcessor.of_model(name_or_folder, self.model.config)
+        self.calibration = Calibration.of_model(name_or_folder)
         self.head, self.device = head, torch.device(device)
         self.labels = list(self.model.config.id2label.values())
 
-    @torch.inference_mode()
-    def __call__(self, images: Sequence[str | Path | bytes | Image.Image],
-                 top_k: int = 5) -> list[list[dict[str, Any]]]:
+    def __call__(self, images: Sequence[Source], top_k: int = 5) -> list[list[dict[str, Any]]]:
         """For each image its `top_k` most likely labels: `{"label": name, "score": probability}`, best first.
 
         Raises `ImageError` naming the first image that can't be read.
         """
         if not images:
             return []
-        pixels = self.processor(list(images), return_tensors="pt").pixel_values.to(self.device)
-        by_head = head_probabilities(self.model(pixels))
+        return [answer.labels for answer in self.answers(images, np.stack([*map(self.prepared, images)]), top_k)]
+
+    def stream(self, sources: Iterable[Source], *, top_k: int = 5, batch: int = 32) -> Iterator[Answer]:
+        """An answer for each image, in order; unreadable ones are answers with an `error`.
+
+        Any number of images: two batches are read ahead, by threads, while one is computed.
+        """
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            waiting: deque[list[tuple[Source, Future[np.ndarray]]]] = deque()
+            for chunk in _batched(sources, batch):
+                waiting.append([(source, pool.submit(self.prepared, source)) for source in chunk])
+                if len(waiting) > _AHEAD:
+                    yield from self._finished(waiting.popleft(), top_k)
+            while waiting:
+                yield from self._finished(waiting.popleft(), top_k)
+
+    def _finished(self, chunk: list[tuple[Source, Future[np.ndarray]]], top_k: int) -> Iterator[Answer]:
+        errors = {i: future.exception() for i, (_, future) in enumerate(chunk)}
+        for error in errors.values():
+            if error is not None and not isinstance(error, ImageError):
+                raise error
+        read = [(source, future.result()) for i, (source, future) in enumerate(chunk) if errors[i] is None]
+        answers = iter(self.answers([source for source, _ in read], np.stack([pixels for _, pixels in read]), top_k)
+                       if read else [])
+        for i, (source, _) in enumerate(chunk):
+            yield next(answers) if errors[i] is None else Answer(source=source, labels=[], error=str(errors[i]))
+
+    def prepared(self, source: Source) -> np.ndarray:
+        """One image as the model sees it, (channels, height, width), float32. Raises `ImageError`."""
+        return self.processor([source]).pixel_values[0]
+
+    def answers(self, sources: Sequence[Source], pixels: np.ndarray, top_k: int) -> list[Answer]:
+        """Of images that are `prepared`: pixels (B, channels, height, width)."""
+        probabilities = self.probabilities(pixels)
+        best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]  # (B, top_k)
+        sure = [None] * len(sources) if self.calibration is None else self.calibration.sure(probabilities, self.head)
+        return [Answer(source=source, sure=certain, labels=[
+            {"label": self.labels[i], "score": float(row[i])} for i in indices])
+            for source, certain, row, indices in zip(sources, sure, probabilities, best, strict=True)]
+
+    def probabilities(self, pixels: np.ndarray) -> np.ndarray:
+        """Of every class (B, C), by the head, calibrated where the model is; pixels (B, channels, height, width)."""
+        temperature = 1.0 if self.calibration is None else self.calibration.temperature(self.head)
+        by_head = head_probabilities(self.logits(pixels), temperature)
         if self.head not in by_head:
             raise ValueError(f"this model has no head {self.head!r}; it has {', '.join(by_head)}")
-        best = by_head[self.head].topk(min(top_k, len(self.labels)))
-        return [[{"label": self.labels[i], "score": score} for i, score in zip(indices, scores, strict=True)]
-                for indices, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+        return by_head[self.head].cpu().numpy()
+
+    def head_logits(self, pixels: np.ndarray) -> np.ndarray:
+        """Of every class (B, C), by the head; `softmax`, which fuses probabilities, has none."""
+        found = self.logits(pixels)
+        name = {"fused": "logits", "class": "cls_logits" if "cls_logits" in found else "logits",
+                "distillation": "distillation_logits"}.get(self.head)
+        if name is None or name not in found:
+            raise ValueError(f"head {self.head!r} has no logits of its own here; choose fused or class, or softmax as "
+                             "function_to_apply")
+        return found[name].float().cpu().numpy()
+
+    @torch.inference_mode()
+    def logits(self, pixels: np.ndarray) -> Any:
+        """The model's output for pixels (B, channels, height, width)."""
+        return self.model(torch.from_numpy(pixels).to(self.device))
+
+
+_AHEAD = 2
+"""Batches that are read while another one is computed."""
+
+
+def _batched(items: Iterable[Source], size: int) -> Iterator[list[Source]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
