@@ -76,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_predict(verbs)
 
+    _add_serve(verbs)
+
     _add_eval(verbs)
 
     verb = verbs.add_parser("convert", help="rewrite a checkpoint for another project")
@@ -118,6 +120,41 @@ def _add_predict(verbs: Any) -> None:
     _add_device(verb)
     verb.add_argument("--json", action="store_true", help="print the result as one JSON line")
     verb.set_defaults(run=_calibrate)
+
+
+def _add_serve(verbs: Any) -> None:
+    verb = verbs.add_parser("serve", help="labels over HTTP, and a page to try",
+                            description="Answers POST /v1/classify with labels, and shows a page at /. SIGTERM ends it "
+                            "after everything that came is answered.")
+    verb.add_argument("model", metavar="MODEL", help="folder of a trained model, or a hub name")
+    verb.add_argument("--host", default="127.0.0.1",
+                      help="address to listen at; 0.0.0.0 for all of this machine's (default: %(default)s)")
+    verb.add_argument("--port", type=int, default=8000, help="0: any free one (default: %(default)s)")
+    _add_head(verb)
+    _add_device(verb)
+    verb.add_argument("--max-batch", type=_count, default=32, metavar="B",
+                      help="images computed together, and images of one request, at most (default: %(default)s)")
+    verb.add_argument("--max-wait-ms", type=float, default=5.0, metavar="MS",
+                      help="how long an image waits for others to be computed with (default: 5)")
+    verb.add_argument("--queue", type=_count, default=256, metavar="N",
+                      help="images that may wait; more are answered 503 (default: %(default)s)")
+    verb.add_argument("--max-bytes", type=_size, default=20 * 2**20, metavar="SIZE",
+                      help="of a request, like 500KiB or 20MiB (default: 20MiB)")
+    verb.add_argument("--max-pixels", type=_count, metavar="P", help="of an image (default: 50 million)")
+    verb.add_argument("--timeout", type=float, default=30.0, metavar="S",
+                      help="seconds for a request to arrive, and again for its answer (default: 30)")
+    verb.add_argument("--api-key-file", type=Path, metavar="FILE",
+                      help="keys, one a line; /v1/* then needs Authorization: Bearer KEY")
+    verb.set_defaults(run=_serve)
+
+
+def _size(text: str) -> int:
+    """A number of bytes like 500KiB or 20MiB."""
+    number, unit = text.rstrip("KMGiB"), text[len(text.rstrip("KMGiB")):]
+    units = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    if not number.isdecimal() or not int(number) or unit not in units:
+        raise argparse.ArgumentTypeError(f"expected a size like 500KiB or 20MiB, found {text!r}")
+    return int(number) * units[unit]
 
 
 def _count(text: str) -> int:
@@ -297,6 +334,19 @@ def _calibrate(options: argparse.Namespace) -> None:
     for name, head in found.heads.items():
         print(f"{name:12}  temperature {head.temperature:.3f}  negative log likelihood {head.nll[0]:.4f} -> "
               f"{head.nll[1]:.4f}  sure from {head.threshold:.3f} on, of {head.answered:.1%}")
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from deit.machine import resolve_device
+    from deit.predict import Predictor
+    from deit.serve.app import MAX_PIXELS, Service, read_keys, serve
+
+    service = Service(max_batch=options.max_batch, max_wait_ms=options.max_wait_ms, queue=options.queue,
+                      max_bytes=options.max_bytes, max_pixels=options.max_pixels or MAX_PIXELS,
+                      timeout=options.timeout, keys=read_keys(options.api_key_file) if options.api_key_file else ())
+    predictor = Predictor(options.model, head=options.head, device=resolve_device(options.device))
+    serve(predictor, service, options.model, host=options.host, port=options.port,
+          listening=lambda address: print(f"serving {options.model} at {address}", flush=True))
 
 
 def _eval(options: argparse.Namespace) -> None:

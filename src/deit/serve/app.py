@@ -1,0 +1,552 @@
+"""The HTTP side: what a request may be, what it is answered, and the life of the server.
+
+Everything a stranger sends stays in memory, within limits, and ends as an answer or as one sentence:
+`{"error": …}` under a 4xx status, 503 when there is no room, 504 when there was no time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import email.message
+import hmac
+import html
+import json
+import logging
+import re
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from PIL import Image
+
+from deit import __version__
+from deit.decode import ImageError
+from deit.predict import Answer, Predictor
+from deit.serve.batcher import FORMATS, Batcher, Full, ModelFailed
+
+try:
+    import prometheus_client as prometheus
+    import uvicorn
+    from fastapi import FastAPI, Request, Response
+    from pydantic import BaseModel
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+except ImportError as error:
+    raise ImportError(f'serving needs {error.name}: pip install "deit[serve]"') from None
+
+MAX_PIXELS = 50_000_000
+"""An image of this size takes 150 MB while it is decoded, on each core."""
+
+_HELD = 16
+"""Bodies of the largest size that may be in memory at once; then 503."""
+_DISCARDED = 3
+"""A body that is too large is read to its end up to this many times the limit, so that its sender reads the answer."""
+_PARTS = 8  # of a form, beyond its images
+_GONE = 499  # nobody reads it; for the metrics
+_TOP_K = 5
+
+_DISPOSITION = re.compile(rb"^content-disposition:(.*)$", re.IGNORECASE | re.MULTILINE)
+_FILE = re.compile(rb";\s*filename\*?=", re.IGNORECASE)
+_FIELD = re.compile(rb';\s*name="?top_k"?\s*(;|$)', re.IGNORECASE)
+
+_HEADERS = [(name.lower().encode(), value.encode()) for name, value in {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+                               "connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}.items()]
+
+_HERE = Path(__file__).parent
+_PAGES = {"/": ("page.html", "text/html"), "/page.js": ("page.js", "text/javascript"),
+          "/page.css": ("page.css", "text/css")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """The limits of a server."""
+
+    max_batch: int = 32
+    """Images computed together, and images of one request, at most."""
+    max_wait_ms: float = 5.0
+    """Milliseconds that an image waits for others to be computed with."""
+    queue: int = 256
+    """Images decoding or waiting; a request that doesn't fit is answered 503."""
+    max_bytes: int = 20 * 2**20
+    """Of a request's body."""
+    max_pixels: int = MAX_PIXELS
+    """Of an image."""
+    timeout: float = 30.0
+    """Seconds for a body to arrive (408), and for its answer (504)."""
+    keys: tuple[str, ...] = ()
+    """Any of these opens /v1/*; none: open to all."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "queue", "max_bytes", "max_pixels", "timeout"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
+        if self.max_wait_ms < 0:
+            raise ValueError(f"max_wait_ms must be at least 0, found {self.max_wait_ms:g}")
+        if self.queue < self.max_batch:
+            raise ValueError(f"a queue of {self.queue} images can't fill a batch of {self.max_batch}; give a queue of "
+                             "at least max_batch")
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """API keys, one a line. Raises `ValueError` for a file that has none."""
+    keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not keys:
+        raise ValueError(f"{path} holds no key; write one on a line")
+    return keys
+
+
+# ---- what the API says, for /openapi.json ------------------------------------------------------------------------
+
+
+class Label(BaseModel):
+    label: str
+    score: float
+
+
+class Result(BaseModel):
+    """Labels, best first; or of one of many images why it has none."""
+
+    labels: list[Label] | None = None
+    sure: bool | None = None
+    error: str | None = None
+
+
+class Answers(BaseModel):
+    model: str
+    results: list[Result]
+
+
+class Failure(BaseModel):
+    error: str
+
+
+class CalibrationCard(BaseModel):
+    error_rate: float
+    images: int
+    temperature: float
+    threshold: float
+
+
+class Limits(BaseModel):
+    images: int
+    bytes: int
+    pixels: int
+
+
+class ModelCard(BaseModel):
+    model: str
+    labels: list[str]
+    head: str
+    image_size: list[int]
+    calibration: CalibrationCard | None
+    limits: Limits
+    formats: list[str]
+    key: bool
+
+
+_SAID = {
+    400: "The request is malformed.", 401: "An API key is needed.", 408: "The body came too slowly.",
+    413: "The body is too large, or holds too many images.", 415: "The body is of another type.",
+    422: "No image can be read.", 503: "No room; try again after Retry-After seconds.", 504: "Not answered in time.",
+}
+_BODY: dict[str, Any] = {"required": True, "content": {
+    "application/json": {"schema": {
+        "type": "object", "required": ["images"], "additionalProperties": False,
+        "properties": {"images": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "byte"}},
+                       "top_k": {"type": "integer", "minimum": 1, "default": _TOP_K}}}},
+    "multipart/form-data": {"schema": {
+        "type": "object", "properties": {
+            "image": {"type": "array", "items": {"type": "string", "format": "binary"}},
+            "top_k": {"type": "integer", "minimum": 1}}}},
+    **{kind: {"schema": {"type": "string", "format": "binary"}} for kind in ("image/*", "application/octet-stream")}}}
+
+
+_CLASSIFY: dict[str, Any] = {"requestBody": _BODY, "parameters": [
+    {"name": "top_k", "in": "query", "description": "Labels for each image.",
+     "schema": {"type": "integer", "minimum": 1, "default": _TOP_K}}]}
+
+
+class _Json(Response):
+    """ASCII JSON, so that no text, however odd, fails to be encoded."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode("ascii")
+
+
+def _refuse(status: int, sentence: str, **headers: str) -> NoReturn:
+    raise HTTPException(status, sentence, headers)
+
+
+# ---- from a body to images ---------------------------------------------------------------------------------------
+
+
+class _Bodies:
+    """Reads bodies into memory, with one account of how much all of them take."""
+
+    def __init__(self, service: Service):
+        self.limit, self.timeout, self.held = service.max_bytes, service.timeout, 0
+
+    @contextmanager
+    def room(self) -> Iterator[bytearray]:
+        """A place for a body, accounted for until the block ends."""
+        body = bytearray()
+        try:
+            yield body
+        finally:
+            self.held -= len(body)
+
+    async def read(self, request: Request, body: bytearray) -> None:
+        try:
+            async with asyncio.timeout(self.timeout):
+                await self._read(request, body)
+        except TimeoutError:
+            _refuse(408, f"the body did not arrive within {self.timeout:g} s; send it faster, or a smaller image",
+                    Connection="close")
+
+    async def _read(self, request: Request, body: bytearray) -> None:
+        too_large = f"the body has more than the {self.limit} bytes allowed; send a smaller image, or fewer"
+        declared = request.headers.get("content-length", "0")
+        if not (declared.isascii() and declared.isdigit()):
+            _refuse(400, "Content-Length is not a number; leave it to your HTTP library")
+        if len(declared) > 15 or int(declared) > _DISCARDED * self.limit:
+            _refuse(413, too_large, Connection="close")
+        count = 0
+        async for chunk in request.stream():
+            count += len(chunk)
+            if count > _DISCARDED * self.limit:
+                break
+            if count <= self.limit:
+                if self.held + len(chunk) > _HELD * self.limit:
+                    _refuse(503, "too many bodies are being read already; try again in 1 s", **{"Retry-After": "1"})
+                self.held += len(chunk)
+                body += chunk
+        if count > self.limit:
+            _refuse(413, too_large, Connection="close")
+
+
+def _content_type(text: str) -> email.message.Message:
+    message = email.message.Message()
+    message["content-type"] = text
+    return message
+
+
+def _read_images(body: bytes, content_type: str, top_k: str | None, most: int) -> tuple[list[bytes], int]:
+    """The images of a body, and how many labels are wanted; refuses what is neither."""
+    message = _content_type(content_type)
+    kind = message.get_content_type() if content_type.strip() else "none"
+    asked: Any = _TOP_K if top_k is None else top_k
+    if kind == "application/json":
+        images, asked = _from_json(body, asked, most)
+    elif kind == "multipart/form-data":
+        images, asked = _from_form(body, message.get_param("boundary"), asked, most)
+    elif kind.startswith("image/") or kind == "application/octet-stream":
+        images = [body]
+    else:
+        _refuse(415, "expected Content-Type image/*, application/octet-stream, multipart/form-data or "
+                     f"application/json, found {kind[:80]!r}; send one of them")
+    if isinstance(asked, str) and asked.isascii() and asked.isdigit() and len(asked) < 10:
+        asked = int(asked)
+    if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
+        _refuse(400, "top_k is not a whole number of at least 1; give one, or leave it out")
+    if not images:
+        _refuse(400, "the request holds no image; send at least one")
+    for image in images:
+        if not image:
+            _refuse(422, "an image is empty (0 bytes); send the bytes of a file")
+    return images, asked
+
+
+def _too_many(most: int) -> NoReturn:
+    _refuse(413, f"a request may hold at most {most} images; send the others in another one")
+
+
+def _from_json(body: bytes, top_k: Any, most: int) -> tuple[list[bytes], Any]:
+    expected = 'expected {"images": ["<base64>", ...], "top_k": 3}'
+
+    def constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        found = json.loads(body, parse_constant=constant)
+    except (ValueError, RecursionError):
+        _refuse(400, f"the body is not valid JSON; {expected}")
+    if not isinstance(found, dict) or not set(found) <= {"images", "top_k"}:
+        _refuse(400, f"the body is other JSON than this; {expected}")
+    texts = found.get("images")
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        _refuse(400, f"images is not a list of texts; {expected}")
+    if len(texts) > most:
+        _too_many(most)
+    try:
+        return [base64.b64decode(text, validate=True) for text in texts], found.get("top_k", top_k)
+    except (binascii.Error, ValueError):
+        _refuse(400, "an image is not valid base64; encode the bytes of the file, without a data: prefix")
+
+
+def _from_form(body: bytes, boundary: Any, top_k: Any, most: int) -> tuple[list[bytes], Any]:
+    """RFC 7578. Names of files are never looked at."""
+    damaged = "the multipart body is damaged or cut short; leave its making to your HTTP library"
+    if not isinstance(boundary, str) or not 1 <= len(boundary) <= 70 or not boundary.isascii():
+        _refuse(400, "multipart/form-data has no boundary; leave Content-Type to your HTTP library")
+    # Split at most as often as is allowed: a body of nothing but boundaries costs no more than any other.
+    _, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary.encode(), most + _PARTS + 1)
+    images: list[bytes] = []
+    for part in parts:
+        if part.startswith(b"--"):
+            return images, top_k
+        head, separator, content = part.partition(b"\r\n\r\n")
+        if not separator or len(head) > 8192:
+            _refuse(400, damaged)
+        disposition = b"".join(_DISPOSITION.findall(head))
+        if _FILE.search(disposition):
+            images.append(content)
+            if len(images) > most:
+                _too_many(most)
+        elif _FIELD.search(disposition):
+            top_k = content.decode("ascii", "replace")
+        else:
+            _refuse(400, "a field of the form is neither a file nor top_k; send images as files")
+    _refuse(400, damaged)
+
+
+# ---- the application ---------------------------------------------------------------------------------------------
+
+
+class _Metrics:
+    def __init__(self, service: Service, waiting: Callable[[], int]):
+        self.registry = prometheus.CollectorRegistry()
+        self.requests = prometheus.Counter("deit_requests", "Requests by route and status (499: the client had gone).",
+                                           ["route", "status"], registry=self.registry)
+        self.seconds = prometheus.Histogram(
+            "deit_request_seconds", "From a request's head to its whole answer, /v1/classify.", registry=self.registry,
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60))
+        sizes = [2**i for i in range(16) if 2**i < service.max_batch] + [service.max_batch]
+        self.batches = prometheus.Histogram("deit_batch_images", "Images computed together.", registry=self.registry,
+                                            buckets=sizes)
+        self.images = prometheus.Counter("deit_images", "Images of answered requests.", ["result"],
+                                         registry=self.registry)
+        prometheus.Gauge("deit_queue_images", "Images decoding or waiting for the model.",
+                         registry=self.registry).set_function(waiting)
+
+
+class _Outermost:
+    """Headers on every answer, and every request counted."""
+
+    def __init__(self, app: ASGIApp, metrics: _Metrics):
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status = time.monotonic(), _GONE
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message.get("headers", []), *_HEADERS]}
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sending)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self.metrics.requests.labels(route, status).inc()
+            if route == "/v1/classify":
+                self.metrics.seconds.observe(time.monotonic() - began)
+
+
+class _Routes:
+    """What is answered where."""
+
+    def __init__(self, predictor: Predictor, service: Service, name: str):
+        self.predictor, self.service, self.name = predictor, service, name
+        self.batcher = Batcher(predictor, max_batch=service.max_batch, max_wait=service.max_wait_ms / 1000,
+                               queue_size=service.queue, max_pixels=service.max_pixels, computed=self._computed)
+        self.metrics = _Metrics(service, lambda: self.batcher.waiting)
+        self.bodies = _Bodies(service)
+        self.keys = [key.encode() for key in service.keys]
+        self.ending = False
+
+    def _computed(self, images: int) -> None:
+        self.metrics.batches.observe(images)
+
+    @asynccontextmanager
+    async def life(self, _: FastAPI) -> AsyncIterator[None]:
+        yield
+        self.ending = True
+        await asyncio.to_thread(self.batcher.close)
+
+    def _check_key(self, request: Request) -> None:
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        found = given.strip().encode("latin-1", "replace")
+        matches = [hmac.compare_digest(found, key) for key in self.keys]  # all, so that time doesn't tell which
+        if self.keys and not (scheme.lower() == "bearer" and any(matches)):
+            _refuse(401, "this needs a key; send it as Authorization: Bearer KEY", **{"WWW-Authenticate": "Bearer"})
+
+    async def classify(self, request: Request) -> Response:
+        """Labels for one image or many: raw bytes, a form of files, or base64 in JSON."""
+        self._check_key(request)
+        if request.headers.get("content-encoding", "identity").lower() != "identity":
+            _refuse(415, "the body is compressed; send it as it is")
+        with self.bodies.room() as body:
+            try:
+                await self.bodies.read(request, body)
+            except ClientDisconnect:
+                return Response(status_code=_GONE)
+            # In a thread: splitting and decoding 20 MiB would keep all others waiting.
+            images, top_k = await asyncio.to_thread(
+                _read_images, bytes(body), request.headers.get("content-type", ""),
+                request.query_params.get("top_k"), self.service.max_batch)
+            try:
+                futures = self.batcher.submit(images, min(top_k, len(self.predictor.labels)))
+            except Full as error:
+                _refuse(503, str(error), **{"Retry-After": str(error.seconds)})
+            del images
+            return await self._answered(request, [asyncio.wrap_future(future) for future in futures])
+
+    async def _answered(self, request: Request, futures: list[asyncio.Future[Answer]]) -> Response:
+        answers = asyncio.ensure_future(asyncio.gather(*futures, return_exceptions=True))
+        gone = asyncio.ensure_future(request.receive())  # after the body, only that the client has gone is received
+        try:
+            await asyncio.wait([answers, gone], timeout=self.service.timeout, return_when=asyncio.FIRST_COMPLETED)
+            if not answers.done():
+                if gone.done():
+                    return Response(status_code=_GONE)
+                _refuse(504, f"no answer within {self.service.timeout:g} s; try again, or send fewer images")
+        finally:
+            answers.cancel()  # images that are not being computed yet never will be
+            gone.cancel()
+        results: list[dict[str, Any]] = []
+        for found in answers.result():
+            if isinstance(found, ModelFailed):
+                _refuse(503, str(found), **{"Retry-After": "1"})
+            if isinstance(found, ImageError):
+                results.append({"error": str(found)})
+            elif isinstance(found, BaseException):
+                raise found
+            else:
+                results.append(found.to_dict())
+        errors = [result["error"] for result in results if "error" in result]
+        self.metrics.images.labels("unreadable").inc(len(errors))
+        self.metrics.images.labels("labelled").inc(len(results) - len(errors))
+        if len(errors) == len(results):
+            _refuse(422, errors[0])
+        return _Json({"model": self.name, "results": results})
+
+    async def model(self) -> Response:
+        """What is served, and its limits."""
+        calibration, head, limits = self.predictor.calibration, self.predictor.head, self.service
+        return _Json({
+            "model": self.name, "labels": self.predictor.labels, "head": head,
+            "image_size": list(self.predictor.model.config.image_hw),
+            "calibration": None if calibration is None else {
+                "error_rate": calibration.error_rate, "images": calibration.images,
+                "temperature": calibration.heads[head].temperature, "threshold": calibration.heads[head].threshold},
+            "limits": {"images": limits.max_batch, "bytes": limits.max_bytes, "pixels": limits.max_pixels},
+            "formats": list(dict.fromkeys(FORMATS.values())), "key": bool(self.keys)})
+
+    async def healthz(self) -> Response:
+        """200 while the process lives."""
+        return _Json({"status": "ok"})
+
+    async def readyz(self) -> Response:
+        """200 while requests are answered; 503 where the model's thread has ended, and while the server ends."""
+        if self.ending or not self.batcher.alive:
+            _refuse(503, "the server is ending; ask another one", **{"Retry-After": "1"})
+        return _Json({"status": "ready"})
+
+    async def metrics_text(self) -> Response:
+        """Prometheus' text format."""
+        return Response(prometheus.generate_latest(self.metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
+
+
+async def _refused(_: Request, error: HTTPException) -> Response:
+    sentence = {404: "there is nothing here; / is a page to try, /api lists what there is",
+                405: "this method is not for this address; /api lists what there is"}
+    return _Json({"error": sentence.get(error.status_code, str(error.detail))}, error.status_code, error.headers)
+
+
+def create_app(predictor: Predictor, service: Service, name: str) -> FastAPI:
+    """The application. `name` is what answers call the model; `app.state.routes.batcher` makes the batches."""
+    routes = _Routes(predictor, service, name)
+    app = FastAPI(title="deit", version=__version__, description="Labels for images.", docs_url=None, redoc_url=None,
+                  lifespan=routes.life, exception_handlers={HTTPException: _refused})
+    app.state.routes = routes
+    app.add_middleware(_Outermost, metrics=routes.metrics)
+    failures: dict[int | str, Any] = {
+        status: {"model": Failure, "description": said} for status, said in _SAID.items()}
+    app.post("/v1/classify", response_model=Answers, responses=failures, openapi_extra=_CLASSIFY)(routes.classify)
+    app.get("/model", response_model=ModelCard)(routes.model)
+    app.get("/healthz")(routes.healthz)
+    app.get("/readyz", responses={503: {"model": Failure}})(routes.readyz)
+    app.get("/metrics")(routes.metrics_text)
+    for path, (file, kind) in _PAGES.items():
+        app.get(path, include_in_schema=False)(_sends((_HERE / file).read_bytes(), kind))
+    app.get("/api", include_in_schema=False)(_sends(_api_page(app.openapi()).encode(), "text/html"))
+    return app
+
+
+def _sends(content: bytes, kind: str) -> Callable[[], Any]:
+    async def send() -> Response:
+        return Response(content, media_type=kind)
+
+    return send
+
+
+def _api_page(described: dict[str, Any]) -> str:
+    rows = []
+    for path, methods in described["paths"].items():
+        for method, operation in methods.items():
+            kinds = ", ".join(operation.get("requestBody", {}).get("content", {}))
+            said = "".join(f"<li>{status}: {html.escape(answer['description'])}</li>"
+                           for status, answer in operation["responses"].items())
+            rows.append(f"<h2><code>{method.upper()} {html.escape(path)}</code></h2>"
+                        f"<p>{html.escape(operation.get('description', ''))}</p>"
+                        + (f"<p>Takes {html.escape(kinds)}.</p>" if kinds else "") + f"<ul>{said}</ul>")
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><title>deit: the API</title>'
+            '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+            '<link rel="stylesheet" href="/page.css"></head><body><main><h1>The API</h1>'
+            '<p>In full: <a href="/openapi.json">openapi.json</a>. To try it: <a href="/">the page</a>.</p>'
+            f'{"".join(rows)}</main></body></html>')
+
+
+# ---- the server --------------------------------------------------------------------------------------------------
+
+
+def serve(predictor: Predictor, service: Service, name: str, *, host: str, port: int,
+          listening: Callable[[str], object]) -> None:
+    """Serves until SIGTERM or Ctrl-C, then takes no more connections, finishes what came, and returns.
+
+    `listening` is told the address once connections are taken. Port 0: any free one. Raises `OSError` where the
+    address is not to be had.
+    """
+    height, width = predictor.model.config.image_hw
+    predictor([Image.new("RGB", (width, height))])  # the first takes longest, and fails for a head that isn't there
+    with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET,
+                              backlog=2048) as listener:
+        logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+        server = uvicorn.Server(uvicorn.Config(
+            create_app(predictor, service, name), http="h11", ws="none", log_config=None, access_log=False,
+            server_header=False, proxy_headers=False, timeout_graceful_shutdown=int(2 * service.timeout) + 1))
+        # uvicorn raises the signal again after its end; this makes that end the exit status 0.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        shown = f"[{host}]" if ":" in host else host
+        listening(f"http://{shown}:{listener.getsockname()[1]}")
+        server.run(sockets=[listener])

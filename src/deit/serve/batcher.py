@@ -1,0 +1,200 @@
+"""Dynamic batching: images of many requests, decoded by threads, computed together by the one thread with the model.
+
+```
+submit ─► decoding (threads) ─► ready ─► batch of 1 to max_batch (owner thread) ─► each request's future
+```
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+from PIL import Image
+
+from deit.decode import ImageError, reading
+from deit.predict import Answer, Predictor
+
+FORMATS = {"JPEG": "JPEG", "MPO": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "TIFF": "TIFF", "BMP": "BMP"}
+"""What is decoded for strangers: Pillow's name to the usual one. Pillow knows more formats, one of which (EPS) starts a
+program."""
+
+_FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"GIF8", b"II*\x00", b"MM\x00*", b"BM")
+
+_log = logging.getLogger("deit.serve")
+
+
+class Full(Exception):
+    """The queue has no room; `seconds` is when there should be some."""
+
+    def __init__(self, seconds: int):
+        super().__init__(f"too many images wait already; try again in {seconds} s")
+        self.seconds = seconds
+
+
+class ModelFailed(RuntimeError):
+    """The model raised an exception on a batch."""
+
+
+@dataclass(eq=False)
+class _Job:
+    data: bytes
+    top_k: int
+    answer: Future[Answer] = field(default_factory=Future)
+    pixels: np.ndarray | None = None  # (channels, height, width)
+    ready: float = 0.0  # monotonic seconds
+
+
+class Batcher:
+    """Answers for images as they come.
+
+    Args:
+        predictor: called by one thread only, but for `prepared`, which many call.
+        max_batch: images computed together, at most.
+        max_wait: seconds that a decoded image waits for others.
+        queue_size: images that may be decoding or waiting; more are refused.
+        max_pixels: images with more are refused from their header.
+        computed: told the number of images of each batch.
+    """
+
+    def __init__(self, predictor: Predictor, *, max_batch: int, max_wait: float, queue_size: int, max_pixels: int,
+                 computed: Callable[[int], object] = lambda images: None):
+        self.predictor, self.max_batch, self.max_wait = predictor, max_batch, max_wait
+        self.queue_size, self.max_pixels, self.computed = queue_size, max_pixels, computed
+        height, width = predictor.model.config.image_hw
+        self._shape = predictor.prepared(Image.new("RGB", (width, height))).shape  # (channels, height, width)
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._seconds_per_image = 0.0
+        self._ready: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        Image.init()  # not safe in several threads at once
+        self._decoders = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="deit-decode")
+        self._owner = threading.Thread(target=self._run, name="deit-model", daemon=True)
+        self._owner.start()
+
+    @property
+    def waiting(self) -> int:
+        """Images that are decoding, or decoded and not yet being computed."""
+        return self._waiting
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is a thread to compute."""
+        return self._owner.is_alive()
+
+    def submit(self, images: list[bytes], top_k: int) -> list[Future[Answer]]:
+        """A future for each image; cancelled before its batch begins, it is not computed.
+
+        Futures raise `ImageError` for what can't be read, `ModelFailed`. Raises `Full` where not all have room.
+        """
+        with self._lock:
+            if self._waiting + len(images) > self.queue_size:
+                raise Full(max(1, math.ceil(self._waiting * self._seconds_per_image)))
+            self._waiting += len(images)
+        jobs = [_Job(data, top_k) for data in images]
+        for job in jobs:
+            job.answer.add_done_callback(partial(_forget, job))
+            self._decoders.submit(self._decode, job)
+        return [job.answer for job in jobs]
+
+    def close(self) -> None:
+        """Ends after everything that was submitted has its answer."""
+        self._decoders.shutdown()
+        self._ready.put(None)
+        self._owner.join()
+
+    def _decode(self, job: _Job) -> None:
+        data = job.data
+        if job.answer.cancelled():
+            self._leave(job)
+            return
+        try:
+            check_header(data, self.max_pixels)
+            job.pixels = self.predictor.prepared(data)
+            if job.pixels.shape != self._shape:  # where the preprocessing doesn't resize; it would spoil its batch
+                raise ImageError(f"the image gives {job.pixels.shape} values, expected {self._shape}; resize it")
+        except MemoryError:
+            self._fail(job, ImageError("the image takes more memory to decode than there is; shrink it"))
+        except (ImageError, ValueError) as error:
+            self._fail(job, ImageError(str(error).replace("<bytes>", "the image")))
+        except Exception as error:  # a job that is lost would hold its place in the queue for ever
+            _log.exception("decoding failed")
+            self._fail(job, ImageError(f"the image can't be decoded ({type(error).__name__}); convert it to PNG"))
+        else:
+            job.data, job.ready = b"", time.monotonic()
+            self._ready.put(job)
+
+    def _leave(self, job: _Job) -> bool:
+        """Gives up a job's place in the queue; True where someone still waits for its answer."""
+        with self._lock:
+            self._waiting -= 1
+        return job.answer.set_running_or_notify_cancel()
+
+    def _fail(self, job: _Job, error: ImageError) -> None:
+        if self._leave(job):
+            job.answer.set_exception(error)
+
+    def _run(self) -> None:
+        while (first := self._ready.get()) is not None:
+            collected, open_ = [first], True
+            while len(collected) < self.max_batch:
+                try:
+                    job = self._ready.get(timeout=max(0.0, first.ready + self.max_wait - time.monotonic()))
+                except queue.Empty:
+                    break
+                if job is None:
+                    open_ = False
+                    break
+                if job.answer.cancelled():
+                    self._leave(job)
+                else:
+                    collected.append(job)
+            if batch := [job for job in collected if self._leave(job)]:
+                self._compute(batch)
+            if not open_:
+                return
+
+    def _compute(self, batch: list[_Job]) -> None:
+        began = time.monotonic()
+        try:
+            pixels = np.stack([job.pixels for job in batch if job.pixels is not None])  # (B, channels, height, width)
+            answers = self.predictor.answers([b""] * len(batch), pixels, max(job.top_k for job in batch))
+        except Exception as error:
+            _log.exception("the model failed on a batch of %d", len(batch))
+            for job in batch:
+                job.answer.set_exception(ModelFailed(f"the model failed ({type(error).__name__}); try again"))
+            return
+        seconds = (time.monotonic() - began) / len(batch)
+        self._seconds_per_image = 0.8 * (self._seconds_per_image or seconds) + 0.2 * seconds
+        self.computed(len(batch))
+        for job, answer in zip(batch, answers, strict=True):
+            job.answer.set_result(Answer(source=b"", labels=answer.labels[:job.top_k], sure=answer.sure))
+
+
+def _forget(job: _Job, _: Future[Answer]) -> None:
+    """A cancelled job may wait long to be noticed; its memory shall not."""
+    job.data, job.pixels = b"", None
+
+
+def check_header(data: bytes, max_pixels: int) -> None:
+    """Raises `ImageError` for what is not in `FORMATS` or has more than `max_pixels`, before anything is decoded."""
+    found = None
+    if data.startswith(_FIRST_BYTES):
+        with reading("the image", data):
+            found = Image.open(io.BytesIO(data))
+    if found is None or found.format not in FORMATS:
+        *most, last = dict.fromkeys(FORMATS.values())
+        raise ImageError(f"the image is not a {', '.join(most)} or {last} file; convert it to one of them")
+    if found.width * found.height > max_pixels:
+        raise ImageError(f"the image has {found.width}x{found.height} pixels, more than the {max_pixels} allowed here; "
+                         "shrink it")
