@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 from PIL import Image
 
-from deit import __version__
+from deit import __version__, decode
 from deit.decode import ImageError
 from deit.predict import Answer, Predictor
 from deit.serve.batcher import FORMATS, Batcher, Full, ModelFailed
@@ -83,7 +83,7 @@ class Service:
     max_bytes: int = 20 * 2**20
     """Of a request's body."""
     max_pixels: int = MAX_PIXELS
-    """Of an image."""
+    """Of an image, at most what Pillow takes."""
     timeout: float = 30.0
     """Seconds for a body to arrive (408), and for its answer (504)."""
     keys: tuple[str, ...] = ()
@@ -93,6 +93,9 @@ class Service:
         for name in ("max_batch", "queue", "max_bytes", "max_pixels", "timeout"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
+        if self.max_pixels > decode.MAX_PIXELS:
+            raise ValueError(f"max_pixels must be at most {decode.MAX_PIXELS}, where Pillow refuses an image itself, "
+                             f"found {self.max_pixels}")
         if self.max_wait_ms < 0:
             raise ValueError(f"max_wait_ms must be at least 0, found {self.max_wait_ms:g}")
         if self.queue < self.max_batch:
@@ -542,6 +545,7 @@ def serve(predictor: Predictor, service: Service, name: str, *, host: str, port:
     with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET,
                               backlog=2048) as listener:
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+        logging.getLogger("uvicorn").setLevel(logging.ERROR)  # below that it tells of every client's mistake
         server = uvicorn.Server(uvicorn.Config(
             create_app(predictor, service, name), http="h11", ws="none", log_config=None, access_log=False,
             server_header=False, proxy_headers=False, timeout_graceful_shutdown=int(2 * service.timeout) + 1))

@@ -188,13 +188,16 @@ def _forget(job: _Job, _: Future[Answer]) -> None:
 
 def check_header(data: bytes, max_pixels: int) -> None:
     """Raises `ImageError` for what is not in `FORMATS` or has more than `max_pixels`, before anything is decoded."""
+    too_large = f"the image has more than the {max_pixels} pixels allowed here; shrink it"
     found = None
     if data.startswith(_FIRST_BYTES):
         with reading("the image", data):
-            found = Image.open(io.BytesIO(data))
+            try:
+                found = Image.open(io.BytesIO(data))
+            except Image.DecompressionBombError:
+                raise ImageError(too_large) from None
     if found is None or found.format not in FORMATS:
         *most, last = dict.fromkeys(FORMATS.values())
         raise ImageError(f"the image is not a {', '.join(most)} or {last} file; convert it to one of them")
     if found.width * found.height > max_pixels:
-        raise ImageError(f"the image has {found.width}x{found.height} pixels, more than the {max_pixels} allowed here; "
-                         "shrink it")
+        raise ImageError(too_large)
