@@ -19,6 +19,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -422,10 +423,13 @@ class _Routes:
             except Full as error:
                 _refuse(503, str(error), **{"Retry-After": str(error.seconds)})
             del images
-            return await self._answered(request, [asyncio.wrap_future(future) for future in futures])
+            return await self._answered(request, futures)
 
-    async def _answered(self, request: Request, futures: list[asyncio.Future[Answer]]) -> Response:
-        answers = asyncio.ensure_future(asyncio.gather(*futures, return_exceptions=True))
+    async def _answered(self, request: Request, futures: list[Future[Answer]]) -> Response:
+        awaited = [asyncio.wrap_future(future) for future in futures]
+        for each in awaited:  # asyncio reports errors that nobody looked at, here those of requests given up
+            each.add_done_callback(lambda each: each.cancelled() or each.exception())
+        answers = asyncio.ensure_future(asyncio.wait(awaited))
         gone = asyncio.ensure_future(request.receive())  # after the body, only that the client has gone is received
         try:
             await asyncio.wait([answers, gone], timeout=self.service.timeout, return_when=asyncio.FIRST_COMPLETED)
@@ -434,18 +438,18 @@ class _Routes:
                     return Response(status_code=_GONE)
                 _refuse(504, f"no answer within {self.service.timeout:g} s; try again, or send fewer images")
         finally:
-            answers.cancel()  # images that are not being computed yet never will be
+            for future in futures:
+                future.cancel()  # an image that is not being computed yet never will be
+            answers.cancel()
             gone.cancel()
         results: list[dict[str, Any]] = []
-        for found in answers.result():
-            if isinstance(found, ModelFailed):
-                _refuse(503, str(found), **{"Retry-After": "1"})
-            if isinstance(found, ImageError):
-                results.append({"error": str(found)})
-            elif isinstance(found, BaseException):
-                raise found
-            else:
-                results.append(found.to_dict())
+        for future in futures:
+            try:
+                results.append(future.result().to_dict())
+            except ImageError as error:
+                results.append({"error": str(error)})
+            except ModelFailed as error:
+                _refuse(503, str(error), **{"Retry-After": "1"})
         errors = [result["error"] for result in results if "error" in result]
         self.metrics.images.labels("unreadable").inc(len(errors))
         self.metrics.images.labels("labelled").inc(len(results) - len(errors))

@@ -1,0 +1,21 @@
+# Serves the model that is mounted at /model (docs/serve.md). For NVIDIA GPUs give TORCH_INDEX of a CUDA build, e.g.
+# --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130
+FROM python:3.12-slim
+
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+WORKDIR /opt/deit
+COPY constraints.txt ./
+# By itself, so that a change of the source doesn't fetch torch again.
+RUN pip install --constraint constraints.txt --index-url ${TORCH_INDEX} torch
+COPY pyproject.toml README.md LICENSE ./
+COPY src src
+RUN pip install --constraint constraints.txt '.[serve]' && useradd --system --no-create-home deit
+
+USER deit
+WORKDIR /
+EXPOSE 8000
+HEALTHCHECK --start-period=60s CMD ["python", "-c", "import urllib.request as web; web.urlopen('http://127.0.0.1:8000/readyz', timeout=5)"]
+# In this form the server gets SIGTERM itself, and ends after what it has is answered.
+ENTRYPOINT ["deit", "serve", "/model", "--host", "0.0.0.0", "--port", "8000"]
