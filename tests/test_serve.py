@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,12 +16,14 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import build, raises_saying, small
 from PIL import Image
 
+from deit import VARIANTS
 from deit.calibration import Calibration, HeadCalibration
 from deit.cli import main
 from deit.image import DeiTImageProcessor
@@ -625,3 +628,186 @@ def test_the_process_refuses_liars_and_finishes_what_came_at_sigterm(folder):
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{address}/healthz")
         assert process.stderr.read() == ""
+
+
+# ---- in a browser ------------------------------------------------------------------------------------------------
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+AXE = Path(os.environ.get("AXE", "node_modules/axe-core/axe.min.js"))
+
+
+@contextmanager
+def opened(engine, address, **options):
+    """The page, what the console said, and every address that was asked."""
+    browser = engine.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+    page = browser.new_page(**options)
+    said, asked = [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(address)
+    page.wait_for_selector("#about:has-text('labels apart')")
+    try:
+        yield page, said, asked
+    finally:
+        browser.close()
+
+
+@pytest.fixture
+def engine():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not BROWSER:
+        pytest.skip("no Chromium is installed")
+    with playwright.sync_playwright() as found:
+        yield found
+
+
+def chosen(content):
+    return {"name": "x.png", "mimeType": "image/png", "buffer": content}
+
+
+PASTE = """bytes => { const transfer = new DataTransfer();
+    transfer.items.add(new File([new Uint8Array(bytes)], "p.png", {type: "image/png"}));
+    document.dispatchEvent(new ClipboardEvent("paste", {clipboardData: transfer})) }"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1200, 360])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_in_a_browser(scheme, width, tmp_path, engine):
+    """Upload, result, "I don't know", paste, error, and the way of the Tab key; no other address is asked."""
+    folder = save(tmp_path, error_rate=0.05)
+    predictor = Predictor(folder)
+    answers = {answer.sure: (seed, answer) for seed in range(40)
+               for answer in predictor.stream([picture(seed)])}
+    assert set(answers) == {True, False}
+    window = {"color_scheme": scheme, "viewport": {"width": width, "height": 900}}
+    with server(folder) as (_, address), opened(engine, address, **window) as (page, said, asked):
+        for sure, (seed, answer) in answers.items():
+            page.set_input_files("#file" if sure else "#camera", chosen(picture(seed)))
+            page.wait_for_selector("#labels li:nth-child(5)")
+            assert page.inner_text("#heading") == (answer.labels[0]["label"] if sure else "I don\u2019t know")
+            shown = page.eval_on_selector_all("#labels li", "rows => rows.map(row => [...row.children].map("
+                                              "each => each.textContent))")
+            assert [(name, float(share[:-2])) for name, share, _ in shown] == [
+                (each["label"], pytest.approx(100 * each["score"], abs=0.051)) for each in answer.labels]
+            bars = page.eval_on_selector_all(".bar > span", "bars => bars.map(bar => bar.offsetWidth "
+                                             "/ bar.parentElement.offsetWidth)")
+            assert bars == pytest.approx([each["score"] for each in answer.labels], abs=0.02)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            page.evaluate("document.querySelector('#labels').replaceChildren()")
+        page.evaluate(PASTE, [*picture(3)])
+        page.wait_for_selector("#labels li")
+        assert said == []  # a breach of the policy would be said there
+        page.set_input_files("#file", chosen(SVG))
+        page.wait_for_selector("#error:not(:empty)")
+        assert page.inner_text("#error").startswith("The image is not a JPEG, PNG, WebP")
+        assert page.inner_text("#labels") == ""
+        assert [url for url in asked if not url.startswith((address, f"blob:{address}", "data:"))] == []
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (background == "rgb(251, 250, 248)") == (scheme == "light")
+        focused = set()
+        for _ in range(5):
+            page.keyboard.press("Tab")
+            focused.add(page.evaluate("document.activeElement.id || document.activeElement.href"))
+        assert {"file", "camera", f"{address}/api"} <= focused
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_is_for_everyone(scheme, tmp_path, engine):
+    """No violation that axe-core knows: at first, without a key, with a result, with an error, in the API's list."""
+    if not AXE.is_file():
+        pytest.skip(f"axe-core is not at {AXE}: npm install axe-core, or set AXE to its axe.min.js")
+    (tmp_path / "keys").write_text("the key\n")
+    folder = save(tmp_path / "m", error_rate=0.05)
+
+    def violations():
+        page.evaluate(AXE.read_text())
+        found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+        return [(each["id"], each["nodes"][0]["html"]) for each in found]
+
+    with server(folder, "--api-key-file", str(tmp_path / "keys")) as (_, address), \
+            opened(engine, address, color_scheme=scheme, bypass_csp=True) as (page, _, _):
+        assert violations() == []
+        page.set_input_files("#file", chosen(picture(0)))
+        page.wait_for_selector("#error:not(:empty)")
+        assert page.inner_text("#error") == "This needs a key; send it as Authorization: Bearer KEY."
+        page.fill("#key", "the key")
+        page.keyboard.press("Enter")
+        page.set_input_files("#file", chosen(picture(0)))
+        page.wait_for_selector("#labels li")
+        assert violations() == []
+        page.set_input_files("#file", chosen(SVG))
+        page.wait_for_selector("#error:not(:empty)")
+        assert violations() == []
+        page.goto(f"{address}/api")
+        assert violations() == []
+
+
+# ---- under load --------------------------------------------------------------------------------------------------
+
+STREAM = """
+import sys, time
+from deit.predict import Predictor
+predictor = Predictor(sys.argv[1])
+image = open(sys.argv[2], "rb").read()
+list(predictor.stream([image] * 64))
+began, images = time.perf_counter(), 0
+while time.perf_counter() - began < 15:
+    images += len(list(predictor.stream([image] * 320)))
+print(images / (time.perf_counter() - began))
+"""
+
+
+def resident(process):
+    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024  # MiB
+
+
+async def load(address, image, clients, seconds, sample):
+    """Each client asks again once it is answered: (seconds since the beginning, seconds, status) of every request."""
+    done, began = [], time.perf_counter()
+
+    async def one(web):
+        while (at := time.perf_counter()) - began < seconds:
+            answer = await web.post(f"{address}/v1/classify", content=image, headers=RAW)
+            done.append((at - began, time.perf_counter() - at, answer.status_code))
+
+    async def sampled():
+        while time.perf_counter() - began < seconds:
+            sample(time.perf_counter() - began)
+            await asyncio.sleep(0.25)
+
+    limits = httpx.Limits(max_connections=clients)
+    async with httpx.AsyncClient(timeout=60, limits=limits) as web:
+        await asyncio.gather(sampled(), *(one(web) for _ in range(clients)))
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_load(tmp_path, capsys):
+    """64 clients for a minute on a DeiT-Ti: no error but 503, the speed of full batches, no growing memory."""
+    folder = save(tmp_path / "m", VARIANTS["deit-tiny-distilled-patch16-224"])
+    image = picture(0, "JPEG", (256, 256))
+    (tmp_path / "image.jpg").write_bytes(image)
+
+    def streamed():
+        done = subprocess.run([sys.executable, "-c", STREAM, str(folder), str(tmp_path / "image.jpg")],
+                              capture_output=True, text=True, check=True)
+        return float(done.stdout)
+
+    before, memory = streamed(), []
+    with server(folder) as (process, address):
+        asyncio.run(load(address, image, 64, 5, lambda _: None))
+        done = asyncio.run(load(address, image, 64, 60, lambda at: memory.append((at, resident(process)))))
+    after = streamed()
+    assert {status for *_, status in done} <= {200, 503}
+    good = sorted(seconds for _, seconds, status in done if status == 200)
+    rate = len(good) / max(at + seconds for at, seconds, _ in done)
+    first, last = (np.mean([size for at, size in memory if low <= at < low + 15]) for low in (0, 45))
+    with capsys.disabled():
+        print(f"\n{rate:.1f} images/s, stream {before:.1f} and {after:.1f}; p50 {good[len(good) // 2]:.2f} s, p99 "
+              f"{good[int(0.99 * len(good))]:.2f} s; {len(done) - len(good)} of {len(done)} refused; "
+              f"memory {first:.0f} MiB, then {last:.0f}")
+    assert rate >= 0.85 * (before + after) / 2
+    assert last < 1.05 * first + 10

@@ -79,6 +79,8 @@ for (const id of ["file", "camera"]) {
   });
 }
 
+at("key-row").addEventListener("submit", (event) => event.preventDefault());
+
 function given(transfer) {
   const [file] = transfer.files;
   if (file) ask(file);
