@@ -1,5 +1,5 @@
-# Serves the model that is mounted at /model (docs/serve.md). For NVIDIA GPUs give TORCH_INDEX of a CUDA build, e.g.
-# --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130
+# Serves the model that is mounted at /model (docs/serve.md). For NVIDIA GPUs:
+# --build-arg TORCH_INDEX=https://pypi.org/simple, whose torch brings CUDA.
 FROM python:3.12-slim
 
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu

@@ -104,7 +104,7 @@ at("preview").addEventListener("error", () => { at("preview").hidden = true; });
 
 fetch("/model").then((answer) => answer.json()).then((model) => {
   calibration = model.calibration;
-  at("about").textContent = `${model.model} tells ${model.labels.length} labels apart. ` +
+  at("about").textContent = `This model tells ${model.labels.length} labels apart. ` +
     `It takes ${model.formats.join(", ")}, up to ${Math.floor(model.limits.bytes / 2 ** 20 * 10) / 10} MiB.`;
   at("key-row").hidden = !model.key;
 }).catch(() => fail("the server can\u2019t be reached, try again later"));
