@@ -19,8 +19,8 @@ SOURCE = ROOT / "src" / "deit"
 ORDER = ["files", "config", "outputs", "weights", "hub", "decode", "image", "loss_rules", "losses",
          "pretrained", "cpu_training", "model", "export_keras", "pretrained_keras", "losses_keras", "model_keras",
          "convert", "convnet", "predict", "recipe", "recipes", "machine", "build", "policies",
-         "mixing", "augment", "folders", "data", "scores", "evaluate", "tables", "teacher", "teach", "objectives",
-         "optim", "checkpoint", "progress", "runs", "train", "quickstart", "cli", "__main__"]
+         "mixing", "augment", "folders", "data", "scores", "evaluate", "tables", "explain", "teacher", "teach",
+         "objectives", "optim", "checkpoint", "progress", "runs", "train", "quickstart", "cli", "__main__"]
 """A module imports only what stands before it."""
 
 FRAMEWORKS = {"torch", "transformers", "timm", "keras", "tensorflow", "jax", "sklearn", "scipy",
