@@ -16,12 +16,12 @@ from deit.cli import _parser
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "deit"
 
-ORDER = ["files", "config", "outputs", "weights", "hub", "decode", "image", "loss_rules", "losses",
-         "pretrained", "cpu_training", "model", "export_keras", "pretrained_keras", "losses_keras", "model_keras",
-         "convert", "convnet", "scores", "calibration", "predict", "pipelines", "recipe", "recipes",
-         "machine", "build", "policies", "mixing", "augment", "folders", "bulk", "data", "calibrate", "evaluate",
-         "tables", "teacher", "teach", "objectives", "optim", "checkpoint", "progress", "runs", "train", "quickstart",
-         "cli", "__main__"]
+ORDER = ["files", "config", "outputs", "weights", "hub", "decode", "image", "loss_rules", "losses", "pretrained",
+         "cpu_training", "model", "export_keras", "pretrained_keras", "losses_keras", "model_keras", "convert",
+         "convnet", "scores", "calibration", "predict", "pipelines", "recipe", "recipes", "machine", "build",
+         "policies", "mixing", "augment", "folders", "bulk", "data", "calibrate", "evaluate", "tables", "explain",
+         "teacher", "teach", "objectives", "optim", "checkpoint", "progress", "runs", "train", "quickstart", "cli",
+         "__main__"]
 """A module imports only what stands before it."""
 
 FRAMEWORKS = {"torch", "transformers", "timm", "keras", "tensorflow", "jax", "sklearn", "scipy",

@@ -78,6 +78,18 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_eval(verbs)
 
+    verb = verbs.add_parser("explain", help="where in an image a model looked, as a figure", description="Draws what "
+                            "the class token and the distillation token rest on in an image, and scores the maps: "
+                            "deletion (lower is better) and insertion (higher is better), beside random orders.")
+    verb.add_argument("model", metavar="MODEL", help="folder of a trained model, or a hub name")
+    verb.add_argument("image", metavar="IMAGE")
+    verb.add_argument("--out", type=Path, required=True, metavar="PNG", help="file to write")
+    verb.add_argument("--method", choices=("rollout", "relevance", "attention", "all"), default="all",
+                      help="how (default: all); occlusion is always drawn as a check")
+    verb.add_argument("--target", metavar="LABEL", help="class to explain (default: what each head decides)")
+    verb.add_argument("--json", action="store_true", help="print scores and maps as one JSON line")
+    verb.set_defaults(run=_explain)
+
     verb = verbs.add_parser("convert", help="rewrite a checkpoint for another project")
     verb.add_argument("source", help="folder, weight file or hub name, in any known format")
     verb.add_argument("--to", choices=("hf", "timm", "original", "keras"), required=True)
@@ -310,6 +322,21 @@ def _eval(options: argparse.Namespace) -> None:
     show(found, Console(stderr=options.json))
     if options.json:
         print(json.dumps(found.to_dict()))
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from deit.explain import METHODS, explain_file, figure
+    from deit.files import replacing
+
+    if options.out.suffix.lower() != ".png":
+        raise ValueError(f"the figure is a PNG, found --out {options.out}; give a name that ends in .png")
+    if options.out.exists() and Path(options.image).exists() and options.out.samefile(options.image):
+        raise ValueError(f"--out {options.out} is the image itself; give the figure another name")
+    found = explain_file(options.model, options.image, target=options.target,
+                         methods=METHODS if options.method == "all" else (options.method,))
+    with replacing(options.out) as temporary:
+        figure(found).save(temporary, format="PNG")
+    print(json.dumps({**found.to_dict(), "figure": str(options.out)}) if options.json else f"{found}\n\n{options.out}")
 
 
 def _convert(options: argparse.Namespace) -> None:
