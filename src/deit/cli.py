@@ -95,6 +95,18 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--to", choices=("hf", "timm", "original", "keras"), required=True)
     verb.add_argument("--out", type=Path, required=True, metavar="DIR")
     verb.set_defaults(run=_convert)
+
+    verb = verbs.add_parser("export", help="write a classifier for a runtime, and prove that it answers the same",
+                            description="Writes a classifier with its labels and its preprocessing for a runtime, runs "
+                            "it there, and keeps it only if it answers as the PyTorch model does. int8 needs "
+                            "--calibrate, and is kept only if it costs no more than half a point of accuracy.")
+    verb.add_argument("model", metavar="MODEL", help="folder of a trained model, or a hub name")
+    verb.add_argument("--to", choices=("torch", "onnx", "openvino", "onnx-int8", "openvino-int8"), required=True)
+    verb.add_argument("--calibrate", type=Path, metavar="DATA",
+                      help="folder or list of labelled images, to check on, and to calibrate and judge int8 by")
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR",
+                      help="folder to write; a former export there is replaced once the new one has passed")
+    verb.set_defaults(run=_export)
     return parser
 
 
@@ -343,3 +355,9 @@ def _convert(options: argparse.Namespace) -> None:
     from deit.convert import convert
 
     print(convert(options.source, options.to, options.out))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from deit.export import export
+
+    print(export(options.model, options.to, options.out, calibrate=options.calibrate))
