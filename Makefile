@@ -15,8 +15,9 @@ quickstart: setup                 ## the whole path on real digits, in minutes
 test: .venv/installed-test        ## style, types and the suite
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target suite twins
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 --output-sync=target suite twins
 
+# Side by side, each on a core: threads that wait for each other would spend most of the time doing that.
 .PHONY: suite twins
 suite:
 	$(BIN)/python -m pytest -m "not slow"

@@ -74,17 +74,38 @@ def _parser() -> argparse.ArgumentParser:
     _add_overrides(verb)
     verb.set_defaults(run=_recipes)
 
-    _add_predict(verbs)
+    for add in (_add_predict, _add_serve, _add_eval):
+        add(verbs)
 
-    _add_serve(verbs)
-
-    _add_eval(verbs)
+    verb = verbs.add_parser("explain", help="where in an image a model looked, as a figure", description="Draws what "
+                            "the class token and the distillation token rest on in an image, and scores the maps: "
+                            "deletion (lower is better) and insertion (higher is better), beside random orders.")
+    verb.add_argument("model", metavar="MODEL", help="folder of a trained model, or a hub name")
+    verb.add_argument("image", metavar="IMAGE")
+    verb.add_argument("--out", type=Path, required=True, metavar="PNG", help="file to write")
+    verb.add_argument("--method", choices=("rollout", "relevance", "attention", "all"), default="all",
+                      help="how (default: all); occlusion is always drawn as a check")
+    verb.add_argument("--target", metavar="LABEL", help="class to explain (default: what each head decides)")
+    verb.add_argument("--json", action="store_true", help="print scores and maps as one JSON line")
+    verb.set_defaults(run=_explain)
 
     verb = verbs.add_parser("convert", help="rewrite a checkpoint for another project")
     verb.add_argument("source", help="folder, weight file or hub name, in any known format")
     verb.add_argument("--to", choices=("hf", "timm", "original", "keras"), required=True)
     verb.add_argument("--out", type=Path, required=True, metavar="DIR")
     verb.set_defaults(run=_convert)
+
+    verb = verbs.add_parser("export", help="write a classifier for a runtime, and prove that it answers the same",
+                            description="Writes a classifier with its labels and its preprocessing for a runtime, runs "
+                            "it there, and keeps it only if it answers as the PyTorch model does. int8 needs "
+                            "--calibrate, and is kept only if it costs no more than half a point of accuracy.")
+    verb.add_argument("model", metavar="MODEL", help="folder of a trained model, or a hub name")
+    verb.add_argument("--to", choices=("torch", "onnx", "openvino", "onnx-int8", "openvino-int8"), required=True)
+    verb.add_argument("--calibrate", type=Path, metavar="DATA",
+                      help="folder or list of labelled images, to check on, and to calibrate and judge int8 by")
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR",
+                      help="folder to write; a former export there is replaced once the new one has passed")
+    verb.set_defaults(run=_export)
     return parser
 
 
@@ -362,7 +383,28 @@ def _eval(options: argparse.Namespace) -> None:
         print(json.dumps(found.to_dict()))
 
 
+def _explain(options: argparse.Namespace) -> None:
+    from deit.explain import METHODS, explain_file, figure
+    from deit.files import replacing
+
+    if options.out.suffix.lower() != ".png":
+        raise ValueError(f"the figure is a PNG, found --out {options.out}; give a name that ends in .png")
+    if options.out.exists() and Path(options.image).exists() and options.out.samefile(options.image):
+        raise ValueError(f"--out {options.out} is the image itself; give the figure another name")
+    found = explain_file(options.model, options.image, target=options.target,
+                         methods=METHODS if options.method == "all" else (options.method,))
+    with replacing(options.out) as temporary:
+        figure(found).save(temporary, format="PNG")
+    print(json.dumps({**found.to_dict(), "figure": str(options.out)}) if options.json else f"{found}\n\n{options.out}")
+
+
 def _convert(options: argparse.Namespace) -> None:
     from deit.convert import convert
 
     print(convert(options.source, options.to, options.out))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from deit.export import export
+
+    print(export(options.model, options.to, options.out, calibrate=options.calibrate))

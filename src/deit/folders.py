@@ -138,7 +138,7 @@ def matched(split: Split, classes: Sequence[str]) -> Split:
     if unknown := [label for label, name in names.items() if name not in places]:
         name, more = names[unknown[0]], len(unknown) - 1
         raise ValueError(f"the model knows no class {name!r}, which {first[unknown[0]]} is of"
-                         f"{f' ({more} more are unknown)' if more else ''}; {_near(name, classes)}; rename the class, "
+                         f"{f' ({more} more are unknown)' if more else ''}; {near(name, classes)}; rename the class, "
                          "or leave its images out")
     if repeated := [name for name in names.values() if classes.count(name) > 1]:
         raise ValueError(f"the model calls {classes.count(repeated[0])} of its classes {repeated[0]!r}, so which one "
@@ -147,7 +147,7 @@ def matched(split: Split, classes: Sequence[str]) -> Split:
     return replace(split, labels=tuple(places[names[label]] for label in split.labels), classes=tuple(classes))
 
 
-def _near(name: str, classes: Sequence[str]) -> str:
+def near(name: str, classes: Sequence[str]) -> str:
     """What of `classes` may be meant by `name`."""
     folded = {one.casefold(): one for one in classes}
     close = [folded[one] for one in difflib.get_close_matches(name.casefold(), folded, n=3)]

@@ -259,7 +259,7 @@ class DeiTModel(PreTrained):
     def _keeps(self, pixels: Tensor | None, draws: Tensor | None) -> Sequence[Tensor | None]:
         """For each block the factors (2, B) of its branches, 0 or 1 / (1 - rate): the expectation stays."""
         config = self.config
-        shape = (0 if pixels is None else len(pixels), config.num_hidden_layers, 2)
+        shape = (0 if pixels is None else pixels.shape[0], config.num_hidden_layers, 2)
         if draws is not None and draws.shape != shape:
             raise ValueError(f"depth_draws must be {shape}: two for each block of each image; found "
                              f"{tuple(draws.shape)}")

@@ -91,7 +91,7 @@ class ImageClassificationPipeline:
         return _like_the_input(inputs, fetched, answer, batch_size or self.batch_size)
 
     def _score(self, function: str) -> Callable[[np.ndarray], np.ndarray]:
-        config = self.predictor.model.config
+        config = self.predictor.config
         if function == "default":
             problem = getattr(config, "problem_type", None)
             function = ("none" if problem == "regression" else

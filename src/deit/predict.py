@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -17,8 +17,10 @@ from PIL import Image
 
 from deit import files, hub, weights
 from deit.calibration import Calibration
+from deit.config import ConvNetConfig, DeiTConfig
 from deit.convnet import ConvNet
 from deit.decode import ImageError
+from deit.engines import RECORD, Engine, load_engine
 from deit.image import DeiTImageProcessor
 from deit.model import (
     DeiTForImageClassification,
@@ -29,6 +31,7 @@ from deit.model import (
     PreTrained,
     head_probabilities,
 )
+from deit.outputs import DeiTForImageClassificationWithTeacherOutput, ImageClassifierOutput, ModelOutput
 
 Source = str | Path | bytes | Image.Image
 """A file's path or bytes, or a picture."""
@@ -82,7 +85,8 @@ class Predictor:
     """A classifier with its preprocessing, its labels and its calibration: the only way from files to labels.
 
     Args:
-        name_or_folder: what `deit`, `transformers` or timm saved, or a hub name.
+        name_or_folder: what `deit`, `transformers` or timm saved, a hub name, or what `deit export` wrote, which its own
+            runtime computes.
         head: which of a distilled model's heads decides (`fuse_heads`).
         device: `cpu`, `cuda`, …
 
@@ -92,11 +96,22 @@ class Predictor:
     """
 
     def __init__(self, name_or_folder: str | Path, *, head: Head = "fused", device: str | torch.device = "cpu"):
-        self.model = load_model(name_or_folder).to(device)
-        self.processor = DeiTImageProcessor.of_model(name_or_folder, self.model.config)
-        self.calibration = Calibration.of_model(name_or_folder)
         self.head, self.device = head, torch.device(device)
-        self.labels = list(self.model.config.id2label.values())
+        self.model: Any = None  # stays None for an exported one
+        self._output: Callable[[np.ndarray], ModelOutput]
+        self.config: DeiTConfig | ConvNetConfig
+        if (Path(name_or_folder) / RECORD).is_file():
+            if self.device.type != "cpu":
+                raise ValueError(f"{name_or_folder} is an exported model, which runs on the CPU here, and device is "
+                                 f"{device}; leave it out, or give the model itself")
+            self.config, self._output = _config_of(Path(name_or_folder)), _exported(load_engine(name_or_folder))
+        else:
+            self.model = load_model(name_or_folder).to(device)
+            self.config = self.model.config
+            self._output = lambda pixels: self.model(torch.from_numpy(pixels).to(self.device))
+        self.processor = DeiTImageProcessor.of_model(name_or_folder, self.config)  # type: ignore[arg-type]
+        self.calibration = Calibration.of_model(name_or_folder)
+        self.labels = list(self.config.id2label.values())  # type: ignore[union-attr]
 
     def __call__(self, images: Sequence[Source], top_k: int = 5) -> list[list[dict[str, Any]]]:
         """For each image its `top_k` most likely labels: `{"label": name, "score": probability}`, best first.
@@ -166,7 +181,22 @@ class Predictor:
     @torch.inference_mode()
     def logits(self, pixels: np.ndarray) -> Any:
         """The model's output for pixels (B, channels, height, width)."""
-        return self.model(torch.from_numpy(pixels).to(self.device))
+        return self._output(pixels)
+
+
+def _config_of(folder: Path) -> DeiTConfig | ConvNetConfig:
+    values = files.read_json(folder / "config.json")
+    return (ConvNetConfig if values.get("model_type") == ConvNet.model_type else DeiTConfig).from_dict(values)
+
+
+def _exported(engine: Engine) -> Callable[[np.ndarray], ModelOutput]:
+    kind = DeiTForImageClassificationWithTeacherOutput if "cls_logits" in engine.outputs else ImageClassifierOutput
+
+    def output(pixels: np.ndarray) -> ModelOutput:
+        logits: dict[str, Any] = {name: torch.from_numpy(value) for name, value in engine(pixels).items()}
+        return kind(**logits)
+
+    return output
 
 
 _AHEAD = 2

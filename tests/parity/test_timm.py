@@ -239,5 +239,5 @@ def test_the_source_is_never_replaced(tmp_path):
 
 def test_unknown_format(tmp_path):
     build("classification", shrink(VARIANTS["deit-tiny-patch16-224"])).save_pretrained(tmp_path)
-    with raises_saying(ValueError, "there is no format 'keras'; choose hf, timm or original"):
-        convert(tmp_path, "keras", tmp_path / "out")
+    with raises_saying(ValueError, "there is no format 'caffe'; choose hf, timm, original or keras"):
+        convert(tmp_path, "caffe", tmp_path / "out")

@@ -462,7 +462,7 @@ class _Routes:
         calibration, head, limits = self.predictor.calibration, self.predictor.head, self.service
         return _Json({
             "model": self.name, "labels": self.predictor.labels, "head": head,
-            "image_size": list(self.predictor.model.config.image_hw),
+            "image_size": list(self.predictor.config.image_hw),
             "calibration": None if calibration is None else {
                 "error_rate": calibration.error_rate, "images": calibration.images,
                 "temperature": calibration.heads[head].temperature, "threshold": calibration.heads[head].threshold},
@@ -544,7 +544,7 @@ def serve(predictor: Predictor, service: Service, name: str, *, host: str, port:
     `listening` is told the address once connections are taken. Port 0: any free one. Raises `OSError` where the
     address is not to be had.
     """
-    height, width = predictor.model.config.image_hw
+    height, width = predictor.config.image_hw
     predictor([Image.new("RGB", (width, height))])  # the first takes longest, and fails for a head that isn't there
     with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET,
                               backlog=2048) as listener:

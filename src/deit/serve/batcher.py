@@ -71,7 +71,7 @@ class Batcher:
                  computed: Callable[[int], object] = lambda images: None):
         self.predictor, self.max_batch, self.max_wait = predictor, max_batch, max_wait
         self.queue_size, self.max_pixels, self.computed = queue_size, max_pixels, computed
-        height, width = predictor.model.config.image_hw
+        height, width = predictor.config.image_hw
         self._shape = predictor.prepared(Image.new("RGB", (width, height))).shape  # (channels, height, width)
         self._lock = threading.Lock()
         self._waiting = 0

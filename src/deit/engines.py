@@ -1,0 +1,203 @@
+"""Exported folders, run: one interface over PyTorch, ONNX Runtime and OpenVINO.
+
+B images, C channels, H rows, W columns, K classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from deit import files
+
+RECORD = "export.json"
+"""What an exported folder says about itself; the keys are in docs/export.md."""
+Hint = Literal["latency", "throughput"]
+Precision = Literal["auto", "float32"]
+
+
+class Engine(ABC):
+    """An exported model in its runtime: pixels to logits. May be called from several threads.
+
+    Args:
+        folder: holds the model's files.
+        record: the content of its `export.json`.
+        hint: `latency`, all cores for one call; `throughput`, OpenVINO's streams, for calls from several threads. The
+            other runtimes have no such choice.
+        precision: `auto` is the runtime's own, for OpenVINO bfloat16 where the CPU has it; or `float32`.
+    """
+
+    name: ClassVar[str]
+    """Of the runtime."""
+
+    def __init__(self, folder: Path, record: Mapping[str, Any], *, hint: Hint = "latency",
+                 precision: Precision = "auto"):
+        self.folder = folder
+        self.input, self.outputs = str(record["input"]["name"]), tuple(map(str, record["outputs"]))
+        self.shape: tuple[int, int, int] = tuple(record["input"]["shape"][1:])  # (C, H, W)
+        self.hint, self.precision = hint, precision
+
+    def __call__(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """Logits (B, K) float32 by the name of the output, for (B, C, H, W) float32 pixels as the folder's
+        `preprocessor_config.json` makes them; any B from 1 on.
+
+        Raises `ValueError` for other pixels.
+        """
+        if pixels.ndim != 4 or pixels.shape[1:] != self.shape or not len(pixels) or pixels.dtype != np.float32:
+            raise ValueError(f"pixels must be (images, {', '.join(map(str, self.shape))}) of float32, found "
+                             f"{pixels.shape} of {pixels.dtype}; the DeiTImageProcessor of {self.folder} makes them")
+        return dict(zip(self.outputs, self._run(np.ascontiguousarray(pixels)), strict=True))
+
+    @abstractmethod
+    def _run(self, pixels: np.ndarray) -> list[np.ndarray]:
+        """The outputs in the order of `self.outputs`."""
+
+
+class TorchEngine(Engine):
+    name = "torch.export"
+
+    def __init__(self, folder: Path, record: Mapping[str, Any], **options: Any):
+        super().__init__(folder, record, **options)
+        import torch
+
+        self._torch = torch
+        path = folder / "model.pt2"
+        with _reading(path, self.name):
+            self._model = torch.export.load(path).module()
+
+    def _run(self, pixels: np.ndarray) -> list[np.ndarray]:
+        with self._torch.inference_mode():
+            found = self._model(self._torch.from_numpy(pixels))
+        return [found[name].numpy() for name in self.outputs]
+
+
+class OnnxEngine(Engine):
+    name = "onnxruntime"
+
+    def __init__(self, folder: Path, record: Mapping[str, Any], **options: Any):
+        super().__init__(folder, record, **options)
+        with needed("onnxruntime"):
+            import onnxruntime
+
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = cores()  # its own choice counts the machine's, not those this process may use
+        settings.log_severity_level = 3
+        path = folder / "model.onnx"
+        with _reading(path, self.name):
+            self._session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+
+    def _run(self, pixels: np.ndarray) -> list[np.ndarray]:
+        return self._session.run(list(self.outputs), {self.input: pixels})
+
+
+class OpenVINOEngine(Engine):
+    name = "openvino"
+
+    def __init__(self, folder: Path, record: Mapping[str, Any], **options: Any):
+        super().__init__(folder, record, **options)
+        openvino = import_openvino()
+        settings = {"PERFORMANCE_HINT": self.hint.upper(), "INFERENCE_NUM_THREADS": cores()}
+        if self.precision == "float32":
+            settings["INFERENCE_PRECISION_HINT"] = "f32"
+        path = folder / "model.xml"
+        with _reading(path, self.name):
+            self._model = openvino.Core().compile_model(path, "CPU", settings)
+        self._requests = threading.local()  # a request answers one call at a time
+
+    @property
+    def inference_precision(self) -> str:
+        """What the runtime computes in: f32, bf16 or f16."""
+        return str(self._model.get_property("INFERENCE_PRECISION_HINT").to_string())
+
+    def _run(self, pixels: np.ndarray) -> list[np.ndarray]:
+        if not hasattr(self._requests, "own"):
+            self._requests.own = self._model.create_infer_request()
+        found = self._requests.own.infer({self.input: pixels})
+        return [found[name] for name in self.outputs]
+
+
+ENGINES: dict[str, type[Engine]] = {"torch": TorchEngine, "onnx": OnnxEngine, "onnx-int8": OnnxEngine,
+                                    "openvino": OpenVINOEngine, "openvino-int8": OpenVINOEngine}
+"""By the `format` of a record."""
+
+
+def load_engine(folder: str | Path, *, hint: Hint = "latency", precision: Precision = "auto") -> Engine:
+    """The model of an exported folder, ready to run; the options are `Engine`'s.
+
+    A folder of format `torch` is read by `torch.export.load`, which can execute what a file holds: take such from
+    nobody whose code you would not run.
+
+    Raises `FileNotFoundError` where there is no export, `CheckpointError` for damaged files, `ImportError` where the
+    runtime is not installed.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    for name, digest in record["files"].items():
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
+            raise files.CheckpointError(f"{folder / name} is not the file that was exported, by the SHA-256 in "
+                                        f"{folder / RECORD}; copy or export it again")
+    return ENGINES[record["format"]](folder, record, hint=hint, precision=precision)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """`export.json` of an exported folder, with what `Engine` needs of it."""
+    path = folder / RECORD
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {RECORD}; give a folder that `deit export` wrote")
+    record = files.read_json(path)
+    if record.get("format") not in ENGINES:
+        raise files.CheckpointError(f"{path} is of format {record.get('format')!r}, expected one of "
+                                    f"{', '.join(ENGINES)}; export the model again with this version")
+    shape, kinds = (record.get("input") or {}).get("shape"), {"files": dict, "input": dict, "outputs": list}
+    if any(not isinstance(record.get(key), kind) for key, kind in kinds.items()) or not (
+            isinstance(shape, list) and len(shape) == 4) or "name" not in record["input"]:
+        raise files.CheckpointError(f"{path} lacks the files, the input or the outputs of the model; export it again")
+    return record
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def import_openvino() -> Any:
+    """OpenVINO without its telemetry, which unasked reports every import and conversion, NNCF's too. Both do without
+    where that package is missing, as it is from here on."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    with needed("openvino"):
+        import openvino
+    return openvino
+
+
+@contextmanager
+def needed(package: str) -> Iterator[None]:
+    """Imports of a package that may not be installed."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f'{package} can\'t be imported ({error}); pip install "deit[export]"') from None
+
+
+@contextmanager
+def _reading(path: Path, runtime: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # each runtime has classes of its own
+        reason = " ".join(str(error).split())[:200]
+        raise files.CheckpointError(f"{path} can't be read by {runtime} ({reason}); export it again, or install the "
+                                    f"versions named in {path.parent / RECORD}") from None

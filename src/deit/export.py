@@ -1,0 +1,580 @@
+"""A classifier written for a runtime, and run there before its folder is returned.
+
+B images, C channels, H rows, W columns, K classes.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from deit import files
+from deit.convnet import ConvNet
+from deit.data import Batch, EvaluationBatches
+from deit.engines import (
+    RECORD,
+    Engine,
+    OpenVINOEngine,
+    import_openvino,
+    load_engine,
+    needed,
+    read_record,
+    sha256,
+)
+from deit.folders import SPLITS, Split, matched, read_examples
+from deit.image import FILE_NAME, DeiTImageProcessor
+from deit.model import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, PreTrained
+from deit.predict import load_model
+from deit.scores import Accuracy
+
+Format = Literal["torch", "onnx", "openvino", "onnx-int8", "openvino-int8"]
+
+TOLERANCE = 1e-4
+"""Largest difference of a probability from the PyTorch model's that a float format may have."""
+LOSS = 0.005
+"""Largest loss of accuracy that int8 may have."""
+
+_CHECKED = {"random": 16, "real": 64}
+"""Images of the check."""
+_SIZES = (1, 3)
+"""Of its batches, in turn."""
+_CALIBRATED = 300
+"""Images that the ranges of int8 are taken from, at most."""
+_SHARES = (0.0, 1 / 8, 1 / 4, 1 / 2)
+"""Of the layers that stay in float, one after the other, until int8 is accurate enough."""
+_RANKED = 32
+"""Images that layers are ranked by."""
+_JUDGED_BATCH = 16
+
+_PACKAGES = {"torch": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",),
+             "onnx-int8": ("onnx", "onnxscript", "onnxruntime", "nncf"), "openvino-int8": ("openvino", "nncf")}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote."""
+
+    folder: Path
+    record: dict[str, Any]
+    """The content of its `export.json`, whose keys are in docs/export.md."""
+
+    def __str__(self) -> str:
+        """In one line: format, agreement, and of int8 the accuracies."""
+        found, accuracy = self.record["agreement"], self.record.get("accuracy")
+        said = (f"{self.folder}: {self.record['format']}, {round(found['labels'] * found['images'])} of "
+                f"{found['images']} images labelled as by the PyTorch model, probabilities within "
+                f"{found['difference']:.1e}")
+        if accuracy is None:
+            return said
+        said += f"; accuracy {accuracy['int8']['value']:.4f} after {accuracy['float']['value']:.4f}"
+        kept = accuracy["float_layers"]
+        return f"{said} on {accuracy['images']} images" + (f", in float: {', '.join(kept)}" if kept else "")
+
+
+def export(source: str | Path, to: Format, out: str | Path, *, calibrate: str | Path | None = None,
+           **where: Any) -> Exported:
+    """Writes a classifier for a runtime into the folder `out`, for images of the model's size in batches of any number:
+    the model's file, `config.json` with the labels, `preprocessor_config.json`, and `export.json` (see docs/export.md).
+
+    `torch`: `model.pt2`, of `torch.export`. `onnx`: `model.onnx`. `openvino`: `model.xml` and `model.bin`, the weights
+    in float16 where that keeps the agreement. `onnx-int8`, `openvino-int8`: quantised by NNCF.
+
+    The folder appears only after the file has answered in its runtime as the PyTorch model does: in a float format the
+    same labels, and probabilities within `TOLERANCE`; in int8 an accuracy at most `LOSS` lower. A former export in
+    `out` is replaced then; on failure it stays, and nothing else is left.
+
+    Args:
+        source: what `load_model` takes; `where` as for `from_pretrained`.
+        calibrate: labelled images, as `read_examples` takes them. A float format is checked on some of them, else on
+            random pictures; int8 is calibrated on those of `train` and judged on those of `test` or `val`, or on every
+            other image where there is no such pair.
+
+    Raises:
+        ValueError: no classifier; images that don't fit it; an answer that differs, or int8 that costs accuracy.
+        FileExistsError: `out` holds anything but a former export.
+        ImportError: a package is missing.
+    """
+    if to not in get_args(Format):
+        raise ValueError(f"there is no format {to!r}; choose {', '.join(get_args(Format))}")
+    if to.endswith("int8") and calibrate is None:
+        raise ValueError(f"{to} needs images to take the ranges of its numbers from, and to be judged by; give "
+                         "labelled ones with --calibrate DATA")
+    folder = Path(out).absolute()
+    _refuse_occupied(folder)
+    for package in _PACKAGES[to]:
+        if package == "openvino":
+            import_openvino()
+        with needed(package):
+            import_module(package)
+    classifier = _Classifier(source, where)
+    examples = None if calibrate is None else _Examples(calibrate, classifier)
+    checked = _Checked(classifier, examples)
+    with _replacing(folder) as temporary:
+        files.write_json(temporary / "config.json", classifier.model.config.to_dict())
+        classifier.processor.save_pretrained(temporary)
+        if examples is not None and to.endswith("int8"):
+            record = _write_int8(classifier, to, temporary, examples, checked)
+        else:
+            record = _write_float(classifier, to, temporary, checked)
+        files.write_json(temporary / RECORD, record)
+    return Exported(Path(out), record)
+
+
+# ---------------------------------------------------------------------------------------------------------- the model
+
+
+class _Logits(nn.Module):
+    """A classifier that returns nothing but its logits, by name."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        both = isinstance(model, DeiTForImageClassificationWithTeacher)
+        self.names = ("logits", "cls_logits", "distillation_logits") if both else ("logits",)
+        self.options: dict[str, bool] = {} if isinstance(model, ConvNet) else {
+            "output_attentions": False, "output_hidden_states": False, "return_dict": True}
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        out = self.model(pixel_values, **self.options)
+        return {name: out[name] for name in self.names}
+
+
+class _Classifier:
+    """What is exported, with its preprocessing, all that could be wrong with them already checked."""
+
+    def __init__(self, source: str | Path, where: Mapping[str, Any]):
+        self.name = str(source)
+        self.model = load_model(source, **where)
+        config, kinds = self.model.config, (DeiTForImageClassification, DeiTForImageClassificationWithTeacher, ConvNet)
+        if not isinstance(self.model, kinds) or not config.num_labels:
+            raise ValueError(f"{source} holds a {type(self.model).__name__} without classes; expected a classifier, "
+                             "the only kind of model that is exported")
+        if isinstance(self.model, PreTrained):
+            self.model.set_attn_implementation("sdpa")  # one operation in the graph, which runtimes know as attention
+        self.logits = _Logits(self.model).eval()
+        self.shape = (config.num_channels, *config.image_hw)
+        self.classes = tuple(config.id2label.values())
+        self.processor = DeiTImageProcessor.of_model(source, config, **where)
+        [made] = self.processor([Image.new("RGB", (8, 8))]).pixel_values
+        if made.shape != self.shape:
+            raise ValueError(f"the {FILE_NAME} of {source} makes pixels of {made.shape}, the model takes "
+                             f"{self.shape}; correct size, crop_size or data_format there")
+
+    @torch.inference_mode()
+    def __call__(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """Logits (B, K) by name."""
+        return {name: value.numpy() for name, value in self.logits(torch.from_numpy(pixels)).items()}
+
+    def layers(self) -> dict[str, nn.Linear | nn.Conv2d]:
+        """What multiplies with weights, by name."""
+        return {name: layer for name, layer in self.model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+
+    @cached_property
+    def program(self) -> torch.export.ExportedProgram:
+        """For batches of any number."""
+        batch = torch.export.Dim("batch", min=1)
+        with torch.no_grad():
+            return torch.export.export(self.logits, (torch.zeros(2, *self.shape),),
+                                       dynamic_shapes={"pixel_values": {0: batch}})
+
+    @cached_property
+    def openvino_model(self) -> Any:
+        model = import_openvino().convert_model(self.program)
+        model.inputs[0].get_tensor().set_names({"pixel_values"})
+        for output, name in zip(model.outputs, self.logits.names, strict=True):
+            output.get_tensor().set_names({name})
+        return model
+
+
+# ---------------------------------------------------------------------------------------------------------- the images
+
+
+class _Examples:
+    """Labelled images: some for the ranges of int8, the others to be judged by."""
+
+    def __init__(self, data: str | Path, classifier: _Classifier):
+        self.data, self.processor = data, classifier.processor
+        present = {split for split, names in SPLITS.items() if any((Path(data) / name).is_dir() for name in names)}
+        split = "train" if present == {"train"} else None
+        examples, found = read_examples(data, split)
+        whole = matched(examples, classifier.classes)
+        if "train" in present and split is None:
+            self.judged, calibration = whole, matched(read_examples(data, "train")[0], classifier.classes)
+            self.source = f"{data}, {found}"
+        else:
+            calibration, self.judged = (_rows(whole, range(first, len(whole), 2)) for first in (0, 1))
+            self.source = f"{data}, every other image" + (f" of {found}" if found else "")
+        if not len(self.judged):
+            raise ValueError(f"{data} has a single image; give at least two, better some hundreds")
+        self.calibration = _spread(calibration, _CALIBRATED)
+
+    def pixels(self, split: Split) -> list[np.ndarray]:
+        """(1, C, H, W) of each image that can be read."""
+        return [batch.pixels.numpy() for batch in EvaluationBatches(split, self.processor, 1, keep=False)
+                if batch.labels[0] >= 0]
+
+    def batches(self) -> EvaluationBatches:
+        """Of the images to be judged by; can be gone through again and again."""
+        return EvaluationBatches(self.judged, self.processor, _JUDGED_BATCH)
+
+
+def _rows(split: Split, rows: Iterable[int]) -> Split:
+    rows = list(rows)
+    return replace(split, files=tuple(split.files[i] for i in rows), labels=tuple(split.labels[i] for i in rows))
+
+
+def _spread(split: Split, count: int) -> Split:
+    """At most `count` images, evenly spread."""
+    return _rows(split, np.unique(np.linspace(0, len(split) - 1, count).round().astype(int)).tolist())
+
+
+def _pictures(count: int) -> list[Image.Image]:
+    """Random colours, coarse enough to survive the resize, in frames of several shapes."""
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(count):
+        rows, columns, height, width = (int(n) for n in random.integers((2, 2, 48, 48), (17, 17, 321, 321)))
+        colours = random.integers(0, 256, (rows, columns, 3)).astype(np.uint8)
+        found.append(Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC))
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- the check
+
+
+@dataclass(frozen=True)
+class _Agreement:
+    images: int
+    labels: float
+    """Share of the images to which every output gives the same class."""
+    difference: float
+    """Largest of a probability."""
+
+
+class _Checked:
+    """Images with the PyTorch model's answers, which a runtime's are held to."""
+
+    def __init__(self, classifier: _Classifier, examples: _Examples | None):
+        if examples is None:
+            self.source = "random pictures"
+            pixels = list(classifier.processor(_pictures(_CHECKED["random"])).pixel_values)
+        else:
+            self.source = examples.source
+            pixels = [one[0] for one in examples.pixels(_spread(examples.judged, _CHECKED["real"]))]
+            if not pixels:
+                raise ValueError(f"none of the images of {examples.source} can be read, so nothing can be checked")
+        self.images = len(pixels)
+        self.batches: list[np.ndarray] = []
+        while pixels:
+            size = _SIZES[len(self.batches) % len(_SIZES)]
+            self.batches.append(np.stack(pixels[:size]))
+            pixels = pixels[size:]
+        self.expected = [_probabilities(classifier(batch)) for batch in self.batches]
+
+    def agreement(self, engine: Engine) -> _Agreement:
+        alike, difference = 0, 0.0
+        for batch, expected in zip(self.batches, self.expected, strict=True):
+            found = _probabilities(engine(batch))
+            same = np.ones(len(batch), bool)
+            for name, reference in expected.items():
+                if found[name].shape != reference.shape:
+                    raise ValueError(f"{engine.name} answers {len(batch)} images with {name} of {found[name].shape}, "
+                                     f"expected {reference.shape}; nothing was kept")
+                same &= found[name].argmax(-1) == reference.argmax(-1)
+                difference = float(np.maximum(difference, np.abs(found[name] - reference).max()))  # NaN stays
+            alike += int(same.sum())
+        return _Agreement(self.images, alike / self.images, difference)
+
+
+def _probabilities(logits: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """(B, K) float64 by the name of the output."""
+    found = {}
+    for name, values in logits.items():
+        powers = np.exp(values.astype(np.float64) - values.max(-1, keepdims=True))
+        found[name] = powers / powers.sum(-1, keepdims=True)
+    return found
+
+
+def _accuracy(answer: Callable[[np.ndarray], Mapping[str, np.ndarray]], batches: Iterable[Batch]) -> Accuracy:
+    """Of the fused heads."""
+    correct = total = 0
+    for batch in batches:
+        known = batch.labels.numpy() >= 0
+        correct += int((answer(batch.pixels.numpy())["logits"].argmax(-1) == batch.labels.numpy())[known].sum())
+        total += int(known.sum())
+    return Accuracy(correct, total)
+
+
+# ------------------------------------------------------------------------------------------------------- float formats
+
+
+def _write_float(classifier: _Classifier, to: Format, folder: Path, checked: _Checked) -> dict[str, Any]:
+    """Writes the model's files; returns the record."""
+    for halved in (True, False) if to == "openvino" else (False,):
+        if to == "torch":
+            torch.export.save(classifier.program, folder / "model.pt2")
+        elif to == "onnx":
+            _save_onnx(classifier, folder / "model.onnx")
+        else:
+            _save_openvino(classifier.openvino_model, folder / "model.xml", halved=halved)
+        record = _describe(classifier, to, folder)
+        agreement = checked.agreement(load_engine(folder, precision="float32"))
+        if agreement.labels == 1.0 and agreement.difference <= TOLERANCE:
+            break
+    else:
+        raise ValueError(f"{to} was not kept: of {agreement.images} images ({checked.source}) "
+                         f"{agreement.labels:.1%} are labelled as by the PyTorch model, and a probability differs by "
+                         f"{agreement.difference:.2g}, where all and at most {TOLERANCE:g} are allowed; please report "
+                         "it, and take another format")
+    if to == "openvino":
+        record["weights"] = "float16" if halved else "float32"
+    return record | _checks(agreement, checked, to, folder)
+
+
+def _describe(classifier: _Classifier, to: Format, folder: Path) -> dict[str, Any]:
+    """Writes what `load_engine` needs, and returns it."""
+    heads = ["fused", "class", *(["distillation", "softmax"] if len(classifier.logits.names) > 1 else [])]
+    record = {
+        "format": to,
+        "files": {path.name: sha256(path) for path in sorted(folder.glob("model.*"))},
+        "input": {"name": "pixel_values", "shape": [None, *classifier.shape], "type": "float32"},
+        "outputs": list(classifier.logits.names),
+        "heads": heads,
+        "versions": {name: version(name) for name in ("deit", "torch", *_PACKAGES[to])},
+    }
+    files.write_json(folder / RECORD, record)
+    return record
+
+
+def _checks(agreement: _Agreement, checked: _Checked, to: Format, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {"agreement": {**vars(agreement), "source": checked.source}}
+    if to.startswith("openvino"):
+        engine = load_engine(folder)
+        assert isinstance(engine, OpenVINOEngine)
+        found["native"] = {"precision": engine.inference_precision, **vars(checked.agreement(engine))}
+    return found
+
+
+def _save_onnx(classifier: _Classifier, path: Path) -> None:
+    weight = sum(tensor.numel() * tensor.element_size() for tensor in classifier.logits.state_dict().values())
+    torch.onnx.export(classifier.program, (), path, dynamo=True, verbose=False, input_names=["pixel_values"],
+                      output_names=list(classifier.logits.names), external_data=weight > _ONNX_BYTES)
+
+
+_ONNX_BYTES = 2**31 - 2**24
+"""An ONNX file can't be larger than 2 GiB; weights beyond lie in a file beside it."""
+
+
+def _save_openvino(model: Any, path: Path, *, halved: bool) -> None:
+    import_openvino().save_model(model, path, compress_to_fp16=halved)
+
+
+# --------------------------------------------------------------------------------------------------------------- int8
+
+
+def _write_int8(classifier: _Classifier, to: Format, folder: Path, examples: _Examples,
+                checked: _Checked) -> dict[str, Any]:
+    """Writes the model's files with as few layers in float as the accuracy allows; returns the record."""
+    batches, calibration = examples.batches(), examples.pixels(examples.calibration)
+    before = _accuracy(classifier, batches)
+    quantise = _quantised_onnx if to == "onnx-int8" else _quantised_openvino
+    order: list[str] = []
+    for share in _SHARES:
+        if share and not order:
+            order = _by_sensitivity(classifier, calibration)
+        kept = order[:math.ceil(share * len(order))]
+        quantise(classifier, folder, calibration, kept)
+        record = _describe(classifier, to, folder)
+        engine = load_engine(folder, precision="float32")
+        after = _accuracy(engine, batches)
+        if before.correct - after.correct <= LOSS * before.total:
+            break
+    else:
+        raise ValueError(f"{to} was not kept: on {before.total} images ({examples.source}) the accuracy is "
+                         f"{after.value:.4f} after {before.value:.4f}, more than {LOSS:.1%} lower, even with "
+                         f"{len(kept)} of {len(order)} layers in float; the ones that 8 bits hurt most are "
+                         f"{', '.join(order[:5])}; take {to.removesuffix('-int8')}, or calibrate with more images")
+    weights = {name: layer.weight.numel() for name, layer in classifier.layers().items()}
+    quantised = 1 - sum(weights[name] for name in kept) / sum(weights.values())
+    accuracy = {"images": before.total, "source": examples.source, "calibrated": len(calibration),
+                "float": before.to_dict(), "int8": after.to_dict(), "float_layers": kept, "int8_weights": quantised}
+    return record | _checks(checked.agreement(engine), checked, to, folder) | {"accuracy": accuracy}
+
+
+def _quantised_onnx(classifier: _Classifier, folder: Path, calibration: Sequence[np.ndarray],
+                    kept: Sequence[str]) -> None:
+    import onnx
+
+    with tempfile.TemporaryDirectory() as scratch:
+        _save_onnx(classifier, Path(scratch) / "model.onnx")
+        model = onnx.load(Path(scratch) / "model.onnx")
+    values = {tensor.name: tensor for tensor in model.graph.initializer}
+    weights = {node.name: onnx.numpy_helper.to_array(values[node.input[1]]) for node in model.graph.node
+               if node.op_type in ("MatMul", "Gemm", "Conv") and node.input[1] in values}
+    nodes = [node.name for node in model.graph.node]
+    quantised = _quantise(classifier, model, [{"pixel_values": pixels} for pixels in calibration], nodes, weights, kept)
+    onnx.save(quantised, folder / "model.onnx")
+
+
+def _quantised_openvino(classifier: _Classifier, folder: Path, calibration: Sequence[np.ndarray],
+                        kept: Sequence[str]) -> None:
+    model = classifier.openvino_model.clone()
+    weights = {}
+    for node in model.get_ops():
+        if node.get_type_name() in ("MatMul", "Convolution"):
+            constant = node.input_value(1).get_node()
+            if constant.get_type_name() == "Constant":
+                weights[node.get_friendly_name()] = constant.get_data()
+    nodes = [node.get_friendly_name() for node in model.get_ops()]
+    quantised = _quantise(classifier, model, calibration, nodes, weights, kept)
+    _save_openvino(quantised, folder / "model.xml", halved=False)
+
+
+def _quantise(classifier: _Classifier, model: Any, calibration: Sequence[Any], nodes: Sequence[str],
+              weights: Mapping[str, np.ndarray], kept: Sequence[str]) -> Any:
+    """A graph with every layer in int8 but those in `kept`; `nodes` are the names of all its nodes, `weights` the
+    constants of those that multiply with one.
+
+    What is inside attention, and every sum and norm, stays in float: the first so that runtimes know it for attention,
+    the others because 8 bits hurt a transformer most there, for little time saved.
+    """
+    import nncf
+    from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
+
+    nncf.set_log_level(logging.ERROR)
+    # NNCF's correction of biases assumes images without borders: it took 5 points from a ConvNet at 16 pixels. Its
+    # ranges are means over images, beyond which half of these are cut: probabilities moved twice as far.
+    settings = AdvancedQuantizationParameters(
+        disable_bias_correction=True, activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX)
+    node_of = _nodes_of(classifier.layers(), weights)
+    chosen = {node for layer, node in node_of.items() if layer not in kept}
+    transformer = isinstance(classifier.model, PreTrained)
+    with redirect_stdout(io.StringIO()):  # a progress bar for each of its passes
+        return nncf.quantize(
+            model, nncf.Dataset(calibration), subset_size=len(calibration), target_device=nncf.TargetDevice.CPU,
+            model_type=nncf.ModelType.TRANSFORMER if transformer else None, advanced_parameters=settings,
+            ignored_scope=nncf.IgnoredScope(names=[name for name in nodes if name not in chosen], validate=False))
+
+
+def _nodes_of(layers: Mapping[str, nn.Module], weights: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """For each layer the node that multiplies with its weights, found by their values: exporters rename and transpose
+    them, and multiply the factors of a norm into their rows."""
+    left = {name: _directions(values) for name, values in weights.items()}
+    turned = {name: _directions(values.T) for name, values in weights.items() if values.ndim == 2}
+    found = {}
+    for layer, module in layers.items():
+        own = _directions(module.weight.detach().numpy())  # type: ignore[operator]
+        same = [name for name in left if any(
+            other is not None and other.shape == own.shape and np.allclose(other, own, atol=1e-4)
+            for other in (left[name], turned.get(name)))]
+        if not same:
+            raise ValueError(f"the layer {layer} is not found in the exported graph, so int8 can't be had; please "
+                             "report it, and take a float format")
+        found[layer] = same[0]
+        del left[same[0]]
+    return found
+
+
+def _directions(weights: np.ndarray) -> np.ndarray:
+    """Absolute values, (outputs, inputs), of rows brought to length 1."""
+    rows = np.abs(weights.reshape(len(weights), -1).astype(np.float64))
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+
+
+@torch.inference_mode()
+def _by_sensitivity(classifier: _Classifier, calibration: Sequence[np.ndarray]) -> list[str]:
+    """Names of the layers with weights, first the one whose rounding to 8 bits, alone, moves the logits most."""
+    pixels = torch.from_numpy(np.concatenate(calibration[:: math.ceil(len(calibration) / _RANKED)]))
+    exact = classifier.logits(pixels)["logits"]
+    moved = {}
+    for name, layer in classifier.layers().items():
+        with _rounded(layer):
+            moved[name] = float((classifier.logits(pixels)["logits"] - exact).square().mean())
+    return sorted(moved, key=lambda name: -moved[name])
+
+
+@contextmanager
+def _rounded(layer: nn.Linear | nn.Conv2d) -> Iterator[None]:
+    """Weights and inputs of a layer in 8 bits: weights symmetric around zero for each output channel, the input in
+    steps of its whole range."""
+    exact = layer.weight
+    step = exact.flatten(1).abs().amax(1).clamp(min=1e-12).view(-1, *[1] * (exact.dim() - 1)) / 127
+
+    def round_input(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        low, high = inputs[0].aminmax()
+        width = ((high - low) / 255).clamp(min=1e-12)
+        return (((inputs[0] - low) / width).round() * width + low,)
+
+    layer.weight = nn.Parameter((exact / step).round() * step, requires_grad=False)
+    handle = layer.register_forward_pre_hook(round_input)
+    try:
+        yield
+    finally:
+        handle.remove()
+        layer.weight = exact
+
+
+# ---------------------------------------------------------------------------------------------------------- the folder
+
+
+def _refuse_occupied(folder: Path) -> None:
+    """Unless `folder` is absent, empty, or a former export and nothing else."""
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, expected a folder; give --out a new one")
+    if found := {path.name for path in folder.iterdir()}:
+        try:
+            known = {"config.json", FILE_NAME, RECORD, *read_record(folder)["files"]}
+        except (OSError, ValueError):
+            known = set()
+        if others := sorted(found - known):
+            raise FileExistsError(f"{folder} holds {', '.join(others[:3])}{' and more' if len(others) > 3 else ''}, "
+                                  "which no export wrote; give --out a new folder")
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block ends well: readers see the former export
+    or the new one, whole."""
+    if folder.parent.exists() and not folder.parent.is_dir():
+        raise FileExistsError(f"{folder.parent} is a file, expected a folder; choose another place")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary, former = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}") for _ in range(2))
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in temporary.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        _refuse_occupied(folder)
+        if folder.exists():
+            folder.rename(former)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if former.exists():
+                former.rename(folder)
+            raise
+        shutil.rmtree(former, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
