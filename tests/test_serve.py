@@ -475,14 +475,14 @@ def fuzz(web, count, seed):
     assert web.batcher.waiting == 0
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 def test_mutated_requests(folder):
     with client(folder, max_wait_ms=0) as web:
         fuzz(web, 300, seed=1)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 def test_many_mutated_requests(folder):
     with client(folder, max_wait_ms=0) as web:
         fuzz(web, 2000, seed=2)

@@ -19,7 +19,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -386,6 +386,8 @@ class _Routes:
         self.metrics = _Metrics(service, lambda: self.batcher.waiting)
         self.bodies = _Bodies(service)
         self.keys = [key.encode() for key in service.keys]
+        # In a thread, for 20 MiB would keep all others waiting; in one only, for as JSON they can become 500 MB.
+        self.parser = ThreadPoolExecutor(1, thread_name_prefix="deit-parse")
         self.ending = False
 
     def _computed(self, images: int) -> None:
@@ -395,6 +397,7 @@ class _Routes:
     async def life(self, _: FastAPI) -> AsyncIterator[None]:
         yield
         self.ending = True
+        self.parser.shutdown()
         await asyncio.to_thread(self.batcher.close)
 
     def _check_key(self, request: Request) -> None:
@@ -414,9 +417,8 @@ class _Routes:
                 await self.bodies.read(request, body)
             except ClientDisconnect:
                 return Response(status_code=_GONE)
-            # In a thread: splitting and decoding 20 MiB would keep all others waiting.
-            images, top_k = await asyncio.to_thread(
-                _read_images, bytes(body), request.headers.get("content-type", ""),
+            images, top_k = await asyncio.get_running_loop().run_in_executor(
+                self.parser, _read_images, bytes(body), request.headers.get("content-type", ""),
                 request.query_params.get("top_k"), self.service.max_batch)
             try:
                 futures = self.batcher.submit(images, min(top_k, len(self.predictor.labels)))
