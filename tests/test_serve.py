@@ -110,9 +110,10 @@ class Gate:
         return self.answers(sources, pixels, top_k)
 
 
-async def concurrently(app, bodies, headers=RAW):
+async def concurrently(app, bodies, query=lambda i: {}):
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as web:
-        return await asyncio.gather(*(web.post("/v1/classify", content=body, headers=headers) for body in bodies))
+        return await asyncio.gather(*(web.post("/v1/classify", content=body, headers=RAW, params=query(i))
+                                      for i, body in enumerate(bodies)))
 
 
 async def until(condition):
@@ -188,6 +189,13 @@ def test_a_hundred_clients_get_their_own_answers_from_few_batches(folder):
         assert metric(web, "deit_batch_images_sum") == 100
         assert batches < 50
         assert metric(web, "deit_queue_images") == 0
+
+
+def test_each_of_a_batch_gets_as_many_labels_as_it_asked_for(folder):
+    with client(folder, max_wait_ms=300) as web:
+        answers = asyncio.run(concurrently(web.app, [picture(0)] * 5, lambda i: {"top_k": i + 1}))
+        assert [len(answer.json()["results"][0]["labels"]) for answer in answers] == [1, 2, 3, 4, 5]
+        assert metric(web, "deit_batch_images_count") == 1
 
 
 def test_a_lone_image_waits_for_others_no_longer_than_it_should(folder):
