@@ -44,7 +44,7 @@ except ImportError as error:
     raise ImportError(f'serving needs {error.name}: pip install "deit[serve]"') from None
 
 MAX_PIXELS = 50_000_000
-"""An image of this size takes 150 MB while it is decoded, on each core."""
+"""An RGB image of this size takes 150 MB while it is decoded, on each core."""
 
 _HELD = 16
 """Bodies of the largest size that may be in memory at once; then 503."""
