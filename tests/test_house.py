@@ -19,14 +19,15 @@ SOURCE = ROOT / "src" / "deit"
 ORDER = ["files", "config", "outputs", "weights", "hub", "decode", "image", "loss_rules", "losses",
          "pretrained", "cpu_training", "model", "export_keras", "pretrained_keras", "losses_keras", "model_keras",
          "convert", "convnet", "predict", "recipe", "recipes", "machine", "build", "policies",
-         "mixing", "augment", "folders", "data", "scores", "evaluate", "tables", "teacher", "teach", "objectives",
+         "mixing", "augment", "folders", "data", "scores", "evaluate", "tables", "records", "markup", "drawing",
+         "report_evaluation", "report_run", "report", "teacher", "teach", "objectives",
          "optim", "checkpoint", "progress", "runs", "train", "quickstart", "cli", "__main__"]
 """A module imports only what stands before it."""
 
 FRAMEWORKS = {"torch", "transformers", "timm", "keras", "tensorflow", "jax", "sklearn", "scipy",
               "huggingface_hub"}
 LIGHT = {"__init__", "files", "config", "outputs", "weights", "hub", "decode", "image", "convert",
-         "loss_rules", "recipe", "recipes", "cli"}
+         "loss_rules", "recipe", "recipes", "records", "markup", "drawing", "cli"}
 """Modules that load no framework before it is needed."""
 
 

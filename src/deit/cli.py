@@ -84,6 +84,15 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_eval(verbs)
 
+    verb = verbs.add_parser("report", help="write a run as one HTML page, RUN/report.html", description="Writes "
+                            "RUN/report.html: recipe, data, curves, and an evaluation of the run's model. `deit train` "
+                            "ends with one; this writes it anew, for other images if they are given.")
+    verb.add_argument("run_folder", type=Path, metavar="RUN", help="folder that `deit train --out` wrote")
+    verb.add_argument("--data", type=Path, metavar="DATA",
+                      help="images to judge the model by, as for eval (default: the run's own validation images)")
+    _add_device(verb)
+    verb.set_defaults(run=_report)
+
     verb = verbs.add_parser("convert", help="rewrite a checkpoint for another project")
     verb.add_argument("source", help="folder, weight file or hub name, in any known format")
     verb.add_argument("--to", choices=("hf", "timm", "original", "keras"), required=True)
@@ -108,6 +117,7 @@ def _add_eval(verbs: Any) -> None:
     _add_device(verb)
     verb.add_argument("--json", action="store_true",
                       help="print the result as one JSON line on standard output, and the tables on standard error")
+    verb.add_argument("--report", type=Path, metavar="FILE.html", help="write the result as a page too")
     verb.set_defaults(run=_eval)
 
 
@@ -165,7 +175,19 @@ def _train(options: argparse.Namespace) -> None:
     run = train(recipe, *splits, options.out, device=options.device, resume=options.resume, minutes=options.time)
     if os.environ.get("RANK", "0") == "0":
         print(f"{run.model}: {'accuracy' if labelled else 'minus the loss'} {run.score:.4f} on {len(splits[1])} "
-              f"validation images, {run.seconds:.0f} s")
+              f"validation images, {run.seconds:.0f} s", flush=True)
+        _report_training(options, splits[1])
+
+
+def _report_training(options: argparse.Namespace, val_split: Any) -> None:
+    """The run is whole already, so whatever goes wrong here is a warning."""
+    from deit import report
+
+    try:
+        print(report.of_training(options.out, val_split, device=options.device))
+    except Exception as error:
+        print(f"deit train: the model is trained and saved, but its report is not written ({error}); `deit report "
+              f"{options.out}` tries it again", file=sys.stderr)
 
 
 def _teach(options: argparse.Namespace) -> None:
@@ -224,8 +246,18 @@ def _eval(options: argparse.Namespace) -> None:
     found = examine_files(options.model, options.data, split=options.split, head=options.head,
                           crop_ratio=options.crop_ratio, other=options.compare, device=options.device)
     show(found, Console(stderr=options.json))
+    if options.report:
+        from deit import report
+
+        print(report.of_evaluation(options.report, found), file=sys.stderr)
     if options.json:
         print(json.dumps(found.to_dict()))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from deit import report
+
+    print(report.of_run(options.run_folder, options.data, device=options.device))
 
 
 def _convert(options: argparse.Namespace) -> None:
