@@ -20,14 +20,15 @@ ORDER = ["files", "config", "outputs", "weights", "hub", "decode", "image", "los
          "cpu_training", "model", "export_keras", "pretrained_keras", "losses_keras", "model_keras", "convert",
          "convnet", "engines", "scores", "calibration", "predict", "pipelines", "recipe", "recipes", "machine",
          "build", "policies", "mixing", "augment", "folders", "bulk", "data", "calibrate", "evaluate", "tables",
-         "explain", "export", "serve", "teacher", "teach", "objectives", "optim", "checkpoint", "progress", "runs",
-         "train", "quickstart", "cli", "__main__"]
+         "explain", "export", "records", "markup", "drawing", "report_evaluation", "report_run", "report", "serve",
+         "teacher", "teach", "objectives", "optim", "checkpoint", "progress", "runs", "train", "quickstart", "cli",
+         "__main__"]
 """A module imports only what stands before it."""
 
 FRAMEWORKS = {"torch", "transformers", "timm", "keras", "tensorflow", "jax", "sklearn", "scipy",
               "huggingface_hub", "openvino", "nncf", "onnx", "onnxruntime"}
 LIGHT = {"__init__", "files", "config", "outputs", "weights", "hub", "decode", "image", "convert",
-         "engines", "loss_rules", "recipe", "recipes", "cli"}
+         "engines", "loss_rules", "recipe", "recipes", "records", "markup", "drawing", "cli"}
 """Modules that load no framework before it is needed."""
 
 

@@ -74,9 +74,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_overrides(verb)
     verb.set_defaults(run=_recipes)
 
-    for add in (_add_predict, _add_serve, _add_eval):
-        add(verbs)
+    _add_predict(verbs)
+    _add_serve(verbs)
+    _add_eval(verbs)
+    _add_shown(verbs)
+    _add_written(verbs)
+    return parser
 
+
+def _add_shown(verbs: Any) -> None:
+    """What a person looks at."""
     verb = verbs.add_parser("explain", help="where in an image a model looked, as a figure", description="Draws what "
                             "the class token and the distillation token rest on in an image, and scores the maps: "
                             "deletion (lower is better) and insertion (higher is better), beside random orders.")
@@ -89,6 +96,18 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="print scores and maps as one JSON line")
     verb.set_defaults(run=_explain)
 
+    verb = verbs.add_parser("report", help="write a run as one HTML page, RUN/report.html", description="Writes "
+                            "RUN/report.html: recipe, data, curves, and an evaluation of the run's model. `deit train` "
+                            "ends with one; this writes it anew, for other images if they are given.")
+    verb.add_argument("run_folder", type=Path, metavar="RUN", help="folder that `deit train --out` wrote")
+    verb.add_argument("--data", type=Path, metavar="DATA",
+                      help="images to judge the model by, as for eval (default: the run's own validation images)")
+    _add_device(verb)
+    verb.set_defaults(run=_report)
+
+
+def _add_written(verbs: Any) -> None:
+    """What another program reads."""
     verb = verbs.add_parser("convert", help="rewrite a checkpoint for another project")
     verb.add_argument("source", help="folder, weight file or hub name, in any known format")
     verb.add_argument("--to", choices=("hf", "timm", "original", "keras"), required=True)
@@ -106,7 +125,6 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", type=Path, required=True, metavar="DIR",
                       help="folder to write; a former export there is replaced once the new one has passed")
     verb.set_defaults(run=_export)
-    return parser
 
 
 def _add_predict(verbs: Any) -> None:
@@ -200,6 +218,7 @@ def _add_eval(verbs: Any) -> None:
     _add_device(verb)
     verb.add_argument("--json", action="store_true",
                       help="print the result as one JSON line on standard output, and the tables on standard error")
+    verb.add_argument("--report", type=Path, metavar="FILE.html", help="write the result as a page too")
     verb.set_defaults(run=_eval)
 
 
@@ -257,7 +276,19 @@ def _train(options: argparse.Namespace) -> None:
     run = train(recipe, *splits, options.out, device=options.device, resume=options.resume, minutes=options.time)
     if os.environ.get("RANK", "0") == "0":
         print(f"{run.model}: {'accuracy' if labelled else 'minus the loss'} {run.score:.4f} on {len(splits[1])} "
-              f"validation images, {run.seconds:.0f} s")
+              f"validation images, {run.seconds:.0f} s", flush=True)
+        _report_training(options, splits[1])
+
+
+def _report_training(options: argparse.Namespace, val_split: Any) -> None:
+    """The run is whole already, so whatever goes wrong here is a warning."""
+    from deit import report
+
+    try:
+        print(report.of_training(options.out, val_split, device=options.device))
+    except Exception as error:
+        print(f"deit train: the model is trained and saved, but its report is not written ({error}); `deit report "
+              f"{options.out}` tries it again", file=sys.stderr)
 
 
 def _teach(options: argparse.Namespace) -> None:
@@ -379,6 +410,10 @@ def _eval(options: argparse.Namespace) -> None:
     found = examine_files(options.model, options.data, split=options.split, head=options.head,
                           crop_ratio=options.crop_ratio, other=options.compare, device=options.device)
     show(found, Console(stderr=options.json))
+    if options.report:
+        from deit import report
+
+        print(report.of_evaluation(options.report, found), file=sys.stderr)
     if options.json:
         print(json.dumps(found.to_dict()))
 
@@ -396,6 +431,10 @@ def _explain(options: argparse.Namespace) -> None:
     with replacing(options.out) as temporary:
         figure(found).save(temporary, format="PNG")
     print(json.dumps({**found.to_dict(), "figure": str(options.out)}) if options.json else f"{found}\n\n{options.out}")
+def _report(options: argparse.Namespace) -> None:
+    from deit import report
+
+    print(report.of_run(options.run_folder, options.data, device=options.device))
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -194,6 +194,8 @@ class Evaluation:
     """`data.fingerprint` of the images under their own class names: the same whichever model is evaluated."""
     main: Examined
     other: Examined | None = None
+    files: tuple[Path, ...] = ()
+    """Of every image, in the order of the reports' rows."""
 
     @property
     def comparison(self) -> Comparison | None:
@@ -224,15 +226,23 @@ def examine_files(model: str | Path, data: str | Path, *, split: str | None = No
     Raises `ValueError` or `FileNotFoundError` where model, preprocessing, head and data don't fit, before any image is
     evaluated.
     """
+    examples, found = read_examples(data, split)
+    return examine_split(model, examples, str(data), found, head=head, crop_ratio=crop_ratio, other=other,
+                         device=device, console=console)
+
+
+def examine_split(model: str | Path, examples: Split, data: str, split: str | None, *, head: Head = "fused",
+                  crop_ratio: float | None = None, other: str | Path | None = None, device: str = "auto",
+                  console: Console | None = None) -> Evaluation:
+    """As `examine_files`, on images that are read already; `data` and `split` only name them."""
     place = resolve_device(device)
     console = console or Console(stderr=True)
-    examples, found = read_examples(data, split)
     subjects = [_Subject(model, examples, head, crop_ratio, place)]
     if other is not None:
         subjects.append(_Subject(other, examples, head, None, place))
     identity = fingerprint(examples)
-    examined = [subject.examine(console, tell=subject is subjects[0]) for subject in subjects]
-    return Evaluation(str(data), found, identity, *examined)
+    main, *others = (subject.examine(console, tell=subject is subjects[0]) for subject in subjects)
+    return Evaluation(data, split, identity, main, others[0] if others else None, examples.files)
 
 
 class _Subject:

@@ -317,8 +317,8 @@ def explain_file(name_or_folder: str | Path, image: str | Path, *, methods: Sequ
     """
     predictor = Predictor(name_or_folder)
     if predictor.model is None:
-        raise ValueError(f"{name_or_folder} is an exported model, whose inside can't be seen; explain the model that it "
-                         "was made from")
+        raise ValueError(f"{name_or_folder} is an exported model, whose inside can't be seen; explain the model that "
+                         "it was made from")
     model, labels = _checked(predictor.model), predictor.labels
     number = None if target is None else _number(target, labels)
     pixels = predictor.processor([image], return_tensors="pt").pixel_values

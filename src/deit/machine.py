@@ -6,6 +6,8 @@ import ctypes
 import gc
 import hashlib
 import os
+import platform
+import re
 import sys
 import time
 import uuid
@@ -13,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -168,6 +171,21 @@ def peak_memory(device: torch.device) -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def described(device: torch.device) -> str:
+    """A device in words: the GPU's name, or the processor's with the cores that this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return str(device)
+    try:
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:  # no Linux
+        found = None
+    name = found[1].strip() if found else platform.processor() or platform.machine() or "an unnamed processor"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{name}, {cores} core{'s' * (cores != 1)}"
 
 
 def keep_memory() -> None:

@@ -85,8 +85,8 @@ class Predictor:
     """A classifier with its preprocessing, its labels and its calibration: the only way from files to labels.
 
     Args:
-        name_or_folder: what `deit`, `transformers` or timm saved, a hub name, or what `deit export` wrote, which its own
-            runtime computes.
+        name_or_folder: what `deit`, `transformers` or timm saved, a hub name, or what `deit export` wrote, which its
+            own runtime computes.
         head: which of a distilled model's heads decides (`fuse_heads`).
         device: `cpu`, `cuda`, …
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from deit import files
+from deit import files, report
 from deit.data import EvaluationBatches, processor_for
-from deit.evaluate import evaluate
+from deit.evaluate import evaluate, examine_split
 from deit.folders import read_split, write_digits
 from deit.predict import Predictor, load_model
 from deit.recipes.digits import digits, digits_teacher
@@ -55,6 +55,8 @@ def quickstart(out: Path, *, seed: int = 0, console: Console) -> Result:
     test = EvaluationBatches(test_split, processor_for(recipe), recipe.data.batch)
     teacher = evaluate(load_model(taught.model), test)["fused"]
     heads = evaluate(load_model(student.model), test)
+    judged = examine_split(student.model, test_split, str(out / "data"), "test", console=console)
+    page = report.of_evaluation(out / "student" / report.FILE, judged)
     examples = test_split.files[::72]
     found = Predictor(student.model)(examples, top_k=1)
     seconds = time.perf_counter() - started
@@ -63,6 +65,7 @@ def quickstart(out: Path, *, seed: int = 0, console: Console) -> Result:
                           "DeiT, distillation head": heads["distillation"], "DeiT, both heads fused": heads["fused"]}))
     for path, labels in zip(examples, found, strict=True):
         console.print(f"{path}: {labels[0]['label']} ({labels[0]['score']:.2f})", markup=False, soft_wrap=True)
+    console.print(f"The student, on one page: {page}", markup=False, highlight=False, soft_wrap=True)
     steps = [["deit", "predict", student.model, examples[0]],
              ["deit", "convert", student.model, "--to", "timm", "--out", out / "timm"],
              ["less", out / "student" / "metrics.jsonl"]]

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deit import checkpoint, files, objectives, optim
+from deit import __version__, checkpoint, files, objectives, optim
 from deit.build import build_model
 from deit.data import EvaluationBatches, TrainingBatches, processor_for
 from deit.folders import Split, fingerprint
 from deit.image import DeiTImageProcessor
-from deit.machine import Processes, resolve_precision, whole
+from deit.machine import Processes, described, resolve_precision, whole
 from deit.recipe import Recipe, difference
+from deit.records import ABOUT, About
 
 
 @dataclass
@@ -125,6 +130,28 @@ def prepare(recipe: Recipe, train_split: Split, val_split: Split, us: Processes,
                  objective.validation(val_split, us), processor_for(recipe),
                  resolve_precision(recipe.compute.precision, us.device), total,
                  recipe.schedule.warmup.in_steps(per_epoch), every, recipe.compute.accumulate), state
+
+
+def write_about(work: Work, state: State, train_split: Split, val_split: Split, out: Path) -> None:
+    """Writes `about.json`: what the recipe does not say. A run that goes on keeps the date of its beginning."""
+    try:
+        began = About.from_dict(files.read_json(out / ABOUT)).began if state.step else ""
+    except (OSError, ValueError):
+        began = ""
+    counts = [np.bincount(split.labels, minlength=len(train_split.classes)).tolist()
+              for split in (train_split, val_split)]
+    try:
+        folder = os.path.commonpath({os.path.dirname(file) for split in (train_split, val_split)
+                                     for file in split.files}) or os.curdir
+    except ValueError:  # relative and absolute paths, or two drives
+        folder = ""
+    about = About(
+        began=began or datetime.now(UTC).isoformat(timespec="seconds"), data=folder, fingerprint=state.data,
+        classes=train_split.classes, train=tuple(counts[0]), val=tuple(counts[1]),
+        device=described(work.us.device), processes=work.us.world, precision=str(work.precision).removeprefix("torch."),
+        versions={"deit": __version__, "Python": platform.python_version(), "PyTorch": str(torch.__version__),
+                  "system": platform.platform()})
+    files.write_json(out / ABOUT, about.to_dict())
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -68,7 +68,8 @@ def train(recipe: Recipe, train_split: Split, val_split: Split, out: str | Path,
           console: Console | None = None, resume: bool = False, minutes: float | None = None) -> Run:
     """Trains a recipe on images; under torchrun, together with the other processes.
 
-    Leaves in `out`: `recipe.json`, `metrics.jsonl`, the best model in `model/`, and the run's state in `checkpoints/`.
+    Leaves in `out`: `recipe.json`, `about.json`, `metrics.jsonl`, the best model in `model/`, and the run's state in
+    `checkpoints/`.
 
     Args:
         device: `auto` is CUDA where there is one, else the CPU.
@@ -104,6 +105,8 @@ def _train(recipe: Recipe, splits: tuple[Split, Split], out: Path, us: Processes
     if us.main:
         files.write_json(out / "recipe.json", recipe.to_dict())
     work, state = runs.prepare(recipe, *splits, us, found[0] if found else None)
+    if us.main:
+        runs.write_about(work, state, *splits, out)
     with Reporter(out, recipe, us, console, done=state.step, total=work.total, written=state.written) as reporter:
         for problem in found[2] if found else []:
             reporter.say(f"{problem}: going on from an earlier one")

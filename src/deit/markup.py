@@ -1,0 +1,150 @@
+"""HTML and SVG as text, escaped by construction: what is not `Html` already is escaped on its way into an element.
+
+Names of classes and files come from strangers. They may hold markup, quotes, control characters, halves of surrogate
+pairs (names of files that are not UTF-8) and marks that turn the direction of writing.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+LONGEST = 160
+"""Characters of a name that are shown; of a longer one the middle is left out."""
+_VOID = {"img", "meta"}
+_ILLEGAL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+"""What HTML and XML have no place for."""
+
+
+class Html(str):
+    """Finished markup."""
+
+    __slots__ = ()
+
+    def __add__(self, other: str) -> Html:
+        return joined((self, other))
+
+    def __radd__(self, other: str) -> Html:
+        return joined((other, self))
+
+
+def clean(text: object) -> str:
+    """The text with a replacement character for each that no document may hold; not escaped."""
+    return _ILLEGAL.sub("\ufffd", str(text))
+
+
+def escaped(value: object) -> Html:
+    return value if isinstance(value, Html) else Html(html.escape(clean(value)))
+
+
+def joined(parts: Iterable[object], between: str = "") -> Html:
+    return Html(between.join(map(escaped, parts)))
+
+
+def element(name: str, /, *children: object, **attributes: object) -> Html:
+    """An element. Attributes that are None are left out; `class_` is class, `aria_label` is aria-label."""
+    given = "".join(f' {key.rstrip("_").replace("_", "-")}="{escaped(value)}"' for key, value in attributes.items()
+                    if value is not None)
+    return Html(f"<{name}{given}>" if name in _VOID else f"<{name}{given}>{joined(children)}</{name}>")
+
+
+def shortened(name: object, longest: int = LONGEST) -> str:
+    """A name with its middle left out where it is long; both ends tell most. Not escaped."""
+    text = clean(name)
+    if len(text) <= longest:
+        return text
+    tail = longest // 3
+    return f"{text[:longest - tail - 1]}…{text[-tail:]}"
+
+
+def isolated(name: object) -> str:
+    """A name inside a plain sentence (an attribute) whose direction it can't turn. Not escaped."""
+    return f"\u2068{shortened(name)}\u2069"
+
+
+def named(name: object, longest: int = LONGEST) -> Html:
+    """A name inside markup, whose direction it can't turn."""
+    return element("bdi", shortened(name, longest))
+
+
+# ------------------------------------------------------------------------------------------------------ parts of a page
+
+
+@dataclass(frozen=True)
+class Section:
+    key: str
+    title: str
+    body: Html
+
+    @property
+    def html(self) -> Html:
+        return element("section", element("h2", self.title, id=self.key), self.body, aria_labelledby=self.key)
+
+
+def beside(*parts: Html) -> Html:
+    return element("div", *parts, class_="beside")
+
+
+def sentence(text: str) -> Html:
+    return element("p", text)
+
+
+def folded(summary: str, body: Html) -> Html:
+    return element("details", element("summary", summary), body)
+
+
+def facts(facts: Iterable[tuple[str, object]]) -> Html:
+    return element("dl", *(element("div", element("dt", name), element("dd", value)) for name, value in facts),
+                   class_="facts")
+
+
+def scrolled(label: str, body: Html) -> Html:
+    """What may be wider than the page scrolls by itself, by keyboard too."""
+    return element("div", body, class_="scroll", tabindex=0, role="group", aria_label=label)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, hidden: bool = False) -> Html:
+    """Numbers to the right, fractions with three digits, a dash for None. The first column heads its row."""
+    kept = [list(row) for row in rows]
+    right = ["n" if all(_is_numeric(row[i]) for row in kept) else None for i in range(len(columns))]
+    head = element("tr", *(element("th", name, scope="col", class_=right[i]) for i, name in enumerate(columns)))
+    body = (element("tr", *(element("td" if i else "th", _cell(cell), scope=None if i else "row", class_=right[i])
+                            for i, cell in enumerate(row))) for row in kept)
+    return scrolled(title, element("table", element("caption", title, class_="hidden" if hidden else None),
+                                    element("thead", head), element("tbody", *body)))
+
+
+def _is_numeric(cell: object) -> bool:
+    """Whether a cell holds a number, or an interval of two."""
+    return not isinstance(cell, str) or (cell[:1].isdigit() if not isinstance(cell, Html) else cell[-1:].isdigit())
+
+
+def _cell(value: object) -> Html:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return Html("-")
+    if isinstance(value, float):
+        return escaped(f"{value:.3f}")
+    return escaped(f"{value:,}" if isinstance(value, int) else value)
+
+
+def plural(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"
+
+
+def span(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def date(text: str) -> str:
+    try:
+        when = datetime.fromisoformat(text).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return text[:40]
+    return f"{when.day} {when:%B %Y, %H:%M} UTC"

@@ -1,0 +1,153 @@
+"""What the folder of a run says of it, read without a framework."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from deit import files
+
+ABOUT, RECIPE, METRICS, MODEL = "about.json", "recipe.json", "metrics.jsonl", "model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What a run is besides its recipe: its images and its machine. `RUN/about.json`."""
+
+    began: str
+    """Date and time in UTC, ISO 8601."""
+    data: str
+    """The folder that holds the images of training and validation; empty where they share none."""
+    fingerprint: str
+    """`folders.fingerprint` of the training images."""
+    classes: tuple[str, ...]
+    train: tuple[int, ...]
+    """Training images of each class."""
+    val: tuple[int, ...]
+    """Validation images of each class."""
+    device: str
+    """In words."""
+    processes: int
+    precision: str
+    """Of the forward and backward pass."""
+    versions: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> About:
+        """The inverse; unknown keys are left alone. Raises `ValueError` for what `to_dict` does not write."""
+        kinds: dict[str, Any] = {"classes": str, "train": int, "val": int}
+        found: dict[str, Any] = {}
+        for each in fields(cls):
+            value = values.get(each.name)
+            if each.name in kinds:
+                right = isinstance(value, list) and all(isinstance(one, kinds[each.name]) for one in value)
+                value = tuple(value) if right and value is not None else value
+            elif each.name == "versions":
+                right = isinstance(value, dict)
+            else:
+                right = isinstance(value, int if each.name == "processes" else str)
+            if not right:
+                raise ValueError(f"{each.name} is {value!r:.80}")
+            found[each.name] = value
+        about = cls(**found)
+        if not len(about.classes) == len(about.train) == len(about.val):
+            raise ValueError("classes, train and val differ in length")
+        return about
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run as its folder tells it. What is missing or damaged is empty here, and said in `gaps`."""
+
+    folder: Path
+    recipe: Mapping[str, Any]
+    """`recipe.json`, as JSON types."""
+    rows: tuple[Mapping[str, Any], ...]
+    """Of `metrics.jsonl`; keys and units are in docs/evaluation.md."""
+    about: About | None
+    gaps: tuple[str, ...]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Record:
+        """Raises `FileNotFoundError` where there is no run at all."""
+        folder = Path(folder)
+        if not any((folder / name).exists() for name in (RECIPE, METRICS)):
+            raise FileNotFoundError(f"{folder} holds no run (neither {RECIPE} nor {METRICS}); give the folder that "
+                                    "`deit train --out` wrote")
+        gaps: list[str] = []
+        recipe = _object(folder / RECIPE, gaps)
+        about = None
+        if values := _object(folder / ABOUT, gaps):
+            try:
+                about = About.from_dict(values)
+            except ValueError as error:
+                gaps.append(f"{ABOUT} can't be used ({error})")
+        return cls(folder, recipe, _rows(folder / METRICS, gaps), about, tuple(gaps))
+
+    @property
+    def name(self) -> str:
+        return str(self.recipe.get("name") or self.folder.name)
+
+    @property
+    def labelled(self) -> bool:
+        objective = self.recipe.get("objective")
+        return not (isinstance(objective, dict) and objective.get("kind_of") == "MaskedImage")
+
+    @property
+    def best(self) -> Mapping[str, Any] | None:
+        """The row whose model was kept: of the highest accuracy, or the lowest loss on validation images; of equal
+        ones the last."""
+        scored = [(-row["val_loss"] if "val_loss" in row else row["val_accuracy"], place)
+                  for place, row in enumerate(self.rows)
+                  if is_number(row.get("val_loss", row.get("val_accuracy")))]
+        return self.rows[max(scored)[1]] if scored else None
+
+    def last(self, key: str) -> float | None:
+        """The latest number under a key of the metrics."""
+        return next((row[key] for row in reversed(self.rows) if is_number(row.get(key))), None)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is finite: neither missing, nor text, nor what became of a division by zero."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _object(path: Path, gaps: list[str]) -> dict[str, Any]:
+    if not path.exists():
+        gaps.append(f"{path.name} is missing")
+        return {}
+    try:
+        return files.read_json(path)
+    except (files.CheckpointError, OSError) as error:
+        gaps.append(f"{path.name} can't be read ({error})")
+        return {}
+
+
+def _rows(path: Path, gaps: list[str]) -> tuple[dict[str, Any], ...]:
+    """Rows with a number of updates, which all have that are written whole."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        gaps.append(f"{path.name} {'is missing' if isinstance(error, FileNotFoundError) else f'is not read ({error})'}")
+        return ()
+    rows, damaged = [], 0
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and is_number(row.get("step")):
+            rows.append(row)
+        else:
+            damaged += 1
+    if damaged:
+        gaps.append(f"{damaged} of the {len(lines)} lines of {path.name} can't be read and "
+                    f"{'is' if damaged == 1 else 'are'} left out")
+    return tuple(rows)
