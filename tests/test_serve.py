@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import build, raises_saying, small
+from conftest import build, raises_saying, run_python, small
 from PIL import Image
 
 from deit import VARIANTS
@@ -567,6 +567,11 @@ def test_settings_that_make_no_sense_are_refused(folder, capsys):
     with pytest.raises(SystemExit):
         main(["serve", str(folder), "--max-bytes", "20MB"])
     assert "expected a size like 500KiB or 20MiB, found '20MB'" in capsys.readouterr().err
+
+
+def test_what_is_not_installed_is_named():
+    assert run_python("import sys; sys.modules['uvicorn'] = None\ntry: import deit.serve.app\n"
+                      "except ImportError as error: print(error)") == 'serving needs uvicorn: pip install "deit[serve]"'
 
 
 # ---- the process -------------------------------------------------------------------------------------------------
