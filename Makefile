@@ -15,19 +15,22 @@ quickstart: setup                 ## the whole path on real digits, in minutes
 test: .venv/installed-test        ## style, types and the suite
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 --output-sync=target suite twins
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 --output-sync=target suite apart
 
 # Side by side, each on a core: threads that wait for each other would spend most of the time doing that.
-.PHONY: suite twins
+.PHONY: suite apart
 suite:
 	$(BIN)/python -m pytest -m "not slow"
-# A process has one Keras back end, and TensorFlow stays out of the rest of the suite.
-twins:
+# In processes of their own: one for each Keras back end, and TensorFlow and OpenVINO stay out of the rest of the suite.
+# Of OpenVINO a signal stack remains, too small for what a signal handler of Python needs afterwards.
+apart:
+	$(BIN)/python -m pytest -m "not slow" tests/runtimes
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -m "not slow" tests/twin
 	KERAS_BACKEND=jax $(BIN)/python -m pytest -m "not slow" tests/twin
 
 test-slow: .venv/installed-test   ## the checks that take minutes each
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow tests/runtimes
 	KERAS_BACKEND=jax $(BIN)/python -m pytest -m slow tests/twin
 
 bench: .venv/installed-bench      ## speed beside timm, transformers and keras-hub; wants a quiet machine

@@ -130,3 +130,23 @@ def test_refusals(folder, capsys):
     with raises_saying(ValueError, "the calibration knows no head 'fused'; it has class"):
         Predictor(folder / "m")([folder / "data/val/a/0.png"])
     assert math.isclose(Predictor(folder / "m", head="class").calibration.temperature("class"), 2.0)
+
+
+@pytest.mark.parametrize("to", ["torch", "onnx"])
+def test_an_export_takes_the_calibration_along(folder, to):
+    """And a folder with one can be exported anew; what is exported can be calibrated itself."""
+    pytest.importorskip({"torch": "torch", "onnx": "onnxruntime"}[to])
+    from deit.calibrate import calibrate
+    from deit.export import export
+
+    calibrate(folder / "m", folder / "data", error_rate=0.4, device="cpu")
+    for _ in range(2):
+        exported = export(folder / "m", to, folder / "out").folder
+        assert (exported / "calibration.json").read_text() == (folder / "m/calibration.json").read_text()
+    paths = sorted((folder / "data/val").glob("*/?.png"))
+    expected = [answer.sure for answer in Predictor(folder / "m").stream(paths)]
+    assert [answer.sure for answer in Predictor(exported).stream(paths)] == expected
+    (exported / "calibration.json").unlink()
+    again = calibrate(exported, folder / "data", error_rate=0.4, device="cpu")
+    before = Calibration.of_model(folder / "m").heads["fused"]
+    assert again.heads["fused"].temperature == pytest.approx(before.temperature, rel=1e-2)

@@ -27,6 +27,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from deit import files
+from deit.calibration import FILE as CALIBRATION
+from deit.calibration import Calibration
 from deit.convnet import ConvNet
 from deit.data import Batch, EvaluationBatches
 from deit.engines import (
@@ -92,7 +94,8 @@ class Exported:
 def export(source: str | Path, to: Format, out: str | Path, *, calibrate: str | Path | None = None,
            **where: Any) -> Exported:
     """Writes a classifier for a runtime into the folder `out`, for images of the model's size in batches of any number:
-    the model's file, `config.json` with the labels, `preprocessor_config.json`, and `export.json` (see docs/export.md).
+    the model's file, `config.json` with the labels, `preprocessor_config.json`, in a float format the model's
+    `calibration.json` where it has one, and `export.json` (see docs/export.md).
 
     `torch`: `model.pt2`, of `torch.export`. `onnx`: `model.onnx`. `openvino`: `model.xml` and `model.bin`, the weights
     in float16 where that keeps the agreement. `onnx-int8`, `openvino-int8`: quantised by NNCF.
@@ -130,6 +133,8 @@ def export(source: str | Path, to: Format, out: str | Path, *, calibrate: str | 
     with _replacing(folder) as temporary:
         files.write_json(temporary / "config.json", classifier.model.config.to_dict())
         classifier.processor.save_pretrained(temporary)
+        if not to.endswith("int8") and (calibration := Calibration.of_model(source)) is not None:
+            calibration.save(temporary)  # int8 answers differ by more: they want their own, of `deit calibrate DIR`
         if examples is not None and to.endswith("int8"):
             record = _write_int8(classifier, to, temporary, examples, checked)
         else:
@@ -544,7 +549,7 @@ def _refuse_occupied(folder: Path) -> None:
         raise FileExistsError(f"{folder} is a file, expected a folder; give --out a new one")
     if found := {path.name for path in folder.iterdir()}:
         try:
-            known = {"config.json", FILE_NAME, RECORD, *read_record(folder)["files"]}
+            known = {"config.json", FILE_NAME, RECORD, CALIBRATION, *read_record(folder)["files"]}
         except (OSError, ValueError):
             known = set()
         if others := sorted(found - known):

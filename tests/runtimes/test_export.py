@@ -28,7 +28,7 @@ from deit.image import DeiTImageProcessor
 from deit.model import DeiTForImageClassificationWithTeacher
 from deit.predict import load_model
 
-PAGE = Path(__file__).parents[1] / "docs" / "export.md"
+PAGE = Path(__file__).parents[2] / "docs" / "export.md"
 NAMES = ("ant", "bee", "cat", "dog", "eel")
 FLOAT = ("torch", "onnx", "openvino")
 INT8 = ("onnx-int8", "openvino-int8")
