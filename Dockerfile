@@ -1,5 +1,5 @@
-# Serves the model that is mounted at /model (docs/serve.md). For NVIDIA GPUs:
-# --build-arg TORCH_INDEX=https://pypi.org/simple, whose torch brings CUDA.
+# Serves the model that is mounted at /model (docs/serve.md). For NVIDIA GPUs: --build-arg TORCH_INDEX= takes pip's own
+# index, whose torch brings CUDA.
 FROM python:3.12-slim
 
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -8,7 +8,7 @@ ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_
 WORKDIR /opt/deit
 COPY constraints.txt ./
 # By itself, so that a change of the source doesn't fetch torch again.
-RUN pip install --constraint constraints.txt --index-url ${TORCH_INDEX} torch
+RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--index-url ${TORCH_INDEX}} torch
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
 RUN pip install --constraint constraints.txt '.[serve]' && useradd --system --no-create-home deit

@@ -15,7 +15,7 @@ quickstart: setup                 ## the whole path on real digits, in minutes
 test: .venv/installed-test        ## style, types and the suite
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 --output-sync=target suite apart
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) suite apart
 
 # Side by side, each on a core: threads that wait for each other would spend most of the time doing that.
 .PHONY: suite apart

@@ -13,10 +13,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from deit.config import ACTIVATIONS, DeiTConfig
+from deit.image import DeiTImageProcessor
 from deit.model import (
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
@@ -27,6 +30,7 @@ from deit.model import (
 
 torch.set_num_threads(1)
 
+LABELS = dict(enumerate(("ant", "bee", "cat", "dog", "eel")))
 CLASS_OF = {"backbone": DeiTModel, "masked_image": DeiTForMaskedImageModeling,
             "classification": DeiTForImageClassification, "with_teacher": DeiTForImageClassificationWithTeacher}
 
@@ -61,6 +65,25 @@ def quiet_transformers():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two files of noise: a small PNG and a wide JPEG."""
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / "small.png", tmp_path / "wide.jpg"]
+    for path, size in zip(paths, [(20, 30, 3), (90, 160, 3)], strict=True):
+        Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(path)
+    return paths
+
+
+@pytest.fixture
+def distilled(tmp_path):
+    """The folder of a small distilled model of `LABELS`."""
+    model = build("with_teacher", small(id2label=LABELS, num_labels=None))
+    model.save_pretrained(tmp_path / "model")
+    DeiTImageProcessor.paper(16).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
 
 
 def shrink(config: DeiTConfig, **changes: Any) -> DeiTConfig:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from conftest import build, raises_saying, small
 from PIL import Image
 
 from deit import bulk
-from deit.bulk import Job, Results, csv_lines, find_images, parse_shard, share
+from deit.bulk import Job, Results, csv_lines, find_images, identity, parse_shard, share
 from deit.cli import main
 from deit.image import DeiTImageProcessor
 from deit.predict import Predictor
@@ -126,10 +127,10 @@ def test_stopped_work_goes_on(folder, name, capsys, monkeypatch):
         monkeypatch.setattr(Predictor, "prepared", until(limit))
         if limit < 99:
             with pytest.raises(Killed):
-                main(command("stopped"))
+                assert main(command("stopped")) == 1
             assert not (folder / "stopped" / name).exists()
         else:
-            main(command("stopped"))
+            assert main(command("stopped")) == 1
     assert len(read) < 10
     assert "going on after 6 images" in capsys.readouterr().err
     assert (folder / "stopped" / name).read_bytes() == (folder / "whole" / name).read_bytes()
@@ -145,7 +146,7 @@ def test_stopped_work_goes_on(folder, name, capsys, monkeypatch):
 
 def test_other_work_is_not_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(bulk, "PART", 2)
-    job = Job(model="m", head="fused", top_k=1, inputs=("photos",))
+    job = Job(model="m", files="0", head="fused", top_k=1, inputs=("photos",))
     rows = [{"image": f"{i}.png", "labels": []} for i in range(5)]
     writing = Results(tmp_path / "rows.jsonl", job).write(iter(rows))
     for _ in range(3):
@@ -157,13 +158,47 @@ def test_other_work_is_not_gone_on_with(tmp_path, monkeypatch):
     with raises_saying(ValueError, "the images have changed since", "remove", "rows.jsonl.parts to start anew"):
         again.remaining(["1.png", "0.png"])
     with raises_saying(ValueError, "holds parts of other work (head differ)"):
-        Results(tmp_path / "rows.jsonl", Job(model="m", head="class", top_k=1, inputs=("photos",)))
+        Results(tmp_path / "rows.jsonl", Job(model="m", files="0", head="class", top_k=1, inputs=("photos",)))
+    with raises_saying(ValueError, "holds parts of other work (files differ)"):
+        Results(tmp_path / "rows.jsonl", Job(model="m", files="1", head="fused", top_k=1, inputs=("photos",)))
     list(again.write(iter(rows[2:])))
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
     with raises_saying(FileExistsError, "rows.jsonl is there already; remove it to predict again"):
         Results(tmp_path / "rows.jsonl", job)
     with raises_saying(ValueError, "results go into a .jsonl, .csv, .parquet file, found"):
         Results(tmp_path / "rows.txt", job)
+
+
+def test_a_model_trained_again_is_another(folder):
+    before = identity(str(folder / "m"))
+    assert identity(str(folder / "m")) == before
+    model = build("with_teacher", small(id2label=dict(enumerate("abcde")), num_labels=None), seed=1)
+    model.save_pretrained(folder / "m")
+    assert identity(str(folder / "m")) != before
+    assert identity("facebook/deit-tiny-patch16-224") == ""
+
+
+def test_a_link_to_a_folder_above_ends(folder):
+    whole = list(find_images([str(folder / "photos")]))
+    (folder / "photos/x/above").symlink_to(folder / "photos")
+    assert list(find_images([str(folder / "photos")])) == whole
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])
+def test_names_that_are_no_text(folder, name):
+    """Bytes that are not UTF-8 end no work; CSV gives them back as they are."""
+    odd = os.path.join(os.fsencode(folder / "photos"), b"\xff.png")
+    os.rename(os.fsencode(folder / "photos/x/1.png"), odd)
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    option = {"jsonl": "--json", "csv": "--csv", "parquet": "--parquet"}[name.rpartition(".")[2]]
+    assert main(["predict", str(folder / "m"), str(folder / "photos"), option, str(folder / name)]) == 1
+    assert (folder / name).stat().st_size > 0
+    if name.endswith("csv"):
+        assert odd in (folder / name).read_bytes()
+    if name.endswith("jsonl"):
+        rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        assert odd in [os.fsencode(row["image"]) for row in rows]
 
 
 def test_options_that_swallow_an_image_are_refused(folder, capsys):

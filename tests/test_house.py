@@ -16,18 +16,18 @@ from deit.cli import _parser
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "deit"
 
-ORDER = ["files", "config", "outputs", "weights", "hub", "decode", "image", "loss_rules", "losses", "pretrained",
-         "cpu_training", "model", "export_keras", "pretrained_keras", "losses_keras", "model_keras", "convert",
-         "convnet", "engines", "scores", "calibration", "predict", "pipelines", "recipe", "recipes", "machine",
-         "build", "policies", "mixing", "augment", "folders", "bulk", "data", "calibrate", "evaluate", "tables",
-         "explain", "export", "records", "markup", "drawing", "report_evaluation", "report_run", "report", "serve",
-         "teacher", "teach", "objectives", "optim", "checkpoint", "progress", "runs", "train", "quickstart", "cli",
-         "__main__"]
+ORDER = ["files", "config", "outputs", "weights", "hub", "decode", "pixels", "image", "loss_rules", "losses",
+         "pretrained", "cpu_training", "model", "export_keras", "pretrained_keras", "losses_keras", "model_keras",
+         "convert", "convnet", "engines", "scores", "calibration", "predict", "pipelines", "recipe", "recipes",
+         "machine", "build", "policies", "mixing", "augment", "folders", "bulk", "data", "calibrate", "evaluate",
+         "tables", "explain", "export", "records", "markup", "drawing", "report_evaluation", "report_run", "report",
+         "serve", "teacher", "teach", "objectives", "optim", "checkpoint", "progress", "runs", "train", "quickstart",
+         "cli", "__main__"]
 """A module imports only what stands before it."""
 
 FRAMEWORKS = {"torch", "transformers", "timm", "keras", "tensorflow", "jax", "sklearn", "scipy",
               "huggingface_hub", "openvino", "nncf", "onnx", "onnxruntime"}
-LIGHT = {"__init__", "files", "config", "outputs", "weights", "hub", "decode", "image", "convert",
+LIGHT = {"__init__", "files", "config", "outputs", "weights", "hub", "decode", "pixels", "image", "convert",
          "engines", "loss_rules", "recipe", "recipes", "records", "markup", "drawing", "cli"}
 """Modules that load no framework before it is needed."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import build, raises_saying, small
+from conftest import LABELS, build, raises_saying, small
 from PIL import Image
 
 from deit import hub, weights
@@ -23,32 +23,13 @@ from deit.model import (
 )
 from deit.predict import Predictor, load_model
 
-LABELS = {0: "ant", 1: "bee", 2: "cat", 3: "dog", 4: "eel"}
-
-
-@pytest.fixture
-def photos(tmp_path):
-    rng = np.random.default_rng(0)
-    paths = [tmp_path / "small.png", tmp_path / "wide.jpg"]
-    for path, size in zip(paths, [(20, 30, 3), (90, 160, 3)], strict=True):
-        Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(path)
-    return paths
-
-
-@pytest.fixture
-def folder(tmp_path):
-    model = build("with_teacher", small(id2label=LABELS, num_labels=None))
-    model.save_pretrained(tmp_path / "model")
-    DeiTImageProcessor.paper(16).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
 
 @pytest.mark.parametrize("head", ["fused", "class", "distillation", "softmax"])
-def test_labels_and_scores(folder, photos, head):
+def test_labels_and_scores(distilled, photos, head):
     """The processor, the model and the head by hand give the same."""
-    found = Predictor(folder, head=head)(photos, top_k=5)
-    pixels = DeiTImageProcessor.from_pretrained(folder)(photos, return_tensors="pt").pixel_values
-    out = DeiTForImageClassificationWithTeacher.from_pretrained(folder)(pixels)
+    found = Predictor(distilled, head=head)(photos, top_k=5)
+    pixels = DeiTImageProcessor.from_pretrained(distilled)(photos, return_tensors="pt").pixel_values
+    out = DeiTForImageClassificationWithTeacher.from_pretrained(distilled)(pixels)
     expected = fuse_heads(out.cls_logits, out.distillation_logits, head)
     for row, scores in zip(found, expected, strict=True):
         assert [entry["score"] for entry in row] == sorted((entry["score"] for entry in row), reverse=True)
@@ -58,8 +39,8 @@ def test_labels_and_scores(folder, photos, head):
         assert len(row) == 5
 
 
-def test_paths_bytes_and_pictures_agree(folder, photos):
-    predictor = Predictor(folder)
+def test_paths_bytes_and_pictures_agree(distilled, photos):
+    predictor = Predictor(distilled)
     by_path = predictor(photos, top_k=1)
     assert predictor([path.read_bytes() for path in photos], top_k=1) == by_path
     assert predictor([photos[0], Image.open(photos[1])], top_k=1)[0] == by_path[0]
@@ -75,20 +56,20 @@ def test_a_model_with_one_head(tmp_path, photos):
         Predictor(tmp_path, head="distillation")(photos)
 
 
-def test_a_folder_of_timm_predicts_the_same(folder, photos, tmp_path):
-    convert(folder, "timm", tmp_path / "timm")
-    for ours, theirs in zip(Predictor(folder)(photos), Predictor(tmp_path / "timm")(photos), strict=True):
+def test_a_folder_of_timm_predicts_the_same(distilled, photos, tmp_path):
+    convert(distilled, "timm", tmp_path / "timm")
+    for ours, theirs in zip(Predictor(distilled)(photos), Predictor(tmp_path / "timm")(photos), strict=True):
         assert [entry["label"] for entry in ours] == [entry["label"] for entry in theirs]
         assert [entry["score"] for entry in ours] == pytest.approx([entry["score"] for entry in theirs], abs=1e-6)
 
 
-def test_unknown_preprocessing_is_refused(folder):
-    (folder / "preprocessor_config.json").unlink()
-    with raises_saying(FileNotFoundError, folder, "holds no preprocessor_config.json", "save_pretrained(FOLDER)"):
-        Predictor(folder)
-    ConvNet(ConvNetConfig(widths=(4,), depth=1)).save_pretrained(folder / "convnet")
-    with raises_saying(FileNotFoundError, folder / "convnet", "save_pretrained(FOLDER)"):
-        Predictor(folder / "convnet")
+def test_unknown_preprocessing_is_refused(distilled):
+    (distilled / "preprocessor_config.json").unlink()
+    with raises_saying(FileNotFoundError, distilled, "holds no preprocessor_config.json", "save_pretrained(FOLDER)"):
+        Predictor(distilled)
+    ConvNet(ConvNetConfig(widths=(4,), depth=1)).save_pretrained(distilled / "convnet")
+    with raises_saying(FileNotFoundError, distilled / "convnet", "save_pretrained(FOLDER)"):
+        Predictor(distilled / "convnet")
 
 
 @pytest.mark.parametrize("kind", ["backbone", "masked_image", "classification", "with_teacher"])
@@ -117,11 +98,11 @@ def test_the_built_in_convnet_is_loaded(tmp_path):
         hub.read_checkpoint(tmp_path)
 
 
-def test_the_guide_runs(folder, photos, tmp_path, monkeypatch, capsys):
+def test_the_guide_runs(distilled, photos, tmp_path, monkeypatch, capsys):
     """docs/predict.md's Python, as it stands."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/taught").mkdir(parents=True)
-    folder.rename(tmp_path / "runs/taught/model")
+    distilled.rename(tmp_path / "runs/taught/model")
     photos[1].rename("photo.jpg")
     photos[0].rename("other.png")
     page = (Path(__file__).parents[1] / "docs/predict.md").read_text()

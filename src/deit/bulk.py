@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import hashlib
 import io
 import json
 import os
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from deit import files
-from deit.folders import IMAGE_SUFFIXES
+from deit.engines import sha256
+from deit.folders import walk_images
 
 PART = 2048
 """Images in a part: what is lost when work is stopped, at most."""
@@ -28,11 +30,21 @@ class Job:
     """What decides the rows of a file of results. Work goes on only under the same."""
 
     model: str
+    files: str
+    """`identity` of the model."""
     head: str
     top_k: int
     inputs: tuple[str, ...]
     shard: tuple[int, int] = (1, 1)
     """(i, N): every N-th image, from the i-th on, 1 to N."""
+
+
+def identity(model: str) -> str:
+    """What a folder holds, its calibration included, as one digest; of a hub name nothing is known."""
+    if not os.path.isdir(model):
+        return ""
+    held = {path.name: sha256(path) for path in sorted(Path(model).iterdir()) if path.is_file()}
+    return hashlib.sha256(json.dumps(held).encode()).hexdigest()
 
 
 def find_images(inputs: Iterable[str], listed: IO[str] | None = None) -> Iterator[str]:
@@ -45,7 +57,7 @@ def find_images(inputs: Iterable[str], listed: IO[str] | None = None) -> Iterato
         if given == "-":
             yield from (line.rstrip("\n") for line in listed or () if line.strip())
         elif os.path.isdir(given):
-            yield from _walk(given)
+            yield from walk_images(given)
         elif os.path.isfile(given) or not glob.has_magic(given):
             yield given  # a missing file is a row like any other unreadable one
         else:
@@ -53,15 +65,7 @@ def find_images(inputs: Iterable[str], listed: IO[str] | None = None) -> Iterato
             if not matches:
                 raise FileNotFoundError(f"{given} matches no file; check the pattern")
             for match in matches:
-                yield from _walk(match) if os.path.isdir(match) else [match]
-
-
-def _walk(folder: str) -> Iterator[str]:
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.is_dir():
-            yield from _walk(entry.path)
-        elif entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith("."):
-            yield entry.path
+                yield from walk_images(match) if os.path.isdir(match) else [match]
 
 
 def share(paths: Iterable[str], shard: tuple[int, int]) -> Iterator[str]:
@@ -92,6 +96,7 @@ class Results:
         else:
             files.write_json(begun, described)
         self.parts = sorted(self.folder.glob("*.jsonl"))
+        self.unreadable = 0
 
     @property
     def done(self) -> int:
@@ -99,12 +104,14 @@ class Results:
         return len(self.parts) * PART
 
     def remaining(self, paths: Iterable[str]) -> Iterator[str]:
-        """The images after those that are done. Raises `ValueError` where these are not the same as then."""
+        """The images after those that are done, of which `unreadable` counts some. Raises `ValueError` where these are
+        not the same as then."""
         iterator = iter(paths)
         for part in self.parts:
             with part.open(encoding="utf-8") as rows:
-                before = [json.loads(row)["image"] for row in rows]
-            if before != list(islice(iterator, PART)):
+                done = list(map(json.loads, rows))
+            self.unreadable += sum("error" in row for row in done)
+            if [row["image"] for row in done] != list(islice(iterator, PART)):
                 raise ValueError(f"the images have changed since {part} was written; remove {self.folder} to start "
                                  "anew")
         return iterator
@@ -154,7 +161,8 @@ def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]], top_k: int) -> None
 
 
 def _write_csv(path: Path, rows: Iterable[dict[str, Any]], top_k: int) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
+    # Names of files need not be UTF-8; like this they come out as they are on the disk.
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.writelines(csv_lines(rows, top_k))
 
 
@@ -169,9 +177,14 @@ def _write_parquet(path: Path, rows: Iterable[dict[str, Any]], top_k: int) -> No
         iterator = iter(rows)
         while chunk := list(islice(iterator, PART)):
             writer.write_batch(arrow.RecordBatch.from_pylist([
-                {"image": row["image"], "labels": [each["label"] for each in row["labels"]],
+                {"image": _utf8(row["image"]), "labels": [each["label"] for each in row["labels"]],
                  "scores": [each["score"] for each in row["labels"]], "sure": row.get("sure"),
-                 "error": row.get("error")} for row in chunk], schema=schema))
+                 "error": _utf8(row.get("error"))} for row in chunk], schema=schema))
+
+
+def _utf8(text: str | None) -> str | None:
+    """With a replacement character for each byte of a file's name that is not UTF-8; Parquet has no place for it."""
+    return text and text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _pyarrow() -> Any:

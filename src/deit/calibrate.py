@@ -48,11 +48,15 @@ def calibrate(folder: str | Path, data: str | Path, *, split: str | None = None,
     labels = []
     for batch in track(batches, str(folder), console=console, disable=not console.is_terminal):
         read = batch.labels >= 0
+        if not read.any():
+            continue
         found = predictor.logits(batch.pixels[read].numpy())
         kind = type(found)
         for name, value in found.items():
             parts[name].append(value.float().cpu())
         labels.append(batch.labels[read].numpy())
+    if not labels:
+        raise ValueError(f"none of the images of {data} can be read; give others")
     output = kind(**{name: torch.cat(values) for name, values in parts.items()})
     truth = np.concatenate(labels)
     heads: dict[str, HeadCalibration] = {

@@ -59,7 +59,7 @@ class Calibration:
         except (TypeError, KeyError, AttributeError):
             valid = False
         if not valid:
-            raise ValueError(f"{path} is no calibration as `deit calibrate` writes it; calibrate again, or remove it")
+            raise ValueError(f"{path} is no calibration as `deit calibrate` writes it; remove it, and calibrate again")
         return found
 
     def save(self, folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -87,7 +88,7 @@ def _add_shown(verbs: Any) -> None:
     verb = verbs.add_parser("explain", help="where in an image a model looked, as a figure", description="Draws what "
                             "the class token and the distillation token rest on in an image, and scores the maps: "
                             "deletion (lower is better) and insertion (higher is better), beside random orders.")
-    verb.add_argument("model", metavar="MODEL", help="folder of a trained model, or a hub name")
+    _add_model(verb)
     verb.add_argument("image", metavar="IMAGE")
     verb.add_argument("--out", type=Path, required=True, metavar="PNG", help="file to write")
     verb.add_argument("--method", choices=("rollout", "relevance", "attention", "all"), default="all",
@@ -118,7 +119,7 @@ def _add_written(verbs: Any) -> None:
                             description="Writes a classifier with its labels and its preprocessing for a runtime, runs "
                             "it there, and keeps it only if it answers as the PyTorch model does. int8 needs "
                             "--calibrate, and is kept only if it costs no more than half a point of accuracy.")
-    verb.add_argument("model", metavar="MODEL", help="folder of a trained model, or a hub name")
+    _add_model(verb)
     verb.add_argument("--to", choices=("torch", "onnx", "openvino", "onnx-int8", "openvino-int8"), required=True)
     verb.add_argument("--calibrate", type=Path, metavar="DATA",
                       help="folder or list of labelled images, to check on, and to calibrate and judge int8 by")
@@ -131,7 +132,7 @@ def _add_predict(verbs: Any) -> None:
     verb = verbs.add_parser("predict", help="labels for image files",
                             description="Labels for any number of images, printed as they come. An image that can't be "
                             "read is a row with the reason, and makes the exit status 1 at the end.")
-    verb.add_argument("model", metavar="MODEL", help="folder of a trained model, or a hub name")
+    _add_model(verb)
     verb.add_argument("images", nargs="+", metavar="INPUT",
                       help="image files, folders of them at any depth, patterns like 'photos/**/*.jpg', or - for a "
                            "list of paths on standard input")
@@ -165,7 +166,7 @@ def _add_serve(verbs: Any) -> None:
     verb = verbs.add_parser("serve", help="labels over HTTP, and a page to try",
                             description="Answers POST /v1/classify with labels, and shows a page at /. SIGTERM ends it "
                             "after everything that came is answered.")
-    verb.add_argument("model", metavar="MODEL", help="folder of a trained model, or a hub name")
+    _add_model(verb)
     verb.add_argument("--host", default="127.0.0.1",
                       help="address to listen at; 0.0.0.0 for all of this machine's (default: %(default)s)")
     verb.add_argument("--port", type=int, default=8000, help="0: any free one (default: %(default)s)")
@@ -207,7 +208,7 @@ def _add_eval(verbs: Any) -> None:
                             description="Accuracy of every head, calibration, classes and confusions of a model on "
                             "labelled images: DATA/test/CLASS/* or DATA/val/CLASS/*, DATA/CLASS/*, or a .csv or .jsonl "
                             "list with the columns or keys path and label. Classes are found in the model by name.")
-    verb.add_argument("model", metavar="MODEL", help="folder of a trained model, or a hub name")
+    _add_model(verb)
     verb.add_argument("--data", type=Path, required=True, metavar="DATA", help="folder or list of labelled images")
     verb.add_argument("--split", choices=("train", "val", "test"),
                       help="of a folder that has splits (default: test, or where there is none val)")
@@ -235,6 +236,10 @@ def _add_settings(verb: argparse.ArgumentParser) -> None:
 
 def _add_device(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu or cuda (default: %(default)s)")
+
+
+def _add_model(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", metavar="MODEL", help="folder of a trained model, or a hub name")
 
 
 def _add_head(verb: argparse.ArgumentParser) -> None:
@@ -316,7 +321,7 @@ def _recipes(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from deit.bulk import Job, Results, Tally, csv_lines, find_images, parse_shard, share
+    from deit.bulk import Job, Results, Tally, csv_lines, find_images, identity, parse_shard, share
     from deit.machine import resolve_device
     from deit.predict import Predictor
 
@@ -326,9 +331,13 @@ def _predict(options: argparse.Namespace) -> int:
     if predictor.calibration is not None:
         print(f"calibrated on {predictor.calibration.images} images; sure means at most "
               f"{predictor.calibration.error_rate:.3g} errors", file=sys.stderr)
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
     paths = share(find_images(options.images, sys.stdin), shard)
-    results = None if file is None else Results(file, Job(model=options.model, head=options.head, top_k=options.top_k,
-                                                          inputs=tuple(options.images), shard=shard))
+    results = None if file is None else Results(file, Job(
+        model=options.model, files=identity(options.model), head=options.head, top_k=options.top_k,
+        inputs=tuple(options.images), shard=shard))
     if results is not None and results.done:
         print(f"going on after {results.done} images", file=sys.stderr)
     tally = Tally(sys.stderr)
@@ -348,7 +357,7 @@ def _predict(options: argparse.Namespace) -> int:
             if "error" not in row:
                 print(_line(row), flush=True)
     tally.finish()
-    return 1 if tally.unreadable else 0
+    return 1 if tally.unreadable or (results and results.unreadable) else 0
 
 
 def _file_of_results(options: argparse.Namespace) -> Path | None:
@@ -431,6 +440,8 @@ def _explain(options: argparse.Namespace) -> None:
     with replacing(options.out) as temporary:
         figure(found).save(temporary, format="PNG")
     print(json.dumps({**found.to_dict(), "figure": str(options.out)}) if options.json else f"{found}\n\n{options.out}")
+
+
 def _report(options: argparse.Namespace) -> None:
     from deit import report
 

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from deit.augment import augment, crop, draws, erase, patch_mask
 from deit.config import DeiTConfig
 from deit.decode import ImageError, load_image, name_of
+from deit.engines import cores
 from deit.folders import Split
 from deit.image import DeiTImageProcessor
 from deit.mixing import mix, mixing
@@ -432,8 +433,7 @@ def _workers(asked: int | None, fits: Callable[[], bool]) -> int:
         return asked
     if fits():
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _loaded(views: Dataset[Any], wanted: Iterable[Any], workers: int) -> Iterator[Batch]:

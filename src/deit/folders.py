@@ -213,7 +213,11 @@ def _listed(folder: Path, apart: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _images(folder: Path) -> list[Path]:
     """Image files at any depth, by path; hidden ones don't count."""
-    found: list[str] = []
+    return [Path(path) for path in sorted(walk_images(folder))]
+
+
+def walk_images(folder: str | Path) -> Iterator[str]:
+    """Image files at any depth, in an order that only their names decide; hidden ones don't count."""
     visited: set[tuple[int, int]] = set()
     for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         status = os.stat(place)
@@ -222,8 +226,7 @@ def _images(folder: Path) -> list[Path]:
             continue
         visited.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [os.path.join(place, name) for name in names if _is_image(name)]
-    return [Path(path) for path in sorted(found)]
+        yield from (os.path.join(place, name) for name in sorted(names) if _is_image(name))
 
 
 def _is_image(name: str) -> bool:

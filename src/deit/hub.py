@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -361,6 +362,13 @@ def push_folder(folder: Path, repo_id: str, *, token: str | bool | None = None, 
     api.create_repo(repo_id, private=private, exist_ok=True)
     return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision,
                                  commit_message=commit_message))
+
+
+def push_saved(save: Callable[[Path], object], repo_id: str, **options: Any) -> str:
+    """`push_folder` of what `save` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder))
+        return push_folder(Path(folder), repo_id, **options)
 
 
 def model_card(config: DeiTConfig, name: str) -> str:

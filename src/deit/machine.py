@@ -21,6 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, distributed, nn
 
+from deit.engines import cores
+
 _PATIENCE = timedelta(minutes=30)
 """How long a process waits for the others: the first evaluation of one may take that long on a loaded machine."""
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
@@ -184,8 +186,7 @@ def described(device: torch.device) -> str:
     except OSError:  # no Linux
         found = None
     name = found[1].strip() if found else platform.processor() or platform.machine() or "an unnamed processor"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return f"{name}, {cores} core{'s' * (cores != 1)}"
+    return f"{name}, {cores()} core{'s' * (cores() != 1)}"
 
 
 def keep_memory() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +19,7 @@ from deit.calibration import Calibration
 from deit.config import ConvNetConfig, DeiTConfig
 from deit.convnet import ConvNet
 from deit.decode import ImageError
-from deit.engines import RECORD, Engine, load_engine
+from deit.engines import RECORD, Engine, cores, load_engine
 from deit.image import DeiTImageProcessor
 from deit.model import (
     DeiTForImageClassification,
@@ -127,7 +126,7 @@ class Predictor:
 
         Any number of images: two batches are read ahead, by threads, while one is computed.
         """
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             waiting: deque[list[tuple[Source, Future[np.ndarray]]]] = deque()
             for chunk in _batched(sources, batch):
                 waiting.append([(source, pool.submit(self.prepared, source)) for source in chunk])

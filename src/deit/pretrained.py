@@ -79,11 +79,7 @@ class PreTrained(nn.Module):
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Uploads the model (`token`, `private`, `revision`, `commit_message`); returns the commit's address."""
-        import tempfile
-
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return hub.push_folder(Path(folder), repo_id, **options)
+        return hub.push_saved(self.save_pretrained, repo_id, **options)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Parameters under the names of `weights.manifest`."""

@@ -134,11 +134,7 @@ class PreTrainedKeras(keras.Model):
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Uploads the model (`token`, `private`, `revision`, `commit_message`); returns the commit's address."""
-        import tempfile
-
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return hub.push_folder(Path(folder), repo_id, **options)
+        return hub.push_saved(self.save_pretrained, repo_id, **options)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The weights under the names of `weights.manifest` and in its shapes, which are PyTorch's."""
@@ -192,15 +188,15 @@ class PreTrainedKeras(keras.Model):
         """`from_pretrained` of a checkpoint that is read already, in NumPy arrays."""
         image_size = overrides.pop("image_size", None)
         config = found.config_for(cls.kind, cls.config_class, overrides)
-        expected = weights.manifest(config, cls.kind, pooler="deit.pooler.weight" in found.tensors,
-                                    mask_token="deit.mask_token" in found.tensors)
+        options: dict[str, Any] = found.options_for(cls.kind)
+        expected = weights.manifest(config, cls.kind, pooler=options.get("add_pooling_layer", False),
+                                    mask_token=options.get("use_mask_token", False))
         fitted = found.fit(expected, ignore_mismatched_sizes)
         if image_size is not None:
             resized = config.replace(image_size=tuple(image_size) if isinstance(image_size, list) else image_size)
             if "deit.position" in fitted.given:
                 fitted.given["deit.position"] = weights.resize_positions(fitted.given["deit.position"], config, resized)
             config = resized
-        options: dict[str, Any] = found.options_for(cls.kind)  # of a backbone
         model = cls(config, dtype=dtype, **options)
         model.set_tensors(fitted.given)
         return (model, fitted.info) if output_loading_info else model

@@ -54,8 +54,8 @@ def quickstart(out: Path, *, seed: int = 0, console: Console) -> Result:
 
     test = EvaluationBatches(test_split, processor_for(recipe), recipe.data.batch)
     teacher = evaluate(load_model(taught.model), test)["fused"]
-    heads = evaluate(load_model(student.model), test)
     judged = examine_split(student.model, test_split, str(out / "data"), "test", console=console)
+    heads = {head: judged.main.report.accuracy(head) for head in ("class", "distillation", "fused")}
     page = report.of_evaluation(out / "student" / report.FILE, judged)
     examples = test_split.files[::72]
     found = Predictor(student.model)(examples, top_k=1)

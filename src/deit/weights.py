@@ -225,12 +225,13 @@ def from_tensorflow(tensors: Mapping[str, np.ndarray], *, file: str) -> dict[str
     found = {}
     for name, value in tensors.items():
         match = _TF_NAME.fullmatch(name)
-        if match is None:
+        leaf = name.removesuffix(":0").rpartition("/")[2]
+        axes = {2: (1, 0), 4: (3, 2, 0, 1)}.get(np.ndim(value)) if leaf == "kernel" else tuple(range(np.ndim(value)))
+        if match is None or axes is None:
             raise ValueError(f"{file}: {name!r} is no tensor of the TensorFlow classes of transformers; expected names "
                              "like .../encoder/layer_._0/attention/attention/query/kernel:0")
-        *path, leaf = match.group(1).replace("layer_._", "layer/").split("/")
-        axes = {2: (1, 0), 4: (3, 2, 0, 1)}[value.ndim] if leaf == "kernel" else range(value.ndim)
-        found[".".join([*path, _TF_LEAF.get(leaf, leaf)])] = np.ascontiguousarray(value.transpose(*axes))
+        path = match.group(1).replace("layer_._", "layer/").split("/")[:-1]
+        found[".".join([*path, _TF_LEAF.get(leaf, leaf)])] = np.ascontiguousarray(np.transpose(value, axes))
     return found
 
 

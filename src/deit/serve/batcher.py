@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import logging
 import math
-import os
 import queue
 import threading
 import time
@@ -23,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from deit.decode import ImageError, reading
+from deit.engines import cores
 from deit.predict import Answer, Predictor
 
 FORMATS = {"JPEG": "JPEG", "MPO": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "TIFF": "TIFF", "BMP": "BMP"}
@@ -78,7 +78,7 @@ class Batcher:
         self._seconds_per_image = 0.0
         self._ready: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         Image.init()  # not safe in several threads at once
-        self._decoders = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="deit-decode")
+        self._decoders = ThreadPoolExecutor(cores(), thread_name_prefix="deit-decode")
         self._owner = threading.Thread(target=self._run, name="deit-model", daemon=True)
         self._owner.start()
 
