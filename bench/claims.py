@@ -82,8 +82,8 @@ def run_arm(work: Path, arm: str, seed: int) -> dict[str, Any]:
     from deit.data import EvaluationBatches, processor_for
     from deit.evaluate import evaluate
     from deit.folders import read_split
+    from deit.load import load_model
     from deit.machine import resolve_precision
-    from deit.predict import load_model
     from deit.train import Diverged, train
 
     began = time.perf_counter()
@@ -122,8 +122,8 @@ def agreement(work: Path, seed: int) -> dict[str, float]:
 
     from deit.data import EvaluationBatches, processor_for
     from deit.folders import read_split
+    from deit.load import load_model
     from deit.model import head_probabilities
-    from deit.predict import load_model
 
     batches = EvaluationBatches(read_split(work / "data", "test"), processor_for(BASE), 250)
     models = {arm: load_model(run_folder(work, arm, seed) / "model") for arm in needs("agreement")}

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_patterns_lists_and_shards(folder, capsys, monkeypatch):
     assert sorted(path for part in parts for path in part) == sorted(whole)
     assert [len(part) for part in parts] == [4, 3, 3]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(whole)))
-    assert main(["predict", str(folder / "m"), "-", "--shard", "3/5", "--json"]) == 0
+    assert main(["predict", str(folder / "m"), "-", "--engine", "torch", "--shard", "3/5", "--json"]) == 0
     assert [json.loads(line)["image"] for line in capsys.readouterr().out.splitlines()] == [whole[2], whole[7]]
     for text in ("0/3", "4/3", "2", "a/b"):
         with raises_saying(ValueError, "a shard is i/N with i from 1 to N, like 2/8"):
@@ -146,7 +147,7 @@ def test_stopped_work_goes_on(folder, name, capsys, monkeypatch):
 
 def test_other_work_is_not_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(bulk, "PART", 2)
-    job = Job(model="m", files="0", head="fused", top_k=1, inputs=("photos",))
+    job = Job(model="m", files="0", head="fused", engine="torch", top_k=1, inputs=("photos",))
     rows = [{"image": f"{i}.png", "labels": []} for i in range(5)]
     writing = Results(tmp_path / "rows.jsonl", job).write(iter(rows))
     for _ in range(3):
@@ -158,9 +159,11 @@ def test_other_work_is_not_gone_on_with(tmp_path, monkeypatch):
     with raises_saying(ValueError, "the images have changed since", "remove", "rows.jsonl.parts to start anew"):
         again.remaining(["1.png", "0.png"])
     with raises_saying(ValueError, "holds parts of other work (head differ)"):
-        Results(tmp_path / "rows.jsonl", Job(model="m", files="0", head="class", top_k=1, inputs=("photos",)))
+        Results(tmp_path / "rows.jsonl", replace(job, head="class"))
     with raises_saying(ValueError, "holds parts of other work (files differ)"):
-        Results(tmp_path / "rows.jsonl", Job(model="m", files="1", head="fused", top_k=1, inputs=("photos",)))
+        Results(tmp_path / "rows.jsonl", replace(job, files="1"))
+    with raises_saying(ValueError, "holds parts of other work (engine differ)"):
+        Results(tmp_path / "rows.jsonl", replace(job, engine="openvino, bf16"))
     list(again.write(iter(rows[2:])))
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
     with raises_saying(FileExistsError, "rows.jsonl is there already; remove it to predict again"):

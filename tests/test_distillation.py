@@ -24,8 +24,8 @@ from deit import objectives, runs
 from deit import train as loop
 from deit.cli import main
 from deit.folders import Split
+from deit.load import load_model
 from deit.machine import Processes
-from deit.predict import load_model
 from deit.recipe import AdamW, Augment, Compute, Cosine, Data, Distilled, Recipe, Supervised, steps
 from deit.teach import teach
 
@@ -59,7 +59,7 @@ def student():
 SLOW_TEACHER = """
 import os
 import time
-from deit.predict import load_model
+from deit.load import load_model
 
 
 def make():

@@ -20,8 +20,8 @@ from deit.convnet import ConvNet
 from deit.evaluate import examine_files
 from deit.folders import fingerprint, read_data, read_split
 from deit.image import DeiTImageProcessor
+from deit.load import load_model
 from deit.model import fuse_heads
-from deit.predict import load_model
 from deit.recipe import AdamW, Compute, Cosine, Data, Distilled, MaskedImage, Recipe, Supervised, steps
 from deit.train import train
 

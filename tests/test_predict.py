@@ -14,6 +14,7 @@ from deit.config import ConvNetConfig
 from deit.convert import convert
 from deit.convnet import ConvNet
 from deit.image import DeiTImageProcessor
+from deit.load import load_model
 from deit.model import (
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
@@ -21,7 +22,7 @@ from deit.model import (
     DeiTModel,
     fuse_heads,
 )
-from deit.predict import Predictor, load_model
+from deit.predict import Predictor
 
 
 @pytest.mark.parametrize("head", ["fused", "class", "distillation", "softmax"])

@@ -12,7 +12,7 @@ from deit.data import EvaluationBatches
 from deit.evaluate import evaluate
 from deit.folders import read_split
 from deit.image import DeiTImageProcessor
-from deit.predict import load_model
+from deit.load import load_model
 from deit.quickstart import quickstart
 
 

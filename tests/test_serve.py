@@ -575,8 +575,8 @@ def test_what_is_not_installed_is_named():
 @contextmanager
 def server(folder, *options, **environment):
     process = subprocess.Popen([sys.executable, "-m", "deit", "serve", str(folder), "--port", "0", "--device", "cpu",
-                                *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, **environment})
+                                "--engine", "torch", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, env={**os.environ, **environment})
     try:
         line = process.stdout.readline()
         assert " at http://127.0.0.1:" in line, line + (process.stderr.read() if process.poll() is not None else "")
@@ -757,7 +757,7 @@ def test_the_page_is_for_everyone(scheme, tmp_path, engine):
 STREAM = """
 import sys, time
 from deit.predict import Predictor
-predictor = Predictor(sys.argv[1])
+predictor = Predictor(sys.argv[1], engine="auto")
 image = open(sys.argv[2], "rb").read()
 list(predictor.stream([image] * 64))
 began, images = time.perf_counter(), 0
@@ -805,7 +805,7 @@ def test_load(tmp_path, capsys):
         return float(done.stdout)
 
     before, memory = streamed(), []
-    with server(folder) as (process, address):
+    with server(folder, "--engine", "auto") as (process, address):
         asyncio.run(load(address, image, 64, 5, lambda _: None))
         done = asyncio.run(load(address, image, 64, 60, lambda at: memory.append((at, resident(process)))))
     after = streamed()

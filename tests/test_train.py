@@ -28,7 +28,7 @@ from deit.data import BadImages, EvaluationBatches, TrainingBatches, processor_f
 from deit.evaluate import evaluate
 from deit.folders import Split, read_data
 from deit.image import DeiTImageProcessor
-from deit.predict import load_model
+from deit.load import load_model
 from deit.recipe import (
     SGD,
     AdamW,

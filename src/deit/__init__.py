@@ -12,7 +12,8 @@ _HOME = {
     "deit.image": ("DeiTImageProcessor", "DeiTFeatureExtractor"),
     "deit.model": ("DeiTModel", "DeiTForMaskedImageModeling", "DeiTForImageClassification",
                    "DeiTForImageClassificationWithTeacher", "ViTModel", "ViTForImageClassification", "fuse_heads"),
-    "deit.predict": ("Predictor", "load_model"),
+    "deit.load": ("load_model",),
+    "deit.predict": ("Predictor",),
     "deit.pipelines": ("pipeline",),
 }
 _KERAS = {"deit.model_keras": (
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from deit.config import ViTConfig as ViTConfig
     from deit.image import DeiTFeatureExtractor as DeiTFeatureExtractor
     from deit.image import DeiTImageProcessor as DeiTImageProcessor
+    from deit.load import load_model as load_model
     from deit.model import DeiTForImageClassification as DeiTForImageClassification
     from deit.model import DeiTForImageClassificationWithTeacher as DeiTForImageClassificationWithTeacher
     from deit.model import DeiTForMaskedImageModeling as DeiTForMaskedImageModeling
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
     from deit.model_keras import TFViTModel as TFViTModel
     from deit.pipelines import pipeline as pipeline
     from deit.predict import Predictor as Predictor
-    from deit.predict import load_model as load_model
 
 __all__ = ["__version__", *sorted(name for names in _HOME.values() for name in names)]  # noqa: PLE0604
 

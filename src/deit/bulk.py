@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,6 +33,7 @@ class Job:
     files: str
     """`identity` of the model."""
     head: str
+    engine: str
     top_k: int
     inputs: tuple[str, ...]
     shard: tuple[int, int] = (1, 1)
@@ -71,6 +72,13 @@ def find_images(inputs: Iterable[str], listed: IO[str] | None = None) -> Iterato
 def share(paths: Iterable[str], shard: tuple[int, int]) -> Iterator[str]:
     """One of N equal parts of the work."""
     return islice(paths, shard[0] - 1, None, shard[1])
+
+
+def peek(paths: Iterable[str], count: int) -> tuple[bool, Iterator[str]]:
+    """Whether there are as many, and the paths, all of them."""
+    iterator = iter(paths)
+    first = list(islice(iterator, count))
+    return len(first) == count, chain(first, iterator)
 
 
 class Results:
@@ -201,8 +209,8 @@ _WRITERS = {".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parqu
 class Tally:
     """Counts rows; says which image can't be read, and on a terminal how far and how fast it goes."""
 
-    def __init__(self, stream: Any):
-        self.stream, self.images, self.unreadable = stream, 0, 0
+    def __init__(self, stream: Any, engine: str):
+        self.stream, self.engine, self.images, self.unreadable = stream, engine, 0, 0
         self.began = self.shown = time.monotonic()
 
     def counted(self, rows: Any) -> Any:
@@ -222,7 +230,7 @@ class Tally:
 
     def _text(self) -> str:
         rate = self.images / max(time.monotonic() - self.began, 1e-9)
-        return f"{self.images} images, {self.unreadable} unreadable, {rate:.0f} images/s"
+        return f"{self.images} images, {self.unreadable} unreadable, {rate:.0f} images/s ({self.engine})"
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -145,6 +145,7 @@ def _add_predict(verbs: Any) -> None:
     verb.add_argument("--batch", type=_count, default=32, metavar="B", help="images computed at once (default: 32)")
     verb.add_argument("--shard", metavar="i/N", help="only every N-th image from the i-th on, 1 to N")
     _add_device(verb)
+    _add_engine(verb, f"auto takes OpenVINO from {_MANY} images on, and for a list on standard input")
     verb.set_defaults(run=_predict)
 
     verb = verbs.add_parser("calibrate", help="honest probabilities, and the choice to say \"I don't know\"",
@@ -172,6 +173,7 @@ def _add_serve(verbs: Any) -> None:
     verb.add_argument("--port", type=int, default=8000, help="0: any free one (default: %(default)s)")
     _add_head(verb)
     _add_device(verb)
+    _add_engine(verb, "auto takes OpenVINO")
     verb.add_argument("--max-batch", type=_count, default=32, metavar="B",
                       help="images computed together, and images of one request, at most (default: %(default)s)")
     verb.add_argument("--max-wait-ms", type=float, default=5.0, metavar="MS",
@@ -236,6 +238,11 @@ def _add_settings(verb: argparse.ArgumentParser) -> None:
 
 def _add_device(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu or cuda (default: %(default)s)")
+
+
+def _add_engine(verb: argparse.ArgumentParser, auto: str) -> None:
+    verb.add_argument("--engine", choices=("auto", "torch", "openvino", "onnx"), default="auto",
+                      help=f"what computes; on a CPU {auto}, where it is installed, otherwise PyTorch (default: auto)")
 
 
 def _add_model(verb: argparse.ArgumentParser) -> None:
@@ -321,26 +328,29 @@ def _recipes(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from deit.bulk import Job, Results, Tally, csv_lines, find_images, identity, parse_shard, share
+    from deit.bulk import Job, Results, Tally, csv_lines, find_images, identity, parse_shard, peek, share
     from deit.machine import resolve_device
     from deit.predict import Predictor
 
     file = _file_of_results(options)
     shard = parse_shard(options.shard) if options.shard else (1, 1)
-    predictor = Predictor(options.model, head=options.head, device=resolve_device(options.device))
-    if predictor.calibration is not None:
-        print(f"calibrated on {predictor.calibration.images} images; sure means at most "
-              f"{predictor.calibration.error_rate:.3g} errors", file=sys.stderr)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
-    paths = share(find_images(options.images, sys.stdin), shard)
+    paths, engine = share(find_images(options.images, sys.stdin), shard), options.engine
+    if engine == "auto" and "-" not in options.images:  # a list may come slowly, and is not waited for
+        many, paths = peek(paths, _MANY)
+        engine = "auto" if many else None
+    predictor = Predictor(options.model, head=options.head, device=resolve_device(options.device), engine=engine)
+    if predictor.calibration is not None:
+        print(f"calibrated on {predictor.calibration.images} images; sure means at most "
+              f"{predictor.calibration.error_rate:.3g} errors", file=sys.stderr)
     results = None if file is None else Results(file, Job(
-        model=options.model, files=identity(options.model), head=options.head, top_k=options.top_k,
-        inputs=tuple(options.images), shard=shard))
+        model=options.model, files=identity(options.model), head=options.head, engine=predictor.engine,
+        top_k=options.top_k, inputs=tuple(options.images), shard=shard))
     if results is not None and results.done:
         print(f"going on after {results.done} images", file=sys.stderr)
-    tally = Tally(sys.stderr)
+    tally = Tally(sys.stderr, predictor.engine)
     rows = tally.counted(answer.to_dict() for answer in predictor.stream(
         paths if results is None else results.remaining(paths), top_k=options.top_k, batch=options.batch))
     if results is not None:
@@ -358,6 +368,10 @@ def _predict(options: argparse.Namespace) -> int:
                 print(_line(row), flush=True)
     tally.finish()
     return 1 if tally.unreadable or (results and results.unreadable) else 0
+
+
+_MANY = 256
+"""Images from which on it pays to prepare another engine: some seconds, the first time."""
 
 
 def _file_of_results(options: argparse.Namespace) -> Path | None:
@@ -405,9 +419,10 @@ def _serve(options: argparse.Namespace) -> None:
     service = Service(max_batch=options.max_batch, max_wait_ms=options.max_wait_ms, queue=options.queue,
                       max_bytes=options.max_bytes, max_pixels=options.max_pixels or MAX_PIXELS,
                       timeout=options.timeout, keys=read_keys(options.api_key_file) if options.api_key_file else ())
-    predictor = Predictor(options.model, head=options.head, device=resolve_device(options.device))
+    predictor = Predictor(options.model, head=options.head, device=resolve_device(options.device),
+                          engine=options.engine)
     serve(predictor, service, options.model, host=options.host, port=options.port,
-          listening=lambda address: print(f"serving {options.model} at {address}", flush=True))
+          listening=lambda address: print(f"serving {options.model} ({predictor.engine}) at {address}", flush=True))
 
 
 def _eval(options: argparse.Namespace) -> None:

@@ -57,6 +57,9 @@ class Engine(ABC):
                              f"{pixels.shape} of {pixels.dtype}; the DeiTImageProcessor of {self.folder} makes them")
         return dict(zip(self.outputs, self._run(np.ascontiguousarray(pixels)), strict=True))
 
+    def __str__(self) -> str:
+        return self.name
+
     @abstractmethod
     def _run(self, pixels: np.ndarray) -> list[np.ndarray]:
         """The outputs in the order of `self.outputs`."""
@@ -112,6 +115,9 @@ class OpenVINOEngine(Engine):
         with _reading(path, self.name):
             self._model = openvino.Core().compile_model(path, "CPU", settings)
         self._requests = threading.local()  # a request answers one call at a time
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.inference_precision}"
 
     @property
     def inference_precision(self) -> str:

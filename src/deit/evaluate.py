@@ -22,6 +22,7 @@ from deit.convnet import ConvNet
 from deit.data import Batch, EvaluationBatches
 from deit.folders import Split, fingerprint, matched, read_examples
 from deit.image import DeiTImageProcessor
+from deit.load import load_model
 from deit.machine import Processes, resolve_device
 from deit.model import (
     DeiTForImageClassification,
@@ -29,7 +30,6 @@ from deit.model import (
     Head,
     head_probabilities,
 )
-from deit.predict import load_model
 from deit.scores import Accuracy, Comparison, Report, compare
 
 _BATCH = 64

@@ -5,12 +5,15 @@ B images, C channels, H rows, W columns, K classes.
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import logging
 import math
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -43,8 +46,8 @@ from deit.engines import (
 )
 from deit.folders import SPLITS, Split, matched, read_examples
 from deit.image import FILE_NAME, DeiTImageProcessor
+from deit.load import load_model
 from deit.model import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, PreTrained
-from deit.predict import load_model
 from deit.scores import Accuracy
 
 Format = Literal["torch", "onnx", "openvino", "onnx-int8", "openvino-int8"]
@@ -122,12 +125,8 @@ def export(source: str | Path, to: Format, out: str | Path, *, calibrate: str | 
                          "labelled ones with --calibrate DATA")
     folder = Path(out).absolute()
     _refuse_occupied(folder)
-    for package in _PACKAGES[to]:
-        if package == "openvino":
-            import_openvino()
-        with needed(package):
-            import_module(package)
-    classifier = _Classifier(source, where)
+    _import_packages(to)
+    classifier = _Classifier.of(source, **where)
     examples = None if calibrate is None else _Examples(calibrate, classifier)
     checked = _Checked(classifier, examples)
     with _replacing(folder) as temporary:
@@ -141,6 +140,71 @@ def export(source: str | Path, to: Format, out: str | Path, *, calibrate: str | 
             record = _write_float(classifier, to, temporary, checked)
         files.write_json(temporary / RECORD, record)
     return Exported(Path(out), record)
+
+
+def cached_engine(model: Any, processor: DeiTImageProcessor, to: Literal["onnx", "openvino"], name: str) -> Engine:
+    """A trained classifier in another runtime, in the precision that is the runtime's own.
+
+    The first time it is written and checked as by `export`, into this user's cache, by what the model holds; folders
+    there that were not used for a month are removed then.
+
+    Args:
+        model, processor: of a trained folder, `load_model` and `DeiTImageProcessor.of_model`.
+        name: how messages call the model.
+
+    Raises as `export` does.
+    """
+    _import_packages(to)
+    folder = files.cache_folder("engines") / f"{to}-{_digest(model, to)}"
+    try:
+        engine = load_engine(folder)
+        os.utime(folder)
+        return engine
+    except FileNotFoundError:
+        pass
+    except files.CheckpointError:
+        shutil.rmtree(folder)
+    classifier = _Classifier(model, processor, name)
+    written: Engine | None = None
+    try:
+        with _replacing(folder) as temporary:
+            files.write_json(temporary / "config.json", model.config.to_dict())
+            processor.save_pretrained(temporary)
+            files.write_json(temporary / RECORD, _write_float(classifier, to, temporary, _Checked(classifier, None)))
+            written = load_engine(temporary)
+    except OSError:
+        if written is None:
+            raise  # otherwise another process was quicker, and this one has what it needs
+    for other in folder.parent.iterdir():
+        if time.time() - other.stat().st_mtime > _KEPT:
+            shutil.rmtree(other, ignore_errors=True)
+    assert written is not None
+    return written
+
+
+_KEPT = 30 * 24 * 60 * 60
+"""Seconds."""
+
+
+def _digest(model: Any, to: Format) -> str:
+    """Of all that decides what the exported file is."""
+    found = hashlib.sha256(json.dumps([_versions(to), model.config.to_dict()], sort_keys=True).encode())
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:32]
+
+
+def _import_packages(to: Format) -> None:
+    for package in _PACKAGES[to]:
+        if package == "openvino":
+            import_openvino()
+        with needed(package):
+            import_module(package)
+
+
+def _versions(to: Format) -> dict[str, str]:
+    return {name: version(name) for name in ("deit", "torch", *_PACKAGES[to])}
 
 
 # ---------------------------------------------------------------------------------------------------------- the model
@@ -165,23 +229,26 @@ class _Logits(nn.Module):
 class _Classifier:
     """What is exported, with its preprocessing, all that could be wrong with them already checked."""
 
-    def __init__(self, source: str | Path, where: Mapping[str, Any]):
-        self.name = str(source)
-        self.model = load_model(source, **where)
-        config, kinds = self.model.config, (DeiTForImageClassification, DeiTForImageClassificationWithTeacher, ConvNet)
-        if not isinstance(self.model, kinds) or not config.num_labels:
-            raise ValueError(f"{source} holds a {type(self.model).__name__} without classes; expected a classifier, "
-                             "the only kind of model that is exported")
+    def __init__(self, model: Any, processor: DeiTImageProcessor, name: str):
+        self.model, self.processor = model, processor
+        config, kinds = model.config, (DeiTForImageClassification, DeiTForImageClassificationWithTeacher, ConvNet)
+        if not isinstance(model, kinds) or not config.num_labels:
+            raise ValueError(f"{name} holds a {type(model).__name__} without classes; expected a classifier, the only "
+                             "kind of model that is exported")
         if isinstance(self.model, PreTrained):
             self.model.set_attn_implementation("sdpa")  # one operation in the graph, which runtimes know as attention
         self.logits = _Logits(self.model).eval()
         self.shape = (config.num_channels, *config.image_hw)
         self.classes = tuple(config.id2label.values())
-        self.processor = DeiTImageProcessor.of_model(source, config, **where)
         [made] = self.processor([Image.new("RGB", (8, 8))]).pixel_values
         if made.shape != self.shape:
-            raise ValueError(f"the {FILE_NAME} of {source} makes pixels of {made.shape}, the model takes "
+            raise ValueError(f"the {FILE_NAME} of {name} makes pixels of {made.shape}, the model takes "
                              f"{self.shape}; correct size, crop_size or data_format there")
+
+    @classmethod
+    def of(cls, source: str | Path, **where: Any) -> _Classifier:
+        model = load_model(source, **where)
+        return cls(model, DeiTImageProcessor.of_model(source, model.config, **where), str(source))
 
     @torch.inference_mode()
     def __call__(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
@@ -363,7 +430,7 @@ def _describe(classifier: _Classifier, to: Format, folder: Path) -> dict[str, An
         "input": {"name": "pixel_values", "shape": [None, *classifier.shape], "type": "float32"},
         "outputs": list(classifier.logits.names),
         "heads": heads,
-        "versions": {name: version(name) for name in ("deit", "torch", *_PACKAGES[to])},
+        "versions": _versions(to),
     }
     files.write_json(folder / RECORD, record)
     return record

@@ -70,6 +70,11 @@ def _download(name: str, filename: str, **options: Any) -> Path:
                                 "token") from None
 
 
+def cache_folder(name: str) -> Path:
+    """A folder for what can be made again, of this user's: under `XDG_CACHE_HOME`, by default `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "deit", name)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deit.image import DeiTImageProcessor
 from deit.model import DeiTModel, Head
-from deit.predict import Predictor
+from deit.predict import Predictor, Runtime
 
 Function = Literal["default", "softmax", "sigmoid", "none"]
 Task = Literal["image-classification", "image-feature-extraction"]
@@ -57,14 +57,15 @@ class ImageClassificationPipeline:
             regression. Softmax takes the head and the calibration of `Predictor`; sigmoid and none take its logits.
         batch_size: images computed at once.
         device: `cpu`, `cuda`, a number of a GPU, or -1 or None for the CPU.
+        engine: as for `Predictor`; `auto` is the fastest on a CPU.
         allow_urls: fetch images from `http://` and `https://` addresses; refused otherwise.
         timeout: seconds to wait for such an address.
     """
 
     def __init__(self, model: str | Path, *, head: Head = "fused", top_k: int = 5,
                  function_to_apply: Function | None = None, batch_size: int = 1, device: Device = None,
-                 allow_urls: bool = False, timeout: float | None = 10.0):
-        self.predictor = Predictor(model, head=head, device=_device(device))
+                 engine: Runtime | None = None, allow_urls: bool = False, timeout: float | None = 10.0):
+        self.predictor = Predictor(model, head=head, device=_device(device), engine=engine)
         self.top_k, self.batch_size = top_k, batch_size
         self.function_to_apply, self.allow_urls, self.timeout = function_to_apply, allow_urls, timeout
 

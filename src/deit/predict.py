@@ -2,63 +2,35 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 
-from deit import files, hub, weights
+from deit import files
 from deit.calibration import Calibration
 from deit.config import ConvNetConfig, DeiTConfig
 from deit.convnet import ConvNet
 from deit.decode import ImageError
-from deit.engines import RECORD, Engine, cores, load_engine
+from deit.engines import RECORD, Engine, cores, load_engine, read_record
+from deit.export import cached_engine
 from deit.image import DeiTImageProcessor
-from deit.model import (
-    DeiTForImageClassification,
-    DeiTForImageClassificationWithTeacher,
-    DeiTForMaskedImageModeling,
-    DeiTModel,
-    Head,
-    PreTrained,
-    head_probabilities,
-)
+from deit.load import load_model
+from deit.model import Head, head_probabilities
 from deit.outputs import DeiTForImageClassificationWithTeacherOutput, ImageClassifierOutput, ModelOutput
 
+Runtime = Literal["auto", "torch", "openvino", "onnx"]
 Source = str | Path | bytes | Image.Image
 """A file's path or bytes, or a picture."""
-
-_CLASS: dict[str, type[PreTrained]] = {
-    "Model": DeiTModel, "ForMaskedImageModeling": DeiTForMaskedImageModeling,
-    "ForImageClassification": DeiTForImageClassification,
-    "ForImageClassificationWithTeacher": DeiTForImageClassificationWithTeacher,
-}
-_OF_KIND = {cls.kind: cls for cls in _CLASS.values()}
-
-
-def load_model(name_or_folder: str | Path, **options: Any) -> Any:
-    """A trained model in evaluation mode, of the class its files are of; `options` as for `from_pretrained`."""
-    where = {key: options[key] for key in ("revision", "subfolder", "cache_dir", "local_files_only", "token")
-             if key in options}
-    try:
-        config = files.read_json(files.find_file(name_or_folder, "config.json", **where))
-    except FileNotFoundError:
-        config = {}
-    if config.get("model_type") == ConvNet.model_type:
-        return ConvNet.from_pretrained(name_or_folder, **where)
-    name = next(iter(config.get("architectures") or []), "").removeprefix("DeiT").removeprefix("ViT")
-    if name in _CLASS:
-        return _CLASS[name].from_pretrained(name_or_folder, **options)
-    found = hub.read_checkpoint(name_or_folder, config=options.pop("config", None), **where)
-    others = {key: value for key, value in options.items() if key not in where}
-    return _OF_KIND[weights.kind_of(found.tensors)].from_checkpoint(found, **others)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,33 +56,62 @@ class Predictor:
     """A classifier with its preprocessing, its labels and its calibration: the only way from files to labels.
 
     Args:
-        name_or_folder: what `deit`, `transformers` or timm saved, a hub name, or what `deit export` wrote, which its
-            own runtime computes.
+        name_or_folder: what `deit`, `transformers` or timm saved, a hub name, or what `deit export` wrote.
         head: which of a distilled model's heads decides (`fuse_heads`).
         device: `cpu`, `cuda`, …
+        engine: what computes. None: PyTorch, and an exported model's own runtime. `openvino`, `onnx`: that runtime, for
+            which the model is exported the first time (`cached_engine`: some seconds), on the CPU. `auto`: OpenVINO on
+            the CPU where it is installed, otherwise PyTorch.
 
     A folder with a `calibration.json` (`deit calibrate`) has its temperature in every probability.
 
-    Raises `FileNotFoundError` where the files do not say how images are prepared.
+    Raises `FileNotFoundError` where the files do not say how images are prepared, `ValueError` for an engine that can't
+    compute this model on this device.
     """
 
-    def __init__(self, name_or_folder: str | Path, *, head: Head = "fused", device: str | torch.device = "cpu"):
+    model: Any
+    """In PyTorch, whatever computes; None for an exported one."""
+    engine: str
+    """What computes: `torch`, or the name of a runtime and the precision it has chosen."""
+
+    def __init__(self, name_or_folder: str | Path, *, head: Head = "fused", device: str | torch.device = "cpu",
+                 engine: Runtime | None = None):
         self.head, self.device = head, torch.device(device)
-        self.model: Any = None  # stays None for an exported one
-        self._output: Callable[[np.ndarray], ModelOutput]
+        if engine not in (None, *get_args(Runtime)):
+            raise ValueError(f"engine is {engine!r}, expected one of {', '.join(get_args(Runtime))}")
         self.config: DeiTConfig | ConvNetConfig
+        runtime: Engine | None = None
         if (Path(name_or_folder) / RECORD).is_file():
-            if self.device.type != "cpu":
-                raise ValueError(f"{name_or_folder} is an exported model, which runs on the CPU here, and device is "
-                                 f"{device}; leave it out, or give the model itself")
-            self.config, self._output = _config_of(Path(name_or_folder)), _exported(load_engine(name_or_folder))
+            self.model, self.config = None, _config_of(Path(name_or_folder))
+            runtime = _exported(Path(name_or_folder), self.device, engine)
         else:
-            self.model = load_model(name_or_folder).to(device)
+            self.model = load_model(name_or_folder)
             self.config = self.model.config
-            self._output = lambda pixels: self.model(torch.from_numpy(pixels).to(self.device))
         self.processor = DeiTImageProcessor.of_model(name_or_folder, self.config)  # type: ignore[arg-type]
+        if self.model is not None:
+            runtime = self._chosen(engine, str(name_or_folder))
+            self.model.to(self.device)
+        self.engine = "torch" if runtime is None else str(runtime)
+        self._output: Callable[[np.ndarray], ModelOutput] = _outputs_of(runtime) if runtime else (
+            lambda pixels: self.model(torch.from_numpy(pixels).to(self.device)))
         self.calibration = Calibration.of_model(name_or_folder)
         self.labels = list(self.config.id2label.values())  # type: ignore[union-attr]
+
+    def _chosen(self, engine: Runtime | None, name: str) -> Engine | None:
+        """The runtime for a trained model; None for PyTorch."""
+        if engine is None or engine == "torch":
+            return None
+        if engine != "auto":
+            if self.device.type != "cpu":
+                raise ValueError(f"{engine} computes on the CPU here, and device is {self.device}; leave one out")
+            return cached_engine(self.model, self.processor, engine, name)
+        if self.device.type != "cpu" or find_spec("openvino") is None:
+            return None
+        try:
+            return cached_engine(self.model, self.processor, "openvino", name)
+        except (ValueError, OSError) as error:
+            warnings.warn(f"PyTorch computes, for OpenVINO is not to be had: {error}", stacklevel=3)
+            return None
 
     def __call__(self, images: Sequence[Source], top_k: int = 5) -> list[list[dict[str, Any]]]:
         """For each image its `top_k` most likely labels: `{"label": name, "score": probability}`, best first.
@@ -188,7 +189,18 @@ def _config_of(folder: Path) -> DeiTConfig | ConvNetConfig:
     return (ConvNetConfig if values.get("model_type") == ConvNet.model_type else DeiTConfig).from_dict(values)
 
 
-def _exported(engine: Engine) -> Callable[[np.ndarray], ModelOutput]:
+def _exported(folder: Path, device: torch.device, engine: Runtime | None) -> Engine:
+    if device.type != "cpu":
+        raise ValueError(f"{folder} is an exported model, which runs on the CPU here, and device is {device}; leave it "
+                         "out, or give the model itself")
+    own = read_record(folder)["format"]
+    if engine not in (None, "auto", own.partition("-")[0]):
+        raise ValueError(f"{folder} is exported for {own}, and engine is {engine}; leave it out, or give the model "
+                         "itself")
+    return load_engine(folder)
+
+
+def _outputs_of(engine: Engine) -> Callable[[np.ndarray], ModelOutput]:
     kind = DeiTForImageClassificationWithTeacherOutput if "cls_logits" in engine.outputs else ImageClassifierOutput
 
     def output(pixels: np.ndarray) -> ModelOutput:

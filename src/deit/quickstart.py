@@ -15,7 +15,8 @@ from deit import files, report
 from deit.data import EvaluationBatches, processor_for
 from deit.evaluate import evaluate, examine_split
 from deit.folders import read_split, write_digits
-from deit.predict import Predictor, load_model
+from deit.load import load_model
+from deit.predict import Predictor
 from deit.recipes.digits import digits, digits_teacher
 from deit.scores import Accuracy
 from deit.train import train

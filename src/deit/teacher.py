@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from deit import files, hub
 from deit.image import DeiTImageProcessor
+from deit.load import load_model
 from deit.model import PreTrained
-from deit.predict import load_model
 from deit.recipe import Distilled, Recipe
 
 TINY = 2.0**-24

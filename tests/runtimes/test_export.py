@@ -25,8 +25,8 @@ from deit.convnet import ConvNet
 from deit.engines import ENGINES, Engine, load_engine
 from deit.folders import write_digits
 from deit.image import DeiTImageProcessor
+from deit.load import load_model
 from deit.model import DeiTForImageClassificationWithTeacher
-from deit.predict import load_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
 NAMES = ("ant", "bee", "cat", "dog", "eel")
@@ -503,7 +503,7 @@ def test_layers_that_8_bits_hurt_stay_in_float(digits, tmp_path, monkeypatch, to
 
 
 def test_layers_are_ranked_by_what_8_bits_do_to_the_logits(digits):
-    classifier = export._Classifier(digits / "distilled", {})
+    classifier = export._Classifier.of(digits / "distilled")
     examples = export._Examples(digits / "data", classifier)
     calibration = examples.pixels(export._spread(examples.calibration, 8))
     model = classifier.model
@@ -519,7 +519,7 @@ def test_layers_are_ranked_by_what_8_bits_do_to_the_logits(digits):
 
 
 def test_examples_without_splits_are_divided(models, tmp_path):
-    classifier = export._Classifier(models / "plain", {})
+    classifier = export._Classifier.of(models / "plain")
     photos(tmp_path, classes=("bee", "eel"), count=4, split="all")
     examples = export._Examples(tmp_path / "all", classifier)
     assert [path.name for path in examples.judged.files] == ["1.png", "3.png"] * 2

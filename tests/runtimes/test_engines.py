@@ -1,0 +1,187 @@
+"""Other runtimes behind `Predictor`: exported folders, and trained ones that are exported on the way."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import build, raises_saying
+from PIL import Image
+
+from deit import export as exporting
+from deit import predict
+from deit.calibration import Calibration, HeadCalibration
+from deit.cli import main
+from deit.config import VARIANTS
+from deit.engines import load_engine
+from deit.explain import explain_file
+from deit.export import cached_engine, export
+from deit.image import DeiTImageProcessor
+from deit.load import load_model
+from deit.predict import Predictor
+
+PHOTOS = Path(__file__).parents[2] / ".." / "shared" / "data" / "imagenet_sample.tar"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty one for each test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "deit" / "engines"
+
+
+def float32(monkeypatch):
+    """A CPU with bfloat16 lets OpenVINO compute in it."""
+    monkeypatch.setattr(exporting, "load_engine", lambda folder, **_: load_engine(folder, precision="float32"))
+
+
+@pytest.mark.parametrize("to", ["torch", "onnx", "openvino"])
+def test_an_exported_folder_predicts_the_same(distilled, photos, tmp_path, to):
+    """Each runtime from files to labels: float32 within 1e-4, and the same labels first."""
+    pytest.importorskip({"torch": "torch", "onnx": "onnxruntime", "openvino": "openvino"}[to])
+    exported = export(distilled, to, tmp_path / "exported").folder
+    for head in ("fused", "class", "distillation", "softmax"):
+        found, expected = (Predictor(each, head=head)(photos) for each in (exported, distilled))
+        for row, other in zip(found, expected, strict=True):
+            assert [entry["label"] for entry in row] == [entry["label"] for entry in other]
+            # A CPU with bfloat16 lets OpenVINO compute in it.
+            atol = 2e-2 if to == "openvino" else 1e-4
+            assert [entry["score"] for entry in row] == pytest.approx([entry["score"] for entry in other], abs=atol)
+    with raises_saying(ValueError, "is an exported model, which runs on the CPU here, and device is cuda"):
+        Predictor(exported, device="cuda")
+    with raises_saying(ValueError, "is an exported model, whose inside can't be seen"):
+        explain_file(exported, photos[0])
+    other = "onnx" if to == "torch" else "torch"
+    with raises_saying(ValueError, f"is exported for {to}, and engine is {other}"):
+        Predictor(exported, engine=other)
+    assert Predictor(exported, engine=to).engine == Predictor(exported, engine="auto").engine
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnx"])
+@pytest.mark.parametrize("head", ["fused", "class", "distillation", "softmax"])
+def test_engines_agree_on_a_trained_folder(distilled, photos, monkeypatch, engine, head):
+    """The same rows in float32 within 1e-4, calibration included."""
+    float32(monkeypatch)
+    heads = {name: HeadCalibration(temperature=0.5 + i, threshold=0.3, nll=(1.0, 1.0), answered=0.5)
+             for i, name in enumerate(("fused", "class", "distillation", "softmax"))}
+    Calibration(error_rate=0.1, images=9, data="", heads=heads).save(distilled)
+    expected, found = Predictor(distilled, head=head), Predictor(distilled, head=head, engine=engine)
+    assert expected.engine == "torch"
+    assert found.engine.startswith({"openvino": "openvino, f", "onnx": "onnxruntime"}[engine])
+    for row, other in zip(found.stream(photos), expected.stream(photos), strict=True):
+        assert row.sure is other.sure
+        assert [entry["label"] for entry in row.labels] == [entry["label"] for entry in other.labels]
+        assert [entry["score"] for entry in row.labels] == pytest.approx(
+            [entry["score"] for entry in other.labels], abs=1e-4)
+    assert found.model is not None  # for what needs to look inside
+
+
+def test_a_model_is_exported_once_and_again_where_it_changed(distilled, photos, cache, monkeypatch):
+    written = []
+    write = exporting._write_float
+    monkeypatch.setattr(exporting, "_write_float", lambda *given: written.append(given[1]) or write(*given))
+    first = Predictor(distilled, engine="onnx")(photos)
+    assert Predictor(distilled, engine="onnx")(photos) == first
+    assert written == ["onnx"]
+    [folder] = cache.iterdir()
+    (folder / "model.onnx").write_bytes(b"damaged")
+    assert Predictor(distilled, engine="onnx")(photos) == first
+    assert written == ["onnx"] * 2
+    os.utime(folder, times=(time.time() - 31 * 24 * 3600,) * 2)
+    model = load_model(distilled)
+    model.cls_classifier.bias.data[0] += 5
+    model.save_pretrained(distilled)
+    assert Predictor(distilled, engine="onnx")(photos) != first
+    assert written == ["onnx"] * 3
+    assert folder not in list(cache.iterdir())  # nobody had used it for a month
+    [folder] = cache.iterdir()
+    os.utime(folder, times=(0, 0))
+    Predictor(distilled, engine="onnx")
+    assert time.time() - folder.stat().st_mtime < 60
+    assert written == ["onnx"] * 3
+
+
+def test_two_that_export_at_once_both_have_their_engine(distilled, cache, monkeypatch):
+    write, calls = exporting._write_float, []
+
+    def late(*given):
+        """Another process is quicker."""
+        calls.append(given)
+        if len(calls) == 1:
+            cached_engine(model, processor, "onnx", "m")
+            monkeypatch.setattr(exporting, "_refuse_occupied", refuse)
+        return write(*given)
+
+    def refuse(folder):
+        raise FileExistsError(folder)
+
+    monkeypatch.setattr(exporting, "_write_float", late)
+    model = load_model(distilled)
+    processor = DeiTImageProcessor.of_model(distilled, model.config)
+    engine = cached_engine(model, processor, "onnx", "m")
+    pixels = np.zeros((3, 3, 16, 16), np.float32)
+    assert engine(pixels)["logits"].shape == (3, 5)
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_auto_is_openvino_where_it_is_to_be_had(distilled, photos, monkeypatch, cache):
+    pytest.importorskip("openvino")
+    assert Predictor(distilled, engine="auto").engine.startswith("openvino")
+    assert Predictor(distilled, device="meta", engine="auto").engine == "torch"
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "find_spec", lambda name: None)
+        assert Predictor(distilled, engine="auto").engine == "torch"
+    with monkeypatch.context() as patch:  # no home that can be written to
+        patch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+        with pytest.warns(UserWarning, match="PyTorch computes, for OpenVINO is not to be had"):
+            predictor = Predictor(distilled, engine="auto")
+        assert predictor.engine == "torch"
+        assert predictor(photos) == Predictor(distilled)(photos)
+        with pytest.raises(OSError):
+            Predictor(distilled, engine="openvino")
+    with raises_saying(ValueError, "openvino computes on the CPU here, and device is cuda; leave one out"):
+        Predictor(distilled, device="cuda", engine="openvino")
+    with raises_saying(ValueError, "engine is 'tensorrt', expected one of auto, torch, openvino, onnx"):
+        Predictor(distilled, engine="tensorrt")
+
+
+def test_the_command_prepares_an_engine_where_there_is_much_to_do(distilled, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("openvino")
+    monkeypatch.setattr("deit.cli._MANY", 4)
+    for i in range(4):
+        Image.new("RGB", (20, 20), (60 * i, 9, 9)).save(tmp_path / f"{i}.png")
+    names = [str(tmp_path / f"{i}.png") for i in range(4)]
+    for given, options, engine in ((names[:3], [], "torch"), (names, [], "openvino, f32"),
+                                   (names, ["--engine", "torch"], "torch"), (names[:2], ["--engine", "onnx"], "onnxr"),
+                                   (names, ["--shard", "1/2"], "torch")):
+        assert main(["predict", str(distilled), *given, "--device", "cpu", "--json", *options]) == 0
+        captured = capsys.readouterr()
+        rows = [json.loads(line)["image"] for line in captured.out.splitlines()]
+        assert rows == (given[::2] if "--shard" in options else given)
+        assert f"({engine}" in captured.err.replace("bf16", "f32")
+
+
+@pytest.mark.slow
+def test_engines_agree_on_photos_at_full_size(tmp_path, monkeypatch, capsys):
+    """DeiT-Ti and 120 photos: the same labels, all probabilities in float32 within 1e-4."""
+    if not PHOTOS.is_file():
+        pytest.skip("the photos are not at hand")
+    import tarfile
+
+    with tarfile.open(PHOTOS) as archive:
+        archive.extractall(tmp_path / "photos", filter="data")
+    images = sorted((tmp_path / "photos").rglob("*.JPEG"))
+    build("with_teacher", VARIANTS["deit-tiny-distilled-patch16-224"]).save_pretrained(tmp_path / "m")
+    DeiTImageProcessor.paper(224).save_pretrained(tmp_path / "m")
+    float32(monkeypatch)
+    first = Predictor(tmp_path / "m")
+    pixels = np.stack([first.prepared(image) for image in images])
+    expected = first.probabilities(pixels)
+    for engine in ("openvino", "onnx"):
+        found = Predictor(tmp_path / "m", engine=engine).probabilities(pixels)
+        with capsys.disabled():
+            print(f"\n{engine}: {np.abs(found - expected).max():.1e} over {len(images)} photos")
+        assert (found.argmax(1) == expected.argmax(1)).all()
+        assert np.abs(found - expected).max() < 1e-4
