@@ -11,7 +11,10 @@ COPY constraints.txt ./
 RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--index-url ${TORCH_INDEX}} torch
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
-RUN pip install --constraint constraints.txt '.[serve]' && useradd --system --no-create-home deit
+RUN pip install --constraint constraints.txt '.[serve,openvino]' && useradd --system --no-create-home deit \
+    && mkdir /cache && chown deit /cache
+# Where a model is exported for OpenVINO. Without it, in a read-only container, PyTorch computes.
+ENV XDG_CACHE_HOME=/cache
 
 USER deit
 WORKDIR /

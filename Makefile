@@ -36,6 +36,7 @@ test-slow: .venv/installed-test   ## the checks that take minutes each
 bench: .venv/installed-bench      ## speed beside timm, transformers and keras-hub; wants a quiet machine
 	$(BIN)/python bench/train_speed.py
 	$(BIN)/python bench/keras_speed.py
+	$(BIN)/python bench/predict_speed.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "deit needs Python 3.11 or newer, found %d.%d; run make PYTHON=python3.12 ..." % sys.version_info[:2])'

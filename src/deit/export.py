@@ -179,6 +179,7 @@ def cached_engine(model: Any, processor: DeiTImageProcessor, to: Literal["onnx",
         if time.time() - other.stat().st_mtime > _KEPT:
             shutil.rmtree(other, ignore_errors=True)
     assert written is not None
+    written.folder = folder
     return written
 
 
