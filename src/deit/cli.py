@@ -94,6 +94,7 @@ def _add_shown(verbs: Any) -> None:
     verb.add_argument("--method", choices=("rollout", "relevance", "attention", "all"), default="all",
                       help="how (default: all); occlusion is always drawn as a check")
     verb.add_argument("--target", metavar="LABEL", help="class to explain (default: what each head decides)")
+    _add_device(verb)
     verb.add_argument("--json", action="store_true", help="print scores and maps as one JSON line")
     verb.set_defaults(run=_explain)
 
@@ -430,12 +431,13 @@ def _eval(options: argparse.Namespace) -> None:
 def _explain(options: argparse.Namespace) -> None:
     from deit.explain import METHODS, explain_file, figure
     from deit.files import replacing
+    from deit.machine import resolve_device
 
     if options.out.suffix.lower() != ".png":
         raise ValueError(f"the figure is a PNG, found --out {options.out}; give a name that ends in .png")
     if options.out.exists() and Path(options.image).exists() and options.out.samefile(options.image):
         raise ValueError(f"--out {options.out} is the image itself; give the figure another name")
-    found = explain_file(options.model, options.image, target=options.target,
+    found = explain_file(options.model, options.image, target=options.target, device=resolve_device(options.device),
                          methods=METHODS if options.method == "all" else (options.method,))
     with replacing(options.out) as temporary:
         figure(found).save(temporary, format="PNG")
