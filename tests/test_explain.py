@@ -33,7 +33,6 @@ from deit.explain import (
     overlay,
     random_order,
     seen_by,
-    sized,
 )
 from deit.image import DeiTImageProcessor
 from deit.predict import Predictor
@@ -505,7 +504,7 @@ def test_pixels_explained_without_scores(folder):
     drawn = np.asarray(figure(found))
     assert drawn.shape[1] < np.asarray(figure(scored)).shape[1]
     for each in found.maps:
-        assert holds(drawn, overlay(sized(found.seen, 280), each.values))
+        assert holds(drawn, overlay(found.seen.resize((280, 280), Image.Resampling.BICUBIC), each.values))
 
 
 def holds(drawn, picture):

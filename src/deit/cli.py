@@ -423,7 +423,7 @@ def _eval(options: argparse.Namespace) -> None:
     if options.report:
         from deit import report
 
-        print(report.of_evaluation(options.report, found), file=sys.stderr)
+        print(report.of_evaluation(options.report, found, device=options.device), file=sys.stderr)
     if options.json:
         print(json.dumps(found.to_dict()))
 

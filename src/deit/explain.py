@@ -59,7 +59,7 @@ def explain(model: nn.Module, pixels: Tensor, method: Method, target: Target = N
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not known; choose one of {', '.join(METHODS)}")
-    config = _checked(model).config
+    config = checked(model).config
     maps: dict[Token, Tensor] = {}
     with _evaluating(model), torch.inference_mode(False), torch.set_grad_enabled(method == "relevance"):
         # The image needs a gradient so that the attention has one also where every parameter is frozen.
@@ -93,7 +93,7 @@ def occlusion(model: nn.Module, pixels: Tensor, target: Target = None) -> dict[T
     What `explain` infers from inside, measured from outside (Zeiler & Fergus 2014, arXiv 1311.2901), at the price of
     a forward pass for each patch. Grey is the normalised mean, 0. Arguments and errors as for `explain`.
     """
-    config = _checked(model).config
+    config = checked(model).config
     with _evaluating(model):
         whole, targets = _decided(model, pixels, target)
         alone = torch.eye(config.num_patches, dtype=torch.bool, device=pixels.device)
@@ -122,7 +122,7 @@ def deletion_insertion(model: nn.Module, pixels: Tensor, maps: Mapping[Token, Te
                        target: Target = None) -> dict[Token, Faithfulness]:
     """Deletion and insertion of each token's map (B, R, S), in 32 steps at most; patches of equal value go in the order
     of reading. Probabilities are by the token's own head. Other arguments and errors as for `explain`."""
-    shape = (len(pixels), *_checked(model).config.grid)
+    shape = (len(pixels), *checked(model).config.grid)
     with _evaluating(model):
         _, targets = _decided(model, pixels, target)
         for token, values in maps.items():
@@ -138,7 +138,7 @@ def deletion_insertion(model: nn.Module, pixels: Tensor, maps: Mapping[Token, Te
 def random_order(model: nn.Module, pixels: Tensor, target: Target = None, *, orders: int = 5,
                  seed: int = 0) -> dict[Token, Faithfulness]:
     """What a map without meaning scores: the mean of `deletion_insertion` over some random orders of the patches."""
-    patches = _checked(model).config.num_patches
+    patches = checked(model).config.num_patches
     generator = torch.Generator().manual_seed(seed)
     with _evaluating(model):
         _, targets = _decided(model, pixels, target)
@@ -185,7 +185,8 @@ def _probabilities(model: nn.Module, pixels: Tensor, seen: Tensor,
 # ----------------------------------------------------------------------------------------------------- models, targets
 
 
-def _checked(model: nn.Module) -> Any:
+def checked(model: nn.Module) -> Any:
+    """The model. Raises `ValueError` where it can't be explained."""
     if not isinstance(model, DeiTForImageClassification | DeiTForImageClassificationWithTeacher):
         raise ValueError(f"a {type(model).__name__} can't be explained: the maps are of attention, and of a decision "
                          "between classes; give a DeiT or ViT classifier")
@@ -340,7 +341,7 @@ def explained_model(predictor: Predictor) -> Any:
     if predictor.model is None:
         raise ValueError("this is an exported model, whose inside can't be seen; explain the model that it was made "
                          "from")
-    return _checked(predictor.model)
+    return checked(predictor.model)
 
 
 def explain_file(name_or_folder: str | Path, image: str | Path, *, methods: Sequence[Method] = METHODS,
@@ -386,7 +387,7 @@ def explain_pixels(model: nn.Module, processor: DeiTImageProcessor, pixels: Tens
 
     Raises `ValueError` as `explain` does, and for answers and maps that are not finite.
     """
-    config = _checked(model).config
+    config = checked(model).config
     labels = list(config.id2label.values())
     with torch.no_grad(), _evaluating(model):
         probabilities, targets = _decided(model, pixels, target)
@@ -457,10 +458,22 @@ def overlay(picture: Image.Image, values: np.ndarray) -> Image.Image:
     return Image.blend(grey, Image.fromarray(colours(smooth.clip(0, 1))), 0.7)
 
 
+def fitted(picture: Image.Image, side: int) -> Image.Image:
+    """To be looked at: its longer side at most `side` pixels; where they fit, every pixel becomes a square of several.
+    """
+    times = side // max(picture.size)
+    if times:
+        return picture.resize((times * picture.width, times * picture.height), Image.Resampling.NEAREST)
+    smaller = picture.copy()
+    smaller.thumbnail((side, side))
+    return smaller
+
+
 def figure(explanation: Explanation) -> Image.Image:
     """A row for each token: the image as the model saw it, under its head's answer, and each map over it."""
-    picture = sized(explanation.seen, _PANEL)
-    height = picture.height
+    scale = _PANEL / max(explanation.seen.size)
+    width, height = (max(1, round(side * scale)) for side in explanation.seen.size)
+    picture = explanation.seen.resize((width, height), Image.Resampling.BICUBIC)
     rows = [(answer, explanation.of(answer.token)) for answer in explanation.answers]
     down, across = height + 4 * _LINE + _GAP, _PANEL + _GAP
     top = _GAP + _LINE + _GAP // 2
@@ -487,13 +500,6 @@ def figure(explanation: Explanation) -> Image.Image:
                 _write(draw, (x, y + height + line * _LINE + 8), text, _PANEL, size=13, ink=_PALE)
     _legend(canvas, draw, top + down * len(rows), scored=any(answer.chance for answer, _ in rows))
     return canvas
-
-
-def sized(picture: Image.Image, side: int) -> Image.Image:
-    """Its longer side made `side` pixels."""
-    scale = side / max(picture.size)
-    width, height = (max(1, round(each * scale)) for each in picture.size)
-    return picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _told(score: Score) -> str:
