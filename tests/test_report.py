@@ -397,7 +397,7 @@ def test_maps_are_those_of_explain(judged, ratio):
             said = "abcde"[int(logits.argmax())]
             expected.append((data_uri(overlay(large, values)), f"Map of the {token} token, which answers \u2068{said}"
                              f"\u2069: strongest {Map(token, 'relevance', values).strongest}"))
-            page.sees(f"{token} token: {said} ({logits.softmax(-1).max():.2f})")
+            page.sees(f"{token} token{said} ({logits.softmax(-1).max():.2f})")
     images = [(image[1]["src"], image[1]["alt"]) for image in page.all("img")]
     gallery = 24 if len(numbers.labels) > 24 else len(numbers.labels)
     assert images[-len(expected):] == expected

@@ -92,11 +92,13 @@ def section(evaluation: Evaluation, maps: Maps) -> Section:
 def _example(evaluation: Evaluation, row: int, explanation: Explanation) -> Html:
     report = evaluation.main.report
     seen = fitted(explanation.seen, _SIDE)
-    cells = [element("figure", pictured(seen, told(report, row)), element("figcaption", element("p", "the image")))]
+    cells = [element("figure", pictured(seen, told(report, row)), element("figcaption", element(
+        "p", "as the model saw it", class_="soft")))]
     for answer in explanation.answers:
         for each in explanation.of(answer.token):
             alt = f"Map of the {each.token} token, which answers {isolated(answer.label)}: strongest {each.strongest}"
-            cells.append(element("figure", pictured(overlay(seen, each.values), alt), element("figcaption", element(
-                "p", f"{each.token} token: ", element("b", named(answer.label, 40)), f" ({answer.probability:.2f})"))))
+            cells.append(element("figure", pictured(overlay(seen, each.values), alt), element(
+                "figcaption", element("p", f"{each.token} token", class_="soft"),
+                element("p", element("b", named(answer.label, 40)), f" ({answer.probability:.2f})"))))
     file = element("p", named(evaluation.files[row].name, 48), class_="file")
     return element("figure", element("figcaption", answered(report, row), file), element("div", *cells, class_="maps"))
