@@ -71,8 +71,8 @@ def client(folder, head="fused", **limits):
         yield found
 
 
-def ask(web, body, headers=RAW, **options):
-    return web.post("/v1/classify", content=body, headers=headers, **options)
+def ask(web, body, headers=RAW, path="/v1/classify", **options):
+    return web.post(path, content=body, headers=headers, **options)
 
 
 def assert_labels(found, expected):
@@ -110,9 +110,9 @@ class Gate:
         return self.answers(sources, pixels, top_k)
 
 
-async def concurrently(app, bodies, query=lambda i: {}):
+async def concurrently(app, bodies, query=lambda i: {}, path="/v1/classify"):
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as web:
-        return await asyncio.gather(*(web.post("/v1/classify", content=body, headers=RAW, params=query(i))
+        return await asyncio.gather(*(web.post(path, content=body, headers=RAW, params=query(i))
                                       for i, body in enumerate(bodies)))
 
 
@@ -240,7 +240,7 @@ def test_late_answers_are_504_and_never_computed(folder):
         assert ask(web, picture(0)).status_code == 200
 
 
-async def raw(app, chunks, headers=(), wait=0.0):
+async def raw(app, chunks, headers=(), wait=0.0, path="/v1/classify"):
     """The application called with a body in pieces; after them, and `wait` seconds, the client goes."""
     sent, pieces = [], list(chunks)
 
@@ -258,7 +258,7 @@ async def raw(app, chunks, headers=(), wait=0.0):
         sent.append(message)
 
     scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
-             "path": "/v1/classify", "raw_path": b"/v1/classify", "query_string": b"", "root_path": "",
+             "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
              "headers": [(b"content-type", b"image/png"), *headers], "client": ("x", 1), "server": ("x", 1)}
     await app(scope, receive, send)
     body = b"".join(message.get("body", b"") for message in sent)
@@ -423,7 +423,12 @@ def test_nothing_is_written_to_disk(folder, monkeypatch):
         assert web.post("/v1/classify", files=[("i", ("x", noise.getvalue()))] * 3).status_code == 200
 
 
-def mutated(draw):
+WRONG = {"/v1/classify": {"top_k": [1, 5, 0, -1, 10**30, None, "x", [], 2.5]},
+         "/v1/explain": {"method": ["rollout", "attention", "", None, 3, {}], "target": ["a", "E", "", None, 0, ["a"],
+                                                                                         "\ud800", "x" * 10_000]}}
+
+
+def mutated(draw, path):
     """A request made wrong in one of many ways: body, headers."""
     kind = draw.choice(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
     data = bytearray(picture(draw.randrange(50), kind, (draw.randint(1, 60), draw.randint(1, 60))))
@@ -443,7 +448,8 @@ def mutated(draw):
     sent = draw.randrange(5)
     if sent == 0:
         text = base64.b64encode(body).decode()
-        body = json.dumps({"images": [text], "top_k": draw.choice([1, 5, 0, -1, 10**30, None, "x", [], 2.5])}).encode()
+        body = json.dumps({"images": [text], **{name: draw.choice(values) for name, values in WRONG[path].items()
+                                                if draw.random() < 0.5}}).encode()
         headers = TEXT
     elif sent == 1:
         body = (b'--x\r\nContent-Disposition: form-data; name="i"; filename="../\xff\xfe.png"\r\n\r\n' + body
@@ -465,14 +471,14 @@ def mutated(draw):
     return body, headers
 
 
-def fuzz(web, count, seed):
+def fuzz(web, count, seed, path):
     draw, statuses = random.Random(seed), []
     good = picture(7)
     expected = web.predictor([good])[0]
     for i in range(count):
-        body, headers = mutated(draw)
-        answer = ask(web, body, headers, params={"top_k": draw.choice(["1", "", "x", "\u00b2"])}
-                     if draw.random() < 0.1 else None)
+        body, headers = mutated(draw, path)
+        query = {draw.choice([*WRONG[path]]): draw.choice(["1", "", "x", "\u00b2"])} if draw.random() < 0.1 else None
+        answer = ask(web, body, headers, path, params=query)
         statuses.append(answer.status_code)
         assert answer.status_code == 200 or 400 <= answer.status_code < 500, (i, answer.status_code, answer.text)
         if answer.status_code != 200:
@@ -482,12 +488,13 @@ def fuzz(web, count, seed):
     return set(statuses)
 
 
+@pytest.mark.parametrize("path", ["/v1/classify", "/v1/explain"])
 @pytest.mark.parametrize(("count", "seed"), [(300, 1), pytest.param(2000, 2, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
-def test_mutated_requests(folder, count, seed):
+def test_mutated_requests(folder, count, seed, path):
     """Each is answered or refused in a sentence, a good one after each hundred; and nothing stays in the queue."""
     with client(folder, max_wait_ms=0) as web:
-        assert {200, 400, 415, 422} <= fuzz(web, count, seed)
+        assert {200, 400, 415, 422} <= fuzz(web, count, seed, path)
         assert web.batcher.waiting == 0
 
 
@@ -545,7 +552,7 @@ def test_metrics_count(folder):
         assert metric(web, 'deit_requests_total{route="/v1/classify",status="200"}') == 3
         assert metric(web, 'deit_requests_total{route="/v1/classify",status="422"}') == 1
         assert metric(web, 'deit_requests_total{route="other",status="404"}') == 1
-        assert metric(web, "deit_request_seconds_count") == 4
+        assert metric(web, 'deit_request_seconds_count{route="/v1/classify"}') == 4
         assert metric(web, "deit_batch_images_sum") == 3
         assert metric(web, 'deit_images_total{result="labelled"}') == 3
 
