@@ -20,13 +20,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import build, raises_saying, run_python, small
 from PIL import Image
 
 from deit import VARIANTS
 from deit.calibration import Calibration, HeadCalibration
 from deit.cli import main
+from deit.config import ConvNetConfig
+from deit.convnet import ConvNet
+from deit.explain import explain_pixels, overlay
 from deit.image import DeiTImageProcessor
+from deit.markup import data_uri
 from deit.predict import Predictor
 
 httpx = pytest.importorskip("httpx")
@@ -727,10 +732,130 @@ def test_the_page_in_a_browser(scheme, width, tmp_path, engine):
         assert {"file", "camera", f"{address}/api"} <= focused
 
 
+DROP = """bytes => { const transfer = new DataTransfer();
+    if (bytes) transfer.items.add(new File([new Uint8Array(bytes)], "d.png", {type: "image/png"}));
+    else transfer.items.add("text", "text/plain");
+    const place = document.getElementById("drop");
+    const taken = (name) => !place.dispatchEvent(
+        new DragEvent(name, {dataTransfer: transfer, bubbles: true, cancelable: true}));
+    const shown = () => place.classList.contains("over");
+    return [taken("dragover"), shown(), taken("dragleave") || shown(), taken("dragover"), shown(), taken("drop"),
+        shown()] }"""
+
+
+@pytest.mark.slow
+def test_an_image_dropped_on_the_page(folder, engine):
+    """The browser would leave the page for it, unless the page takes it; and its place is marked while it hovers."""
+    with server(folder) as (_, address), opened(engine, address) as (page, said, _):
+        for seed in (4, 5):
+            assert page.evaluate(DROP, [*picture(seed)]) == [True, True, False, True, True, True, False]
+            page.wait_for_selector("#labels li:nth-child(5)")
+            names = page.eval_on_selector_all("#labels .name", "names => names.map(each => each.textContent)")
+            assert names == [each["label"] for each in Predictor(folder)([picture(seed)])[0]]
+            assert page.evaluate("document.getElementById('preview').naturalWidth") == 24
+            page.evaluate("document.querySelector('#labels').replaceChildren()")
+        assert page.evaluate(DROP, None)[-2:] == [True, False]
+        assert page.inner_text("#error") == "That was no image file, choose one from this device."
+        assert page.is_hidden("#why")
+        assert said == []
+        assert page.url == f"{address}/"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1200, 360])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_map_on_the_page(scheme, width, folder, engine):
+    """By the keyboard alone: the button, the map of either token in words and in colours, and away again."""
+    predictor = Predictor(folder)
+    pixels = torch.from_numpy(predictor.prepared(picture(0)))[None]
+    expected = explain_pixels(predictor.model, predictor.processor, pixels, methods=["relevance"])
+    seen = expected.seen.resize((224, 224), Image.Resampling.NEAREST)
+    window = {"color_scheme": scheme, "viewport": {"width": width, "height": 900}}
+    with server(folder) as (_, address), opened(engine, address, **window) as (page, said, asked):
+        def focused():
+            return page.evaluate("document.activeElement.id")
+
+        def asked_for(path):
+            return sum(url == address + path for url in asked)
+
+        assert page.is_hidden("#why")
+        page.set_input_files("#file", chosen(picture(0)))
+        page.wait_for_selector("#labels li")
+        assert page.is_hidden("#looked")
+        assert asked_for("/v1/explain") == 0  # unless somebody wants to know
+        while focused() != "why":
+            page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#looked:visible")
+        assert (focused(), page.inner_text("#why")) == ("why", "Hide what it looked at")
+        page.keyboard.press("Tab")
+        for answer, each in zip(expected.answers, expected.maps, strict=True):
+            assert focused() == each.token
+            assert page.get_attribute("#seen", "src") == data_uri(seen)
+            assert page.get_attribute("#map", "src") == data_uri(overlay(seen, each.values))
+            assert page.get_attribute("#map", "alt") == f"Map over the image, strongest {each.strongest}"
+            assert page.inner_text("#said") == (f"The {each.token} token answers \u201c{answer.label}\u201d. "
+                                                f"Its map is strongest {each.strongest}.")
+            assert page.eval_on_selector_all("#looked img", "all => all.map(each => each.naturalWidth)") == [224, 224]
+            page.keyboard.press("ArrowRight")
+        assert focused() == "class"
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.keyboard.press("Shift+Tab")
+        for hidden in (True, False):
+            page.keyboard.press("Enter")
+            assert page.is_hidden("#looked") == hidden
+        assert (asked_for("/v1/classify"), asked_for("/v1/explain")) == (1, 1)
+        page.set_input_files("#file", chosen(picture(1)))
+        page.wait_for_selector("#why:visible")
+        assert page.is_hidden("#looked")
+        page.click("#why")
+        page.wait_for_selector("#looked:visible")
+        assert page.get_attribute("#seen", "src") != data_uri(seen)
+        assert asked_for("/v1/explain") == 2
+        assert said == []
+
+
+@pytest.mark.slow
+def test_maps_that_are_not_to_be_had_on_the_page(tmp_path, folder, engine):
+    with server(folder) as (_, address), opened(engine, address) as (page, _, _):
+        page.set_input_files("#file", chosen(picture(0)))
+        page.wait_for_selector("#why:visible")
+        page.route("**/v1/explain", lambda route: route.fulfill(
+            status=503, json={"error": "too many images wait already; try again in 1 s"}))
+        page.click("#why")
+        page.wait_for_selector("#map-error:not(:empty)")
+        assert page.inner_text("#map-error") == "Too many images wait already; try again in 1 s."
+        assert (page.is_hidden("#looked"), page.inner_text("#why")) == (True, "Show what it looked at")
+        assert page.locator("#labels li").count() == 5
+        page.unroute("**/v1/explain")
+        page.click("#why")
+        page.wait_for_selector("#looked:visible")
+        assert page.inner_text("#map-error") == ""
+        page.set_input_files("#file", chosen(SVG))
+        page.wait_for_selector("#error:not(:empty)")
+        assert page.is_hidden("#looked")
+        assert page.is_hidden("#why")
+    config = small(id2label=dict(enumerate("abcde")), num_labels=None, distillation_token=False)
+    build("classification", config).save_pretrained(tmp_path / "vit")
+    ConvNet(ConvNetConfig(widths=(4,), depth=1, id2label=dict(enumerate("abcde")))).save_pretrained(tmp_path / "c")
+    for name in ("vit", "c"):
+        DeiTImageProcessor.paper(16).save_pretrained(tmp_path / name)
+        with server(tmp_path / name) as (_, address), opened(engine, address) as (page, _, _):
+            page.set_input_files("#file", chosen(picture(0)))
+            page.wait_for_selector("#labels li")
+            assert page.is_visible("#why") == (name == "vit")
+            if name == "vit":
+                page.click("#why")
+                page.wait_for_selector("#looked:visible")
+                assert page.is_hidden("#tokens")
+                assert page.inner_text("#said").startswith("The class token answers")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_is_for_everyone(scheme, tmp_path, engine):
-    """No violation that axe-core knows: at first, without a key, with a result, with an error, in the API's list."""
+    """No violation that axe-core knows: at first, without a key, with a result and its map, with an error, in the API's
+    list."""
     if not AXE.is_file():
         pytest.skip(f"axe-core is not at {AXE}: npm install axe-core, or set AXE to its axe.min.js")
     (tmp_path / "keys").write_text("the key\n")
@@ -751,6 +876,9 @@ def test_the_page_is_for_everyone(scheme, tmp_path, engine):
         page.keyboard.press("Enter")
         page.set_input_files("#file", chosen(picture(0)))
         page.wait_for_selector("#labels li")
+        assert violations() == []
+        page.click("#why")
+        page.wait_for_selector("#looked:visible")
         assert violations() == []
         page.set_input_files("#file", chosen(SVG))
         page.wait_for_selector("#error:not(:empty)")
