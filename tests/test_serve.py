@@ -611,6 +611,43 @@ def spoken(address, *pieces):
         return found.decode()
 
 
+def test_slow_heads_end_the_connection(folder):
+    """Byte by byte, or none at all, from the beginning or after an answer; others are served meanwhile, and after an
+    answer a connection may be idle for longer than a head may take."""
+    head = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+    with server(folder, "--timeout", "1") as (_, address), httpx.Client() as web:
+        def drip(first):
+            with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=20) as connection:
+                if first:
+                    connection.sendall(head + b"\r\n")
+                    assert b"200 OK" in connection.recv(65536)
+                began = time.monotonic()
+                while time.monotonic() - began < 10:
+                    try:
+                        connection.sendall(head[:1] if time.monotonic() - began < 0.1 else b"X")
+                        connection.settimeout(0.2)
+                        if not connection.recv(1):
+                            break
+                    except TimeoutError:
+                        continue
+                    except OSError:
+                        break
+                seconds.append(time.monotonic() - began)
+
+        seconds = []
+        slow = [threading.Thread(target=drip, args=(first,)) for first in (True, False)]
+        for each in slow:
+            each.start()
+        for _ in range(2):
+            assert web.get(f"{address}/healthz").status_code == 200
+            time.sleep(1.5)
+        for each in slow:
+            each.join()
+        began = time.monotonic()
+        assert spoken(address) == ""
+        assert [0.9 < each < 4 for each in (*seconds, time.monotonic() - began)] == [True] * 3
+
+
 def test_the_process_refuses_liars_and_finishes_what_came_at_sigterm(folder):
     image = picture(0)
     head = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"

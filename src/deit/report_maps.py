@@ -84,8 +84,8 @@ def section(evaluation: Evaluation, maps: Maps) -> Section:
         ", followed through all blocks. The maps lie over the image, as the model saw it, in grey; their colours "
         "compare within a map, not between maps. ", element("code", "deit explain"), " draws other methods too, and "
         "scores them.")
-    legend = element("p", "least ", element("span", class_="scale", role="img", aria_label="from violet to yellow"),
-                     " most", class_="soft")
+    scale = element("span", class_="scale", role="img", aria_label="from violet to yellow")
+    legend = element("p", "counts least ", scale, " counts most", class_="soft")
     return Section("maps", _TITLE, joined([about, legend, *parts]))
 
 

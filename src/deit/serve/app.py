@@ -37,6 +37,7 @@ from deit.predict import Predictor
 from deit.serve.batcher import FORMATS, Batcher, Full, ModelFailed, Why
 
 try:
+    import h11
     import prometheus_client as prometheus
     import uvicorn
     from fastapi import FastAPI, Request, Response
@@ -44,6 +45,7 @@ try:
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
     raise ImportError(f'serving needs {error.name}: pip install "deit[serve]"') from None
 
@@ -95,7 +97,7 @@ class Service:
     max_pixels: int = MAX_PIXELS
     """Of an image, at most what Pillow takes."""
     timeout: float = 30.0
-    """Seconds for a body to arrive (408), and for its answer (504)."""
+    """Seconds for a request's head to arrive, for its body (408), and for its answer (504)."""
     keys: tuple[str, ...] = ()
     """Any of these opens /v1/*; none: open to all."""
 
@@ -705,6 +707,37 @@ def _api_page(described: dict[str, Any]) -> str:
 # ---- the server --------------------------------------------------------------------------------------------------
 
 
+def _prompt(seconds: float) -> type[H11Protocol]:
+    """Connections that end when the head of a request takes longer; uvicorn alone, which times only what is idle after
+    an answer, waits for ever."""
+
+    class Connection(H11Protocol):
+        late: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._time()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._time()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            if self.late:
+                self.late.cancel()
+
+        def _time(self) -> None:
+            incomplete = self.conn.their_state is h11.IDLE
+            if incomplete and not self.late:
+                self.late = self.loop.call_later(seconds, self.transport.close)
+            elif not incomplete and self.late:
+                self.late.cancel()
+                self.late = None
+
+    return Connection
+
+
 def serve(predictor: Predictor, service: Service, name: str, *, host: str, port: int,
           listening: Callable[[str], object]) -> None:
     """Serves until SIGTERM or Ctrl-C, then takes no more connections, finishes what came, and returns.
@@ -719,8 +752,9 @@ def serve(predictor: Predictor, service: Service, name: str, *, host: str, port:
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
         logging.getLogger("uvicorn").setLevel(logging.ERROR)  # below that it tells of every client's mistake
         server = uvicorn.Server(uvicorn.Config(
-            create_app(predictor, service, name), http="h11", ws="none", log_config=None, access_log=False,
-            server_header=False, proxy_headers=False, timeout_graceful_shutdown=int(2 * service.timeout) + 1))
+            create_app(predictor, service, name), http=_prompt(service.timeout), ws="none", log_config=None,
+            access_log=False, server_header=False, proxy_headers=False,
+            timeout_graceful_shutdown=int(2 * service.timeout) + 1))
         # uvicorn raises the signal again after its end; this makes that end the exit status 0.
         signal.signal(signal.SIGTERM, lambda *_: None)
         shown = f"[{host}]" if ":" in host else host
