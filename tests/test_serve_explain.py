@@ -237,6 +237,21 @@ def test_nobody_waits_for_it_any_more_so_it_is_not_computed(folder, monkeypatch)
         assert metric(web, 'deit_requests_total{route="/v1/explain",status="499"}') == 2
 
 
+def test_a_turn_that_was_given_up_goes_to_the_next(folder, monkeypatch):
+    with client(folder, max_wait_ms=500) as web:
+        gate = Gate(web.predictor)
+        noted = Noted(monkeypatch, gate)
+        first, *asked = web.batcher.submit([picture(0)], 1), *(
+            web.batcher.explain(picture(i), Why("rollout", None)) for i in range(3))
+        assert gate.reached.wait(20)
+        assert web.batcher._ready.qsize() == 0  # they wait for their turn after this batch
+        assert [asked[0].cancel(), asked[1].cancel()] == [True, True]
+        gate.open.set()
+        assert len(asked[2].result(20).maps) == 2
+        assert (noted.order, first[0].done(), web.batcher.waiting) == ([1, "map"], True, 0)
+        assert ask(web, picture(0), path=EXPLAIN).status_code == 200
+
+
 def test_a_failure_is_503_and_the_next_one_is_answered(folder, monkeypatch):
     with client(folder) as web:
         with monkeypatch.context() as broken:

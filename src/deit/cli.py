@@ -165,8 +165,8 @@ def _add_predict(verbs: Any) -> None:
 
 def _add_serve(verbs: Any) -> None:
     verb = verbs.add_parser("serve", help="labels over HTTP, and a page to try",
-                            description="Answers POST /v1/classify with labels, and shows a page at /. SIGTERM ends it "
-                            "after everything that came is answered.")
+                            description="Answers POST /v1/classify with labels and /v1/explain with maps of what they "
+                            "rest on, and shows a page at /. SIGTERM ends it after everything that came is answered.")
     _add_model(verb)
     verb.add_argument("--host", default="127.0.0.1",
                       help="address to listen at; 0.0.0.0 for all of this machine's (default: %(default)s)")
