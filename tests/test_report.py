@@ -29,7 +29,7 @@ from deit.config import ConvNetConfig
 from deit.convnet import ConvNet
 from deit.drawing import Line, curves
 from deit.evaluate import Evaluation, Examined, examine_files
-from deit.explain import Map, explain, overlay, seen_by
+from deit.explain import Answer, Explanation, Map, explain, overlay, seen_by
 from deit.folders import fingerprint, read_data, read_split
 from deit.image import DeiTImageProcessor
 from deit.markup import Html, data_uri, element, joined, named
@@ -246,8 +246,11 @@ def test_names_are_hostile_input(tmp_path):
     about = replace(ABOUT, classes=HOSTILE, train=(1,) * len(HOSTILE), val=(1,) * len(HOSTILE), data=HOSTILE[1],
                     device=HOSTILE[0], fingerprint=HOSTILE[0], versions={HOSTILE[0]: HOSTILE[7]})
     run = Record.read(record(tmp_path / "run <b>", about, name=HOSTILE[0], start=HOSTILE[1], seed=HOSTILE[6]))
-    text = report.page(run, found, figures=[(HOSTILE[0], Image.new("RGB", (9, 9)))])
+    drawn = {i: Explanation("", "", Image.new("RGB", (8, 8)), (Answer("class", name, 0.5, name, 0.5),),
+                            (Map("class", "relevance", np.eye(2)),)) for i, name in enumerate(HOSTILE * 7)}
+    text = report.page(run, found, maps=report_maps.Maps(drawn), figures=[(HOSTILE[0], Image.new("RGB", (9, 9)))])
     page = checked(text)
+    page.sees("What answers rest on")
     assert "<script" not in text
     assert "onerror=" not in re.sub(r">[^<]*<|\"[^\"]*\"", "", text)
     assert not re.search("[\x00\x1b\ud800-\udfff]", text)
