@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,13 @@ from deit.convnet import ConvNet
 from deit.explain import (
     METHODS,
     Explanation,
+    Map,
     colours,
     deletion_insertion,
     explain,
     explain_file,
+    explain_pixels,
+    explained_model,
     figure,
     occlusion,
     overlay,
@@ -31,6 +35,7 @@ from deit.explain import (
     seen_by,
 )
 from deit.image import DeiTImageProcessor
+from deit.predict import Predictor
 
 PAGE = Path(__file__).parents[1] / "docs" / "explain.md"
 LABELS = dict(enumerate(["ant", "bee", "cat", "dog", "eel"]))
@@ -467,7 +472,7 @@ def test_a_file_explained(folder):
         scores = logits[0].softmax(-1)
         assert (each.token, each.label, each.target) == (token, LABELS[scores.argmax().item()], "dog")
         assert (each.probability, each.target_probability) == pytest.approx((scores.max().item(), scores[3].item()))
-        assert (each.deletion, each.insertion) == pytest.approx([area.item() for area in chance[token]])
+        assert each.chance == pytest.approx([area.item() for area in chance[token]])
     assert [(each.method, each.token) for each in found.maps] == [
         (method, token) for method in (*METHODS, "occlusion") for token in ("class", "distillation")]
     for each in found.maps:
@@ -476,10 +481,65 @@ def test_a_file_explained(folder):
         assert each.values.shape == (2, 5)
         assert_close(each.values, maps[each.token][0].numpy())
         areas = deletion_insertion(model, pixels, maps, 3)[each.token]
-        assert (each.deletion, each.insertion) == pytest.approx([area.item() for area in areas], abs=1e-5)
+        assert each.score == pytest.approx([area.item() for area in areas], abs=1e-5)
     decided = explain_file(folder / "wide", folder / "photo.png", methods=["relevance"])
     assert [each.target for each in decided.answers] == [each.label for each in decided.answers]
     assert {each.method for each in decided.maps} == {"relevance", "occlusion"}
+    assert decided.of("distillation") == [each for each in decided.maps if each.token == "distillation"]
+
+
+def test_pixels_explained_without_scores(folder):
+    predictor = Predictor(folder / "m")
+    pixels = torch.from_numpy(predictor.prepared(folder / "photo.png"))[None]
+    found = explain_pixels(explained_model(predictor), predictor.processor, pixels, methods=["rollout"], target=1)
+    scored = explain_file(folder / "m", folder / "photo.png", methods=["rollout"], target="bee")
+    for each, other in zip(found.maps, scored.maps[:2], strict=True):
+        assert (each.token, each.method, each.score) == (other.token, "rollout", None)
+        assert np.array_equal(each.values, other.values)
+    assert [replace(answer, chance=None) for answer in scored.answers] == list(found.answers)
+    assert np.array_equal(np.asarray(found.seen), np.asarray(scored.seen))
+    keys = {key for each in (*found.maps, *found.answers) for key in each.to_dict()}
+    assert not keys & {"deletion", "insertion", "score", "chance"}
+    assert "deletion" not in str(found)
+    drawn = np.asarray(figure(found))
+    assert drawn.shape[1] < np.asarray(figure(scored)).shape[1]
+    for each in found.maps:
+        assert holds(drawn, overlay(found.seen.resize((280, 280), Image.Resampling.BICUBIC), each.values))
+
+
+def holds(drawn, picture):
+    """Whether a figure shows a picture somewhere."""
+    cell = np.asarray(picture)
+    height, width = cell.shape[:2]
+    corners = (drawn[:, :1 - width] == cell[0, 0]) & (drawn[:, width - 1:] == cell[0, -1])
+    return any(np.array_equal(drawn[y:y + height, x:x + width], cell) for y, x in np.argwhere(corners.all(-1)))
+
+
+def test_what_can_not_be_explained_is_said_before_it_is_tried(folder):
+    predictor = Predictor(folder / "convnet")
+    with raises_saying(ValueError, "a ConvNet can't be explained"):
+        explained_model(predictor)
+    predictor.model = None
+    with raises_saying(ValueError, "this is an exported model, whose inside can't be seen"):
+        explained_model(predictor)
+    broken = build("with_teacher", small())
+    broken.cls_classifier.bias.data[0] = float("nan")
+    with raises_saying(ValueError, "not a number", "take another checkpoint"):
+        explain_pixels(broken, DeiTImageProcessor.paper(16), images(broken.config, 1), methods=["attention"])
+
+
+@pytest.mark.parametrize(("shape", "place", "said"), [
+    ((3, 3), (0, 0), "in the upper left"), ((3, 3), (0, 1), "at the top"), ((3, 3), (0, 2), "in the upper right"),
+    ((3, 3), (1, 0), "on the left"), ((3, 3), (1, 1), "in the middle"), ((3, 3), (1, 2), "on the right"),
+    ((3, 3), (2, 0), "in the lower left"), ((3, 3), (2, 1), "at the bottom"), ((3, 3), (2, 2), "in the lower right"),
+    ((14, 14), (4, 8), "at the top"), ((14, 14), (13, 4), "in the lower left"),
+    ((1, 1), (0, 0), "nowhere more than elsewhere"),
+    ((1, 2), (0, 1), "on the right"), ((1, 14), (0, 6), "in the middle"), ((2, 1), (1, 0), "at the bottom"),
+])
+def test_where_a_map_is_strongest_in_words(shape, place, said):
+    values = np.full(shape, -1.0)
+    values[place] = 0.5
+    assert Map("class", "occlusion", values).strongest == said
 
 
 def test_the_figure_holds_the_image_and_every_map(folder):
@@ -531,7 +591,7 @@ def keys_of(value, path=""):
 
 def test_the_command(folder, capsys):
     out = folder / "new" / "figure.png"
-    shown = run(capsys, folder / "m", folder / "photo.png", "--out", out, "--json").out
+    shown = run(capsys, folder / "m", folder / "photo.png", "--out", out, "--json", "--device", "cpu").out
     found = json.loads(shown)
     expected = explain_file(folder / "m", folder / "photo.png")
     assert found == json.loads(json.dumps({**expected.to_dict(), "figure": str(out)}))
@@ -549,8 +609,8 @@ def test_the_table_of_the_command(folder, capsys):
     rows = [line.split() for line in shown.splitlines()]
     for answer_ in found.answers:
         for each in (each for each in found.maps if each.token == answer_.token):
-            assert [answer_.token, each.method, f"{each.deletion:.3f}", f"{each.insertion:.3f}"] in rows
-        assert [answer_.token, "random", "order", f"{answer_.deletion:.3f}", f"{answer_.insertion:.3f}"] in rows
+            assert [answer_.token, each.method, *(f"{score:.3f}" for score in each.score)] in rows
+        assert [answer_.token, "random", "order", *(f"{score:.3f}" for score in answer_.chance)] in rows
         said = f"{answer_.token} token: {answer_.label} {answer_.probability:.3f}"
         said += "" if answer_.label == "bee" else f"; explained: bee {answer_.target_probability:.3f}"
         assert said in shown.splitlines()
@@ -575,6 +635,7 @@ def test_what_the_command_refuses(folder, capsys):
         (("convnet", photo), "a ConvNet can't be explained"), (("backbone", photo), "a DeiTModel can't be explained"),
         (("m", folder / "bad.png"), f"{folder / 'bad.png'} is not an image"), (("m", folder / "none.png"), "none.png"),
         (("nothing", photo), "does not exist"), (("nan", photo), "not a number"),
+        (("m", photo, "--device", "abacus"), "abacus"),
     ]:
         shown = run(capsys, folder / arguments[0], *arguments[1:], "--out", out, status=1)
         assert shown.err.startswith("deit explain: ")

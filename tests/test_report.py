@@ -23,13 +23,17 @@ from launch import photos
 from PIL import Image
 from rich.console import Console
 
-from deit import report
+from deit import report, report_maps
 from deit.cli import main
+from deit.config import ConvNetConfig
+from deit.convnet import ConvNet
 from deit.drawing import Line, curves
 from deit.evaluate import Evaluation, Examined, examine_files
+from deit.explain import Answer, Explanation, Map, explain, overlay, seen_by
 from deit.folders import fingerprint, read_data, read_split
 from deit.image import DeiTImageProcessor
-from deit.markup import Html, element, joined, named
+from deit.load import load_model
+from deit.markup import Html, data_uri, element, joined, named
 from deit.recipe import AdamW, Compute, Cosine, Data, MaskedImage, Recipe, Supervised, steps
 from deit.records import About, Record
 from deit.scores import Report
@@ -98,8 +102,9 @@ def checked(text):
     assert not page.all("link")
     for tag, attributes, _ in page.elements:
         assert not any(name.startswith("on") or name == "style" for name in attributes), (tag, attributes)
-        for name in ("src", "href"):
-            assert attributes.get(name, "#").startswith(("#", "data:image/")), attributes
+        assert attributes.get("src", "data:image/").startswith("data:image/"), attributes
+        # A source may be followed by who reads; nothing is fetched by that.
+        assert attributes.get("href", "#").startswith(("#", "https://arxiv.org/abs/")), attributes
     assert not re.search(r"url\(|@import", page.all("style")[0][2])
     assert [entry[1]["http-equiv"] for entry in page.all("meta") if "http-equiv" in entry[1]] == [
         "Content-Security-Policy"]
@@ -241,8 +246,11 @@ def test_names_are_hostile_input(tmp_path):
     about = replace(ABOUT, classes=HOSTILE, train=(1,) * len(HOSTILE), val=(1,) * len(HOSTILE), data=HOSTILE[1],
                     device=HOSTILE[0], fingerprint=HOSTILE[0], versions={HOSTILE[0]: HOSTILE[7]})
     run = Record.read(record(tmp_path / "run <b>", about, name=HOSTILE[0], start=HOSTILE[1], seed=HOSTILE[6]))
-    text = report.page(run, found, figures=[(HOSTILE[0], Image.new("RGB", (9, 9)))])
+    drawn = {i: Explanation("", "", Image.new("RGB", (8, 8)), (Answer("class", name, 0.5, name, 0.5),),
+                            (Map("class", "relevance", np.eye(2)),)) for i, name in enumerate(HOSTILE * 7)}
+    text = report.page(run, found, maps=report_maps.Maps(drawn), figures=[(HOSTILE[0], Image.new("RGB", (9, 9)))])
     page = checked(text)
+    page.sees("What answers rest on")
     assert "<script" not in text
     assert "onerror=" not in re.sub(r">[^<]*<|\"[^\"]*\"", "", text)
     assert not re.search("[\x00\x1b\ud800-\udfff]", text)
@@ -337,6 +345,98 @@ def test_two_models_are_compared():
     page.sees(f"Difference {compared.difference:+.4f}", f"p = {compared.p_value:.3g}", "--compare runs/b/model")
 
 
+# ------------------------------------------------------------------------------------------------- what answers rest on
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """A distilled model, and its evaluation on images of which one is unreadable and one is gone by now."""
+    root = tmp_path_factory.mktemp("maps")
+    draw = np.random.default_rng(0)
+    for i in range(40):
+        file = root / "data" / "abcde"[i % 5] / f"{i:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        areas = draw.integers(0, 256, (3, 4, 3), dtype=np.uint8)
+        Image.fromarray(areas).resize((30, 24), Image.Resampling.NEAREST).save(file)
+    (root / "data" / "a" / "00.png").write_bytes(b"no image")
+    build("with_teacher", small(id2label=dict(enumerate("abcde")), num_labels=None, image_size=(16, 24))
+          ).save_pretrained(root / "model")
+    DeiTImageProcessor.paper((16, 24)).save_pretrained(root / "model")
+    return examine_files(root / "model", root / "data", device="cpu", console=QUIET)
+
+
+def rows_shown(numbers):
+    """Four wrong answers, two doubtful ones, two right ones, each from its end."""
+    order = np.argsort(numbers.confidence, kind="stable")
+    order = [i for i in order if numbers.read[i]]
+    wrong = [i for i in order[::-1] if numbers.labels[i] != numbers.predicted[i]]
+    doubtful = [i for i in order if i not in wrong[:12]]
+    right = [i for i in order[::-1] if numbers.labels[i] == numbers.predicted[i] and i not in doubtful[:2]]
+    return wrong[:4], doubtful[:2], right[:2]
+
+
+@pytest.mark.parametrize("ratio", [None, 0.5])
+def test_maps_are_those_of_explain(judged, ratio):
+    if ratio:
+        judged = examine_files(judged.main.model, judged.data, crop_ratio=ratio, device="cpu", console=QUIET)
+    numbers, model = judged.main.report, load_model(judged.main.model)
+    processor = DeiTImageProcessor.from_pretrained(judged.main.model)
+    processor = processor.with_crop_ratio(ratio) if ratio else processor
+    maps = report_maps.explained(judged)
+    groups = rows_shown(numbers)
+    assert [len(rows) for rows in groups] == [4, 2, 2]
+    assert list(maps.found) == [row for rows in groups for row in rows]
+    page = checked(report.page(None, judged, maps=maps))
+    expected = []
+    for row in maps.found:
+        pixels = processor([judged.files[row]], return_tensors="pt").pixel_values
+        [seen] = seen_by(model.config, pixels, processor)
+        large = seen.resize((144, 96), Image.Resampling.NEAREST)
+        expected.append((data_uri(large), f"True label \u2068{'abcde'[numbers.labels[row]]}\u2069; predicted \u2068"
+                         f"{'abcde'[numbers.predicted[row]]}\u2069 with probability {numbers.confidence[row]:.2f}"))
+        out = model(pixels)
+        for token, logits in (("class", out.cls_logits), ("distillation", out.distillation_logits)):
+            values = explain(model, pixels, "relevance")[token][0].numpy()
+            said = "abcde"[int(logits.argmax())]
+            expected.append((data_uri(overlay(large, values)), f"Map of the {token} token, which answers \u2068{said}"
+                             f"\u2069: strongest {Map(token, 'relevance', values).strongest}"))
+            page.sees(f"{token} token{said} ({logits.softmax(-1).max():.2f})")
+    images = [(image[1]["src"], image[1]["alt"]) for image in page.all("img")]
+    gallery = 24 if len(numbers.labels) > 24 else len(numbers.labels)
+    assert images[-len(expected):] == expected
+    assert len(images) <= gallery + len(expected)
+    [link] = [entry for entry in page.all("a") if entry[1]["href"] == "#maps"]
+    assert link[2] == "What answers rest on"
+    page.sees("Most wrong", "Most doubtful", "Surest of what is right", "the answer of each token\u2019s own head")
+    assert len(report.page(None, judged, maps=maps)) - len(report.page(None, judged)) < 300_000
+
+
+def test_images_without_a_map_are_left_out(judged, tmp_path):
+    maps = report_maps.explained(judged)
+    first, *others = maps.found
+    files = list(judged.files)
+    files[first] = tmp_path / "gone.png"
+    assert list(report_maps.explained(replace(judged, files=tuple(files))).found) == others
+    assert report_maps.explained(replace(judged, files=())) is None
+    assert "What answers rest on" not in report.page(None, judged, maps=report_maps.Maps())
+
+
+def test_models_that_can_not_be_explained_have_no_maps(judged, tmp_path):
+    ConvNet(ConvNetConfig(widths=(4,), depth=1, id2label=dict(enumerate("abcde")))).save_pretrained(tmp_path / "c")
+    DeiTImageProcessor.paper(16).save_pretrained(tmp_path / "c")
+    found = examine_files(tmp_path / "c", judged.data, device="cpu", console=QUIET)
+    assert report_maps.explained(found) is None
+    file = report.of_evaluation(tmp_path / "page.html", found, device="cpu")
+    assert "What answers rest on" not in file.read_text()
+
+
+def test_maps_that_fail_lose_no_report(judged, tmp_path, monkeypatch):
+    monkeypatch.setattr("deit.report_maps.explain_pixels", lambda *_, **__: (_ for _ in ()).throw(
+        RuntimeError("out of <memory>")))
+    page = checked(report.of_evaluation(tmp_path / "page.html", judged, device="cpu").read_text())
+    page.sees("What the answers rest on could not be shown: out of <memory>.", "Accuracy of each head")
+
+
 def test_a_large_report_is_small_and_quick(tmp_path):
     """1000 classes and 50,000 images, with a long run beside it."""
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), np.uint8))
@@ -398,7 +498,8 @@ def test_training_ends_with_a_report(trained, capsys):
     assert (about["train"], about["val"], about["fingerprint"]) == ([11] * 3, [1] * 3, fingerprint(training))
     assert about["precision"] == "float32"
     page.sees(f"Judged by 3 validation images in {trained / 'data'}", "15 updates", fingerprint(validation))
-    assert len(page.all("img")) == 3
+    assert len(page.all("img")) == 3 + 2 * 3  # and of each of the three what its one token looked at
+    page.sees("What answers rest on", "as far as it speaks for the answer of the model")
     before = (run / report.FILE).read_text()
     (run / report.FILE).unlink()
     assert main(["report", str(run), "--device", "cpu"]) == 0  # finds the held-out images again
@@ -526,7 +627,7 @@ def test_contrast_of_text_and_of_lines(scheme):
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 400])
-def test_in_a_browser(scheme, width, tmp_path, trained):
+def test_in_a_browser(scheme, width, tmp_path, trained, judged):
     """No violation that axe-core knows, no request, no complaint on the console, nothing wider than the page."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if not BROWSER:
@@ -537,7 +638,8 @@ def test_in_a_browser(scheme, width, tmp_path, trained):
     run = Record.read(record(tmp_path / "run", ABOUT))
     hostile = evaluation(names=HOSTILE, files=[tmp_path / "noise.png"] * 60)
     many = evaluation(count=3000, classes=100, heads=("fused", "class", "distillation", "softmax"))
-    pages = [trained / "run" / report.FILE, report.write(tmp_path / "hostile.html", run, hostile),
+    maps = report.write(tmp_path / "maps.html", None, judged, maps=report_maps.explained(judged))
+    pages = [trained / "run" / report.FILE, maps, report.write(tmp_path / "hostile.html", run, hostile),
              report.write(tmp_path / "many.html", None, many), report.write(tmp_path / "run.html", run, None)]
     with playwright.sync_playwright() as engine:
         browser = engine.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])

@@ -20,13 +20,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import build, raises_saying, run_python, small
 from PIL import Image
 
 from deit import VARIANTS
 from deit.calibration import Calibration, HeadCalibration
 from deit.cli import main
+from deit.config import ConvNetConfig
+from deit.convnet import ConvNet
+from deit.explain import explain_pixels, overlay
 from deit.image import DeiTImageProcessor
+from deit.markup import data_uri
 from deit.predict import Predictor
 
 httpx = pytest.importorskip("httpx")
@@ -71,8 +76,8 @@ def client(folder, head="fused", **limits):
         yield found
 
 
-def ask(web, body, headers=RAW, **options):
-    return web.post("/v1/classify", content=body, headers=headers, **options)
+def ask(web, body, headers=RAW, path="/v1/classify", **options):
+    return web.post(path, content=body, headers=headers, **options)
 
 
 def assert_labels(found, expected):
@@ -110,9 +115,9 @@ class Gate:
         return self.answers(sources, pixels, top_k)
 
 
-async def concurrently(app, bodies, query=lambda i: {}):
+async def concurrently(app, bodies, query=lambda i: {}, path="/v1/classify"):
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as web:
-        return await asyncio.gather(*(web.post("/v1/classify", content=body, headers=RAW, params=query(i))
+        return await asyncio.gather(*(web.post(path, content=body, headers=RAW, params=query(i))
                                       for i, body in enumerate(bodies)))
 
 
@@ -240,7 +245,7 @@ def test_late_answers_are_504_and_never_computed(folder):
         assert ask(web, picture(0)).status_code == 200
 
 
-async def raw(app, chunks, headers=(), wait=0.0):
+async def raw(app, chunks, headers=(), wait=0.0, path="/v1/classify"):
     """The application called with a body in pieces; after them, and `wait` seconds, the client goes."""
     sent, pieces = [], list(chunks)
 
@@ -258,7 +263,7 @@ async def raw(app, chunks, headers=(), wait=0.0):
         sent.append(message)
 
     scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
-             "path": "/v1/classify", "raw_path": b"/v1/classify", "query_string": b"", "root_path": "",
+             "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
              "headers": [(b"content-type", b"image/png"), *headers], "client": ("x", 1), "server": ("x", 1)}
     await app(scope, receive, send)
     body = b"".join(message.get("body", b"") for message in sent)
@@ -423,7 +428,12 @@ def test_nothing_is_written_to_disk(folder, monkeypatch):
         assert web.post("/v1/classify", files=[("i", ("x", noise.getvalue()))] * 3).status_code == 200
 
 
-def mutated(draw):
+WRONG = {"/v1/classify": {"top_k": [1, 5, 0, -1, 10**30, None, "x", [], 2.5]},
+         "/v1/explain": {"method": ["rollout", "attention", "", None, 3, {}], "target": ["a", "E", "", None, 0, ["a"],
+                                                                                         "\ud800", "x" * 10_000]}}
+
+
+def mutated(draw, path):
     """A request made wrong in one of many ways: body, headers."""
     kind = draw.choice(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
     data = bytearray(picture(draw.randrange(50), kind, (draw.randint(1, 60), draw.randint(1, 60))))
@@ -443,7 +453,8 @@ def mutated(draw):
     sent = draw.randrange(5)
     if sent == 0:
         text = base64.b64encode(body).decode()
-        body = json.dumps({"images": [text], "top_k": draw.choice([1, 5, 0, -1, 10**30, None, "x", [], 2.5])}).encode()
+        body = json.dumps({"images": [text], **{name: draw.choice(values) for name, values in WRONG[path].items()
+                                                if draw.random() < 0.5}}).encode()
         headers = TEXT
     elif sent == 1:
         body = (b'--x\r\nContent-Disposition: form-data; name="i"; filename="../\xff\xfe.png"\r\n\r\n' + body
@@ -465,14 +476,14 @@ def mutated(draw):
     return body, headers
 
 
-def fuzz(web, count, seed):
+def fuzz(web, count, seed, path):
     draw, statuses = random.Random(seed), []
     good = picture(7)
     expected = web.predictor([good])[0]
     for i in range(count):
-        body, headers = mutated(draw)
-        answer = ask(web, body, headers, params={"top_k": draw.choice(["1", "", "x", "\u00b2"])}
-                     if draw.random() < 0.1 else None)
+        body, headers = mutated(draw, path)
+        query = {draw.choice([*WRONG[path]]): draw.choice(["1", "", "x", "\u00b2"])} if draw.random() < 0.1 else None
+        answer = ask(web, body, headers, path, params=query)
         statuses.append(answer.status_code)
         assert answer.status_code == 200 or 400 <= answer.status_code < 500, (i, answer.status_code, answer.text)
         if answer.status_code != 200:
@@ -482,12 +493,13 @@ def fuzz(web, count, seed):
     return set(statuses)
 
 
+@pytest.mark.parametrize("path", ["/v1/classify", "/v1/explain"])
 @pytest.mark.parametrize(("count", "seed"), [(300, 1), pytest.param(2000, 2, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
-def test_mutated_requests(folder, count, seed):
+def test_mutated_requests(folder, count, seed, path):
     """Each is answered or refused in a sentence, a good one after each hundred; and nothing stays in the queue."""
     with client(folder, max_wait_ms=0) as web:
-        assert {200, 400, 415, 422} <= fuzz(web, count, seed)
+        assert {200, 400, 415, 422} <= fuzz(web, count, seed, path)
         assert web.batcher.waiting == 0
 
 
@@ -545,7 +557,7 @@ def test_metrics_count(folder):
         assert metric(web, 'deit_requests_total{route="/v1/classify",status="200"}') == 3
         assert metric(web, 'deit_requests_total{route="/v1/classify",status="422"}') == 1
         assert metric(web, 'deit_requests_total{route="other",status="404"}') == 1
-        assert metric(web, "deit_request_seconds_count") == 4
+        assert metric(web, 'deit_request_seconds_count{route="/v1/classify"}') == 4
         assert metric(web, "deit_batch_images_sum") == 3
         assert metric(web, 'deit_images_total{result="labelled"}') == 3
 
@@ -597,6 +609,43 @@ def spoken(address, *pieces):
         while chunk := connection.recv(65536):
             found += chunk
         return found.decode()
+
+
+def test_slow_heads_end_the_connection(folder):
+    """Byte by byte, or none at all, from the beginning or after an answer; others are served meanwhile, and after an
+    answer a connection may be idle for longer than a head may take."""
+    head = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+    with server(folder, "--timeout", "1") as (_, address), httpx.Client() as web:
+        def drip(first):
+            with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=20) as connection:
+                if first:
+                    connection.sendall(head + b"\r\n")
+                    assert b"200 OK" in connection.recv(65536)
+                began = time.monotonic()
+                while time.monotonic() - began < 10:
+                    try:
+                        connection.sendall(head[:1] if time.monotonic() - began < 0.1 else b"X")
+                        connection.settimeout(0.2)
+                        if not connection.recv(1):
+                            break
+                    except TimeoutError:
+                        continue
+                    except OSError:
+                        break
+                seconds.append(time.monotonic() - began)
+
+        seconds = []
+        slow = [threading.Thread(target=drip, args=(first,)) for first in (True, False)]
+        for each in slow:
+            each.start()
+        for _ in range(2):
+            assert web.get(f"{address}/healthz").status_code == 200
+            time.sleep(1.5)
+        for each in slow:
+            each.join()
+        began = time.monotonic()
+        assert spoken(address) == ""
+        assert [0.9 < each < 4 for each in (*seconds, time.monotonic() - began)] == [True] * 3
 
 
 def test_the_process_refuses_liars_and_finishes_what_came_at_sigterm(folder):
@@ -720,10 +769,130 @@ def test_the_page_in_a_browser(scheme, width, tmp_path, engine):
         assert {"file", "camera", f"{address}/api"} <= focused
 
 
+DROP = """bytes => { const transfer = new DataTransfer();
+    if (bytes) transfer.items.add(new File([new Uint8Array(bytes)], "d.png", {type: "image/png"}));
+    else transfer.items.add("text", "text/plain");
+    const place = document.getElementById("drop");
+    const taken = (name) => !place.dispatchEvent(
+        new DragEvent(name, {dataTransfer: transfer, bubbles: true, cancelable: true}));
+    const shown = () => place.classList.contains("over");
+    return [taken("dragover"), shown(), taken("dragleave") || shown(), taken("dragover"), shown(), taken("drop"),
+        shown()] }"""
+
+
+@pytest.mark.slow
+def test_an_image_dropped_on_the_page(folder, engine):
+    """The browser would leave the page for it, unless the page takes it; and its place is marked while it hovers."""
+    with server(folder) as (_, address), opened(engine, address) as (page, said, _):
+        for seed in (4, 5):
+            assert page.evaluate(DROP, [*picture(seed)]) == [True, True, False, True, True, True, False]
+            page.wait_for_selector("#labels li:nth-child(5)")
+            names = page.eval_on_selector_all("#labels .name", "names => names.map(each => each.textContent)")
+            assert names == [each["label"] for each in Predictor(folder)([picture(seed)])[0]]
+            assert page.evaluate("document.getElementById('preview').naturalWidth") == 24
+            page.evaluate("document.querySelector('#labels').replaceChildren()")
+        assert page.evaluate(DROP, None)[-2:] == [True, False]
+        assert page.inner_text("#error") == "That was no image file, choose one from this device."
+        assert page.is_hidden("#why")
+        assert said == []
+        assert page.url == f"{address}/"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1200, 360])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_map_on_the_page(scheme, width, folder, engine):
+    """By the keyboard alone: the button, the map of either token in words and in colours, and away again."""
+    predictor = Predictor(folder)
+    pixels = torch.from_numpy(predictor.prepared(picture(0)))[None]
+    expected = explain_pixels(predictor.model, predictor.processor, pixels, methods=["relevance"])
+    seen = expected.seen.resize((224, 224), Image.Resampling.NEAREST)
+    window = {"color_scheme": scheme, "viewport": {"width": width, "height": 900}}
+    with server(folder) as (_, address), opened(engine, address, **window) as (page, said, asked):
+        def focused():
+            return page.evaluate("document.activeElement.id")
+
+        def asked_for(path):
+            return sum(url == address + path for url in asked)
+
+        assert page.is_hidden("#why")
+        page.set_input_files("#file", chosen(picture(0)))
+        page.wait_for_selector("#labels li")
+        assert page.is_hidden("#looked")
+        assert asked_for("/v1/explain") == 0  # unless somebody wants to know
+        while focused() != "why":
+            page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#looked:visible")
+        assert (focused(), page.inner_text("#why")) == ("why", "Hide what it looked at")
+        page.keyboard.press("Tab")
+        for answer, each in zip(expected.answers, expected.maps, strict=True):
+            assert focused() == each.token
+            assert page.get_attribute("#seen", "src") == data_uri(seen)
+            assert page.get_attribute("#map", "src") == data_uri(overlay(seen, each.values))
+            assert page.get_attribute("#map", "alt") == f"Map over the image, strongest {each.strongest}"
+            assert page.inner_text("#said") == (f"The {each.token} token answers \u201c{answer.label}\u201d. "
+                                                f"Its map is strongest {each.strongest}.")
+            assert page.eval_on_selector_all("#looked img", "all => all.map(each => each.naturalWidth)") == [224, 224]
+            page.keyboard.press("ArrowRight")
+        assert focused() == "class"
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.keyboard.press("Shift+Tab")
+        for hidden in (True, False):
+            page.keyboard.press("Enter")
+            assert page.is_hidden("#looked") == hidden
+        assert (asked_for("/v1/classify"), asked_for("/v1/explain")) == (1, 1)
+        page.set_input_files("#file", chosen(picture(1)))
+        page.wait_for_selector("#why:visible")
+        assert page.is_hidden("#looked")
+        page.click("#why")
+        page.wait_for_selector("#looked:visible")
+        assert page.get_attribute("#seen", "src") != data_uri(seen)
+        assert asked_for("/v1/explain") == 2
+        assert said == []
+
+
+@pytest.mark.slow
+def test_maps_that_are_not_to_be_had_on_the_page(tmp_path, folder, engine):
+    with server(folder) as (_, address), opened(engine, address) as (page, _, _):
+        page.set_input_files("#file", chosen(picture(0)))
+        page.wait_for_selector("#why:visible")
+        page.route("**/v1/explain", lambda route: route.fulfill(
+            status=503, json={"error": "too many images wait already; try again in 1 s"}))
+        page.click("#why")
+        page.wait_for_selector("#map-error:not(:empty)")
+        assert page.inner_text("#map-error") == "Too many images wait already; try again in 1 s."
+        assert (page.is_hidden("#looked"), page.inner_text("#why")) == (True, "Show what it looked at")
+        assert page.locator("#labels li").count() == 5
+        page.unroute("**/v1/explain")
+        page.click("#why")
+        page.wait_for_selector("#looked:visible")
+        assert page.inner_text("#map-error") == ""
+        page.set_input_files("#file", chosen(SVG))
+        page.wait_for_selector("#error:not(:empty)")
+        assert page.is_hidden("#looked")
+        assert page.is_hidden("#why")
+    config = small(id2label=dict(enumerate("abcde")), num_labels=None, distillation_token=False)
+    build("classification", config).save_pretrained(tmp_path / "vit")
+    ConvNet(ConvNetConfig(widths=(4,), depth=1, id2label=dict(enumerate("abcde")))).save_pretrained(tmp_path / "c")
+    for name in ("vit", "c"):
+        DeiTImageProcessor.paper(16).save_pretrained(tmp_path / name)
+        with server(tmp_path / name) as (_, address), opened(engine, address) as (page, _, _):
+            page.set_input_files("#file", chosen(picture(0)))
+            page.wait_for_selector("#labels li")
+            assert page.is_visible("#why") == (name == "vit")
+            if name == "vit":
+                page.click("#why")
+                page.wait_for_selector("#looked:visible")
+                assert page.is_hidden("#tokens")
+                assert page.inner_text("#said").startswith("The class token answers")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_is_for_everyone(scheme, tmp_path, engine):
-    """No violation that axe-core knows: at first, without a key, with a result, with an error, in the API's list."""
+    """No violation that axe-core knows: at first, without a key, with a result and its map, with an error, in the API's
+    list."""
     if not AXE.is_file():
         pytest.skip(f"axe-core is not at {AXE}: npm install axe-core, or set AXE to its axe.min.js")
     (tmp_path / "keys").write_text("the key\n")
@@ -744,6 +913,9 @@ def test_the_page_is_for_everyone(scheme, tmp_path, engine):
         page.keyboard.press("Enter")
         page.set_input_files("#file", chosen(picture(0)))
         page.wait_for_selector("#labels li")
+        assert violations() == []
+        page.click("#why")
+        page.wait_for_selector("#looked:visible")
         assert violations() == []
         page.set_input_files("#file", chosen(SVG))
         page.wait_for_selector("#error:not(:empty)")

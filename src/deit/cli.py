@@ -94,6 +94,7 @@ def _add_shown(verbs: Any) -> None:
     verb.add_argument("--method", choices=("rollout", "relevance", "attention", "all"), default="all",
                       help="how (default: all); occlusion is always drawn as a check")
     verb.add_argument("--target", metavar="LABEL", help="class to explain (default: what each head decides)")
+    _add_device(verb)
     verb.add_argument("--json", action="store_true", help="print scores and maps as one JSON line")
     verb.set_defaults(run=_explain)
 
@@ -165,8 +166,8 @@ def _add_predict(verbs: Any) -> None:
 
 def _add_serve(verbs: Any) -> None:
     verb = verbs.add_parser("serve", help="labels over HTTP, and a page to try",
-                            description="Answers POST /v1/classify with labels, and shows a page at /. SIGTERM ends it "
-                            "after everything that came is answered.")
+                            description="Answers POST /v1/classify with labels and /v1/explain with maps of what they "
+                            "rest on, and shows a page at /. SIGTERM ends it after everything that came is answered.")
     _add_model(verb)
     verb.add_argument("--host", default="127.0.0.1",
                       help="address to listen at; 0.0.0.0 for all of this machine's (default: %(default)s)")
@@ -437,7 +438,7 @@ def _eval(options: argparse.Namespace) -> None:
     if options.report:
         from deit import report
 
-        print(report.of_evaluation(options.report, found), file=sys.stderr)
+        print(report.of_evaluation(options.report, found, device=options.device), file=sys.stderr)
     if options.json:
         print(json.dumps(found.to_dict()))
 
@@ -445,12 +446,13 @@ def _eval(options: argparse.Namespace) -> None:
 def _explain(options: argparse.Namespace) -> None:
     from deit.explain import METHODS, explain_file, figure
     from deit.files import replacing
+    from deit.machine import resolve_device
 
     if options.out.suffix.lower() != ".png":
         raise ValueError(f"the figure is a PNG, found --out {options.out}; give a name that ends in .png")
     if options.out.exists() and Path(options.image).exists() and options.out.samefile(options.image):
         raise ValueError(f"--out {options.out} is the image itself; give the figure another name")
-    found = explain_file(options.model, options.image, target=options.target,
+    found = explain_file(options.model, options.image, target=options.target, device=resolve_device(options.device),
                          methods=METHODS if options.method == "all" else (options.method,))
     with replacing(options.out) as temporary:
         figure(found).save(temporary, format="PNG")

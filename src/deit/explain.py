@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -59,7 +59,7 @@ def explain(model: nn.Module, pixels: Tensor, method: Method, target: Target = N
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not known; choose one of {', '.join(METHODS)}")
-    config = _checked(model).config
+    config = checked(model).config
     maps: dict[Token, Tensor] = {}
     with _evaluating(model), torch.inference_mode(False), torch.set_grad_enabled(method == "relevance"):
         # The image needs a gradient so that the attention has one also where every parameter is frozen.
@@ -93,7 +93,7 @@ def occlusion(model: nn.Module, pixels: Tensor, target: Target = None) -> dict[T
     What `explain` infers from inside, measured from outside (Zeiler & Fergus 2014, arXiv 1311.2901), at the price of
     a forward pass for each patch. Grey is the normalised mean, 0. Arguments and errors as for `explain`.
     """
-    config = _checked(model).config
+    config = checked(model).config
     with _evaluating(model):
         whole, targets = _decided(model, pixels, target)
         alone = torch.eye(config.num_patches, dtype=torch.bool, device=pixels.device)
@@ -122,7 +122,7 @@ def deletion_insertion(model: nn.Module, pixels: Tensor, maps: Mapping[Token, Te
                        target: Target = None) -> dict[Token, Faithfulness]:
     """Deletion and insertion of each token's map (B, R, S), in 32 steps at most; patches of equal value go in the order
     of reading. Probabilities are by the token's own head. Other arguments and errors as for `explain`."""
-    shape = (len(pixels), *_checked(model).config.grid)
+    shape = (len(pixels), *checked(model).config.grid)
     with _evaluating(model):
         _, targets = _decided(model, pixels, target)
         for token, values in maps.items():
@@ -138,7 +138,7 @@ def deletion_insertion(model: nn.Module, pixels: Tensor, maps: Mapping[Token, Te
 def random_order(model: nn.Module, pixels: Tensor, target: Target = None, *, orders: int = 5,
                  seed: int = 0) -> dict[Token, Faithfulness]:
     """What a map without meaning scores: the mean of `deletion_insertion` over some random orders of the patches."""
-    patches = _checked(model).config.num_patches
+    patches = checked(model).config.num_patches
     generator = torch.Generator().manual_seed(seed)
     with _evaluating(model):
         _, targets = _decided(model, pixels, target)
@@ -185,7 +185,8 @@ def _probabilities(model: nn.Module, pixels: Tensor, seen: Tensor,
 # ----------------------------------------------------------------------------------------------------- models, targets
 
 
-def _checked(model: nn.Module) -> Any:
+def checked(model: nn.Module) -> Any:
+    """The model. Raises `ValueError` where it can't be explained."""
     if not isinstance(model, DeiTForImageClassification | DeiTForImageClassificationWithTeacher):
         raise ValueError(f"a {type(model).__name__} can't be explained: the maps are of attention, and of a decision "
                          "between classes; give a DeiT or ViT classifier")
@@ -241,6 +242,13 @@ def _of(target: Tensor, scores: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ one file
 
 
+class Score(NamedTuple):
+    """As in `Faithfulness`, of one map, or the mean of random orders."""
+
+    deletion: float
+    insertion: float
+
+
 @dataclass(frozen=True)
 class Answer:
     """Of one head."""
@@ -252,9 +260,11 @@ class Answer:
     target: str
     """What is explained, and its probability; the decision where nothing else was asked for."""
     target_probability: float
-    deletion: float
-    insertion: float
-    """Of random orders: what a map should better."""
+    chance: Score | None = None
+    """Of random orders: what a map should better. None where maps are not scored."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return _flat(vars(self), "chance")
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,11 +275,30 @@ class Map:
     method: Method | Literal["occlusion"]
     values: np.ndarray
     """(R, S); 0 or more but for occlusion, where a patch may speak against the target."""
-    deletion: float
-    insertion: float
+    score: Score | None = None
+
+    @property
+    def strongest(self) -> str:
+        """Where its largest value is, in words for those who don't see it: of nine places, like `in the upper left`."""
+        if self.values.min() == self.values.max():
+            return "nowhere more than elsewhere"
+        middles = ((place + 0.5) / side for place, side in zip(
+            np.unravel_index(self.values.argmax(), self.values.shape), self.values.shape, strict=True))
+        row, column = (int(3 * middle) for middle in middles)
+        return _PLACES[row][column]
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "values": self.values.tolist()}
+        return _flat({**vars(self), "values": self.values.tolist(), "strongest": self.strongest}, "score")
+
+
+_PLACES = (("in the upper left", "at the top", "in the upper right"), ("on the left", "in the middle", "on the right"),
+           ("in the lower left", "at the bottom", "in the lower right"))
+
+
+def _flat(fields: Mapping[str, Any], score: str) -> dict[str, Any]:
+    """The score's two numbers in its place, where there is one."""
+    rest = {key: value for key, value in fields.items() if key != score}
+    return rest if fields[score] is None else {**rest, **fields[score]._asdict()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,26 +315,38 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """As JSON types; the keys are in docs/explain.md."""
         return {"model": self.model, "image": self.image, "image_size": [self.seen.height, self.seen.width],
-                "answers": [vars(answer) for answer in self.answers], "maps": [each.to_dict() for each in self.maps]}
+                "answers": [answer.to_dict() for answer in self.answers],
+                "maps": [each.to_dict() for each in self.maps]}
+
+    def of(self, token: Token) -> list[Map]:
+        """A token's maps."""
+        return [each for each in self.maps if each.token == token]
 
     def __str__(self) -> str:
-        """The answers, and a table of how the maps score."""
+        """The answers, and a table of how the maps score, where they are scored."""
         lines = [f"{answer.token} token: {answer.label} {answer.probability:.3f}" +
                  (f"; explained: {answer.target} {answer.target_probability:.3f}" if answer.target != answer.label
                   else "") for answer in self.answers]
-        lines += ["", f"{'token':14}{'map':14}{'deletion':>10}{'insertion':>11}"]
-        for answer in self.answers:
-            rows: list[tuple[str, Map | Answer]] = [(each.method, each) for each in self.maps
-                                                    if each.token == answer.token]
-            lines += [f"{answer.token:14}{name:14}{row.deletion:10.3f}{row.insertion:11.3f}"
-                      for name, row in [*rows, ("random order", answer)]]
+        rows = [(answer.token, name, score) for answer in self.answers for name, score in [
+            *((each.method, each.score) for each in self.of(answer.token)), ("random order", answer.chance)] if score]
+        if rows:
+            lines += ["", f"{'token':14}{'map':14}{'deletion':>10}{'insertion':>11}"]
+        lines += [f"{token:14}{name:14}{score.deletion:10.3f}{score.insertion:11.3f}" for token, name, score in rows]
         return "\n".join(lines)
 
 
-@torch.no_grad()
+def explained_model(predictor: Predictor) -> Any:
+    """The model whose inside is looked at, on the predictor's device. Raises `ValueError` where there is none, or none
+    that can be explained."""
+    if predictor.model is None:
+        raise ValueError("this is an exported model, whose inside can't be seen; explain the model that it was made "
+                         "from")
+    return checked(predictor.model)
+
+
 def explain_file(name_or_folder: str | Path, image: str | Path, *, methods: Sequence[Method] = METHODS,
-                 target: str | None = None) -> Explanation:
-    """Explains a trained model's answer to one image file, prepared as the model's files say.
+                 target: str | None = None, device: str | torch.device = "cpu") -> Explanation:
+    """Explains a trained model's answer to one image file, prepared as the model's files say, and scores the maps.
 
     Args:
         name_or_folder: what `load_model` takes.
@@ -315,36 +356,56 @@ def explain_file(name_or_folder: str | Path, image: str | Path, *, methods: Sequ
     Raises `ImageError` for a file that can't be read, `FileNotFoundError` or `ValueError` for a model, a method or a
     target that can't be explained.
     """
-    predictor = Predictor(name_or_folder)
-    if predictor.model is None:
-        raise ValueError(f"{name_or_folder} is an exported model, whose inside can't be seen; explain the model that "
-                         "it was made from")
-    model, labels = _checked(predictor.model), predictor.labels
-    number = None if target is None else _number(target, labels)
-    pixels = predictor.processor([image], return_tensors="pt").pixel_values
-    probabilities, targets = _decided(model, pixels, number)
-    if not all(scores.isfinite().all() for scores in probabilities.values()):
+    predictor = Predictor(name_or_folder, device=device)
+    model = explained_model(predictor)
+    number = None if target is None else class_number(target, predictor.labels)
+    pixels = torch.from_numpy(predictor.prepared(image)).unsqueeze(0).to(device)
+    found = explain_pixels(model, predictor.processor, pixels, methods=methods, target=number)
+    hidden = occlusion(model, pixels, number)
+    maps = [*found.maps, *(Map(token, "occlusion", values[0].cpu().numpy()) for token, values in hidden.items())]
+    scored = []
+    for each in maps:
+        values = {each.token: torch.from_numpy(each.values).unsqueeze(0).to(device)}
+        scored.append(replace(each, score=_score(deletion_insertion(model, pixels, values, number)[each.token])))
+    chance = random_order(model, pixels, number)
+    answers = (replace(answer, chance=_score(chance[answer.token])) for answer in found.answers)
+    return replace(found, model=str(name_or_folder), image=str(image), answers=tuple(answers), maps=tuple(scored))
+
+
+def _score(areas: Faithfulness) -> Score:
+    """Of the one image."""
+    return Score(float(areas.deletion), float(areas.insertion))
+
+
+def explain_pixels(model: nn.Module, processor: DeiTImageProcessor, pixels: Tensor, *, methods: Sequence[Method],
+                   target: int | None = None) -> Explanation:
+    """Explains a model's answer to one image that its `processor` has prepared, without scores and without names.
+
+    Args:
+        pixels: (1, channels, height, width), on the model's device.
+        methods, target: as for `explain`.
+
+    Raises `ValueError` as `explain` does, and for answers and maps that are not finite.
+    """
+    config = checked(model).config
+    labels = list(config.id2label.values())
+    with torch.no_grad(), _evaluating(model):
+        probabilities, targets = _decided(model, pixels, target)
+    maps = [Map(token, method, values[0].cpu().numpy())
+            for method in methods for token, values in explain(model, pixels, method, target).items()]
+    if not (all(scores.isfinite().all() for scores in probabilities.values())
+            and all(np.isfinite(each.values).all() for each in maps)):
         raise ValueError("the model's answer is not a number, so there is nothing to explain; its weights are damaged "
                          "or diverged: take another checkpoint")
-    baseline = random_order(model, pixels, number)
     answers = []
     for token, [scores] in probabilities.items():
         best, chosen = int(scores.argmax()), int(targets[token])
-        answers.append(Answer(token, labels[best], float(scores[best]), labels[chosen], float(scores[chosen]),
-                              *map(float, baseline[token])))
-    found: dict[Method | Literal["occlusion"], dict[Token, Tensor]] = {
-        **{method: explain(model, pixels, method, number) for method in methods},
-        "occlusion": occlusion(model, pixels, number)}
-    maps = []
-    for method, by_token in found.items():
-        scored = deletion_insertion(model, pixels, by_token, number)
-        maps += [Map(token, method, values[0].numpy(), *map(float, scored[token]))
-                 for token, values in by_token.items()]
-    seen = seen_by(model.config, pixels, predictor.processor)[0]
-    return Explanation(str(name_or_folder), str(image), seen, tuple(answers), tuple(maps))
+        answers.append(Answer(token, labels[best], float(scores[best]), labels[chosen], float(scores[chosen])))
+    return Explanation("", "", seen_by(config, pixels, processor)[0], tuple(answers), tuple(maps))
 
 
-def _number(name: str, labels: Sequence[str]) -> int:
+def class_number(name: str, labels: Sequence[str]) -> int:
+    """Of the class called `name`. Raises `ValueError` for one that the model doesn't know, or calls several."""
     if name not in labels:
         raise ValueError(f"the model knows no class {name!r}; {near(name, labels)}; give one of its labels")
     if labels.count(name) > 1:
@@ -397,28 +458,39 @@ def overlay(picture: Image.Image, values: np.ndarray) -> Image.Image:
     return Image.blend(grey, Image.fromarray(colours(smooth.clip(0, 1))), 0.7)
 
 
+def fitted(picture: Image.Image, side: int) -> Image.Image:
+    """To be looked at: its longer side at most `side` pixels; where they fit, every pixel becomes a square of several.
+    """
+    times = side // max(picture.size)
+    if times:
+        return picture.resize((times * picture.width, times * picture.height), Image.Resampling.NEAREST)
+    smaller = picture.copy()
+    smaller.thumbnail((side, side))
+    return smaller
+
+
 def figure(explanation: Explanation) -> Image.Image:
     """A row for each token: the image as the model saw it, under its head's answer, and each map over it."""
-    seen = explanation.seen
-    scale = _PANEL / max(seen.size)
-    width, height = (max(1, round(side * scale)) for side in seen.size)
-    picture = seen.resize((width, height), Image.Resampling.BICUBIC)
-    rows = [(answer, [each for each in explanation.maps if each.token == answer.token])
-            for answer in explanation.answers]
+    scale = _PANEL / max(explanation.seen.size)
+    width, height = (max(1, round(side * scale)) for side in explanation.seen.size)
+    picture = explanation.seen.resize((width, height), Image.Resampling.BICUBIC)
+    rows = [(answer, explanation.of(answer.token)) for answer in explanation.answers]
     down, across = height + 4 * _LINE + _GAP, _PANEL + _GAP
     top = _GAP + _LINE + _GAP // 2
     canvas = Image.new("RGB", (_GAP + across * (1 + len(rows[0][1])), top + down * len(rows) + _LINE + _GAP), "white")
     draw = ImageDraw.Draw(canvas)
-    _write(draw, (_GAP, _GAP), f"{Path(explanation.image).name}, seen by {explanation.model}", canvas.width - 2 * _GAP)
+    named = f"{Path(explanation.image).name}, " if explanation.image else ""
+    _write(draw, (_GAP, _GAP), f"{named}seen by {explanation.model}", canvas.width - 2 * _GAP)
     for row, (answer, maps) in enumerate(rows):
         y = top + row * down
         said = [f"{answer.label} {answer.probability:.3f}"]
         if answer.target != answer.label:
             said.append(f"explained: {answer.target} {answer.target_probability:.3f}")
-        said.append(f"random order: deletion {answer.deletion:.3f}, insertion {answer.insertion:.3f}")
+        if answer.chance:
+            said.append(f"random order: {_told(answer.chance)}")
         cells = [(picture, f"{answer.token} token", said)]
         cells += [(overlay(picture, each.values), _TITLES[each.method], [
-            f"deletion {each.deletion:.3f}, insertion {each.insertion:.3f}",
+            *([_told(each.score)] if each.score else []),
             f"values {each.values.min():.3g} to {each.values.max():.3g}"]) for each in maps]
         for column, (image, title, lines) in enumerate(cells):
             x = _GAP + column * across
@@ -426,15 +498,20 @@ def figure(explanation: Explanation) -> Image.Image:
             canvas.paste(image, (x, y + _LINE + 4))
             for line, text in enumerate(lines, start=1):
                 _write(draw, (x, y + height + line * _LINE + 8), text, _PANEL, size=13, ink=_PALE)
-    _legend(canvas, draw, top + down * len(rows))
+    _legend(canvas, draw, top + down * len(rows), scored=any(answer.chance for answer, _ in rows))
     return canvas
 
 
-def _legend(canvas: Image.Image, draw: ImageDraw.ImageDraw, y: int) -> None:
+def _told(score: Score) -> str:
+    return f"deletion {score.deletion:.3f}, insertion {score.insertion:.3f}"
+
+
+def _legend(canvas: Image.Image, draw: ImageDraw.ImageDraw, y: int, *, scored: bool) -> None:
     bar = np.broadcast_to(np.linspace(0, 1, _PANEL // 2), (_LINE - 6, _PANEL // 2))
     canvas.paste(Image.fromarray(colours(bar)), (_GAP, y))
-    _write(draw, (_GAP + _PANEL // 2 + 8, y), "least to most, of each map's own values. Deletion: lower is better. "
-           "Insertion: higher is better.", canvas.width - 2 * _GAP - _PANEL // 2 - 8, size=13, ink=_PALE)
+    told = "least to most, of each map's own values."
+    told += " Deletion: lower is better. Insertion: higher is better." if scored else ""
+    _write(draw, (_GAP + _PANEL // 2 + 8, y), told, canvas.width - 2 * _GAP - _PANEL // 2 - 8, size=13, ink=_PALE)
 
 
 def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int, *, size: int = 14,

@@ -6,12 +6,16 @@ pairs (names of files that are not UTF-8) and marks that turn the direction of w
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+
+from PIL import Image
 
 LONGEST = 160
 """Characters of a name that are shown; of a longer one the middle is left out."""
@@ -129,6 +133,22 @@ def _cell(value: object) -> Html:
     if isinstance(value, float):
         return escaped(f"{value:.3f}")
     return escaped(f"{value:,}" if isinstance(value, int) else value)
+
+
+def data_uri(picture: Image.Image, *, crisp: bool = False) -> str:
+    """A picture, in RGB or grey, within a document: as PNG where every pixel shall stay what it is, else as JPEG."""
+    buffer = io.BytesIO()
+    if crisp:
+        picture.save(buffer, "PNG", optimize=True)
+    else:
+        picture.save(buffer, "JPEG", quality=82)
+    return f"data:image/{'png' if crisp else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def pictured(picture: Image.Image, alt: str, *, crisp: bool = False) -> Html:
+    """A picture within the page; a crisp one that is enlarged shows its pixels as squares."""
+    return element("img", src=data_uri(picture, crisp=crisp), alt=alt, width=picture.width, height=picture.height,
+                   class_="pixels" if crisp else None)
 
 
 def plural(number: int, one: str, many: str) -> str:

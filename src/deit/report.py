@@ -14,13 +14,15 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from deit import __version__, files, report_evaluation, report_run
+from deit import __version__, files, report_evaluation, report_maps, report_run
 from deit.decode import load_image
 from deit.evaluate import Evaluation, examine_files, examine_split
 from deit.folders import Split, read_data
+from deit.machine import resolve_device
 from deit.markup import Html, Section, date, element, isolated, joined, named, scrolled, shortened, span
 from deit.records import MODEL, RECIPE, Record, is_number
 from deit.report_evaluation import deciding, images_of, picture, with_interval
+from deit.report_maps import Maps
 from deit.report_run import counted
 from deit.scores import Accuracy
 
@@ -32,13 +34,14 @@ Figure = tuple[str, Image.Image]
 """A caption and a picture."""
 
 
-def page(record: Record | None, evaluation: Evaluation | None, *, figures: Sequence[Figure] = (),
-         missing: str = "") -> str:
+def page(record: Record | None, evaluation: Evaluation | None, *, maps: Maps | None = None,
+         figures: Sequence[Figure] = (), missing: str = "") -> str:
     """The document.
 
     Args:
         record: of the run; None for a model that is not in one.
         evaluation: of its model.
+        maps: of `report_maps.explained`, for that evaluation.
         figures: more pictures to show, each with its caption.
         missing: why there is no evaluation, as a sentence.
     """
@@ -52,6 +55,8 @@ def page(record: Record | None, evaluation: Evaluation | None, *, figures: Seque
         parts.append(report_run.training(record))
     if evaluation:
         parts += report_evaluation.sections(evaluation)
+        if maps:
+            parts.append(report_maps.section(evaluation, maps))
     if record:
         parts.append(report_run.recipe(record))
     parts.append(report_run.data(record, evaluation))
@@ -83,10 +88,10 @@ def page(record: Record | None, evaluation: Evaluation | None, *, figures: Seque
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
 
 
-def write(file: str | Path, record: Record | None, evaluation: Evaluation | None, *, figures: Sequence[Figure] = (),
-          missing: str = "") -> Path:
+def write(file: str | Path, record: Record | None, evaluation: Evaluation | None, *, maps: Maps | None = None,
+          figures: Sequence[Figure] = (), missing: str = "") -> Path:
     """Writes the document, whole or not at all; arguments as for `page`."""
-    files.write_text(Path(file), page(record, evaluation, figures=figures, missing=missing))
+    files.write_text(Path(file), page(record, evaluation, maps=maps, figures=figures, missing=missing))
     return Path(file)
 
 
@@ -101,7 +106,8 @@ def of_training(run: str | Path, val_split: Split, *, device: str = "auto") -> P
     elif record.labelled:
         folder = record.about.data if record.about else ""
         evaluation, missing = _examined(record, lambda: (val_split, folder), device, Console(quiet=True))
-    return write(record.folder / FILE, record, evaluation, figures=_reconstruction(record), missing=missing)
+    return write(record.folder / FILE, record, evaluation, maps=_explained(evaluation, device),
+                 figures=_reconstruction(record), missing=missing)
 
 
 def of_run(run: str | Path, data: str | Path | None = None, *, device: str = "auto",
@@ -116,7 +122,8 @@ def of_run(run: str | Path, data: str | Path | None = None, *, device: str = "au
         evaluation = examine_files(record.folder / MODEL, data, device=device, console=console)
     elif record.labelled:
         evaluation, missing = _examined(record, lambda: _validation(record), device, console)
-    return write(record.folder / FILE, record, evaluation, figures=_reconstruction(record), missing=missing)
+    return write(record.folder / FILE, record, evaluation, maps=_explained(evaluation, device),
+                 figures=_reconstruction(record), missing=missing)
 
 
 def _examined(record: Record, images: Callable[[], tuple[Split, str]], device: str,
@@ -129,7 +136,15 @@ def _examined(record: Record, images: Callable[[], tuple[Split, str]], device: s
         return None, f"The run's validation images were not evaluated: {error}."
 
 
-def of_evaluation(file: str | Path, evaluation: Evaluation) -> Path:
+def _explained(evaluation: Evaluation | None, device: str) -> Maps | None:
+    """A report is worth more than its maps, so what goes wrong with them becomes a sentence in it."""
+    try:
+        return report_maps.explained(evaluation, resolve_device(device)) if evaluation else None
+    except Exception as error:
+        return Maps(missing=f"What the answers rest on could not be shown: {error}.")
+
+
+def of_evaluation(file: str | Path, evaluation: Evaluation, *, device: str = "auto") -> Path:
     """Writes what `deit eval` found; where the model is that of a run, the run's record stands beside it."""
     record = None
     folder = Path(evaluation.main.model)
@@ -138,7 +153,7 @@ def of_evaluation(file: str | Path, evaluation: Evaluation) -> Path:
             record = Record.read(folder.resolve().parent if folder.name != MODEL else folder.parent)
         except FileNotFoundError:
             record = None
-    return write(file, record, evaluation)
+    return write(file, record, evaluation, maps=_explained(evaluation, device))
 
 
 def _validation(record: Record) -> tuple[Split, str]:

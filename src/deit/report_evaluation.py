@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Iterable, Sequence
 
@@ -24,6 +22,7 @@ from deit.markup import (
     isolated,
     joined,
     named,
+    pictured,
     plural,
     scrolled,
     sentence,
@@ -199,14 +198,20 @@ def _class_table(title: str, rows: Iterable[ClassScore], *, hidden: bool = False
         for each in rows), hidden=hidden)
 
 
+def wrong_and_doubtful(report: Report) -> tuple[np.ndarray, np.ndarray]:
+    """The images that are worth a look, as rows, the first most: wrong answers of the highest confidence, and of the
+    others those of the lowest."""
+    wrong = np.flatnonzero(report.read & (report.labels != report.predicted))
+    wrong = wrong[np.argsort(-report.confidence[wrong], kind="stable")][:_PICTURES]
+    doubtful = np.setdiff1d(np.flatnonzero(report.read), wrong)
+    return wrong, doubtful[np.argsort(report.confidence[doubtful], kind="stable")][:_PICTURES]
+
+
 def _wrong_and_doubtful(evaluation: Evaluation) -> Html:
     report = evaluation.main.report
     if len(evaluation.files) != len(report.labels):
         return sentence("The files of the images are not known, so none is shown.")
-    wrong = np.flatnonzero(report.read & (report.labels != report.predicted))
-    wrong = wrong[np.argsort(-report.confidence[wrong], kind="stable")][:_PICTURES]
-    doubtful = np.setdiff1d(np.flatnonzero(report.read), wrong)
-    doubtful = doubtful[np.argsort(report.confidence[doubtful], kind="stable")][:_PICTURES]
+    wrong, doubtful = wrong_and_doubtful(report)
     parts = []
     for title, rows, none in (("Most wrong", wrong, "No answer is wrong."),
                               ("Most doubtful", doubtful, "There is no other image.")):
@@ -219,37 +224,38 @@ def _wrong_and_doubtful(evaluation: Evaluation) -> Html:
 
 def _example(evaluation: Evaluation, row: int) -> Html:
     report, file = evaluation.main.report, evaluation.files[row]
-    label, answer = int(report.labels[row]), int(report.predicted[row])
-    true, predicted = report.classes[label], report.classes[answer]
-    confidence, probability = float(report.confidence[row]), float(report.probability[row])
-    told = f"True label {isolated(true)}; predicted {isolated(predicted)} with probability {confidence:.2f}"
-    answered = joined([element("span", "answered ", class_="soft"), element("b", named(predicted, _NAME)),
-                       f" ({confidence:.2f})"])
-    caption = element("p", answered, ", rightly") if label == answer else element("p", answered) + element(
-        "p", element("span", "true ", class_="soft"), element("b", named(true, _NAME)), f" ({probability:.2f})")
-    caption += element("p", named(file.name, 48), class_="file")
+    caption = answered(report, row) + element("p", named(file.name, 48), class_="file")
     try:
         image = load_image(file, min_side=_SIDE)
     except (ValueError, OSError, MemoryError):
         return element("figure", element("p", "This image can't be read any more.", class_="gone"),
                        element("figcaption", caption))
-    return picture(image, told, caption, _SIDE)
+    return picture(image, told(report, row), caption, _SIDE)
+
+
+def told(report: Report, row: int) -> str:
+    """An image and its answer in a sentence, for those who don't see it."""
+    label, answer = (report.classes[int(each[row])] for each in (report.labels, report.predicted))
+    return (f"True label {isolated(label)}; predicted {isolated(answer)} with probability "
+            f"{report.confidence[row]:.2f}")
+
+
+def answered(report: Report, row: int) -> Html:
+    """The answer to an image, and the truth where that is another one."""
+    label, answer = int(report.labels[row]), int(report.predicted[row])
+    found = joined([element("span", "answered ", class_="soft"), element("b", named(report.classes[answer], _NAME)),
+                    f" ({report.confidence[row]:.2f})"])
+    return element("p", found, ", rightly") if label == answer else element("p", found) + element(
+        "p", element("span", "true ", class_="soft"), element("b", named(report.classes[label], _NAME)),
+        f" ({report.probability[row]:.2f})")
 
 
 def picture(image: Image.Image, alt: str, caption: Html, side: int) -> Html:
     """A figure whose picture is within the document: small ones as PNG, others as JPEG."""
-    small = max(image.size) <= side / 2
+    crisp = max(image.size) <= side / 2
     if image.mode not in ("L", "RGB"):
         image = image.convert("RGB")
     if max(image.size) > side:
         image = image.copy()
         image.thumbnail((side, side), reducing_gap=3)
-    buffer = io.BytesIO()
-    if small:
-        image.save(buffer, "PNG", optimize=True)
-    else:
-        image.save(buffer, "JPEG", quality=82)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return element("figure", element("img", src=f"data:image/{'png' if small else 'jpeg'};base64,{data}", alt=alt,
-                                     width=image.width, height=image.height, class_="pixels" if small else None),
-                   element("figcaption", caption))
+    return element("figure", pictured(image, alt, crisp=crisp), element("figcaption", caption))

@@ -12,27 +12,32 @@ import binascii
 import email.message
 import hmac
 import html
+import io
 import json
 import logging
 import re
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from PIL import Image
 
 from deit import __version__, decode
 from deit.decode import ImageError
-from deit.predict import Answer, Predictor
-from deit.serve.batcher import FORMATS, Batcher, Full, ModelFailed
+from deit.explain import METHODS, Explanation, class_number, explained_model, figure, fitted, overlay
+from deit.markup import data_uri
+from deit.predict import Predictor
+from deit.serve.batcher import FORMATS, Batcher, Full, ModelFailed, Why
 
 try:
+    import h11
     import prometheus_client as prometheus
     import uvicorn
     from fastapi import FastAPI, Request, Response
@@ -40,8 +45,11 @@ try:
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
     raise ImportError(f'serving needs {error.name}: pip install "deit[serve]"') from None
+
+_Read = TypeVar("_Read")
 
 MAX_PIXELS = 50_000_000
 """An RGB image of this size takes 150 MB while it is decoded, on each core."""
@@ -53,10 +61,13 @@ _DISCARDED = 3
 _PARTS = 8  # of a form, beyond its images
 _GONE = 499  # nobody reads it; for the metrics
 _TOP_K = 5
+_METHOD = "relevance"  # the best of those that see inside, docs/explain.md
+_LONGEST = 200  # characters of a label that is asked for, unless the model has longer ones
+_SIDE = 224  # pixels of the longer side of a picture in an answer, at least
 
 _DISPOSITION = re.compile(rb"^content-disposition:(.*)$", re.IGNORECASE | re.MULTILINE)
 _FILE = re.compile(rb";\s*filename\*?=", re.IGNORECASE)
-_FIELD = re.compile(rb';\s*name="?top_k"?\s*(;|$)', re.IGNORECASE)
+_FIELD = re.compile(rb';\s*name="?([a-z_]+)"?\s*(?:;|$)', re.IGNORECASE)
 
 _HEADERS = [(name.lower().encode(), value.encode()) for name, value in {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -86,7 +97,7 @@ class Service:
     max_pixels: int = MAX_PIXELS
     """Of an image, at most what Pillow takes."""
     timeout: float = 30.0
-    """Seconds for a body to arrive (408), and for its answer (504)."""
+    """Seconds for a request's head to arrive, for its body (408), and for its answer (504)."""
     keys: tuple[str, ...] = ()
     """Any of these opens /v1/*; none: open to all."""
 
@@ -133,6 +144,36 @@ class Answers(BaseModel):
     results: list[Result]
 
 
+class TokenAnswer(BaseModel):
+    """What a token's own head decides, and what of that is explained; probabilities are not calibrated."""
+
+    token: str
+    label: str
+    probability: float
+    target: str
+    target_probability: float
+
+
+class TokenMap(BaseModel):
+    """How much each patch counts for a token, in rows from the top left, as numbers, in words and as a picture."""
+
+    token: str
+    method: str
+    values: list[list[float]]
+    strongest: str
+    overlay: str
+
+
+class Explained(BaseModel):
+    """Pictures are data: URIs; image_size is the height and width of what the model saw, which the maps cover."""
+
+    model: str
+    image_size: list[int]
+    seen: str
+    answers: list[TokenAnswer]
+    maps: list[TokenMap]
+
+
 class Failure(BaseModel):
     error: str
 
@@ -159,6 +200,7 @@ class ModelCard(BaseModel):
     limits: Limits
     formats: list[str]
     key: bool
+    explain: bool
 
 
 _SAID = {
@@ -166,21 +208,33 @@ _SAID = {
     413: "The body is too large, or holds too many images.", 415: "The body is of another type.",
     422: "No image can be read.", 503: "No room; try again after Retry-After seconds.", 504: "Not answered in time.",
 }
-_BODY: dict[str, Any] = {"required": True, "content": {
-    "application/json": {"schema": {
-        "type": "object", "required": ["images"], "additionalProperties": False,
-        "properties": {"images": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "byte"}},
-                       "top_k": {"type": "integer", "minimum": 1, "default": _TOP_K}}}},
-    "multipart/form-data": {"schema": {
-        "type": "object", "properties": {
-            "image": {"type": "array", "items": {"type": "string", "format": "binary"}},
-            "top_k": {"type": "integer", "minimum": 1}}}},
-    **{kind: {"schema": {"type": "string", "format": "binary"}} for kind in ("image/*", "application/octet-stream")}}}
+_NOT_EXPLAINED = {**_SAID, 501: "The model served can't be explained (GET /model says so)."}
 
 
-_CLASSIFY: dict[str, Any] = {"requestBody": _BODY, "parameters": [
-    {"name": "top_k", "in": "query", "description": "Labels for each image.",
-     "schema": {"type": "integer", "minimum": 1, "default": _TOP_K}}]}
+def _described(most: int | None, fields: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A request of at most so many images, and of fields, which may also stand in the query, in OpenAPI."""
+    images: dict[str, Any] = {"type": "array", "minItems": 1, **({} if most is None else {"maxItems": most})}
+    schemas = {name: {key: value for key, value in field.items() if key != "description"}
+               for name, field in fields.items()}
+    return {
+        "requestBody": {"required": True, "content": {
+            "application/json": {"schema": {
+                "type": "object", "required": ["images"], "additionalProperties": False,
+                "properties": {"images": {**images, "items": {"type": "string", "format": "byte"}}, **schemas}}},
+            "multipart/form-data": {"schema": {
+                "type": "object",
+                "properties": {"image": {**images, "items": {"type": "string", "format": "binary"}}, **schemas}}},
+            **{kind: {"schema": {"type": "string", "format": "binary"}}
+               for kind in ("image/*", "application/octet-stream")}}},
+        "parameters": [{"name": name, "in": "query", "description": field["description"], "schema": schemas[name]}
+                       for name, field in fields.items()]}
+
+
+_CLASSIFY = _described(None, {"top_k": {
+    "type": "integer", "minimum": 1, "default": _TOP_K, "description": "Labels for each image."}})
+_EXPLAIN = _described(1, {
+    "method": {"type": "string", "enum": list(METHODS), "default": _METHOD, "description": "How the maps are made."},
+    "target": {"type": "string", "description": "Label to explain; without it what each token\u2019s head decides."}})
 
 
 class _Json(Response):
@@ -249,38 +303,46 @@ def _content_type(text: str) -> email.message.Message:
     return message
 
 
-def _read_images(body: bytes, content_type: str, top_k: str | None, most: int) -> tuple[list[bytes], int]:
-    """The images of a body, and how many labels are wanted; refuses what is neither."""
+@dataclass(frozen=True)
+class _Question:
+    """What a body may hold beside its images."""
+
+    fields: tuple[str, ...]
+    example: str
+    """In JSON."""
+    most: int
+    """Images."""
+
+    def too_many(self) -> NoReturn:
+        _refuse(413, f"a request may hold at most {self.most} image{'s' * (self.most > 1)} here; send the others in "
+                     "another one")
+
+
+def _read_request(body: bytes, content_type: str, query: Mapping[str, str],
+                  question: _Question) -> tuple[list[bytes], dict[str, Any]]:
+    """The images of a body, and the fields that it or the query holds, as they are; refuses what is neither."""
     message = _content_type(content_type)
     kind = message.get_content_type() if content_type.strip() else "none"
-    asked: Any = _TOP_K if top_k is None else top_k
+    fields: dict[str, Any] = {name: query[name] for name in question.fields if name in query}
     if kind == "application/json":
-        images, asked = _from_json(body, asked, most)
+        images = _from_json(body, fields, question)
     elif kind == "multipart/form-data":
-        images, asked = _from_form(body, message.get_param("boundary"), asked, most)
+        images = _from_form(body, message.get_param("boundary"), fields, question)
     elif kind.startswith("image/") or kind == "application/octet-stream":
         images = [body]
     else:
         _refuse(415, "expected Content-Type image/*, application/octet-stream, multipart/form-data or "
                      f"application/json, found {kind[:80]!r}; send one of them")
-    if isinstance(asked, str) and asked.isascii() and asked.isdigit() and len(asked) < 10:
-        asked = int(asked)
-    if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
-        _refuse(400, "top_k is not a whole number of at least 1; give one, or leave it out")
     if not images:
         _refuse(400, "the request holds no image; send at least one")
     for image in images:
         if not image:
             _refuse(422, "an image is empty (0 bytes); send the bytes of a file")
-    return images, asked
+    return images, fields
 
 
-def _too_many(most: int) -> NoReturn:
-    _refuse(413, f"a request may hold at most {most} images; send the others in another one")
-
-
-def _from_json(body: bytes, top_k: Any, most: int) -> tuple[list[bytes], Any]:
-    expected = 'expected {"images": ["<base64>", ...], "top_k": 3}'
+def _from_json(body: bytes, fields: dict[str, Any], question: _Question) -> list[bytes]:
+    expected = f"expected {question.example}"
 
     def constant(name: str) -> NoReturn:
         raise ValueError(f"{name} is no JSON")
@@ -289,43 +351,79 @@ def _from_json(body: bytes, top_k: Any, most: int) -> tuple[list[bytes], Any]:
         found = json.loads(body, parse_constant=constant)
     except (ValueError, RecursionError):
         _refuse(400, f"the body is not valid JSON; {expected}")
-    if not isinstance(found, dict) or not set(found) <= {"images", "top_k"}:
+    if not isinstance(found, dict) or not set(found) <= {"images", *question.fields}:
         _refuse(400, f"the body is other JSON than this; {expected}")
-    texts = found.get("images")
+    texts = found.pop("images", None)
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         _refuse(400, f"images is not a list of texts; {expected}")
-    if len(texts) > most:
-        _too_many(most)
+    if len(texts) > question.most:
+        question.too_many()
+    fields |= found
     try:
-        return [base64.b64decode(text, validate=True) for text in texts], found.get("top_k", top_k)
+        return [base64.b64decode(text, validate=True) for text in texts]
     except (binascii.Error, ValueError):
         _refuse(400, "an image is not valid base64; encode the bytes of the file, without a data: prefix")
 
 
-def _from_form(body: bytes, boundary: Any, top_k: Any, most: int) -> tuple[list[bytes], Any]:
+def _from_form(body: bytes, boundary: Any, fields: dict[str, Any], question: _Question) -> list[bytes]:
     """RFC 7578. Names of files are never looked at."""
     damaged = "the multipart body is damaged or cut short; leave its making to your HTTP library"
     if not isinstance(boundary, str) or not 1 <= len(boundary) <= 70 or not boundary.isascii():
         _refuse(400, "multipart/form-data has no boundary; leave Content-Type to your HTTP library")
     # Split at most as often as is allowed: a body of nothing but boundaries costs no more than any other.
-    _, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary.encode(), most + _PARTS + 1)
+    _, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary.encode(), question.most + _PARTS + 1)
     images: list[bytes] = []
     for part in parts:
         if part.startswith(b"--"):
-            return images, top_k
+            return images
         head, separator, content = part.partition(b"\r\n\r\n")
         if not separator or len(head) > 8192:
             _refuse(400, damaged)
         disposition = b"".join(_DISPOSITION.findall(head))
+        field = _FIELD.search(disposition)
         if _FILE.search(disposition):
             images.append(content)
-            if len(images) > most:
-                _too_many(most)
-        elif _FIELD.search(disposition):
-            top_k = content.decode("ascii", "replace")
+            if len(images) > question.most:
+                question.too_many()
+        elif field and (name := field[1].decode().lower()) in question.fields:
+            fields[name] = content.decode("utf-8", "replace")
         else:
-            _refuse(400, "a field of the form is neither a file nor top_k; send images as files")
+            _refuse(400, f"a field of the form is neither a file nor {' or '.join(question.fields)}; send images as "
+                         "files")
     _refuse(400, damaged)
+
+
+_EXPLANATION = _Question(("method", "target"), '{"images": ["<base64>"], "method": "relevance", "target": "cat"}', 1)
+
+
+def _labels_asked(fields: Mapping[str, Any]) -> int:
+    asked = fields.get("top_k", _TOP_K)
+    if isinstance(asked, str) and asked.isascii() and asked.isdigit() and len(asked) < 10:
+        asked = int(asked)
+    if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
+        _refuse(400, "top_k is not a whole number of at least 1; give one, or leave it out")
+    return asked
+
+
+def _explanation_asked(fields: Mapping[str, Any], labels: list[str]) -> Why:
+    method, target = fields.get("method", _METHOD), fields.get("target")
+    if method not in METHODS:
+        _refuse(400, f"method is not one of {', '.join(METHODS)}; give one of them, or leave it out")
+    if target is None:
+        return Why(method, None)
+    # Looking for what a long name could mean would take long.
+    if not isinstance(target, str) or len(target) > max(_LONGEST, *map(len, labels)):
+        _refuse(400, "target is not one of the model's labels; give one that /model lists, or leave it out")
+    try:
+        return Why(method, class_number(target, labels))
+    except ValueError as error:
+        _refuse(400, str(error))
+
+
+def _wants_picture(accept: str) -> bool:
+    """Whether it names PNG, and not JSON."""
+    kinds = [kind.partition(";")[0].strip().lower() for kind in accept.split(",")]
+    return "image/png" in kinds and "application/json" not in kinds
 
 
 # ---- the application ---------------------------------------------------------------------------------------------
@@ -337,8 +435,8 @@ class _Metrics:
         self.requests = prometheus.Counter("deit_requests", "Requests by route and status (499: the client had gone).",
                                            ["route", "status"], registry=self.registry)
         self.seconds = prometheus.Histogram(
-            "deit_request_seconds", "From a request's head to its whole answer, /v1/classify.", registry=self.registry,
-            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60))
+            "deit_request_seconds", "From a request's head to its whole answer, of /v1/*.", ["route"],
+            registry=self.registry, buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60))
         sizes = [2**i for i in range(16) if 2**i < service.max_batch] + [service.max_batch]
         self.batches = prometheus.Histogram("deit_batch_images", "Images computed together.", registry=self.registry,
                                             buckets=sizes)
@@ -372,8 +470,8 @@ class _Outermost:
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.requests.labels(route, status).inc()
-            if route == "/v1/classify":
-                self.metrics.seconds.observe(time.monotonic() - began)
+            if route.startswith("/v1/"):
+                self.metrics.seconds.labels(route).observe(time.monotonic() - began)
 
 
 class _Routes:
@@ -383,6 +481,7 @@ class _Routes:
         self.predictor, self.service, self.name = predictor, service, name
         self.batcher = Batcher(predictor, max_batch=service.max_batch, max_wait=service.max_wait_ms / 1000,
                                queue_size=service.queue, max_pixels=service.max_pixels, computed=self._computed)
+        self.unexplained = _unexplained(predictor)
         self.metrics = _Metrics(service, lambda: self.batcher.waiting)
         self.bodies = _Bodies(service)
         self.keys = [key.encode() for key in service.keys]
@@ -407,27 +506,69 @@ class _Routes:
         if self.keys and not (scheme.lower() == "bearer" and any(matches)):
             _refuse(401, "this needs a key; send it as Authorization: Bearer KEY", **{"WWW-Authenticate": "Bearer"})
 
+    @asynccontextmanager
+    async def _asked(self, request: Request, question: _Question,
+                     read: Callable[[Mapping[str, Any]], _Read]) -> AsyncIterator[tuple[list[bytes], _Read]]:
+        """The images of a request, and what `read` makes of its fields; its body has room until the block ends."""
+        if request.headers.get("content-encoding", "identity").lower() != "identity":
+            _refuse(415, "the body is compressed; send it as it is")
+
+        def parsed(body: bytes) -> tuple[list[bytes], _Read]:
+            images, fields = _read_request(body, request.headers.get("content-type", ""), request.query_params,
+                                           question)
+            return images, read(fields)
+
+        with self.bodies.room() as body:
+            await self.bodies.read(request, body)
+            try:
+                yield await asyncio.get_running_loop().run_in_executor(self.parser, parsed, bytes(body))
+            except Full as error:
+                _refuse(503, str(error), **{"Retry-After": str(error.seconds)})
+
     async def classify(self, request: Request) -> Response:
         """Labels for one image or many: raw bytes, a form of files, or base64 in JSON."""
         self._check_key(request)
-        if request.headers.get("content-encoding", "identity").lower() != "identity":
-            _refuse(415, "the body is compressed; send it as it is")
-        with self.bodies.room() as body:
-            try:
-                await self.bodies.read(request, body)
-            except ClientDisconnect:
-                return Response(status_code=_GONE)
-            images, top_k = await asyncio.get_running_loop().run_in_executor(
-                self.parser, _read_images, bytes(body), request.headers.get("content-type", ""),
-                request.query_params.get("top_k"), self.service.max_batch)
-            try:
-                futures = self.batcher.submit(images, min(top_k, len(self.predictor.labels)))
-            except Full as error:
-                _refuse(503, str(error), **{"Retry-After": str(error.seconds)})
+        question = _Question(("top_k",), '{"images": ["<base64>", ...], "top_k": 3}', self.service.max_batch)
+        async with self._asked(request, question, _labels_asked) as (images, top_k):
+            futures = self.batcher.submit(images, min(top_k, len(self.predictor.labels)))
             del images
-            return await self._answered(request, futures)
+            await self._done(request, futures)
+        results: list[dict[str, Any]] = []
+        for future in futures:
+            try:
+                results.append(self._result(future).to_dict())
+            except ImageError as error:
+                results.append({"error": str(error)})
+        errors = [result["error"] for result in results if "error" in result]
+        self.metrics.images.labels("unreadable").inc(len(errors))
+        self.metrics.images.labels("labelled").inc(len(results) - len(errors))
+        if len(errors) == len(results):
+            _refuse(422, errors[0])
+        return _Json({"model": self.name, "results": results})
 
-    async def _answered(self, request: Request, futures: list[Future[Answer]]) -> Response:
+    async def explain(self, request: Request) -> Response:
+        """What the answer to one image rests on, for each token: maps as numbers, in words and as pictures; or with
+        Accept: image/png one figure."""
+        self._check_key(request)
+        if self.unexplained:
+            _refuse(501, self.unexplained)
+        async with self._asked(request, _EXPLANATION, partial(
+                _explanation_asked, labels=self.predictor.labels)) as ([image], why):
+            future = self.batcher.explain(image, why)
+            del image
+            await self._done(request, [future])
+        try:
+            found = self._result(future)
+        except ImageError as error:
+            self.metrics.images.labels("unreadable").inc()
+            _refuse(422, str(error))
+        self.metrics.images.labels("explained").inc()
+        if _wants_picture(request.headers.get("accept", "")):
+            return Response(await asyncio.to_thread(_figure, found, self.name), media_type="image/png")
+        return _Json(await asyncio.to_thread(_explained, found, self.name))
+
+    async def _done(self, request: Request, futures: list[Future[Any]]) -> None:
+        """Returns when all are; what isn't in time, or has nobody left to wait for it, is cancelled."""
         awaited = [asyncio.wrap_future(future) for future in futures]
         for each in awaited:  # asyncio reports errors that nobody looked at, here those of requests given up
             each.add_done_callback(lambda each: each.cancelled() or each.exception())
@@ -437,27 +578,19 @@ class _Routes:
             await asyncio.wait([answers, gone], timeout=self.service.timeout, return_when=asyncio.FIRST_COMPLETED)
             if not answers.done():
                 if gone.done():
-                    return Response(status_code=_GONE)
+                    raise ClientDisconnect
                 _refuse(504, f"no answer within {self.service.timeout:g} s; try again, or send fewer images")
         finally:
             for future in futures:
                 future.cancel()  # an image that is not being computed yet never will be
             answers.cancel()
             gone.cancel()
-        results: list[dict[str, Any]] = []
-        for future in futures:
-            try:
-                results.append(future.result().to_dict())
-            except ImageError as error:
-                results.append({"error": str(error)})
-            except ModelFailed as error:
-                _refuse(503, str(error), **{"Retry-After": "1"})
-        errors = [result["error"] for result in results if "error" in result]
-        self.metrics.images.labels("unreadable").inc(len(errors))
-        self.metrics.images.labels("labelled").inc(len(results) - len(errors))
-        if len(errors) == len(results):
-            _refuse(422, errors[0])
-        return _Json({"model": self.name, "results": results})
+
+    def _result(self, future: Future[Any]) -> Any:
+        try:
+            return future.result()
+        except ModelFailed as error:
+            _refuse(503, str(error), **{"Retry-After": "1"})
 
     async def model(self) -> Response:
         """What is served, and its limits."""
@@ -469,7 +602,8 @@ class _Routes:
                 "error_rate": calibration.error_rate, "images": calibration.images,
                 "temperature": calibration.heads[head].temperature, "threshold": calibration.heads[head].threshold},
             "limits": {"images": limits.max_batch, "bytes": limits.max_bytes, "pixels": limits.max_pixels},
-            "formats": list(dict.fromkeys(FORMATS.values())), "key": bool(self.keys)})
+            "formats": list(dict.fromkeys(FORMATS.values())), "key": bool(self.keys),
+            "explain": not self.unexplained})
 
     async def healthz(self) -> Response:
         """200 while the process lives."""
@@ -486,6 +620,33 @@ class _Routes:
         return Response(prometheus.generate_latest(self.metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
 
 
+def _unexplained(predictor: Predictor) -> str:
+    """Why there are no explanations; empty where there are."""
+    try:
+        explained_model(predictor)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _explained(found: Explanation, model: str) -> dict[str, Any]:
+    """As JSON types, with pictures of what the model saw, enlarged where that is small, and of each map over it."""
+    seen = fitted(found.seen, max(_SIDE, *found.seen.size))
+    known = found.to_dict()
+    return {"model": model, "image_size": known["image_size"], "seen": data_uri(seen), "answers": known["answers"],
+            "maps": [{**each.to_dict(), "overlay": data_uri(overlay(seen, each.values))} for each in found.maps]}
+
+
+def _figure(found: Explanation, model: str) -> bytes:
+    file = io.BytesIO()
+    figure(replace(found, model=model)).save(file, "PNG")
+    return file.getvalue()
+
+
+async def _gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=_GONE)
+
+
 async def _refused(_: Request, error: HTTPException) -> Response:
     sentence = {404: "there is nothing here; / is a page to try, /api lists what there is",
                 405: "this method is not for this address; /api lists what there is"}
@@ -495,13 +656,16 @@ async def _refused(_: Request, error: HTTPException) -> Response:
 def create_app(predictor: Predictor, service: Service, name: str) -> FastAPI:
     """The application. `name` is what answers call the model; `app.state.routes.batcher` makes the batches."""
     routes = _Routes(predictor, service, name)
-    app = FastAPI(title="deit", version=__version__, description="Labels for images.", docs_url=None, redoc_url=None,
-                  lifespan=routes.life, exception_handlers={HTTPException: _refused})
+    app = FastAPI(title="deit", version=__version__, description="Labels for images, and what they rest on.",
+                  docs_url=None, redoc_url=None, lifespan=routes.life,
+                  exception_handlers={HTTPException: _refused, ClientDisconnect: _gone})
     app.state.routes = routes
     app.add_middleware(_Outermost, metrics=routes.metrics)
-    failures: dict[int | str, Any] = {
-        status: {"model": Failure, "description": said} for status, said in _SAID.items()}
-    app.post("/v1/classify", response_model=Answers, responses=failures, openapi_extra=_CLASSIFY)(routes.classify)
+    app.post("/v1/classify", response_model=Answers, responses=_failures(_SAID), openapi_extra=_CLASSIFY)(
+        routes.classify)
+    picture: dict[int | str, Any] = {200: {"content": {"image/png": {}}}}
+    app.post("/v1/explain", response_model=Explained, responses=picture | _failures(_NOT_EXPLAINED),
+             openapi_extra=_EXPLAIN)(routes.explain)
     app.get("/model", response_model=ModelCard)(routes.model)
     app.get("/healthz")(routes.healthz)
     app.get("/readyz", responses={503: {"model": Failure}})(routes.readyz)
@@ -510,6 +674,10 @@ def create_app(predictor: Predictor, service: Service, name: str) -> FastAPI:
         app.get(path, include_in_schema=False)(_sends((_HERE / file).read_bytes(), kind))
     app.get("/api", include_in_schema=False)(_sends(_api_page(app.openapi()).encode(), "text/html"))
     return app
+
+
+def _failures(said: Mapping[int, str]) -> dict[int | str, Any]:
+    return {status: {"model": Failure, "description": text} for status, text in said.items()}
 
 
 def _sends(content: bytes, kind: str) -> Callable[[], Any]:
@@ -539,6 +707,37 @@ def _api_page(described: dict[str, Any]) -> str:
 # ---- the server --------------------------------------------------------------------------------------------------
 
 
+def _prompt(seconds: float) -> type[H11Protocol]:
+    """Connections that end when the head of a request takes longer; uvicorn alone, which times only what is idle after
+    an answer, waits for ever."""
+
+    class Connection(H11Protocol):
+        late: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._time()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._time()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            if self.late:
+                self.late.cancel()
+
+        def _time(self) -> None:
+            incomplete = self.conn.their_state is h11.IDLE
+            if incomplete and not self.late:
+                self.late = self.loop.call_later(seconds, self.transport.close)
+            elif not incomplete and self.late:
+                self.late.cancel()
+                self.late = None
+
+    return Connection
+
+
 def serve(predictor: Predictor, service: Service, name: str, *, host: str, port: int,
           listening: Callable[[str], object]) -> None:
     """Serves until SIGTERM or Ctrl-C, then takes no more connections, finishes what came, and returns.
@@ -553,8 +752,9 @@ def serve(predictor: Predictor, service: Service, name: str, *, host: str, port:
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
         logging.getLogger("uvicorn").setLevel(logging.ERROR)  # below that it tells of every client's mistake
         server = uvicorn.Server(uvicorn.Config(
-            create_app(predictor, service, name), http="h11", ws="none", log_config=None, access_log=False,
-            server_header=False, proxy_headers=False, timeout_graceful_shutdown=int(2 * service.timeout) + 1))
+            create_app(predictor, service, name), http=_prompt(service.timeout), ws="none", log_config=None,
+            access_log=False, server_header=False, proxy_headers=False,
+            timeout_graceful_shutdown=int(2 * service.timeout) + 1))
         # uvicorn raises the signal again after its end; this makes that end the exit status 0.
         signal.signal(signal.SIGTERM, lambda *_: None)
         shown = f"[{host}]" if ":" in host else host

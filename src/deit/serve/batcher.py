@@ -1,7 +1,9 @@
 """Dynamic batching: images of many requests, decoded by threads, computed together by the one thread with the model.
 
 ```
-submit ─► decoding (threads) ─► ready ─► batch of 1 to max_batch (owner thread) ─► each request's future
+submit ─┐                                  ┌─► batch of 1 to max_batch ─┐
+        ├─► decoding (threads) ─► ready ───┤   (owner thread, in turn)  ├─► each request's future
+explain ┘                                  └─► one explanation ─────────┘
 ```
 """
 
@@ -13,16 +15,20 @@ import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
 from deit.decode import ImageError, reading
 from deit.engines import cores
+from deit.explain import Explanation, Method, explain_pixels, explained_model
 from deit.predict import Answer, Predictor
 
 FORMATS = {"JPEG": "JPEG", "MPO": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "TIFF": "TIFF", "BMP": "BMP"}
@@ -30,6 +36,10 @@ FORMATS = {"JPEG": "JPEG", "MPO": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "
 program."""
 
 _FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"GIF8", b"II*\x00", b"MM\x00*", b"BM")
+
+_EXPLAINED = 4
+"""An explanation costs several images' time, so at most one place of this many in the queue is for them: maps shall not
+keep labels out."""
 
 _log = logging.getLogger("deit.serve")
 
@@ -46,11 +56,20 @@ class ModelFailed(RuntimeError):
     """The model raised an exception on a batch."""
 
 
+class Why(NamedTuple):
+    """What of an answer is to be explained."""
+
+    method: Method
+    target: int | None
+    """The class; None: what each head decides."""
+
+
 @dataclass(eq=False)
 class _Job:
     data: bytes
-    top_k: int
-    answer: Future[Answer] = field(default_factory=Future)
+    top_k: int = 0
+    why: Why | None = None  # an explanation instead of labels
+    answer: Future[Any] = field(default_factory=Future)
     pixels: np.ndarray | None = None  # (channels, height, width)
     ready: float = 0.0  # monotonic seconds
 
@@ -62,7 +81,7 @@ class Batcher:
         predictor: called by one thread only, but for `prepared`, which many call.
         max_batch: images computed together, at most.
         max_wait: seconds that a decoded image waits for others.
-        queue_size: images that may be decoding or waiting; more are refused.
+        queue_size: images that may be decoding or waiting; more are refused. A quarter may wait for explanations.
         max_pixels: images with more are refused from their header.
         computed: told the number of images of each batch.
     """
@@ -75,7 +94,8 @@ class Batcher:
         self._shape = predictor.prepared(Image.new("RGB", (width, height))).shape  # (channels, height, width)
         self._lock = threading.Lock()
         self._waiting = 0
-        self._seconds_per_image = 0.0
+        self._unexplained = 0  # of those that wait
+        self._seconds_per_image = self._seconds_per_explanation = 0.0
         self._ready: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         Image.init()  # not safe in several threads at once
         self._decoders = ThreadPoolExecutor(cores(), thread_name_prefix="deit-decode")
@@ -97,11 +117,22 @@ class Batcher:
 
         Futures raise `ImageError` for what can't be read, `ModelFailed`. Raises `Full` where not all have room.
         """
+        return self._enter([_Job(data, top_k) for data in images])
+
+    def explain(self, image: bytes, why: Why) -> Future[Explanation]:
+        """As `submit`, for what the answer to one image rests on, by a model that `explained_model` finds."""
+        [found] = self._enter([_Job(image, why=why)])
+        return found
+
+    def _enter(self, jobs: list[_Job]) -> list[Future[Any]]:
+        explanations = sum(job.why is not None for job in jobs)
         with self._lock:
-            if self._waiting + len(images) > self.queue_size:
-                raise Full(max(1, math.ceil(self._waiting * self._seconds_per_image)))
-            self._waiting += len(images)
-        jobs = [_Job(data, top_k) for data in images]
+            if (self._waiting + len(jobs) > self.queue_size
+                    or self._unexplained + explanations > max(1, self.queue_size // _EXPLAINED)):
+                raise Full(max(1, math.ceil((self._waiting - self._unexplained) * self._seconds_per_image
+                                            + self._unexplained * self._seconds_per_explanation)))
+            self._waiting += len(jobs)
+            self._unexplained += explanations
         for job in jobs:
             job.answer.add_done_callback(partial(_forget, job))
             self._decoders.submit(self._decode, job)
@@ -138,6 +169,7 @@ class Batcher:
         """Gives up a job's place in the queue; True where someone still waits for its answer."""
         with self._lock:
             self._waiting -= 1
+            self._unexplained -= job.why is not None
         return job.answer.set_running_or_notify_cancel()
 
     def _fail(self, job: _Job, error: ImageError) -> None:
@@ -145,24 +177,40 @@ class Batcher:
             job.answer.set_exception(error)
 
     def _run(self) -> None:
-        while (first := self._ready.get()) is not None:
-            collected, open_ = [first], True
-            while len(collected) < self.max_batch:
-                try:
-                    job = self._ready.get(timeout=max(0.0, first.ready + self.max_wait - time.monotonic()))
-                except queue.Empty:
+        aside: deque[_Job] = deque()  # explanations, of which one follows each batch
+        open_ = True
+        while open_ or aside:
+            if open_:
+                collected, open_ = self._collected(aside)
+                if batch := [job for job in collected if self._leave(job)]:
+                    self._compute(batch)
+            while aside:
+                job = aside.popleft()
+                if self._leave(job):
+                    self._explain(job)
                     break
-                if job is None:
-                    open_ = False
-                    break
-                if job.answer.cancelled():
-                    self._leave(job)
+
+    def _collected(self, aside: deque[_Job]) -> tuple[list[_Job], bool]:
+        """Images for one batch, none where only explanations wait, which come to the end of `aside`; and whether more
+        may come."""
+        collected: list[_Job] = []
+        while len(collected) < self.max_batch:
+            try:
+                if collected:
+                    job = self._ready.get(timeout=max(0.0, collected[0].ready + self.max_wait - time.monotonic()))
                 else:
-                    collected.append(job)
-            if batch := [job for job in collected if self._leave(job)]:
-                self._compute(batch)
-            if not open_:
-                return
+                    job = self._ready.get(block=not aside)
+            except queue.Empty:
+                break
+            if job is None:
+                return collected, False
+            if job.answer.cancelled():
+                self._leave(job)
+            elif job.why is not None:
+                aside.append(job)
+            else:
+                collected.append(job)
+        return collected, True
 
     def _compute(self, batch: list[_Job]) -> None:
         began = time.monotonic()
@@ -174,11 +222,30 @@ class Batcher:
             for job in batch:
                 job.answer.set_exception(ModelFailed(f"the model failed ({type(error).__name__}); try again"))
             return
-        seconds = (time.monotonic() - began) / len(batch)
-        self._seconds_per_image = 0.8 * (self._seconds_per_image or seconds) + 0.2 * seconds
+        self._seconds_per_image = _recent(self._seconds_per_image, (time.monotonic() - began) / len(batch))
         self.computed(len(batch))
         for job, answer in zip(batch, answers, strict=True):
             job.answer.set_result(Answer(source=b"", labels=answer.labels[:job.top_k], sure=answer.sure))
+
+
+    def _explain(self, job: _Job) -> None:
+        began = time.monotonic()
+        try:
+            assert job.pixels is not None
+            assert job.why is not None
+            pixels = torch.from_numpy(job.pixels).unsqueeze(0).to(self.predictor.device)
+            found = explain_pixels(explained_model(self.predictor), self.predictor.processor, pixels,
+                                   methods=[job.why.method], target=job.why.target)
+        except Exception as error:
+            _log.exception("the model failed on an explanation")
+            job.answer.set_exception(ModelFailed(f"the model failed ({type(error).__name__}); try again"))
+            return
+        self._seconds_per_explanation = _recent(self._seconds_per_explanation, time.monotonic() - began)
+        job.answer.set_result(found)
+
+
+def _recent(mean: float, seconds: float) -> float:
+    return 0.8 * (mean or seconds) + 0.2 * seconds
 
 
 def _forget(job: _Job, _: Future[Answer]) -> None:
