@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import build, raises_saying
 from PIL import Image
 
@@ -16,7 +17,7 @@ from deit.calibration import Calibration, HeadCalibration
 from deit.cli import main
 from deit.config import VARIANTS
 from deit.engines import load_engine
-from deit.explain import explain_file
+from deit.explain import explain, explain_file
 from deit.export import cached_engine, export
 from deit.image import DeiTImageProcessor
 from deit.load import load_model
@@ -75,7 +76,9 @@ def test_engines_agree_on_a_trained_folder(distilled, photos, monkeypatch, engin
             assert [entry["label"] for entry in row.labels] == [entry["label"] for entry in other.labels]
             assert [entry["score"] for entry in row.labels] == pytest.approx(
                 [entry["score"] for entry in other.labels], abs=1e-4)
-    assert found.model is not None  # for what needs to look inside
+    pixels = torch.from_numpy(np.stack([found.prepared(photo) for photo in photos]))
+    for token, values in explain(expected.model, pixels, "relevance").items():  # which needs the model's inside
+        torch.testing.assert_close(explain(found.model, pixels, "relevance")[token], values)
 
 
 def test_a_model_is_exported_once_and_again_where_it_changed(distilled, photos, cache, monkeypatch):
