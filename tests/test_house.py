@@ -20,9 +20,9 @@ ORDER = ["files", "config", "outputs", "weights", "hub", "decode", "pixels", "im
          "pretrained", "cpu_training", "model", "export_keras", "pretrained_keras", "losses_keras", "model_keras",
          "convert", "convnet", "engines", "scores", "calibration", "predict", "pipelines", "recipe", "recipes",
          "machine", "build", "policies", "mixing", "augment", "folders", "bulk", "data", "calibrate", "evaluate",
-         "tables", "explain", "export", "records", "markup", "drawing", "report_evaluation", "report_run", "report",
-         "serve", "teacher", "teach", "objectives", "optim", "checkpoint", "progress", "runs", "train", "quickstart",
-         "cli", "__main__"]
+         "tables", "explain", "export_web", "export", "records", "markup", "drawing", "report_evaluation",
+         "report_run", "report", "serve", "teacher", "teach", "objectives", "optim", "checkpoint", "progress", "runs",
+         "train", "quickstart", "cli", "__main__"]
 """A module imports only what stands before it."""
 
 FRAMEWORKS = {"torch", "transformers", "timm", "keras", "tensorflow", "jax", "sklearn", "scipy",
