@@ -210,5 +210,5 @@ class NodeEngine(Engine):
             said = " ".join(said.split())[:200]
             raise ValueError(f"web was not kept: {self.name} {VERSION} failed in Node ({said}); install Node.js 20 or "
                              "newer, or please report it, and take another format")
-        return [np.frombuffer(stdout.read(4 * math.prod(dims)), np.float32).reshape(dims)
+        return [np.frombuffer(bytearray(stdout.read(4 * math.prod(dims))), np.float32).reshape(dims)
                 for dims in answer["outputs"]]
