@@ -42,7 +42,7 @@ from deit.engines import (
     read_record,
     sha256,
 )
-from deit.export_web import VERSION, NodeEngine, Page, halve, refuse_undone
+from deit.export_web import VERSION, NodeEngine, Page, refuse_undone
 from deit.folders import SPLITS, Split, matched, read_examples
 from deit.image import FILE_NAME, DeiTImageProcessor
 from deit.model import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, PreTrained
@@ -68,8 +68,6 @@ _RANKED = 32
 """Images that layers are ranked by."""
 _JUDGED_BATCH = 16
 
-_HALVED = ("openvino", "web")
-"""Formats with weights in float16 where that keeps the agreement."""
 _BESIDE = {"config.json", FILE_NAME, CALIBRATION, RECORD}
 """Files of an export that are not its `files`."""
 _PACKAGES = {"torch": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",),
@@ -105,9 +103,8 @@ def export(source: str | Path, to: Format, out: str | Path, *, calibrate: str | 
     `calibration.json` where it has one, and `export.json` (see docs/export.md).
 
     `torch`: `model.pt2`, of `torch.export`. `onnx`: `model.onnx`. `openvino`: `model.xml` and `model.bin`, the weights
-    in float16 where that keeps the agreement. `web`: a page that labels images in the browser; `model.onnx`, the
-    weights as for `openvino`, with the page's files and onnxruntime-web, which npm fetches at the first time.
-    `onnx-int8`, `openvino-int8`: quantised by NNCF.
+    in float16 where that keeps the agreement. `web`: a page that labels images in the browser: `model.onnx`, the page's
+    files, and onnxruntime-web, which npm fetches the first time. `onnx-int8`, `openvino-int8`: quantised by NNCF.
 
     The folder appears only after the file has answered in its runtime as the PyTorch model does: in a float format the
     same labels, and probabilities within `TOLERANCE`; in int8 an accuracy at most `LOSS` lower. A former export in
@@ -316,8 +313,9 @@ class _Checked:
         self._files = () if examples is None else _spread(examples.judged, _CHECKED["random"]).files
 
     def pictures(self) -> Iterator[Image.Image]:
-        """Random ones, and some of the real ones where there are such."""
-        yield from _pictures(_CHECKED["random"])
+        """Random ones, each also enlarged, so that a resize makes it smaller; and some of the real ones, if any."""
+        for picture in _pictures(_CHECKED["random"]):
+            yield from (picture, picture.resize((3 * picture.width, 4 * picture.height)))
         for path in self._files:
             with suppress(ImageError):
                 yield load_image(path)
@@ -365,13 +363,11 @@ def _write_float(classifier: _Classifier, to: Format, folder: Path, checked: _Ch
     """Writes the model's files; returns the record. `run` opens the folder in the runtime that it is for, where that is
     not the one of `load_engine`."""
     run = run or (lambda folder, _: nullcontext(load_engine(folder, precision="float32")))
-    for halved in (True, False) if to in _HALVED else (False,):
+    for halved in (True, False) if to == "openvino" else (False,):
         if to == "torch":
             torch.export.save(classifier.program, folder / "model.pt2")
         elif to in ("onnx", "web"):
             _save_onnx(classifier, folder / "model.onnx")
-            if halved:
-                halve(folder / "model.onnx")
         else:
             _save_openvino(classifier.openvino_model, folder / "model.xml", halved=halved)
         record = _describe(classifier, to, folder)
@@ -384,7 +380,7 @@ def _write_float(classifier: _Classifier, to: Format, folder: Path, checked: _Ch
                          f"{agreement.labels:.1%} are labelled as by the PyTorch model, and a probability differs by "
                          f"{agreement.difference:.2g}, where all and at most {TOLERANCE:g} are allowed; please report "
                          "it, and take another format")
-    if to in _HALVED:
+    if to == "openvino":
         record["weights"] = "float16" if halved else "float32"
     return record | _checks(agreement, checked, to, folder)
 

@@ -120,28 +120,6 @@ def refuse_undone(processor: DeiTImageProcessor) -> None:
         raise ValueError(f"data_format is {processor.data_format}, expected channels_first; {advice}")
 
 
-def halve(path: Path) -> None:
-    """Stores the weights of an ONNX file in float16; they are cast back before they are used, once, when it is loaded.
-
-    Only matrices and more, which are what is large: factors and terms of single channels stay as they are.
-    """
-    import onnx
-
-    model = onnx.load(path)
-    casts = []
-    for tensor in model.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1:
-            name, stored = tensor.name, f"{tensor.name}.float16"
-            with np.errstate(over="ignore"):  # infinite then, and refused by the check
-                halved = onnx.numpy_helper.to_array(tensor).astype(np.float16)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(halved, stored))
-            casts.append(onnx.helper.make_node("Cast", [stored], [name], to=onnx.TensorProto.FLOAT))
-    nodes = [*casts, *model.graph.node]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    onnx.save(model, path)
-
-
 class NodeEngine(Engine):
     """The model and the preprocessing of a page's folder, run in Node by the folder's own scripts. To be closed, as a
     context."""
