@@ -121,7 +121,8 @@ def _add_written(verbs: Any) -> None:
                             "it there, and keeps it only if it answers as the PyTorch model does. int8 needs "
                             "--calibrate, and is kept only if it costs no more than half a point of accuracy.")
     _add_model(verb)
-    verb.add_argument("--to", choices=("torch", "onnx", "openvino", "onnx-int8", "openvino-int8"), required=True)
+    verb.add_argument("--to", choices=("torch", "onnx", "openvino", "web", "onnx-int8", "openvino-int8"),
+                      required=True)
     verb.add_argument("--calibrate", type=Path, metavar="DATA",
                       help="folder or list of labelled images, to check on, and to calibrate and judge int8 by")
     verb.add_argument("--out", type=Path, required=True, metavar="DIR",

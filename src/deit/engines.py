@@ -132,7 +132,7 @@ class OpenVINOEngine(Engine):
 
 
 ENGINES: dict[str, type[Engine]] = {"torch": TorchEngine, "onnx": OnnxEngine, "onnx-int8": OnnxEngine,
-                                    "openvino": OpenVINOEngine, "openvino-int8": OpenVINOEngine}
+                                    "openvino": OpenVINOEngine, "openvino-int8": OpenVINOEngine, "web": OnnxEngine}
 """By the `format` of a record."""
 
 

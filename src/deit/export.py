@@ -16,7 +16,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
@@ -34,6 +34,7 @@ from deit.calibration import FILE as CALIBRATION
 from deit.calibration import Calibration
 from deit.convnet import ConvNet
 from deit.data import Batch, EvaluationBatches
+from deit.decode import ImageError, load_image
 from deit.engines import (
     RECORD,
     Engine,
@@ -44,13 +45,14 @@ from deit.engines import (
     read_record,
     sha256,
 )
+from deit.export_web import VERSION, NodeEngine, Page, refuse_undone
 from deit.folders import SPLITS, Split, matched, read_examples
 from deit.image import FILE_NAME, DeiTImageProcessor
 from deit.load import load_model
 from deit.model import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, PreTrained
 from deit.scores import Accuracy
 
-Format = Literal["torch", "onnx", "openvino", "onnx-int8", "openvino-int8"]
+Format = Literal["torch", "onnx", "openvino", "web", "onnx-int8", "openvino-int8"]
 
 TOLERANCE = 1e-4
 """Largest difference of a probability from the PyTorch model's that a float format may have."""
@@ -69,7 +71,10 @@ _RANKED = 32
 """Images that layers are ranked by."""
 _JUDGED_BATCH = 16
 
+_BESIDE = {"config.json", FILE_NAME, CALIBRATION, RECORD}
+"""Files of an export that are not its `files`."""
 _PACKAGES = {"torch": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",),
+             "web": ("onnx", "onnxscript"),
              "onnx-int8": ("onnx", "onnxscript", "onnxruntime", "nncf"), "openvino-int8": ("openvino", "nncf")}
 
 
@@ -101,7 +106,8 @@ def export(source: str | Path, to: Format, out: str | Path, *, calibrate: str | 
     `calibration.json` where it has one, and `export.json` (see docs/export.md).
 
     `torch`: `model.pt2`, of `torch.export`. `onnx`: `model.onnx`. `openvino`: `model.xml` and `model.bin`, the weights
-    in float16 where that keeps the agreement. `onnx-int8`, `openvino-int8`: quantised by NNCF.
+    in float16 where that keeps the agreement. `web`: a page that labels images in the browser: `model.onnx`, the page's
+    files, and onnxruntime-web, which npm fetches the first time. `onnx-int8`, `openvino-int8`: quantised by NNCF.
 
     The folder appears only after the file has answered in its runtime as the PyTorch model does: in a float format the
     same labels, and probabilities within `TOLERANCE`; in int8 an accuracy at most `LOSS` lower. A former export in
@@ -117,6 +123,7 @@ def export(source: str | Path, to: Format, out: str | Path, *, calibrate: str | 
         ValueError: no classifier; images that don't fit it; an answer that differs, or int8 that costs accuracy.
         FileExistsError: `out` holds anything but a former export.
         ImportError: a package is missing.
+        FileNotFoundError: `web` without Node, or without npm or its registry where onnxruntime-web isn't cached.
     """
     if to not in get_args(Format):
         raise ValueError(f"there is no format {to!r}; choose {', '.join(get_args(Format))}")
@@ -126,7 +133,10 @@ def export(source: str | Path, to: Format, out: str | Path, *, calibrate: str | 
     folder = Path(out).absolute()
     _refuse_occupied(folder)
     _import_packages(to)
+    page = Page() if to == "web" else None
     classifier = _Classifier.of(source, **where)
+    if page is not None:
+        _refuse_for_the_web(classifier)
     examples = None if calibrate is None else _Examples(calibrate, classifier)
     checked = _Checked(classifier, examples)
     with _replacing(folder) as temporary:
@@ -136,6 +146,8 @@ def export(source: str | Path, to: Format, out: str | Path, *, calibrate: str | 
             calibration.save(temporary)  # int8 answers differ by more: they want their own, of `deit calibrate DIR`
         if examples is not None and to.endswith("int8"):
             record = _write_int8(classifier, to, temporary, examples, checked)
+        elif page is not None:
+            record = _write_web(classifier, page, temporary, checked)
         else:
             record = _write_float(classifier, to, temporary, checked)
         files.write_json(temporary / RECORD, record)
@@ -231,7 +243,7 @@ class _Classifier:
     """What is exported, with its preprocessing, all that could be wrong with them already checked."""
 
     def __init__(self, model: Any, processor: DeiTImageProcessor, name: str):
-        self.model, self.processor = model, processor
+        self.model, self.processor, self.name = model, processor, name
         config, kinds = model.config, (DeiTForImageClassification, DeiTForImageClassificationWithTeacher, ConvNet)
         if not isinstance(model, kinds) or not config.num_labels:
             raise ValueError(f"{name} holds a {type(model).__name__} without classes; expected a classifier, the only "
@@ -255,6 +267,11 @@ class _Classifier:
     def __call__(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """Logits (B, K) by name."""
         return {name: value.numpy() for name, value in self.logits(torch.from_numpy(pixels)).items()}
+
+    @property
+    def bytes(self) -> int:
+        """Of its weights."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.logits.state_dict().values())
 
     def layers(self) -> dict[str, nn.Linear | nn.Conv2d]:
         """What multiplies with weights, by name."""
@@ -361,6 +378,15 @@ class _Checked:
             self.batches.append(np.stack(pixels[:size]))
             pixels = pixels[size:]
         self.expected = [_probabilities(classifier(batch)) for batch in self.batches]
+        self._files = () if examples is None else _spread(examples.judged, _CHECKED["random"]).files
+
+    def pictures(self) -> Iterator[Image.Image]:
+        """Random ones, each also enlarged, so that a resize makes it smaller; and some of the real ones, if any."""
+        for picture in _pictures(_CHECKED["random"]):
+            yield from (picture, picture.resize((3 * picture.width, 4 * picture.height)))
+        for path in self._files:
+            with suppress(ImageError):
+                yield load_image(path)
 
     def agreement(self, engine: Engine) -> _Agreement:
         alike, difference = 0, 0.0
@@ -399,17 +425,22 @@ def _accuracy(answer: Callable[[np.ndarray], Mapping[str, np.ndarray]], batches:
 # ------------------------------------------------------------------------------------------------------- float formats
 
 
-def _write_float(classifier: _Classifier, to: Format, folder: Path, checked: _Checked) -> dict[str, Any]:
-    """Writes the model's files; returns the record."""
+def _write_float(classifier: _Classifier, to: Format, folder: Path, checked: _Checked,
+                 run: Callable[[Path, Mapping[str, Any]], AbstractContextManager[Engine]] | None = None
+                 ) -> dict[str, Any]:
+    """Writes the model's files; returns the record. `run` opens the folder in the runtime that it is for, where that is
+    not the one of `load_engine`."""
+    run = run or (lambda folder, _: nullcontext(load_engine(folder, precision="float32")))
     for halved in (True, False) if to == "openvino" else (False,):
         if to == "torch":
             torch.export.save(classifier.program, folder / "model.pt2")
-        elif to == "onnx":
+        elif to in ("onnx", "web"):
             _save_onnx(classifier, folder / "model.onnx")
         else:
             _save_openvino(classifier.openvino_model, folder / "model.xml", halved=halved)
         record = _describe(classifier, to, folder)
-        agreement = checked.agreement(load_engine(folder, precision="float32"))
+        with run(folder, record) as engine:
+            agreement = checked.agreement(engine)
         if agreement.labels == 1.0 and agreement.difference <= TOLERANCE:
             break
     else:
@@ -427,7 +458,7 @@ def _describe(classifier: _Classifier, to: Format, folder: Path) -> dict[str, An
     heads = ["fused", "class", *(["distillation", "softmax"] if len(classifier.logits.names) > 1 else [])]
     record = {
         "format": to,
-        "files": {path.name: sha256(path) for path in sorted(folder.glob("model.*"))},
+        "files": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name not in _BESIDE},
         "input": {"name": "pixel_values", "shape": [None, *classifier.shape], "type": "float32"},
         "outputs": list(classifier.logits.names),
         "heads": heads,
@@ -447,9 +478,8 @@ def _checks(agreement: _Agreement, checked: _Checked, to: Format, folder: Path) 
 
 
 def _save_onnx(classifier: _Classifier, path: Path) -> None:
-    weight = sum(tensor.numel() * tensor.element_size() for tensor in classifier.logits.state_dict().values())
     torch.onnx.export(classifier.program, (), path, dynamo=True, verbose=False, input_names=["pixel_values"],
-                      output_names=list(classifier.logits.names), external_data=weight > _ONNX_BYTES)
+                      output_names=list(classifier.logits.names), external_data=classifier.bytes > _ONNX_BYTES)
 
 
 _ONNX_BYTES = 2**31 - 2**24
@@ -458,6 +488,24 @@ _ONNX_BYTES = 2**31 - 2**24
 
 def _save_openvino(model: Any, path: Path, *, halved: bool) -> None:
     import_openvino().save_model(model, path, compress_to_fp16=halved)
+
+
+# ------------------------------------------------------------------------------------------------------------- the web
+
+
+def _refuse_for_the_web(classifier: _Classifier) -> None:
+    refuse_undone(classifier.processor)
+    if classifier.bytes > _ONNX_BYTES:
+        raise ValueError(f"the weights of {classifier.name} take {classifier.bytes / 2**30:.1f} GiB, more than the 2 "
+                         "GiB that a file for a browser can have; take a smaller model")
+
+
+def _write_web(classifier: _Classifier, page: Page, folder: Path, checked: _Checked) -> dict[str, Any]:
+    page.write(folder)
+    record = _write_float(classifier, "web", folder, checked, page.running)
+    record["versions"][NodeEngine.name] = VERSION
+    with page.running(folder, record) as engine:
+        return record | {"preprocessing": engine.check_pixels(checked.pictures(), classifier.processor)}
 
 
 # --------------------------------------------------------------------------------------------------------------- int8
@@ -617,7 +665,7 @@ def _refuse_occupied(folder: Path) -> None:
         raise FileExistsError(f"{folder} is a file, expected a folder; give --out a new one")
     if found := {path.name for path in folder.iterdir()}:
         try:
-            known = {"config.json", FILE_NAME, RECORD, CALIBRATION, *read_record(folder)["files"]}
+            known = _BESIDE | set(read_record(folder)["files"])
         except (OSError, ValueError):
             known = set()
         if others := sorted(found - known):

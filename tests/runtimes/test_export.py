@@ -40,6 +40,11 @@ def needs(to):
     for package in export._PACKAGES[to]:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{to} needs {package}, which is not installed")
+    if to == "web":
+        try:
+            export.Page()
+        except FileNotFoundError as error:
+            pytest.skip(str(error))
 
 
 def model_of(kind):
@@ -560,10 +565,11 @@ def keys_of(value, path=""):
 
 def test_the_page_has_every_key(digits, tmp_path):
     needs("openvino-int8")
+    needs("web")
     documented = set(re.findall(r"^\| `([a-z0-9_.]+)` \|", PAGE.read_text().split("## export.json")[1],
                                 re.MULTILINE))
     found = set()
-    for to in ("openvino", "openvino-int8"):
+    for to in ("openvino", "openvino-int8", "web"):
         done = export.export(digits / "convnet", to, tmp_path / to, calibrate=digits / "data")
         found |= set(keys_of(done.record))
     assert found == documented
