@@ -21,8 +21,8 @@ ORDER = ["files", "config", "outputs", "weights", "hub", "decode", "pixels", "im
          "convert", "convnet", "load", "engines", "scores", "calibration", "recipe", "recipes", "machine", "build",
          "policies", "mixing", "augment", "folders", "bulk", "data", "export_web", "export", "predict", "pipelines",
          "calibrate", "evaluate", "tables", "explain", "records", "markup", "drawing", "report_evaluation",
-         "report_maps", "report_run", "report", "serve", "teacher", "teach", "objectives", "optim", "checkpoint", "progress",
-         "runs", "train", "quickstart", "cli", "__main__"]
+         "report_maps", "report_run", "report", "serve", "teacher", "teach", "objectives", "optim", "checkpoint",
+         "progress", "runs", "train", "quickstart", "cli", "__main__"]
 """A module imports only what stands before it."""
 
 FRAMEWORKS = {"torch", "transformers", "timm", "keras", "tensorflow", "jax", "sklearn", "scipy",
