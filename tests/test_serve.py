@@ -538,7 +538,7 @@ def test_every_answer_has_the_security_headers(hostile_web):
 
 
 def test_pages_ask_nobody_else(hostile_web):
-    for path in ("/", "/page.js", "/page.css", "/api"):
+    for path in ("/", "/page.js", "/page.css", "/shown.js", "/shown.css", "/api"):
         answer = hostile_web.get(path)
         assert answer.status_code == 200
         assert "//" not in re.sub(r"(?m)^\s*//.*$|\s// .*$", "", answer.text)

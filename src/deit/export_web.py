@@ -36,8 +36,8 @@ TOLERANCE = 1e-6
 """Largest difference of a pixel value from the Python preprocessing's that the page's may have."""
 
 _NAME = f"onnxruntime-web-{VERSION}.tgz"
-_PAGE = ("index.html", "page.css", "page.js", "worker.js", "picture.js", "pixels.js", "answer.js",
-         "onnxruntime-LICENSE")  # its package holds no licence file
+_PAGE = ("index.html", "shown.css", "page.css", "shown.js", "page.js", "worker.js", "picture.js", "pixels.js",
+         "answer.js", "onnxruntime-LICENSE")  # its package holds no licence file
 # Some servers don't know .mjs for a script, and browsers refuse a script that is served as anything else.
 _RUNTIME = {"ort.wasm.bundle.min.js": "package/dist/ort.wasm.bundle.min.mjs",
             "ort-wasm-simd-threaded.wasm": "package/dist/ort-wasm-simd-threaded.wasm"}

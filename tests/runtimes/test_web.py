@@ -116,8 +116,8 @@ def test_the_folder_is_whole(models, exported):
     beside = {"config.json", "preprocessor_config.json", "calibration.json", "export.json"}
     assert {path.name for path in done.folder.iterdir()} == set(done.record["files"]) | beside
     assert set(done.record["files"]) == {
-        "index.html", "page.css", "page.js", "worker.js", "picture.js", "pixels.js", "answer.js", "model.onnx",
-        "ort.wasm.bundle.min.js", "ort-wasm-simd-threaded.wasm", "onnxruntime-LICENSE"}
+        "index.html", "page.css", "page.js", "shown.css", "shown.js", "worker.js", "picture.js", "pixels.js",
+        "answer.js", "model.onnx", "ort.wasm.bundle.min.js", "ort-wasm-simd-threaded.wasm", "onnxruntime-LICENSE"}
     assert done.record["versions"]["onnxruntime-web"] == export_web.VERSION
     assert Calibration.of_model(done.folder) == Calibration.of_model(models / "distilled")
     again = Predictor(done.folder), Predictor(models / "distilled")

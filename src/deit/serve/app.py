@@ -78,8 +78,9 @@ _HEADERS = [(name.lower().encode(), value.encode()) for name, value in {
 }.items()]
 
 _HERE = Path(__file__).parent
-_PAGES = {"/": ("page.html", "text/html"), "/page.js": ("page.js", "text/javascript"),
-          "/page.css": ("page.css", "text/css")}
+_PAGES = {"/": (_HERE / "page.html", "text/html"),
+          **{f"/{path.name}": (path, {".js": "text/javascript", ".css": "text/css"}[path.suffix]) for path in (
+              _HERE / "page.js", _HERE / "page.css", _HERE.parent / "web/shown.js", _HERE.parent / "web/shown.css")}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -671,7 +672,7 @@ def create_app(predictor: Predictor, service: Service, name: str) -> FastAPI:
     app.get("/readyz", responses={503: {"model": Failure}})(routes.readyz)
     app.get("/metrics")(routes.metrics_text)
     for path, (file, kind) in _PAGES.items():
-        app.get(path, include_in_schema=False)(_sends((_HERE / file).read_bytes(), kind))
+        app.get(path, include_in_schema=False)(_sends(file.read_bytes(), kind))
     app.get("/api", include_in_schema=False)(_sends(_api_page(app.openapi()).encode(), "text/html"))
     return app
 
@@ -699,7 +700,8 @@ def _api_page(described: dict[str, Any]) -> str:
                         + (f"<p>Takes {html.escape(kinds)}.</p>" if kinds else "") + f"<ul>{said}</ul>")
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><title>deit: the API</title>'
             '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-            '<link rel="stylesheet" href="/page.css"></head><body><main><h1>The API</h1>'
+            '<link rel="stylesheet" href="/shown.css"><link rel="stylesheet" href="/page.css"></head><body><main>'
+            '<h1>The API</h1>'
             '<p>In full: <a href="/openapi.json">openapi.json</a>. To try it: <a href="/">the page</a>.</p>'
             f'{"".join(rows)}</main></body></html>')
 

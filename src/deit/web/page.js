@@ -1,7 +1,7 @@
 // What a person sees. The work is done by worker.js, so that the page never stands still.
 
-const at = (id) => document.getElementById(id);
-const percent = (score) => (score > 0 && score < 0.001 ? "under 0.1" : (100 * score).toFixed(1)) + " %";
+import { at, fail, listen, preview, say, show } from "./shown.js";
+
 const megabytes = (bytes) => (bytes / 1e6).toFixed(1);
 
 at("unstarted").remove();
@@ -9,51 +9,11 @@ at("unstarted").remove();
 let worker = null, ready = false, errorRate = null;
 let asked = 0;  // images so far; answers to former ones are not shown
 
-function say(heading, note, labels) {
-  at("heading").hidden = !heading;
-  at("heading").textContent = heading;
-  at("note").hidden = !note;
-  at("note").textContent = note;
-  at("labels").replaceChildren(...labels.map(row));
-}
-
-function row({ label, score }) {
-  const found = document.createElement("li");
-  for (const [name, text] of [["name", label], ["share", percent(score)], ["bar", ""]]) {
-    const part = document.createElement("span");
-    part.className = name;
-    part.textContent = text;
-    found.append(part);
-  }
-  const filled = document.createElement("span");
-  filled.style.width = 100 * score + "%";
-  found.lastChild.setAttribute("aria-hidden", "true");
-  found.lastChild.append(filled);
-  return found;
-}
-
-function fail(sentence) {
-  say("", "", []);
-  at("error").textContent = sentence;
-}
-
-function show({ labels, sure }) {
-  if (sure === false) {
-    say("I don\u2019t know", "No single label is certain enough. The candidates:", labels);
-  } else {
-    const note = sure ? `Sure: at most ${percent(errorRate)} of such images get a wrong label that is called sure.` : "";
-    say(labels[0].label, note, labels);
-  }
-}
-
 function ask(file) {
-  const image = at("preview");
-  if (image.src) URL.revokeObjectURL(image.src);
-  image.src = URL.createObjectURL(file);
-  image.hidden = false;
+  preview(file);
   if (!worker) return;  // what is missing stands there already
   at("error").textContent = "";
-  say(ready ? "Looking\u2026" : "Waiting for the model\u2026", "", []);
+  say(ready ? "Looking\u2026" : "Waiting for the model\u2026");
   worker.postMessage({ id: ++asked, file });
 }
 
@@ -67,10 +27,10 @@ const heard = {
     errorRate = found.errorRate;
     at("loading").hidden = true;
     at("about").textContent = `It tells ${found.labels} labels apart.`;
-    if (asked) say("Looking\u2026", "", []);
+    if (asked) say("Looking\u2026");
   },
   answer(found) {
-    if (found.id === asked) show(found);
+    if (found.id === asked) show(found, errorRate);
   },
   failed({ id, sentence }) {
     if (id === asked) fail(sentence);
@@ -97,30 +57,5 @@ function start() {
   at("loading").hidden = false;
 }
 
-function given(transfer) {
-  const [file] = transfer.files;
-  if (file) ask(file);
-  else fail("That was no image file. Choose one from this device.");
-}
-
-for (const id of ["file", "camera"]) {
-  at(id).addEventListener("change", (event) => {
-    const [file] = event.target.files;
-    if (file) ask(file);
-    event.target.value = "";  // so that the same file can be chosen again
-  });
-}
-document.addEventListener("paste", (event) => given(event.clipboardData));
-document.addEventListener("dragover", (event) => {
-  event.preventDefault();
-  at("drop").classList.add("over");
-});
-document.addEventListener("dragleave", () => at("drop").classList.remove("over"));
-document.addEventListener("drop", (event) => {
-  event.preventDefault();
-  at("drop").classList.remove("over");
-  given(event.dataTransfer);
-});
-at("preview").addEventListener("error", () => { at("preview").hidden = true; });
-
+listen(ask, fail);
 start();

@@ -1,0 +1,77 @@
+// What the server's page and the exported one have in common: the ways to give an image, and how an answer is shown.
+
+export const at = (id) => document.getElementById(id);
+const percent = (score) => (score > 0 && score < 0.001 ? "under 0.1" : (100 * score).toFixed(1)) + " %";
+
+export function say(heading, note = "", labels = []) {
+  for (const [id, text] of [["heading", heading], ["note", note]]) {
+    at(id).hidden = !text;
+    at(id).textContent = text;
+  }
+  at("labels").replaceChildren(...labels.map(row));
+}
+
+function row({ label, score }) {
+  const found = document.createElement("li");
+  for (const [name, text] of [["name", label], ["share", percent(score)], ["bar", ""]]) {
+    const part = document.createElement("span");
+    part.className = name;
+    part.textContent = text;
+    found.append(part);
+  }
+  const filled = document.createElement("span");
+  filled.style.width = 100 * score + "%";
+  found.lastChild.setAttribute("aria-hidden", "true");
+  found.lastChild.append(filled);
+  return found;
+}
+
+// `sure` is true or false of a calibrated model, whose errors `errorRate` bounds.
+export function show({ labels, sure }, errorRate) {
+  if (sure === false) {
+    say("I don\u2019t know", "No single label is certain enough. The candidates:", labels);
+  } else {
+    const note = sure && errorRate ? `Sure: at most ${percent(errorRate)} of such images get a wrong label that is ` +
+      "called sure." : "";
+    say(labels[0].label, note, labels);
+  }
+}
+
+export function fail(sentence) {
+  say("");
+  at("error").textContent = sentence;
+}
+
+export function preview(file) {
+  const image = at("preview");
+  if (image.src) URL.revokeObjectURL(image.src);
+  image.src = URL.createObjectURL(file);
+  image.hidden = false;
+}
+
+// Calls `ask` with each file that is chosen, photographed, pasted or dropped, and `refuse` with a sentence where that was
+// none.
+export function listen(ask, refuse) {
+  const given = ([file]) => (file ? ask(file) : refuse("That was no image file. Choose one from this device."));
+  for (const id of ["file", "camera"]) {
+    at(id).addEventListener("change", (event) => {
+      const [file] = event.target.files;
+      if (file) ask(file);
+      event.target.value = "";  // so that the same file can be chosen again
+    });
+  }
+  document.addEventListener("paste", (event) => {
+    if (event.target.type !== "password") given(event.clipboardData.files);
+  });
+  document.addEventListener("dragover", (event) => {
+    event.preventDefault();
+    at("drop").classList.add("over");
+  });
+  document.addEventListener("dragleave", () => at("drop").classList.remove("over"));
+  document.addEventListener("drop", (event) => {
+    event.preventDefault();
+    at("drop").classList.remove("over");
+    given(event.dataTransfer.files);
+  });
+  at("preview").addEventListener("error", () => { at("preview").hidden = true; });
+}
