@@ -238,17 +238,29 @@ def test_nobody_waits_for_it_any_more_so_it_is_not_computed(folder, monkeypatch)
 
 
 def test_a_turn_that_was_given_up_goes_to_the_next(folder, monkeypatch):
-    with client(folder, max_wait_ms=500) as web:
+    """They are given up while they wait for the end of a batch."""
+    with client(folder) as web:
         gate = Gate(web.predictor)
         noted = Noted(monkeypatch, gate)
-        first, *asked = web.batcher.submit([picture(0)], 1), *(
-            web.batcher.explain(picture(i), Why("rollout", None)) for i in range(3))
+        answers, gone = gate.answers, []
+
+        def answering(*given):
+            if noted.order:  # the second batch is computed
+                gone.extend(each.cancel() for each in asked[:2])
+            return answers(*given)
+
+        gate.answers = answering
+        first = web.batcher.submit([picture(0)], 1)
         assert gate.reached.wait(20)
-        assert web.batcher._ready.qsize() == 0  # they wait for their turn after this batch
-        assert [asked[0].cancel(), asked[1].cancel()] == [True, True]
+        asked = [web.batcher.explain(picture(i), Why("rollout", None)) for i in range(3)]
+        second = web.batcher.submit([picture(1)], 1)
+        asyncio.run(until(lambda: web.batcher._ready.qsize() == 4))
         gate.open.set()
         assert len(asked[2].result(20).maps) == 2
-        assert (noted.order, first[0].done(), web.batcher.waiting) == ([1, "map"], True, 0)
+        assert (gone, noted.order) == ([True, True], [1, 1, "map"])
+        assert first[0].done()
+        assert second[0].done()
+        assert web.batcher.waiting == 0
         assert ask(web, picture(0), path=EXPLAIN).status_code == 200
 
 
