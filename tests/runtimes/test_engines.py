@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build, raises_saying
+from fastapi.testclient import TestClient
 from PIL import Image
 
 from deit import export as exporting
@@ -22,6 +23,7 @@ from deit.export import cached_engine, export
 from deit.image import DeiTImageProcessor
 from deit.load import load_model
 from deit.predict import Predictor
+from deit.serve.app import Service, create_app
 
 PHOTOS = Path(__file__).parents[3] / "shared/data/imagenet_sample.tar"
 
@@ -54,6 +56,11 @@ def test_an_exported_folder_predicts_the_same(distilled, photos, tmp_path, to):
         Predictor(exported, device="cuda")
     with raises_saying(ValueError, "is an exported model, whose inside can't be seen"):
         explain_file(exported, photos[0])
+    with TestClient(create_app(Predictor(exported), Service(), "m")) as web:
+        assert web.get("/model").json()["explain"] is False
+        answer = web.post("/v1/explain", content=photos[0].read_bytes(), headers={"Content-Type": "image/png"})
+        assert answer.status_code == 501
+        assert "whose inside can't be seen" in answer.json()["error"]
     other = "onnx" if to == "torch" else "torch"
     with raises_saying(ValueError, f"is exported for {to}, and engine is {other}"):
         Predictor(exported, engine=other)
