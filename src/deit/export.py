@@ -170,12 +170,14 @@ def cached_engine(model: Any, processor: DeiTImageProcessor, to: Literal["onnx",
     folder = files.cache_folder("engines") / f"{to}-{_digest(model, to)}"
     try:
         engine = load_engine(folder)
-        os.utime(folder)
-        return engine
     except FileNotFoundError:
         pass
     except files.CheckpointError:
         shutil.rmtree(folder)
+    else:
+        with suppress(OSError):  # another user's, or read-only
+            os.utime(folder)
+        return engine
     classifier = _Classifier(model, processor, name)
     written: Engine | None = None
     try:

@@ -109,7 +109,7 @@ class Predictor:
             return None
         try:
             return cached_engine(self.model, self.processor, "openvino", name)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
             warnings.warn(f"PyTorch computes, for OpenVINO is not to be had: {error}", stacklevel=3)
             return None
 
