@@ -572,6 +572,26 @@ def test_loading_is_seen_and_an_image_can_wait_for_it(calibrated, chromium):
         assert said == []
 
 
+OBSERVE = """() => { window.shown = [];
+    new MutationObserver(() => shown.push(document.querySelector("#labels").innerText)).observe(
+        document.querySelector("#labels"), {childList: true}) }"""
+
+
+@pytest.mark.slow
+def test_an_answer_that_comes_too_late_is_not_shown(calibrated, chromium):
+    folder, answers = calibrated
+    content, answer = answers[False]
+    with served(folder) as (address, _), opened(chromium, address) as (page, said):
+        page.evaluate(OBSERVE)
+        page.set_input_files("#file", chosen(FILES["large"]))
+        page.set_input_files("#file", chosen(content))
+        assert shown(page) == expected_of(answer)
+        page.set_input_files("#file", chosen(content))  # the late one would come before this one's
+        assert shown(page) == expected_of(answer)
+        assert len({text for text in page.evaluate("shown") if text}) == 1
+        assert said == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("damage", "sentence"), [
     ("missing", "The model can\u2019t be loaded (model.onnx: 404). Reload the page to try again."),
@@ -611,7 +631,8 @@ def test_threads_where_the_server_isolates_the_page(calibrated, chromium):
     folder, answers = calibrated
     with served(folder, isolated=True) as (address, _), opened(chromium, address) as (page, said):
         assert page.evaluate("crossOriginIsolated")
-        assert len(page.workers) == min(4, os.cpu_count())  # ours, and one for each thread but the first
+        threads = page.evaluate("Math.min(4, navigator.hardwareConcurrency)")
+        assert len(page.workers) == threads  # ours, and one for each thread but the first
         for content, answer in answers.values():
             page.set_input_files("#file", chosen(content))
             assert shown(page) == expected_of(answer)
