@@ -41,8 +41,8 @@ function show({ labels, sure }) {
   if (sure === false) {
     say("I don\u2019t know", "No single label is certain enough. The candidates:", labels);
   } else {
-    const note = sure ? `Sure: at most ${percent(errorRate)} of such images get a wrong label that is called sure.` : "";
-    say(labels[0].label, note, labels);
+    const rate = percent(errorRate);
+    say(labels[0].label, sure ? `Sure: at most ${rate} of such images get a wrong label that is called sure.` : "", labels);
   }
 }
 
@@ -84,16 +84,16 @@ const heard = {
 
 function start() {
   if (typeof WebAssembly === "undefined" || typeof OffscreenCanvas === "undefined") {
-    heard.broken({ sentence: "This browser can\u2019t run the model: it has no WebAssembly, or is too old. Update it, or " +
-      "try another one." });
+    heard.broken({ sentence: "This browser can\u2019t run the model: it has no WebAssembly, or is too old. Update it, " +
+      "or try another one." });
     return;
   }
   // A worker of a blob is under this page's policy; one of an address would be under its own, which a page can't set.
   const code = `import ${JSON.stringify(new URL("worker.js", import.meta.url))};`;
   worker = new Worker(URL.createObjectURL(new Blob([code], { type: "text/javascript" })), { type: "module" });
   worker.onmessage = ({ data }) => heard[data.kind](data);
-  worker.onerror = () => heard.broken({ sentence: "The model can\u2019t be started: a file of this page is missing or " +
-    "damaged, or the browser is too old." });
+  worker.onerror = () => heard.broken({ sentence: "The model can\u2019t be started: a file of this page is missing " +
+    "or damaged, or the browser is too old." });
   at("loading").hidden = false;
 }
 
