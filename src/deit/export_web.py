@@ -85,12 +85,15 @@ def _package() -> bytes:
     if npm is None:
         raise FileNotFoundError(f"onnxruntime-web {VERSION} is not in {cached.parent}, and the program npm, which "
                                 f"fetches it, is missing; install Node.js with npm, or put {_NAME} there")
+    # Without network npm would try again for more than a minute.
+    command = [npm, "pack", "--loglevel=error", "--ignore-scripts", "--fetch-retries=0", f"onnxruntime-web@{VERSION}"]
     with tempfile.TemporaryDirectory() as scratch:
-        done = subprocess.run([npm, "pack", "--silent", "--ignore-scripts", f"onnxruntime-web@{VERSION}"], cwd=scratch,
-                              stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=scratch, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                              check=False)
         fetched = Path(scratch) / _NAME
         if not fetched.is_file():
-            reason = " ".join((done.stderr or done.stdout).split())[:200] or f"it ended with {done.returncode}"
+            said = " ".join((done.stderr or done.stdout).replace("npm error", "").split())
+            reason = said[:200] or f"it ended with {done.returncode}"
             raise FileNotFoundError(f"npm did not give onnxruntime-web {VERSION} ({reason}); connect to the internet, "
                                     f"see `npm config get registry`, or put {_NAME} into {cached.parent}")
         content = fetched.read_bytes()

@@ -44,16 +44,16 @@ const heard = {
 
 function start() {
   if (typeof WebAssembly === "undefined" || typeof OffscreenCanvas === "undefined") {
-    heard.broken({ sentence: "This browser can\u2019t run the model: it has no WebAssembly, or is too old. Update it, or " +
-      "try another one." });
+    heard.broken({ sentence: "This browser can\u2019t run the model: it has no WebAssembly, or is too old. Update it, " +
+      "or try another one." });
     return;
   }
   // A worker of a blob is under this page's policy; one of an address would be under its own, which a page can't set.
   const code = `import ${JSON.stringify(new URL("worker.js", import.meta.url))};`;
   worker = new Worker(URL.createObjectURL(new Blob([code], { type: "text/javascript" })), { type: "module" });
   worker.onmessage = ({ data }) => heard[data.kind](data);
-  worker.onerror = () => heard.broken({ sentence: "The model can\u2019t be started: a file of this page is missing or " +
-    "damaged, or the browser is too old." });
+  worker.onerror = () => heard.broken({ sentence: "The model can\u2019t be started: a file of this page is missing " +
+    "or damaged, or the browser is too old." });
   at("loading").hidden = false;
 }
 

@@ -7,7 +7,8 @@ import { pixelValues } from "./pixels.js";
 
 let latest = 0;  // an image that is followed by another one is passed over
 let working = load().catch((error) => {
-  postMessage({ kind: "broken", sentence: `The model can\u2019t be loaded (${error.message}). Reload the page to try again.` });
+  const sentence = `The model can\u2019t be loaded (${error.message}). Reload the page to try again.`;
+  postMessage({ kind: "broken", sentence });
 });
 let session, record, options, names, calibration;
 
@@ -26,7 +27,8 @@ async function load() {
   };
   [record, options, names, calibration] = await Promise.all([json("export.json"), json("preprocessor_config.json"),
     json("config.json").then((config) => config.id2label), json("calibration.json", true)]);
-  const [runtime, model] = await Promise.all([bytes("ort-wasm-simd-threaded.wasm", report), bytes("model.onnx", report)]);
+  const large = ["ort-wasm-simd-threaded.wasm", "model.onnx"];
+  const [runtime, model] = await Promise.all(large.map((name) => bytes(name, report)));
   // Threads share memory, which only a page that its server isolates may do.
   ort.env.wasm.numThreads = crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
   ort.env.wasm.wasmBinary = runtime;
