@@ -44,8 +44,8 @@ const heard = {
 
 function start() {
   if (typeof WebAssembly === "undefined" || typeof OffscreenCanvas === "undefined") {
-    heard.broken({ sentence: "This browser can\u2019t run the model: it has no WebAssembly, or is too old. Update it, " +
-      "or try another one." });
+    heard.broken({ sentence: "This browser can\u2019t run the model: it has no WebAssembly, or is too old. Update " +
+      "it, or try another one." });
     return;
   }
   // A worker of a blob is under this page's policy; one of an address would be under its own, which a page can't set.

@@ -16,8 +16,8 @@ export async function decoded(file) {
   try {
     const { height, width } = image;
     if (height * width > MAX_PIXELS) {
-      throw new Error(`The image has ${width} \u00d7 ${height} pixels, more than ${MAX_PIXELS} in all. Choose a smaller ` +
-        "one.");
+      throw new Error(`The image has ${width} \u00d7 ${height} pixels, more than ${MAX_PIXELS} in all. Choose a ` +
+        "smaller one.");
     }
     const data = drawn(image);
     return { data: hasAlpha(data) ? unblended(image) ?? data : data, height, width };

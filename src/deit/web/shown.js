@@ -49,8 +49,8 @@ export function preview(file) {
   image.hidden = false;
 }
 
-// Calls `ask` with each file that is chosen, photographed, pasted or dropped, and `refuse` with a sentence where that was
-// none.
+// Calls `ask` with each file that is chosen, photographed, pasted or dropped, and `refuse` with a sentence where that
+// was none.
 export function listen(ask, refuse) {
   const given = ([file]) => (file ? ask(file) : refuse("That was no image file. Choose one from this device."));
   for (const id of ["file", "camera"]) {
