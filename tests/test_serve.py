@@ -944,22 +944,28 @@ def resident(process):
 
 
 async def load(address, image, clients, seconds, sample):
-    """Each client asks again once it is answered: (seconds since the beginning, seconds, status) of every request."""
-    done, began = [], time.perf_counter()
+    """Each client asks again once it is answered: (seconds since the beginning, seconds, status) of every request.
 
-    async def one(web):
+    Over bare connections, for on the same cores a library's client would take a fifth of what is to be measured."""
+    done, began = [], time.perf_counter()
+    request = (f"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: {RAW['Content-Type']}\r\n"
+               f"Content-Length: {len(image)}\r\n\r\n").encode() + image
+
+    async def one():
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2]))
         while (at := time.perf_counter()) - began < seconds:
-            answer = await web.post(f"{address}/v1/classify", content=image, headers=RAW)
-            done.append((at - began, time.perf_counter() - at, answer.status_code))
+            writer.write(request)
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            await reader.readexactly(int(re.search(r"content-length: (\d+)", head)[1]))
+            done.append((at - began, time.perf_counter() - at, int(head.split()[1])))
+        writer.close()
 
     async def sampled():
         while time.perf_counter() - began < seconds:
             sample(time.perf_counter() - began)
             await asyncio.sleep(0.25)
 
-    limits = httpx.Limits(max_connections=clients)
-    async with httpx.AsyncClient(timeout=60, limits=limits) as web:
-        await asyncio.gather(sampled(), *(one(web) for _ in range(clients)))
+    await asyncio.gather(sampled(), *(one() for _ in range(clients)))
     return done
 
 
