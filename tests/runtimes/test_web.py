@@ -93,7 +93,8 @@ def encoded(image, kind="PNG", **options):
 # -------------------------------------------------------------------------------------------------------------- values
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[] if kind in ("distilled", "convnet") else pytest.mark.slow)
+                                  for kind in KINDS])
 def test_the_page_answers_as_the_model(page, models, exported, kind):
     """Every output, batches of sizes that the export never saw, in the page's own runtime."""
     done, model = exported(kind), load_model(models / kind)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import CLASS_OF, build, raises_saying, run_python, small
 from safetensors.numpy import load_file
-from twins import BACKEND, TWIN_OF, arrays, as_arrays, assert_alike, distance, given_for, keras, twins
+from twins import BACKEND, TWIN_OF, arrays, as_arrays, assert_alike, distance, given_for, keras, slow_on_jax, twins
 
 import deit
 from deit import weights
@@ -44,6 +44,7 @@ def test_saved_in_one_loaded_in_the_other(kind, changes, tmp_path):
     assert_alike(CLASS_OF[kind].from_pretrained(tmp_path / "twins"), twin, given)
 
 
+@slow_on_jax
 @pytest.mark.parametrize("name", ["DeiTModel", "DeiTForMaskedImageModeling", "DeiTForImageClassification",
                                   "DeiTForImageClassificationWithTeacher", "ViTModel", "ViTForImageClassification"])
 def test_transformers_loads_what_keras_saves(name, quiet_transformers, tmp_path):
@@ -74,6 +75,7 @@ def test_other_dialects(dialect, tmp_path):
     assert all(np.array_equal(twin.tensors()[name], value) for name, value in arrays(ours).items())
 
 
+@slow_on_jax
 def test_shards_and_half_precision(tmp_path):
     ours, twin = twins("classification", small())
     twin.save_pretrained(tmp_path / "shards", max_shard_size=8000)
@@ -141,6 +143,7 @@ def test_a_vit_is_a_vit(tmp_path):
 # ------------------------------------------------------------------------------------- TensorFlow's files of old
 
 
+@slow_on_jax
 @pytest.mark.parametrize(("name", "kind"), [
     ("backbone", "backbone"), ("masked_image", "masked_image"), ("classification", "classification"),
     ("with_teacher", "with_teacher"), ("with_teacher_safetensors", "with_teacher"), ("vit", "classification")])
@@ -201,6 +204,7 @@ def test_keras_file(name, tmp_path):
     assert all(np.array_equal(again.tensors()[key], value) for key, value in twin.tensors().items())
 
 
+@slow_on_jax
 def test_keras_file_goes_on_training(tmp_path):
     twin = TWIN_OF["with_teacher"](small(), dtype="mixed_bfloat16")
     twin.compile(keras.optimizers.AdamW(1e-3), distillation="soft", temperature=2.0)
@@ -249,6 +253,7 @@ def test_processor_returns_tensorflow_tensors():
         assert model(processor(image, return_tensors="tf")).logits.shape == (1, 1000)
 
 
+@slow_on_jax
 @pytest.mark.parametrize(("framework", "absent"), [("keras", ("torch",)), ("torch", ("keras", "tensorflow", "jax"))])
 def test_golden_without_the_other_framework(framework, absent):
     """`golden/twins.py` holds stored weights and answers to one twin where the other's framework can't be imported."""

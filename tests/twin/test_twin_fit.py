@@ -4,7 +4,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import raises_saying, small
-from twins import BACKEND, TWIN_OF, arrays, as_arrays, distance, given_for, keras, needs_tensorflow, twins
+from twins import (
+    BACKEND,
+    SLOW_ON_JAX,
+    TWIN_OF,
+    arrays,
+    as_arrays,
+    distance,
+    given_for,
+    keras,
+    needs_tensorflow,
+    slow_on_jax,
+    twins,
+)
 
 from deit import losses, losses_keras
 from deit.folders import write_digits
@@ -96,6 +108,7 @@ def test_evaluation_needs_no_teacher():
         twin.fit(X, Y, verbose=0)
 
 
+@slow_on_jax
 def test_classification_with_its_own_loss_and_with_keras():
     ours, twin = twins("classification", small())
     with torch.no_grad():
@@ -123,6 +136,7 @@ def test_masked_images_fit():
         twin.fit(given["pixel_values"].numpy(), verbose=0)
 
 
+@slow_on_jax
 def test_it_learns_real_digits_with_a_teacher(tmp_path):
     """8x8 scans of handwriting; the teacher knows the labels. Mixed precision, stochastic depth and dropout on."""
     pytest.importorskip("sklearn")
@@ -148,7 +162,8 @@ def test_it_learns_real_digits_with_a_teacher(tmp_path):
 # ------------------------------------------------------------------------------------------------------------- export
 
 
-@pytest.mark.parametrize("kind", TWIN_OF)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[] if kind == "with_teacher" else SLOW_ON_JAX)
+                                  for kind in TWIN_OF])
 def test_saved_model(kind, tmp_path):
     tensorflow = pytest.importorskip("tensorflow")
     ours, twin = twins(kind, small(drop_path_rate=0.1, hidden_dropout_prob=0.1))
@@ -179,6 +194,7 @@ def test_litert(kind, batch, tmp_path):
         assert distance(found[name], expected[name]) < 1e-4, name
 
 
+@slow_on_jax
 def test_a_file_that_answers_otherwise_is_not_kept(tmp_path, monkeypatch):
     pytest.importorskip("tensorflow")
     from deit import export_keras

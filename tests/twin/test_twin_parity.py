@@ -4,7 +4,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_config, scramble, shrink, small
-from twins import SLOW_ON_JAX, TWIN_OF, arrays, as_arrays, assert_alike, distance, given_for, gradients, keras, twins
+from twins import (
+    SLOW_ON_JAX,
+    TWIN_OF,
+    arrays,
+    as_arrays,
+    assert_alike,
+    distance,
+    given_for,
+    gradients,
+    keras,
+    slow_on_jax,
+    twins,
+)
 
 import deit
 from deit import weights
@@ -19,8 +31,8 @@ def kinds_of(config):
     return [kind for kind in TWIN_OF if config.distillation_token or kind != "with_teacher"]
 
 
-QUICK = ("deit-tiny-distilled-patch16-224", "deit-tiny-patch16-224", "deit3-small-patch16-224")
-"""One of each family: on JAX the others are slow."""
+QUICK = ("deit-tiny-distilled-patch16-224", "deit3-small-patch16-224")
+"""On JAX the others are slow."""
 
 
 @pytest.mark.parametrize("variant", [pytest.param(name, marks=[] if name in QUICK else SLOW_ON_JAX)
@@ -39,6 +51,7 @@ def test_every_variant(variant):
                     assert_alike(ours, twin, given | ({"interpolate_pos_encoding": True} if size else {}))
 
 
+@slow_on_jax
 @pytest.mark.parametrize("variant", ["deit-tiny-distilled-patch16-224", pytest.param(
     "deit-base-distilled-patch16-224", marks=SLOW_ON_JAX)])
 def test_full_size(variant):
@@ -280,6 +293,7 @@ def test_compiled_as_it_runs():
         assert distance(found[name], expected[name]) < 1e-5
 
 
+@slow_on_jax
 @pytest.mark.parametrize(("policy", "atol"), [("mixed_bfloat16", 0.1), ("mixed_float16", 0.02), ("bfloat16", 0.15)])
 def test_half_precision(policy, atol):
     """Near the float32 values for what the format holds, in its type, with weights of the policy's."""

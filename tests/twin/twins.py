@@ -28,6 +28,11 @@ SLOW_ON_JAX = [pytest.mark.slow] if BACKEND == "jax" else []
 """JAX compiles each operation for each shape, which takes most of the time of these tests."""
 
 
+def slow_on_jax(test):
+    """A test of much that is the same on TensorFlow, where it runs always."""
+    return pytest.mark.slow(test) if BACKEND == "jax" else test
+
+
 def twins(kind: str, config: DeiTConfig, seed: int = 0, dtype: Any = None, **options: Any) -> tuple[Any, Any]:
     """The PyTorch model and the Keras one, in evaluation mode, with the same random weights."""
     ours = build(kind, config, seed, **options)
