@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
 from conftest import raises_saying
 from rich.console import Console
 
@@ -13,9 +15,10 @@ from deit.evaluate import evaluate
 from deit.folders import read_split
 from deit.image import DeiTImageProcessor
 from deit.load import load_model
+from deit.machine import resolve_precision
 from deit.quickstart import quickstart
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(900)  # of a hang; what it may take is in test_the_numbers
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +30,24 @@ def done(tmp_path_factory):
                           capture_output=True, text=True, check=True), out
 
 
+def slowness():
+    """How much longer a product of matrices takes than on the machine that the bound of 180 s is from, 1 at least: there
+    a core makes 200 GFLOP/s of them in bfloat16 (docs/log.md), and this one computes in what training takes here."""
+    matrix = torch.randn(2048, 2048).to(resolve_precision("auto", torch.device("cpu")))
+    seconds = []
+    for _ in range(4):
+        began = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - began)
+    return max(1.0, 200e9 * min(seconds) / (2 * 2048**3))
+
+
 def test_the_numbers(done):
     result = json.loads(done[0].stdout.splitlines()[-1])
     assert set(result) == {"teacher", "class_head", "distillation_head", "fused", "seconds", "model"}
     assert result["fused"] >= 0.98
     assert min(result["teacher"], result["class_head"], result["distillation_head"]) >= 0.97
-    assert result["seconds"] <= 600  # two minutes on two free cores; here on one, beside other tests, on any machine
+    assert result["seconds"] <= 180 * slowness()
 
 
 def test_the_folder_it_leaves(done):

@@ -1,1 +1,1 @@
-"""A model behind HTTP: `batcher` makes batches of what many clients ask, `app` speaks with them."""
+"""A model behind HTTP: `question` reads what clients ask, `batcher` makes batches of it, `app` answers."""

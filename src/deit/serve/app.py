@@ -1,4 +1,4 @@
-"""The HTTP side: what a request may be, what it is answered, and the life of the server.
+"""The HTTP side: what a request is answered, and the life of the server.
 
 Everything a stranger sends stays in memory, within limits, and ends as an answer or as one sentence:
 `{"error": …}` under a 4xx status, 503 when there is no room, 504 when there was no time.
@@ -7,34 +7,30 @@ Everything a stranger sends stays in memory, within limits, and ends as an answe
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import email.message
 import hmac
 import html
 import io
 import json
 import logging
-import re
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from deit import __version__, decode
 from deit.decode import ImageError
-from deit.explain import METHODS, Explanation, class_number, explained_model, figure, fitted, overlay
+from deit.explain import METHODS, Explanation, explained_model, figure, fitted, overlay
 from deit.markup import data_uri
 from deit.predict import Predictor
-from deit.serve.batcher import FORMATS, Batcher, Full, ModelFailed, Why
+from deit.serve.batcher import FORMATS, Batcher, Full, ModelFailed
 
 try:
     import h11
@@ -46,6 +42,19 @@ try:
     from starlette.requests import ClientDisconnect
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
     from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    from deit.serve.question import (
+        EXPLANATION,
+        METHOD,
+        TOP_K,
+        Bodies,
+        Question,
+        explanation_asked,
+        labels_asked,
+        read_request,
+        refuse,
+        wants_picture,
+    )
 except ImportError as error:
     raise ImportError(f'serving needs {error.name}: pip install "deit[serve]"') from None
 
@@ -54,20 +63,8 @@ _Read = TypeVar("_Read")
 MAX_PIXELS = 50_000_000
 """An RGB image of this size takes 150 MB while it is decoded, on each core."""
 
-_HELD = 16
-"""Bodies of the largest size that may be in memory at once; then 503."""
-_DISCARDED = 3
-"""A body that is too large is read to its end up to this many times the limit, so that its sender reads the answer."""
-_PARTS = 8  # of a form, beyond its images
 _GONE = 499  # nobody reads it; for the metrics
-_TOP_K = 5
-_METHOD = "relevance"  # the best of those that see inside, docs/explain.md
-_LONGEST, _MANY = 200, 1000  # characters of a label that is not known, and labels that may be meant by it
 _SIDE = 224  # pixels of the longer side of a picture in an answer, at least
-
-_DISPOSITION = re.compile(rb"^content-disposition:(.*)$", re.IGNORECASE | re.MULTILINE)
-_FILE = re.compile(rb";\s*filename\*?=", re.IGNORECASE)
-_FIELD = re.compile(rb';\s*name="?([a-z_]+)"?\s*(?:;|$)', re.IGNORECASE)
 
 _HEADERS = [(name.lower().encode(), value.encode()) for name, value in {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -232,9 +229,9 @@ def _described(most: int | None, fields: dict[str, dict[str, Any]]) -> dict[str,
 
 
 _CLASSIFY = _described(None, {"top_k": {
-    "type": "integer", "minimum": 1, "default": _TOP_K, "description": "Labels for each image."}})
+    "type": "integer", "minimum": 1, "default": TOP_K, "description": "Labels for each image."}})
 _EXPLAIN = _described(1, {
-    "method": {"type": "string", "enum": list(METHODS), "default": _METHOD, "description": "How the maps are made."},
+    "method": {"type": "string", "enum": list(METHODS), "default": METHOD, "description": "How the maps are made."},
     "target": {"type": "string", "description": "Label to explain; without it what each token\u2019s head decides."}})
 
 
@@ -245,186 +242,6 @@ class _Json(Response):
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content).encode("ascii")
-
-
-def _refuse(status: int, sentence: str, **headers: str) -> NoReturn:
-    raise HTTPException(status, sentence, headers)
-
-
-# ---- from a body to images ---------------------------------------------------------------------------------------
-
-
-class _Bodies:
-    """Reads bodies into memory, with one account of how much all of them take."""
-
-    def __init__(self, service: Service):
-        self.limit, self.timeout, self.held = service.max_bytes, service.timeout, 0
-
-    @contextmanager
-    def room(self) -> Iterator[bytearray]:
-        """A place for a body, accounted for until the block ends."""
-        body = bytearray()
-        try:
-            yield body
-        finally:
-            self.held -= len(body)
-
-    async def read(self, request: Request, body: bytearray) -> None:
-        try:
-            async with asyncio.timeout(self.timeout):
-                await self._read(request, body)
-        except TimeoutError:
-            _refuse(408, f"the body did not arrive within {self.timeout:g} s; send it faster, or a smaller image",
-                    Connection="close")
-
-    async def _read(self, request: Request, body: bytearray) -> None:
-        too_large = f"the body has more than the {self.limit} bytes allowed; send a smaller image, or fewer"
-        declared = request.headers.get("content-length", "0")
-        if not (declared.isascii() and declared.isdigit()):
-            _refuse(400, "Content-Length is not a number; leave it to your HTTP library")
-        if len(declared) > 15 or int(declared) > _DISCARDED * self.limit:
-            _refuse(413, too_large, Connection="close")
-        count = 0
-        async for chunk in request.stream():
-            count += len(chunk)
-            if count > _DISCARDED * self.limit:
-                break
-            if count <= self.limit:
-                if self.held + len(chunk) > _HELD * self.limit:
-                    _refuse(503, "too many bodies are being read already; try again in 1 s", **{"Retry-After": "1"})
-                self.held += len(chunk)
-                body += chunk
-        if count > self.limit:
-            _refuse(413, too_large, Connection="close")
-
-
-def _content_type(text: str) -> email.message.Message:
-    message = email.message.Message()
-    message["content-type"] = text
-    return message
-
-
-@dataclass(frozen=True)
-class _Question:
-    """What a body may hold beside its images."""
-
-    fields: tuple[str, ...]
-    example: str
-    """In JSON."""
-    most: int
-    """Images."""
-
-    def too_many(self) -> NoReturn:
-        _refuse(413, f"a request may hold at most {self.most} image{'s' * (self.most > 1)} here; send the others in "
-                     "another one")
-
-
-def _read_request(body: bytes, content_type: str, query: Mapping[str, str],
-                  question: _Question) -> tuple[list[bytes], dict[str, Any]]:
-    """The images of a body, and the fields that it or the query holds, as they are; refuses what is neither."""
-    message = _content_type(content_type)
-    kind = message.get_content_type() if content_type.strip() else "none"
-    fields: dict[str, Any] = {name: query[name] for name in question.fields if name in query}
-    if kind == "application/json":
-        images = _from_json(body, fields, question)
-    elif kind == "multipart/form-data":
-        images = _from_form(body, message.get_param("boundary"), fields, question)
-    elif kind.startswith("image/") or kind == "application/octet-stream":
-        images = [body]
-    else:
-        _refuse(415, "expected Content-Type image/*, application/octet-stream, multipart/form-data or "
-                     f"application/json, found {kind[:80]!r}; send one of them")
-    if not images:
-        _refuse(400, "the request holds no image; send at least one")
-    for image in images:
-        if not image:
-            _refuse(422, "an image is empty (0 bytes); send the bytes of a file")
-    return images, fields
-
-
-def _from_json(body: bytes, fields: dict[str, Any], question: _Question) -> list[bytes]:
-    expected = f"expected {question.example}"
-
-    def constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is no JSON")
-
-    try:
-        found = json.loads(body, parse_constant=constant)
-    except (ValueError, RecursionError):
-        _refuse(400, f"the body is not valid JSON; {expected}")
-    if not isinstance(found, dict) or not set(found) <= {"images", *question.fields}:
-        _refuse(400, f"the body is other JSON than this; {expected}")
-    texts = found.pop("images", None)
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        _refuse(400, f"images is not a list of texts; {expected}")
-    if len(texts) > question.most:
-        question.too_many()
-    fields |= found
-    try:
-        return [base64.b64decode(text, validate=True) for text in texts]
-    except (binascii.Error, ValueError):
-        _refuse(400, "an image is not valid base64; encode the bytes of the file, without a data: prefix")
-
-
-def _from_form(body: bytes, boundary: Any, fields: dict[str, Any], question: _Question) -> list[bytes]:
-    """RFC 7578. Names of files are never looked at."""
-    damaged = "the multipart body is damaged or cut short; leave its making to your HTTP library"
-    if not isinstance(boundary, str) or not 1 <= len(boundary) <= 70 or not boundary.isascii():
-        _refuse(400, "multipart/form-data has no boundary; leave Content-Type to your HTTP library")
-    # Split at most as often as is allowed: a body of nothing but boundaries costs no more than any other.
-    _, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary.encode(), question.most + _PARTS + 1)
-    images: list[bytes] = []
-    for part in parts:
-        if part.startswith(b"--"):
-            return images
-        head, separator, content = part.partition(b"\r\n\r\n")
-        if not separator or len(head) > 8192:
-            _refuse(400, damaged)
-        disposition = b"".join(_DISPOSITION.findall(head))
-        field = _FIELD.search(disposition)
-        if _FILE.search(disposition):
-            images.append(content)
-            if len(images) > question.most:
-                question.too_many()
-        elif field and (name := field[1].decode().lower()) in question.fields:
-            fields[name] = content.decode("utf-8", "replace")
-        else:
-            _refuse(400, f"a field of the form is neither a file nor {' or '.join(question.fields)}; send images as "
-                         "files")
-    _refuse(400, damaged)
-
-
-_EXPLANATION = _Question(("method", "target"), '{"images": ["<base64>"], "method": "relevance", "target": "cat"}', 1)
-
-
-def _labels_asked(fields: Mapping[str, Any]) -> int:
-    asked = fields.get("top_k", _TOP_K)
-    if isinstance(asked, str) and asked.isascii() and asked.isdigit() and len(asked) < 10:
-        asked = int(asked)
-    if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
-        _refuse(400, "top_k is not a whole number of at least 1; give one, or leave it out")
-    return asked
-
-
-def _explanation_asked(fields: Mapping[str, Any], labels: list[str]) -> Why:
-    method, target = fields.get("method", _METHOD), fields.get("target")
-    if method not in METHODS:
-        _refuse(400, f"method is not one of {', '.join(METHODS)}; give one of them, or leave it out")
-    if target is None:
-        return Why(method, None)
-    # What could be meant takes a third of a second to find at most: with more labels, or a longer name, nobody looks.
-    if not isinstance(target, str) or (target not in labels and (len(target) > _LONGEST or len(labels) > _MANY)):
-        _refuse(400, "target is not one of the model's labels; give one that /model lists, or leave it out")
-    try:
-        return Why(method, class_number(target, labels))
-    except ValueError as error:
-        _refuse(400, str(error))
-
-
-def _wants_picture(accept: str) -> bool:
-    """Whether it names PNG, and not JSON."""
-    kinds = [kind.partition(";")[0].strip().lower() for kind in accept.split(",")]
-    return "image/png" in kinds and "application/json" not in kinds
 
 
 # ---- the application ---------------------------------------------------------------------------------------------
@@ -484,7 +301,7 @@ class _Routes:
                                queue_size=service.queue, max_pixels=service.max_pixels, computed=self._computed)
         self.unexplained = _unexplained(predictor)
         self.metrics = _Metrics(service, lambda: self.batcher.waiting)
-        self.bodies = _Bodies(service)
+        self.bodies = Bodies(service.max_bytes, service.timeout)
         self.keys = [key.encode() for key in service.keys]
         # In a thread, for 20 MiB would keep all others waiting; in one only, for as JSON they can become 500 MB.
         self.parser = ThreadPoolExecutor(1, thread_name_prefix="deit-parse")
@@ -505,18 +322,18 @@ class _Routes:
         found = given.strip().encode("latin-1", "replace")
         matches = [hmac.compare_digest(found, key) for key in self.keys]  # all, so that time doesn't tell which
         if self.keys and not (scheme.lower() == "bearer" and any(matches)):
-            _refuse(401, "this needs a key; send it as Authorization: Bearer KEY", **{"WWW-Authenticate": "Bearer"})
+            refuse(401, "this needs a key; send it as Authorization: Bearer KEY", **{"WWW-Authenticate": "Bearer"})
 
     @asynccontextmanager
-    async def _asked(self, request: Request, question: _Question,
+    async def _asked(self, request: Request, question: Question,
                      read: Callable[[Mapping[str, Any]], _Read]) -> AsyncIterator[tuple[list[bytes], _Read]]:
         """The images of a request, and what `read` makes of its fields; its body has room until the block ends."""
         if request.headers.get("content-encoding", "identity").lower() != "identity":
-            _refuse(415, "the body is compressed; send it as it is")
+            refuse(415, "the body is compressed; send it as it is")
 
         def parsed(body: bytes) -> tuple[list[bytes], _Read]:
-            images, fields = _read_request(body, request.headers.get("content-type", ""), request.query_params,
-                                           question)
+            images, fields = read_request(body, request.headers.get("content-type", ""), request.query_params,
+                                          question)
             return images, read(fields)
 
         with self.bodies.room() as body:
@@ -524,13 +341,13 @@ class _Routes:
             try:
                 yield await asyncio.get_running_loop().run_in_executor(self.parser, parsed, bytes(body))
             except Full as error:
-                _refuse(503, str(error), **{"Retry-After": str(error.seconds)})
+                refuse(503, str(error), **{"Retry-After": str(error.seconds)})
 
     async def classify(self, request: Request) -> Response:
         """Labels for one image or many: raw bytes, a form of files, or base64 in JSON."""
         self._check_key(request)
-        question = _Question(("top_k",), '{"images": ["<base64>", ...], "top_k": 3}', self.service.max_batch)
-        async with self._asked(request, question, _labels_asked) as (images, top_k):
+        question = Question(("top_k",), '{"images": ["<base64>", ...], "top_k": 3}', self.service.max_batch)
+        async with self._asked(request, question, labels_asked) as (images, top_k):
             futures = self.batcher.submit(images, min(top_k, len(self.predictor.labels)))
             del images
             await self._done(request, futures)
@@ -544,7 +361,7 @@ class _Routes:
         self.metrics.images.labels("unreadable").inc(len(errors))
         self.metrics.images.labels("labelled").inc(len(results) - len(errors))
         if len(errors) == len(results):
-            _refuse(422, errors[0])
+            refuse(422, errors[0])
         return _Json({"model": self.name, "results": results})
 
     async def explain(self, request: Request) -> Response:
@@ -552,9 +369,9 @@ class _Routes:
         Accept: image/png one figure."""
         self._check_key(request)
         if self.unexplained:
-            _refuse(501, self.unexplained)
-        async with self._asked(request, _EXPLANATION, partial(
-                _explanation_asked, labels=self.predictor.labels)) as ([image], why):
+            refuse(501, self.unexplained)
+        async with self._asked(request, EXPLANATION, partial(
+                explanation_asked, labels=self.predictor.labels)) as ([image], why):
             future = self.batcher.explain(image, why)
             del image
             await self._done(request, [future])
@@ -562,9 +379,9 @@ class _Routes:
             found = self._result(future)
         except ImageError as error:
             self.metrics.images.labels("unreadable").inc()
-            _refuse(422, str(error))
+            refuse(422, str(error))
         self.metrics.images.labels("explained").inc()
-        if _wants_picture(request.headers.get("accept", "")):
+        if wants_picture(request.headers.get("accept", "")):
             return Response(await asyncio.to_thread(_figure, found, self.name), media_type="image/png")
         return _Json(await asyncio.to_thread(_explained, found, self.name))
 
@@ -580,7 +397,7 @@ class _Routes:
             if not answers.done():
                 if gone.done():
                     raise ClientDisconnect
-                _refuse(504, f"no answer within {self.service.timeout:g} s; try again, or send fewer images")
+                refuse(504, f"no answer within {self.service.timeout:g} s; try again, or send fewer images")
         finally:
             for future in futures:
                 future.cancel()  # an image that is not being computed yet never will be
@@ -591,7 +408,7 @@ class _Routes:
         try:
             return future.result()
         except ModelFailed as error:
-            _refuse(503, str(error), **{"Retry-After": "1"})
+            refuse(503, str(error), **{"Retry-After": "1"})
 
     async def model(self) -> Response:
         """What is served, and its limits."""
@@ -613,7 +430,7 @@ class _Routes:
     async def readyz(self) -> Response:
         """200 while requests are answered; 503 where the model's thread has ended, and while the server ends."""
         if self.ending or not self.batcher.alive:
-            _refuse(503, "the server is ending; ask another one", **{"Retry-After": "1"})
+            refuse(503, "the server is ending; ask another one", **{"Retry-After": "1"})
         return _Json({"status": "ready"})
 
     async def metrics_text(self) -> Response:

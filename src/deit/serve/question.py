@@ -1,0 +1,217 @@
+"""From a request to what it asks: images, held in memory within limits, and the fields beside them. What is neither is
+refused with one sentence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import email.message
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from fastapi import Request
+from starlette.exceptions import HTTPException
+
+from deit.explain import METHODS, class_number
+from deit.serve.batcher import Why
+
+_HELD = 16
+"""Bodies of the largest size that may be in memory at once; then 503."""
+_DISCARDED = 3
+"""A body that is too large is read to its end up to this many times the limit, so that its sender reads the answer."""
+_PARTS = 8  # of a form, beyond its images
+TOP_K = 5
+METHOD = "relevance"  # the best of those that see inside, docs/explain.md
+_LONGEST, _MANY = 200, 1000  # characters of a label that is not known, and labels that may be meant by it
+
+_DISPOSITION = re.compile(rb"^content-disposition:(.*)$", re.IGNORECASE | re.MULTILINE)
+_FILE = re.compile(rb";\s*filename\*?=", re.IGNORECASE)
+_FIELD = re.compile(rb';\s*name="?([a-z_]+)"?\s*(?:;|$)', re.IGNORECASE)
+
+
+def refuse(status: int, sentence: str, **headers: str) -> NoReturn:
+    raise HTTPException(status, sentence, headers)
+
+
+class Bodies:
+    """Reads bodies into memory, with one account of how much all of them take.
+
+    Args:
+        limit: bytes of one.
+        timeout: seconds for one to arrive.
+    """
+
+    def __init__(self, limit: int, timeout: float):
+        self.limit, self.timeout, self.held = limit, timeout, 0
+
+    @contextmanager
+    def room(self) -> Iterator[bytearray]:
+        """A place for a body, accounted for until the block ends."""
+        body = bytearray()
+        try:
+            yield body
+        finally:
+            self.held -= len(body)
+
+    async def read(self, request: Request, body: bytearray) -> None:
+        try:
+            async with asyncio.timeout(self.timeout):
+                await self._read(request, body)
+        except TimeoutError:
+            refuse(408, f"the body did not arrive within {self.timeout:g} s; send it faster, or a smaller image",
+                   Connection="close")
+
+    async def _read(self, request: Request, body: bytearray) -> None:
+        too_large = f"the body has more than the {self.limit} bytes allowed; send a smaller image, or fewer"
+        declared = request.headers.get("content-length", "0")
+        if not (declared.isascii() and declared.isdigit()):
+            refuse(400, "Content-Length is not a number; leave it to your HTTP library")
+        if len(declared) > 15 or int(declared) > _DISCARDED * self.limit:
+            refuse(413, too_large, Connection="close")
+        count = 0
+        async for chunk in request.stream():
+            count += len(chunk)
+            if count > _DISCARDED * self.limit:
+                break
+            if count <= self.limit:
+                if self.held + len(chunk) > _HELD * self.limit:
+                    refuse(503, "too many bodies are being read already; try again in 1 s", **{"Retry-After": "1"})
+                self.held += len(chunk)
+                body += chunk
+        if count > self.limit:
+            refuse(413, too_large, Connection="close")
+
+
+def _content_type(text: str) -> email.message.Message:
+    message = email.message.Message()
+    message["content-type"] = text
+    return message
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a body may hold beside its images."""
+
+    fields: tuple[str, ...]
+    example: str
+    """In JSON."""
+    most: int
+    """Images."""
+
+    def too_many(self) -> NoReturn:
+        refuse(413, f"a request may hold at most {self.most} image{'s' * (self.most > 1)} here; send the others in "
+                     "another one")
+
+
+def read_request(body: bytes, content_type: str, query: Mapping[str, str],
+                 question: Question) -> tuple[list[bytes], dict[str, Any]]:
+    """The images of a body, and the fields that it or the query holds, as they are; refuses what is neither."""
+    message = _content_type(content_type)
+    kind = message.get_content_type() if content_type.strip() else "none"
+    fields: dict[str, Any] = {name: query[name] for name in question.fields if name in query}
+    if kind == "application/json":
+        images = _from_json(body, fields, question)
+    elif kind == "multipart/form-data":
+        images = _from_form(body, message.get_param("boundary"), fields, question)
+    elif kind.startswith("image/") or kind == "application/octet-stream":
+        images = [body]
+    else:
+        refuse(415, "expected Content-Type image/*, application/octet-stream, multipart/form-data or "
+                     f"application/json, found {kind[:80]!r}; send one of them")
+    if not images:
+        refuse(400, "the request holds no image; send at least one")
+    for image in images:
+        if not image:
+            refuse(422, "an image is empty (0 bytes); send the bytes of a file")
+    return images, fields
+
+
+def _from_json(body: bytes, fields: dict[str, Any], question: Question) -> list[bytes]:
+    expected = f"expected {question.example}"
+
+    def constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        found = json.loads(body, parse_constant=constant)
+    except (ValueError, RecursionError):
+        refuse(400, f"the body is not valid JSON; {expected}")
+    if not isinstance(found, dict) or not set(found) <= {"images", *question.fields}:
+        refuse(400, f"the body is other JSON than this; {expected}")
+    texts = found.pop("images", None)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        refuse(400, f"images is not a list of texts; {expected}")
+    if len(texts) > question.most:
+        question.too_many()
+    fields |= found
+    try:
+        return [base64.b64decode(text, validate=True) for text in texts]
+    except (binascii.Error, ValueError):
+        refuse(400, "an image is not valid base64; encode the bytes of the file, without a data: prefix")
+
+
+def _from_form(body: bytes, boundary: Any, fields: dict[str, Any], question: Question) -> list[bytes]:
+    """RFC 7578. Names of files are never looked at."""
+    damaged = "the multipart body is damaged or cut short; leave its making to your HTTP library"
+    if not isinstance(boundary, str) or not 1 <= len(boundary) <= 70 or not boundary.isascii():
+        refuse(400, "multipart/form-data has no boundary; leave Content-Type to your HTTP library")
+    # Split at most as often as is allowed: a body of nothing but boundaries costs no more than any other.
+    _, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary.encode(), question.most + _PARTS + 1)
+    images: list[bytes] = []
+    for part in parts:
+        if part.startswith(b"--"):
+            return images
+        head, separator, content = part.partition(b"\r\n\r\n")
+        if not separator or len(head) > 8192:
+            refuse(400, damaged)
+        disposition = b"".join(_DISPOSITION.findall(head))
+        field = _FIELD.search(disposition)
+        if _FILE.search(disposition):
+            images.append(content)
+            if len(images) > question.most:
+                question.too_many()
+        elif field and (name := field[1].decode().lower()) in question.fields:
+            fields[name] = content.decode("utf-8", "replace")
+        else:
+            refuse(400, f"a field of the form is neither a file nor {' or '.join(question.fields)}; send images as "
+                         "files")
+    refuse(400, damaged)
+
+
+EXPLANATION = Question(("method", "target"), '{"images": ["<base64>"], "method": "relevance", "target": "cat"}', 1)
+
+
+def labels_asked(fields: Mapping[str, Any]) -> int:
+    asked = fields.get("top_k", TOP_K)
+    if isinstance(asked, str) and asked.isascii() and asked.isdigit() and len(asked) < 10:
+        asked = int(asked)
+    if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
+        refuse(400, "top_k is not a whole number of at least 1; give one, or leave it out")
+    return asked
+
+
+def explanation_asked(fields: Mapping[str, Any], labels: list[str]) -> Why:
+    method, target = fields.get("method", METHOD), fields.get("target")
+    if method not in METHODS:
+        refuse(400, f"method is not one of {', '.join(METHODS)}; give one of them, or leave it out")
+    if target is None:
+        return Why(method, None)
+    # What could be meant takes a third of a second to find at most: with more labels, or a longer name, nobody looks.
+    if not isinstance(target, str) or (target not in labels and (len(target) > _LONGEST or len(labels) > _MANY)):
+        refuse(400, "target is not one of the model's labels; give one that /model lists, or leave it out")
+    try:
+        return Why(method, class_number(target, labels))
+    except ValueError as error:
+        refuse(400, str(error))
+
+
+def wants_picture(accept: str) -> bool:
+    """Whether it names PNG, and not JSON."""
+    kinds = [kind.partition(";")[0].strip().lower() for kind in accept.split(",")]
+    return "image/png" in kinds and "application/json" not in kinds
