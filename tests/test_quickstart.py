@@ -31,8 +31,8 @@ def done(tmp_path_factory):
 
 
 def slowness():
-    """How much longer a product of matrices takes than on the machine that the bound of 180 s is from, 1 at least: there
-    a core makes 200 GFLOP/s of them in bfloat16 (docs/log.md), and this one computes in what training takes here."""
+    """How much longer a product of matrices takes than on the machine that the bound of 180 s is from, 1 at least. A
+    core of that one makes 200 GFLOP/s in bfloat16 (docs/log.md); here it is the precision that training takes."""
     matrix = torch.randn(2048, 2048).to(resolve_precision("auto", torch.device("cpu")))
     seconds = []
     for _ in range(4):
