@@ -19,8 +19,8 @@ SOURCE = ROOT / "src" / "deit"
 ORDER = ["files", "config", "outputs", "weights", "hub", "decode", "pixels", "image", "loss_rules", "losses",
          "pretrained", "cpu_training", "model", "export_keras", "pretrained_keras", "losses_keras", "model_keras",
          "convert", "convnet", "load", "engines", "scores", "calibration", "recipe", "recipes", "machine", "build",
-         "policies", "mixing", "augment", "folders", "bulk", "data", "export_web", "export", "predict", "pipelines",
-         "calibrate", "evaluate", "tables", "explain", "records", "markup", "drawing", "report_evaluation",
+         "policies", "mixing", "augment", "folders", "bulk", "data", "quantise", "export_web", "export", "predict",
+         "pipelines", "calibrate", "evaluate", "tables", "explain", "records", "markup", "drawing", "report_evaluation",
          "report_maps", "report_run", "report", "serve", "teacher", "teach", "objectives", "optim", "checkpoint",
          "progress", "runs", "train", "quickstart", "cli", "__main__"]
 """A module imports only what stands before it."""

@@ -6,9 +6,7 @@ B images, C channels, H rows, W columns, K classes.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import logging
 import math
 import os
 import shutil
@@ -16,7 +14,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
@@ -50,6 +48,7 @@ from deit.folders import SPLITS, Split, matched, read_examples
 from deit.image import FILE_NAME, DeiTImageProcessor
 from deit.load import load_model
 from deit.model import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, PreTrained
+from deit.quantise import by_sensitivity, quantised_onnx, quantised_openvino
 from deit.scores import Accuracy
 
 Format = Literal["torch", "onnx", "openvino", "web", "onnx-int8", "openvino-int8"]
@@ -67,8 +66,6 @@ _CALIBRATED = 300
 """Images that the ranges of int8 are taken from, at most."""
 _SHARES = (0.0, 1 / 8, 1 / 4, 1 / 2)
 """Of the layers that stay in float, one after the other, until int8 is accurate enough."""
-_RANKED = 32
-"""Images that layers are ranked by."""
 _JUDGED_BATCH = 16
 
 _BESIDE = {"config.json", FILE_NAME, CALIBRATION, RECORD}
@@ -250,7 +247,8 @@ class _Classifier:
         if not isinstance(model, kinds) or not config.num_labels:
             raise ValueError(f"{name} holds a {type(model).__name__} without classes; expected a classifier, the only "
                              "kind of model that is exported")
-        if isinstance(self.model, PreTrained):
+        self.transformer = isinstance(model, PreTrained)
+        if self.transformer:
             self.model.set_attn_implementation("sdpa")  # one operation in the graph, which runtimes know as attention
         self.logits = _Logits(self.model).eval()
         self.shape = (config.num_channels, *config.image_hw)
@@ -522,7 +520,7 @@ def _write_int8(classifier: _Classifier, to: Format, folder: Path, examples: _Ex
     order: list[str] = []
     for share in _SHARES:
         if share and not order:
-            order = _by_sensitivity(classifier, calibration)
+            order = by_sensitivity(classifier.logits, classifier.layers(), calibration)
         kept = order[:math.ceil(share * len(order))]
         quantise(classifier, folder, calibration, kept)
         record = _describe(classifier, to, folder)
@@ -549,111 +547,15 @@ def _quantised_onnx(classifier: _Classifier, folder: Path, calibration: Sequence
     with tempfile.TemporaryDirectory() as scratch:
         _save_onnx(classifier, Path(scratch) / "model.onnx")
         model = onnx.load(Path(scratch) / "model.onnx")
-    values = {tensor.name: tensor for tensor in model.graph.initializer}
-    weights = {node.name: onnx.numpy_helper.to_array(values[node.input[1]]) for node in model.graph.node
-               if node.op_type in ("MatMul", "Gemm", "Conv") and node.input[1] in values}
-    nodes = [node.name for node in model.graph.node]
-    quantised = _quantise(classifier, model, [{"pixel_values": pixels} for pixels in calibration], nodes, weights, kept)
-    onnx.save(quantised, folder / "model.onnx")
+    onnx.save(quantised_onnx(model, classifier.layers(), calibration, kept, transformer=classifier.transformer),
+              folder / "model.onnx")
 
 
 def _quantised_openvino(classifier: _Classifier, folder: Path, calibration: Sequence[np.ndarray],
                         kept: Sequence[str]) -> None:
-    model = classifier.openvino_model.clone()
-    weights = {}
-    for node in model.get_ops():
-        if node.get_type_name() in ("MatMul", "Convolution"):
-            constant = node.input_value(1).get_node()
-            if constant.get_type_name() == "Constant":
-                weights[node.get_friendly_name()] = constant.get_data()
-    nodes = [node.get_friendly_name() for node in model.get_ops()]
-    quantised = _quantise(classifier, model, calibration, nodes, weights, kept)
-    _save_openvino(quantised, folder / "model.xml", halved=False)
-
-
-def _quantise(classifier: _Classifier, model: Any, calibration: Sequence[Any], nodes: Sequence[str],
-              weights: Mapping[str, np.ndarray], kept: Sequence[str]) -> Any:
-    """A graph with every layer in int8 but those in `kept`; `nodes` are the names of all its nodes, `weights` the
-    constants of those that multiply with one.
-
-    What is inside attention, and every sum and norm, stays in float: the first so that runtimes know it for attention,
-    the others because 8 bits hurt a transformer most there, for little time saved.
-    """
-    import nncf
-    from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
-    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
-
-    nncf.set_log_level(logging.ERROR)
-    # NNCF's correction of biases assumes images without borders: it took 5 points from a ConvNet at 16 pixels. Its
-    # ranges are means over images, beyond which half of these are cut: probabilities moved twice as far.
-    settings = AdvancedQuantizationParameters(
-        disable_bias_correction=True, activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX)
-    node_of = _nodes_of(classifier.layers(), weights)
-    chosen = {node for layer, node in node_of.items() if layer not in kept}
-    transformer = isinstance(classifier.model, PreTrained)
-    with redirect_stdout(io.StringIO()):  # a progress bar for each of its passes
-        return nncf.quantize(
-            model, nncf.Dataset(calibration), subset_size=len(calibration), target_device=nncf.TargetDevice.CPU,
-            model_type=nncf.ModelType.TRANSFORMER if transformer else None, advanced_parameters=settings,
-            ignored_scope=nncf.IgnoredScope(names=[name for name in nodes if name not in chosen], validate=False))
-
-
-def _nodes_of(layers: Mapping[str, nn.Module], weights: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """For each layer the node that multiplies with its weights, found by their values: exporters rename and transpose
-    them, and multiply the factors of a norm into their rows."""
-    left = {name: _directions(values) for name, values in weights.items()}
-    turned = {name: _directions(values.T) for name, values in weights.items() if values.ndim == 2}
-    found = {}
-    for layer, module in layers.items():
-        own = _directions(module.weight.detach().numpy())  # type: ignore[operator]
-        same = [name for name in left if any(
-            other is not None and other.shape == own.shape and np.allclose(other, own, atol=1e-4)
-            for other in (left[name], turned.get(name)))]
-        if not same:
-            raise ValueError(f"the layer {layer} is not found in the exported graph, so int8 can't be had; please "
-                             "report it, and take a float format")
-        found[layer] = same[0]
-        del left[same[0]]
-    return found
-
-
-def _directions(weights: np.ndarray) -> np.ndarray:
-    """Absolute values, (outputs, inputs), of rows brought to length 1."""
-    rows = np.abs(weights.reshape(len(weights), -1).astype(np.float64))
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
-
-
-@torch.inference_mode()
-def _by_sensitivity(classifier: _Classifier, calibration: Sequence[np.ndarray]) -> list[str]:
-    """Names of the layers with weights, first the one whose rounding to 8 bits, alone, moves the logits most."""
-    pixels = torch.from_numpy(np.concatenate(calibration[:: math.ceil(len(calibration) / _RANKED)]))
-    exact = classifier.logits(pixels)["logits"]
-    moved = {}
-    for name, layer in classifier.layers().items():
-        with _rounded(layer):
-            moved[name] = float((classifier.logits(pixels)["logits"] - exact).square().mean())
-    return sorted(moved, key=lambda name: -moved[name])
-
-
-@contextmanager
-def _rounded(layer: nn.Linear | nn.Conv2d) -> Iterator[None]:
-    """Weights and inputs of a layer in 8 bits: weights symmetric around zero for each output channel, the input in
-    steps of its whole range."""
-    exact = layer.weight
-    step = exact.flatten(1).abs().amax(1).clamp(min=1e-12).view(-1, *[1] * (exact.dim() - 1)) / 127
-
-    def round_input(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        low, high = inputs[0].aminmax()
-        width = ((high - low) / 255).clamp(min=1e-12)
-        return (((inputs[0] - low) / width).round() * width + low,)
-
-    layer.weight = nn.Parameter((exact / step).round() * step, requires_grad=False)
-    handle = layer.register_forward_pre_hook(round_input)
-    try:
-        yield
-    finally:
-        handle.remove()
-        layer.weight = exact
+    model = quantised_openvino(classifier.openvino_model.clone(), classifier.layers(), calibration, kept,
+                               transformer=classifier.transformer)
+    _save_openvino(model, folder / "model.xml", halved=False)
 
 
 # ---------------------------------------------------------------------------------------------------------- the folder

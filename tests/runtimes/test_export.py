@@ -473,7 +473,7 @@ def test_int8_that_costs_too_much_is_refused_with_the_layers_to_blame(digits, tm
     monkeypatch.setattr(export, "LOSS", -1.0)
     monkeypatch.setattr(export, "_CALIBRATED", 20)
     monkeypatch.setattr(export, "_SHARES", (0.0, 0.5))
-    monkeypatch.setattr(export, "_by_sensitivity", lambda *_: ["features.4", "classifier"])
+    monkeypatch.setattr(export, "by_sensitivity", lambda *_: ["features.4", "classifier"])
     with raises_saying(ValueError, f"{to} was not kept", "on 360 images", "even with 1 of 2 layers in float",
                        "are features.4, classifier", f"take {to.removesuffix('-int8')}"):
         export.export(digits / "convnet", to, tmp_path / "out", calibrate=digits / "data")
@@ -487,7 +487,7 @@ def test_layers_that_8_bits_hurt_stay_in_float(digits, tmp_path, monkeypatch, to
     name = "features.4"
     attempts = []
     monkeypatch.setattr(export, "_CALIBRATED", 20)
-    monkeypatch.setattr(export, "_by_sensitivity", lambda *_: [name, *(f"other{i}" for i in range(7))])
+    monkeypatch.setattr(export, "by_sensitivity", lambda *_: [name, *(f"other{i}" for i in range(7))])
     monkeypatch.setattr(export, "_SHARES", (0.0, 1 / 8))
     monkeypatch.setattr(export, "LOSS", 0.05)
     quantise = {"onnx-int8": "_quantised_onnx", "openvino-int8": "_quantised_openvino"}[to]
@@ -514,11 +514,11 @@ def test_layers_are_ranked_by_what_8_bits_do_to_the_logits(digits):
     model = classifier.model
     layers = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert sorted(export._by_sensitivity(classifier, calibration)) == sorted(layers)
+    assert sorted(export.by_sensitivity(classifier.logits, classifier.layers(), calibration)) == sorted(layers)
     with torch.no_grad():  # one input of the layer outweighs all others, and meets weights of zero
         block = model.deit.blocks[1]
         block.norm2.weight[0], block.norm2.bias[0], block.mlp.fc1.weight[:, 0] = 0.0, 1e4, 0.0
-    assert export._by_sensitivity(classifier, calibration)[0] == "deit.blocks.1.mlp.fc1"
+    assert export.by_sensitivity(classifier.logits, classifier.layers(), calibration)[0] == "deit.blocks.1.mlp.fc1"
     after = model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before if "blocks.1" not in name)
 
