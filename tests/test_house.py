@@ -16,7 +16,7 @@ from deit.cli import _parser
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "deit"
 
-ORDER = ["files", "config", "outputs", "weights", "hub", "decode", "pixels", "image", "loss_rules", "losses",
+ORDER = ["host", "lazy", "files", "config", "outputs", "weights", "hub", "decode", "pixels", "image", "loss_rules", "losses",
          "pretrained", "cpu_training", "model", "export_keras", "pretrained_keras", "losses_keras", "model_keras",
          "convert", "convnet", "load", "engines", "scores", "calibration", "recipe", "recipes", "machine", "build",
          "policies", "mixing", "augment", "folders", "bulk", "data", "quantise", "export_web", "export", "predict",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from deit.host import VERSION as __version__
 
 _HOME = {
     "deit.config": ("DeiTConfig", "ViTConfig", "VARIANTS"),

@@ -17,7 +17,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
-from deit import files
+from deit import files, host
 from deit.engines import sha256
 from deit.folders import walk_images
 
@@ -199,7 +199,7 @@ def _pyarrow() -> Any:
     try:
         import pyarrow
     except ImportError:
-        raise ImportError('.parquet files need pyarrow: pip install "deit[parquet]"') from None
+        raise host.missing(".parquet files need pyarrow", "parquet") from None
     return pyarrow
 
 

@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, Dataset
 from deit.augment import augment, crop, draws, erase, patch_mask
 from deit.config import DeiTConfig
 from deit.decode import ImageError, load_image, name_of
-from deit.engines import cores
 from deit.folders import Split
+from deit.host import cores
 from deit.image import DeiTImageProcessor
 from deit.mixing import mix, mixing
 from deit.recipe import MaskedImage, Recipe

@@ -6,7 +6,6 @@ B images, C channels, H rows, W columns, K classes.
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 import threading
 from abc import ABC, abstractmethod
@@ -17,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from deit import files
+from deit import files, host
 
 RECORD = "export.json"
 """What an exported folder says about itself; the keys are in docs/export.md."""
@@ -92,7 +91,7 @@ class OnnxEngine(Engine):
             import onnxruntime
 
         settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = cores()  # its own choice counts the machine's, not those this process may use
+        settings.intra_op_num_threads = host.cores()  # its own choice counts the machine's, not this process's
         settings.log_severity_level = 3
         path = folder / "model.onnx"
         with _reading(path, self.name):
@@ -108,7 +107,7 @@ class OpenVINOEngine(Engine):
     def __init__(self, folder: Path, record: Mapping[str, Any], **options: Any):
         super().__init__(folder, record, **options)
         openvino = import_openvino()
-        settings = {"PERFORMANCE_HINT": self.hint.upper(), "INFERENCE_NUM_THREADS": cores()}
+        settings = {"PERFORMANCE_HINT": self.hint.upper(), "INFERENCE_NUM_THREADS": host.cores()}
         if self.precision == "float32":
             settings["INFERENCE_PRECISION_HINT"] = "f32"
         path = folder / "model.xml"
@@ -176,11 +175,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def import_openvino() -> Any:
     """OpenVINO without its telemetry, which unasked reports every import and conversion, NNCF's too. Both do without
     where that package is missing, as it is from here on."""
@@ -196,7 +190,7 @@ def needed(package: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ImportError(f'{package} can\'t be imported ({error}); pip install "deit[export]"') from None
+        raise host.missing(f"{package} can't be imported ({error})", "export") from None
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from deit import host
+
 
 class CheckpointError(ValueError):
     """A checkpoint that can't be read whole; the message names the file, what was found and the next move."""
@@ -49,8 +51,8 @@ def _download(name: str, filename: str, **options: Any) -> Path:
     try:
         from huggingface_hub import errors, hf_hub_download
     except ImportError:
-        raise FileNotFoundError(f"there is no folder {name}, and fetching it from the hub needs huggingface_hub: "
-                                'pip install "deit[hub]"') from None
+        raise FileNotFoundError(str(host.missing(
+            f"there is no folder {name}, and fetching it from the hub needs huggingface_hub", "hub"))) from None
     try:
         return Path(hf_hub_download(name, filename, **options))
     except errors.EntryNotFoundError as error:

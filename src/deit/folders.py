@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL import Image
 
+from deit import host
 from deit.augment import draws
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -349,7 +350,7 @@ def write_digits(root: Path, *, seed: int = 0, side: int = 32) -> dict[str, int]
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError:
-        raise ImportError('the digits come with scikit-learn: pip install "deit[quickstart]"') from None
+        raise host.missing("the digits come with scikit-learn", "quickstart") from None
 
     scans = load_digits()
     rest, test = train_test_split(np.arange(len(scans.target)), test_size=360, random_state=seed,

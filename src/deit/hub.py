@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from deit import weights
+from deit import host, weights
 from deit.config import DeiTConfig
 from deit.files import CheckpointError, NotFetched, find_file, read_json, replacing, write_json, write_text
 
@@ -213,7 +213,7 @@ def _read_h5(path: Path) -> dict[str, np.ndarray]:
     try:
         import h5py
     except ImportError:
-        raise ImportError(f'reading {path} needs h5py: pip install "deit[keras]"') from None
+        raise host.missing(f"reading {path} needs h5py", "keras") from None
     tensors: dict[str, np.ndarray] = {}
     try:
         with h5py.File(path) as file:
@@ -354,7 +354,7 @@ def push_folder(folder: Path, repo_id: str, *, token: str | bool | None = None, 
     try:
         from huggingface_hub import HfApi
     except ImportError:
-        raise ImportError('pushing to the hub needs huggingface_hub: pip install "deit[hub]"') from None
+        raise host.missing("pushing to the hub needs huggingface_hub", "hub") from None
     card = folder / "README.md"
     if not card.exists():
         write_text(card, model_card(DeiTConfig.from_pretrained(folder), repo_id))

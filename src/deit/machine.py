@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, distributed, nn
 
-from deit.engines import cores
+from deit.host import cores
 
 _PATIENCE = timedelta(minutes=30)
 """How long a process waits for the others: the first evaluation of one may take that long on a loaded machine."""

@@ -322,6 +322,11 @@ class DeiTModel(PreTrained):
         resized = torch.einsum("rR,sS,bRSd->brsd", down, across, grid.float()).to(grid.dtype)
         return torch.cat([prefix, resized.flatten(1, 2)], dim=1)
 
+    def resize_grid(self, config: DeiTConfig) -> None:
+        position = self._positions(*config.grid).detach().clone()
+        self.position = nn.Parameter(position, requires_grad=self.position.requires_grad)
+        self._config = config
+
     def _head_masks(self, mask: Tensor | None) -> list[Tensor] | list[None]:
         blocks, heads = self.config.num_hidden_layers, self.config.num_attention_heads
         if mask is None:

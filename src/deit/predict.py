@@ -21,8 +21,9 @@ from deit.calibration import Calibration
 from deit.config import ConvNetConfig, DeiTConfig
 from deit.convnet import ConvNet
 from deit.decode import ImageError
-from deit.engines import RECORD, Engine, cores, load_engine, read_record
+from deit.engines import RECORD, Engine, load_engine, read_record
 from deit.export import cached_engine
+from deit.host import cores
 from deit.image import DeiTImageProcessor
 from deit.load import load_model
 from deit.model import Head, head_probabilities

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +13,30 @@ from torch import Tensor, nn
 from deit import hub, weights
 from deit.config import DeiTConfig
 
-if TYPE_CHECKING:
-    from deit.model import DeiTModel
-
 AttnImplementation = Literal["auto", "eager", "sdpa"]
 
 
+class Backbone(Protocol):
+    """What the models' base needs of the transformer in them."""
+
+    position: nn.Parameter
+    """(1, positions, D)."""
+    blocks: nn.ModuleList
+    gradient_checkpointing: bool
+
+    def resize_grid(self, config: DeiTConfig) -> None:
+        """Takes `config` in place of its own, which differs in the image size, and fits the positions to its grid."""
+
+
 class PreTrained(nn.Module):
-    """Base of the models; `backbone` is the `DeiTModel` in them."""
+    """Base of the models; `backbone` is the transformer in them."""
 
     kind: ClassVar[weights.Kind]
     config_class: ClassVar[type[DeiTConfig]] = DeiTConfig
     config: DeiTConfig
 
     @property
-    def backbone(self) -> DeiTModel:
+    def backbone(self) -> Backbone:
         return self.deit  # type: ignore[return-value]
 
     @property
@@ -62,11 +71,7 @@ class PreTrained(nn.Module):
         Bicubic, as the paper does for fine-tuning at higher resolution (section 3.3); tokens before the patches keep
         theirs. Returns the model itself.
         """
-        model = self.backbone
-        config = model.config.replace(image_size=image_size)
-        position = model._positions(*config.grid)
-        model.position = nn.Parameter(position.detach().clone(), requires_grad=model.position.requires_grad)
-        model._config = config
+        self.backbone.resize_grid(self.config.replace(image_size=image_size))
         return self
 
     def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "5GB",

@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import wraps
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -22,18 +22,17 @@ if "tensorflow" not in sys.modules:
     with suppress(ImportError):
         import triton  # noqa: F401
 
+from deit import host
+
 try:
     import keras
     from keras import ops
 except ImportError as error:
-    raise ImportError(f"the Keras classes need Keras 3 and one of its back ends ({error}): "
-                      'pip install "deit[keras]", or set KERAS_BACKEND=jax where JAX is installed') from None
+    raise host.missing("the Keras classes need Keras 3 and one of its back ends, which KERAS_BACKEND names "
+                       f"({error})", "keras") from None
 
 from deit import export_keras, hub, outputs, weights
 from deit.config import DeiTConfig
-
-if TYPE_CHECKING:
-    from deit.model_keras import TFDeiTModel
 
 # ----------------------------------------------------------------------------------------------- outputs as structures
 
@@ -284,9 +283,10 @@ def _named(name: str, data: Any) -> dict[str, Any]:
     return dict(data) if isinstance(data, Mapping) else {} if data is None else {name: data}
 
 
-def _backbone(model: PreTrainedKeras) -> TFDeiTModel:
-    """No property: Keras walks through those when it saves, without end where a model is its own."""
-    return getattr(model, "deit", model)  # type: ignore[return-value]
+def _backbone(model: PreTrainedKeras) -> Any:
+    """The transformer in a model. No property: Keras walks through those when it saves, without end where a model is
+    its own."""
+    return getattr(model, "deit", model)
 
 
 def _variable(owner: Any, name: str) -> keras.Variable:

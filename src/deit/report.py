@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from deit import __version__, files, report_evaluation, report_maps, report_run
+from deit import files, host, report_evaluation, report_maps, report_run
 from deit.decode import load_image
 from deit.evaluate import Evaluation, examine_files, examine_split
 from deit.folders import Split, read_data
@@ -84,7 +84,7 @@ def page(record: Record | None, evaluation: Evaluation | None, *, maps: Maps | N
                    _header(record, evaluation, contents),
                    element("main", *(part.html for part in shown), id="content"),
                    element("footer", element("p", f"Written {date(datetime.now(UTC).isoformat())} by deit "
-                                             f"{__version__}. Intervals are Wilson's, at 95 %.")))
+                                             f"{host.VERSION}. Intervals are Wilson's, at 95 %.")))
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
 
 

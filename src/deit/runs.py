@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deit import __version__, checkpoint, files, objectives, optim
+from deit import checkpoint, files, host, objectives, optim
 from deit.build import build_model
 from deit.data import EvaluationBatches, TrainingBatches, processor_for
 from deit.folders import Split, fingerprint
@@ -149,7 +149,7 @@ def write_about(work: Work, state: State, train_split: Split, val_split: Split, 
         began=began or datetime.now(UTC).isoformat(timespec="seconds"), data=folder, fingerprint=state.data,
         classes=train_split.classes, train=tuple(counts[0]), val=tuple(counts[1]),
         device=described(work.us.device), processes=work.us.world, precision=str(work.precision).removeprefix("torch."),
-        versions={"deit": __version__, "Python": platform.python_version(), "PyTorch": str(torch.__version__),
+        versions={"deit": host.VERSION, "Python": platform.python_version(), "PyTorch": str(torch.__version__),
                   "system": platform.platform()})
     files.write_json(out / ABOUT, about.to_dict())
 

@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from deit import __version__, files
+from deit import files, host
 from deit.data import Batch, Faults, TrainingBatches
 from deit.folders import Split, fingerprint
 from deit.machine import resolve_device, resolve_precision
@@ -310,7 +310,7 @@ def _claim(out: Path, recipe: Recipe, split: Split, layout: _Layout, prints: Map
     record = {"version": VERSION, "fingerprints": dict(prints), "teacher": objective.teacher, "kind": layout.kind,
               "top_k": layout.top_k, "classes": layout.classes, "batch": layout.batch, "steps": layout.steps,
               "steps_per_part": layout.steps_per_part, "images": len(split), "views": views(recipe),
-              "deit": __version__}
+              "deit": host.VERSION}
     if "cache.json" in names:
         found = _record(out)
         _compare(out, found, recipe, split, prints)

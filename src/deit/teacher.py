@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deit import files, hub
+from deit import files, host, hub
 from deit.image import DeiTImageProcessor
 from deit.load import load_model
 from deit.model import PreTrained
@@ -300,7 +300,7 @@ def _from_timm(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
     try:
         import timm
     except ImportError:
-        raise ImportError(f'teacher {name} needs timm: pip install "deit[teachers]"') from None
+        raise host.missing(f"teacher {name} needs timm", "teachers") from None
     given = name.removeprefix("timm:")
     if (folder := Path(given).expanduser()).is_dir():
         count = files.read_json(files.find_file(folder, "config.json")).get("num_classes")

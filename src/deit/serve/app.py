@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from deit import __version__, decode
+from deit import decode, host
 from deit.decode import ImageError
 from deit.explain import METHODS, Explanation, explained_model, figure, fitted, overlay
 from deit.markup import data_uri
@@ -56,7 +56,7 @@ try:
         wants_picture,
     )
 except ImportError as error:
-    raise ImportError(f'serving needs {error.name}: pip install "deit[serve]"') from None
+    raise host.missing(f"serving needs {error.name}", "serve") from None
 
 _Read = TypeVar("_Read")
 
@@ -474,7 +474,7 @@ async def _refused(_: Request, error: HTTPException) -> Response:
 def create_app(predictor: Predictor, service: Service, name: str) -> FastAPI:
     """The application. `name` is what answers call the model; `app.state.routes.batcher` makes the batches."""
     routes = _Routes(predictor, service, name)
-    app = FastAPI(title="deit", version=__version__, description="Labels for images, and what they rest on.",
+    app = FastAPI(title="deit", version=host.VERSION, description="Labels for images, and what they rest on.",
                   docs_url=None, redoc_url=None, lifespan=routes.life,
                   exception_handlers={HTTPException: _refused, ClientDisconnect: _gone})
     app.state.routes = routes

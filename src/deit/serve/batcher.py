@@ -27,8 +27,8 @@ import torch
 from PIL import Image
 
 from deit.decode import ImageError, reading
-from deit.engines import cores
 from deit.explain import Explanation, Method, explain_pixels, explained_model
+from deit.host import cores
 from deit.predict import Answer, Predictor
 
 FORMATS = {"JPEG": "JPEG", "MPO": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "TIFF": "TIFF", "BMP": "BMP"}
