@@ -32,8 +32,8 @@ from timm.optim import param_groups_weight_decay
 from torchvision import transforms
 from train_speed import machine
 
-from deit.evaluate import examine_files
-from deit.folders import Split, read_data, read_split
+from deit.data.folders import Split, read_data, read_split
+from deit.evaluate.models import examine_files
 from deit.machine import resolve_precision
 
 BATCH, SMOOTHING = 128, 0.1

@@ -79,12 +79,12 @@ def run_arm(work: Path, arm: str, seed: int) -> dict[str, Any]:
     import torch
     from rich.console import Console
 
-    from deit.data import EvaluationBatches, processor_for
-    from deit.evaluate import evaluate
-    from deit.folders import read_split
-    from deit.load import load_model
+    from deit.data.batches import EvaluationBatches, processor_for
+    from deit.data.folders import read_split
+    from deit.evaluate.models import evaluate
     from deit.machine import resolve_precision
-    from deit.train import Diverged, train
+    from deit.model.load import load_model
+    from deit.train.loop import Diverged, train
 
     began = time.perf_counter()
     if arm == "agreement":
@@ -120,10 +120,10 @@ def agreement(work: Path, seed: int) -> dict[str, float]:
     distillation token, at the input of the first block and after each block, over the test images (section 4)."""
     import torch
 
-    from deit.data import EvaluationBatches, processor_for
-    from deit.folders import read_split
-    from deit.load import load_model
-    from deit.model import head_probabilities
+    from deit.data.batches import EvaluationBatches, processor_for
+    from deit.data.folders import read_split
+    from deit.model.load import load_model
+    from deit.model.network import head_probabilities
 
     batches = EvaluationBatches(read_split(work / "data", "test"), processor_for(BASE), 250)
     models = {arm: load_model(run_folder(work, arm, seed) / "model") for arm in needs("agreement")}

@@ -79,7 +79,7 @@ def piped(model: Path, files: list[Path], batch: int) -> Callable[[], Any]:
 
 def engine_of(model: Path) -> Any:
     from deit import DeiTImageProcessor, load_model
-    from deit.export import cached_engine
+    from deit.export.write import cached_engine
 
     return cached_engine(load_model(model), DeiTImageProcessor.from_pretrained(model), "openvino", str(model))
 

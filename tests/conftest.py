@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 
 from deit.config import ACTIVATIONS, DeiTConfig
-from deit.image import DeiTImageProcessor
-from deit.model import (
+from deit.image.processor import DeiTImageProcessor
+from deit.model.network import (
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
     DeiTForMaskedImageModeling,

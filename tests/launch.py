@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from deit import checkpoint
+from deit.train import checkpoint
 
 RECIPES = '''
 from deit.config import ConvNetConfig, DeiTConfig

@@ -14,9 +14,9 @@ from PIL import Image, ImageEnhance, ImageFilter
 from torchvision.transforms import RandomCrop, Resize
 from torchvision.transforms import functional as reference
 
-from deit.augment import augment, crop, crop_box, draws, erase, patch_mask, random_affine
-from deit.decode import ImageError, decode, load_image
-from deit.mixing import Mixing, mix, mixing
+from deit.data.augment import augment, crop, crop_box, draws, erase, patch_mask, random_affine
+from deit.data.mixing import Mixing, mix, mixing
+from deit.image.decode import ImageError, decode, load_image
 from deit.recipe import (
     Affine,
     Augment,

@@ -8,18 +8,18 @@ import torch
 from conftest import build, raises_saying, small
 from safetensors.torch import load_file
 
-from deit.build import build_model
 from deit.config import ConvNetConfig
-from deit.convnet import ConvNet
 from deit.files import CheckpointError
-from deit.hub import write_tensors
-from deit.model import (
+from deit.model.convnet import ConvNet
+from deit.model.network import (
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
     DeiTForMaskedImageModeling,
 )
 from deit.recipe import AdamW, Cosine, Data, Distilled, MaskedImage, Recipe, Supervised, epochs
-from deit.weights import resize_matrix
+from deit.train.build import build_model
+from deit.weights.hub import write_tensors
+from deit.weights.names import resize_matrix
 
 CLASSES = ("a", "b", "c", "d", "e")
 

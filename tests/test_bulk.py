@@ -11,11 +11,11 @@ import pytest
 from conftest import build, raises_saying, small
 from PIL import Image
 
-from deit import bulk
-from deit.bulk import Job, Results, csv_lines, find_images, identity, parse_shard, share
 from deit.cli import main
-from deit.image import DeiTImageProcessor
-from deit.predict import Predictor
+from deit.image.processor import DeiTImageProcessor
+from deit.predict import bulk
+from deit.predict.bulk import Job, Results, csv_lines, find_images, identity, parse_shard, share
+from deit.predict.predictor import Predictor
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import torch
 from conftest import build, raises_saying, small
 from PIL import Image
 
-from deit.calibration import Calibration, HeadCalibration, fit
 from deit.cli import main
-from deit.image import DeiTImageProcessor
-from deit.model import DeiTForImageClassificationWithTeacher, fuse_heads
-from deit.predict import Predictor
+from deit.evaluate.calibration import Calibration, HeadCalibration, fit
+from deit.image.processor import DeiTImageProcessor
+from deit.model.network import DeiTForImageClassificationWithTeacher, fuse_heads
+from deit.predict.predictor import Predictor
 
 
 def draws(count, sharpness, seed=0, classes=6):
@@ -136,8 +136,8 @@ def test_refusals(folder, capsys):
 def test_an_export_takes_the_calibration_along(folder, to):
     """And a folder with one can be exported anew; what is exported can be calibrated itself."""
     pytest.importorskip({"torch": "torch", "onnx": "onnxruntime"}[to])
-    from deit.calibrate import calibrate
-    from deit.export import export
+    from deit.export.write import export
+    from deit.predict.calibrate import calibrate
 
     calibrate(folder / "m", folder / "data", error_rate=0.4, device="cpu")
     for _ in range(2):

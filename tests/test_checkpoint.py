@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import raises_saying
 
-from deit import checkpoint, files
+from deit import files
+from deit.train import checkpoint
 
 STATE = {"step": 7, "sums": {"loss": 0.1 + 0.2}, "best": None, "note": "\u00e9"}
 
@@ -82,7 +83,7 @@ def test_a_full_disk_leaves_the_one_before(tmp_path):
     code = f"""
 import resource, signal, torch
 from pathlib import Path
-from deit import checkpoint
+from deit.train import checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:

@@ -11,9 +11,9 @@ from PIL import Image
 
 from deit import __version__
 from deit.cli import _parser, main
-from deit.image import DeiTImageProcessor
-from deit.model import DeiTForImageClassificationWithTeacher
-from deit.predict import Predictor
+from deit.image.processor import DeiTImageProcessor
+from deit.model.network import DeiTForImageClassificationWithTeacher
+from deit.predict.predictor import Predictor
 from deit.recipe import Recipe, override
 from deit.recipes import find, shipped
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import CLASS_OF, assert_close, build, images, loss_of, mask_for, small
 
-from deit import cpu_training
-from deit.model import Attention
+from deit.model import cpu_training
+from deit.model.network import Attention
 
 KINDS = pytest.mark.parametrize("kind", CLASS_OF)
 CHANGES = [{}, {"drop_path_rate": 0.4}, {"layer_scale_init_value": 0.1, "drop_path_rate": 0.5}, {"qkv_bias": False},

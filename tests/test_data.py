@@ -17,14 +17,14 @@ from conftest import assert_close, raises_saying
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from deit import data
-from deit.augment import augment, crop, draws, erase, patch_mask
 from deit.config import DeiTConfig
-from deit.data import BadImages, Batch, EvaluationBatches, Faults, LoaderDied, TrainingBatches, processor_for
-from deit.decode import load_image
-from deit.folders import Split, read_split, write_digits
-from deit.image import DeiTImageProcessor
-from deit.mixing import mix, mixing
+from deit.data import batches as data
+from deit.data.augment import augment, crop, draws, erase, patch_mask
+from deit.data.batches import BadImages, Batch, EvaluationBatches, Faults, LoaderDied, TrainingBatches, processor_for
+from deit.data.folders import Split, read_split, write_digits
+from deit.data.mixing import mix, mixing
+from deit.image.decode import load_image
+from deit.image.processor import DeiTImageProcessor
 from deit.recipe import (
     AdamW,
     Affine,

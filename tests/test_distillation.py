@@ -20,14 +20,13 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from deit import objectives, runs
-from deit import train as loop
 from deit.cli import main
-from deit.folders import Split
-from deit.load import load_model
+from deit.data.folders import Split
 from deit.machine import Processes
+from deit.model.load import load_model
 from deit.recipe import AdamW, Augment, Compute, Cosine, Data, Distilled, Recipe, Supervised, steps
-from deit.teach import teach
+from deit.train import loop, objectives, runs
+from deit.train.labels import teach
 
 RECIPES = '''
 from deit.config import ConvNetConfig, DeiTConfig
@@ -59,7 +58,7 @@ def student():
 SLOW_TEACHER = """
 import os
 import time
-from deit.load import load_model
+from deit.model.load import load_model
 
 
 def make():

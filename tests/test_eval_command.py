@@ -13,17 +13,17 @@ from launch import photos
 from rich.console import Console
 from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 
-from deit import data
 from deit.cli import main
 from deit.config import ConvNetConfig
-from deit.convnet import ConvNet
-from deit.evaluate import examine_files
-from deit.folders import fingerprint, read_data, read_split
-from deit.image import DeiTImageProcessor
-from deit.load import load_model
-from deit.model import fuse_heads
+from deit.data import batches
+from deit.data.folders import fingerprint, read_data, read_split
+from deit.evaluate.models import examine_files
+from deit.image.processor import DeiTImageProcessor
+from deit.model.convnet import ConvNet
+from deit.model.load import load_model
+from deit.model.network import fuse_heads
 from deit.recipe import AdamW, Compute, Cosine, Data, Distilled, MaskedImage, Recipe, Supervised, steps
-from deit.train import train
+from deit.train.loop import train
 
 PAGE = Path(__file__).parents[1] / "docs" / "evaluation.md"
 NAMES = ("g", "c", "f", "a", "e", "b", "d")
@@ -243,7 +243,7 @@ def test_the_tables(evaluate, root):
 def test_many_images_are_read_by_loaders_and_none_is_kept(root, monkeypatch):
     asked = []
 
-    class Batches(data.EvaluationBatches):
+    class Batches(batches.EvaluationBatches):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
             asked.append((self.workers > 0, self.keeps))

@@ -7,9 +7,9 @@ from conftest import raises_saying, run_python
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from torch import nn
 
-from deit.data import Batch
-from deit.evaluate import evaluate, examine
-from deit.outputs import DeiTForImageClassificationWithTeacherOutput, ImageClassifierOutput
+from deit.data.batches import Batch
+from deit.evaluate.models import evaluate, examine
+from deit.model.outputs import DeiTForImageClassificationWithTeacherOutput, ImageClassifierOutput
 
 
 class Lookup(nn.Module):
@@ -169,9 +169,9 @@ def test_float32_is_float32_on_a_gpu_too():
 MEMORY = """
 import resource
 import torch
-from deit.data import Batch
-from deit.evaluate import examine
-from deit.outputs import ImageClassifierOutput
+from deit.data.batches import Batch
+from deit.evaluate.models import examine
+from deit.model.outputs import ImageClassifierOutput
 
 class Model(torch.nn.Module):
     def forward(self, pixels):

@@ -17,8 +17,7 @@ from torch import nn
 from deit import weights
 from deit.cli import main
 from deit.config import ConvNetConfig
-from deit.convnet import ConvNet
-from deit.explain import (
+from deit.explain.maps import (
     METHODS,
     Explanation,
     Map,
@@ -34,8 +33,9 @@ from deit.explain import (
     random_order,
     seen_by,
 )
-from deit.image import DeiTImageProcessor
-from deit.predict import Predictor
+from deit.image.processor import DeiTImageProcessor
+from deit.model.convnet import ConvNet
+from deit.predict.predictor import Predictor
 
 PAGE = Path(__file__).parents[1] / "docs" / "explain.md"
 LABELS = dict(enumerate(["ant", "bee", "cat", "dog", "eel"]))

@@ -11,8 +11,8 @@ from conftest import assert_close, raises_saying
 from PIL import Image
 
 from deit.config import DeiTConfig
-from deit.data import EvaluationBatches, TrainingBatches, processor_for
-from deit.folders import fingerprint, read_data, read_split
+from deit.data.batches import EvaluationBatches, TrainingBatches, processor_for
+from deit.data.folders import fingerprint, read_data, read_split
 from deit.recipe import AdamW, Augment, Compute, Cosine, Data, Recipe, ResizedCrop, Supervised, epochs
 
 MODEL = DeiTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=48, image_size=16,

@@ -13,9 +13,10 @@ import safetensors.torch
 import torch
 from conftest import CLASS_OF, assert_close, build, images, raises_saying, run_python, small
 
-from deit import files, hub, weights
+from deit import files, weights
 from deit.config import DeiTConfig
-from deit.model import DeiTForImageClassification, DeiTModel
+from deit.model.network import DeiTForImageClassification, DeiTModel
+from deit.weights import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -22,8 +22,8 @@ from transformers.models.deit.image_processing_pil_deit import DeiTImageProcesso
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from deit.config import IMAGENET_MEAN, IMAGENET_STD
-from deit.decode import ImageError, load_image, to_rgb
-from deit.image import DeiTFeatureExtractor, DeiTImageProcessor
+from deit.image.decode import ImageError, load_image, to_rgb
+from deit.image.processor import DeiTFeatureExtractor, DeiTImageProcessor
 
 PHOTOS = Path(__file__).parents[2] / "shared/data/imagenet_sample.tar"
 SIZES = [(1, 1), (7, 300), (37, 53), (223, 225), (256, 256), (375, 500), (500, 375)]

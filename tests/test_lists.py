@@ -7,7 +7,7 @@ import pytest
 from conftest import raises_saying
 from launch import photos
 
-from deit.folders import Split, fingerprint, matched, read_examples, read_split
+from deit.data.folders import Split, fingerprint, matched, read_examples, read_split
 
 
 def write(path, *lines, encoding="utf-8"):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import assert_close, build, images, raises_saying, small
 
-from deit import losses
-from deit.model import fuse_heads
+from deit.model import losses
+from deit.model.network import fuse_heads
 from deit.recipe import Supervised
 
 B, C = 6, 5

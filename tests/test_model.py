@@ -8,7 +8,7 @@ from conftest import CLASS_OF, assert_close, build, images, loss_of, mask_for, r
 
 from deit import weights
 from deit.config import ViTConfig
-from deit.model import (
+from deit.model.network import (
     DeiTForImageClassificationWithTeacher,
     DeiTForMaskedImageModeling,
     DeiTModel,

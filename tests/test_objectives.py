@@ -19,13 +19,11 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from deit import checkpoint, objectives, policies
-from deit import train as loop
-from deit.build import build_model
 from deit.config import ConvNetConfig
-from deit.data import EvaluationBatches, TrainingBatches, processor_for
-from deit.evaluate import evaluate
-from deit.folders import read_data
+from deit.data import policies
+from deit.data.batches import EvaluationBatches, TrainingBatches, processor_for
+from deit.data.folders import read_data
+from deit.evaluate.models import evaluate
 from deit.machine import Processes
 from deit.recipe import (
     SGD,
@@ -44,8 +42,10 @@ from deit.recipe import (
     Supervised,
     steps,
 )
-from deit.teach import LabelCache, teach
-from deit.train import train
+from deit.train import checkpoint, loop, objectives
+from deit.train.build import build_model
+from deit.train.labels import LabelCache, teach
+from deit.train.loop import train
 
 CPU = torch.device("cpu")
 QUIET = Console(quiet=True)

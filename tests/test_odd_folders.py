@@ -16,10 +16,10 @@ from torchvision.transforms import v2
 
 from deit.cli import main
 from deit.config import ConvNetConfig
-from deit.data import EvaluationBatches, TrainingBatches, processor_for
-from deit.evaluate import evaluate
-from deit.folders import Split, read_data
-from deit.load import load_model
+from deit.data.batches import EvaluationBatches, TrainingBatches, processor_for
+from deit.data.folders import Split, read_data
+from deit.evaluate.models import evaluate
+from deit.model.load import load_model
 from deit.recipe import SGD, Augment, Compute, Cosine, Data, Recipe, ResizedCrop, SimpleCrop, Supervised, steps
 
 CONVNET = Recipe(name="convnet", model=ConvNetConfig(widths=(8, 16), depth=1, image_size=16), data=Data(batch=8),

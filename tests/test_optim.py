@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import assert_close, build, images, loss_of, raises_saying, small
 
-from deit import optim
 from deit.config import ConvNetConfig
-from deit.convnet import ConvNet
-from deit.optim import EMA, clip_gradients, learning_rate, parameter_groups, peak_lr
+from deit.model.convnet import ConvNet
 from deit.recipe import LAMB, SGD, AdamW, Cosine, Muon, steps
+from deit.train import optim
+from deit.train.optim import EMA, clip_gradients, learning_rate, parameter_groups, peak_lr
 
 PAPER = AdamW(lr=5e-4, per_images=512)
 RECIPES = [AdamW(lr=1e-3, per_images=512, weight_decay=0.1, layer_decay=0.75, betas=(0.8, 0.95), eps=1e-6),

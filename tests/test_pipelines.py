@@ -10,8 +10,8 @@ from conftest import build, raises_saying, small
 from PIL import Image
 
 import deit
-from deit.decode import ImageError
-from deit.image import DeiTImageProcessor
+from deit.image.decode import ImageError
+from deit.image.processor import DeiTImageProcessor
 
 LABELS = dict(enumerate(("ant", "bee", "cat", "dog", "eel", "fox", "gnu")))
 

@@ -9,20 +9,21 @@ import torch
 from conftest import LABELS, build, raises_saying, small
 from PIL import Image
 
-from deit import hub, weights
+from deit import weights
 from deit.config import ConvNetConfig
-from deit.convert import convert
-from deit.convnet import ConvNet
-from deit.image import DeiTImageProcessor
-from deit.load import load_model
-from deit.model import (
+from deit.export.convert import convert
+from deit.image.processor import DeiTImageProcessor
+from deit.model.convnet import ConvNet
+from deit.model.load import load_model
+from deit.model.network import (
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
     DeiTForMaskedImageModeling,
     DeiTModel,
     fuse_heads,
 )
-from deit.predict import Predictor
+from deit.predict.predictor import Predictor
+from deit.weights import hub
 
 
 @pytest.mark.parametrize("head", ["fused", "class", "distillation", "softmax"])

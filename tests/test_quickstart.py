@@ -10,12 +10,12 @@ import torch
 from conftest import raises_saying
 from rich.console import Console
 
-from deit.data import EvaluationBatches
-from deit.evaluate import evaluate
-from deit.folders import read_split
-from deit.image import DeiTImageProcessor
-from deit.load import load_model
+from deit.data.batches import EvaluationBatches
+from deit.data.folders import read_split
+from deit.evaluate.models import evaluate
+from deit.image.processor import DeiTImageProcessor
 from deit.machine import resolve_precision
+from deit.model.load import load_model
 from deit.quickstart import quickstart
 
 pytestmark = pytest.mark.timeout(900)  # of a hang; what it may take is in test_the_numbers

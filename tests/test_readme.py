@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from deit.build import build_model
-from deit.data import processor_for
+from deit.data.batches import processor_for
 from deit.recipes.digits import digits, digits_teacher
+from deit.train.build import build_model
 
 README = Path(__file__).parents[1] / "README.md"
 

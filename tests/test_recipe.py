@@ -15,9 +15,12 @@ import pytest
 import torch
 from conftest import raises_saying, shrink
 
-from deit.build import build_model
 from deit.config import VARIANTS, DeiTConfig
-from deit.model import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, DeiTForMaskedImageModeling
+from deit.model.network import (
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    DeiTForMaskedImageModeling,
+)
 from deit.recipe import (
     LAMB,
     SGD,
@@ -45,6 +48,7 @@ from deit.recipes import find, shipped, summary
 from deit.recipes.deit import deit_base, deit_tiny, deit_tiny_distilled
 from deit.recipes.digits import digits
 from deit.recipes.finetune import finetune, finetune_distilled
+from deit.train.build import build_model
 
 GOLDEN = Path(__file__).parent / "golden" / "recipes.json"
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"

@@ -23,21 +23,22 @@ from launch import photos
 from PIL import Image
 from rich.console import Console
 
-from deit import report, report_maps
 from deit.cli import main
 from deit.config import ConvNetConfig
-from deit.convnet import ConvNet
-from deit.drawing import Line, curves
-from deit.evaluate import Evaluation, Examined, examine_files
-from deit.explain import Answer, Explanation, Map, explain, overlay, seen_by
-from deit.folders import fingerprint, read_data, read_split
-from deit.image import DeiTImageProcessor
-from deit.load import load_model
-from deit.markup import Html, data_uri, element, joined, named
+from deit.data.folders import fingerprint, read_data, read_split
+from deit.evaluate.models import Evaluation, Examined, examine_files
+from deit.evaluate.scores import Report
+from deit.explain.maps import Answer, Explanation, Map, explain, overlay, seen_by
+from deit.image.processor import DeiTImageProcessor
+from deit.model.convnet import ConvNet
+from deit.model.load import load_model
 from deit.recipe import AdamW, Compute, Cosine, Data, MaskedImage, Recipe, Supervised, steps
-from deit.records import About, Record
-from deit.scores import Report
-from deit.train import train
+from deit.report import document
+from deit.report import maps as report_maps
+from deit.report.drawing import Line, curves
+from deit.report.markup import Html, data_uri, element, joined, named
+from deit.train.loop import train
+from deit.train.records import About, Record
 
 QUIET = Console(quiet=True)
 HOSTILE = ('<script>alert("1")</script>', "' onerror='x", "\u202eright to left", "שלום", "🐕‍🦺", "a&amp;b",
@@ -181,7 +182,7 @@ def test_what_is_not_markup_is_escaped():
 def test_the_numbers_are_the_evaluations():
     found = evaluation(classes=8, heads=("fused", "class", "distillation", "softmax"))
     numbers = found.main.report
-    page = checked(report.page(None, found))
+    page = checked(document.page(None, found))
     rows = page.table("Accuracy of each head")[1:]
     assert len(rows) == 4
     for head, *cells in rows:
@@ -204,7 +205,7 @@ def test_the_numbers_are_the_evaluations():
 
 def test_many_classes_are_summarised_and_none_is_lost():
     found = evaluation(count=3000, classes=100)
-    page = checked(report.page(None, found))
+    page = checked(document.page(None, found))
     matrix = page.table("Images by true class (rows) and answer (columns)")
     assert len(matrix) == 31
     assert sum(int((cell or "0").replace(",", "")) for row in matrix[1:] for cell in row[1:]) == 3000
@@ -224,14 +225,14 @@ def test_the_most_wrong_and_the_most_doubtful_images(tmp_path):
     numbers = found.main.report
     wrong = [i for i in np.argsort(-numbers.confidence) if numbers.labels[i] != numbers.predicted[i]][:12]
     doubtful = [i for i in np.argsort(numbers.confidence) if i not in wrong][:12]
-    page = checked(report.page(None, found))
+    page = checked(document.page(None, found))
     shown = page.all("img")
     assert [image[1]["alt"] for image in shown] == [
         f"True label \u2068class {numbers.labels[i]}\u2069; predicted \u2068class {numbers.predicted[i]}\u2069 with "
         f"probability {numbers.confidence[i]:.2f}" for i in [*wrong, *doubtful]]
     assert all(int(image[1]["width"]) <= 128 and int(image[1]["height"]) <= 128 for image in shown)
     [os.unlink(files[i]) for i in wrong]
-    page = checked(report.page(None, found))
+    page = checked(document.page(None, found))
     assert len(page.all("img")) == len(doubtful)
     page.sees("This image can't be read any more.")
 
@@ -248,7 +249,7 @@ def test_names_are_hostile_input(tmp_path):
     run = Record.read(record(tmp_path / "run <b>", about, name=HOSTILE[0], start=HOSTILE[1], seed=HOSTILE[6]))
     drawn = {i: Explanation("", "", Image.new("RGB", (8, 8)), (Answer("class", name, 0.5, name, 0.5),),
                             (Map("class", "relevance", np.eye(2)),)) for i, name in enumerate(HOSTILE * 7)}
-    text = report.page(run, found, maps=report_maps.Maps(drawn), figures=[(HOSTILE[0], Image.new("RGB", (9, 9)))])
+    text = document.page(run, found, maps=report_maps.Maps(drawn), figures=[(HOSTILE[0], Image.new("RGB", (9, 9)))])
     page = checked(text)
     page.sees("What answers rest on")
     assert "<script" not in text
@@ -257,13 +258,13 @@ def test_names_are_hostile_input(tmp_path):
     assert len(re.findall("x{200,}", text)) == 1  # the command that repeats it, which must be exact
     assert f"<bdi>{HOSTILE[2]}</bdi>" in text
     page.sees(HOSTILE[0], "שלום", "🐕‍🦺")
-    report.write(tmp_path / "page.html", run, found)
+    document.write(tmp_path / "page.html", run, found)
     assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!DOCTYPE")
 
 
 def test_what_a_run_says_of_itself(tmp_path):
     run = Record.read(record(tmp_path / "run"))
-    page = checked(report.page(run, None))
+    page = checked(document.page(run, None))
     page.sees("Trained 2 January 2026, 03:04 UTC", "200 updates, 2 epochs, on 150 images of 2 classes", "42 s",
               "a CPU, 2 cores", "bfloat16", "e" * 64, "123",
               f"deit train {tmp_path / 'run' / 'recipe.json'} --data photos --out AGAIN",
@@ -284,10 +285,10 @@ def test_differences_from_the_shipped_recipe(tmp_path):
     from deit.recipes import find
 
     shipped = find("digits").to_dict()
-    same = checked(report.page(Record.read(record(tmp_path / "same", **shipped)), None))
+    same = checked(document.page(Record.read(record(tmp_path / "same", **shipped)), None))
     same.sees("The shipped recipe of this name, unchanged.")
     changed = {**shipped, "seed": 7, "schedule": {**shipped["schedule"], "total": {"amount": 3.0, "unit": "epochs"}}}
-    page = checked(report.page(Record.read(record(tmp_path / "changed", **changed)), None))
+    page = checked(document.page(Record.read(record(tmp_path / "changed", **changed)), None))
     assert page.table("Changed from the shipped recipe of this name")[1:] == [
         ["schedule.total", "50 epochs", "3 epochs"], ["seed", "0", "7"]]
 
@@ -302,7 +303,7 @@ def test_missing_and_damaged_files_are_said(tmp_path, missing, content):
     folder = record(tmp_path)
     (folder / missing).unlink() if content is None else (folder / missing).write_bytes(content)
     run = Record.read(folder)
-    page = checked(report.page(run, None))
+    page = checked(document.page(run, None))
     assert len(run.gaps) == (0 if (missing, content) in SILENT else 1)
     for gap in run.gaps:
         page.sees(gap.split(" (")[0])
@@ -313,13 +314,13 @@ def test_numbers_that_are_none(tmp_path):
             {"step": 2, "epoch": 0, "loss": math.nan, "val_accuracy": math.nan, "skipped": 2},
             {"step": "3"}, {"no": "step"}]
     run = Record.read(record(tmp_path, rows=rows))
-    page = checked(report.page(run, None))
+    page = checked(document.page(run, None))
     page.sees("2 of the 4 lines of metrics.jsonl can't be read and are left out",
               "Loss: the metrics hold no number that could be drawn", "The run has no evaluation yet",
               "2 updates were skipped")
     assert run.best is None
     third = Record.read(record(tmp_path, rows=[{"step": 1, "loss": 0.5, "val_accuracy": 1 / 3}]))
-    only = checked(report.page(third, None))
+    only = checked(document.page(third, None))
     assert only.table("Accuracy of each head")[1:] == [["fused", "0.333"]]  # 16.7 of 50 images: some were not read
     with pytest.raises(ValueError, match="nothing to draw"):
         curves("key", "title", [Line("a", [(1, math.nan)], 0)])
@@ -327,11 +328,11 @@ def test_numbers_that_are_none(tmp_path):
 
 def test_few_images_and_one_class():
     for count in (1, 2, 5):
-        checked(report.page(None, evaluation(count=count, names=["only"])))
-    page = checked(report.page(None, evaluation(count=40, names=["only"])))
+        checked(document.page(None, evaluation(count=count, names=["only"])))
+    page = checked(document.page(None, evaluation(count=40, names=["only"])))
     page.sees("No image was taken for another class.")
     apart = evaluation(count=5, classes=50)
-    checked(report.page(None, apart)).sees("neither shown nor answered")
+    checked(document.page(None, apart)).sees("neither shown nor answered")
 
 
 def test_two_models_are_compared():
@@ -340,7 +341,7 @@ def test_two_models_are_compared():
     other.main.report.ranks["fused"][:] = 0
     both = replace(found, other=replace(other.main, model="runs/b/model"))
     compared = both.comparison
-    page = checked(report.page(None, both))
+    page = checked(document.page(None, both))
     assert page.table("Two models on the same images")[1][-1] == str(compared.only_first)
     page.sees(f"Difference {compared.difference:+.4f}", f"p = {compared.p_value:.3g}", "--compare runs/b/model")
 
@@ -386,7 +387,7 @@ def test_maps_are_those_of_explain(judged, ratio):
     groups = rows_shown(numbers)
     assert [len(rows) for rows in groups] == [4, 2, 2]
     assert list(maps.found) == [row for rows in groups for row in rows]
-    page = checked(report.page(None, judged, maps=maps))
+    page = checked(document.page(None, judged, maps=maps))
     expected = []
     for row in maps.found:
         pixels = processor([judged.files[row]], return_tensors="pt").pixel_values
@@ -408,7 +409,7 @@ def test_maps_are_those_of_explain(judged, ratio):
     [link] = [entry for entry in page.all("a") if entry[1]["href"] == "#maps"]
     assert link[2] == "What answers rest on"
     page.sees("Most wrong", "Most doubtful", "Surest of what is right", "the answer of each token\u2019s own head")
-    assert len(report.page(None, judged, maps=maps)) - len(report.page(None, judged)) < 300_000
+    assert len(document.page(None, judged, maps=maps)) - len(document.page(None, judged)) < 300_000
 
 
 def test_images_without_a_map_are_left_out(judged, tmp_path):
@@ -418,7 +419,7 @@ def test_images_without_a_map_are_left_out(judged, tmp_path):
     files[first] = tmp_path / "gone.png"
     assert list(report_maps.explained(replace(judged, files=tuple(files))).found) == others
     assert report_maps.explained(replace(judged, files=())) is None
-    assert "What answers rest on" not in report.page(None, judged, maps=report_maps.Maps())
+    assert "What answers rest on" not in document.page(None, judged, maps=report_maps.Maps())
 
 
 def test_models_that_can_not_be_explained_have_no_maps(judged, tmp_path):
@@ -426,14 +427,14 @@ def test_models_that_can_not_be_explained_have_no_maps(judged, tmp_path):
     DeiTImageProcessor.paper(16).save_pretrained(tmp_path / "c")
     found = examine_files(tmp_path / "c", judged.data, device="cpu", console=QUIET)
     assert report_maps.explained(found) is None
-    file = report.of_evaluation(tmp_path / "page.html", found, device="cpu")
+    file = document.of_evaluation(tmp_path / "page.html", found, device="cpu")
     assert "What answers rest on" not in file.read_text()
 
 
 def test_maps_that_fail_lose_no_report(judged, tmp_path, monkeypatch):
     monkeypatch.setattr("deit.report_maps.explain_pixels", lambda *_, **__: (_ for _ in ()).throw(
         RuntimeError("out of <memory>")))
-    page = checked(report.of_evaluation(tmp_path / "page.html", judged, device="cpu").read_text())
+    page = checked(document.of_evaluation(tmp_path / "page.html", judged, device="cpu").read_text())
     page.sees("What the answers rest on could not be shown: out of <memory>.", "Accuracy of each head")
 
 
@@ -447,18 +448,18 @@ def test_a_large_report_is_small_and_quick(tmp_path):
              **({"val_accuracy": 0.5} if i % 25 == 0 else {})} for i in range(1, 7501)]
     run = Record.read(record(tmp_path / "run", rows=rows))
     began = time.perf_counter()
-    text = report.page(run, found)
+    text = document.page(run, found)
     assert time.perf_counter() - began < 8
     assert len(text.encode()) < 2_000_000
     assert len(checked(text).all("img")) == 24
 
 
 def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
-    report.write(tmp_path / "page.html", None, evaluation())
+    document.write(tmp_path / "page.html", None, evaluation())
     before = (tmp_path / "page.html").read_bytes()
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with raises_saying(OSError, "disk full"):
-        report.write(tmp_path / "page.html", None, evaluation(seed=1))
+        document.write(tmp_path / "page.html", None, evaluation(seed=1))
     assert (tmp_path / "page.html").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
@@ -492,7 +493,7 @@ def trained(tmp_path_factory):
 
 def test_training_ends_with_a_report(trained, capsys):
     run = trained / "run"
-    page = checked((run / report.FILE).read_text())
+    page = checked((run / document.FILE).read_text())
     training, validation = read_data(trained / "data", holdout=0.1, seed=0)
     about = json.loads((run / "about.json").read_text())
     assert (about["train"], about["val"], about["fingerprint"]) == ([11] * 3, [1] * 3, fingerprint(training))
@@ -500,17 +501,17 @@ def test_training_ends_with_a_report(trained, capsys):
     page.sees(f"Judged by 3 validation images in {trained / 'data'}", "15 updates", fingerprint(validation))
     assert len(page.all("img")) == 3 + 2 * 3  # and of each of the three what its one token looked at
     page.sees("What answers rest on", "as far as it speaks for the answer of the model")
-    before = (run / report.FILE).read_text()
-    (run / report.FILE).unlink()
+    before = (run / document.FILE).read_text()
+    (run / document.FILE).unlink()
     assert main(["report", str(run), "--device", "cpu"]) == 0  # finds the held-out images again
-    assert capsys.readouterr().out.splitlines()[-1] == str(run / report.FILE)
-    undated = [re.sub(r"Written [^.]* by", "", text) for text in (before, (run / report.FILE).read_text())]
+    assert capsys.readouterr().out.splitlines()[-1] == str(run / document.FILE)
+    undated = [re.sub(r"Written [^.]* by", "", text) for text in (before, (run / document.FILE).read_text())]
     assert undated[0] == undated[1]
 
 
 def test_a_report_on_other_images(trained):
     assert main(["report", str(trained / "run"), "--data", str(trained / "data"), "--device", "cpu"]) == 0
-    page = checked((trained / "run" / report.FILE).read_text())
+    page = checked((trained / "run" / document.FILE).read_text())
     page.sees("Judged by 18 test images", f"deit report {trained / 'run'} --data {trained / 'data'}")
     numbers = examine_files(trained / "run" / "model", trained / "data", device="cpu").main.report
     assert page.table("Accuracy of each head")[1][1] == f"{numbers.accuracy().value:.3f}"
@@ -545,18 +546,18 @@ def test_images_that_are_gone_or_cost_too_much(trained, tmp_path, monkeypatch):
     about = json.loads((tmp_path / "run" / "about.json").read_text())
     (tmp_path / "run" / "about.json").write_text(json.dumps({**about, "data": str(tmp_path / "gone")}))
     assert main(["report", str(tmp_path / "run"), "--device", "cpu"]) == 0
-    checked((tmp_path / "run" / report.FILE).read_text()).sees("images were not evaluated", "is not a folder")
+    checked((tmp_path / "run" / document.FILE).read_text()).sees("images were not evaluated", "is not a folder")
     (tmp_path / "run" / "about.json").write_text(json.dumps({**about, "val": [2, 1, 1]}))
     assert main(["report", str(tmp_path / "run"), "--device", "cpu"]) == 0
-    checked((tmp_path / "run" / report.FILE).read_text()).sees("are not those of the run any more")
+    checked((tmp_path / "run" / document.FILE).read_text()).sees("are not those of the run any more")
     shutil.copytree(trained / "data" / "train", tmp_path / "bad" / "val")
     for file in (tmp_path / "bad").rglob("*.png"):
         file.write_bytes(b"no image")
     split = replace(read_split(tmp_path / "bad", "val"), files=(file,), labels=(0,))
-    checked(report.of_training(tmp_path / "run", split).read_text()).sees("1 found, none can be read")
+    checked(document.of_training(tmp_path / "run", split).read_text()).sees("1 found, none can be read")
     monkeypatch.setattr("deit.report.examine_split", lambda *_, **__: pytest.fail("evaluated"))
     split = read_split(trained / "data", "train")
-    checked(report.of_training(tmp_path / "run", split).read_text()).sees("were not looked at once more")
+    checked(document.of_training(tmp_path / "run", split).read_text()).sees("were not looked at once more")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
@@ -572,7 +573,7 @@ def test_masked_images_show_their_reconstruction(tmp_path):
                     compute=Compute(precision="float32", workers=0))
     splits = read_data(tmp_path / "data", holdout=0.3, seed=0, labelled=False)
     train(recipe, *splits, tmp_path / "run", device="cpu", console=QUIET)
-    page = checked(report.of_training(tmp_path / "run", splits[1], device="cpu").read_text())
+    page = checked(document.of_training(tmp_path / "run", splits[1], device="cpu").read_text())
     page.sees("has no classes to judge", "loss on validation images")
     [image] = page.all("img")
     assert "update-000000002.png" in image[1]["alt"]
@@ -585,7 +586,7 @@ def test_resuming_keeps_the_date(trained, tmp_path):
     assert main(["train", f"{trained / 'recipes.py'}:short", "--data", str(trained / "data"), "--out",
                  str(tmp_path / "run"), "--device", "cpu", "--resume"]) == 0
     assert json.loads((tmp_path / "run" / "about.json").read_text())["began"] == "2020-01-01T00:00:00+00:00"
-    assert torch.__version__ in (tmp_path / "run" / report.FILE).read_text()
+    assert torch.__version__ in (tmp_path / "run" / document.FILE).read_text()
 
 
 # ------------------------------------------------------------------------------------------------------------ the style
@@ -638,9 +639,9 @@ def test_in_a_browser(scheme, width, tmp_path, trained, judged):
     run = Record.read(record(tmp_path / "run", ABOUT))
     hostile = evaluation(names=HOSTILE, files=[tmp_path / "noise.png"] * 60)
     many = evaluation(count=3000, classes=100, heads=("fused", "class", "distillation", "softmax"))
-    maps = report.write(tmp_path / "maps.html", None, judged, maps=report_maps.explained(judged))
-    pages = [trained / "run" / report.FILE, maps, report.write(tmp_path / "hostile.html", run, hostile),
-             report.write(tmp_path / "many.html", None, many), report.write(tmp_path / "run.html", run, None)]
+    maps = document.write(tmp_path / "maps.html", None, judged, maps=report_maps.explained(judged))
+    pages = [trained / "run" / document.FILE, maps, document.write(tmp_path / "hostile.html", run, hostile),
+             document.write(tmp_path / "many.html", None, many), document.write(tmp_path / "run.html", run, None)]
     with playwright.sync_playwright() as engine:
         browser = engine.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         for file in pages:

@@ -10,11 +10,10 @@ from conftest import shrink
 from launch import photos
 from rich.console import Console
 
-from deit.build import build_model
 from deit.config import ConvNetConfig, DeiTConfig
-from deit.data import processor_for
-from deit.folders import read_data
-from deit.predict import Predictor
+from deit.data.batches import processor_for
+from deit.data.folders import read_data
+from deit.predict.predictor import Predictor
 from deit.recipe import (
     LAMB,
     SGD,
@@ -40,7 +39,8 @@ from deit.recipe import (
     steps,
 )
 from deit.recipes import shipped
-from deit.train import train
+from deit.train.build import build_model
+from deit.train.loop import train
 
 GOLDEN = Path(__file__).parent / "golden" / "curves.json"
 QUIET = Console(quiet=True)

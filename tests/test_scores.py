@@ -9,7 +9,7 @@ from conftest import raises_saying
 from scipy.stats import binomtest
 from sklearn.metrics import brier_score_loss, confusion_matrix, log_loss, precision_recall_fscore_support
 
-from deit.scores import Accuracy, Comparison, Report, compare, mcnemar
+from deit.evaluate.scores import Accuracy, Comparison, Report, compare, mcnemar
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 10), (10, 10), (353, 360), (1, 2), (500, 10_000)])

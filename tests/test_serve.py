@@ -25,14 +25,14 @@ from conftest import build, raises_saying, run_python, small
 from PIL import Image
 
 from deit import VARIANTS
-from deit.calibration import Calibration, HeadCalibration
 from deit.cli import main
 from deit.config import ConvNetConfig
-from deit.convnet import ConvNet
-from deit.explain import explain_pixels, overlay
-from deit.image import DeiTImageProcessor
-from deit.markup import data_uri
-from deit.predict import Predictor
+from deit.evaluate.calibration import Calibration, HeadCalibration
+from deit.explain.maps import explain_pixels, overlay
+from deit.image.processor import DeiTImageProcessor
+from deit.model.convnet import ConvNet
+from deit.predict.predictor import Predictor
+from deit.report.markup import data_uri
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
@@ -928,7 +928,7 @@ def test_the_page_is_for_everyone(scheme, tmp_path, engine):
 
 STREAM = """
 import sys, time
-from deit.predict import Predictor
+from deit.predict.predictor import Predictor
 predictor = Predictor(sys.argv[1], engine="auto")
 image = open(sys.argv[2], "rb").read()
 list(predictor.stream([image] * 64))

@@ -14,11 +14,11 @@ from conftest import build, small
 from PIL import Image
 
 from deit.config import ConvNetConfig
-from deit.convnet import ConvNet
-from deit.explain import METHODS, explain, explain_pixels, figure, overlay
-from deit.image import DeiTImageProcessor
-from deit.markup import data_uri
-from deit.predict import Predictor
+from deit.explain.maps import METHODS, explain, explain_pixels, figure, overlay
+from deit.image.processor import DeiTImageProcessor
+from deit.model.convnet import ConvNet
+from deit.predict.predictor import Predictor
+from deit.report.markup import data_uri
 
 pytest.importorskip("httpx")
 pytest.importorskip("fastapi")

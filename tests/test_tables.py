@@ -6,9 +6,9 @@ import re
 import numpy as np
 from rich.console import Console
 
-from deit.evaluate import Evaluation, Examined
-from deit.scores import Report
-from deit.tables import show
+from deit.evaluate.models import Evaluation, Examined
+from deit.evaluate.scores import Report
+from deit.evaluate.tables import show
 
 NAMES = ("[red]", "[/b]", *"cdefghijkl", "unseen")
 """The first two would be markup to rich."""

@@ -15,10 +15,9 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from deit import teach as teaching
-from deit.data import BadImages, TrainingBatches
+from deit.data.batches import BadImages, TrainingBatches
+from deit.data.folders import Split
 from deit.files import CheckpointError
-from deit.folders import Split
 from deit.recipe import (
     AdamW,
     Augment,
@@ -34,8 +33,9 @@ from deit.recipe import (
     epochs,
     override,
 )
-from deit.teach import LabelCache, teach
-from deit.teacher import Teacher, answers
+from deit.train import labels as teaching
+from deit.train.labels import LabelCache, teach
+from deit.train.teacher import Teacher, answers
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 

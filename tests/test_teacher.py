@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from deit.config import ConvNetConfig
-from deit.convnet import ConvNet
 from deit.files import CheckpointError
-from deit.image import DeiTImageProcessor
+from deit.image.processor import DeiTImageProcessor
+from deit.model.convnet import ConvNet
 from deit.recipe import AdamW, Cosine, Data, Distilled, Recipe, Supervised, epochs
-from deit.teacher import Teacher, answers
+from deit.train.teacher import Teacher, answers
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 PAPER = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -276,7 +276,7 @@ def plain():
 
 def ready():
     from test_teacher import CLASSES, student
-    from deit.teacher import Teacher
+    from deit.train.teacher import Teacher
     return Teacher.of(plain(), CLASSES, student())
 
 def number():

@@ -19,16 +19,14 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from deit import checkpoint, machine, objectives, optim, progress, runs
-from deit import train as loop
-from deit.augment import draws
-from deit.build import build_model
+from deit import machine
 from deit.config import ConvNetConfig
-from deit.data import BadImages, EvaluationBatches, TrainingBatches, processor_for
-from deit.evaluate import evaluate
-from deit.folders import Split, read_data
-from deit.image import DeiTImageProcessor
-from deit.load import load_model
+from deit.data.augment import draws
+from deit.data.batches import BadImages, EvaluationBatches, TrainingBatches, processor_for
+from deit.data.folders import Split, read_data
+from deit.evaluate.models import evaluate
+from deit.image.processor import DeiTImageProcessor
+from deit.model.load import load_model
 from deit.recipe import (
     SGD,
     AdamW,
@@ -46,7 +44,9 @@ from deit.recipe import (
     epochs,
     steps,
 )
-from deit.train import Diverged, train
+from deit.train import checkpoint, loop, objectives, optim, progress, runs
+from deit.train.build import build_model
+from deit.train.loop import Diverged, train
 
 QUIET = Console(quiet=True)
 CONVNET = Recipe(name="convnet", model=ConvNetConfig(widths=(8, 16), depth=1, image_size=16), data=Data(batch=8),

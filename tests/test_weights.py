@@ -8,6 +8,7 @@ from conftest import CLASS_OF, assert_close, build, raises_saying, shrink, small
 
 from deit import weights
 from deit.config import VARIANTS, DeiTConfig
+from deit.weights.names import _fold
 
 COUNTS = {
     "deit-tiny-patch16-224": 5_717_416, "deit-small-patch16-224": 22_050_664, "deit-base-patch16-224": 86_567_656,
@@ -100,9 +101,9 @@ def test_there_and_back(variant, dialect):
 def test_every_tensor_has_a_line(dialect):
     """A name that a dialect cannot express is written None, not left out."""
     config = VARIANTS["deit-tiny-distilled-patch16-224"].replace(layer_scale_init_value=1.0)
-    names = {weights._fold(name)[0] for kind in CLASS_OF
+    folded = {_fold(name)[0] for kind in CLASS_OF
              for name in weights.manifest(config, kind, pooler=True, mask_token=True)}
-    assert names == set(weights.DIALECTS[dialect])
+    assert folded == set(weights.DIALECTS[dialect])
 
 
 def test_split_qkv():

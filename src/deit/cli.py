@@ -279,10 +279,10 @@ def _quickstart(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from deit.folders import read_data
+    from deit.data.folders import read_data
     from deit.recipe import MaskedImage, override
     from deit.recipes import find
-    from deit.train import train
+    from deit.train.loop import train
 
     recipe = override(find(options.recipe), options.settings)
     labelled = not isinstance(recipe.objective, MaskedImage)
@@ -296,20 +296,20 @@ def _train(options: argparse.Namespace) -> None:
 
 def _report_training(options: argparse.Namespace, val_split: Any) -> None:
     """The run is whole already, so whatever goes wrong here is a warning."""
-    from deit import report
+    from deit.report import document
 
     try:
-        print(report.of_training(options.out, val_split, device=options.device))
+        print(document.of_training(options.out, val_split, device=options.device))
     except Exception as error:
         print(f"deit train: the model is trained and saved, but its report is not written ({error}); `deit report "
               f"{options.out}` tries it again", file=sys.stderr)
 
 
 def _teach(options: argparse.Namespace) -> None:
-    from deit.folders import read_data
+    from deit.data.folders import read_data
     from deit.recipe import override
     from deit.recipes import find
-    from deit.teach import teach
+    from deit.train.labels import teach
 
     recipe = override(find(options.recipe), [*options.settings, f"objective.teacher={options.teacher}"])
     split, _ = read_data(options.data, holdout=recipe.data.holdout, seed=recipe.seed)
@@ -330,9 +330,9 @@ def _recipes(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from deit.bulk import Job, Results, Tally, csv_lines, find_images, identity, parse_shard, peek, share
     from deit.machine import resolve_device
-    from deit.predict import Predictor
+    from deit.predict.bulk import Job, Results, Tally, csv_lines, find_images, identity, parse_shard, peek, share
+    from deit.predict.predictor import Predictor
 
     file = _file_of_results(options)
     shard = parse_shard(options.shard) if options.shard else (1, 1)
@@ -400,7 +400,7 @@ def _line(row: dict[str, Any]) -> str:
 def _calibrate(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from deit.calibrate import calibrate
+    from deit.predict.calibrate import calibrate
 
     found = calibrate(options.model, options.data, split=options.split, error_rate=options.error_rate,
                       device=options.device)
@@ -415,7 +415,7 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 def _serve(options: argparse.Namespace) -> None:
     from deit.machine import resolve_device
-    from deit.predict import Predictor
+    from deit.predict.predictor import Predictor
     from deit.serve.app import MAX_PIXELS, Service, read_keys, serve
 
     service = Service(max_batch=options.max_batch, max_wait_ms=options.max_wait_ms, queue=options.queue,
@@ -430,22 +430,22 @@ def _serve(options: argparse.Namespace) -> None:
 def _eval(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from deit.evaluate import examine_files
-    from deit.tables import show
+    from deit.evaluate.models import examine_files
+    from deit.evaluate.tables import show
 
     found = examine_files(options.model, options.data, split=options.split, head=options.head,
                           crop_ratio=options.crop_ratio, other=options.compare, device=options.device)
     show(found, Console(stderr=options.json))
     if options.report:
-        from deit import report
+        from deit.report import document
 
-        print(report.of_evaluation(options.report, found, device=options.device), file=sys.stderr)
+        print(document.of_evaluation(options.report, found, device=options.device), file=sys.stderr)
     if options.json:
         print(json.dumps(found.to_dict()))
 
 
 def _explain(options: argparse.Namespace) -> None:
-    from deit.explain import METHODS, explain_file, figure
+    from deit.explain.maps import METHODS, explain_file, figure
     from deit.files import replacing
     from deit.machine import resolve_device
 
@@ -461,18 +461,18 @@ def _explain(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from deit import report
+    from deit.report import document
 
-    print(report.of_run(options.run_folder, options.data, device=options.device))
+    print(document.of_run(options.run_folder, options.data, device=options.device))
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from deit.convert import convert
+    from deit.export.convert import convert
 
     print(convert(options.source, options.to, options.out))
 
 
 def _export(options: argparse.Namespace) -> None:
-    from deit.export import export
+    from deit.export.write import export
 
     print(export(options.model, options.to, options.out, calibrate=options.calibrate))

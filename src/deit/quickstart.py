@@ -11,15 +11,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from deit import files, report
-from deit.data import EvaluationBatches, processor_for
-from deit.evaluate import evaluate, examine_split
-from deit.folders import read_split, write_digits
-from deit.load import load_model
-from deit.predict import Predictor
+from deit import files
+from deit.data.batches import EvaluationBatches, processor_for
+from deit.data.folders import read_split, write_digits
+from deit.evaluate.models import evaluate, examine_split
+from deit.evaluate.scores import Accuracy
+from deit.model.load import load_model
+from deit.predict.predictor import Predictor
 from deit.recipes.digits import digits, digits_teacher
-from deit.scores import Accuracy
-from deit.train import train
+from deit.report import document
+from deit.train.loop import train
 
 _PARTS = ("data", "teacher", "student")
 
@@ -57,7 +58,7 @@ def quickstart(out: Path, *, seed: int = 0, console: Console) -> Result:
     teacher = evaluate(load_model(taught.model), test)["fused"]
     judged = examine_split(student.model, test_split, str(out / "data"), "test", console=console)
     heads = {head: judged.main.report.accuracy(head) for head in ("class", "distillation", "fused")}
-    page = report.of_evaluation(out / "student" / report.FILE, judged)
+    page = document.of_evaluation(out / "student" / document.FILE, judged)
     examples = test_split.files[::72]
     found = Predictor(student.model)(examples, top_k=1)
     seconds = time.perf_counter() - started

@@ -10,7 +10,7 @@ from conftest import CLASS_OF, assert_close, build, images, raises_saying, scram
 
 from deit import weights
 from deit.config import VARIANTS, DeiTConfig
-from deit.convert import convert
+from deit.export.convert import convert
 
 timm = pytest.importorskip("timm")
 

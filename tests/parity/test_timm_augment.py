@@ -14,10 +14,10 @@ from timm.data import auto_augment, create_transform, random_erasing
 from timm.data import mixup as timm_mixup
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from deit.augment import augment, crop, crop_box, draws, erase
 from deit.config import IMAGENET_MEAN, IMAGENET_STD
-from deit.mixing import mix, mixing
-from deit.policies import AUTO_AUGMENT, OPERATIONS, RAND_AUGMENT, RAND_AUGMENT_INCREASING
+from deit.data.augment import augment, crop, crop_box, draws, erase
+from deit.data.mixing import mix, mixing
+from deit.data.policies import AUTO_AUGMENT, OPERATIONS, RAND_AUGMENT, RAND_AUGMENT_INCREASING
 from deit.recipe import Augment, AutoAugment, Erase, Mix, RandAugment, ResizedCrop
 
 FILL = tuple(round(255 * value) for value in IMAGENET_MEAN)

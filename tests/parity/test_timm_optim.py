@@ -7,9 +7,9 @@ import torch
 from conftest import build, small
 
 from deit import weights
-from deit.optim import build as build_optimizers
-from deit.optim import learning_rate, parameter_groups
 from deit.recipe import LAMB, AdamW, Cosine, steps
+from deit.train.optim import build as build_optimizers
+from deit.train.optim import learning_rate, parameter_groups
 
 timm = pytest.importorskip("timm")
 pytest.importorskip("timm.optim")

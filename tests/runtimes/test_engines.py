@@ -12,17 +12,17 @@ from conftest import build, raises_saying
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from deit import export as exporting
-from deit import predict
-from deit.calibration import Calibration, HeadCalibration
 from deit.cli import main
 from deit.config import VARIANTS
-from deit.engines import load_engine
-from deit.explain import explain, explain_file
-from deit.export import cached_engine, export
-from deit.image import DeiTImageProcessor
-from deit.load import load_model
-from deit.predict import Predictor
+from deit.evaluate.calibration import Calibration, HeadCalibration
+from deit.explain.maps import explain, explain_file
+from deit.export import write as exporting
+from deit.export.engines import load_engine
+from deit.export.write import cached_engine, export
+from deit.image.processor import DeiTImageProcessor
+from deit.model.load import load_model
+from deit.predict import predictor as predict
+from deit.predict.predictor import Predictor
 from deit.serve.app import Service, create_app
 
 PHOTOS = Path(__file__).parents[3] / "shared/data/imagenet_sample.tar"

@@ -18,15 +18,16 @@ from conftest import build, raises_saying, scramble, shrink, small
 from launch import photos
 from PIL import Image
 
-from deit import engines, export, files
+from deit import files
 from deit.cli import _parser, main
 from deit.config import VARIANTS, ConvNetConfig, DeiTConfig
-from deit.convnet import ConvNet
-from deit.engines import ENGINES, Engine, load_engine
-from deit.folders import write_digits
-from deit.image import DeiTImageProcessor
-from deit.load import load_model
-from deit.model import DeiTForImageClassificationWithTeacher
+from deit.data.folders import write_digits
+from deit.export import engines, write
+from deit.export.engines import ENGINES, Engine, load_engine
+from deit.image.processor import DeiTImageProcessor
+from deit.model.convnet import ConvNet
+from deit.model.load import load_model
+from deit.model.network import DeiTForImageClassificationWithTeacher
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
 NAMES = ("ant", "bee", "cat", "dog", "eel")
@@ -37,12 +38,12 @@ OUTPUTS = {kind: ["logits", *(["cls_logits", "distillation_logits"] if kind == "
 
 
 def needs(to):
-    for package in export._PACKAGES[to]:
+    for package in write._PACKAGES[to]:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{to} needs {package}, which is not installed")
     if to == "web":
         try:
-            export.Page()
+            write.Page()
         except FileNotFoundError as error:
             pytest.skip(str(error))
 
@@ -82,7 +83,7 @@ def exported(models, tmp_path_factory):
     def get(kind, to):
         needs(to)
         if (kind, to) not in done:
-            done[kind, to] = export.export(models / kind, to, root / f"{kind}-{to}")
+            done[kind, to] = write.export(models / kind, to, root / f"{kind}-{to}")
         return done[kind, to]
 
     return get
@@ -138,13 +139,13 @@ def test_every_format_answers_as_the_model(models, exported, to, kind):
                                     else ["fused", "class"])
     assert done.record["input"]["shape"] == [None, 3, *model.config.image_hw]
     assert done.record["agreement"]["labels"] == 1.0
-    assert 0 <= done.record["agreement"]["difference"] <= export.TOLERANCE
+    assert 0 <= done.record["agreement"]["difference"] <= write.TOLERANCE
 
 
 @pytest.mark.parametrize("to", FLOAT)
 def test_the_folder_is_whole(models, tmp_path, to):
     needs(to)
-    done = export.export(models / "convnet", to, tmp_path / "a" / "out")
+    done = write.export(models / "convnet", to, tmp_path / "a" / "out")
     folder = tmp_path / "a" / "out"
     named = {"torch": {"model.pt2"}, "onnx": {"model.onnx"}, "openvino": {"model.xml", "model.bin"}}[to]
     assert {path.name for path in folder.iterdir()} == named | {"config.json", "preprocessor_config.json",
@@ -156,7 +157,7 @@ def test_the_folder_is_whole(models, tmp_path, to):
     assert DeiTImageProcessor.from_pretrained(folder) == DeiTImageProcessor.from_pretrained(models / "convnet")
     (folder.parent / "ordinary").mkdir()
     assert folder.stat().st_mode == (folder.parent / "ordinary").stat().st_mode  # not for its owner alone
-    assert set(done.record["versions"]) == {"deit", "torch", *export._PACKAGES[to]}
+    assert set(done.record["versions"]) == {"deit", "torch", *write._PACKAGES[to]}
 
 
 def test_pictures_to_logits(models, exported):
@@ -178,10 +179,10 @@ def test_openvino_keeps_attention_in_one_operation(models, exported):
 
 def test_openvino_weights_are_halved_only_where_that_agrees(models, tmp_path, monkeypatch):
     needs("openvino")
-    monkeypatch.setattr(export, "TOLERANCE", 1.0)
-    loose = export.export(models / "convnet", "openvino", tmp_path / "loose")
-    monkeypatch.setattr(export, "TOLERANCE", 1e-6)
-    strict = export.export(models / "convnet", "openvino", tmp_path / "strict")
+    monkeypatch.setattr(write, "TOLERANCE", 1.0)
+    loose = write.export(models / "convnet", "openvino", tmp_path / "loose")
+    monkeypatch.setattr(write, "TOLERANCE", 1e-6)
+    strict = write.export(models / "convnet", "openvino", tmp_path / "strict")
     assert (loose.record["weights"], strict.record["weights"]) == ("float16", "float32")
     sizes = [(tmp_path / name / "model.bin").stat().st_size for name in ("loose", "strict")]
     assert sizes[0] < 0.7 * sizes[1]
@@ -219,11 +220,11 @@ def test_an_engine_serves_several_threads(models, exported, to):
 def test_real_images_are_used_where_there_are_some(models, tmp_path):
     needs("torch")
     photos(tmp_path / "data", classes=("ant", "cat"), count=5, split="test")
-    done = export.export(models / "convnet", "torch", tmp_path / "out", calibrate=tmp_path / "data")
+    done = write.export(models / "convnet", "torch", tmp_path / "out", calibrate=tmp_path / "data")
     assert done.record["agreement"]["images"] == 5
     assert done.record["agreement"]["source"] == f"{tmp_path / 'data'}, every other image of test"
     photos(tmp_path / "data", classes=("ant", "cat"), count=2)
-    done = export.export(models / "convnet", "torch", tmp_path / "out", calibrate=tmp_path / "data")
+    done = write.export(models / "convnet", "torch", tmp_path / "out", calibrate=tmp_path / "data")
     assert done.record["agreement"]["images"] == 10
     assert done.record["agreement"]["source"] == f"{tmp_path / 'data'}, test"
 
@@ -251,43 +252,43 @@ def test_an_answer_that_differs_is_refused_and_nothing_is_left(models, tmp_path,
     tampering(monkeypatch, tamper)
     with raises_saying(ValueError, *(["(1, 4), expected (1, 5)"] if change == "shape" else [
             f"{to} was not kept", "random pictures", "at most 0.0001 are allowed"])):
-        export.export(models / "convnet", to, tmp_path / "out")
+        write.export(models / "convnet", to, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_each_output_is_held_to_the_model(models, tmp_path, monkeypatch):
     tampering(monkeypatch, lambda answers: answers | {"distillation_logits": answers["distillation_logits"][:, ::-1]})
     with raises_saying(ValueError, "torch was not kept"):
-        export.export(models / "distilled", "torch", tmp_path / "out")
+        write.export(models / "distilled", "torch", tmp_path / "out")
 
 
 def test_a_former_export_is_replaced_only_by_one_that_passed(models, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
-    export.export(models / "convnet", "torch", out)
+    write.export(models / "convnet", "torch", out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with monkeypatch.context() as patched:
         tampering(patched, lambda answers: {name: -values for name, values in answers.items()})
         with raises_saying(ValueError, "was not kept"):
-            export.export(models / "convnet", "torch", out)
+            write.export(models / "convnet", "torch", out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    export.export(models / "deit3", "torch", out)
+    write.export(models / "deit3", "torch", out)
     assert load_engine(out).shape == (3, 32, 48)
     assert list(tmp_path.iterdir()) == [out]
 
 
 def test_other_files_are_never_replaced(models, tmp_path):
-    out = export.export(models / "plain", "torch", tmp_path / "out").folder
+    out = write.export(models / "plain", "torch", tmp_path / "out").folder
     (out / "notes.txt").write_text("mine")
     with raises_saying(FileExistsError, out, "holds notes.txt", "give --out a new folder"):
-        export.export(models / "plain", "torch", out)
+        write.export(models / "plain", "torch", out)
     with raises_saying(FileExistsError, "model.safetensors"):
-        export.export(models / "plain", "torch", models / "plain")
+        write.export(models / "plain", "torch", models / "plain")
     (tmp_path / "file").write_text("")
     with raises_saying(FileExistsError, tmp_path / "file", "is a file"):
-        export.export(models / "plain", "torch", tmp_path / "file")
+        write.export(models / "plain", "torch", tmp_path / "file")
     with raises_saying(FileExistsError, tmp_path / "file", "is a file"):
-        export.export(models / "plain", "torch", tmp_path / "file" / "out")
+        write.export(models / "plain", "torch", tmp_path / "file" / "out")
 
 
 @pytest.mark.parametrize("kind", ["backbone", "masked_image", "headless"])
@@ -298,37 +299,37 @@ def test_only_classifiers_are_exported(tmp_path, kind):
         build(kind, small()).save_pretrained(tmp_path / "m")
     DeiTImageProcessor.paper(16).save_pretrained(tmp_path / "m")
     with raises_saying(ValueError, tmp_path / "m", "expected a classifier"):
-        export.export(tmp_path / "m", "torch", tmp_path / "out")
+        write.export(tmp_path / "m", "torch", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_int8_needs_images(models, tmp_path):
     for to in INT8:
         with raises_saying(ValueError, to, "needs images", "--calibrate DATA"):
-            export.export(models / "plain", to, tmp_path / "out")
+            write.export(models / "plain", to, tmp_path / "out")
     with raises_saying(ValueError, "no format 'gif'", "choose torch, onnx"):
-        export.export(models / "plain", "gif", tmp_path / "out")
+        write.export(models / "plain", "gif", tmp_path / "out")
 
 
 def test_preprocessing_that_does_not_fit_is_refused(tmp_path):
     build("classification", small()).save_pretrained(tmp_path / "m")
     with raises_saying(FileNotFoundError, "holds no preprocessor_config.json"):
-        export.export(tmp_path / "m", "torch", tmp_path / "out")
+        write.export(tmp_path / "m", "torch", tmp_path / "out")
     DeiTImageProcessor.paper(24).save_pretrained(tmp_path / "m")
     with raises_saying(ValueError, "makes pixels of (3, 24, 24), the model takes (3, 16, 16)"):
-        export.export(tmp_path / "m", "torch", tmp_path / "out")
+        write.export(tmp_path / "m", "torch", tmp_path / "out")
 
 
 @pytest.mark.parametrize("to", ["onnx", "openvino", *INT8])
 def test_a_missing_package_is_named(models, tmp_path, monkeypatch, to):
-    package = export._PACKAGES[to][-1]
+    package = write._PACKAGES[to][-1]
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    for name in export._PACKAGES[to][:-1]:
+    for name in write._PACKAGES[to][:-1]:
         monkeypatch.setitem(sys.modules, name, sys.modules.get(name) or type(sys)(name))
     with raises_saying(ImportError, package, 'pip install "deit[export]"'):
-        export.export(models / "plain", to, tmp_path / "out", calibrate=tmp_path)
+        write.export(models / "plain", to, tmp_path / "out", calibrate=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -360,7 +361,7 @@ def test_damaged_files_are_refused(copied, to):
 
 
 def test_damaged_records_are_refused(models, copied):
-    with raises_saying(FileNotFoundError, models / "plain", "holds no export.json", "deit export"):
+    with raises_saying(FileNotFoundError, models / "plain", "holds no write.json", "deit export"):
         load_engine(models / "plain")
     folder = copied("plain", "torch")
     record = json.loads((folder / "export.json").read_text())
@@ -447,7 +448,7 @@ def weights_in_int8(folder, to):
     pytest.param("onnx-int8", "distilled", marks=pytest.mark.slow)])
 def test_int8_keeps_the_accuracy_and_reports_it(digits, tmp_path, to, kind):
     needs(to)
-    done = export.export(digits / kind, to, tmp_path / "out", calibrate=digits / "data")
+    done = write.export(digits / kind, to, tmp_path / "out", calibrate=digits / "data")
     model, found = load_model(digits / kind), done.record["accuracy"]
     with torch.inference_mode():
         before = accuracy_by_hand(lambda pixels: model(torch.from_numpy(pixels)).logits.numpy(), digits)
@@ -470,13 +471,13 @@ def test_int8_keeps_the_accuracy_and_reports_it(digits, tmp_path, to, kind):
 @pytest.mark.parametrize("to", INT8)
 def test_int8_that_costs_too_much_is_refused_with_the_layers_to_blame(digits, tmp_path, monkeypatch, to):
     needs(to)
-    monkeypatch.setattr(export, "LOSS", -1.0)
-    monkeypatch.setattr(export, "_CALIBRATED", 20)
-    monkeypatch.setattr(export, "_SHARES", (0.0, 0.5))
-    monkeypatch.setattr(export, "by_sensitivity", lambda *_: ["features.4", "classifier"])
+    monkeypatch.setattr(write, "LOSS", -1.0)
+    monkeypatch.setattr(write, "_CALIBRATED", 20)
+    monkeypatch.setattr(write, "_SHARES", (0.0, 0.5))
+    monkeypatch.setattr(write, "by_sensitivity", lambda *_: ["features.4", "classifier"])
     with raises_saying(ValueError, f"{to} was not kept", "on 360 images", "even with 1 of 2 layers in float",
                        "are features.4, classifier", f"take {to.removesuffix('-int8')}"):
-        export.export(digits / "convnet", to, tmp_path / "out", calibrate=digits / "data")
+        write.export(digits / "convnet", to, tmp_path / "out", calibrate=digits / "data")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -486,20 +487,20 @@ def test_layers_that_8_bits_hurt_stay_in_float(digits, tmp_path, monkeypatch, to
     needs(to)
     name = "features.4"
     attempts = []
-    monkeypatch.setattr(export, "_CALIBRATED", 20)
-    monkeypatch.setattr(export, "by_sensitivity", lambda *_: [name, *(f"other{i}" for i in range(7))])
-    monkeypatch.setattr(export, "_SHARES", (0.0, 1 / 8))
-    monkeypatch.setattr(export, "LOSS", 0.05)
+    monkeypatch.setattr(write, "_CALIBRATED", 20)
+    monkeypatch.setattr(write, "by_sensitivity", lambda *_: [name, *(f"other{i}" for i in range(7))])
+    monkeypatch.setattr(write, "_SHARES", (0.0, 1 / 8))
+    monkeypatch.setattr(write, "LOSS", 0.05)
     quantise = {"onnx-int8": "_quantised_onnx", "openvino-int8": "_quantised_openvino"}[to]
-    real = getattr(export, quantise)
+    real = getattr(write, quantise)
 
     def counted(classifier, folder, calibration, kept):
         attempts.append(list(kept))
         real(classifier, folder, calibration, kept)
 
-    monkeypatch.setattr(export, quantise, counted)
+    monkeypatch.setattr(write, quantise, counted)
     tampering(monkeypatch, lambda answers: answers if attempts[-1] else {k: -v for k, v in answers.items()})
-    done = export.export(digits / "convnet", to, tmp_path / "out", calibrate=digits / "data")
+    done = write.export(digits / "convnet", to, tmp_path / "out", calibrate=digits / "data")
     assert attempts == [[], [name]]
     assert done.record["accuracy"]["float_layers"] == [name]
     model = load_model(digits / "convnet")
@@ -508,37 +509,37 @@ def test_layers_that_8_bits_hurt_stay_in_float(digits, tmp_path, monkeypatch, to
 
 
 def test_layers_are_ranked_by_what_8_bits_do_to_the_logits(digits):
-    classifier = export._Classifier.of(digits / "distilled")
-    examples = export._Examples(digits / "data", classifier)
-    calibration = examples.pixels(export._spread(examples.calibration, 8))
+    classifier = write._Classifier.of(digits / "distilled")
+    examples = write._Examples(digits / "data", classifier)
+    calibration = examples.pixels(write._spread(examples.calibration, 8))
     model = classifier.model
     layers = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert sorted(export.by_sensitivity(classifier.logits, classifier.layers(), calibration)) == sorted(layers)
+    assert sorted(write.by_sensitivity(classifier.logits, classifier.layers(), calibration)) == sorted(layers)
     with torch.no_grad():  # one input of the layer outweighs all others, and meets weights of zero
         block = model.deit.blocks[1]
         block.norm2.weight[0], block.norm2.bias[0], block.mlp.fc1.weight[:, 0] = 0.0, 1e4, 0.0
-    assert export.by_sensitivity(classifier.logits, classifier.layers(), calibration)[0] == "deit.blocks.1.mlp.fc1"
+    assert write.by_sensitivity(classifier.logits, classifier.layers(), calibration)[0] == "deit.blocks.1.mlp.fc1"
     after = model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before if "blocks.1" not in name)
 
 
 def test_examples_without_splits_are_divided(models, tmp_path):
-    classifier = export._Classifier.of(models / "plain")
+    classifier = write._Classifier.of(models / "plain")
     photos(tmp_path, classes=("bee", "eel"), count=4, split="all")
-    examples = export._Examples(tmp_path / "all", classifier)
+    examples = write._Examples(tmp_path / "all", classifier)
     assert [path.name for path in examples.judged.files] == ["1.png", "3.png"] * 2
     assert [path.name for path in examples.calibration.files] == ["0.png", "2.png"] * 2
     assert examples.judged.labels == (1, 1, 4, 4)
     photos(tmp_path / "half", classes=("bee", "eel"), count=4)
-    halves = export._Examples(tmp_path / "half", classifier)
+    halves = write._Examples(tmp_path / "half", classifier)
     assert (len(halves.judged), len(halves.calibration)) == (4, 4)
     assert halves.source == f"{tmp_path / 'half'}, every other image of train"
     (tmp_path / "list.csv").write_text(f"path,label\n{tmp_path}/all/bee/0.png,bee\n")
     with raises_saying(ValueError, "single image"):
-        export._Examples(tmp_path / "list.csv", classifier)
+        write._Examples(tmp_path / "list.csv", classifier)
     with raises_saying(ValueError, "no class 'yak'"):
-        export._Examples(photos(tmp_path / "other", classes=("yak",), split="test"), classifier)
+        write._Examples(photos(tmp_path / "other", classes=("yak",), split="test"), classifier)
 
 
 # ------------------------------------------------------------------------------------------------------------- command
@@ -552,7 +553,7 @@ def test_the_command(models, tmp_path, capsys):
     assert "deit export: onnx-int8 needs images" in capsys.readouterr().err
     [verbs] = [action for action in _parser()._actions if action.dest == "verb"]
     [to] = [action for action in verbs.choices["export"]._actions if action.dest == "to"]
-    assert set(to.choices) == set(get_args(export.Format)) == set(ENGINES)
+    assert set(to.choices) == set(get_args(write.Format)) == set(ENGINES)
 
 
 def keys_of(value, path=""):
@@ -566,10 +567,10 @@ def keys_of(value, path=""):
 def test_the_page_has_every_key(digits, tmp_path):
     needs("openvino-int8")
     needs("web")
-    documented = set(re.findall(r"^\| `([a-z0-9_.]+)` \|", PAGE.read_text().split("## export.json")[1],
+    documented = set(re.findall(r"^\| `([a-z0-9_.]+)` \|", PAGE.read_text().split("## write.json")[1],
                                 re.MULTILINE))
     found = set()
     for to in ("openvino", "openvino-int8", "web"):
-        done = export.export(digits / "convnet", to, tmp_path / to, calibrate=digits / "data")
+        done = write.export(digits / "convnet", to, tmp_path / to, calibrate=digits / "data")
         found |= set(keys_of(done.record))
     assert found == documented

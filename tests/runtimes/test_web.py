@@ -20,16 +20,18 @@ from conftest import build, raises_saying, small
 from PIL import Image
 from test_export import KINDS, OUTPUTS, model_of, pixels_for, tampering
 
-from deit import export, export_web, files
-from deit.calibration import Calibration, HeadCalibration
-from deit.decode import load_image
-from deit.export_web import Page
-from deit.image import DeiTImageProcessor
-from deit.model import head_probabilities
-from deit.predict import Predictor, load_model
+from deit import files
+from deit.evaluate.calibration import Calibration, HeadCalibration
+from deit.export import web
+from deit.export import write as export
+from deit.export.web import Page
+from deit.image.decode import load_image
+from deit.image.processor import DeiTImageProcessor
+from deit.model.network import head_probabilities
+from deit.predict.predictor import Predictor, load_model
 
-SOURCE = Path(export_web.__file__).parent / "web"
-TARBALL = f"onnxruntime-web-{export_web.VERSION}.tgz"
+SOURCE = Path(web.__file__).parent / "web"
+TARBALL = f"onnxruntime-web-{web.VERSION}.tgz"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def page():
 @pytest.fixture(scope="module")
 def package(page):
     """The tarball of onnxruntime-web."""
-    return export_web._package()
+    return web._package()
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,7 @@ def test_the_folder_is_whole(models, exported):
     assert set(done.record["files"]) == {
         "index.html", "page.css", "page.js", "shown.css", "shown.js", "worker.js", "picture.js", "pixels.js",
         "answer.js", "model.onnx", "ort.wasm.bundle.min.js", "ort-wasm-simd-threaded.wasm", "onnxruntime-LICENSE"}
-    assert done.record["versions"]["onnxruntime-web"] == export_web.VERSION
+    assert done.record["versions"]["onnxruntime-web"] == web.VERSION
     assert Calibration.of_model(done.folder) == Calibration.of_model(models / "distilled")
     again = Predictor(done.folder), Predictor(models / "distilled")
     for one, other in zip(*(each([noise(30, 50), noise(50, 30)]) for each in again), strict=True):
@@ -168,7 +170,7 @@ def preprocessing(page, processor, folder):
 def test_preprocessing_is_pythons(page, tmp_path, name):
     """Pixel for pixel, in float32."""
     processor = DeiTImageProcessor(**OPTIONS[name])
-    export_web.refuse_undone(processor)
+    web.refuse_undone(processor)
     with preprocessing(page, processor, tmp_path) as engine:
         for seed, (height, width) in enumerate(SHAPES):
             for make in (noise, smooth):
@@ -301,8 +303,8 @@ def test_options_that_the_page_does_not_do_are_refused(page, models, tmp_path, m
         with raises_saying(ValueError, f"{option} is {value}", "expected", "take another format"):
             export.export(tmp_path / "m", "web", tmp_path / "out")
     with raises_saying(ValueError, "data_format is channels_last"):
-        export_web.refuse_undone(DeiTImageProcessor(data_format="channels_last"))
-    export_web.refuse_undone(DeiTImageProcessor(do_resize=False, resample="nearest"))
+        web.refuse_undone(DeiTImageProcessor(data_format="channels_last"))
+    web.refuse_undone(DeiTImageProcessor(do_resize=False, resample="nearest"))
     monkeypatch.setattr(export, "_ONNX_BYTES", 1000)
     with raises_saying(ValueError, models / "convnet", "more than the 2 GiB"):
         export.export(models / "convnet", "web", tmp_path / "out")
@@ -335,7 +337,7 @@ def test_what_is_missing_is_named(models, tmp_path, programs, monkeypatch):
     with raises_saying(FileNotFoundError, "the program node is missing", "install Node.js"):
         export.export(models / "plain", "web", tmp_path / "out")
     programs(node="exit 0")
-    with raises_saying(FileNotFoundError, "onnxruntime-web", export_web.VERSION, f"is not in {cache}", "npm",
+    with raises_saying(FileNotFoundError, "onnxruntime-web", web.VERSION, f"is not in {cache}", "npm",
                        f"or put {TARBALL} there"):
         export.export(models / "plain", "web", tmp_path / "out")
     programs(npm="echo 'npm error network offline' >&2; exit 1")
@@ -347,7 +349,7 @@ def test_what_is_missing_is_named(models, tmp_path, programs, monkeypatch):
 
 def test_another_package_is_refused(models, tmp_path, programs):
     cache = programs(node="exit 0", npm=f"echo another > {TARBALL}")
-    with raises_saying(files.CheckpointError, "npm gave an onnxruntime-web", f"expected {export_web.INTEGRITY}",
+    with raises_saying(files.CheckpointError, "npm gave an onnxruntime-web", f"expected {web.INTEGRITY}",
                        "npm config get registry"):
         export.export(models / "plain", "web", tmp_path / "out")
     assert not cache.exists()
@@ -358,19 +360,19 @@ def test_the_package_is_fetched_once_and_verified_each_time(package, programs, t
     real.write_bytes(package)
     cp = shutil.which("cp", path="/bin:/usr/bin")
     cache = programs(npm=f'echo "$@" > {tmp_path}/asked; {cp} {real} .')
-    assert export_web._package() == package
+    assert web._package() == package
     assert (tmp_path / "asked").read_text().split() == [
-        "pack", "--loglevel=error", "--ignore-scripts", "--fetch-retries=0", f"onnxruntime-web@{export_web.VERSION}"]
+        "pack", "--loglevel=error", "--ignore-scripts", "--fetch-retries=0", f"onnxruntime-web@{web.VERSION}"]
     assert [path.name for path in cache.iterdir()] == [TARBALL]
     (tmp_path / "bin" / "npm").unlink()
-    assert export_web._package() == package  # from the cache
+    assert web._package() == package  # from the cache
     damaged = bytearray(package)
     damaged[1000] ^= 1
     (cache / TARBALL).write_bytes(damaged)
     with raises_saying(FileNotFoundError, "is not in", "npm"):
-        export_web._package()
+        web._package()
     programs(npm=f"{cp} {real} .")
-    assert export_web._package() == (cache / TARBALL).read_bytes() == package
+    assert web._package() == (cache / TARBALL).read_bytes() == package
 
 
 # -------------------------------------------------------------------------------------------------------- in a browser

@@ -14,7 +14,7 @@ from twins import BACKEND, TWIN_OF, arrays, as_arrays, assert_alike, distance, g
 import deit
 from deit import weights
 from deit.config import VARIANTS
-from deit.convert import convert
+from deit.export.convert import convert
 from deit.files import CheckpointError
 
 KINDS = pytest.mark.parametrize("kind", TWIN_OF)

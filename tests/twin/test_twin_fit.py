@@ -18,8 +18,9 @@ from twins import (
     twins,
 )
 
-from deit import losses, losses_keras
-from deit.folders import write_digits
+from deit.data.folders import write_digits
+from deit.model import losses
+from deit.model_keras import losses as losses_keras
 
 UNCOMPILED = {"run_eagerly": True}
 """Where what is asked does not depend on it, and compiling takes longer than the test."""
@@ -143,7 +144,7 @@ def test_it_learns_real_digits_with_a_teacher(tmp_path):
     write_digits(tmp_path, side=8)
     from PIL import Image
 
-    from deit.folders import read_split
+    from deit.data.folders import read_split
 
     split = read_split(tmp_path, "train")
     pixels = np.stack([np.asarray(Image.open(path).convert("L"), "float32")[None] / 128 - 1 for path in split.files])
@@ -184,7 +185,7 @@ def test_saved_model(kind, tmp_path):
 @pytest.mark.parametrize("kind", TWIN_OF)
 @pytest.mark.parametrize("batch", [None, 6])
 def test_litert(kind, batch, tmp_path):
-    from deit.export_keras import _litert
+    from deit.model_keras.saved_model import _litert
 
     ours, twin = twins(kind, small())
     found = _litert(twin.export(tmp_path / "model.tflite", "litert", batch=batch))(X)
@@ -197,7 +198,7 @@ def test_litert(kind, batch, tmp_path):
 @slow_on_jax
 def test_a_file_that_answers_otherwise_is_not_kept(tmp_path, monkeypatch):
     pytest.importorskip("tensorflow")
-    from deit import export_keras
+    from deit.model_keras import saved_model as export_keras
 
     honest = export_keras._saved_model
     monkeypatch.setattr(export_keras, "_saved_model", lambda path: lambda pixels: {

@@ -25,11 +25,12 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from deit import decode, host
-from deit.decode import ImageError
-from deit.explain import METHODS, Explanation, explained_model, figure, fitted, overlay
-from deit.markup import data_uri
-from deit.predict import Predictor
+from deit import host
+from deit.explain.maps import METHODS, Explanation, explained_model, figure, fitted, overlay
+from deit.image import decode
+from deit.image.decode import ImageError
+from deit.predict.predictor import Predictor
+from deit.report.markup import data_uri
 from deit.serve.batcher import FORMATS, Batcher, Full, ModelFailed
 
 try:

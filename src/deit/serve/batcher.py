@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from deit.decode import ImageError, reading
-from deit.explain import Explanation, Method, explain_pixels, explained_model
+from deit.explain.maps import Explanation, Method, explain_pixels, explained_model
 from deit.host import cores
-from deit.predict import Answer, Predictor
+from deit.image.decode import ImageError, reading
+from deit.predict.predictor import Answer, Predictor
 
 FORMATS = {"JPEG": "JPEG", "MPO": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "TIFF": "TIFF", "BMP": "BMP"}
 """What is decoded for strangers: Pillow's name to the usual one. Pillow knows more formats, one of which (EPS) starts a

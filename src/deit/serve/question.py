@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from fastapi import Request
 from starlette.exceptions import HTTPException
 
-from deit.explain import METHODS, class_number
+from deit.explain.maps import METHODS, class_number
 from deit.serve.batcher import Why
 
 _HELD = 16

@@ -1,0 +1,187 @@
+"""Training-time changes to images. Every choice is a function of (seed, epoch, image, repeat), not of what came before.
+
+So a batch depends neither on the number of loader processes nor on where a run was stopped. Sizes are (height,
+width), except in calls to Pillow, which takes (width, height).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from deit.data.policies import apply_policy, jitter
+from deit.image.decode import decode, name_of, reading, to_rgb
+from deit.recipe import Affine, Augment, Erase, ResizedCrop, SimpleCrop
+
+Source = Image.Image | str | Path | bytes
+
+_ATTEMPTS = 10  # of timm and torchvision, for crops and for erasing
+
+
+def draws(seed: int, epoch: int, index: int, repeat: int = 0, stream: int = 0) -> np.random.Generator:
+    """The random numbers of one appearance of one image, in one of several independent streams.
+
+    Philox (Salmon et al. 2011) counts in its first 64-bit word, which starts at 0; the others, and the key, name the
+    stream.
+    """
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, epoch, index, repeat]))
+
+
+# --------------------------------------------------------------------------------------------------------------- crops
+
+
+def crop(source: Source, size: tuple[int, int], recipe: ResizedCrop | SimpleCrop,
+         rng: np.random.Generator) -> Image.Image:
+    """A random part of an image, RGB, of `size`.
+
+    A path or bytes are decoded here. A JPEG is decoded at 1/2, 1/4 or 1/8 scale as long as what is cut from it keeps
+    twice the pixels of `size` on each side, which changes the result by 0.6/255 on average.
+
+    Raises `ImageError` for what cannot be read.
+    """
+    if isinstance(recipe, SimpleCrop):
+        return _simple_crop(source, size, recipe, rng)
+    return _resized_crop(source, size, recipe, rng)
+
+
+def _resized_crop(source: Source, size: tuple[int, int], recipe: ResizedCrop, rng: np.random.Generator) -> Image.Image:
+    @functools.cache
+    def drawn(full: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Drawn once, by whoever asks first: a scaled decode must know the box beforehand."""
+        return crop_box(full, recipe, rng)
+
+    def needed(full: tuple[int, int]) -> tuple[int, int]:
+        """Sides of the whole image at which the box has the pixels of `size`."""
+        _, _, height, width = drawn(full)
+        return math.ceil(size[0] * full[0] / height), math.ceil(size[1] * full[1] / width)
+
+    image, (rows, columns), shown = decode(source, needed)
+    top, left, height, width = drawn((rows, columns))
+    with reading(name_of(source)):
+        image = to_rgb(image)
+    x, y, right, bottom = shown or (0.0, 0.0, float(image.width), float(image.height))
+    across, down = (right - x) / columns, (bottom - y) / rows  # pixels of `image` for one of the file
+    x0, x1 = x + left * across, min(x + (left + width) * across, image.width)
+    y0, y1 = y + top * down, min(y + (top + height) * down, image.height)
+    outer = (math.floor(x0), math.floor(y0), math.ceil(x1), math.ceil(y1))  # cut first: a resize sees past its box
+    box = (x0 - outer[0], y0 - outer[1], x1 - outer[0], y1 - outer[1])
+    return image.crop(outer).resize(size[::-1], Image.Resampling.BICUBIC, box=box)
+
+
+def crop_box(full: tuple[int, int], recipe: ResizedCrop, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random rectangle of an image of size `full`, in pixels.
+
+    Its area is uniform and its width over height uniform in the logarithm. Where ten draws do not fit the image, it
+    is the largest central rectangle whose ratio is allowed (Szegedy et al. 2014, section 6; torchvision's limits).
+    """
+    rows, columns = full
+    narrowest, widest = recipe.ratio
+    for _ in range(_ATTEMPTS):
+        area = rng.uniform(*recipe.scale) * rows * columns
+        ratio = math.exp(rng.uniform(math.log(narrowest), math.log(widest)))
+        width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < width <= columns and 0 < height <= rows:
+            return int(rng.integers(rows - height + 1)), int(rng.integers(columns - width + 1)), height, width
+    height = min(rows, max(1, round(columns / narrowest)))
+    width = min(columns, max(1, round(rows * widest)))
+    return (rows - height) // 2, (columns - width) // 2, height, width
+
+
+def _simple_crop(source: Source, size: tuple[int, int], recipe: SimpleCrop, rng: np.random.Generator) -> Image.Image:
+    def covering(full: tuple[int, int]) -> tuple[int, int]:
+        """The smallest size of the image's shape that covers `size`."""
+        if size[0] * full[1] >= size[1] * full[0]:
+            return size[0], int(size[0] * full[1] / full[0])
+        return int(size[1] * full[0] / full[1]), size[1]
+
+    image, full, shown = decode(source, covering)
+    with reading(name_of(source)):
+        image = to_rgb(image)
+    image = image.resize(covering(full)[::-1], Image.Resampling.BICUBIC, box=shown)
+    pixels = np.asarray(image)  # (height, width, 3)
+    for axis in (0, 1):
+        start = rng.integers(pixels.shape[axis] + 2 * recipe.padding - size[axis] + 1) - recipe.padding
+        pixels = pixels.take(_reflected(np.arange(start, start + size[axis]), pixels.shape[axis]), axis)
+    return Image.fromarray(pixels)
+
+
+def _reflected(places: np.ndarray, length: int) -> np.ndarray:
+    """Places beyond 0 to `length` - 1 folded back at the outermost pixels, which are not repeated."""
+    last = length - 1
+    return last - np.abs(last - places % (2 * last)) if last else np.zeros_like(places)
+
+
+# ------------------------------------------------------------------------------------------- images of the model's size
+
+
+def augment(image: Image.Image, recipe: Augment, rng: np.random.Generator,
+            fill: tuple[int, ...] = (128, 128, 128)) -> Image.Image:
+    """One training view of an image that already has the model's size: flip, affine, policy, jitter.
+
+    `image` is RGB or grey (mode L) and keeps size and mode. `fill`, one entry (0 to 255) for each of its channels, is
+    the colour of what a policy's rotations and shifts uncover. Cropping comes before (`crop`), erasing after
+    (`erase`), mixing last (`deit.mixing`).
+    """
+    if recipe.flip > 0 and rng.random() < recipe.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if recipe.affine is not None:
+        image = random_affine(image, recipe.affine, rng)
+    if recipe.policy is not None:
+        if len(fill) != len(image.getbands()):
+            raise ValueError(f"fill needs one value for each channel of an image in mode {image.mode}, found {fill}; "
+                             "give the mean colour, 0 to 255")
+        image = apply_policy(image, recipe.policy, rng, fill)
+    if recipe.jitter is not None:
+        image = jitter(image, recipe.jitter, rng)
+    return image
+
+
+def random_affine(image: Image.Image, recipe: Affine, rng: np.random.Generator) -> Image.Image:
+    width, height = image.size
+    rotate, shear_x, shear_y = np.radians(rng.uniform(-1, 1, 3) * (recipe.rotate, recipe.shear, recipe.shear))
+    scale = rng.uniform(*recipe.scale)
+    shift = rng.uniform(-recipe.shift, recipe.shift, 2) * (width, height)
+    turn = np.array([[math.cos(rotate), -math.sin(rotate)], [math.sin(rotate), math.cos(rotate)]])
+    forward = scale * turn @ np.array([[1.0, math.tan(shear_x)], [math.tan(shear_y), 1.0]])
+    back = np.linalg.inv(forward)  # Pillow asks, for each output pixel, where it comes from
+    centre = np.array([width / 2, height / 2])
+    offset = centre - back @ (centre + shift)
+    return image.transform(image.size, Image.Transform.AFFINE, (*back[0], offset[0], *back[1], offset[1]),
+                           resample=Image.Resampling.BICUBIC)
+
+
+def erase(pixels: np.ndarray, recipe: Erase, rng: np.random.Generator) -> None:
+    """Standard normal noise over a random rectangle of `pixels`, (channels, height, width) float32, normalised; in
+    place. Nothing where ten draws do not fit the image (Zhong et al. 2017, algorithm 1; timm's mode `pixel`)."""
+    if rng.random() >= recipe.probability:
+        return
+    channels, rows, columns = pixels.shape
+    for _ in range(_ATTEMPTS):
+        area = rng.uniform(*recipe.area) * rows * columns
+        ratio = math.exp(rng.uniform(math.log(recipe.ratio[0]), math.log(recipe.ratio[1])))
+        height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if height < rows and width < columns:
+            top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
+            pixels[:, top:top + height, left:left + width] = rng.standard_normal((channels, height, width), np.float32)
+            return
+
+
+# ------------------------------------------------------------------------------------------------------------- patches
+
+
+def patch_mask(grid: tuple[int, int], unit: tuple[int, int], ratio: float, rng: np.random.Generator) -> np.ndarray:
+    """Which patches a masked-image model must guess: (rows * columns,) bool, True for hidden.
+
+    `grid` and `unit` are (rows, columns) of patches: of the image, and of the squares that are hidden as a whole.
+    `ratio`, 0 to 1, of the squares are hidden, rounded up, all choices equally likely (SimMIM, Xie et al. 2021,
+    section 3.2). Where squares do not divide the grid, those at the right and bottom edges are cut off.
+    """
+    rows, columns = (math.ceil(grid[axis] / unit[axis]) for axis in (0, 1))
+    hidden = np.zeros(rows * columns, bool)
+    hidden[rng.permutation(rows * columns)[:math.ceil(ratio * rows * columns - 1e-9)]] = True  # 0.55 * 20 is 11
+    patches = hidden.reshape(rows, columns).repeat(unit[0], 0).repeat(unit[1], 1)
+    return patches[:grid[0], :grid[1]].reshape(-1)

@@ -1,0 +1,484 @@
+"""From image files to batches. N images of a split, B of a global batch.
+
+Training is one endless stream of views, and everything in it is a function of its place: update `step` takes places
+step * B to (step + 1) * B. With R views of an image (repeated augmentation, Hoffer et al. 2020), R * N places are a
+cycle with an order of its own, in which the R views of an image stand side by side. So every image comes R times in R
+epochs, for any N and B; many processes share the batches of one; and the state of the stream is `step` alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from deit.config import DeiTConfig
+from deit.data.augment import augment, crop, draws, erase, patch_mask
+from deit.data.folders import Split
+from deit.data.mixing import mix, mixing
+from deit.host import cores
+from deit.image.decode import ImageError, load_image, name_of
+from deit.image.processor import DeiTImageProcessor
+from deit.recipe import MaskedImage, Recipe
+
+CACHE_BYTES = 2**30
+"""A split's decoded images are kept in memory up to this size, by all loader processes of a training process together.
+"""
+KEPT_PIXELS = 512 * 512
+"""Under a random crop, larger images are not kept: they are decoded at the scale that each crop needs."""
+
+_ORDER, _MIXING, _MASKS, _STAND_INS = 1, 2, 3, 5  # streams of draws; 4, 6, 7 and 8 are others', 0 the views'
+_STAND_IN_ATTEMPTS = 100
+_PIXEL_BYTES = 4  # of an RGB image in Pillow's memory
+
+
+@dataclass(frozen=True)
+class Batch:
+    pixels: Tensor
+    """(B, channels, height, width) float32, normalised, erased."""
+    labels: Tensor
+    """(B,) int64 class indices, after mixing (B, classes) float32 probabilities. In evaluation -1 is padding, or an
+    image that can't be read."""
+    step: int = 0
+    """The update that it belongs to."""
+    positions: Tensor | None = None
+    """(B,) int64, on the CPU: places in the global batch. Row i and row B-1-i are mirror images there too."""
+    mask: Tensor | None = None
+    """(B, patches) bool, of masked-image runs: True for hidden."""
+    faults: tuple[tuple[str, str], ...] = ()
+    """(file, reason) of images that can't be read; in training another stands in for each."""
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """All but the positions on another device."""
+        return self._changed(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """In memory that a GPU copies from while it computes; the loader calls it."""
+        return self._changed(Tensor.pin_memory)
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        mask = None if self.mask is None else change(self.mask)
+        return replace(self, pixels=change(self.pixels), labels=change(self.labels), mask=mask)
+
+    def parts(self, count: int) -> list[Batch]:
+        """`count` nearly equal micro-batches, or as many as there are mirror pairs where those are fewer. In each, row
+        i and the i-th row from its end are mirror images. The faults stay with the whole."""
+        if count < 1:
+            raise ValueError(f"a batch is divided into 1 part or more, found {count}")
+        found = []
+        for part in range(min(count, (len(self) + 1) // 2)):
+            rows = torch.from_numpy(_mirrored_share(len(self), part, min(count, (len(self) + 1) // 2)))
+            found.append(Batch(self.pixels[rows], self.labels[rows], self.step,
+                               None if self.positions is None else self.positions[rows],
+                               None if self.mask is None else self.mask[rows]))
+        return found
+
+
+def _mirrored_share(size: int, part: int, parts: int) -> np.ndarray:
+    """Places of the `part`-th share of whole mirror pairs (j, size-1-j), rising: its own row i and row -1-i are
+    mirror images again. The middle of an odd size is its own mirror image."""
+    pairs = np.array_split(np.arange((size + 1) // 2), parts)[part]
+    mirrored = size - 1 - pairs[::-1]
+    return np.concatenate([pairs, mirrored[1:] if mirrored[0] == pairs[-1] else mirrored])
+
+
+# --------------------------------------------------------------------------------------------------- unreadable images
+
+
+class BadImages(RuntimeError):
+    """Too many images can't be read."""
+
+
+class Faults:
+    """The unreadable images of a run's `images` training images; more than 1 % of them end it."""
+
+    def __init__(self, images: int):
+        self.images = images
+        self.reasons: dict[str, str] = {}
+        """By file."""
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def add(self, faults: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Those (file, reason) that are new. Raises `BadImages` when they are more than 1 % of all."""
+        new = {file: reason for file, reason in faults if file not in self.reasons}
+        self.reasons |= new
+        if new and len(self) > 0.01 * self.images:
+            first = "; ".join(f"{file} {reason}" for file, reason in itertools.islice(self.reasons.items(), 3))
+            raise BadImages(f"{len(self)} of {self.images} images can't be read, more than 1 %: {first}"
+                            f"{' ...' if len(self) > 3 else ''}. Replace or remove such files, then go on")
+        return list(new.items())
+
+    def state(self) -> dict[str, str]:
+        """What `load_state` takes, as JSON types."""
+        return dict(self.reasons)
+
+    def load_state(self, state: Mapping[str, str] | None) -> None:
+        self.reasons = dict(state or {})
+
+
+def _fault(file: Path, error: ImageError) -> tuple[str, str]:
+    return str(file), " ".join(str(error).removeprefix(f"{name_of(file)} ").split())
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def processor_for(recipe: Recipe) -> DeiTImageProcessor:
+    """The preprocessing that evaluation and prediction use with a model trained by this recipe."""
+    processor = DeiTImageProcessor.paper(recipe.model.image_size, crop_ratio=recipe.data.crop_ratio)
+    processor.image_mean, processor.image_std = list(recipe.data.mean), list(recipe.data.std)
+    return processor
+
+
+class _Files:
+    """Files and labels as two arrays: lists of objects would be copied into each loader process, page by page, as
+    their reference counts change (1.3 million paths take 0.4 GB)."""
+
+    def __init__(self, split: Split):
+        self.paths = np.array([os.fsencode(file) for file in split.files])
+        self.labels = np.array(split.labels, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Path:
+        return Path(os.fsdecode(self.paths[index]))
+
+
+class _Views(Dataset[Any]):
+    """Training batches by (step, positions, keys): a row for each position, drawn from its key alone."""
+
+    def __init__(self, split: Split, recipe: Recipe, budget: int):
+        self.files, self.recipe, self.budget = _Files(split), recipe, budget
+        self.processor = processor_for(recipe)
+        mean, std = (np.array(values, np.float64)[:, None, None] for values in (recipe.data.mean, recipe.data.std))
+        self.scale, self.shift = (1 / 255 / std).astype(np.float32), (-mean / std).astype(np.float32)
+        fill = [round(255 * value) for value in recipe.data.mean]
+        self.fill = tuple(fill if len(fill) == 3 else fill * 3)
+        self.small: dict[int, bool] = {}
+        self.kept: dict[int, Image.Image] = {}
+        self.spent = 0
+        """Bytes of the images kept."""
+
+    def __getitem__(self, wanted: tuple[int, np.ndarray, np.ndarray]) -> Batch | BadImages:
+        """An exception is returned: raised in a loader process, it would come with a traceback for its message."""
+        step, positions, keys = wanted
+        recipe = self.recipe
+        pixels = np.empty((len(keys), recipe.model.num_channels, *recipe.model.image_hw), np.float32)
+        labels = np.empty(len(keys), np.int64)
+        faults: list[tuple[str, str]] = []
+        for row, key in enumerate(keys.tolist()):
+            for index in self._candidates(*key):
+                try:
+                    self._draw(index, draws(recipe.seed, *key), pixels[row])
+                    break
+                except ImageError as error:
+                    faults.append(_fault(self.files[index], error))
+            else:
+                return BadImages(f"{_STAND_IN_ATTEMPTS} training images in a row can't be read, the last is "
+                                 f"{' '.join(faults[-1])}; check the folder")
+            labels[row] = self.files.labels[index]
+        return Batch(torch.from_numpy(pixels), torch.from_numpy(labels), step, torch.from_numpy(positions),
+                     self._masks(keys), tuple(faults))
+
+    def _candidates(self, epoch: int, index: int, repeat: int) -> Iterator[int]:
+        """The image, and what stands in for it, one after the other."""
+        yield index
+        others = draws(self.recipe.seed, epoch, index, repeat, _STAND_INS)
+        for _ in range(_STAND_IN_ATTEMPTS - 1):
+            yield int(others.integers(len(self.files)))
+
+    def _draw(self, index: int, rng: np.random.Generator, out: np.ndarray) -> None:
+        """A view of an image into `out`, (channels, height, width)."""
+        recipe = self.recipe.augment
+        if recipe.crop is None:
+            image = self._once(index, self._resized)
+        else:
+            source = self._once(index, load_image) if self._is_small(index) else self.files[index]
+            image = crop(source, self.recipe.model.image_hw, recipe.crop, rng)
+        image = augment(image, recipe, rng, self.fill)
+        array = np.asarray(image if len(out) == 3 else image.convert("L"))
+        np.multiply(array.transpose(2, 0, 1) if array.ndim == 3 else array[None], self.scale, out=out)
+        out += self.shift
+        if recipe.erase is not None:
+            erase(out, recipe.erase, rng)
+
+    def _once(self, index: int, read: Callable[[Path], Image.Image]) -> Image.Image:
+        """An image, RGB, read only once where the budget allows."""
+        if index in self.kept:
+            return self.kept[index]
+        image = read(self.files[index])
+        size = _PIXEL_BYTES * image.width * image.height
+        if self.spent + size <= self.budget:
+            self.kept[index] = image
+            self.spent += size
+        return image
+
+    def _resized(self, file: Path) -> Image.Image:
+        """Resized and cropped as for evaluation."""
+        [pixels] = self.processor([file], do_rescale=False, do_normalize=False,
+                                  data_format="channels_last").pixel_values
+        array = pixels.astype(np.uint8)
+        return Image.fromarray(array if array.shape[-1] == 3 else array[..., 0]).convert("RGB")
+
+    def _is_small(self, index: int) -> bool:
+        if index not in self.small:
+            sides = _sides(self.files[index])
+            self.small[index] = sides is None or sides[0] * sides[1] <= KEPT_PIXELS
+        return self.small[index]
+
+    def _masks(self, keys: np.ndarray) -> Tensor | None:
+        if not isinstance(self.recipe.objective, MaskedImage):
+            return None
+        return torch.from_numpy(np.stack([
+            hidden_patches(self.recipe, draws(self.recipe.seed, epoch, index, repeat, _MASKS))
+            for epoch, index, repeat in keys.tolist()]))
+
+
+def hidden_patches(recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
+    """What a masked-image recipe hides of one image: (patches,) bool."""
+    objective, model = recipe.objective, recipe.model
+    assert isinstance(objective, MaskedImage)
+    assert isinstance(model, DeiTConfig)
+    unit = (objective.unit // model.patch_hw[0], objective.unit // model.patch_hw[1])
+    return patch_mask(model.grid, unit, objective.ratio, rng)
+
+
+def _sides(file: Path) -> tuple[int, int] | None:
+    """Of an image, from its header; None where that can't be read: decoding it says why."""
+    try:
+        with Image.open(file) as image:
+            return image.size
+    except Exception:  # Pillow's plugins raise nearly anything on damaged bytes
+        return None
+
+
+class TrainingBatches:
+    """One process's share of the endless stream of training batches.
+
+    A share holds whole pairs of mirror images (row i and row B-1-i), which mixing needs together.
+
+    Args:
+        rank, world: this process among all.
+        cycle: updates after which views and mixing come again, as those of cached teacher labels do.
+
+    Raises `ValueError` where some process would have no pair.
+    """
+
+    def __init__(self, split: Split, recipe: Recipe, *, rank: int = 0, world: int = 1, cycle: int | None = None):
+        batch, pairs = recipe.data.batch, (recipe.data.batch + 1) // 2
+        if pairs < world:
+            raise ValueError(f"a batch of {batch} has {pairs} pairs of mirror images, too few for {world} processes; "
+                             f"set data.batch to {2 * world} or more, or start fewer processes")
+        self.split, self.recipe, self.cycle = split, recipe, cycle
+        self.positions = _mirrored_share(batch, rank, world)
+        self.workers = _workers(recipe.compute.workers, lambda: _fits(split, recipe))
+        self.views = _Views(split, recipe, CACHE_BYTES // max(1, self.workers))
+        self._orders: dict[int, np.ndarray] = {}
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """An epoch is as many views as there are images."""
+        return len(self.split) / self.recipe.data.batch
+
+    def keys(self, step: int) -> np.ndarray:
+        """(B, 3) int64: epoch, image and repeat of every place of the global batch, which its view is drawn from."""
+        batch, repeats, images = self.recipe.data.batch, self.recipe.data.repeats, len(self.split)
+        places = self._drawn(step) * batch + np.arange(batch)
+        cycles, within = np.divmod(places, images * repeats)
+        first, last = int(cycles[0]), int(cycles[-1])
+        self._orders = {cycle: self._orders[cycle] if cycle in self._orders else
+                        draws(self.recipe.seed, cycle, 0, 0, _ORDER).permutation(images)
+                        for cycle in range(first, last + 1)}
+        chosen = np.concatenate([self._orders[cycle][within[cycles == cycle] // repeats]
+                                 for cycle in range(first, last + 1)])
+        return np.stack([places // images, chosen, places % repeats], axis=1)
+
+    def _drawn(self, step: int) -> int:
+        return step % self.cycle if self.cycle else step
+
+    def from_step(self, step: int) -> Iterator[Batch]:
+        """This process's share of every batch from `step` on, without end; closing it ends the loader processes.
+
+        Raises `LoaderDied`, and `BadImages` where no image can stand in for one that can't be read.
+        """
+        wanted = ((number, self.positions, self.keys(number)[self.positions]) for number in itertools.count(step))
+        return _loaded(self.views, wanted, self.workers)
+
+    def mix(self, batch: Batch) -> Batch:
+        """Mixup and CutMix, on the device of the batch, which is a share of a global batch or a part of one; as it is
+        where the recipe does not mix."""
+        recipe = self.recipe.augment.mix
+        if recipe is None:
+            return batch
+        assert batch.positions is not None
+        drawn = mixing(recipe, self.recipe.data.batch, self.recipe.model.image_hw,
+                       draws(self.recipe.seed, self._drawn(batch.step), 0, 0, _MIXING))
+        pixels, labels = mix(batch.pixels, batch.labels, len(self.split.classes), drawn.at(batch.positions.numpy()))
+        return replace(batch, pixels=pixels, labels=labels)
+
+
+def _fits(split: Split, recipe: Recipe) -> bool:
+    """Whether all that is kept of the images fits into the cache, by the headers of a few."""
+    if recipe.augment.crop is None:
+        height, width = recipe.model.image_hw
+        return len(split) * height * width * _PIXEL_BYTES <= CACHE_BYTES
+    files = [split.files[i] for i in np.unique(np.linspace(0, len(split) - 1, 16).round().astype(int))]
+    sizes = [sides[0] * sides[1] for sides in map(_sides, files) if sides is not None]
+    expected = len(split) * _PIXEL_BYTES * float(np.mean(sizes or [0]))
+    return max(sizes, default=0) <= KEPT_PIXELS and expected <= CACHE_BYTES
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+class EvaluationBatches:
+    """Every image of a split once, in order, through the processor. Can be iterated again and again.
+
+    Of `world` processes, `rank` has every `world`-th image. All give the same number of batches, so that they meet in
+    collective operations: rows without an image, and those whose image can't be read, are zero and labelled -1.
+    Decoded once where this process's images fit into `CACHE_BYTES` as float32.
+
+    Args:
+        batch: rows of each batch; the last may have fewer.
+        workers: loader processes; None chooses as for training.
+        masks: gives the mask, (patches,) bool, of an image by its number in the split, for masked-image runs.
+        keep: False for a single pass: nothing is kept in memory.
+    """
+
+    def __init__(self, split: Split, processor: DeiTImageProcessor, batch: int, *, rank: int = 0, world: int = 1,
+                 workers: int | None = 0, masks: Callable[[int], np.ndarray] | None = None, keep: bool = True):
+        self.split = split
+        self.views = _EvaluationViews(split, processor, batch, rank, world, masks)
+        self.keeps = keep and self.views.rows * 4 * int(np.prod(self.views.shape)) <= CACHE_BYTES
+        self.workers = _workers(workers, lambda: self.keeps)
+        self.kept: list[Batch] = []
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if len(self.kept) == len(self):
+            yield from self.kept
+            return
+        kept: list[Batch] = []
+        for batch in _loaded(self.views, range(len(self)), self.workers):
+            if self.keeps:
+                kept.append(batch)
+            yield batch
+        self.kept = kept
+
+
+class _EvaluationViews(Dataset[Batch]):
+    """Evaluation batches of one process by their number."""
+
+    def __init__(self, split: Split, processor: DeiTImageProcessor, batch: int, rank: int, world: int,
+                 masks: Callable[[int], np.ndarray] | None):
+        self.files, self.processor, self.batch, self.masks = _Files(split), processor, batch, masks
+        self.rank, self.world = rank, world
+        self.rows = -(-len(split) // world)
+        self.shape = processor([Image.new("RGB", (8, 8))]).pixel_values[0].shape
+
+    def __len__(self) -> int:
+        return math.ceil(self.rows / self.batch)
+
+    def __getitem__(self, number: int) -> Batch:
+        rows = range(number * self.batch, min((number + 1) * self.batch, self.rows))
+        indices = [row * self.world + self.rank for row in rows]
+        pixels = np.zeros((len(rows), *self.shape), np.float32)
+        labels = np.full(len(rows), -1)
+        faults = []
+        for row, index in enumerate(indices):
+            if index < len(self.files):
+                try:
+                    pixels[row] = self.processor([self.files[index]]).pixel_values[0]
+                    labels[row] = self.files.labels[index]
+                except ImageError as error:
+                    faults.append(_fault(self.files[index], error))
+        mask = None if self.masks is None else torch.from_numpy(
+            np.stack([self.masks(min(index, len(self.files) - 1)) for index in indices]))
+        return Batch(torch.from_numpy(pixels), torch.from_numpy(labels), mask=mask, faults=tuple(faults))
+
+
+# ---------------------------------------------------------------------------------------------------- loader processes
+
+
+class LoaderDied(RuntimeError):
+    """A loader process is gone."""
+
+
+def _workers(asked: int | None, fits: Callable[[], bool]) -> int:
+    """Loader processes of this process: what is asked for, or none where images are decoded but once, or its share of
+    this machine's cores, 8 at most."""
+    if asked is not None:
+        return asked
+    if fits():
+        return 0
+    return max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _loaded(views: Dataset[Any], wanted: Iterable[Any], workers: int) -> Iterator[Batch]:
+    """What `views` gives for each of `wanted`, in their order, read ahead by loader processes that end with it."""
+    loader = DataLoader(views, sampler=wanted, batch_size=None, num_workers=workers, collate_fn=_unchanged,
+                        worker_init_fn=_begin_worker, pin_memory=torch.cuda.is_available(),
+                        generator=torch.Generator())  # of its own: PyTorch's global one is the model's
+    with _child_signal_kept():
+        batches = iter(loader)
+    died = ""
+    try:
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
+                    raise
+                died = str(error).splitlines()[0]
+            if died:  # raised here, where no traceback holds on to the other processes
+                raise LoaderDied(f"a loader process died ({died}), most likely killed for lack of memory, or of shared "
+                                 f"memory (/dev/shm); set compute.workers below {workers}")
+            if isinstance(batch, BadImages):
+                raise batch
+            yield batch
+    finally:
+        del batches
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _begin_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the parent ends this one
+    gc.freeze()  # a collection would write to, and so copy, all memory that is shared with the parent
+
+
+@contextmanager
+def _child_signal_kept() -> Iterator[None]:
+    """PyTorch's handler for the end of a child raises wherever the parent is, be it in the midst of saving. Without
+    it, waiting for a batch finds the death, within 5 seconds."""
+    number = getattr(signal, "SIGCHLD", None)  # Windows has none
+    before = None if number is None else signal.getsignal(number)
+    yield
+    if threading.current_thread() is threading.main_thread() and number is not None and before is not None:
+        signal.signal(number, before)

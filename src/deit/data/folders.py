@@ -1,0 +1,366 @@
+"""Labelled images on disk: folders and lists become splits, whose classes are found by name."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import itertools
+import json
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from PIL import Image
+
+from deit import host
+from deit.data.augment import draws
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+"""Accepted folder names of each split."""
+LIST_SUFFIXES = (".csv", ".jsonl")
+
+_HOLDOUT = 8  # stream of draws; `data` has the others
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labelled image files; `labels[i]` is the index in `classes` of the class that `files[i]` shows."""
+
+    files: tuple[Path, ...]
+    labels: tuple[int, ...]
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+
+
+def read_split(root: str | Path, split: str, classes: Sequence[str] | None = None) -> Split:
+    """The image files of `root/SPLIT/CLASS/**`, classes in the order of their names, files in that of their paths.
+
+    `split` is train, val or test. `classes` fixes the order (that of a trained model); a folder of another name is
+    refused. Hidden files and folders don't count; links to folders are followed.
+
+    Raises `FileNotFoundError` or `ValueError` with what the folder should look like, `OSError` where it can't be read.
+    """
+    root = Path(root)
+    folder = _split_folder(root, split)
+    if folder is None:
+        raise FileNotFoundError(f"{root} has no folder {' or '.join(SPLITS[split])}; expected {root}/{split}/CLASS/"
+                                "IMAGE files, one folder for each class")
+    return _read_labelled(folder, classes)
+
+
+def read_data(root: str | Path, *, holdout: float, seed: int, labelled: bool = True) -> tuple[Split, Split]:
+    """Training and validation images of a folder; those of `root/test` are never among them.
+
+    `root/train/CLASS/**` and, where there is one, `root/val/CLASS/**` (or valid, validation). Without val, the share
+    `holdout` (0 to 1) of each class's training images is held out, drawn with `seed`: at least one of a class of two
+    or more, none of a class of one. With neither train nor val, `root/CLASS/**` are the training images.
+
+    `labelled=False`, for masked-image runs: all images below `root/train` or `root`, at any depth, as one class.
+
+    Raises `FileNotFoundError` or `ValueError` with what the folder should look like, `OSError` where it can't be read.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder; expected one with {root}/train/CLASS/IMAGE files")
+    train, val = _split_folder(root, "train"), _split_folder(root, "val")
+    read, apart = (_read_labelled if labelled else _read_unlabelled), () if train else SPLITS["test"]
+    if train is None and (val is not None or not any(_listed(root, apart))):
+        raise FileNotFoundError(f"{root} has {'a folder ' + val.name if val else 'no images'} and no folder train; "
+                                f"expected {root}/train/CLASS/IMAGE files")
+    if val is None:  # Test beside train is left alone
+        _refuse_misnamed(root, SPLITS["val"] if train else tuple(itertools.chain(*SPLITS.values())))
+    whole = read(train or root, None, apart)
+    if labelled and len(whole.classes) < 2:
+        raise ValueError(f"{train or root} has one class, {whole.classes[0]!r}, and a classifier needs two; add a "
+                         "folder for each other class")
+    return (whole, read(val, whole.classes)) if val else _hold_out(whole, holdout, seed, train or root)
+
+
+def read_examples(place: str | Path, split: str | None = None) -> tuple[Split, str | None]:
+    """Labelled images to judge a model by, with their own classes in the order of the names, and the split they are.
+
+    `place` is a folder or a list. Of a folder with splits, `split` (train, val or test) is read; None takes test, or
+    where there is none val. Of a folder without splits, all of `place/CLASS/**`.
+
+    A list is a file of paths and class names, one image in a line; relative paths start from the list's folder.
+    `.csv`: a header that names the columns `path` and `label`, commas, other columns ignored. `.jsonl`: an object with
+    the strings `path` and `label` in every line, other keys ignored. Both in UTF-8.
+
+    `matched` brings the labels into a model's order.
+
+    Raises `FileNotFoundError` or `ValueError` with what is expected there and, in a list, the line.
+    """
+    place = Path(place)
+    if place.is_dir():
+        found = split or next((name for name in ("test", "val") if _split_folder(place, name)), None)
+        if found:
+            return read_split(place, found), found
+        if _split_folder(place, "train"):
+            raise ValueError(f"{place} has a folder train, but neither test nor val; add one, or take --split train to "
+                             "evaluate on the training images")
+        _refuse_misnamed(place, tuple(itertools.chain(*SPLITS.values())))
+        return _read_labelled(place), None
+    if not place.is_file():
+        raise FileNotFoundError(f"{place} does not exist; expected a folder of images, or a list of them "
+                                f"({' or '.join(LIST_SUFFIXES)})")
+    if place.suffix.lower() not in LIST_SUFFIXES:
+        raise ValueError(f"{place} is neither a folder of images nor a list of them, which ends in "
+                         f"{' or '.join(LIST_SUFFIXES)}; give one of the two")
+    if split:
+        raise ValueError(f"{place} is a list and has no splits, but --split {split} is asked for; leave it out")
+    return _read_list(place), None
+
+
+def has_split(place: str | Path, split: str) -> bool:
+    """Whether a folder has images of this split (train, val or test) apart."""
+    return Path(place).is_dir() and _split_folder(Path(place), split) is not None
+
+
+def matched(split: Split, classes: Sequence[str]) -> Split:
+    """The same images labelled by `classes`, a model's, in its order: found by name.
+
+    Raises `ValueError` for a class that is not among them, and for one whose name stands there twice: the published
+    names of ImageNet call two classes "crane".
+    """
+    first = {label: file for file, label in zip(reversed(split.files), reversed(split.labels), strict=True)}
+    names = {label: split.classes[label] for label in sorted(first)}
+    places = {name: number for number, name in enumerate(classes)}
+    if unknown := [label for label, name in names.items() if name not in places]:
+        name, more = names[unknown[0]], len(unknown) - 1
+        raise ValueError(f"the model knows no class {name!r}, which {first[unknown[0]]} is of"
+                         f"{f' ({more} more are unknown)' if more else ''}; {near(name, classes)}; rename the class, "
+                         "or leave its images out")
+    if repeated := [name for name in names.values() if classes.count(name) > 1]:
+        raise ValueError(f"the model calls {classes.count(repeated[0])} of its classes {repeated[0]!r}, so which one "
+                         "the images of that name show is not known; make the names in id2label of the model's "
+                         "config.json differ, or leave these images out")
+    return replace(split, labels=tuple(places[names[label]] for label in split.labels), classes=tuple(classes))
+
+
+def near(name: str, classes: Sequence[str]) -> str:
+    """What of `classes` may be meant by `name`."""
+    folded = {one.casefold(): one for one in classes}
+    close = [folded[one] for one in difflib.get_close_matches(name.casefold(), folded, n=3)]
+    close += [one for key, one in folded.items() if name.casefold() in key and one not in close]
+    if close:
+        return f"it knows {' and '.join(map(repr, close[:3]))}"
+    return f"it knows {', '.join(map(repr, classes[:5]))}{' and others' if len(classes) > 5 else ''}"
+
+
+def _refuse_misnamed(root: Path, meant: Sequence[str]) -> None:
+    """Train or VAL would count as a class."""
+    if misnamed := [name for name in _listed(root, meant)[0] if name.lower() in meant]:
+        raise ValueError(f"{root / misnamed[0]} would not be read as a split; rename it to {misnamed[0].lower()} if it "
+                         "is one, else to something else")
+
+
+def _split_folder(root: Path, split: str) -> Path | None:
+    return next((root / name for name in SPLITS[split] if (root / name).is_dir()), None)
+
+
+def _read_labelled(folder: Path, classes: Sequence[str] | None = None, apart: Sequence[str] = ()) -> Split:
+    """`apart` are folders that are no classes."""
+    names, stray = _listed(folder, apart)
+    if stray:
+        more = f" and {len(stray) - 1} more images lie" if len(stray) > 1 else " lies"
+        raise ValueError(f"{folder / stray[0]}{more} in no class folder, so the class is not known; move what lies "
+                         f"there to {folder}/CLASS/, or away")
+    if not names:
+        raise ValueError(f"{folder} has no images; expected {folder}/CLASS/*{{{','.join(IMAGE_SUFFIXES)}}}")
+    order = tuple(names if classes is None else classes)
+    if unknown := sorted(set(names) - set(order)):
+        raise ValueError(f"{folder} has a class {unknown[0]!r} that the model does not know; it knows "
+                         f"{', '.join(order[:10])}{' and others' if len(order) > 10 else ''}; rename or remove the "
+                         "folder")
+    label_of = {name: label for label, name in enumerate(order)}
+    files: list[Path] = []
+    labels: list[int] = []
+    for name in names:
+        found = _images(folder / name)
+        if not found:
+            raise ValueError(f"{folder / name} has no images; expected files *{{{','.join(IMAGE_SUFFIXES)}}} there, or "
+                             "no such folder")
+        files += found
+        labels += [label_of[name]] * len(found)
+    return Split(tuple(files), tuple(labels), order)
+
+
+def _read_unlabelled(folder: Path, classes: Sequence[str] | None = None, apart: Sequence[str] = ()) -> Split:
+    names, files = _listed(folder, apart)
+    found = sorted([folder / file for file in files] + [path for name in names for path in _images(folder / name)],
+                   key=str)
+    if not found:
+        raise ValueError(f"{folder} has no images; expected files *{{{','.join(IMAGE_SUFFIXES)}}} in it, at any depth")
+    return Split(tuple(found), (0,) * len(found), ("image",))
+
+
+def _listed(folder: Path, apart: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names of the folders and of the image files in a folder, sorted, without hidden ones and those `apart`."""
+    _, folders, files = next(os.walk(folder, onerror=_refuse))
+    return sorted(name for name in folders if not name.startswith(".") and name not in apart), sorted(
+        filter(_is_image, files))
+
+
+def _images(folder: Path) -> list[Path]:
+    """Image files at any depth, by path; hidden ones don't count."""
+    return [Path(path) for path in sorted(walk_images(folder))]
+
+
+def walk_images(folder: str | Path) -> Iterator[str]:
+    """Image files at any depth, in an order that only their names decide; hidden ones don't count."""
+    visited: set[tuple[int, int]] = set()
+    for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in visited:  # a link to a folder above
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(place, name) for name in sorted(names) if _is_image(name))
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise OSError(f"the folder {error.filename} can't be read ({error.strerror}); check its permissions") from None
+
+
+def _hold_out(whole: Split, holdout: float, seed: int, folder: Path) -> tuple[Split, Split]:
+    held = np.zeros(len(whole), bool)
+    labels = np.array(whole.labels)
+    counts = np.bincount(labels, minlength=len(whole.classes))
+    members = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
+    for label, count in enumerate(counts.tolist()):
+        taken = min(max(1, round(holdout * count)), count - 1) if holdout > 0 else 0
+        held[draws(seed, 0, label, 0, _HOLDOUT).permutation(members[label])[:taken]] = True
+    if not held.any():
+        reason = f"no class of {folder} has two images" if holdout > 0 else f"data.holdout is {holdout:g}"
+        raise ValueError(f"there is nothing to validate on: no folder val beside the training images, and {reason}, so "
+                         "none can be held out; add a folder val" + ("" if holdout > 0 else ", or set data.holdout"))
+    return _rows(whole, np.flatnonzero(~held)), _rows(whole, np.flatnonzero(held))
+
+
+def _rows(split: Split, rows: np.ndarray) -> Split:
+    return Split(tuple(split.files[i] for i in rows), tuple(split.labels[i] for i in rows), split.classes)
+
+
+def _read_list(file: Path) -> Split:
+    root = os.path.abspath(file.parent)
+    rows: dict[str, tuple[int, str]] = {}  # path: line, label
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            for number, path, label in (_csv_rows if file.suffix.lower() == ".csv" else _jsonl_rows)(file, lines):
+                for key, value in (("path", path), ("label", label)):
+                    if not isinstance(value, str) or not value.strip():
+                        raise ValueError(f"{file}, line {number}: {key} is {json.dumps(value)}, expected "
+                                         f"{'a path' if key == 'path' else 'the name of a class'} as text")
+                path = os.path.normpath(os.path.join(root, path))
+                if path in rows:
+                    raise ValueError(f"{file}, line {number}: {path} is listed already in line {rows[path][0]}, and "
+                                     "counts once; remove one of the two")
+                rows[path] = (number, label)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file} can't be read as {file.suffix[1:].upper()} in UTF-8 ({error}); write it again"
+                         ) from None
+    if not rows:
+        raise ValueError(f"{file} lists no images; expected a line with a path and a label for each")
+    classes = tuple(sorted({label for _, label in rows.values()}))
+    label_of = {name: label for label, name in enumerate(classes)}
+    return Split(tuple(map(Path, rows)), tuple(label_of[label] for _, label in rows.values()), classes)
+
+
+def _csv_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any, Any]]:
+    reader = csv.reader(lines, strict=True)
+    header = [name.strip() for name in next(reader, [])]
+    for name in ("path", "label"):
+        if header.count(name) != 1:
+            raise ValueError(f"{file}, line 1: expected a header with one column {name!r}, found "
+                             f"{', '.join(map(repr, header)) or 'nothing'}; the columns path and label are read")
+    for row in reader:
+        if not row:
+            continue
+        if len(row) != len(header):
+            raise ValueError(f"{file}, line {reader.line_num}: expected {len(header)} fields as in the header, found "
+                             f'{len(row)}; a name with a comma stands in quotes: "tench, Tinca tinca"')
+        yield reader.line_num, row[header.index("path")], row[header.index("label")]
+
+
+def _jsonl_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any, Any]]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number}: not valid JSON ({error.msg}); expected an object like "
+                             '{"path": "a.jpg", "label": "cat"}') from None
+        if not isinstance(row, dict) or not {"path", "label"} <= row.keys():
+            raise ValueError(f'{file}, line {number}: expected an object with the keys "path" and "label", found '
+                             f"{', '.join(map(repr, row)) if isinstance(row, dict) else type(row).__name__}")
+        yield number, row["path"], row["label"]
+
+
+def fingerprint(split: Split) -> str:
+    """SHA-256, in hexadecimal, of the classes, of every file's label, size and path below the folder that holds them
+    all, and of the content of up to 256 files, evenly spread. Wherever that folder lies, it is the same."""
+    files = [os.fspath(file) for file in split.files]
+    root = os.path.commonpath([os.path.dirname(min(files)), os.path.dirname(max(files))])
+    digest = hashlib.sha256(repr(split.classes).encode())
+    for file, label in zip(files, split.labels, strict=True):
+        digest.update(f"{os.path.relpath(file, root)!r} {label} {_size(file)}\n".encode())
+    for i in np.unique(np.linspace(0, len(files) - 1, 256).round().astype(int)):
+        if _size(files[i]) >= 0:
+            with suppress(OSError):  # no permission: an unreadable image
+                digest.update(hashlib.sha256(Path(files[i]).read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _size(file: str) -> int:
+    """Bytes; -1 for what is no file, such as a link to nothing, which then counts as an unreadable image."""
+    try:
+        status = os.stat(file)
+        return status.st_size if stat.S_ISREG(status.st_mode) else -1
+    except OSError:
+        return -1
+
+
+# -------------------------------------------------------------------------------------------------------------- digits
+
+
+def write_digits(root: Path, *, seed: int = 0, side: int = 32) -> dict[str, int]:
+    """Writes scikit-learn's 1,797 scanned digits as `root/{train,val,test}/CLASS/*.png`; returns the splits' sizes.
+
+    360 images go to `test` and 144 to `val`, drawn with `seed` and balanced over the classes. The 8x8 scans (UCI
+    Optical Recognition of Handwritten Digits, 1998) are enlarged to `side` pixels.
+    """
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError:
+        raise host.missing("the digits come with scikit-learn", "quickstart") from None
+
+    scans = load_digits()
+    rest, test = train_test_split(np.arange(len(scans.target)), test_size=360, random_state=seed,
+                                  stratify=scans.target)
+    train, val = train_test_split(rest, test_size=144, random_state=seed, stratify=scans.target[rest])
+    splits = {"train": train, "val": val, "test": test}
+    for split, indices in splits.items():
+        for index in indices:
+            folder = root / split / str(scans.target[index])
+            folder.mkdir(parents=True, exist_ok=True)
+            scan = Image.fromarray((scans.images[index] * (255 / 16)).round().astype(np.uint8))  # grey levels 0 to 16
+            scan.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{index:04}.png")
+    return {split: len(indices) for split, indices in splits.items()}

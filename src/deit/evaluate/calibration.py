@@ -1,0 +1,125 @@
+"""Probabilities that mean what they say, and when not to answer. NumPy alone. N images, C classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deit import files
+from deit.evaluate.scores import LEAST
+
+FILE = "calibration.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadCalibration:
+    """One head's, from N labelled images that the model was not trained on."""
+
+    temperature: float
+    """What logits are divided by (Guo et al. 2017, "On calibration of modern neural networks", section 4.2)."""
+    threshold: float
+    """Labels of at least this probability, after the temperature, hold the true one for all but `error_rate` of new
+    images (split conformal prediction, Vovk et al. 2005; the score is 1 - probability of the true class)."""
+    nll: tuple[float, float]
+    """Mean negative log likelihood of the true class, before and after."""
+    answered: float
+    """Share of the N images of which exactly one label reaches the threshold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """A model's `calibration.json`."""
+
+    error_rate: float
+    """Of new images like those it comes from, at most this share gets a single label that is sure and wrong."""
+    images: int
+    """N."""
+    data: str
+    """Fingerprint of the images."""
+    heads: Mapping[str, HeadCalibration]
+
+    @classmethod
+    def of_model(cls, name_or_folder: str | Path) -> Calibration | None:
+        """What `deit calibrate` stored beside a model's files; None where it didn't."""
+        path = Path(name_or_folder) / FILE
+        if not path.is_file():
+            return None
+        values = files.read_json(path)
+        try:
+            heads = {name: HeadCalibration(**{**head, "nll": tuple(head["nll"])})
+                     for name, head in values.pop("heads").items()}
+            found = cls(**values, heads=heads)
+            valid = heads and all(0 < head.temperature < math.inf and 0 <= head.threshold <= 1
+                                  for head in heads.values())
+        except (TypeError, KeyError, AttributeError):
+            valid = False
+        if not valid:
+            raise ValueError(f"{path} is no calibration as `deit calibrate` writes it; remove it, and calibrate again")
+        return found
+
+    def save(self, folder: Path) -> Path:
+        files.write_json(folder / FILE, asdict(self))
+        return folder / FILE
+
+    def temperature(self, head: str) -> float:
+        return self._of(head).temperature
+
+    def sure(self, probabilities: np.ndarray, head: str) -> list[bool]:
+        """For each row of probabilities (N, C), after the temperature, whether exactly one label is likely enough."""
+        return ((probabilities >= self._of(head).threshold).sum(1) == 1).tolist()
+
+    def _of(self, head: str) -> HeadCalibration:
+        if head not in self.heads:
+            raise ValueError(f"the calibration knows no head {head!r}; it has {', '.join(self.heads)}")
+        return self.heads[head]
+
+
+def fit(probabilities_at: Any, labels: np.ndarray, error_rate: float) -> HeadCalibration:
+    """A head's temperature and threshold.
+
+    Args:
+        probabilities_at: temperature -> probabilities (N, C).
+        labels: (N,) the true classes.
+        error_rate: above 0 and below 1; at least 1 / error_rate - 1 images are needed for any answer to be sure.
+    """
+    count = len(labels)
+    if not 0.0 < error_rate < 1.0:
+        raise ValueError(f"error_rate must be above 0 and below 1, found {error_rate}")
+    rank = math.ceil((count + 1) * (1 - error_rate))
+    if rank > count:
+        raise ValueError(f"{count} images can't vouch for an error rate of {error_rate:g}; give at least "
+                         f"{math.ceil(1 / error_rate) - 1}, or a higher rate")
+
+    def of_true(temperature: float) -> np.ndarray:
+        return probabilities_at(temperature)[np.arange(count), labels].astype(np.float64)
+
+    def nll(temperature: float) -> float:
+        return float(-np.log(np.maximum(of_true(temperature), LEAST)).mean())
+
+    temperature = math.exp(_lowest(lambda logarithm: nll(math.exp(logarithm)), math.log(0.05), math.log(20.0)))
+    threshold = float(np.sort(of_true(temperature))[::-1][rank - 1])
+    answered = float(((probabilities_at(temperature) >= threshold).sum(1) == 1).mean())
+    return HeadCalibration(temperature=temperature, threshold=threshold, nll=(nll(1.0), nll(temperature)),
+                           answered=answered)
+
+
+def _lowest(function: Any, low: float, high: float, tolerance: float = 1e-4) -> float:
+    """Where a function with one minimum has it, by golden sections."""
+    ratio = (math.sqrt(5) - 1) / 2
+    left, right = high - ratio * (high - low), low + ratio * (high - low)
+    at_left, at_right = function(left), function(right)
+    while high - low > tolerance:
+        if at_left < at_right:
+            high, right, at_right = right, left, at_left
+            left = high - ratio * (high - low)
+            at_left = function(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + ratio * (high - low)
+            at_right = function(right)
+    return (low + high) / 2

@@ -1,0 +1,281 @@
+"""Trained classifiers over images: the quick accuracy of a training run, and the thorough look at a finished model.
+
+B images of a batch, N in all, C classes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from deit.data.batches import Batch, EvaluationBatches
+from deit.data.folders import Split, fingerprint, matched, read_examples
+from deit.evaluate.scores import Accuracy, Comparison, Report, compare
+from deit.image.processor import DeiTImageProcessor
+from deit.machine import Processes, resolve_device
+from deit.model.convnet import ConvNet
+from deit.model.load import load_model
+from deit.model.network import (
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    Head,
+    head_probabilities,
+)
+
+_BATCH = 64
+_MANY = 512
+"""Images from which on loader processes are worth their start."""
+
+
+def _answered(model: nn.Module, batches: Iterable[Batch], device: torch.device,
+              precision: torch.dtype) -> Iterator[tuple[Batch, Tensor, dict[Head, Tensor]]]:
+    """Each batch, its labels on the device, and the probabilities (B, C) of every head in evaluation mode; the model's
+    mode is restored."""
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            pixels, labels = batch.pixels.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                by_head = head_probabilities(model(pixels))
+            yield batch, labels, by_head
+    finally:
+        model.train(training)
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable[Batch], us: Processes | None = None,
+             precision: torch.dtype = torch.float32) -> dict[Head, Accuracy]:
+    """Accuracy of each head over all batches, in evaluation mode; the model's mode is restored.
+
+    With many processes each gives its share of the batches, and all get the result on the whole. Rows labelled -1
+    (padding, unreadable images) do not count. Raises `ValueError` where nothing counts.
+    """
+    us = us or Processes(torch.device("cpu"))
+    heads: list[Head] = []
+    correct = torch.zeros(0, dtype=torch.int64, device=us.device)
+    total = 0
+    for batch, labels, by_head in _answered(model, batches, us.device, precision):
+        found = torch.stack([(probabilities.argmax(-1) == labels).sum() for probabilities in by_head.values()])
+        correct = found if not heads else correct + found
+        heads, total = list(by_head), total + int((batch.labels >= 0).sum())
+    counts = us.sum(torch.cat([correct, torch.tensor([total], device=us.device)])).tolist()
+    if not counts[-1]:
+        raise ValueError("there is no image to evaluate on")
+    return {head: Accuracy(count, counts[-1]) for head, count in zip(heads, counts, strict=False)}
+
+
+@torch.inference_mode()
+def examine(model: nn.Module, batches: Iterable[Batch], classes: Sequence[str], *, head: Head = "fused",
+            device: torch.device | str = "cpu", precision: torch.dtype = torch.float32) -> Report:
+    """All that a model's answers say about it, in evaluation mode; the model's mode is restored.
+
+    Of each image a few numbers are kept, not its C probabilities. Rows labelled -1 do not count.
+
+    Args:
+        batches: of `EvaluationBatches`, with the labels in the model's order.
+        classes: names of the model's C classes.
+        head: that calibration, classes and confusions are of; the accuracy is every head's.
+
+    Raises `ValueError` where nothing counts, for a head that the model lacks, and for answers that are not finite.
+    """
+    rows: defaultdict[str, _Column] = defaultdict(_Column)
+    ranks: defaultdict[str, _Column] = defaultdict(_Column)
+    faults: list[tuple[str, str]] = []
+    done = 0
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # else 10 bits of a convolution's numbers count
+        for batch, labels, by_head in _answered(model, batches, torch.device(device), precision):
+            _check(by_head, labels, head, classes, done)
+            chosen = by_head[head]
+            true = labels.clamp(min=0).unsqueeze(1)  # (B, 1)
+            for each, probabilities in by_head.items():
+                ranks[each].extend(_ranks(probabilities, true))
+            predicted = chosen.argmax(-1)
+            for name, values in (("labels", labels), ("predicted", predicted),
+                                 ("confidence", chosen.gather(1, predicted.unsqueeze(1)).squeeze(1)),
+                                 ("probability", chosen.gather(1, true).squeeze(1)),
+                                 ("squares", chosen.square().sum(-1))):
+                rows[name].extend(values)
+            faults += batch.faults
+            done += len(batch)
+    if not done:
+        raise ValueError("there is no image to evaluate on")
+    return Report(classes=tuple(classes), head=head, unreadable=tuple(faults),
+                  ranks={name: column.whole() for name, column in ranks.items()},
+                  **{name: column.whole() for name, column in rows.items()})
+
+
+class _Column:
+    """A growing array. Kept batch by batch, small arrays would lie between the large ones that come and go, whose gaps
+    then fit nothing: 12 KB more memory for every image."""
+
+    def __init__(self) -> None:
+        self.values: np.ndarray = np.empty(0)
+        self.used = 0
+
+    def extend(self, values: Tensor) -> None:
+        """Adds (B,) integers as int64, or numbers as float64."""
+        if self.used + len(values) > len(self.values):
+            kind = np.float64 if values.is_floating_point() else np.int64
+            grown = np.empty(2 * (self.used + len(values)), kind)
+            grown[:self.used] = self.values[:self.used]
+            self.values = grown
+        self.values[self.used:self.used + len(values)] = values.cpu().numpy()
+        self.used += len(values)
+
+    def whole(self) -> np.ndarray:
+        return self.values[:self.used].copy()
+
+
+def _ranks(probabilities: Tensor, true: Tensor) -> Tensor:
+    """(B,) how many of the C classes come before the true one, (B, 1): larger, or equal and of a lower number."""
+    own = probabilities.gather(1, true)
+    earlier = torch.arange(probabilities.shape[1], device=true.device) < true  # (B, C)
+    return ((probabilities > own) | ((probabilities == own) & earlier)).sum(-1)
+
+
+def _check(by_head: dict[Head, Tensor], labels: Tensor, head: Head, classes: Sequence[str], done: int) -> None:
+    """Refuses what can't be scored; `done` images came before."""
+    _check_head(by_head, head)
+    if (outputs := by_head[head].shape[1]) != len(classes):
+        raise ValueError(f"the model gives {outputs} probabilities, for {len(classes)} class names; name each of its "
+                         "classes")
+    sums = torch.stack([probabilities.sum(-1) for probabilities in by_head.values()])  # (heads, B)
+    broken = ~sums.isfinite().all(0) & (labels >= 0)
+    if broken.any():
+        image = done + int(broken.nonzero()[0])
+        raise ValueError(f"the model's answer to image {image} of the data is not a number, so it can't be scored; its "
+                         "weights are damaged or diverged: take another checkpoint")
+
+
+def _check_head(by_head: dict[Head, Tensor], head: Head) -> None:
+    if head not in by_head:
+        raise ValueError(f"this model has no head {head!r}; it has {', '.join(by_head)}")
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A model, how its images were prepared, and what was found."""
+
+    model: str
+    """Its folder or hub name."""
+    image_size: tuple[int, int]
+    """(height, width) of the pixels that it saw."""
+    crop_ratio: float | None
+    """Side of the crop by the resized image's; None where nothing is resized."""
+    report: Report
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"model": self.model, "image_size": list(self.image_size), "crop_ratio": self.crop_ratio}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `deit eval` found, on which images."""
+
+    data: str
+    """The folder or list."""
+    split: str | None
+    """train, val or test; None where the data has no splits."""
+    fingerprint: str
+    """`data.fingerprint` of the images under their own class names: the same whichever model is evaluated."""
+    main: Examined
+    other: Examined | None = None
+    files: tuple[Path, ...] = ()
+    """Of every image, in the order of the reports' rows."""
+
+    @property
+    def comparison(self) -> Comparison | None:
+        return None if self.other is None else compare(self.main.report, self.other.report)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types; the keys are in docs/evaluation.md. `comparison` is there where two models were compared."""
+        found = {**self.main.to_dict(),
+                 "data": {"path": self.data, "split": self.split, "fingerprint": self.fingerprint},
+                 **self.main.report.to_dict()}
+        if self.other is not None and (comparison := self.comparison):
+            found["comparison"] = {**self.other.to_dict(), **comparison.to_dict()}
+        return found
+
+
+def examine_files(model: str | Path, data: str | Path, *, split: str | None = None, head: Head = "fused",
+                  crop_ratio: float | None = None, other: str | Path | None = None, device: str = "auto",
+                  console: Console | None = None) -> Evaluation:
+    """Examines a model on labelled images, in float32: the result does not depend on what a machine is quick with.
+
+    Args:
+        model: what `load_model` takes; its preprocessing is its own.
+        data, split: as for `read_examples`. The data's classes are found in the model by name.
+        crop_ratio: replaces that of the model's preprocessing (`DeiTImageProcessor.with_crop_ratio`).
+        other: a second model for the same images, with its own preprocessing throughout.
+        console: where progress and unreadable images are shown; standard error when not given.
+
+    Raises `ValueError` or `FileNotFoundError` where model, preprocessing, head and data don't fit, before any image is
+    evaluated.
+    """
+    examples, found = read_examples(data, split)
+    return examine_split(model, examples, str(data), found, head=head, crop_ratio=crop_ratio, other=other,
+                         device=device, console=console)
+
+
+def examine_split(model: str | Path, examples: Split, data: str, split: str | None, *, head: Head = "fused",
+                  crop_ratio: float | None = None, other: str | Path | None = None, device: str = "auto",
+                  console: Console | None = None) -> Evaluation:
+    """As `examine_files`, on images that are read already; `data` and `split` only name them."""
+    place = resolve_device(device)
+    console = console or Console(stderr=True)
+    subjects = [_Subject(model, examples, head, crop_ratio, place)]
+    if other is not None:
+        subjects.append(_Subject(other, examples, head, None, place))
+    identity = fingerprint(examples)
+    main, *others = (subject.examine(console, tell=subject is subjects[0]) for subject in subjects)
+    return Evaluation(data, split, identity, main, others[0] if others else None, examples.files)
+
+
+class _Subject:
+    """A model that is about to be examined, with all that could be wrong already checked."""
+
+    def __init__(self, name: str | Path, examples: Split, head: Head, crop_ratio: float | None, device: torch.device):
+        self.name, self.head, self.device = str(name), head, device
+        self.model = load_model(name)
+        config, kinds = self.model.config, (DeiTForImageClassification, DeiTForImageClassificationWithTeacher, ConvNet)
+        if not isinstance(self.model, kinds) or not config.num_labels:
+            raise ValueError(f"{name} holds a {type(self.model).__name__} without classes; expected a classifier")
+        self.model.to(device)
+        processor = DeiTImageProcessor.of_model(name, config)
+        self.processor = processor if crop_ratio is None else processor.with_crop_ratio(crop_ratio)
+        self.classes = tuple(config.id2label.values())
+        self.split = matched(examples, self.classes)
+        blank = self.processor([Image.new("RGB", (8, 8))], return_tensors="pt").pixel_values
+        self.image_size = (blank.shape[2], blank.shape[3])
+        with torch.inference_mode():
+            _check_head(head_probabilities(self.model(blank.to(device))), head)
+
+    def examine(self, console: Console, tell: bool) -> Examined:
+        batches = EvaluationBatches(self.split, self.processor, _BATCH, keep=False,
+                                    workers=None if len(self.split) >= _MANY else 0)
+        shown = track(batches, self.name, console=console, disable=not console.is_terminal)
+        report = examine(self.model, _telling(shown, console) if tell else shown, self.classes, head=self.head,
+                         device=self.device)
+        return Examined(self.name, self.image_size, self.processor.crop_ratio, report)
+
+
+def _telling(batches: Iterable[Batch], console: Console) -> Iterator[Batch]:
+    for batch in batches:
+        for file, reason in batch.faults:
+            console.print(f"{file} {reason}. The evaluation leaves it out", markup=False, highlight=False,
+                          soft_wrap=True)
+        yield batch

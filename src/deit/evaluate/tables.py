@@ -1,0 +1,85 @@
+"""What a person sees of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from deit.evaluate.models import Evaluation, Examined
+from deit.evaluate.scores import Accuracy, Comparison, Report
+
+_LINES = 10
+"""Of the worst classes, and of the confusions."""
+
+
+def show(evaluation: Evaluation, console: Console) -> None:
+    """The heads, calibration, the worst classes, the most common confusions, and the other model beside this one."""
+    main, report = evaluation.main, evaluation.main.report
+
+    def say(sentence: str) -> None:
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+    where = evaluation.data + (f", {evaluation.split} images" if evaluation.split else "")
+    say(f"{_described(main)}\n{where}: {report.images} images, "
+        f"{sum(each.support > 0 for each in report.by_class)} of the model's {len(report.classes)} classes")
+    if report.unreadable:
+        say(f"{len(report.unreadable)} more can't be read and are left out")
+    heads = ["class"] if set(report.ranks) == {"fused", "class"} else list(report.ranks)
+    console.print(_table("Accuracy", ["head", "top-1", "95 % interval", "top-5", "95 % interval"], (
+        [head, *_with_interval(report.accuracy(head)), *_with_interval(report.accuracy(head, 5))] for head in heads)))
+    say(f"\nThe {report.head} head: negative log likelihood {report.nll:.4f}, Brier score {report.brier:.4f}, "
+        f"calibration error {report.calibration_error:.4f}")
+    console.print(_table("Calibration", ["confidence", "images", "mean confidence", "accuracy"], (
+        [f"{each.low:.2f} to {each.high:.2f}", each.count, each.confidence, each.accuracy]
+        for each in report.bins if each.count)))
+    console.print(_worst(report))
+    if confusions := sorted((cell for cell in report.cells if cell[0] != cell[1]), key=lambda cell: -cell[2]):
+        console.print(_table("Most common confusions", ["class", "answer", "images", "of the class"], (
+            [report.classes[label], report.classes[answer], count, count / report.by_class[label].support]
+            for label, answer, count in confusions[:_LINES])))
+    if evaluation.other is not None and (comparison := evaluation.comparison):
+        _compare(main, evaluation.other, comparison, console, say)
+
+
+def _described(examined: Examined) -> str:
+    height, width = examined.image_size
+    ratio = "" if examined.crop_ratio is None else f", crop ratio {examined.crop_ratio:.4g}"
+    return f"{examined.model}: {height}x{width} pixels{ratio}"
+
+
+def _worst(report: Report) -> Table:
+    shown = [each for each in report.by_class if each.support]
+    shown.sort(key=lambda each: (each.recall, each.f1))
+    title = "Worst classes" if len(shown) > _LINES else "Classes"
+    return _table(title, ["class", "images", "recall", "precision", "F1"], (
+        [each.name, each.support, each.recall, each.precision, each.f1] for each in shown[:_LINES]))
+
+
+def _compare(main: Examined, other: Examined, found: Comparison, console: Console, say: Any) -> None:
+    say(f"\nBeside {_described(other)}, on {found.images} images that both read")
+    console.print(_table(f"The {main.report.head} heads", ["model", "top-1", "95 % interval", "right alone"], [
+        [main.model, *_with_interval(found.first), found.only_first],
+        [other.model, *_with_interval(found.second), found.only_second]]))
+    low, high = found.interval
+    say(f"Difference {found.difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}; McNemar's exact test: "
+        f"p = {found.p_value:.3g}")
+
+
+def _with_interval(accuracy: Accuracy) -> tuple[float, str]:
+    low, high = accuracy.interval
+    return accuracy.value, f"{low:.3f} to {high:.3f}"
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    """Text as it is (a name may hold what rich takes for markup), fractions with three digits, - for None."""
+    table = Table(title=Text(title), title_justify="left")
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place == 0 else "right")
+    for row in rows:
+        table.add_row(*(Text("-" if cell is None else f"{cell:.3f}" if isinstance(cell, float) else str(cell))
+                        for cell in row))
+    return table

@@ -1,0 +1,128 @@
+"""A checkpoint of any project, rewritten for another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from deit import files, weights
+from deit.config import VARIANTS, DeiTConfig
+from deit.image.processor import DeiTImageProcessor
+from deit.weights import hub
+
+Dialect = Literal["hf", "timm", "original", "keras"]
+
+
+def convert(source: str | Path, to: Dialect, out: str | Path, **where: Any) -> Path:
+    """Reads any checkpoint and writes it for `to`; returns what was written.
+
+    `hf`: a folder for this package and `transformers`. `timm`: a folder for `timm.create_model("local-dir:FOLDER",
+    pretrained=True)`. `original`: one `.pth` as facebookresearch/deit loads them. `keras`: `model.keras`, which
+    `keras.saving.load_model` opens once `deit.model_keras` is imported. The image preprocessing goes along where the
+    format has a place for it; beside `model.keras` it is a file of its own.
+    """
+    folder = Path(out)
+    place = Path(source).parent if Path(source).is_file() else Path(source)
+    if folder.resolve() == place.resolve():
+        raise ValueError(f"{folder} is where {source} lies, and its files would be replaced; write to another folder")
+    checkpoint = hub.read_checkpoint(source, arrays="numpy" if to == "keras" else "torch", **where)
+    processor = _processor_of(source, checkpoint.config, where)
+    if to == "hf":
+        hub.write_checkpoint(folder, checkpoint.config, checkpoint.tensors)
+        processor.save_pretrained(folder)
+        return folder
+    if to == "keras":
+        return _to_keras(checkpoint, processor, folder)
+    if to not in ("timm", "original"):
+        raise ValueError(f"there is no format {to!r}; choose hf, timm, original or keras")
+    _check_expressible(checkpoint, to)
+    named = weights.from_ours(checkpoint.tensors, to)
+    if to == "timm":
+        described = _timm_config(checkpoint.config, processor)
+        hub.write_tensors(folder, named, max_shard_size=2**63)
+        files.write_json(folder / "config.json", described)
+        return folder
+    import torch
+
+    path = folder / f"{nearest_variant(checkpoint.config).replace('-', '_')}.pth"
+    with files.replacing(path) as temporary:
+        torch.save({"model": {name: tensor.clone() for name, tensor in named.items()}}, temporary)
+    return path
+
+
+def _to_keras(checkpoint: hub.Checkpoint, processor: DeiTImageProcessor, folder: Path) -> Path:
+    from deit.model_keras import network
+
+    cls = {"backbone": network.TFDeiTModel, "masked_image": network.TFDeiTForMaskedImageModeling,
+           "classification": network.TFDeiTForImageClassification,
+           "with_teacher": network.TFDeiTForImageClassificationWithTeacher}[weights.kind_of(checkpoint.tensors)]
+    model, path = cls.from_checkpoint(checkpoint), folder / "model.keras"
+    with files.replacing(path) as temporary:
+        renamed = temporary.with_suffix(".keras")  # the only ending that Keras writes
+        model.save(renamed)
+        renamed.replace(temporary)
+    processor.save_pretrained(folder)
+    return path
+
+
+def _check_expressible(checkpoint: hub.Checkpoint, to: Dialect) -> None:
+    config = checkpoint.config
+    if (kind := weights.kind_of(checkpoint.tensors)) not in ("classification", "with_teacher"):
+        raise ValueError(f"{checkpoint.file} is a {kind} model; {to} stores classifiers only, keep --to hf")
+    if config.distillation_token and kind == "classification":
+        raise ValueError(f"{checkpoint.file} has a distillation token and one head; {to}'s distilled models have two, "
+                         "keep --to hf")
+    if config.hidden_act != "gelu" or config.layer_norm_eps > 1e-6:
+        raise ValueError(f"{to}'s models compute with gelu and a LayerNorm epsilon of 1e-6; {checkpoint.file} has "
+                         f"{config.hidden_act} and {config.layer_norm_eps}, and would answer differently")
+
+
+def nearest_variant(config: DeiTConfig) -> str:
+    """The published architecture that shares most with `config`; raises `ValueError` where the family differs."""
+    def distance(name: str) -> tuple[int, int, int]:
+        other = VARIANTS[name]
+        return (abs(other.hidden_size - config.hidden_size), abs(other.num_hidden_layers - config.num_hidden_layers),
+                abs(other.image_hw[0] - config.image_hw[0]))
+
+    family = (config.distillation_token, config.position_on_class_token, config.layer_scale_init_value is None)
+    alike = [name for name, v in VARIANTS.items() if family == (
+        v.distillation_token, v.position_on_class_token, v.layer_scale_init_value is None)]
+    if not alike:
+        raise ValueError("no published architecture combines this distillation token, LayerScale and positions; "
+                         "keep --to hf")
+    return min(alike, key=distance)
+
+
+_TIMM_LACKS = {"deit3-medium-patch16-384": "deit3-medium-patch16-224",
+               "deit3-huge-patch14-384": "deit3-huge-patch14-224"}
+
+
+def _timm_config(config: DeiTConfig, processor: DeiTImageProcessor) -> dict[str, Any]:
+    """timm's `config.json`: an architecture of its own, and in `model_args` what differs from it."""
+    name = nearest_variant(config)
+    name = _TIMM_LACKS.get(name, name)
+    near = VARIANTS[name]
+    fields = {"img_size": "image_hw", "patch_size": "patch_hw", "in_chans": "num_channels",
+              "embed_dim": "hidden_size", "depth": "num_hidden_layers", "num_heads": "num_attention_heads",
+              "qkv_bias": "qkv_bias"}
+    arguments = {theirs: getattr(config, ours) for theirs, ours in fields.items()
+                 if getattr(config, ours) != getattr(near, ours)}
+    arguments = {key: value[0] if isinstance(value, tuple) and value[0] == value[1] else value
+                 for key, value in arguments.items()}
+    if config.intermediate_size != 4 * config.hidden_size:
+        # timm rounds width x ratio down; half a unit more keeps a ratio that is no exact float on the right side.
+        arguments["mlp_ratio"] = (config.intermediate_size + 0.5) / config.hidden_size
+    cfg = {"num_classes": config.num_labels, "input_size": [config.num_channels, *config.image_hw],
+           "fixed_input_size": True, "first_conv": "patch_embed.proj", **processor.to_timm(),
+           "classifier": ["head", "head_dist"] if config.distillation_token else "head",
+           "label_names": list(config.id2label.values())}  # type: ignore[union-attr]
+    return {"architecture": name.replace("-", "_"), "num_classes": config.num_labels,
+            "num_features": config.hidden_size, "model_args": arguments, "pretrained_cfg": cfg}
+
+
+def _processor_of(source: str | Path, config: DeiTConfig, where: Mapping[str, Any]) -> DeiTImageProcessor:
+    try:
+        return DeiTImageProcessor.of_model(source, config, **where)
+    except FileNotFoundError:
+        return DeiTImageProcessor.paper(config.image_size)

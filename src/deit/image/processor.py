@@ -1,0 +1,466 @@
+"""From a file or an array to `pixel_values`: THE preprocessing of evaluation, prediction, serving and export.
+
+`deit.decode` reads files, `deit.pixels` converts, resizes, crops, rescales and normalises, as the options of a
+`DeiTImageProcessor` say. The options, their defaults and the file `preprocessor_config.json` are Hugging Face's.
+
+Legend: B images, C channels, H rows, W columns. Sizes are (height, width).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import operator
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from deit import files
+from deit.config import IMAGENET_MEAN, IMAGENET_STD, DeiTConfig
+from deit.image.pixels import as_tensors, flatten, pixel_values, type_of
+
+__all__ = ["BatchFeature", "DeiTFeatureExtractor", "DeiTImageProcessor"]
+
+FILE_NAME = "preprocessor_config.json"
+
+
+# ---- options -----------------------------------------------------------------------------------------------------
+
+
+def _or_none(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} is {value!r}, expected True or False")
+    return bool(value)
+
+
+def _pixels(name: str, value: Any) -> int:
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"{name} holds {value!r}, expected a whole number of pixels, 1 or more")
+    return count
+
+
+def _size(name: str, value: Any, forms: Sequence[set[str]] = ({"height", "width"},)) -> dict[str, int]:
+    """A size option as its dict: an int is a square, a pair is (height, width)."""
+    if isinstance(value, (list, tuple)) and len(value) == 2:
+        value = {"height": value[0], "width": value[1]}
+    elif isinstance(value, (int, np.integer)):
+        value = {"height": value, "width": value}
+    try:
+        value = {key: side for key, side in dict(value).items() if side is not None}
+    except (TypeError, ValueError):
+        value = {"": value}
+    if set(value) not in forms:
+        keys = " or ".join(", ".join(sorted(form)) for form in forms)
+        raise ValueError(
+            f"{name} is {value.get('', value)!r}, expected an int, a pair (height, width) or a dict of {keys}"
+        )
+    return {key: _pixels(f"{name}[{key!r}]", side) for key, side in value.items()}
+
+
+def _resize_size(name: str, value: Any) -> dict[str, int]:
+    return _size(name, value, ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}))
+
+
+def _resample(name: str, value: Any) -> Image.Resampling:
+    try:
+        if isinstance(value, str):
+            return Image.Resampling[value.upper()]
+        return Image.Resampling(operator.index(value))
+    except (KeyError, ValueError, TypeError):
+        known = ", ".join(f"{filter_.value} ({filter_.name.lower()})" for filter_ in sorted(Image.Resampling))
+        raise ValueError(f"{name} is {value!r}, expected one of {known}") from None
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, (bool, str)) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}, expected a finite number")
+    return float(value)
+
+
+def _per_channel(name: str, value: Any) -> float | tuple[float, ...]:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if not isinstance(value, (list, tuple)):
+        return _number(name, value)
+    if not value:
+        raise ValueError(f"{name} is empty, expected a number or one number per channel")
+    return tuple(_number(name, entry) for entry in value)
+
+
+def _deviation(name: str, value: Any) -> float | tuple[float, ...]:
+    std = _per_channel(name, value)
+    if np.any(np.less_equal(std, 0)):
+        raise ValueError(f"{name} is {value!r}, expected numbers above 0 (pixels are divided by it)")
+    return std
+
+
+def _layout(name: str, value: Any) -> str:
+    layout = getattr(value, "value", value)  # an enum of transformers, or its text
+    if layout not in ("channels_first", "channels_last"):
+        raise ValueError(f'{name} is {value!r}, expected "channels_first" or "channels_last"')
+    return str(layout)
+
+
+# Every option: its check, which also gives its normal form.
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "do_resize": _flag,
+    "size": _resize_size,
+    "resample": _resample,
+    "do_center_crop": _flag,
+    "crop_size": _size,
+    "do_rescale": _flag,
+    "rescale_factor": _number,
+    "do_normalize": _flag,
+    "image_mean": _per_channel,
+    "image_std": _deviation,
+    "do_convert_rgb": _or_none(_flag),
+    "data_format": _layout,
+    "input_data_format": _or_none(_layout),
+}
+_DEIT: dict[str, Any] = {
+    "do_resize": True,
+    "size": 256,
+    "resample": Image.Resampling.BICUBIC,
+    "do_center_crop": True,
+    "crop_size": 224,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+    "do_convert_rgb": None,
+    "data_format": "channels_first",
+    "input_data_format": None,
+}
+_VIT = {**_DEIT, "size": 224, "resample": Image.Resampling.BILINEAR, "do_center_crop": False}
+# Every processor type that a published file may name, with the defaults of its class.
+_TYPES = {
+    f"{family}{kind}": defaults
+    for family, defaults in (("DeiT", _DEIT), ("ViT", _VIT))
+    for kind in ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
+}
+# Options of transformers without a counterpart here, and what to do instead.
+_UNDONE = {
+    "do_pad": "crop_size pads a small image with zeros",
+    "pad_size": "crop_size pads a small image with zeros",
+    "device": "move the result with .to(device)",
+    "disable_grouping": "leave it out, images are never grouped here",
+    "image_seq_length": "leave it out, it does not change an image",
+    "return_tensors": "give it in the call",
+}
+
+
+def _refuse_undone(options: Mapping[str, Any]) -> None:
+    """Raise for the first setting that would change the result and cannot be honoured."""
+    for name, value in options.items():
+        if name not in _CHECKS and (name in _UNDONE or name.startswith("do_")) and value:
+            advice = _UNDONE.get(name, "take the step yourself and remove the setting")
+            raise ValueError(f"{name}={value!r} is not done by DeiTImageProcessor, expected False or None; {advice}")
+    size = options.get("size")
+    if options.get("default_to_square") is False and not isinstance(size, (Mapping, list, tuple, type(None))):
+        raise ValueError(f'size is {size!r} with default_to_square=False; write size={{"shortest_edge": {size!r}}}')
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given: None means the default. Unknown names are refused."""
+    unknown = sorted(set(options) - set(_CHECKS) - set(_UNDONE) - {"default_to_square"})
+    if unknown:
+        raise ValueError(f"unknown option {', '.join(unknown)}; the options are {', '.join(_CHECKS)}")
+    _refuse_undone(options)
+    return {name: value for name, value in options.items() if name in _CHECKS and value is not None}
+
+
+# ---- the processor -----------------------------------------------------------------------------------------------
+
+
+class BatchFeature(dict[str, Any]):
+    """What a processor returns: a dict whose entries are attributes too (`out["pixel_values"]`, `out.pixel_values`)."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no entry {name!r}, this batch has {', '.join(self)}") from None
+
+    def to(self, *args: Any, **kwargs: Any) -> BatchFeature:
+        """Move or cast every entry with `torch.Tensor.to`, in place; needs return_tensors="pt"."""
+        torch = sys.modules.get("torch")
+        for name, value in self.items():
+            if torch is None or not isinstance(value, torch.Tensor):
+                raise ValueError(f'{name} is {type_of(value)}, .to() moves torch tensors; pass return_tensors="pt"')
+            self[name] = value.to(*args, **kwargs)
+        return self
+
+
+class DeiTImageProcessor:
+    """Images to the `pixel_values` of a DeiT model; the options, defaults and files of the class in transformers.
+
+    In the order of their effect (given to the constructor, set as attributes, or for one call):
+
+    - `do_convert_rgb` (None): True converts every image to RGB, alpha dropped; False leaves the channels alone;
+      None gives a Pillow image or a file the channels of `image_mean` (RGB for 3 entries or a scalar, grey for 1)
+      and leaves arrays alone. `input_data_format` (None: inferred): layout of arrays.
+    - `do_resize` (True), `size` (256x256), `resample` (bicubic): `size` is an int (a square: the aspect ratio is
+      lost), a pair (height, width), {"height", "width"}, or {"shortest_edge"}, optionally with "longest_edge" as its
+      bound. `resample` is a Pillow filter, its number or its name.
+    - `do_center_crop` (True), `crop_size` (224x224): a smaller image is padded with zeros.
+    - `do_rescale` (True), `rescale_factor` (1/255): pixels times the factor.
+    - `do_normalize` (True), `image_mean` and `image_std` (0.5): a number, or one per channel.
+    - `data_format` ("channels_first"): layout of the result, also "channels_last".
+
+    None as a value means the default. Raises `ValueError` for unknown options and bad values.
+    """
+
+    do_resize: bool
+    size: Any
+    resample: Any
+    do_center_crop: bool
+    crop_size: Any
+    do_rescale: bool
+    rescale_factor: float
+    do_normalize: bool
+    image_mean: Any
+    image_std: Any
+    do_convert_rgb: bool | None
+    data_format: str
+    input_data_format: str | None
+
+    def __init__(self, **options: Any) -> None:
+        self.__dict__["_extra"] = {}  # keys of a file that mean nothing here: written back by to_dict
+        for name, value in {**_DEIT, **_given(options)}.items():
+            setattr(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _CHECKS:
+            raise AttributeError(f"no option {name!r}; the options are {', '.join(_CHECKS)}")
+        self.__dict__[name] = _CHECKS[name](name, value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DeiTImageProcessor) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]  # options can be set
+
+    def __repr__(self) -> str:
+        shown = {**self._options({}), "resample": self.resample.name.lower()}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+    def __call__(self, images: Any, return_tensors: str | None = None, **overrides: Any) -> BatchFeature:
+        """The same as `preprocess`."""
+        return self.preprocess(images, return_tensors=return_tensors, **overrides)
+
+    def preprocess(self, images: Any, return_tensors: str | None = None, **overrides: Any) -> BatchFeature:
+        """Images to `{"pixel_values": ...}`, float32, (B, C, H, W), or (B, H, W, C) with data_format "channels_last".
+
+        `images` is one image, a list (also nested, which is flattened) or a batch of 4 dimensions. An image is a
+        Pillow image (as it is: `decode.load_image` turns it upright), a path, the bytes of a file, a file object, or a
+        NumPy array or torch tensor, (C, H, W) or (H, W, C). To be resized, an array must hold uint8, whole numbers in
+        0..255, or floats in 0..1, which are cut to 8 bits and stay in 0..1: pass `do_rescale=False` with them.
+
+        `return_tensors` is None (a list of B arrays), "np", "pt" or "tf". `overrides` are options for this call.
+
+        Raises `ValueError` for images that do not fit the options, `ImageError` for files that cannot be read.
+        """
+        if return_tensors not in (None, "np", "pt", "tf"):
+            raise ValueError(f'return_tensors is {return_tensors!r}, expected None, "np", "pt" or "tf"')
+        options = self._options(overrides)
+        arrays = [pixel_values(image, options, f"image {i}") for i, image in enumerate(flatten(images))]
+        if not arrays:
+            raise ValueError("the list of images is empty, expected at least one image")
+        return BatchFeature(pixel_values=as_tensors(arrays, return_tensors))
+
+    def _options(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        merged = {**{name: self.__dict__[name] for name in _CHECKS}, **_given(overrides)}
+        return {name: _CHECKS[name](name, value) for name, value in merged.items()}
+
+    @classmethod
+    def paper(cls, image_size: int | tuple[int, int] = 224, crop_ratio: float = 0.875) -> DeiTImageProcessor:
+        """The evaluation of Touvron et al. 2020 (arXiv 2012.12877), as in its published code and in timm.
+
+        Shortest edge to int(image_size / crop_ratio) (256 for 224), bicubic, centre crop, ImageNet statistics. For a
+        pair (height, width) the longer side sets the shortest edge, so that the crop stays inside every image.
+        """
+        crop = _size("image_size", image_size)
+        if not 0 < crop_ratio <= 1:
+            raise ValueError(f"crop_ratio is {crop_ratio!r}, expected a number above 0, at most 1")
+        edge = int(max(crop.values()) / crop_ratio)
+        return cls(size={"shortest_edge": edge}, crop_size=crop, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
+
+    @classmethod
+    def from_timm(
+        cls, pretrained_cfg: Mapping[str, Any], image_size: int | tuple[int, int] = 224
+    ) -> DeiTImageProcessor:
+        """The evaluation that timm's `pretrained_cfg` describes, for models of `image_size` (a pair as in `paper`).
+
+        Reads mean, std, interpolation, crop_pct and crop_mode ("center" or "squash"; others are refused).
+        """
+        statistics = {
+            "image_mean": pretrained_cfg.get("mean") or IMAGENET_MEAN,
+            "image_std": pretrained_cfg.get("std") or IMAGENET_STD,
+            "resample": pretrained_cfg.get("interpolation") or "bicubic",
+        }
+        ratio = pretrained_cfg.get("crop_pct") or 0.875
+        paper = cls.paper(image_size, ratio)
+        mode = pretrained_cfg.get("crop_mode") or "center"
+        if mode not in ("center", "squash"):
+            raise ValueError(f'crop_mode is {mode!r}, expected "center" or "squash"; build DeiTImageProcessor yourself')
+        size = paper.size if mode == "center" else {key: int(side / ratio) for key, side in paper.crop_size.items()}
+        return cls(size=size, crop_size=paper.crop_size, **statistics)
+
+    def to_timm(self) -> dict[str, Any]:
+        """The same evaluation as timm's keys: mean, std, interpolation, crop_pct and crop_mode.
+
+        Raises `ValueError` for options that timm's keys cannot say.
+        """
+        size, crop = self.size, self.crop_size if self.do_center_crop else self.size
+        if "height" not in crop or ("shortest_edge" in size and crop["height"] != crop["width"]):
+            raise ValueError(f"crop is {crop} after size {size}, timm's keys say a square crop; set crop_size")
+        edge = size.get("shortest_edge") or size["height"]
+        ratio = crop["height"] / edge
+        if int(crop["height"] / ratio) != edge:  # timm rounds down
+            ratio = crop["height"] / (edge + 0.5)
+        said: dict[str, Any] = {
+            "mean": list(self.image_mean) if isinstance(self.image_mean, tuple) else [self.image_mean] * 3,
+            "std": list(self.image_std) if isinstance(self.image_std, tuple) else [self.image_std] * 3,
+            "interpolation": self.resample.name.lower(),
+            "crop_pct": ratio,
+            "crop_mode": "center" if "shortest_edge" in size else "squash",
+        }
+        again = self.from_timm(said, (crop["height"], crop["width"]))
+        for name in ("size", "do_resize", "do_rescale", "rescale_factor", "do_normalize"):
+            if getattr(again, name) != getattr(self, name):
+                said_value = getattr(again, name)
+                raise ValueError(f"{name} is {getattr(self, name)!r}, timm's keys say {said_value!r}; set that first")
+        return said
+
+    @property
+    def crop_ratio(self) -> float | None:
+        """Side of the crop by the resized image's (the shortest edge, or the height of one squashed into `size`); 1
+        without a crop, None without resizing."""
+        if not self.do_resize:
+            return None
+        if not self.do_center_crop:
+            return 1.0
+        squashed = "height" in self.size
+        side = self.crop_size["height"] if squashed else max(self.crop_size.values())
+        return float(side / (self.size["height"] if squashed else self.size["shortest_edge"]))
+
+    def with_crop_ratio(self, ratio: float) -> DeiTImageProcessor:
+        """A copy that resizes to int(crop / ratio) before it crops. All else stays: the size of the result, and whether
+        the image keeps its aspect ratio (`size` a shortest edge) or is squashed into `size`.
+
+        Raises `ValueError` for a ratio outside (0, 1], and where nothing is resized or the result has no fixed size.
+        """
+        crop = self.crop_size if self.do_center_crop else self.size
+        if not self.do_resize or "height" not in crop:
+            raise ValueError(f"a crop ratio needs images that are resized and cropped, found do_resize={self.do_resize}"
+                             f" and do_center_crop={self.do_center_crop} with size={self.size}; set these options")
+        paper = self.paper((crop["height"], crop["width"]), ratio)
+        changed = copy.deepcopy(self)
+        squashed = {key: int(side / ratio) for key, side in crop.items()}
+        changed.do_center_crop, changed.crop_size = True, crop
+        changed.size = squashed if "height" in self.size else paper.size
+        return changed
+
+    # -- files
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path, *, revision: str | None = None, subfolder: str = "",
+        cache_dir: str | Path | None = None, local_files_only: bool = False, token: str | bool | None = None,
+        **overrides: Any,
+    ) -> DeiTImageProcessor:
+        """Read `preprocessor_config.json` of a folder or of a model on the Hub; `overrides` replace its options.
+
+        Raises `FileNotFoundError` without such a file, `ValueError` for one that cannot be honoured.
+        """
+        path = files.find_file(
+            name_or_folder, FILE_NAME, revision=revision, subfolder=subfolder, cache_dir=cache_dir,
+            local_files_only=local_files_only, token=token,
+        )
+        return cls.from_json_file(path, **overrides)
+
+    @classmethod
+    def of_model(cls, name_or_folder: str | Path, config: DeiTConfig, **where: Any) -> DeiTImageProcessor:
+        """The preprocessing that a model's files say: `preprocessor_config.json`, or timm's `pretrained_cfg` in its
+        config; `where` as for `from_pretrained`.
+
+        Raises `FileNotFoundError` where they say nothing.
+        """
+        try:
+            return cls.from_pretrained(name_or_folder, **where)
+        except FileNotFoundError as error:
+            if timm := config.extra.get("pretrained_cfg"):
+                return cls.from_timm(timm, image_size=config.image_size)
+            raise FileNotFoundError(f"{error}, so how its images are prepared is not known; save the processor it was "
+                                    "trained with there, e.g. DeiTImageProcessor.paper(224).save_pretrained(FOLDER)"
+                                    ) from None
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike[str], **overrides: Any) -> DeiTImageProcessor:
+        """Read one file in the format of `preprocessor_config.json`."""
+        return cls.from_dict(files.read_json(Path(path)), **overrides)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], **overrides: Any) -> DeiTImageProcessor:
+        """From the contents of a file: any DeiT or ViT processor or feature extractor of transformers.
+
+        The named type sets the defaults (a ViT type: 224x224, bilinear, no crop). Unknown keys are kept for
+        `to_dict`. Raises `ValueError` for other types, and for settings that cannot be honoured.
+        """
+        extra = copy.deepcopy(dict(data))
+        kinds = [extra.pop("image_processor_type", None), extra.pop("feature_extractor_type", None)]
+        kind = str(kinds[0] or kinds[1] or "DeiTImageProcessor")
+        if kind not in _TYPES:
+            raise ValueError(f"the file is for {kind}, which is not supported; expected one of {', '.join(_TYPES)}")
+        _refuse_undone(extra)
+        known = {name: extra.pop(name) for name in _CHECKS if name in extra}
+        processor = cls(**{**_TYPES[kind], **_given(known), **_given(overrides)})
+        processor.__dict__["_extra"] = extra
+        return processor
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option that is set and every kept key, as JSON types; a copy."""
+        options = {name: value for name, value in self._options({}).items() if value is not None}
+        options["resample"] = int(options["resample"])
+        for name in ("image_mean", "image_std"):
+            if isinstance(options[name], tuple):
+                options[name] = list(options[name])
+        return {**copy.deepcopy(self.__dict__["_extra"]), **options, "image_processor_type": "DeiTImageProcessor"}
+
+    def to_json_string(self) -> str:
+        """`to_dict` as text, keys sorted, ending in a newline."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `preprocessor_config.json` into `folder` (made when absent), whole or not at all; its path."""
+        path = Path(folder, FILE_NAME)
+        files.write_text(path, self.to_json_string())
+        return path
+
+
+class DeiTFeatureExtractor(DeiTImageProcessor):
+    """The former name of `DeiTImageProcessor`."""
+
+    def __init__(self, **options: Any) -> None:
+        warnings.warn(
+            "DeiTFeatureExtractor is the former name of DeiTImageProcessor; use DeiTImageProcessor",
+            FutureWarning,
+            stacklevel=2,
+        )
+        super().__init__(**options)

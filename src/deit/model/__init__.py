@@ -1,0 +1,34 @@
+"""The network in PyTorch: the transformer and its heads, what every model has, the losses, the built-in ConvNet.
+
+`outputs` and `loss_rules` know no framework: the Keras twin shares them.
+"""
+
+from typing import TYPE_CHECKING
+
+from deit.lazy import offer
+
+if TYPE_CHECKING:
+    from deit.model.convnet import ConvNet as ConvNet
+    from deit.model.load import load_model as load_model
+    from deit.model.network import Attention as Attention
+    from deit.model.network import Block as Block
+    from deit.model.network import DeiTForImageClassification as DeiTForImageClassification
+    from deit.model.network import DeiTForImageClassificationWithTeacher as DeiTForImageClassificationWithTeacher
+    from deit.model.network import DeiTForMaskedImageModeling as DeiTForMaskedImageModeling
+    from deit.model.network import DeiTModel as DeiTModel
+    from deit.model.network import ViTForImageClassification as ViTForImageClassification
+    from deit.model.network import ViTModel as ViTModel
+    from deit.model.network import fuse_heads as fuse_heads
+    from deit.model.network import head_probabilities as head_probabilities
+    from deit.model.pretrained import PreTrained as PreTrained
+
+__getattr__, __dir__ = offer(__name__, {
+    "deit.model.convnet": ("ConvNet",),
+    "deit.model.load": ("load_model",),
+    "deit.model.network": (
+        "Attention", "Block", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher",
+        "DeiTForMaskedImageModeling", "DeiTModel", "ViTForImageClassification", "ViTModel", "fuse_heads",
+        "head_probabilities",
+    ),
+    "deit.model.pretrained": ("PreTrained",),
+})

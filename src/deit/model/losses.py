@@ -1,0 +1,113 @@
+"""What is minimised, as functions of logits. B images, C classes or regression targets."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deit.config import DeiTConfig
+from deit.model.loss_rules import (
+    Distillation,
+    Normalisation,
+    check_labels,
+    check_soft_teacher,
+    distillation_settings,
+    problem_type,
+)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Mean over images; `targets` are class indices (B,) or probabilities (B, C)."""
+    targets = targets.to(logits.dtype) if targets.is_floating_point() else targets.long()
+    return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+
+
+def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over images and classes (Touvron et al. 2022, DeiT III); `targets` are class indices (B,) or shares (B, C).
+
+    Every class with a share is a yes: of two mixed images, both.
+    """
+    if targets.dim() == 1:
+        targets = F.one_hot(targets.long(), logits.shape[-1])
+    return F.binary_cross_entropy_with_logits(logits, (targets > 0).to(logits.dtype))
+
+
+def cosub_loss(one: Tensor, other: Tensor, targets: Tensor, *, binary: bool, smoothing: float = 0.0) -> Tensor:
+    """Two submodels' logits (B, C) against the labels and against each other, a quarter each (Touvron et al. 2022,
+    "Co-training 2^L submodels", eq. 1); what one teaches the other has no gradient."""
+    if binary:
+        total = sum(binary_cross_entropy(logits, targets) for logits in (one, other)) + sum(
+            F.binary_cross_entropy_with_logits(logits, teacher.detach().sigmoid())
+            for logits, teacher in ((one, other), (other, one)))
+    else:
+        total = sum(cross_entropy(logits, targets, smoothing) for logits in (one, other)) + sum(
+            F.cross_entropy(logits, teacher.detach().softmax(-1)) for logits, teacher in ((one, other), (other, one)))
+    return total / 4  # type: ignore[return-value]
+
+
+def classification_loss(logits: Tensor, labels: Tensor, config: DeiTConfig) -> Tensor:
+    """The loss that `transformers` computes for `labels`, by `config.problem_type` or decided as it decides.
+
+    One target: regression (mean squared error). Whole numbers: one class each (cross-entropy over (B,)). Otherwise:
+    multi-label (binary cross-entropy over (B, C)).
+    """
+    whole = not labels.is_floating_point() and labels.dtype != torch.bool
+    problem = problem_type(config, labels.dtype, whole)
+    if problem == "single_label_classification":
+        check_labels(labels.reshape(-1).shape, logits.shape[:1], problem)
+        return cross_entropy(logits, labels.reshape(-1))
+    labels = labels.to(logits.dtype)
+    if config.num_labels == 1:
+        logits, labels = logits.reshape(-1), labels.reshape(-1)
+    check_labels(labels.shape, logits.shape, problem)
+    loss = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
+    return loss(logits, labels)
+
+
+def distillation_loss(cls_logits: Tensor, distillation_logits: Tensor, labels: Tensor, teacher: Tensor, *,
+                      kind: Distillation = "hard", weight: float | None = None, temperature: float | None = None,
+                      normalisation: Normalisation = "images", smoothing: float = 0.0) -> Tensor:
+    """The student's loss under a teacher (Touvron et al. 2020, section 4), mean over images.
+
+    hard, eq. 3: `(1 - weight) CE(cls, labels) + weight CE(distillation, argmax teacher)`.
+    soft, eq. 2: `(1 - weight) CE(cls, labels) + weight tau^2 KL(teacher / tau || distillation / tau)`.
+    Weight and temperature default to the paper's: 1/2; 0.1 and 3. The original code divides KL by the number of
+    elements, images times classes, and not by that of images: `normalisation="elements"`.
+
+    Args:
+        cls_logits: (B, C), of the class token's head, which learns from the labels.
+        distillation_logits: (B, C), of the head that learns from the teacher. Without distillation token: the same.
+        labels: class indices (B,) or probabilities (B, C).
+        teacher: the teacher's logits (B, C); for hard distillation also its decisions (B,).
+        smoothing: of the labels, 0 to <1; never of the teacher's decisions.
+    """
+    weight, tau = distillation_settings(kind, weight, temperature)
+    truth = cross_entropy(cls_logits, labels, smoothing)
+    if kind == "hard":
+        decisions = teacher.argmax(-1) if teacher.dim() == 2 else teacher
+        taught = cross_entropy(distillation_logits, decisions)
+    else:
+        check_soft_teacher(distillation_logits.shape, teacher.shape)
+        divergence = F.kl_div(F.log_softmax(distillation_logits / tau, dim=-1),
+                              F.log_softmax(teacher.to(distillation_logits.dtype) / tau, dim=-1),
+                              reduction="sum", log_target=True)
+        taught = tau**2 * divergence / (len(teacher) if normalisation == "images" else teacher.numel())
+    return (1 - weight) * truth + weight * taught
+
+
+def masked_image_loss(pixels: Tensor, reconstruction: Tensor, mask: Tensor) -> Tensor:
+    """Mean absolute difference over the masked pixels (SimMIM, Xie et al. 2021, section 3.4).
+
+    Args:
+        pixels: (B, channels, height, width); a border that no whole patch covers is left out.
+        reconstruction: (B, channels, rows * patch height, columns * patch width).
+        mask: (B, rows, columns), true where the patch was hidden.
+    """
+    height, width = reconstruction.shape[-2:]
+    rows, columns = mask.shape[-2:]
+    # Counted in float32 whatever the model computes in: float16 ends at 65504 pixels.
+    hidden = mask.float().repeat_interleave(height // rows, 1).repeat_interleave(width // columns, 2)
+    difference = (pixels[..., :height, :width] - reconstruction).abs() * hidden.unsqueeze(1)
+    # The small constant keeps an empty mask at zero instead of NaN; the value is transformers'.
+    return difference.sum() / (hidden.sum() + 1e-5) / pixels.shape[1]

@@ -1,0 +1,548 @@
+"""The network and its heads, PyTorch.
+
+B images, N tokens (prefix and patches), D width, H heads, K head width, C classes, R x S grid of patches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from deit import weights
+from deit.config import DeiTConfig, ViTConfig
+from deit.model import cpu_training
+from deit.model.loss_rules import Distillation
+from deit.model.losses import classification_loss, distillation_loss, masked_image_loss
+from deit.model.outputs import (
+    BaseModelOutputWithPooling,
+    DeiTForImageClassificationWithTeacherOutput,
+    Head,
+    ImageClassifierOutput,
+    MaskedImageModelingOutput,
+    ModelOutput,
+)
+from deit.model.pretrained import AttnImplementation, PreTrained, initialise
+
+Trace = dict[str, Tensor]
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATION: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU, "gelu_new": lambda: nn.GELU("tanh"), "gelu_pytorch_tanh": lambda: nn.GELU("tanh"),
+    "quick_gelu": QuickGELU, "relu": nn.ReLU, "silu": nn.SiLU, "swish": nn.SiLU, "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid, "linear": nn.Identity,
+}
+
+
+def note(trace: Trace | None, name: str, value: Tensor) -> Tensor:
+    """Keeps `value` under `name` when a trace is asked for, and passes it on."""
+    if trace is not None:
+        trace[name] = value
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------------ blocks
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. `implementation` chooses the kernel, never the result.
+
+    `sdpa` is PyTorch's fused kernel, `eager` two batched matmuls. `auto` is sdpa, except in training on the CPU, where
+    the fused kernel's backward is the slower one. Whoever asks for the weights, or masks heads, gets eager.
+    """
+
+    implementation: AttnImplementation
+
+    def __init__(self, config: DeiTConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.heads, self.head_width = config.num_attention_heads, config.head_width
+        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
+        self.out = nn.Linear(width, width)
+        self.dropout = config.attention_probs_dropout_prob
+        self.implementation = "auto"
+
+    def forward(self, x: Tensor, head_mask: Tensor | None = None, need_weights: bool = False,
+                read: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """What the first `read` tokens, or all, gather from all tokens; and their weights where they are needed."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_width)).permute(2, 0, 3, 1, 4)  # (B, H, N, K)
+        q = q[:, :, :read]
+        dropout = self.dropout if self.training else 0.0
+        attention = None
+        if need_weights or head_mask is not None or self._eager(x):
+            scores = (q * self.head_width**-0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
+            attention = F.dropout(scores.softmax(-1), dropout)
+            if head_mask is not None:
+                attention = attention * head_mask.view(-1, 1, 1)
+            y = attention @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return self.out(y.transpose(1, 2).flatten(2)), attention if need_weights else None
+
+    def _eager(self, x: Tensor) -> bool:
+        if self.implementation == "auto":
+            return self.training and x.device.type == "cpu"
+        return self.implementation == "eager"
+
+
+class MLP(nn.Module):
+    def __init__(self, config: DeiTConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = _ACTIVATION[config.hidden_act]()
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+_KNOWN_BY_HAND = {Attention, MLP, nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout}
+
+
+def _untouched(module: nn.Module) -> bool:
+    """Whether it is what `cpu_training` stands for, neither replaced (adapters, parametrizations) nor hooked."""
+    return type(module) in _KNOWN_BY_HAND and not (module._forward_hooks or module._forward_pre_hooks
+                                                   or module._backward_hooks or module._backward_pre_hooks)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; both branches with optional LayerScale, and a factor `keep` (2, B) for each image:
+    stochastic depth's. `read`: only so many of the first tokens are wanted of the result.
+
+    In training on the CPU both branches are those of `cpu_training`, which has the same values for less work, unless
+    something is asked for that only autograd knows: dropout, attention weights, another activation, compilation, hooks
+    on the parts, parts that were replaced.
+    """
+
+    scale1: Tensor | None
+    scale2: Tensor | None
+
+    def __init__(self, config: DeiTConfig):
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        scaled = config.layer_scale_init_value is not None
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attention = Attention(config)
+        self.scale1 = nn.Parameter(torch.empty(width)) if scaled else None
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(config)
+        self.scale2 = nn.Parameter(torch.empty(width)) if scaled else None
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, head_mask: Tensor | None = None, need_weights: bool = False,
+                keep: Tensor | None = None, read: int | None = None) -> tuple[Tensor, Tensor | None]:
+        first, second = (None, None) if keep is None else keep
+        if self._by_hand(x, head_mask, need_weights):
+            return self._trained_on_cpu(x, first, second, x.shape[1] if read is None else read), None
+        y, attention = self.attention(self.norm1(x), head_mask, need_weights, read)
+        x = x[:, :read] + self._branch(y, self.scale1, first)
+        x = x + self._branch(self.mlp(self.norm2(x)), self.scale2, second)
+        return x, attention
+
+    def _by_hand(self, x: Tensor, head_mask: Tensor | None, need_weights: bool) -> bool:
+        return (self.training and x.device.type == "cpu" and torch.is_grad_enabled() and not need_weights
+                and head_mask is None and self.attention.implementation == "auto" and self.attention.dropout == 0.0
+                and self.dropout.p == 0.0 and not torch.compiler.is_compiling()
+                and all(_untouched(part) for child in self.children() for part in child.modules()))
+
+    def _trained_on_cpu(self, x: Tensor, first: Tensor | None, second: Tensor | None, read: int) -> Tensor:
+        attention, mlp, dtype = self.attention, self.mlp, cpu_training.compute_dtype(x)
+        with torch.autocast("cpu", enabled=False):  # the branches choose for themselves
+            x = cpu_training.AttentionBranch.apply(
+                x, first, read, attention.heads, self.norm1.eps, dtype, self.norm1.weight, self.norm1.bias,
+                attention.qkv.weight, attention.qkv.bias, attention.out.weight, attention.out.bias, self.scale1)
+            return cpu_training.MLPBranch.apply(
+                x, second, mlp.activation.approximate, self.norm2.eps, dtype, self.norm2.weight, self.norm2.bias,
+                mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, self.scale2)
+
+    def _branch(self, y: Tensor, scale: Tensor | None, keep: Tensor | None) -> Tensor:
+        y = self.dropout(y)
+        y = y if scale is None else y * scale
+        return y if keep is None else y * keep.to(y.dtype).view(-1, 1, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+def _resize_matrix(old: int, new: int) -> Tensor:
+    return torch.from_numpy(weights.resize_matrix(old, new)).float()  # (new, old)
+
+
+class DeiTModel(PreTrained):
+    """The backbone: patches and prefix tokens through the blocks (Touvron et al. 2020, sections 3 and 4).
+
+    Args:
+        config: sizes and options; with `distillation_token=False`, a plain ViT.
+        add_pooling_layer: adds a linear layer and `config.pooler_act` on the class token.
+        use_mask_token: adds the token that stands in for hidden patches (`bool_masked_pos`).
+    """
+
+    kind = "backbone"
+    distillation_token: Tensor | None
+    mask_token: Tensor | None
+
+    def __init__(self, config: DeiTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
+        super().__init__()
+        self._config = config
+        width = config.hidden_size
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.distillation_token = nn.Parameter(torch.empty(1, 1, width)) if config.distillation_token else None
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if use_mask_token else None
+        self.position = nn.Parameter(torch.empty(1, config.num_prefix_positions + config.num_patches, width))
+        self.patch = nn.Conv2d(config.num_channels, width, config.patch_hw, config.patch_hw)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.pooler = nn.Linear(width, config.pooler_width) if add_pooling_layer else None
+        self.pooler_activation = _ACTIVATION[config.pooler_act]()
+        self.gradient_checkpointing = False
+        initialise(self, config)
+
+    @property
+    def config(self) -> DeiTConfig:  # type: ignore[override]
+        return self._config
+
+    @property
+    def backbone(self) -> DeiTModel:
+        return self
+
+    def forward(self, pixel_values: Tensor | None = None, bool_masked_pos: Tensor | None = None,
+                head_mask: Tensor | None = None, output_attentions: bool | None = None,
+                output_hidden_states: bool | None = None, return_dict: bool | None = None,
+                interpolate_pos_encoding: bool = False, *, depth_draws: Tensor | None = None, read: int | None = None,
+                trace: Trace | None = None) -> BaseModelOutputWithPooling | tuple[Any, ...]:
+        """Args:
+            pixel_values: (B, channels, height, width), normalised.
+            bool_masked_pos: (B, patches), true where a patch is replaced by the mask token.
+            head_mask: (H,) or (blocks, H), a factor for each head's attention weights, 0 to 1.
+            output_attentions, output_hidden_states, return_dict: None takes the config's.
+            interpolate_pos_encoding: accept images of another size than `config.image_size`.
+            depth_draws: (B, blocks, 2), uniform in [0, 1): stochastic depth in training drops a branch for an image
+                where its number is below the block's rate. None draws them here.
+            read: only so many of the first tokens are wanted of `last_hidden_state`: the last block then computes no
+                others. Where hidden states, attentions or a trace are asked for, it gives all.
+            trace: a dict to fill with every intermediate by name.
+        """
+        config = self.config
+        need_weights = config.output_attentions if output_attentions is None else output_attentions
+        keep_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        masks = self._head_masks(head_mask)
+        keeps = self._keeps(pixel_values, depth_draws)
+        x = note(trace, "embeddings", self._embed(pixel_values, bool_masked_pos, interpolate_pos_encoding))
+        reads: list[int | None] = [None] * len(self.blocks)
+        if reads and not (need_weights or keep_states or trace is not None):
+            reads[-1] = read
+        states, attentions = [x], []
+        for i, block in enumerate(self.blocks):
+            if self.gradient_checkpointing and self.training:
+                x, attention = checkpoint(block, x, masks[i], need_weights, keeps[i], reads[i], use_reentrant=False)
+            else:
+                x, attention = block(x, masks[i], need_weights, keeps[i], reads[i])
+            note(trace, f"block{i:02}", x)
+            states.append(x)
+            attentions.append(attention)
+        x = note(trace, "norm", self.norm(x))
+        pooled = None if self.pooler is None else note(trace, "pooler", self.pooler_activation(self.pooler(x[:, 0])))
+        return _result(self, return_dict, BaseModelOutputWithPooling(
+            last_hidden_state=x, pooler_output=pooled, hidden_states=tuple(states) if keep_states else None,
+            attentions=tuple(attentions) if need_weights else None))
+
+    def _keeps(self, pixels: Tensor | None, draws: Tensor | None) -> Sequence[Tensor | None]:
+        """For each block the factors (2, B) of its branches, 0 or 1 / (1 - rate): the expectation stays."""
+        config = self.config
+        shape = (0 if pixels is None else pixels.shape[0], config.num_hidden_layers, 2)
+        if draws is not None and draws.shape != shape:
+            raise ValueError(f"depth_draws must be {shape}: two for each block of each image; found "
+                             f"{tuple(draws.shape)}")
+        if pixels is None or not self.training or config.drop_path_rate == 0.0:
+            return [None] * config.num_hidden_layers
+        draws = torch.rand(shape) if draws is None else draws
+        rates = torch.tensor(config.drop_path_rates, device=draws.device).view(-1, 1)
+        keeps = (draws >= rates).float() / (1.0 - rates)
+        keeps = keeps.permute(1, 2, 0).to(pixels.device, non_blocking=True)
+        return [keep if rate else None for keep, rate in zip(keeps, config.drop_path_rates, strict=True)]
+
+    def _embed(self, pixels: Tensor | None, mask: Tensor | None, interpolate: bool) -> Tensor:
+        config = self.config
+        if pixels is None:
+            raise ValueError("pixel_values are missing; pass a tensor (images, channels, height, width)")
+        if pixels.dim() != 4 or pixels.shape[1] != config.num_channels:
+            raise ValueError(f"pixel_values must be (images, {config.num_channels}, height, width), found "
+                             f"{tuple(pixels.shape)}; DeiTImageProcessor makes them")
+        if not pixels.is_floating_point():
+            raise ValueError(f"pixel_values must be normalised floats, found {pixels.dtype}; DeiTImageProcessor makes "
+                             "them")
+        height, width = pixels.shape[2:]
+        if not interpolate and (height, width) != config.image_hw:
+            raise ValueError(f"images are {height}x{width}, this model takes {config.image_hw[0]}x"
+                             f"{config.image_hw[1]}; resize them, pass interpolate_pos_encoding=True, or call "
+                             "model.resize_to")
+        rows, columns = config.grid_of(height, width)
+        if not rows or not columns:
+            raise ValueError(f"images of {height}x{width} hold no patch of {config.patch_hw[0]}x{config.patch_hw[1]}")
+        patches = self.patch(pixels.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)  # (B, R * S, D)
+        batch = patches.shape[0]
+        if mask is not None:
+            hidden = self._mask(mask, batch, rows, columns)
+            patches = torch.where(hidden, self.mask_token.to(patches.dtype), patches)  # type: ignore[union-attr]
+        prefix = [self.cls_token] + ([self.distillation_token] if self.distillation_token is not None else [])
+        tokens = torch.cat([*(token.expand(batch, -1, -1) for token in prefix), patches], dim=1)
+        position = self._positions(rows, columns)
+        if not config.position_on_class_token:
+            position = F.pad(position, (0, 0, config.num_prefix_tokens, 0))
+        return self.dropout(tokens + position)
+
+    def _mask(self, mask: Tensor, batch: int, rows: int, columns: int) -> Tensor:
+        if self.mask_token is None:
+            raise ValueError("bool_masked_pos needs a mask token; build DeiTModel(config, use_mask_token=True) or "
+                             "DeiTForMaskedImageModeling")
+        if mask.shape != (batch, rows * columns):
+            raise ValueError(f"bool_masked_pos must be ({batch}, {rows * columns}): {rows}x{columns} patches for each "
+                             f"of {batch} images; found {tuple(mask.shape)}")
+        return mask.bool().unsqueeze(-1)  # (B, R * S, 1)
+
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        """Position embeddings for a grid of patches, those of the prefix tokens unchanged in front."""
+        if (rows, columns) == self.config.grid:
+            return self.position
+        prefix, grid = self.position.tensor_split([self.config.num_prefix_positions], dim=1)
+        grid = grid.unflatten(1, self.config.grid)  # (1, R, S, D)
+        # Float32 whatever the parameters' type: a weighted sum of 16 neighbours.
+        down = _resize_matrix(self.config.grid[0], rows).to(grid.device)
+        across = _resize_matrix(self.config.grid[1], columns).to(grid.device)
+        resized = torch.einsum("rR,sS,bRSd->brsd", down, across, grid.float()).to(grid.dtype)
+        return torch.cat([prefix, resized.flatten(1, 2)], dim=1)
+
+    def resize_grid(self, config: DeiTConfig) -> None:
+        position = self._positions(*config.grid).detach().clone()
+        self.position = nn.Parameter(position, requires_grad=self.position.requires_grad)
+        self._config = config
+
+    def _head_masks(self, mask: Tensor | None) -> list[Tensor] | list[None]:
+        blocks, heads = self.config.num_hidden_layers, self.config.num_attention_heads
+        if mask is None:
+            return [None] * blocks
+        if mask.shape not in ((heads,), (blocks, heads)):
+            raise ValueError(f"head_mask must be ({heads},) or ({blocks}, {heads}), found {tuple(mask.shape)}")
+        return list(mask.to(self.dtype).expand(blocks, heads))
+
+
+def _result(model: PreTrained, return_dict: bool | None, output: Any) -> Any:
+    as_object = model.config.return_dict if return_dict is None else return_dict
+    return output if as_object else output.to_tuple()
+
+
+class _WithHead(PreTrained):
+    """A backbone, named `deit` as users of `transformers` know it, under a head."""
+
+    def __init__(self, config: DeiTConfig, use_mask_token: bool = False):
+        super().__init__()
+        self.deit = DeiTModel(config, add_pooling_layer=False, use_mask_token=use_mask_token)
+
+    @property
+    def config(self) -> DeiTConfig:  # type: ignore[override]
+        return self.deit.config
+
+
+def _classifier(config: DeiTConfig) -> nn.Module:
+    if not config.num_labels:
+        return nn.Identity()
+    linear = nn.Linear(config.hidden_size, config.num_labels)
+    initialise(linear, config)
+    return linear
+
+
+class DeiTForMaskedImageModeling(_WithHead):
+    """Predicts the pixels of hidden patches with one linear layer (SimMIM, Xie et al. 2021).
+
+    Any grid of patches: non-square images and patches, and other resolutions with `interpolate_pos_encoding`.
+    """
+
+    kind = "masked_image"
+
+    def __init__(self, config: DeiTConfig):
+        if config.patch_hw != _as_pair(config.encoder_stride):
+            raise ValueError(f"the decoder paints a patch from its token: encoder_stride={config.encoder_stride} must "
+                             f"equal patch_size={config.patch_size}; use config.replace(encoder_stride=...)")
+        super().__init__(config, use_mask_token=True)
+        outputs = math.prod(config.patch_hw) * config.num_channels
+        self.decoder = nn.Conv2d(config.hidden_size, outputs, kernel_size=1)
+        initialise(self.decoder, config)
+
+    def forward(self, pixel_values: Tensor | None = None, bool_masked_pos: Tensor | None = None,
+                head_mask: Tensor | None = None, output_attentions: bool | None = None,
+                output_hidden_states: bool | None = None, return_dict: bool | None = None,
+                interpolate_pos_encoding: bool = False, *, depth_draws: Tensor | None = None,
+                trace: Trace | None = None) -> MaskedImageModelingOutput | tuple[Any, ...]:
+        """As `DeiTModel.forward`; with `bool_masked_pos` the output has the `loss` on the hidden patches."""
+        out = self.deit(pixel_values, bool_masked_pos, head_mask, output_attentions, output_hidden_states, True,
+                        interpolate_pos_encoding, depth_draws=depth_draws, trace=trace)
+        config = self.config
+        rows, columns = config.grid_of(*pixel_values.shape[2:])  # type: ignore[union-attr]
+        tokens = out.last_hidden_state[:, config.num_prefix_tokens:]
+        painted = self.decoder(tokens.transpose(1, 2).unflatten(2, (rows, columns)))  # (B, channels * P * P, R, S)
+        height, width = config.patch_hw
+        painted = painted.unflatten(1, (config.num_channels, height, width)).permute(0, 1, 4, 2, 5, 3)
+        painted = note(trace, "reconstruction", painted.flatten(4, 5).flatten(2, 3))  # (B, channels, R * P, S * P)
+        loss = None
+        if bool_masked_pos is not None:
+            loss = masked_image_loss(pixel_values, painted,  # type: ignore[arg-type]
+                                     bool_masked_pos.unflatten(1, (rows, columns)))
+        return _result(self, return_dict, MaskedImageModelingOutput(
+            loss=loss, reconstruction=painted, hidden_states=out.hidden_states, attentions=out.attentions))
+
+
+class DeiTForImageClassification(_WithHead):
+    """A linear classifier on the class token."""
+
+    kind = "classification"
+
+    def __init__(self, config: DeiTConfig):
+        super().__init__(config)
+        self.classifier = _classifier(config)
+
+    def forward(self, pixel_values: Tensor | None = None, head_mask: Tensor | None = None,
+                labels: Tensor | None = None, output_attentions: bool | None = None,
+                output_hidden_states: bool | None = None, return_dict: bool | None = None,
+                interpolate_pos_encoding: bool = False, *, depth_draws: Tensor | None = None,
+                trace: Trace | None = None) -> ImageClassifierOutput | tuple[Any, ...]:
+        """As `DeiTModel.forward`; `labels` give the loss: (B,) class indices, or (B, C) multi-label or regression."""
+        out = self.deit(pixel_values, None, head_mask, output_attentions, output_hidden_states, True,
+                        interpolate_pos_encoding, depth_draws=depth_draws, read=1, trace=trace)
+        logits = note(trace, "logits", self.classifier(out.last_hidden_state[:, 0]))
+        loss = None if labels is None else classification_loss(logits, labels, self.config)
+        return _result(self, return_dict, ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions))
+
+
+class DeiTForImageClassificationWithTeacher(_WithHead):
+    """Two linear classifiers: the class token's learns from labels, the distillation token's from a teacher.
+
+    `logits` are the mean of both heads' logits, as the original code and `transformers` fuse them; `fuse_heads` has
+    the paper's sum of softmaxes and either head alone.
+    """
+
+    kind = "with_teacher"
+
+    def __init__(self, config: DeiTConfig):
+        if not config.distillation_token:
+            raise ValueError("a model with teacher needs a distillation token, found distillation_token=False in the "
+                             "config; use DeiTForImageClassification, or config.replace(distillation_token=True)")
+        super().__init__(config)
+        self.cls_classifier = _classifier(config)
+        self.distillation_classifier = _classifier(config)
+
+    def forward(self, pixel_values: Tensor | None = None, head_mask: Tensor | None = None,
+                output_attentions: bool | None = None, output_hidden_states: bool | None = None,
+                return_dict: bool | None = None, interpolate_pos_encoding: bool = False, *,
+                labels: Tensor | None = None, teacher_logits: Tensor | None = None,
+                distillation: Distillation = "hard", distillation_weight: float | None = None,
+                temperature: float | None = None, depth_draws: Tensor | None = None,
+                trace: Trace | None = None,
+                ) -> DeiTForImageClassificationWithTeacherOutput | tuple[Any, ...]:
+        """As `DeiTModel.forward`, and the loss:
+
+        Args:
+            labels: (B,) class indices, or (B, C) probabilities (mixed labels).
+            teacher_logits: (B, C), or with hard distillation the teacher's decisions (B,). With both, `loss` is
+                `losses.distillation_loss` (hard, or soft with `distillation_weight` and `temperature`). With labels
+                alone it is the loss of the fused logits, in evaluation only: training so would ignore the teacher.
+        """
+        out = self.deit(pixel_values, None, head_mask, output_attentions, output_hidden_states, True,
+                        interpolate_pos_encoding, depth_draws=depth_draws, read=2, trace=trace)
+        cls_logits = note(trace, "cls_logits", self.cls_classifier(out.last_hidden_state[:, 0]))
+        distillation_logits = note(trace, "distillation_logits",
+                                   self.distillation_classifier(out.last_hidden_state[:, 1]))
+        logits = (cls_logits + distillation_logits) / 2
+        loss = None
+        if labels is not None and teacher_logits is not None:
+            loss = distillation_loss(cls_logits, distillation_logits, labels, teacher_logits, kind=distillation,
+                                     weight=distillation_weight, temperature=temperature)
+        elif labels is not None and not self.training:
+            loss = classification_loss(logits, labels, self.config)
+        elif (labels is None) != (teacher_logits is None):
+            raise ValueError("distillation trains on labels and teacher_logits together, found only "
+                             f"{'labels' if teacher_logits is None else 'teacher_logits'}; pass both, or train "
+                             "DeiTForImageClassification")
+        return _result(self, return_dict, DeiTForImageClassificationWithTeacherOutput(
+            loss=loss, logits=logits, cls_logits=cls_logits, distillation_logits=distillation_logits,
+            hidden_states=out.hidden_states, attentions=out.attentions))
+
+
+def fuse_heads(cls_logits: Tensor, distillation_logits: Tensor, head: Head = "fused") -> Tensor:
+    """Class probabilities (B, C) from the two heads' logits (B, C).
+
+    `fused`: softmax of the mean of the logits (the original code, `transformers`, timm). `softmax`: mean of the
+    softmaxes (the paper, section 4: "we add the softmax output by the two classifiers"). `class`, `distillation`: one
+    head alone.
+    """
+    match head:
+        case "fused":
+            return ((cls_logits + distillation_logits) / 2).softmax(-1)
+        case "softmax":
+            return (cls_logits.softmax(-1) + distillation_logits.softmax(-1)) / 2
+        case "class":
+            return cls_logits.softmax(-1)
+        case "distillation":
+            return distillation_logits.softmax(-1)
+    raise ValueError(f"head={head!r} is not known; choose fused, class, distillation or softmax")
+
+
+def head_probabilities(output: ModelOutput, temperature: float = 1.0) -> dict[Head, Tensor]:
+    """Class probabilities (B, C) by every head of a classifier's output, of logits divided by `temperature`; one with a
+    single head has `fused` and `class` alike."""
+    if isinstance(output, DeiTForImageClassificationWithTeacherOutput):
+        heads: tuple[Head, ...] = get_args(Head)
+        both = output.cls_logits.float() / temperature, output.distillation_logits.float() / temperature
+        return {head: fuse_heads(*both, head) for head in heads}
+    alone = (output["logits"].float() / temperature).softmax(-1)
+    return {"fused": alone, "class": alone}
+
+
+class ViTModel(DeiTModel):
+    """`DeiTModel` without distillation token."""
+
+    config_class = ViTConfig
+
+    def __init__(self, config: DeiTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
+        _refuse_distillation_token(config)
+        super().__init__(config, add_pooling_layer, use_mask_token)
+
+
+class ViTForImageClassification(DeiTForImageClassification):
+    """`DeiTForImageClassification` without distillation token; the backbone is also known as `vit`."""
+
+    config_class = ViTConfig
+
+    def __init__(self, config: DeiTConfig):
+        _refuse_distillation_token(config)
+        super().__init__(config)
+
+    @property
+    def vit(self) -> DeiTModel:
+        return self.deit
+
+
+def _refuse_distillation_token(config: DeiTConfig) -> None:
+    if config.distillation_token:
+        raise ValueError("a ViT has no distillation token, found distillation_token=True in the config; use the DeiT "
+                         "class, or ViTConfig")
+
+
+def _as_pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
+
+
+__all__ = ["Attention", "Block", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher",
+           "DeiTForMaskedImageModeling", "DeiTModel", "PreTrained", "ViTConfig", "ViTForImageClassification",
+           "ViTModel", "fuse_heads", "head_probabilities"]

@@ -1,0 +1,511 @@
+"""The network and its heads, Keras 3: `model`'s twin, class for class, for the TensorFlow and JAX back ends.
+
+B images, N tokens (prefix and patches), D width, H heads, K head width, C classes, R x S grid of patches, P x Q pixels
+of a patch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from deit import weights
+from deit.config import DeiTConfig, ViTConfig
+from deit.model.loss_rules import Distillation, distillation_settings, same_shape
+from deit.model.outputs import (
+    BaseModelOutputWithPooling,
+    DeiTForImageClassificationWithTeacherOutput,
+    Head,
+    ImageClassifierOutput,
+    MaskedImageModelingOutput,
+)
+from deit.model_keras.pretrained import PreTrainedKeras, Trace, by_name, initial, initial_patch, note
+
+import keras  # isort: skip  # after the line above, which says what is missing
+from keras import ops  # isort: skip
+
+from deit.model_keras.losses import classification_loss, distillation_loss, masked_image_loss  # isort: skip
+
+
+def _gelu_tanh(x: Any) -> Any:
+    return ops.gelu(x, approximate=True)
+
+
+_ACTIVATION: dict[str, Callable[[Any], Any]] = {
+    "gelu": lambda x: ops.gelu(x, approximate=False), "gelu_new": _gelu_tanh, "gelu_pytorch_tanh": _gelu_tanh,
+    "quick_gelu": lambda x: x * ops.sigmoid(1.702 * x), "relu": ops.relu, "silu": ops.silu, "swish": ops.silu,
+    "tanh": ops.tanh, "sigmoid": ops.sigmoid, "linear": lambda x: x,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ blocks
+
+
+def _linear(config: DeiTConfig, inputs: int, outputs: int, dtype: Any, bias: bool = True) -> keras.layers.Dense:
+    layer = keras.layers.Dense(outputs, use_bias=bias, kernel_initializer=initial(config), dtype=dtype)
+    layer.build((None, inputs))
+    return layer
+
+
+def _norm(config: DeiTConfig, dtype: Any) -> keras.layers.LayerNormalization:
+    layer = keras.layers.LayerNormalization(epsilon=config.layer_norm_eps, dtype=dtype)
+    layer.build((None, config.hidden_size))
+    return layer
+
+
+class Attention(keras.layers.Layer):
+    """Multi-head self-attention; the weights in float32."""
+
+    def __init__(self, config: DeiTConfig, dtype: Any):
+        super().__init__(dtype=dtype)
+        width = config.hidden_size
+        self.heads, self.head_width = config.num_attention_heads, config.head_width
+        self.qkv = _linear(config, width, 3 * width, dtype, config.qkv_bias)
+        self.out = _linear(config, width, width, dtype)
+        self.dropout = keras.layers.Dropout(config.attention_probs_dropout_prob, dtype="float32")
+        self.built = True
+
+    def call(self, x: Any, head_mask: Any = None, read: int | None = None, training: bool = False) -> tuple[Any, Any]:
+        """What the first `read` tokens, or all, gather from all tokens; and their attention weights (B, H, N, N)."""
+        tokens, width = x.shape[1:]
+        qkv = ops.reshape(self.qkv(x), (-1, tokens, 3, self.heads, self.head_width))
+        q, k, v = ops.unstack(ops.transpose(qkv, (2, 0, 3, 1, 4)), 3)  # each (B, H, N, K)
+        q = q[:, :, :read] * self.head_width**-0.5
+        scores = ops.cast(ops.matmul(q, ops.transpose(k, (0, 1, 3, 2))), "float32")  # (B, H, N, N)
+        attention = self.dropout(ops.softmax(scores, axis=-1), training=training)
+        if head_mask is not None:
+            attention = attention * ops.reshape(head_mask, (-1, 1, 1))
+        y = ops.transpose(ops.matmul(ops.cast(attention, v.dtype), v), (0, 2, 1, 3))
+        return self.out(ops.reshape(y, (-1, y.shape[1], width))), attention
+
+
+class MLP(keras.layers.Layer):
+    def __init__(self, config: DeiTConfig, dtype: Any):
+        super().__init__(dtype=dtype)
+        self.fc1 = _linear(config, config.hidden_size, config.intermediate_size, dtype)
+        self.activation = _ACTIVATION[config.hidden_act]
+        self.fc2 = _linear(config, config.intermediate_size, config.hidden_size, dtype)
+        self.built = True
+
+    def call(self, x: Any) -> Any:
+        # Of matrices, and not of stacks of them, TensorFlow makes product, bias and GELU one operation.
+        y = self.fc2(self.activation(self.fc1(ops.reshape(x, (-1, x.shape[-1])))))
+        return ops.reshape(y, (-1, *x.shape[1:]))
+
+
+class Block(keras.layers.Layer):
+    """Pre-norm transformer block; both branches with optional LayerScale, and a factor `keep` (2, B) for each image:
+    stochastic depth's. `read`: only so many of the first tokens are wanted of the result."""
+
+    def __init__(self, config: DeiTConfig, dtype: Any, name: str):
+        super().__init__(dtype=dtype, name=name)
+        width, value = config.hidden_size, config.layer_scale_init_value
+        self.norm1 = _norm(config, dtype)
+        self.attention = Attention(config, dtype)
+        self.scale1 = None if value is None else self._scale("scale1", width, value)
+        self.norm2 = _norm(config, dtype)
+        self.mlp = MLP(config, dtype)
+        self.scale2 = None if value is None else self._scale("scale2", width, value)
+        self.dropout = keras.layers.Dropout(config.hidden_dropout_prob, dtype=dtype)
+        self.built = True
+
+    def _scale(self, name: str, width: int, value: float) -> keras.Variable:
+        return self.add_weight(shape=(width,), initializer=keras.initializers.Constant(value), name=name)
+
+    def call(self, x: Any, head_mask: Any = None, keep: Any = None, read: int | None = None,
+             training: bool = False) -> tuple[Any, Any]:
+        first, second = (None, None) if keep is None else (keep[0], keep[1])
+        y, attention = self.attention(self.norm1(x), head_mask, read=read, training=training)
+        x = x[:, :read] + self._branch(y, self.scale1, first, training)
+        x = x + self._branch(self.mlp(self.norm2(x)), self.scale2, second, training)
+        return x, attention
+
+    def _branch(self, y: Any, scale: Any, keep: Any, training: bool) -> Any:
+        y = self.dropout(y, training=training)
+        y = y if scale is None else y * scale
+        return y if keep is None else y * ops.reshape(ops.cast(keep, y.dtype), (-1, 1, 1))
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+@keras.saving.register_keras_serializable("deit")
+class TFDeiTModel(PreTrainedKeras):
+    """The backbone: patches and prefix tokens through the blocks (Touvron et al. 2020, sections 3 and 4).
+
+    Args:
+        config: sizes and options; with `distillation_token=False`, a plain ViT.
+        add_pooling_layer: adds a linear layer and `config.pooler_act` on the class token.
+        use_mask_token: adds the token that stands in for hidden patches (`bool_masked_pos`).
+        dtype: Keras dtype policy; None is the global one.
+    """
+
+    kind = "backbone"
+    answer = "last_hidden_state"
+
+    def __init__(self, config: DeiTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False, *,
+                 name: str | None = None, dtype: Any = None):
+        super().__init__(config, name=name, dtype=dtype)
+        width, policy = config.hidden_size, self.dtype_policy
+        self.cls_token = self._token("cls_token")
+        self.distillation_token = self._token("distillation_token") if config.distillation_token else None
+        self.mask_token = self._token("mask_token") if use_mask_token else None
+        self.position = self._token("position", config.num_prefix_positions + config.num_patches)
+        self.patch = keras.layers.Dense(width, kernel_initializer=initial_patch(config),
+                                        bias_initializer=initial_patch(config), dtype=policy)
+        self.patch.build((None, config.num_channels * math.prod(config.patch_hw)))
+        self.dropout = keras.layers.Dropout(config.hidden_dropout_prob, dtype=policy)
+        self.blocks = [Block(config, policy, f"block{i:02}") for i in range(config.num_hidden_layers)]
+        self.norm = _norm(config, policy)
+        self.pooler = _linear(config, width, config.pooler_width, policy) if add_pooling_layer else None
+        self.pooler_activation = _ACTIVATION[config.pooler_act]
+        self.depth_seed = keras.random.SeedGenerator() if config.drop_path_rate else None
+
+    def _token(self, name: str, count: int = 1) -> keras.Variable:
+        return self.add_weight(shape=(1, count, self.config.hidden_size), initializer=initial(self.config), name=name)
+
+    @by_name
+    def call(self, pixel_values: Any = None, bool_masked_pos: Any = None, head_mask: Any = None,
+             output_attentions: bool | None = None, output_hidden_states: bool | None = None,
+             return_dict: bool | None = None, interpolate_pos_encoding: bool = False, training: bool = False,
+             depth_draws: Any = None, read: int | None = None, trace: Trace | None = None) -> Any:
+        """Args:
+            pixel_values: (B, channels, height, width), normalised; or a dictionary of all tensors by name.
+            bool_masked_pos: (B, patches), true where a patch is replaced by the mask token.
+            head_mask: (H,) or (blocks, H), a factor for each head's attention weights, 0 to 1.
+            output_attentions, output_hidden_states, return_dict: None takes the config's.
+            interpolate_pos_encoding: accept images of another size than `config.image_size`.
+            training: stochastic depth and dropout act.
+            depth_draws: (B, blocks, 2), uniform in [0, 1): stochastic depth in training drops a branch for an image
+                where its number is below the block's rate. None draws them here.
+            read: only so many of the first tokens are wanted of `last_hidden_state`: the last block then computes no
+                others. Where hidden states, attentions or a trace are asked for, it gives all.
+            trace: a dict to fill with every intermediate by name.
+        """
+        config = self.config
+        need_weights = config.output_attentions if output_attentions is None else output_attentions
+        keep_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        masks = self._head_masks(head_mask)
+        x = note(trace, "embeddings", self._embed(pixel_values, bool_masked_pos, interpolate_pos_encoding, training))
+        keeps = self._keeps(x, depth_draws, training)
+        reads: list[int | None] = [None] * len(self.blocks)
+        if reads and not (need_weights or keep_states or trace is not None):
+            reads[-1] = read
+        states, attentions = [x], []
+        for i, block in enumerate(self.blocks):
+            x, attention = block(x, masks[i], keep=keeps[i], read=reads[i], training=training)
+            note(trace, f"block{i:02}", x)
+            states.append(x)
+            attentions.append(attention)
+        x = note(trace, "norm", self.norm(x))
+        pooled = None if self.pooler is None else note(trace, "pooler", self.pooler_activation(self.pooler(x[:, 0])))
+        return self._result(return_dict, BaseModelOutputWithPooling(
+            last_hidden_state=x, pooler_output=pooled, hidden_states=tuple(states) if keep_states else None,
+            attentions=tuple(attentions) if need_weights else None))
+
+    def _keeps(self, x: Any, draws: Any, training: bool) -> Sequence[Any]:
+        """For each block the factors (2, B) of its branches, 0 or 1 / (1 - rate): the expectation stays."""
+        config = self.config
+        shape = (x.shape[0], config.num_hidden_layers, 2)
+        if draws is not None and not same_shape(draws.shape, shape):
+            raise ValueError(f"depth_draws must be {shape}: two for each block of each image; found "
+                             f"{tuple(draws.shape)}")
+        if not training or config.drop_path_rate == 0.0:
+            return [None] * config.num_hidden_layers
+        if draws is None:
+            draws = keras.random.uniform((ops.shape(x)[0], *shape[1:]), seed=self.depth_seed, dtype="float32")
+        rates = np.array(config.drop_path_rates, "float32")[:, None]
+        keeps = ops.cast(draws >= rates, "float32") / (1.0 - rates)
+        keeps = ops.unstack(ops.transpose(keeps, (1, 2, 0)), config.num_hidden_layers)
+        return [keep if rate else None for keep, rate in zip(keeps, config.drop_path_rates, strict=True)]
+
+    def _embed(self, pixels: Any, mask: Any, interpolate: bool, training: bool) -> Any:
+        config, (patch_height, patch_width) = self.config, self.config.patch_hw
+        if pixels is None:
+            raise ValueError("pixel_values are missing; pass a tensor (images, channels, height, width)")
+        if len(pixels.shape) != 4 or pixels.shape[1] != config.num_channels:
+            raise ValueError(f"pixel_values must be (images, {config.num_channels}, height, width), found "
+                             f"{tuple(pixels.shape)}; DeiTImageProcessor makes them")
+        if not keras.backend.is_float_dtype(pixels.dtype):
+            raise ValueError(f"pixel_values must be normalised floats, found "
+                             f"{keras.backend.standardize_dtype(pixels.dtype)}; DeiTImageProcessor makes them")
+        height, width = pixels.shape[2:]
+        if height is None or width is None:
+            raise ValueError(f"pixel_values must have a known height and width, found {tuple(pixels.shape)}; a graph "
+                             "is made for one size of images")
+        if not interpolate and (height, width) != config.image_hw:
+            raise ValueError(f"images are {height}x{width}, this model takes {config.image_hw[0]}x"
+                             f"{config.image_hw[1]}; resize them, pass interpolate_pos_encoding=True, or load the "
+                             "model with image_size=")
+        rows, columns = config.grid_of(height, width)
+        if not rows or not columns:
+            raise ValueError(f"images of {height}x{width} hold no patch of {patch_height}x{patch_width}")
+        pixels = ops.cast(pixels[:, :, :rows * patch_height, :columns * patch_width], self.compute_dtype)
+        # A convolution whose patches don't overlap is a matrix product, which every back end has in this layout.
+        patches = ops.reshape(pixels, (-1, config.num_channels, rows, patch_height, columns, patch_width))
+        patches = ops.reshape(ops.transpose(patches, (0, 2, 4, 1, 3, 5)),
+                              (-1, rows * columns, config.num_channels * patch_height * patch_width))
+        patches = self.patch(patches)  # (B, R * S, D)
+        if mask is not None:
+            hidden = self._mask(mask, patches.shape[0], rows, columns)
+            patches = ops.where(hidden, ops.cast(self.mask_token, patches.dtype), patches)
+        prefix = ops.concatenate([ops.cast(token, patches.dtype) for token in (self.cls_token, self.distillation_token)
+                                  if token is not None], axis=1)
+        position = ops.cast(self._positions(rows, columns), patches.dtype)
+        if config.position_on_class_token:
+            prefix = prefix + position[:, :config.num_prefix_tokens]
+        patches = patches + position[:, config.num_prefix_positions:]
+        prefix = ops.broadcast_to(prefix, (ops.shape(patches)[0], *prefix.shape[1:]))
+        return self.dropout(ops.concatenate([prefix, patches], axis=1), training=training)
+
+    def _mask(self, mask: Any, batch: int | None, rows: int, columns: int) -> Any:
+        if self.mask_token is None:
+            raise ValueError("bool_masked_pos needs a mask token; build TFDeiTModel(config, use_mask_token=True) or "
+                             "TFDeiTForMaskedImageModeling")
+        if not same_shape(mask.shape, (batch, rows * columns)):
+            raise ValueError(f"bool_masked_pos must be ({batch}, {rows * columns}): {rows}x{columns} patches for each "
+                             f"of {batch} images; found {tuple(mask.shape)}")
+        return ops.cast(mask, "bool")[:, :, None]  # (B, R * S, 1)
+
+    def _positions(self, rows: int, columns: int) -> Any:
+        """Position embeddings for a grid of patches, those of the prefix tokens unchanged in front."""
+        config, prefix = self.config, self.config.num_prefix_positions
+        if (rows, columns) == config.grid:
+            return self.position
+        # Float32 whatever the weights' type: a weighted sum of 16 neighbours.
+        grid = ops.reshape(ops.cast(self.position[:, prefix:], "float32"), (*config.grid, config.hidden_size))
+        down, across = (weights.resize_matrix(*sizes).astype("float32")
+                        for sizes in zip(config.grid, (rows, columns), strict=True))
+        grid = ops.matmul(down, ops.reshape(grid, (config.grid[0], -1)))  # (new R, S * D)
+        grid = ops.matmul(across, ops.reshape(grid, (rows, config.grid[1], config.hidden_size)))
+        grid = ops.reshape(grid, (1, rows * columns, config.hidden_size))
+        return ops.concatenate([ops.cast(self.position[:, :prefix], "float32"), grid], axis=1)
+
+    def _head_masks(self, mask: Any) -> Sequence[Any]:
+        blocks, heads = self.config.num_hidden_layers, self.config.num_attention_heads
+        if mask is None:
+            return [None] * blocks
+        if tuple(mask.shape) not in ((heads,), (blocks, heads)):
+            raise ValueError(f"head_mask must be ({heads},) or ({blocks}, {heads}), found {tuple(mask.shape)}")
+        return ops.unstack(ops.broadcast_to(ops.cast(mask, "float32"), (blocks, heads)), blocks)
+
+
+class _WithHead(PreTrainedKeras):
+    """A backbone, named `deit` as users of `transformers` know it, under a head."""
+
+    def __init__(self, config: DeiTConfig, *, name: str | None = None, dtype: Any = None, use_mask_token: bool = False):
+        super().__init__(config, name=name, dtype=dtype)
+        self.deit = TFDeiTModel(config, False, use_mask_token, name="deit", dtype=self.dtype_policy)
+
+    def _classifier(self) -> keras.layers.Layer:
+        config = self.config
+        return (_linear(config, config.hidden_size, config.num_labels, self.dtype_policy) if config.num_labels else
+                keras.layers.Identity(dtype=self.dtype_policy))
+
+
+@keras.saving.register_keras_serializable("deit")
+class TFDeiTForMaskedImageModeling(_WithHead):
+    """Predicts the pixels of hidden patches with one linear layer (SimMIM, Xie et al. 2021).
+
+    Any grid of patches: non-square images and patches, and other resolutions with `interpolate_pos_encoding`. `fit` on
+    `{"pixel_values": …, "bool_masked_pos": …}` after `compile(optimizer)` minimises the loss on the hidden patches.
+    """
+
+    kind = "masked_image"
+    answer = "reconstruction"
+
+    def __init__(self, config: DeiTConfig, *, name: str | None = None, dtype: Any = None):
+        stride = config.encoder_stride
+        if config.patch_hw != ((stride, stride) if isinstance(stride, int) else stride):
+            raise ValueError(f"the decoder paints a patch from its token: encoder_stride={stride} must equal "
+                             f"patch_size={config.patch_size}; use config.replace(encoder_stride=...)")
+        super().__init__(config, name=name, dtype=dtype, use_mask_token=True)
+        self.decoder = _linear(config, config.hidden_size, math.prod(config.patch_hw) * config.num_channels,
+                               self.dtype_policy)
+
+    @by_name
+    def call(self, pixel_values: Any = None, bool_masked_pos: Any = None, head_mask: Any = None,
+             output_attentions: bool | None = None, output_hidden_states: bool | None = None,
+             return_dict: bool | None = None, interpolate_pos_encoding: bool = False, training: bool = False,
+             depth_draws: Any = None, trace: Trace | None = None) -> Any:
+        """As `TFDeiTModel.call`; with `bool_masked_pos` the output has the `loss` on the hidden patches."""
+        config, (height, width) = self.config, self.config.patch_hw
+        out = self.deit.call(pixel_values, bool_masked_pos, head_mask, output_attentions, output_hidden_states, True,
+                             interpolate_pos_encoding, training, depth_draws, trace=trace)
+        rows, columns = config.grid_of(*pixel_values.shape[2:])
+        painted = self.decoder(out.last_hidden_state[:, config.num_prefix_tokens:])  # (B, R * S, channels * P * Q)
+        painted = ops.reshape(painted, (-1, rows, columns, config.num_channels, height, width))
+        painted = ops.transpose(painted, (0, 3, 1, 4, 2, 5))
+        painted = note(trace, "reconstruction", ops.reshape(
+            painted, (-1, config.num_channels, rows * height, columns * width)))
+        found = MaskedImageModelingOutput(reconstruction=painted, hidden_states=out.hidden_states,
+                                          attentions=out.attentions)
+        if bool_masked_pos is not None:
+            found.loss = self.own_loss(found, {"pixel_values": pixel_values, "bool_masked_pos": bool_masked_pos},
+                                       training)
+        return self._result(return_dict, found)
+
+    def own_loss(self, output: Any, given: Mapping[str, Any], training: bool) -> Any:
+        mask = given.get("bool_masked_pos")
+        if mask is None:
+            raise ValueError("masked image modelling trains on pixel_values and bool_masked_pos, found no mask; give "
+                             "fit a dictionary with both")
+        pixels, (height, width) = given["pixel_values"], self.config.patch_hw
+        rows, columns = output.reconstruction.shape[2] // height, output.reconstruction.shape[3] // width
+        return masked_image_loss(pixels, output.reconstruction, ops.reshape(mask, (-1, rows, columns)))
+
+
+@keras.saving.register_keras_serializable("deit")
+class TFDeiTForImageClassification(_WithHead):
+    """A linear classifier on the class token.
+
+    `fit` takes any Keras loss of the logits, or after `compile(optimizer)` its own, as `labels` give it.
+    """
+
+    kind = "classification"
+
+    def __init__(self, config: DeiTConfig, *, name: str | None = None, dtype: Any = None):
+        super().__init__(config, name=name, dtype=dtype)
+        self.classifier = self._classifier()
+
+    @by_name
+    def call(self, pixel_values: Any = None, head_mask: Any = None, labels: Any = None,
+             output_attentions: bool | None = None, output_hidden_states: bool | None = None,
+             return_dict: bool | None = None, interpolate_pos_encoding: bool = False, training: bool = False,
+             depth_draws: Any = None, trace: Trace | None = None) -> Any:
+        """As `TFDeiTModel.call`; `labels` give the loss: (B,) class indices, or (B, C) multi-label or regression."""
+        out = self.deit.call(pixel_values, None, head_mask, output_attentions, output_hidden_states, True,
+                             interpolate_pos_encoding, training, depth_draws, 1, trace)
+        logits = note(trace, "logits", self.classifier(out.last_hidden_state[:, 0]))
+        loss = None if labels is None else classification_loss(logits, labels, self.config)
+        return self._result(return_dict, ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions))
+
+    def own_loss(self, output: Any, given: Mapping[str, Any], training: bool) -> Any:
+        if given.get("labels") is None:
+            raise ValueError("classification trains on labels, found none; give fit images and labels")
+        return classification_loss(output.logits, given["labels"], self.config)
+
+
+@keras.saving.register_keras_serializable("deit")
+class TFDeiTForImageClassificationWithTeacher(_WithHead):
+    """Two linear classifiers: the class token's learns from labels, the distillation token's from a teacher.
+
+    `logits` are the mean of both heads' logits. After `compile(optimizer)`, `fit` minimises the paper's loss
+    (section 4): its data are images, `labels` and `teacher_logits`, each among the inputs or the targets, by name. A
+    loss given to `compile` judges the mean of the logits, and knows no teacher.
+    """
+
+    kind = "with_teacher"
+
+    def __init__(self, config: DeiTConfig, *, name: str | None = None, dtype: Any = None):
+        if not config.distillation_token:
+            raise ValueError("a model with teacher needs a distillation token, found distillation_token=False in the "
+                             "config; use TFDeiTForImageClassification, or config.replace(distillation_token=True)")
+        super().__init__(config, name=name, dtype=dtype)
+        self.cls_classifier = self._classifier()
+        self.distillation_classifier = self._classifier()
+        self._distillation: dict[str, Any] = {}
+
+    @by_name
+    def call(self, pixel_values: Any = None, head_mask: Any = None, output_attentions: bool | None = None,
+             output_hidden_states: bool | None = None, return_dict: bool | None = None,
+             interpolate_pos_encoding: bool = False, training: bool = False, labels: Any = None,
+             teacher_logits: Any = None, depth_draws: Any = None, trace: Trace | None = None) -> Any:
+        """As `TFDeiTModel.call`, and the loss:
+
+        Args:
+            labels: (B,) class indices, or (B, C) probabilities (mixed labels).
+            teacher_logits: (B, C), or with hard distillation the teacher's decisions (B,). With both, `loss` is
+                `losses.distillation_loss`, hard or as `compile` says. With labels alone it is the loss of the fused
+                logits, in evaluation only: training so would ignore the teacher.
+        """
+        out = self.deit.call(pixel_values, None, head_mask, output_attentions, output_hidden_states, True,
+                             interpolate_pos_encoding, training, depth_draws, 2, trace)
+        cls_logits = note(trace, "cls_logits", self.cls_classifier(out.last_hidden_state[:, 0]))
+        distillation_logits = note(trace, "distillation_logits",
+                                   self.distillation_classifier(out.last_hidden_state[:, 1]))
+        found = DeiTForImageClassificationWithTeacherOutput(
+            logits=(cls_logits + distillation_logits) / 2, cls_logits=cls_logits,
+            distillation_logits=distillation_logits, hidden_states=out.hidden_states, attentions=out.attentions)
+        # A teacher's logits alone: the labels are `fit`'s targets, which `own_loss` gets to see.
+        if labels is not None:
+            found.loss = self.own_loss(found, {"labels": labels, "teacher_logits": teacher_logits}, training)
+        return self._result(return_dict, found)
+
+    def own_loss(self, output: Any, given: Mapping[str, Any], training: bool) -> Any:
+        labels, teacher_logits = given.get("labels"), given.get("teacher_logits")
+        if labels is not None and teacher_logits is not None:
+            return distillation_loss(output.cls_logits, output.distillation_logits, labels, teacher_logits,
+                                     **self._distillation)
+        if labels is not None and not training:
+            return classification_loss(output.logits, labels, self.config)
+        raise ValueError("distillation trains on labels and teacher_logits together, found only "
+                         f"{'images' if labels is None else 'labels'}; pass both, or train "
+                         "TFDeiTForImageClassification")
+
+    def compile(self, *args: Any, distillation: Distillation = "hard", distillation_weight: float | None = None,
+                temperature: float | None = None, **options: Any) -> None:
+        """Keras' `compile`, and how the teacher teaches: hard (eq. 3) or soft (eq. 2), its share of the loss and the
+        temperature; None takes the paper's."""
+        distillation_settings(distillation, distillation_weight, temperature)
+        self._distillation = {"kind": distillation, "weight": distillation_weight, "temperature": temperature}
+        super().compile(*args, **options)
+
+    def get_compile_config(self) -> dict[str, Any]:
+        config = super().get_compile_config()
+        if not config:
+            return {}
+        kind, weight, temperature = (self._distillation[name] for name in ("kind", "weight", "temperature"))
+        return {**config, "distillation": kind, "distillation_weight": weight, "temperature": temperature}
+
+
+def fuse_heads(cls_logits: Any, distillation_logits: Any, head: Head = "fused") -> Any:
+    """Class probabilities (B, C) from the two heads' logits (B, C), as `model.fuse_heads` defines them."""
+    cls_logits, distillation_logits = (ops.cast(x, "float32") for x in (cls_logits, distillation_logits))
+    match head:
+        case "fused":
+            return ops.softmax((cls_logits + distillation_logits) / 2)
+        case "softmax":
+            return (ops.softmax(cls_logits) + ops.softmax(distillation_logits)) / 2
+        case "class":
+            return ops.softmax(cls_logits)
+        case "distillation":
+            return ops.softmax(distillation_logits)
+    raise ValueError(f"head={head!r} is not known; choose fused, class, distillation or softmax")
+
+
+@keras.saving.register_keras_serializable("deit")
+class TFViTModel(TFDeiTModel):
+    """`TFDeiTModel` without distillation token."""
+
+    config_class = ViTConfig
+
+    def __init__(self, config: DeiTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False, *,
+                 name: str | None = None, dtype: Any = None):
+        _refuse_distillation_token(config)
+        super().__init__(config, add_pooling_layer, use_mask_token, name=name, dtype=dtype)
+
+
+@keras.saving.register_keras_serializable("deit")
+class TFViTForImageClassification(TFDeiTForImageClassification):
+    """`TFDeiTForImageClassification` without distillation token; the backbone is also known as `vit`."""
+
+    config_class = ViTConfig
+
+    def __init__(self, config: DeiTConfig, *, name: str | None = None, dtype: Any = None):
+        _refuse_distillation_token(config)
+        super().__init__(config, name=name, dtype=dtype)
+
+    @property
+    def vit(self) -> TFDeiTModel:
+        return self.deit
+
+
+def _refuse_distillation_token(config: DeiTConfig) -> None:
+    if config.distillation_token:
+        raise ValueError("a ViT has no distillation token, found distillation_token=True in the config; use the DeiT "
+                         "class, or ViTConfig")

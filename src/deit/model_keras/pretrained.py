@@ -1,0 +1,327 @@
+"""What every Keras model of the family has: files, `fit`, `.keras` and export. `pretrained`'s twin.
+
+B images, N tokens, D width, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import wraps
+from inspect import signature
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+if "tensorflow" not in sys.modules:
+    # PyTorch's compiler and TensorFlow each bring an LLVM. With TensorFlow's loaded first, Triton's aborts the process
+    # when it comes, e.g. with the first optimizer of torch.optim; the other way round both work.
+    with suppress(ImportError):
+        import triton  # noqa: F401
+
+from deit import host
+
+try:
+    import keras
+    from keras import ops
+except ImportError as error:
+    raise host.missing("the Keras classes need Keras 3 and one of its back ends, which KERAS_BACKEND names "
+                       f"({error})", "keras") from None
+
+from deit import weights
+from deit.config import DeiTConfig
+from deit.model import outputs
+from deit.model_keras import saved_model
+from deit.weights import hub
+
+# ----------------------------------------------------------------------------------------------- outputs as structures
+
+
+def _register(cls: type[outputs.ModelOutput]) -> None:
+    """Teaches Keras, TensorFlow or JAX to look into an output as they look into a dictionary."""
+    def flatten(output: outputs.ModelOutput) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+        return output.to_tuple(), tuple(output.keys())
+
+    def unflatten(names: Iterable[str], values: Iterable[Any]) -> outputs.ModelOutput:
+        return cls(**dict(zip(names, values, strict=True)))
+
+    import optree
+
+    optree.register_pytree_node(cls, flatten, unflatten, namespace="keras")  # type: ignore[arg-type]
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.tree_util.register_pytree_node(cls, flatten, unflatten)
+    elif keras.backend.backend() == "tensorflow":
+        cls.__tf_flatten__ = lambda output: flatten(output)[::-1]  # type: ignore[attr-defined]
+        cls.__tf_unflatten__ = classmethod(lambda _, names, values: unflatten(names, values))  # type: ignore[attr-defined]
+
+
+for _output in (outputs.BaseModelOutputWithPooling, outputs.MaskedImageModelingOutput, outputs.ImageClassifierOutput,
+                outputs.DeiTForImageClassificationWithTeacherOutput):
+    _register(_output)
+
+
+# ------------------------------------------------------------------------------------------------------------ arguments
+
+
+class Trace:
+    """The caller's dictionary, which Keras, that copies dictionaries among its arguments, passes on untouched."""
+
+    def __init__(self, into: dict[str, Any]):
+        self.into = into
+
+
+def note(trace: Trace | None, name: str, value: Any) -> Any:
+    """Keeps `value` under `name` when a trace is asked for, and passes it on."""
+    if trace is not None:
+        trace.into[name] = value
+    return value
+
+
+def by_name(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets `call` take its tensors as one dictionary in the place of the first, as `fit` passes them."""
+    @wraps(call)
+    def called(self: Any, pixel_values: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(pixel_values, Mapping):
+            kwargs = {**pixel_values, **kwargs}
+            pixel_values = kwargs.pop("pixel_values", None)
+            known = [name for name in signature(call).parameters if name not in ("self", "trace")]
+            if unknown := sorted(kwargs.keys() - {*known, "trace"}):
+                raise ValueError(f"{type(self).__name__} takes no {', '.join(unknown)}; it takes {', '.join(known)}")
+        return call(self, pixel_values, *args, **kwargs)
+
+    return called
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+
+
+class PreTrainedKeras(keras.Model):
+    """Base of the models.
+
+    All weights exist from the start. `dtype` is a Keras dtype policy, e.g. "mixed_bfloat16"; None is the global one.
+    """
+
+    kind: ClassVar[weights.Kind]
+    config_class: ClassVar[type[DeiTConfig]] = DeiTConfig
+    answer: ClassVar[str] = "logits"
+    """The field of the output that compiled losses and metrics judge."""
+
+    def __init__(self, config: DeiTConfig, *, name: str | None = None, dtype: Any = None):
+        # Inputs stay what they are: images are cast where they enter, labels and a teacher's logits never.
+        super().__init__(name=name, dtype=dtype, autocast=False)
+        self.config = config
+        self.built = True
+
+    def __call__(self, *args: Any, trace: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        if trace is not None:
+            kwargs["trace"] = Trace(trace)
+        if args and isinstance(args[0], Mapping):
+            args = (dict(args[0]), *args[1:])  # of mappings Keras sees into plain ones only
+        return super().__call__(*args, **kwargs)
+
+    # ---- files
+
+    def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "5GB",
+                        push_to_hub: bool = False, **push: Any) -> None:
+        """Writes `config.json` and `model.safetensors` (or shards): the files that the PyTorch classes and
+        `transformers` read."""
+        hub.write_checkpoint(Path(folder), self.config, self.tensors(), max_shard_size=max_shard_size)
+        if push_to_hub:
+            hub.push_folder(Path(folder), push.pop("repo_id", Path(folder).name), **push)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads the model (`token`, `private`, `revision`, `commit_message`); returns the commit's address."""
+        return hub.push_saved(self.save_pretrained, repo_id, **options)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The weights under the names of `weights.manifest` and in its shapes, which are PyTorch's."""
+        shapes = self._manifest()
+        return {name: _to_disk(ops.convert_to_numpy(variable), name, shapes[name])
+                for name, variable in self._variables().items()}
+
+    def _manifest(self) -> dict[str, tuple[int, ...]]:
+        backbone = _backbone(self)
+        return weights.manifest(self.config, self.kind, pooler=backbone.pooler is not None,
+                                mask_token=backbone.mask_token is not None)
+
+    def _variables(self) -> dict[str, keras.Variable]:
+        base = len(weights.BASE) if self.kind == "backbone" else 0
+        return {name: _variable(self, name[base:]) for name in self._manifest()}
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, *, config: DeiTConfig | None = None,
+                        revision: str | None = None, subfolder: str = "", cache_dir: str | Path | None = None,
+                        local_files_only: bool = False, token: str | bool | None = None, dtype: Any = None,
+                        ignore_mismatched_sizes: bool = False, output_loading_info: bool = False,
+                        **overrides: Any) -> Any:
+        """A model from a folder, a weight file or a hub repository, in any dialect that the PyTorch classes read, and
+        `tf_model.h5` of `transformers` 4. PyTorch itself is needed for `.bin` and `.pth` only.
+
+        Args:
+            name_or_folder: e.g. `facebook/deit-tiny-distilled-patch16-224`, `runs/x/model`, `deit_tiny.pth`.
+            config: replaces the file's own, and is needed where there is none and shapes can't tell.
+            dtype: Keras dtype policy; None is the global one.
+            ignore_mismatched_sizes: tensors of another shape than the model's are left at their fresh initialisation.
+            output_loading_info: returns `(model, info)`, info with missing, unexpected and mismatched keys.
+            overrides: fields of the config, e.g. `num_labels=10`, `id2label=...`, `drop_path_rate=0.1`. With
+                `image_size`, the positions are resized after reading (section 3.3 of the paper).
+
+        Returns:
+            The model; what the file lacks (a head, a pooler, a mask token) is initialised anew, with a warning.
+
+        Raises:
+            FileNotFoundError: nothing there, or not reachable.
+            CheckpointError, ValueError: truncated, corrupt, unsafe, unknown or ill-fitting; nothing is half-loaded.
+        """
+        where: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "cache_dir": cache_dir,
+                                 "local_files_only": local_files_only, "token": token}
+        found = hub.read_checkpoint(name_or_folder, config=config, arrays="numpy", **where)
+        return cls.from_checkpoint(found, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes,
+                                   output_loading_info=output_loading_info, **overrides)
+
+    @classmethod
+    def from_checkpoint(cls, found: hub.Checkpoint, *, dtype: Any = None, ignore_mismatched_sizes: bool = False,
+                        output_loading_info: bool = False, **overrides: Any) -> Any:
+        """`from_pretrained` of a checkpoint that is read already, in NumPy arrays."""
+        image_size = overrides.pop("image_size", None)
+        config = found.config_for(cls.kind, cls.config_class, overrides)
+        options: dict[str, Any] = found.options_for(cls.kind)
+        expected = weights.manifest(config, cls.kind, pooler=options.get("add_pooling_layer", False),
+                                    mask_token=options.get("use_mask_token", False))
+        fitted = found.fit(expected, ignore_mismatched_sizes)
+        if image_size is not None:
+            resized = config.replace(image_size=tuple(image_size) if isinstance(image_size, list) else image_size)
+            if "deit.position" in fitted.given:
+                fitted.given["deit.position"] = weights.resize_positions(fitted.given["deit.position"], config, resized)
+            config = resized
+        model = cls(config, dtype=dtype, **options)
+        model.set_tensors(fitted.given)
+        return (model, fitted.info) if output_loading_info else model
+
+    def set_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Puts values in place of the weights', by the names and in the shapes of `weights.manifest`."""
+        variables = self._variables()
+        for name, value in tensors.items():
+            variables[name].assign(_from_disk(value, name))
+
+    # ---- Keras' own file
+
+    def get_config(self) -> dict[str, Any]:
+        backbone = _backbone(self)
+        options = {"add_pooling_layer": backbone.pooler is not None,
+                   "use_mask_token": backbone.mask_token is not None} if self.kind == "backbone" else {}
+        return {"name": self.name, "dtype": keras.saving.serialize_keras_object(self.dtype_policy),
+                "config": self.config.to_dict(), **options}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        settings = dict(config)
+        dtype = settings.pop("dtype", None)
+        if isinstance(dtype, dict):
+            dtype = keras.saving.deserialize_keras_object(dtype)
+        return cls(cls.config_class.from_dict(settings.pop("config")), dtype=dtype, **settings)
+
+    # ---- training
+
+    def own_loss(self, output: Any, given: Mapping[str, Any], training: bool) -> Any:
+        """The loss that the model computes itself, from its output and the tensors of the data by name."""
+        raise ValueError(f"{type(self).__name__} has no loss of its own; give compile() a loss")
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Keras' `compile`; without `loss` the model's own is minimised."""
+        self.loss = self._compile_loss = None  # Keras would keep that of an earlier call
+        super().compile(*args, **options)
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
+    def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None,
+                     training: bool = True) -> Any:
+        """Keras' hook: a compiled loss judges `answer`, without one the model's own loss counts."""
+        if self._compile_loss is not None:
+            return super().compute_loss(x, self._labels(x, y), y_pred[self.answer], sample_weight, training)
+        if sample_weight is not None:
+            raise ValueError("the model's own loss weighs all images alike, found sample or class weights; leave them "
+                             "out, or give compile() a loss")
+        return self.own_loss(y_pred, _named("pixel_values", x) | _named("labels", y), training)
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
+        return super().compute_metrics(x, self._labels(x, y), y_pred[self.answer], sample_weight)
+
+    def _labels(self, x: Any, y: Any) -> Any:
+        """What metrics compare the answer with, wherever the data hold it."""
+        return (_named("pixel_values", x) | _named("labels", y)).get("labels")
+
+    def _result(self, return_dict: bool | None, output: Any) -> Any:
+        as_object = self.config.return_dict if return_dict is None else return_dict
+        return output if as_object else output.to_tuple()
+
+    # ---- export
+
+    def export(self, filepath: str | Path, format: saved_model.ExportFormat = "tf_saved_model", *,
+               tolerance: float = 1e-4, batch: int | None = None) -> Path:
+        """Writes the model for another runtime, runs what was written, and returns its path if it answers alike.
+
+        Args:
+            filepath: the SavedModel's folder, or a `.tflite` file.
+            format: `tf_saved_model`, with the endpoint `serve` (and `serving_default`); `litert` for LiteRT (TFLite).
+                Both take `pixel_values` (B, channels, height, width) and give the model's output by name.
+            tolerance: the largest difference that is accepted, of outputs on random images.
+            batch: B, where the runtime should know it; None is any.
+
+        Raises:
+            ValueError: unknown format, a back end that can't, or an answer that differs; then no file is left.
+        """
+        return saved_model.export(self, Path(filepath), format, tolerance, batch)
+
+
+def _named(name: str, data: Any) -> dict[str, Any]:
+    """Data as a dictionary: as they are, or alone under `name`."""
+    return dict(data) if isinstance(data, Mapping) else {} if data is None else {name: data}
+
+
+def _backbone(model: PreTrainedKeras) -> Any:
+    """The transformer in a model. No property: Keras walks through those when it saves, without end where a model is
+    its own."""
+    return getattr(model, "deit", model)
+
+
+def _variable(owner: Any, name: str) -> keras.Variable:
+    """The variable of a name of `weights.manifest`; Keras calls some of them otherwise."""
+    *path, leaf = name.split(".")
+    for part in path:
+        owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
+    if isinstance(owner, keras.layers.LayerNormalization):
+        leaf = {"weight": "gamma", "bias": "beta"}[leaf]
+    elif leaf == "weight":
+        leaf = "kernel"
+    return getattr(owner, leaf)
+
+
+def _to_disk(value: np.ndarray, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Every kernel is a matrix (in, out) here, also those of convolutions, whose patches don't overlap."""
+    return value.T.reshape(shape) if name.endswith(".weight") else value
+
+
+def _from_disk(value: np.ndarray, name: str) -> np.ndarray:
+    return value.reshape(len(value), -1).T if name.endswith(".weight") and value.ndim > 1 else value
+
+
+def initial(config: DeiTConfig) -> keras.initializers.Initializer:
+    """For tokens, positions and linear weights. A new one each time: one would draw the same values twice.
+
+    The original code draws a normal distribution cut at plus and minus 2, a hundred standard deviations away.
+    """
+    return keras.initializers.RandomNormal(stddev=config.initializer_range)
+
+
+def initial_patch(config: DeiTConfig) -> keras.initializers.Initializer:
+    """For the patch projection, weight and bias: PyTorch's own for a convolution, which the original leaves."""
+    bound = 1 / math.sqrt(config.num_channels * math.prod(config.patch_hw))
+    return keras.initializers.RandomUniform(-bound, bound)

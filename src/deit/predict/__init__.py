@@ -1,0 +1,15 @@
+"""From files to labels: one `Predictor` is the only way, for the commands, the pipelines and the server."""
+
+from typing import TYPE_CHECKING
+
+from deit.lazy import offer
+
+if TYPE_CHECKING:
+    from deit.predict.pipelines import pipeline as pipeline
+    from deit.predict.predictor import Answer as Answer
+    from deit.predict.predictor import Predictor as Predictor
+
+__getattr__, __dir__ = offer(__name__, {
+    "deit.predict.pipelines": ("pipeline",),
+    "deit.predict.predictor": ("Answer", "Predictor"),
+})

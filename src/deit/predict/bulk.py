@@ -1,0 +1,241 @@
+"""Answers for any number of image files: the images found as they are asked for, rows written as they come, work on a
+file of results gone on with where it stopped."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import hashlib
+import io
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO, Any
+
+from deit import files, host
+from deit.data.folders import walk_images
+from deit.export.engines import sha256
+
+PART = 2048
+"""Images in a part: what is lost when work is stopped, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What decides the rows of a file of results. Work goes on only under the same."""
+
+    model: str
+    files: str
+    """`identity` of the model."""
+    head: str
+    engine: str
+    top_k: int
+    inputs: tuple[str, ...]
+    shard: tuple[int, int] = (1, 1)
+    """(i, N): every N-th image, from the i-th on, 1 to N."""
+
+
+def identity(model: str) -> str:
+    """What a folder holds, its calibration included, as one digest; of a hub name nothing is known."""
+    if not os.path.isdir(model):
+        return ""
+    held = {path.name: sha256(path) for path in sorted(Path(model).iterdir()) if path.is_file()}
+    return hashlib.sha256(json.dumps(held).encode()).hexdigest()
+
+
+def find_images(inputs: Iterable[str], listed: IO[str] | None = None) -> Iterator[str]:
+    """Paths of images, in a fixed order: files as they are, image files of folders and their folders, by name, what
+    globs match, and for `-` the lines of `listed`.
+
+    Raises `FileNotFoundError` for what matches nothing.
+    """
+    for given in inputs:
+        if given == "-":
+            yield from (line.rstrip("\n") for line in listed or () if line.strip())
+        elif os.path.isdir(given):
+            yield from walk_images(given)
+        elif os.path.isfile(given) or not glob.has_magic(given):
+            yield given  # a missing file is a row like any other unreadable one
+        else:
+            matches = sorted(glob.glob(given, recursive=True))
+            if not matches:
+                raise FileNotFoundError(f"{given} matches no file; check the pattern")
+            for match in matches:
+                yield from walk_images(match) if os.path.isdir(match) else [match]
+
+
+def share(paths: Iterable[str], shard: tuple[int, int]) -> Iterator[str]:
+    """One of N equal parts of the work."""
+    return islice(paths, shard[0] - 1, None, shard[1])
+
+
+def peek(paths: Iterable[str], count: int) -> tuple[bool, Iterator[str]]:
+    """Whether there are as many, and the paths, all of them."""
+    iterator = iter(paths)
+    first = list(islice(iterator, count))
+    return len(first) == count, chain(first, iterator)
+
+
+class Results:
+    """A file of rows, `.jsonl`, `.csv` or `.parquet`, that is written part by part into `FILE.parts/` beside it.
+
+    Raises `ValueError` for parts of other work, `FileExistsError` where the file is finished already.
+    """
+
+    def __init__(self, path: Path, job: Job):
+        if path.suffix not in _WRITERS:
+            raise ValueError(f"results go into a {', '.join(_WRITERS)} file, found {path}; give such a name")
+        if path.exists():
+            raise FileExistsError(f"{path} is there already; remove it to predict again")
+        if path.suffix == ".parquet":
+            _pyarrow()
+        self.path, self.job, self.folder = path, job, path.with_name(path.name + ".parts")
+        described = json.loads(json.dumps(asdict(job)))
+        if (begun := self.folder / "job.json").exists():
+            if (other := files.read_json(begun)) != described:
+                differing = [key for key in described if described[key] != other.get(key)]
+                raise ValueError(f"{self.folder} holds parts of other work ({', '.join(differing)} differ); finish "
+                                 "that with its own command, or remove the folder to start anew")
+        else:
+            files.write_json(begun, described)
+        self.parts = sorted(self.folder.glob("*.jsonl"))
+        self.unreadable = 0
+
+    @property
+    def done(self) -> int:
+        """Images that have their rows."""
+        return len(self.parts) * PART
+
+    def remaining(self, paths: Iterable[str]) -> Iterator[str]:
+        """The images after those that are done, of which `unreadable` counts some. Raises `ValueError` where these are
+        not the same as then."""
+        iterator = iter(paths)
+        for part in self.parts:
+            with part.open(encoding="utf-8") as rows:
+                done = list(map(json.loads, rows))
+            self.unreadable += sum("error" in row for row in done)
+            if [row["image"] for row in done] != list(islice(iterator, PART)):
+                raise ValueError(f"the images have changed since {part} was written; remove {self.folder} to start "
+                                 "anew")
+        return iterator
+
+    def write(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Writes rows as they pass, and the whole file after the last."""
+        iterator = iter(rows)
+        while True:
+            with files.replacing(path := self.folder / f"{len(self.parts):06}.jsonl") as temporary:
+                count = 0
+                with temporary.open("w", encoding="utf-8") as file:
+                    for row in islice(iterator, PART):
+                        file.write(json.dumps(row) + "\n")
+                        count += 1
+                        yield row
+            self.parts.append(path)
+            if count < PART:
+                break
+        with files.replacing(self.path) as temporary:
+            _WRITERS[self.path.suffix](temporary, self._rows(), self.job.top_k)
+        shutil.rmtree(self.folder)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        for part in self.parts:
+            with part.open(encoding="utf-8") as rows:
+                yield from map(json.loads, rows)
+
+
+def csv_lines(rows: Iterable[dict[str, Any]], top_k: int) -> Iterator[str]:
+    """A header and a line for each row: image, label_1, score_1, …, sure, error."""
+    names = ["image", *(f"{what}_{i}" for i in range(1, top_k + 1) for what in ("label", "score")), "sure", "error"]
+    line = io.StringIO(newline="")
+    writer = csv.DictWriter(line, names, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        yield line.getvalue()
+        line.seek(0)
+        line.truncate()
+        best = {f"{key}_{i}": value for i, each in enumerate(row["labels"], 1) for key, value in each.items()}
+        writer.writerow({"image": row["image"], **best, **{key: row[key] for key in ("sure", "error") if key in row}})
+    yield line.getvalue()
+
+
+def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]], top_k: int) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _write_csv(path: Path, rows: Iterable[dict[str, Any]], top_k: int) -> None:
+    # Names of files need not be UTF-8; like this they come out as they are on the disk.
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        file.writelines(csv_lines(rows, top_k))
+
+
+def _write_parquet(path: Path, rows: Iterable[dict[str, Any]], top_k: int) -> None:
+    arrow = _pyarrow()
+    schema = arrow.schema([("image", arrow.string()), ("labels", arrow.list_(arrow.string())),
+                           ("scores", arrow.list_(arrow.float64())), ("sure", arrow.bool_()),
+                           ("error", arrow.string())])
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        iterator = iter(rows)
+        while chunk := list(islice(iterator, PART)):
+            writer.write_batch(arrow.RecordBatch.from_pylist([
+                {"image": _utf8(row["image"]), "labels": [each["label"] for each in row["labels"]],
+                 "scores": [each["score"] for each in row["labels"]], "sure": row.get("sure"),
+                 "error": _utf8(row.get("error"))} for row in chunk], schema=schema))
+
+
+def _utf8(text: str | None) -> str | None:
+    """With a replacement character for each byte of a file's name that is not UTF-8; Parquet has no place for it."""
+    return text and text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+    except ImportError:
+        raise host.missing(".parquet files need pyarrow", "parquet") from None
+    return pyarrow
+
+
+_WRITERS = {".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parquet}
+
+
+class Tally:
+    """Counts rows; says which image can't be read, and on a terminal how far and how fast it goes."""
+
+    def __init__(self, stream: Any, engine: str):
+        self.stream, self.engine, self.images, self.unreadable = stream, engine, 0, 0
+        self.began = self.shown = time.monotonic()
+
+    def counted(self, rows: Any) -> Any:
+        for row in rows:
+            self.images += 1
+            if "error" in row:
+                self.unreadable += 1
+                print(f"deit predict: {row['error']}", file=self.stream)
+            if self.stream.isatty() and time.monotonic() - self.shown > 1:
+                self.shown = time.monotonic()
+                print(f"\r{self._text()}", end="", file=self.stream, flush=True)
+            yield row
+
+    def finish(self) -> None:
+        if self.images > 1:
+            print(("\r" if self.stream.isatty() else "") + self._text(), file=self.stream)
+
+    def _text(self) -> str:
+        rate = self.images / max(time.monotonic() - self.began, 1e-9)
+        return f"{self.images} images, {self.unreadable} unreadable, {rate:.0f} images/s ({self.engine})"
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`2/8` to (2, 8). Raises `ValueError`."""
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise ValueError(f"a shard is i/N with i from 1 to N, like 2/8, found {text!r}")
+    return int(index), int(count)

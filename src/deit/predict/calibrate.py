@@ -1,0 +1,67 @@
+"""A model's calibration, from labelled images that it was not trained on."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from deit.data.batches import EvaluationBatches
+from deit.data.folders import fingerprint, has_split, matched, read_examples
+from deit.evaluate.calibration import Calibration, HeadCalibration, fit
+from deit.machine import resolve_device
+from deit.model.network import head_probabilities
+from deit.model.outputs import ImageClassifierOutput, ModelOutput
+from deit.predict.predictor import Predictor
+
+_BATCH = 64
+
+
+@torch.inference_mode()
+def calibrate(folder: str | Path, data: str | Path, *, split: str | None = None, error_rate: float = 0.05,
+              device: str = "auto", console: Console | None = None) -> Calibration:
+    """Fits every head's temperature and threshold and stores them as `calibration.json` in the model's folder.
+
+    Args:
+        folder: a trained model's, on this machine.
+        data, split: as for `read_examples`, but that of a folder with splits val is taken; the classes are found in the
+            model by name.
+        error_rate: share of new images, above 0 and below 1, that may get one sure and wrong label.
+
+    Raises `ValueError` where images and model don't fit or the images are too few; then nothing is stored.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder} is no folder here, and a calibration is stored beside the model; save the "
+                                "model first")
+    console = console or Console(stderr=True)
+    predictor = Predictor(folder, device=resolve_device(device))
+    if split is None and has_split(data, "val"):
+        split = "val"
+    examples, _ = read_examples(data, split)
+    batches = EvaluationBatches(matched(examples, tuple(predictor.labels)), predictor.processor, _BATCH, keep=False)
+    kind: type[ModelOutput] = ImageClassifierOutput
+    parts: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
+    labels = []
+    for batch in track(batches, str(folder), console=console, disable=not console.is_terminal):
+        read = batch.labels >= 0
+        if not read.any():
+            continue
+        found = predictor.logits(batch.pixels[read].numpy())
+        kind = type(found)
+        for name, value in found.items():
+            parts[name].append(value.float().cpu())
+        labels.append(batch.labels[read].numpy())
+    if not labels:
+        raise ValueError(f"none of the images of {data} can be read; give others")
+    output = kind(**{name: torch.cat(values) for name, values in parts.items()})
+    truth = np.concatenate(labels)
+    heads: dict[str, HeadCalibration] = {
+        head: fit(lambda t, head=head: head_probabilities(output, t)[head].numpy(), truth, error_rate)
+        for head in head_probabilities(output)}
+    calibration = Calibration(error_rate=error_rate, images=len(truth), data=fingerprint(examples), heads=heads)
+    calibration.save(Path(folder))
+    return calibration

@@ -1,0 +1,185 @@
+"""`pipeline()` with the inputs and outputs of transformers' image pipelines, on this package's models.
+
+B images, N tokens, D width, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from deit.image.processor import DeiTImageProcessor
+from deit.model.network import DeiTModel, Head
+from deit.predict.predictor import Predictor, Runtime
+
+Function = Literal["default", "softmax", "sigmoid", "none"]
+Task = Literal["image-classification", "image-feature-extraction"]
+Device = str | int | torch.device | None
+
+MAX_DOWNLOAD = 32 * 2**20
+"""Bytes of one image behind a URL."""
+
+
+def pipeline(task: Task | None = None, model: str | Path | None = None, **options: Any) -> Any:
+    """A callable from images to answers, as `transformers.pipeline` makes it.
+
+    Args:
+        task: `image-classification` (`ImageClassificationPipeline`) or `image-feature-extraction`
+            (`ImageFeatureExtractionPipeline`); None is classification.
+        model: a trained folder or a hub name.
+        options: those of the class.
+    """
+    if model is None:
+        raise ValueError("pipeline needs a model: a trained folder, or a hub name like "
+                         "facebook/deit-tiny-distilled-patch16-224")
+    classes: dict[Any, Any] = {None: ImageClassificationPipeline, "image-classification": ImageClassificationPipeline,
+                               "image-feature-extraction": ImageFeatureExtractionPipeline}
+    if task not in classes:
+        raise ValueError(f"there is no pipeline {task!r}; choose image-classification or image-feature-extraction")
+    return classes[task](model, **options)
+
+
+class ImageClassificationPipeline:
+    """Images to `[{"label": name, "score": number}, …]`, best first.
+
+    Args:
+        model: a trained folder or a hub name.
+        head: which of a distilled model's heads decides.
+        top_k: labels for each image; all of them when there are fewer.
+        function_to_apply: `default` is softmax, or sigmoid for one label and multi-label models, or none for
+            regression. Softmax takes the head and the calibration of `Predictor`; sigmoid and none take its logits.
+        batch_size: images computed at once.
+        device: `cpu`, `cuda`, a number of a GPU, or -1 or None for the CPU.
+        engine: as for `Predictor`; `auto` is the fastest on a CPU.
+        allow_urls: fetch images from `http://` and `https://` addresses; refused otherwise.
+        timeout: seconds to wait for such an address.
+    """
+
+    def __init__(self, model: str | Path, *, head: Head = "fused", top_k: int = 5,
+                 function_to_apply: Function | None = None, batch_size: int = 1, device: Device = None,
+                 engine: Runtime | None = None, allow_urls: bool = False, timeout: float | None = 10.0):
+        self.predictor = Predictor(model, head=head, device=_device(device), engine=engine)
+        self.top_k, self.batch_size = top_k, batch_size
+        self.function_to_apply, self.allow_urls, self.timeout = function_to_apply, allow_urls, timeout
+
+    def __call__(self, inputs: Any, *, top_k: int | None = None, function_to_apply: Function | None = None,
+                 batch_size: int | None = None, timeout: float | None = None) -> Any:
+        """Answers for `inputs`: a path, an address, the bytes of a file, a Pillow image or an array (H, W, C) or
+        (C, H, W) gives one list; a list of these gives a list of lists; any other iterable gives an iterator, which
+        reads as it is asked.
+
+        The other arguments replace those of the constructor for this call. Raises `ImageError` for what can't be read.
+        """
+        score = self._score(function_to_apply or self.function_to_apply or "default")
+        count = self.top_k if top_k is None else top_k
+        if count < 1:
+            raise ValueError(f"top_k must be at least 1, found {count}")
+
+        def answer(images: list[Any]) -> list[Any]:
+            rows = score(np.stack([self.predictor.prepared(image) for image in images]))  # (B, C)
+            best = np.argsort(-rows, axis=1, kind="stable")[:, :count]
+            return [[{"label": self.predictor.labels[i], "score": float(row[i])} for i in indices]
+                    for row, indices in zip(rows, best, strict=True)]
+
+        fetched = _fetching(self.allow_urls, self.timeout if timeout is None else timeout)
+        return _like_the_input(inputs, fetched, answer, batch_size or self.batch_size)
+
+    def _score(self, function: str) -> Callable[[np.ndarray], np.ndarray]:
+        config = self.predictor.config
+        if function == "default":
+            problem = getattr(config, "problem_type", None)
+            function = ("none" if problem == "regression" else
+                        "sigmoid" if problem == "multi_label_classification" or config.num_labels == 1 else "softmax")
+        if function == "softmax":
+            return self.predictor.probabilities
+        if function == "sigmoid":
+            return lambda pixels: torch.from_numpy(self.predictor.head_logits(pixels)).sigmoid().numpy()
+        if function == "none":
+            return self.predictor.head_logits
+        raise ValueError(f"function_to_apply={function!r} is not known; choose default, softmax, sigmoid or none")
+
+
+class ImageFeatureExtractionPipeline:
+    """Images to their tokens after the last block and the final LayerNorm: nested lists (1, N, D) for each image.
+
+    Args:
+        model: a trained folder or a hub name; its heads are left out.
+        pool: the pooler's output (1, D) instead, of a model that has one.
+        return_tensors: tensors instead of lists.
+        batch_size, device, allow_urls, timeout: as for classification.
+    """
+
+    def __init__(self, model: str | Path, *, pool: bool = False, return_tensors: bool = False, batch_size: int = 1,
+                 device: Device = None, allow_urls: bool = False, timeout: float | None = 10.0):
+        self.device = torch.device(_device(device))
+        self.model = DeiTModel.from_pretrained(model).to(self.device)
+        self.processor = DeiTImageProcessor.of_model(model, self.model.config)
+        if pool and self.model.pooler is None:
+            raise ValueError(f"{model} has no pooler, and pool=True asks for its output; leave it out")
+        self.pool, self.return_tensors, self.batch_size = pool, return_tensors, batch_size
+        self.allow_urls, self.timeout = allow_urls, timeout
+
+    def __call__(self, inputs: Any, *, batch_size: int | None = None, timeout: float | None = None) -> Any:
+        """Features of `inputs`, which may be what `ImageClassificationPipeline` takes, one or many in the same way."""
+        fetched = _fetching(self.allow_urls, self.timeout if timeout is None else timeout)
+        return _like_the_input(inputs, fetched, self._features, batch_size or self.batch_size)
+
+    @torch.inference_mode()
+    def _features(self, images: list[Any]) -> list[Any]:
+        pixels = self.processor(images, return_tensors="pt").pixel_values.to(self.device)
+        out = self.model(pixels)
+        found: Tensor = out.pooler_output if self.pool else out.last_hidden_state
+        return [each[None] if self.return_tensors else each[None].tolist() for each in found]
+
+
+def _like_the_input(inputs: Any, fetched: Callable[[Any], Any], answer: Callable[[list[Any]], list[Any]],
+                    batch_size: int) -> Any:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+    if isinstance(inputs, str | Path | bytes | Image.Image | np.ndarray | Tensor):
+        return answer([fetched(inputs)])[0]
+    if not isinstance(inputs, Iterable):
+        raise ValueError(f"an image is a path, bytes, a Pillow image or an array, found {type(inputs).__name__}; give "
+                         "one, a list of them, or an iterable")
+
+    def answers() -> Iterator[Any]:
+        iterator = iter(inputs)
+        while batch := list(islice(iterator, batch_size)):
+            yield from answer([fetched(each) for each in batch])
+
+    return list(answers()) if isinstance(inputs, list | tuple) else answers()
+
+
+def _fetching(allowed: bool, timeout: float | None) -> Callable[[Any], Any]:
+    def fetched(image: Any) -> Any:
+        if not (isinstance(image, str) and image.lower().startswith(("http://", "https://"))):
+            return image
+        if not allowed:
+            raise ValueError(f"{image} is an address, and nothing is fetched unless allowed; pass allow_urls=True")
+        from urllib.error import URLError
+        from urllib.request import urlopen
+
+        try:
+            with urlopen(image, timeout=timeout) as response:  # http and https only, redirects too
+                content: bytes = response.read(MAX_DOWNLOAD + 1)
+        except (URLError, TimeoutError, OSError) as error:
+            raise ValueError(f"{image} can't be fetched ({error}); check the address, or save the image and pass its "
+                             "path") from None
+        if len(content) > MAX_DOWNLOAD:
+            raise ValueError(f"{image} is larger than {MAX_DOWNLOAD // 2**20} MiB; save it and pass its path")
+        return content
+
+    return fetched
+
+
+def _device(device: Device) -> str | torch.device:
+    if isinstance(device, int):
+        return "cpu" if device < 0 else f"cuda:{device}"
+    return "cpu" if device is None else device

@@ -1,0 +1,221 @@
+"""From image files to labels: the one way in which a trained folder is used."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+
+from deit import files
+from deit.config import ConvNetConfig, DeiTConfig
+from deit.evaluate.calibration import Calibration
+from deit.export.engines import RECORD, Engine, load_engine, read_record
+from deit.export.write import cached_engine
+from deit.host import cores
+from deit.image.decode import ImageError
+from deit.image.processor import DeiTImageProcessor
+from deit.model.convnet import ConvNet
+from deit.model.load import load_model
+from deit.model.network import Head, head_probabilities
+from deit.model.outputs import DeiTForImageClassificationWithTeacherOutput, ImageClassifierOutput, ModelOutput
+
+Runtime = Literal["auto", "torch", "openvino", "onnx"]
+Source = str | Path | bytes | Image.Image
+"""A file's path or bytes, or a picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a model says of one image, or why it says nothing."""
+
+    source: Source
+    labels: list[dict[str, Any]]
+    """`{"label": name, "score": probability}`, best first."""
+    sure: bool | None = None
+    """Of a calibrated model: whether the one best label can be told at the stated error rate. None: not calibrated."""
+    error: str | None = None
+    """Why the image could not be read; then there are no labels."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A row of `deit predict --json`; fields that are None are left out, and images that have no name."""
+        named = {"image": str(self.source)} if isinstance(self.source, str | Path) else {}
+        rest = {"labels": self.labels, "sure": self.sure, "error": self.error}
+        return named | {key: value for key, value in rest.items() if value is not None}
+
+
+class Predictor:
+    """A classifier with its preprocessing, its labels and its calibration: the only way from files to labels.
+
+    Args:
+        name_or_folder: what `deit`, `transformers` or timm saved, a hub name, or what `deit export` wrote.
+        head: which of a distilled model's heads decides (`fuse_heads`).
+        device: `cpu`, `cuda`, …
+        engine: what computes. None: PyTorch, and an exported model's own runtime. `openvino`, `onnx`: that runtime, for
+            which the model is exported the first time (`cached_engine`: some seconds), on the CPU. `auto`: OpenVINO on
+            the CPU where it is installed, otherwise PyTorch.
+
+    A folder with a `calibration.json` (`deit calibrate`) has its temperature in every probability.
+
+    Raises `FileNotFoundError` where the files do not say how images are prepared, `ValueError` for an engine that can't
+    compute this model on this device.
+    """
+
+    model: Any
+    """In PyTorch, whatever computes; None for an exported one."""
+    engine: str
+    """What computes: `torch`, or the name of a runtime and the precision it has chosen."""
+
+    def __init__(self, name_or_folder: str | Path, *, head: Head = "fused", device: str | torch.device = "cpu",
+                 engine: Runtime | None = None):
+        self.head, self.device = head, torch.device(device)
+        if engine not in (None, *get_args(Runtime)):
+            raise ValueError(f"engine is {engine!r}, expected one of {', '.join(get_args(Runtime))}")
+        self.config: DeiTConfig | ConvNetConfig
+        runtime: Engine | None = None
+        if (Path(name_or_folder) / RECORD).is_file():
+            self.model, self.config = None, _config_of(Path(name_or_folder))
+            runtime = _exported(Path(name_or_folder), self.device, engine)
+        else:
+            self.model = load_model(name_or_folder)
+            self.config = self.model.config
+        self.processor = DeiTImageProcessor.of_model(name_or_folder, self.config)  # type: ignore[arg-type]
+        if self.model is not None:
+            runtime = self._chosen(engine, str(name_or_folder))
+            self.model.to(self.device)
+        self.engine = "torch" if runtime is None else str(runtime)
+        self._output: Callable[[np.ndarray], ModelOutput] = _outputs_of(runtime) if runtime else (
+            lambda pixels: self.model(torch.from_numpy(pixels).to(self.device)))
+        self.calibration = Calibration.of_model(name_or_folder)
+        self.labels = list(self.config.id2label.values())  # type: ignore[union-attr]
+
+    def _chosen(self, engine: Runtime | None, name: str) -> Engine | None:
+        """The runtime for a trained model; None for PyTorch."""
+        if engine is None or engine == "torch":
+            return None
+        if engine != "auto":
+            if self.device.type != "cpu":
+                raise ValueError(f"{engine} computes on the CPU here, and device is {self.device}; leave one out")
+            return cached_engine(self.model, self.processor, engine, name)
+        if self.device.type != "cpu" or find_spec("openvino") is None:
+            return None
+        try:
+            return cached_engine(self.model, self.processor, "openvino", name)
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            warnings.warn(f"PyTorch computes, for OpenVINO is not to be had: {error}", stacklevel=3)
+            return None
+
+    def __call__(self, images: Sequence[Source], top_k: int = 5) -> list[list[dict[str, Any]]]:
+        """For each image its `top_k` most likely labels: `{"label": name, "score": probability}`, best first.
+
+        Raises `ImageError` naming the first image that can't be read.
+        """
+        if not images:
+            return []
+        return [answer.labels for answer in self.answers(images, np.stack([*map(self.prepared, images)]), top_k)]
+
+    def stream(self, sources: Iterable[Source], *, top_k: int = 5, batch: int = 32) -> Iterator[Answer]:
+        """An answer for each image, in order; unreadable ones are answers with an `error`.
+
+        Any number of images: two batches are read ahead, by threads, while one is computed.
+        """
+        with ThreadPoolExecutor(cores()) as pool:
+            waiting: deque[list[tuple[Source, Future[np.ndarray]]]] = deque()
+            for chunk in _batched(sources, batch):
+                waiting.append([(source, pool.submit(self.prepared, source)) for source in chunk])
+                if len(waiting) > _AHEAD:
+                    yield from self._finished(waiting.popleft(), top_k)
+            while waiting:
+                yield from self._finished(waiting.popleft(), top_k)
+
+    def _finished(self, chunk: list[tuple[Source, Future[np.ndarray]]], top_k: int) -> Iterator[Answer]:
+        errors = {i: future.exception() for i, (_, future) in enumerate(chunk)}
+        for error in errors.values():
+            if error is not None and not isinstance(error, ImageError):
+                raise error
+        read = [(source, future.result()) for i, (source, future) in enumerate(chunk) if errors[i] is None]
+        answers = iter(self.answers([source for source, _ in read], np.stack([pixels for _, pixels in read]), top_k)
+                       if read else [])
+        for i, (source, _) in enumerate(chunk):
+            yield next(answers) if errors[i] is None else Answer(source=source, labels=[], error=str(errors[i]))
+
+    def prepared(self, source: Source) -> np.ndarray:
+        """One image as the model sees it, (channels, height, width), float32. Raises `ImageError`."""
+        return self.processor([source]).pixel_values[0]
+
+    def answers(self, sources: Sequence[Source], pixels: np.ndarray, top_k: int) -> list[Answer]:
+        """Of images that are `prepared`: pixels (B, channels, height, width)."""
+        probabilities = self.probabilities(pixels)
+        best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]  # (B, top_k)
+        sure = [None] * len(sources) if self.calibration is None else self.calibration.sure(probabilities, self.head)
+        return [Answer(source=source, sure=certain, labels=[
+            {"label": self.labels[i], "score": float(row[i])} for i in indices])
+            for source, certain, row, indices in zip(sources, sure, probabilities, best, strict=True)]
+
+    def probabilities(self, pixels: np.ndarray) -> np.ndarray:
+        """Of every class (B, C), by the head, calibrated where the model is; pixels (B, channels, height, width)."""
+        temperature = 1.0 if self.calibration is None else self.calibration.temperature(self.head)
+        by_head = head_probabilities(self.logits(pixels), temperature)
+        if self.head not in by_head:
+            raise ValueError(f"this model has no head {self.head!r}; it has {', '.join(by_head)}")
+        return by_head[self.head].cpu().numpy()
+
+    def head_logits(self, pixels: np.ndarray) -> np.ndarray:
+        """Of every class (B, C), by the head; `softmax`, which fuses probabilities, has none."""
+        found = self.logits(pixels)
+        name = {"fused": "logits", "class": "cls_logits" if "cls_logits" in found else "logits",
+                "distillation": "distillation_logits"}.get(self.head)
+        if name is None or name not in found:
+            raise ValueError(f"head {self.head!r} has no logits of its own here; choose fused or class, or softmax as "
+                             "function_to_apply")
+        return found[name].float().cpu().numpy()
+
+    @torch.inference_mode()
+    def logits(self, pixels: np.ndarray) -> Any:
+        """The model's output for pixels (B, channels, height, width)."""
+        return self._output(pixels)
+
+
+def _config_of(folder: Path) -> DeiTConfig | ConvNetConfig:
+    values = files.read_json(folder / "config.json")
+    return (ConvNetConfig if values.get("model_type") == ConvNet.model_type else DeiTConfig).from_dict(values)
+
+
+def _exported(folder: Path, device: torch.device, engine: Runtime | None) -> Engine:
+    if device.type != "cpu":
+        raise ValueError(f"{folder} is an exported model, which runs on the CPU here, and device is {device}; leave it "
+                         "out, or give the model itself")
+    own = read_record(folder)["format"]
+    if engine not in (None, "auto", own.partition("-")[0]):
+        raise ValueError(f"{folder} is exported for {own}, and engine is {engine}; leave it out, or give the model "
+                         "itself")
+    return load_engine(folder)
+
+
+def _outputs_of(engine: Engine) -> Callable[[np.ndarray], ModelOutput]:
+    kind = DeiTForImageClassificationWithTeacherOutput if "cls_logits" in engine.outputs else ImageClassifierOutput
+
+    def output(pixels: np.ndarray) -> ModelOutput:
+        logits: dict[str, Any] = {name: torch.from_numpy(value) for name, value in engine(pixels).items()}
+        return kind(**logits)
+
+    return output
+
+
+_AHEAD = 2
+"""Batches that are read while another one is computed."""
+
+
+def _batched(items: Iterable[Source], size: int) -> Iterator[list[Source]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

@@ -1,0 +1,282 @@
+"""A run, or an evaluation, as one HTML file that needs nothing else: no script, no network, no other file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import shlex
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+
+from deit import files, host
+from deit.data.folders import Split, read_data
+from deit.evaluate.models import Evaluation, examine_files, examine_split
+from deit.evaluate.scores import Accuracy
+from deit.image.decode import load_image
+from deit.machine import resolve_device
+from deit.report import evaluation as report_evaluation
+from deit.report import maps as report_maps
+from deit.report import run as report_run
+from deit.report.evaluation import deciding, images_of, picture, with_interval
+from deit.report.maps import Maps
+from deit.report.markup import Html, Section, date, element, isolated, joined, named, scrolled, shortened, span
+from deit.report.run import counted
+from deit.train.records import MODEL, RECIPE, Record, is_number
+
+FILE = "report.html"
+_SHARE = 0.1
+"""Images that may be evaluated at the end of a training for each view that it showed. A view costs at least three times
+as much, for its backward pass, so this adds 4 % to the run at most."""
+Figure = tuple[str, Image.Image]
+"""A caption and a picture."""
+
+
+def page(record: Record | None, evaluation: Evaluation | None, *, maps: Maps | None = None,
+         figures: Sequence[Figure] = (), missing: str = "") -> str:
+    """The document.
+
+    Args:
+        record: of the run; None for a model that is not in one.
+        evaluation: of its model.
+        maps: of `report_maps.explained`, for that evaluation.
+        figures: more pictures to show, each with its caption.
+        missing: why there is no evaluation, as a sentence.
+    """
+    assert record is not None or evaluation is not None
+    parts = []
+    if evaluation:
+        parts.append(report_evaluation.accuracy(evaluation.main.report))
+    elif record:
+        parts.append(report_run.unevaluated(record, missing))
+    if record:
+        parts.append(report_run.training(record))
+    if evaluation:
+        parts += report_evaluation.sections(evaluation)
+        if maps:
+            parts.append(report_maps.section(evaluation, maps))
+    if record:
+        parts.append(report_run.recipe(record))
+    parts.append(report_run.data(record, evaluation))
+    if record:
+        parts.append(report_run.machine(record))
+    if figures:
+        parts.append(Section("pictures", "Pictures", element("div", *(
+            picture(image, isolated(caption), element("p", named(caption)), 640) for caption, image in figures),
+            class_="figures")))
+    parts.append(_repeat(record, evaluation))
+    shown = [part for part in parts if part.body]
+    style = resources.files("deit.report").joinpath("report.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    title = f"Report: {shortened(_name(record, evaluation))}"
+    head = element(
+        "head", element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; img-src data:; style-src "
+                f"'sha256-{digest}'; base-uri 'none'; form-action 'none'"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"), element("title", title),
+        element("style", Html(style)))
+    contents = element("nav", element("ul", *(
+        element("li", element("a", part.title, href=f"#{part.key}")) for part in shown)), aria_label="Contents")
+    body = element("body", element("a", "To the content", href="#content", class_="skip"),
+                   _header(record, evaluation, contents),
+                   element("main", *(part.html for part in shown), id="content"),
+                   element("footer", element("p", f"Written {date(datetime.now(UTC).isoformat())} by deit "
+                                             f"{host.VERSION}. Intervals are Wilson's, at 95 %.")))
+    return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
+
+
+def write(file: str | Path, record: Record | None, evaluation: Evaluation | None, *, maps: Maps | None = None,
+          figures: Sequence[Figure] = (), missing: str = "") -> Path:
+    """Writes the document, whole or not at all; arguments as for `page`."""
+    files.write_text(Path(file), page(record, evaluation, maps=maps, figures=figures, missing=missing))
+    return Path(file)
+
+
+def of_training(run: str | Path, val_split: Split, *, device: str = "auto") -> Path:
+    """Writes `RUN/report.html` at the end of a training.
+
+    The model is examined on the validation images where that costs little beside the training."""
+    record, evaluation, missing = Record.read(run), None, ""
+    if record.labelled and len(val_split) > _SHARE * (record.last("images") or 0):
+        missing = (f"The training showed so few views that its {len(val_split):,} validation images were not looked at "
+                   "once more, one by one.")
+    elif record.labelled:
+        folder = record.about.data if record.about else ""
+        evaluation, missing = _examined(record, lambda: (val_split, folder), device, Console(quiet=True))
+    return write(record.folder / FILE, record, evaluation, maps=_explained(evaluation, device),
+                 figures=_reconstruction(record), missing=missing)
+
+
+def of_run(run: str | Path, data: str | Path | None = None, *, device: str = "auto",
+           console: Console | None = None) -> Path:
+    """Writes `RUN/report.html` anew.
+
+    `data` is what the model is judged by, as for `deit eval`; None takes the run's own validation images, where they
+    still are. Raises `FileNotFoundError` where there is no run, and what `examine_files` raises for `data`.
+    """
+    record, evaluation, missing = Record.read(run), None, ""
+    if data is not None:
+        evaluation = examine_files(record.folder / MODEL, data, device=device, console=console)
+    elif record.labelled:
+        evaluation, missing = _examined(record, lambda: _validation(record), device, console)
+    return write(record.folder / FILE, record, evaluation, maps=_explained(evaluation, device),
+                 figures=_reconstruction(record), missing=missing)
+
+
+def _examined(record: Record, images: Callable[[], tuple[Split, str]], device: str,
+              console: Console | None) -> tuple[Evaluation | None, str]:
+    """The run's model on its validation images, or a sentence on why that can't be had."""
+    try:
+        split, folder = images()
+        return examine_split(record.folder / MODEL, split, folder, "val", device=device, console=console), ""
+    except (ValueError, OSError, RuntimeError) as error:
+        return None, f"The run's validation images were not evaluated: {error}."
+
+
+def _explained(evaluation: Evaluation | None, device: str) -> Maps | None:
+    """A report is worth more than its maps, so what goes wrong with them becomes a sentence in it."""
+    try:
+        return report_maps.explained(evaluation, resolve_device(device)) if evaluation else None
+    except Exception as error:
+        return Maps(missing=f"What the answers rest on could not be shown: {error}.")
+
+
+def of_evaluation(file: str | Path, evaluation: Evaluation, *, device: str = "auto") -> Path:
+    """Writes what `deit eval` found; where the model is that of a run, the run's record stands beside it."""
+    record = None
+    folder = Path(evaluation.main.model)
+    if folder.is_dir() and folder.resolve().name == MODEL:
+        try:
+            record = Record.read(folder.resolve().parent if folder.name != MODEL else folder.parent)
+        except FileNotFoundError:
+            record = None
+    return write(file, record, evaluation, maps=_explained(evaluation, device))
+
+
+def _validation(record: Record) -> tuple[Split, str]:
+    """The validation images of a run, and the folder that they lie in."""
+    about, data, seed = record.about, record.recipe.get("data"), record.recipe.get("seed")
+    if about is None or not about.data or not isinstance(data, dict) or not isinstance(seed, int):
+        raise ValueError("the run does not say where they are; --data DATA names them")
+    holdout = data.get("holdout")
+    split = read_data(about.data, holdout=holdout if isinstance(holdout, float) else 0.0, seed=seed)[1]
+    counts = np.bincount(split.labels, minlength=len(split.classes)).tolist()
+    if (split.classes, tuple(counts)) != (about.classes, about.val):
+        raise ValueError(f"the images in {about.data} are not those of the run any more; --data DATA names others")
+    return split, about.data
+
+
+def _reconstruction(record: Record) -> list[Figure]:
+    """The latest picture that a run of masked images painted."""
+    for path in sorted((record.folder / "reconstructions").glob("update-*.png"), reverse=True):
+        try:
+            return [("Validation images, what the model saw of them, and what it made of the hidden patches "
+                     f"({path.name})", load_image(path))]
+        except ValueError:
+            continue
+    return []
+
+
+def _header(record: Record | None, evaluation: Evaluation | None, contents: Html) -> Html:
+    lines = []
+    if record:
+        lines.append(_story(record))
+    if evaluation:
+        lines.append(_judged(evaluation))
+    about = record.about if record else None
+    when = [element("p", f"Trained {date(about.began)}", class_="when")] if about else []
+    return element("header", *when, element("h1", named(_name(record, evaluation))),
+                   *(element("p", line, class_="lead") for line in lines), _headline(record, evaluation), contents)
+
+
+def _name(record: Record | None, evaluation: Evaluation | None) -> str:
+    return record.name if record else evaluation.main.model if evaluation else ""
+
+
+def _story(record: Record) -> Html:
+    """One sentence on the training."""
+    updates, epoch, about = record.last("step"), record.last("epoch"), record.about
+    parts: list[object] = [element("code", named(record.folder)), ": "]
+    if updates is None:
+        return joined([*parts, "a run that has not written any metrics."])
+    parts.append(f"{updates:,.0f} updates" + (f", {epoch:,.4g} epochs" if epoch is not None else ""))
+    if about:
+        kinds = f" of {len(about.classes):,} classes" if record.labelled else ""
+        parts.append(f", on {sum(about.train):,} images{kinds}")
+    if skipped := record.last("skipped"):
+        parts.append(f"; {skipped:,.0f} updates were skipped, as their loss or gradient was not finite")
+    if bad := record.last("bad_images"):
+        parts.append(f"; {bad:,.0f} training images can't be read")
+    return joined([*parts, "."])
+
+
+def _judged(evaluation: Evaluation) -> Html:
+    main, report = evaluation.main, evaluation.main.report
+    height, width = main.image_size
+    shown = sum(each.support > 0 for each in report.by_class)
+    kinds = f"{len(report.classes):,}" if shown == len(report.classes) else (
+        f"{shown:,} of the model's {len(report.classes):,}")
+    return joined([
+        f"Judged by {report.images:,} ", images_of(evaluation), f" of {kinds} classes, at {height} by {width} pixels",
+        "" if main.crop_ratio is None else f" and crop ratio {main.crop_ratio:.4g}", ".",
+        f" {len(report.unreadable):,} more can't be read and are left out." if report.unreadable else ""])
+
+
+def _headline(record: Record | None, evaluation: Evaluation | None) -> Html:
+    tiles: list[tuple[str, str, Sequence[str]]] = []
+    if evaluation:
+        report = evaluation.main.report
+        which = deciding(report)
+        tiles.append(_accuracy_tile("accuracy" + f", {which}" * (which != "model"), report.accuracy()))
+        if len(report.classes) > 5:
+            tiles.append(_accuracy_tile("among the first five", report.accuracy(top=5)))
+        tiles.append(("calibration error", f"{report.calibration_error:.3f}",
+                      [f"negative log likelihood {report.nll:.3f}"]))
+    elif record and (best := record.best):
+        after = [f"after update {best['step']:,}"]
+        if is_number(best.get("val_loss")):
+            tiles.append(("loss on validation images", f"{best['val_loss']:.4g}", after))
+        elif found := counted(record, best["val_accuracy"]):
+            tiles.append(_accuracy_tile("accuracy on validation images", found))
+        else:
+            tiles.append(("accuracy on validation images", f"{best['val_accuracy']:.3f}", after))
+    if record and (seconds := record.last("seconds")) is not None:
+        memory = record.last("memory")
+        tiles.append(("training time", span(seconds), [f"{memory / 2**30:.1f} GiB at most"] if memory else []))
+    if record and (rate := record.last("images_per_second")):
+        tiles.append(("images/s in training", f"{rate:,.0f}", [record.about.device] if record.about else []))
+    shown = (element("div", element("dt", name), element("dd", element("strong", value), *(
+        element("small", note) for note in notes))) for name, value, notes in tiles)
+    return element("dl", *shown, class_="tiles") if tiles else Html()
+
+
+def _accuracy_tile(name: str, accuracy: Accuracy) -> tuple[str, str, Sequence[str]]:
+    value, interval = with_interval(accuracy)
+    return name, f"{value:.3f}", [interval, f"{accuracy.correct:,} of {accuracy.total:,}"]
+
+
+def _repeat(record: Record | None, evaluation: Evaluation | None) -> Section:
+    """The commands. A run's report evaluates its own validation images by itself, and `deit eval` can't where they were
+    held out of the training images."""
+    lines, about = [], record.about if record else None
+    own = evaluation is not None and about is not None and (evaluation.data, evaluation.split) == (about.data, "val")
+    if record:
+        start = ["deit"] if about is None or about.processes == 1 else [
+            "torchrun", "--nproc-per-node", str(about.processes), "-m", "deit"]
+        data = about.data if about and about.data else "DATA"
+        lines = [[*start, "train", str(record.folder / RECIPE), "--data", data, "--out", "AGAIN"],
+                 ["deit", "report", str(record.folder),
+                  *(["--data", evaluation.data] if evaluation and not own and evaluation.data else [])]]
+    if evaluation and not (own and evaluation.main.report.head == "fused" and evaluation.other is None):
+        lines.append(["deit", "eval", evaluation.main.model, "--data", evaluation.data or "DATA",
+                      *(["--split", evaluation.split] if evaluation.split else []),
+                      *(["--head", evaluation.main.report.head] if evaluation.main.report.head != "fused" else []),
+                      *(["--compare", evaluation.other.model] if evaluation.other else [])])
+    return Section("repeat", "How to repeat it", scrolled("Commands", element("pre", element(
+        "code", "\n".join(map(shlex.join, lines))))))

@@ -1,0 +1,104 @@
+"""The section of a report that shows what answers rest on: maps over a few images, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from deit.evaluate.models import Evaluation
+from deit.evaluate.scores import Report
+from deit.explain.maps import Explanation, Method, checked, explain_pixels, fitted, overlay
+from deit.image.decode import ImageError
+from deit.image.processor import DeiTImageProcessor
+from deit.model.load import load_model
+from deit.report.evaluation import answered, told, wrong_and_doubtful
+from deit.report.markup import Html, Section, element, isolated, joined, named, pictured, sentence
+
+_METHOD: Method = "relevance"
+"""Of the methods that see inside, the one that scores best (docs/explain.md), and that tells classes apart."""
+_TITLE = "What answers rest on"
+_GROUPS = ("Most wrong", "Most doubtful", "Surest of what is right")
+_SIDE = 160
+"""Pixels of a picture's longer side."""
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Explanations of answers in an evaluation, by the image's row there; or a sentence on why there are none."""
+
+    found: Mapping[int, Explanation] = field(default_factory=dict)
+    missing: str = ""
+
+
+def explained(evaluation: Evaluation, device: str | torch.device = "cpu") -> Maps | None:
+    """Maps over the images that `section` shows, computed one by one; those that can't be read are left out.
+
+    None for a model that can't be explained, and where the files of the images are not known.
+    """
+    main = evaluation.main
+    model = load_model(main.model)
+    try:
+        checked(model)
+    except ValueError:
+        return None
+    if len(evaluation.files) != len(main.report.labels):
+        return None
+    model.to(device)
+    processor = DeiTImageProcessor.of_model(main.model, model.config)
+    if main.crop_ratio is not None and main.crop_ratio != processor.crop_ratio:
+        processor = processor.with_crop_ratio(main.crop_ratio)
+    found = {}
+    for row in (int(row) for rows in _chosen(main.report) for row in rows):
+        try:
+            pixels = processor([evaluation.files[row]], return_tensors="pt").pixel_values
+        except ImageError:
+            continue
+        found[row] = explain_pixels(model, processor, pixels.to(device), methods=[_METHOD])
+    return Maps(found)
+
+
+def _chosen(report: Report) -> list[np.ndarray]:
+    """Rows of the images in each of `_GROUPS`."""
+    wrong, doubtful = wrong_and_doubtful(report)
+    right = np.setdiff1d(np.flatnonzero(report.read & (report.labels == report.predicted)), doubtful[:2])
+    return [wrong[:4], doubtful[:2], right[np.argsort(-report.confidence[right], kind="stable")][:2]]
+
+
+def section(evaluation: Evaluation, maps: Maps) -> Section:
+    """Empty where there is nothing to show."""
+    report, parts = evaluation.main.report, []
+    for title, rows in zip(_GROUPS, _chosen(report), strict=True):
+        drawn = [_example(evaluation, int(row), maps.found[int(row)]) for row in rows if int(row) in maps.found]
+        if drawn:
+            parts += [element("h3", title), element("div", *drawn, class_="looked")]
+    if not parts:
+        return Section("maps", _TITLE, sentence(maps.missing) if maps.missing else Html())
+    two = any(len(explanation.answers) > 1 for explanation in maps.found.values())
+    about = element(
+        "p", "Gradient-weighted relevance (", element("a", "Chefer, Gur and Wolf 2021",
+                                                      href="https://arxiv.org/abs/2103.15679"),
+        "): attention, as far as it speaks for the answer of ", "each token\u2019s own head" if two else "the model",
+        ", followed through all blocks. The maps lie over the image, as the model saw it, in grey; their colours "
+        "compare within a map, not between maps. ", element("code", "deit explain"), " draws other methods too, and "
+        "scores them.")
+    scale = element("span", class_="scale", role="img", aria_label="from violet to yellow")
+    legend = element("p", "counts least ", scale, " counts most", class_="soft")
+    return Section("maps", _TITLE, joined([about, legend, *parts]))
+
+
+def _example(evaluation: Evaluation, row: int, explanation: Explanation) -> Html:
+    report = evaluation.main.report
+    seen = fitted(explanation.seen, _SIDE)
+    cells = [element("figure", pictured(seen, told(report, row)), element("figcaption", element(
+        "p", "as the model saw it", class_="soft")))]
+    for answer in explanation.answers:
+        for each in explanation.of(answer.token):
+            alt = f"Map of the {each.token} token, which answers {isolated(answer.label)}: strongest {each.strongest}"
+            cells.append(element("figure", pictured(overlay(seen, each.values), alt), element(
+                "figcaption", element("p", f"{each.token} token", class_="soft"),
+                element("p", element("b", named(answer.label, 40)), f" ({answer.probability:.2f})"))))
+    file = element("p", named(evaluation.files[row].name, 48), class_="file")
+    return element("figure", element("figcaption", answered(report, row), file), element("div", *cells, class_="maps"))

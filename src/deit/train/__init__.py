@@ -1,0 +1,22 @@
+"""The training of a recipe: the loop, what it minimises, who teaches, and the run's folder."""
+
+from typing import TYPE_CHECKING
+
+from deit.lazy import offer
+
+if TYPE_CHECKING:
+    from deit.train.labels import LabelCache as LabelCache
+    from deit.train.labels import teach as teach
+    from deit.train.loop import Diverged as Diverged
+    from deit.train.loop import Run as Run
+    from deit.train.loop import Stopped as Stopped
+    from deit.train.loop import train as train
+    from deit.train.records import Record as Record
+    from deit.train.teacher import Teacher as Teacher
+
+__getattr__, __dir__ = offer(__name__, {
+    "deit.train.labels": ("LabelCache", "teach"),
+    "deit.train.loop": ("Diverged", "Run", "Stopped", "train"),
+    "deit.train.records": ("Record",),
+    "deit.train.teacher": ("Teacher",),
+})

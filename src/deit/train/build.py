@@ -1,0 +1,91 @@
+"""From a recipe to the model it trains: freshly initialised, or with the weights of another run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from deit import files, weights
+from deit.config import ConvNetConfig, DeiTConfig
+from deit.model.convnet import ConvNet
+from deit.model.network import (
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    DeiTForMaskedImageModeling,
+    PreTrained,
+)
+from deit.recipe import Distilled, MaskedImage, Recipe
+from deit.weights import hub
+
+_SAME = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+         "num_channels", "qkv_bias", "position_on_class_token")
+"""Fields in which a model and the weights it starts from must agree."""
+_HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.")
+
+
+def build_model(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
+    """A model of the class that the recipe's objective trains, with the data's labels, on the CPU.
+
+    Fresh values depend on `recipe.seed` alone. With `recipe.start`, every tensor that the start has is its: positions
+    are resized to the recipe's grid (bicubic) and the patch projection to its patches, a distillation token is added or
+    left out, and heads are kept where the start's labels are the data's, in the same order, and fresh otherwise.
+
+    Raises `ValueError` where the start is another architecture, `FileNotFoundError` and `CheckpointError` as
+    `from_pretrained` does.
+    """
+    config = recipe.model.replace(id2label=dict(enumerate(classes)))
+    torch.manual_seed(recipe.seed)
+    if isinstance(config, ConvNetConfig):
+        return ConvNet(config)
+    model: PreTrained
+    if isinstance(recipe.objective, MaskedImage):
+        model = DeiTForMaskedImageModeling(config.replace(encoder_stride=config.patch_size))
+    elif isinstance(recipe.objective, Distilled) and recipe.objective.token == "distillation":
+        model = DeiTForImageClassificationWithTeacher(config)
+    else:
+        model = DeiTForImageClassification(config)
+    if recipe.start:
+        _start_from(model, hub.read_checkpoint(recipe.start), classes)
+    return model
+
+
+@torch.no_grad()
+def _start_from(model: PreTrained, found: hub.Checkpoint, classes: Sequence[str]) -> None:
+    ours, theirs = model.config, found.config
+    for name in (*_SAME, "layer_scale_init_value"):
+        mine, other = getattr(ours, name), getattr(theirs, name)
+        if name == "layer_scale_init_value":  # its value matters to a fresh model only
+            mine, other = mine is not None, other is not None
+        if mine != other:
+            raise ValueError(f"start {found.file} has {name}={getattr(theirs, name)}, the recipe's model has "
+                             f"{getattr(ours, name)}; set model.{name}, or choose another start")
+    same_labels = list((theirs.id2label or {}).values()) == list(classes)
+    missing = []
+    for name, tensor in model._tensors().items():
+        given = found.tensors.get(name)
+        if name == weights.BASE + "position" and given is not None:
+            tensor.copy_(_positions(given, theirs, ours, tensor))
+        elif name == weights.BASE + "patch.weight" and given is not None and given.shape != tensor.shape:
+            tensor.copy_(torch.from_numpy(weights.resize_kernel(given.float().numpy(), ours.patch_hw)))
+        elif given is not None and given.shape == tensor.shape and (same_labels or not name.startswith(_HEADS)):
+            tensor.copy_(given)
+        elif not name.startswith((*_HEADS, "decoder.", "deit.mask_token", "deit.distillation_token")):
+            missing.append(name)
+    if missing:
+        raise files.CheckpointError(f"start {found.file} lacks {missing[0]}, which the recipe's model needs; the file "
+                                    "is incomplete, or another model's")
+
+
+def _positions(given: Tensor, theirs: DeiTConfig, ours: DeiTConfig, fresh: Tensor) -> Tensor:
+    """(1, prefix + patches, D): the start's, resized to our grid; the place of a token it lacks stays fresh."""
+    prefix, grid = given.float().tensor_split([theirs.num_prefix_positions], dim=1)
+    if theirs.grid != ours.grid:
+        down, across = (torch.from_numpy(weights.resize_matrix(old, new)).float()
+                        for old, new in zip(theirs.grid, ours.grid, strict=True))
+        grid = torch.einsum("rR,sS,bRSd->brsd", down, across, grid.unflatten(1, theirs.grid)).flatten(1, 2)
+    front = fresh[:, :ours.num_prefix_positions].clone()
+    shared = min(ours.num_prefix_positions, theirs.num_prefix_positions)
+    front[:, :shared] = prefix[:, :shared]
+    return torch.cat([front, grid], dim=1)

@@ -1,0 +1,395 @@
+"""A teacher's answers written once, and learnt from again and again. B images of a batch, C classes, k kept classes.
+
+Every view of a training image is a function of the recipe's seed and the update's number, so the answers to the views
+of some epochs stand for the teacher in any run that sees the same views: the recipe's fields that decide them are kept
+with the answers, and compared.
+
+A cache is a folder: `cache.json` says what it holds, and each `labels-00000.safetensors` holds the same number of
+updates (the last one may hold fewer), a row of B for each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from deit import files, host
+from deit.data.batches import Batch, Faults, TrainingBatches
+from deit.data.folders import Split, fingerprint
+from deit.machine import resolve_device, resolve_precision
+from deit.recipe import Distilled, Recipe, difference
+from deit.train.teacher import Teacher, condense, expand
+
+VERSION = 1
+"""Of the files' layout."""
+VIEWS_VERSION = 1
+"""To be raised whenever the code of `data` or `augment` draws or computes other views than before: older caches are
+then refused."""
+PART_BYTES = 16 * 2**20
+"""Most that a part holds, but for a single update that is larger."""
+_FILE = re.compile(r"labels-(\d{5,})\.safetensors")
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What the parts of a cache hold."""
+
+    steps: int
+    """Updates, in all parts."""
+    steps_per_part: int
+    batch: int
+    classes: int
+    kind: str
+    top_k: int | None
+    """Of soft labels; None: all classes."""
+
+    @property
+    def parts(self) -> int:
+        return -(-self.steps // self.steps_per_part)
+
+    def updates(self, part: int) -> range:
+        first = part * self.steps_per_part
+        return range(first, min(first + self.steps_per_part, self.steps))
+
+    def tensors(self, updates: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Type and shape of what a part of so many updates holds; classes in the narrowest integers that hold them."""
+        rows = (updates, self.batch)
+        index = np.dtype(next((kind for kind in (np.uint8, np.uint16) if self.classes <= np.iinfo(kind).max + 1),
+                              np.int32))
+        if self.kind == "hard":
+            return {"hard": (index, rows)}
+        if self.top_k is None:
+            return {"log_probability": (np.dtype(np.float32), (*rows, self.classes))}
+        return {"index": (index, (*rows, self.top_k)), "probability": (np.dtype(np.float16), (*rows, self.top_k))}
+
+    def size(self, updates: int) -> int:
+        """Bytes of the tensors of so many updates."""
+        return sum(kind.itemsize * math.prod(shape) for kind, shape in self.tensors(updates).values())
+
+
+def _layout(recipe: Recipe, split: Split, steps: int) -> _Layout:
+    objective = recipe.objective
+    assert isinstance(objective, Distilled)
+    classes = len(split.classes)
+    top_k = objective.top_k if objective.top_k is not None and objective.top_k < classes else None
+    one = _Layout(steps, 1, recipe.data.batch, classes, objective.kind, top_k)
+    most = min(PART_BYTES // one.size(1), len(split) // recipe.data.batch)
+    return _Layout(steps, max(1, most), recipe.data.batch, classes, objective.kind, top_k)
+
+
+def teach(recipe: Recipe, split: Split, out: str | Path, *, epochs: float, device: str = "auto",
+          console: Console | None = None, rank: int = 0, world: int = 1) -> Path:
+    """Writes the answers of the recipe's teacher to the views of `epochs` epochs into the folder `out`.
+
+    Training with `objective.cache` set to it goes through these views, and after them begins anew. A run that was
+    stopped goes on where the same call is made again: parts that are whole stay, damaged ones are made anew. More
+    `epochs` than before extend the cache.
+
+    Args:
+        rank, world: of several processes each does every `world`-th part, independently of the others.
+
+    Raises:
+        ValueError: the recipe has no teacher, or `out` holds something else, or answers that data, views or teacher of
+            this call don't give.
+        data.BadImages: too many images can't be read.
+    """
+    out, place = Path(out), resolve_device(device)
+    objective = recipe.objective
+    if not isinstance(objective, Distilled) or not objective.teacher:
+        raise ValueError(f"recipe {recipe.name} names no teacher; --set objective.teacher=timm:NAME, a trained model's "
+                         "folder or FILE.py:FUNCTION")
+    if not epochs > 0:
+        raise ValueError(f"epochs must be positive, found {epochs}")
+    teacher = Teacher.load(objective.teacher, split.classes, recipe).to(place)
+    layout = _layout(recipe, split, math.ceil(epochs * len(split) / recipe.data.batch))
+    prints = {"data": fingerprint(split), "views": _hash(views(recipe)), "teacher": teacher.fingerprint()}
+    layout = _claim(out, recipe, split, layout, prints)
+    console = Console(quiet=True) if rank else console or Console(stderr=True)
+
+    todo = []
+    for part in range(rank, layout.parts, world):
+        if _is_whole(out, layout, part):
+            try:
+                _read(out, layout, part, prints)
+                continue
+            except files.CheckpointError as error:
+                _say(console, str(error))
+        todo.append(part)
+    _write_parts(_Work(recipe, split, teacher, layout, place), out, todo, prints, console)
+    return out
+
+
+@dataclass(frozen=True)
+class _Work:
+    recipe: Recipe
+    split: Split
+    teacher: Teacher
+    layout: _Layout
+    place: torch.device
+
+    def answers(self, batch: Batch, batches: TrainingBatches) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Positions and what is kept of the answers to them, in the micro-batches and the precision of training."""
+        compute, objective = self.recipe.compute, self.recipe.objective
+        assert isinstance(objective, Distilled)
+        precision = resolve_precision(compute.precision, self.place)
+        for part in batch.parts(compute.accumulate):
+            assert part.positions is not None
+            pixels = batches.mix(part.to(self.place)).pixels
+            with torch.autocast(self.place.type, precision, enabled=precision != torch.float32):
+                yield part.positions.to(self.place), condense(self.teacher(pixels), objective)
+
+
+def _write_parts(work: _Work, out: Path, todo: list[int], prints: Mapping[str, str], console: Console) -> None:
+    layout = work.layout
+    batches = TrainingBatches(work.split, work.recipe, cycle=layout.steps)
+    faults = Faults(len(work.split))
+    total = layout.batch * sum(len(layout.updates(part)) for part in todo)
+    done, began = 0, time.perf_counter()
+    kept: dict[str, Tensor] = {}  # of one part, on the device: fetched once
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                  TextColumn("{task.fields[rate]:.0f} images/s"), console=console,
+                  disable=not console.is_terminal) as progress:
+        bar = progress.add_task(work.teacher.name, total=total, rate=0.0)
+        for part, row, batch in _updates(batches, layout, todo):
+            for file, reason in faults.add(batch.faults):
+                _say(console, f"{file} {reason}. Another image stands in for it")
+            rows = len(layout.updates(part))
+            for positions, found in work.answers(batch, batches):
+                for name, value in found.items():
+                    if row == 0 and (name not in kept or len(kept[name]) != rows):
+                        kind = value.dtype if value.is_floating_point() else torch.int32
+                        kept[name] = torch.zeros(rows, layout.batch, *value.shape[1:], dtype=kind, device=work.place)
+                    kept[name][row, positions] = value.to(kept[name].dtype)
+            done += layout.batch
+            rate = done / (time.perf_counter() - began)
+            progress.update(bar, completed=done, rate=rate)
+            if row == rows - 1:
+                _write(out, layout, part, prints, kept)
+                if not console.is_terminal:
+                    _say(console, f"part {part + 1} of {layout.parts}: {rate:.0f} images/s, "
+                         f"{(total - done) / rate / 60:.0f} min left")
+
+
+def _updates(batches: TrainingBatches, layout: _Layout, parts: list[int]) -> Iterator[tuple[int, int, Batch]]:
+    """Part, row in it and batch; parts that follow each other are read in one stream."""
+    stream: Iterator[Batch] = iter(())
+    at = -1
+    for part in parts:
+        updates = layout.updates(part)
+        if at != updates.start:
+            stream = batches.from_step(updates.start)
+        for row, batch in enumerate(islice(stream, len(updates))):
+            yield part, row, batch
+        at = updates.stop
+
+
+def _say(console: Console, sentence: str) -> None:
+    console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+
+class LabelCache:
+    """The teacher's answers, from the folder that `teach` wrote; `steps` updates, after which they come again."""
+
+    def __init__(self, folder: Path, layout: _Layout, prints: Mapping[str, str]):
+        self.folder, self.layout, self.steps, self.prints = folder, layout, layout.steps, dict(prints)
+        self.part, self.kept = -1, dict[str, np.ndarray]()
+        self.verified: set[int] = set()
+
+    @classmethod
+    def open(cls, folder: str | Path, split: Split, recipe: Recipe) -> LabelCache:
+        """Raises `FileNotFoundError` where there is no cache, `ValueError` where it is not complete, or where it is of
+        other images or other views than this recipe's."""
+        folder = Path(folder)
+        record = _record(folder)
+        _compare(folder, record, recipe, split, {"data": fingerprint(split), "views": _hash(views(recipe))})
+        layout = replace(_layout(recipe, split, record["steps"]), steps_per_part=record["steps_per_part"])
+        whole = sum(_is_whole(folder, layout, part) for part in range(layout.parts))
+        if whole < layout.parts:
+            raise ValueError(f"{folder} holds {whole} of {layout.parts} parts; run the same deit teach again, it makes "
+                             "those that are missing")
+        return cls(folder, layout, record["fingerprints"])
+
+    def labels(self, step: int, positions: Tensor) -> Tensor:
+        """What `answers` gave for `positions` (B,) of the global batch of update `step`: decisions (B,) int64 or
+        log-probabilities (B, C) float32, on the CPU.
+
+        Raises `CheckpointError` where the part is damaged.
+        """
+        part, row = divmod(step % self.steps, self.layout.steps_per_part)
+        if part != self.part:  # a part is read whole: its checksum needs every byte
+            self.kept = _read(self.folder, self.layout, part, self.prints, verify=part not in self.verified)
+            self.part = part
+            self.verified.add(part)
+        rows = positions.numpy()
+        taken = {name: torch.from_numpy(array[row][rows].astype(np.int64 if array.dtype.kind in "iu" else array.dtype))
+                 for name, array in self.kept.items()}
+        return expand(taken, self.layout.classes)
+
+
+# --------------------------------------------------------------------------------------------------- what a cache is of
+
+
+def views(recipe: Recipe) -> dict[str, Any]:
+    """Everything that decides what the teacher sees and what of its answers is kept, as JSON types."""
+    record = recipe.to_dict()
+    chosen = {"data": ("batch", "repeats", "crop_ratio", "mean", "std"), "objective": ("kind", "top_k", "resolution")}
+    return {"version": VIEWS_VERSION, "seed": recipe.seed, "augment": record["augment"],
+            "model": {"image_size": list(recipe.model.image_hw), "num_channels": recipe.model.num_channels},
+            **{part: {name: record[part][name] for name in names} for part, names in chosen.items()}}
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+_KEYS = ("fingerprints", "teacher", "steps", "steps_per_part", "images", "views", "deit")
+"""Of cache.json, needed to go on with it."""
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    path = folder / "cache.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no cache.json; expected a folder that deit teach wrote")
+    record = files.read_json(path)
+    if record.get("version") != VERSION:
+        raise ValueError(f"{path} has version {record.get('version')!r}, this package reads {VERSION}; run deit teach "
+                         "into another folder")
+    if missing := [name for name in _KEYS if name not in record]:
+        raise files.CheckpointError(f"{path} lacks {missing[0]!r}; it is damaged, run deit teach into another folder")
+    return record
+
+
+def _compare(folder: Path, record: Mapping[str, Any], recipe: Recipe, split: Split, prints: Mapping[str, str]) -> None:
+    """Refuses a cache of other data, views or teacher, by name."""
+    differing = [name for name in prints if record["fingerprints"].get(name) != prints[name]]
+    if not differing:
+        return
+    name = differing[0]
+    if name == "data":
+        reason = (f"{record['images']} images there, {len(split)} here" if record["images"] != len(split) else
+                  "names, classes or contents of its files differ")
+    elif name == "views":
+        then, now = record["views"], views(recipe)
+        reason = (difference(then, now) if then.get("version") == now["version"] else "the code of augmentation has "
+                  f"changed since (version {then.get('version')} there, {now['version']} here)")
+    else:
+        reason = (f"its weights, classes or preprocessing differ from those of {record['teacher']} then")
+    moves = {"data": "bring that data back", "views": "set it back", "teacher": "take that teacher"}
+    raise ValueError(f"{folder} was taught with other {name}: {reason}; {moves[name]}, or run deit teach into another "
+                     "folder")
+
+
+def _claim(out: Path, recipe: Recipe, split: Split, layout: _Layout, prints: Mapping[str, str]) -> _Layout:
+    """Makes `out` the cache of these answers, or goes on with it as it is laid out; refuses a folder of anything
+    else."""
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    names = {name for name in names if not re.match(r"\.(cache\.json|labels-\d+\.safetensors)\.", name)}  # half written
+    if foreign := sorted(name for name in names if name != "cache.json" and not _FILE.fullmatch(name)):
+        raise ValueError(f"{out} holds {foreign[0]}, which is no part of a label cache; choose an empty or new folder")
+    objective = recipe.objective
+    assert isinstance(objective, Distilled)
+    record = {"version": VERSION, "fingerprints": dict(prints), "teacher": objective.teacher, "kind": layout.kind,
+              "top_k": layout.top_k, "classes": layout.classes, "batch": layout.batch, "steps": layout.steps,
+              "steps_per_part": layout.steps_per_part, "images": len(split), "views": views(recipe),
+              "deit": host.VERSION}
+    if "cache.json" in names:
+        found = _record(out)
+        _compare(out, found, recipe, split, prints)
+        if found["steps"] > layout.steps:
+            raise ValueError(f"{out} is a cache of {found['steps']} updates, {layout.steps} are asked for; ask for as "
+                             "many epochs or more, or choose another folder")
+        layout = replace(layout, steps_per_part=found["steps_per_part"])
+        record |= {"steps_per_part": layout.steps_per_part, "deit": found["deit"]}
+    elif names:
+        raise ValueError(f"{out} holds {min(names)} but no cache.json that says what it is of; choose an empty or new "
+                         "folder")
+    files.write_json(out / "cache.json", record)
+    return layout
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def _path(folder: Path, part: int) -> Path:
+    return folder / f"labels-{part:05}.safetensors"
+
+
+def _is_whole(folder: Path, layout: _Layout, part: int) -> bool:
+    """Whether a part is there and of the right length; its checksum is compared when it is read."""
+    try:
+        with open(_path(folder, part), "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            return file.seek(0, 2) == 8 + header + layout.size(len(layout.updates(part)))
+    except FileNotFoundError:
+        return False
+
+
+def _checksum(arrays: Mapping[str, np.ndarray], part: int, prints: Mapping[str, str]) -> str:
+    """Of the contents, and of whose and which part it is: parts that were exchanged are found out."""
+    digest = hashlib.sha256(json.dumps([part, prints], sort_keys=True).encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _write(folder: Path, layout: _Layout, part: int, prints: Mapping[str, str], kept: Mapping[str, Tensor]) -> None:
+    expected = layout.tensors(len(layout.updates(part)))
+    arrays = {name: value.cpu().numpy().astype(expected[name][0]) for name, value in kept.items()}
+    assert {name: (array.dtype, array.shape) for name, array in arrays.items()} == expected
+    with _undisturbed(), files.replacing(_path(folder, part)) as temporary:
+        save_file(arrays, temporary, {"sha256": _checksum(arrays, part, prints)})
+
+
+def _read(folder: Path, layout: _Layout, part: int, prints: Mapping[str, str], *,
+          verify: bool = True) -> dict[str, np.ndarray]:
+    path, expected = _path(folder, part), layout.tensors(len(layout.updates(part)))
+    try:
+        with safe_open(path, "np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            checksum = (file.metadata() or {}).get("sha256")
+    except (SafetensorError, OSError) as error:
+        raise files.CheckpointError(f"{path} is truncated or corrupt ({error}); the same deit teach makes it "
+                                    "anew") from None
+    found = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+    if found != expected or (verify and checksum != _checksum(arrays, part, prints)):
+        raise files.CheckpointError(f"{path} is damaged, or a part of another cache (its checksum or shapes are "
+                                    "wrong); the same deit teach makes it anew")
+    return arrays
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """SIGTERM and Ctrl-C wait until the block ends: what is finished is written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: caught.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if caught:
+            signal.raise_signal(caught[0])

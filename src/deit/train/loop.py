@@ -1,0 +1,446 @@
+"""The training loop: one for every model, objective and number of processes.
+
+A run's whole state is its tensors and `State`. Everything random is a function of the update's number, so a run that
+is stopped anywhere goes on from its last checkpoint to the same end, bit by bit.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from deit import files
+from deit.config import DeiTConfig
+from deit.data.augment import draws
+from deit.data.batches import Batch, Faults, LoaderDied
+from deit.data.folders import Split
+from deit.machine import Processes, keep_memory, processes, synchronised
+from deit.recipe import Recipe, steps
+from deit.train import objectives, optim, runs
+from deit.train.progress import Reporter
+from deit.train.runs import State, Work
+
+_MOST_SKIPPED = 5
+"""Updates in a row whose loss or gradient is not finite, before the run stops."""
+_ROWS = 50
+"""Updates between rows of metrics, where evaluations are further apart."""
+
+
+class _Interrupted(Exception):
+    """A signal came during an evaluation."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left behind."""
+
+    model: Path
+    """Folder of the model with the best validation score: weights, config, preprocessing."""
+    score: float
+    """Its score on the validation images: accuracy of the fused heads, 0 to 1, or minus the loss of masked images."""
+    seconds: float
+    """Training time, of all sessions together."""
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a number."""
+
+
+class Stopped(SystemExit):
+    """SIGTERM or Ctrl-C ended the run early; its state is saved. Unless caught, the process ends with status 143 or
+    130."""
+
+
+def train(recipe: Recipe, train_split: Split, val_split: Split, out: str | Path, *, device: str = "auto",
+          console: Console | None = None, resume: bool = False, minutes: float | None = None) -> Run:
+    """Trains a recipe on images; under torchrun, together with the other processes.
+
+    Leaves in `out`: `recipe.json`, `about.json`, `metrics.jsonl`, the best model in `model/`, and the run's state in
+    `checkpoints/`.
+
+    Args:
+        device: `auto` is CUDA where there is one, else the CPU.
+        console: where progress goes; standard error when not given.
+        resume: goes on where a run of this recipe in `out` stopped. What only concerns the machine (`compute`) may
+            differ. Implied where torchrun starts a process again.
+        minutes: the schedule is shortened so that the run ends within this time.
+
+    Raises:
+        FileExistsError: `out` holds a run, and `resume` is not asked for.
+        ValueError: the run to go on with is of another recipe or of other images.
+        Diverged: the loss is not finite again and again; the best model so far stays in `out/model`.
+        Stopped: SIGTERM or Ctrl-C came; the state is saved. It is a `SystemExit`.
+        data.BadImages, data.LoaderDied: too many images can't be read; a loader process died.
+    """
+    end = math.inf if minutes is None else time.perf_counter() + 60 * minutes
+    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    with processes(device) as us, _Signals() as signals:
+        if us.device.type == "cpu":
+            keep_memory()
+        return _train(recipe, (train_split, val_split), Path(out), us, signals, console, resume, end)
+
+
+def _train(recipe: Recipe, splits: tuple[Split, Split], out: Path, us: Processes, signals: _Signals,
+           console: Console | None, resume: bool, end: float) -> Run:
+    """`end` is when it should end, by `time.perf_counter`. Holds nothing of the run any more when it returns."""
+    found = runs.find(out, recipe, resume, planned=end < math.inf)
+    us.wait()  # nobody writes before all have looked
+    if found is not None:
+        recipe = replace(recipe, schedule=found[1])
+    elif end < math.inf:
+        recipe = _plan(recipe, *splits, us, end - time.perf_counter(), console)
+    if us.main:
+        files.write_json(out / "recipe.json", recipe.to_dict())
+    work, state = runs.prepare(recipe, *splits, us, found[0] if found else None)
+    if us.main:
+        runs.write_about(work, state, *splits, out)
+    with Reporter(out, recipe, us, console, done=state.step, total=work.total, written=state.written) as reporter:
+        for problem in found[2] if found else []:
+            reporter.say(f"{problem}: going on from an earlier one")
+        _loop(_Session(work, state, out, reporter, signals, end))
+    return Run(out / "model", state.best if state.best is not None else -math.inf, state.seconds)
+
+
+class _Session:
+    """One stretch of a run, from its beginning or a checkpoint to its end or a signal."""
+
+    def __init__(self, work: Work, state: State, out: Path, reporter: Reporter, signals: _Signals, deadline: float):
+        self.work, self.state, self.out = work, state, out
+        self.reporter, self.signals, self.deadline = reporter, signals, deadline
+        self.faults, self.val_faults = Faults(len(work.batches.split)), Faults(len(work.validation.split))
+        self.faults.load_state(state.faults)
+        self.last_saved = time.perf_counter()
+        self.began = self.last_saved - state.seconds
+        self.judging = 0.0
+        """Seconds that an evaluation takes."""
+
+    @property
+    def seconds(self) -> float:
+        """Training time, of all sessions together."""
+        return time.perf_counter() - self.began
+
+    def wishes(self) -> tuple[bool, bool, bool]:
+        """Whether to stop, to save and to end early. The main process has the clock; any may be told to stop."""
+        now, main = time.perf_counter(), self.work.us.main
+        return (self.signals.caught != 0,
+                main and now - self.last_saved >= 60 * self.work.recipe.compute.save_minutes,
+                main and now + 1.5 * self.judging >= self.deadline)
+
+    def save(self) -> None:
+        self.state.seconds, self.state.written = self.seconds, self.reporter.written
+        self.state.faults = self.faults.state()
+        runs.save(self.work, self.state, self.out)
+        self.last_saved = time.perf_counter()
+
+    def stop(self) -> NoReturn:
+        self.save()
+        self.reporter.say(f"stopped by {self.signals.name} after update {self.state.step} of {self.work.total}; the "
+                          "state is saved, --resume goes on")
+        raise Stopped(128 + (self.signals.caught or signal.SIGTERM))
+
+    def judge(self) -> None:
+        """Scores the model, saves it where it is the best so far, and writes a row."""
+        began = time.perf_counter()
+        try:
+            verdict = _judge(self.work, self.state, self.out, self.validation())
+        except _Interrupted:  # it comes again, first of all. Saved here, where the model has its own weights again
+            self.stop()
+        self.row(verdict.numbers)
+        self.judging = time.perf_counter() - began
+
+    def validation(self) -> Iterator[Batch]:
+        for batch in self.work.validation:
+            if self.signals.caught and self.work.us.world == 1:  # many would have to agree
+                raise _Interrupted
+            for file, reason in self.val_faults.add(batch.faults):
+                self.reporter.say(f"{file} {reason}. The evaluation leaves it out")
+            yield batch
+
+    def row(self, numbers: dict[str, float]) -> None:
+        work, state = self.work, self.state
+        for theirs in work.us.gather(self.faults.state()):
+            self.tell(theirs.items())
+        means = {name: total / state.counted for name, total in state.sums.items()} if state.counted else {}
+        self.reporter.row({"step": state.step, "epoch": state.step / work.batches.steps_per_epoch,
+                           "images": state.step * work.recipe.data.batch, "lr": work.lr(state.step - 1), **means,
+                           **numbers, "skipped": state.skipped, "bad_images": len(self.faults),
+                           "seconds": round(self.seconds, 3)})
+        state.sums, state.counted = {}, 0
+
+    def tell(self, faults: Iterable[tuple[str, str]]) -> None:
+        for file, reason in self.faults.add(faults):
+            self.reporter.say(f"{file} {reason}. Another image stands in for it")
+
+
+def _loop(session: _Session) -> None:
+    work, state, say = session.work, session.state, session.reporter.say
+    per_row = work.every / math.ceil(work.every / _ROWS)
+    if not state.step:
+        runs.save_model(work, session.out / "model")
+    fitted = work.us.world == 1
+    stream = work.batches.from_step(state.step)
+    try:
+        while True:
+            if state.evaluated < state.step and work.due(state.step, work.every):
+                session.judge()
+            elif state.counted and work.due(state.step, per_row):
+                session.row({})
+            if state.step >= work.total:
+                break
+
+            began = time.perf_counter()
+            try:
+                batch = next(stream)
+            except LoaderDied:
+                if session.signals.caught and work.us.world == 1:  # one that was meant for all processes
+                    session.stop()
+                raise
+            session.tell(batch.faults)
+            if not fitted:
+                _fit(work, state, batch, say)
+                fitted = True
+            work.optimizers.set_lr(work.lr(state.step))
+            numbers, (stop, save, late) = _update(work, state, batch, session.wishes(), say)
+            session.reporter.advance(state.step, numbers, time.perf_counter() - began)
+
+            if late and state.step < work.total:
+                say(f"the time is up after update {state.step} of {work.total}; --resume would go on")
+                session.judge()
+                break
+            if stop:
+                session.stop()
+            if save and not state.skipped_in_a_row:
+                session.save()
+    finally:
+        stream.close()  # type: ignore[attr-defined]
+    session.save()
+
+
+def _update(work: Work, state: State, batch: Batch, wishes: tuple[bool, ...],
+            say: Callable[[str], None]) -> tuple[dict[str, float], list[bool]]:
+    """One update of the weights, or none where loss or gradient is not finite; whether any process wishes for what
+    `wishes` holds."""
+    buffers = [buffer.clone() for buffer in work.model.buffers()]  # running statistics change in the forward pass
+    names, means = _gradients(work, state, batch, buffers, say)
+    norm = optim.clip_gradients(work.model.parameters(), work.recipe.optim.clip)
+    values = torch.cat([means, norm.detach().float().reshape(1) / work.us.world,
+                        torch.tensor(wishes, dtype=torch.float32).to(work.us.device)])
+    found = work.us.sum(values).tolist()  # the one host-device synchronisation of an update
+    numbers = dict(zip([*names, "gradient_norm"], found, strict=False))
+    state.step += 1
+    if math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient_norm"]):
+        work.optimizers.step()
+        if work.average:
+            work.average.update()
+        work.optimizers.zero_grad()
+        state.skipped_in_a_row = 0
+        state.counted += 1
+        for name, value in numbers.items():
+            state.sums[name] = state.sums.get(name, 0.0) + value
+    else:
+        _undo(work, buffers)
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        say(f"update {state.step} is skipped: loss {numbers['loss']}, norm of the gradient {numbers['gradient_norm']}")
+        if state.skipped_in_a_row >= _MOST_SKIPPED:
+            optimizer = work.recipe.optim
+            raise Diverged(f"{work.recipe.name}: the loss or its gradient was not finite in {_MOST_SKIPPED} updates in "
+                           f"a row, up to {state.step}; the last good checkpoint and model are kept. Lower optim.lr "
+                           f"(now {optimizer.lr}), set optim.clip (now {optimizer.clip}), lengthen schedule.warmup, or "
+                           "set compute.precision=float32")
+    return numbers, [wish > 0 for wish in found[-len(wishes):]]
+
+
+def _gradients(work: Work, state: State, batch: Batch, buffers: list[Tensor],
+               say: Callable[[str], None]) -> tuple[list[str], Tensor]:
+    """Gradients of the mean loss over the global batch, and this process's share of all logged means.
+
+    Out of memory, the micro-batches are halved and the batch is computed again.
+    """
+    while True:
+        try:
+            return _accumulated(work, state, batch, work.computing)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            if work.us.world > 1:  # the others wait within a collective operation
+                raise _too_large(work, batch) from error
+        _undo(work, buffers)
+        _halve(work, batch, say)
+
+
+def _fit(work: Work, state: State, batch: Batch, say: Callable[[str], None]) -> None:
+    """Halves the micro-batches of all processes until each can compute its share by itself, which is not used: out of
+    memory within a collective operation, a process would leave the others waiting."""
+    if work.recipe.compute.parallel == "shard":
+        return
+    while True:
+        buffers, failed = [buffer.clone() for buffer in work.model.buffers()], False
+        try:
+            _accumulated(work, state, batch, work.model)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            failed = True
+        _undo(work, buffers)
+        if not work.us.sum(torch.tensor(float(failed), device=work.us.device)).item():
+            return
+        _halve(work, batch, say)
+
+
+def _halve(work: Work, batch: Batch, say: Callable[[str], None]) -> None:
+    if work.accumulate >= (len(batch) + 1) // 2:  # mirror images stay together
+        raise _too_large(work, batch)
+    work.accumulate *= 2
+    if work.us.device.type == "cuda":
+        torch.cuda.empty_cache()
+    say(f"out of memory: the batch is now computed in {work.accumulate} parts; the result is the same")
+
+
+def _too_large(work: Work, batch: Batch) -> RuntimeError:
+    return RuntimeError(f"out of memory with micro-batches of {len(batch.parts(work.accumulate)[0])} images; set "
+                        f"compute.accumulate above {work.accumulate}, compute.checkpoint_blocks=True, or a smaller "
+                        "model")
+
+
+def _undo(work: Work, buffers: list[Tensor]) -> None:
+    work.optimizers.zero_grad()
+    for buffer, kept in zip(work.model.buffers(), buffers, strict=True):
+        buffer.copy_(kept)
+
+
+def _accumulated(work: Work, state: State, batch: Batch, computing: nn.Module) -> tuple[list[str], Tensor]:
+    recipe, us = work.recipe, work.us
+    torch.manual_seed(int(draws(recipe.seed, state.step, us.rank, 0, stream=6).integers(2**62)))  # dropout
+    depth = _depth_draws(recipe, state.step, work.objective.passes)
+    parts = batch.parts(work.accumulate)
+    totals: list[Tensor] = []
+    for i, part in enumerate(parts):
+        share = len(part) / recipe.data.batch
+        rows = None if depth is None else torch.cat([each[part.positions] for each in depth])
+        part = work.batches.mix(part.to(us.device))
+        with synchronised(computing, i == len(parts) - 1):
+            with torch.autocast(us.device.type, work.precision, enabled=work.precision != torch.float32):
+                found = work.objective(computing, part, rows)
+            # DDP and FSDP take the mean over processes; the loss is a sum of shares.
+            (found["loss"] * (share * us.world)).backward()
+        totals.append(torch.stack([value.detach().float() for value in found.values()]) * share)
+    return list(found), torch.stack(totals).sum(0)
+
+
+def _depth_draws(recipe: Recipe, step: int, passes: int) -> Tensor | None:
+    """(passes, batch, blocks, 2) for the global batch: each image's stochastic depth is the same however the batch is
+    divided."""
+    config = recipe.model
+    if not isinstance(config, DeiTConfig) or not config.drop_path_rate:
+        return None
+    shape = (passes, recipe.data.batch, config.num_hidden_layers, 2)
+    return torch.from_numpy(draws(recipe.seed, step, 0, 0, stream=4).random(shape, dtype="float32"))
+
+
+def _judge(work: Work, state: State, out: Path, validation: Iterable[Batch]) -> objectives.Verdict:
+    """Scores the model on the validation images, and saves it where it is the best so far."""
+    with work.average.averaged() if work.average else nullcontext():
+        verdict = work.objective.judge(work.model, validation, work.us, work.precision)
+        # On a tie the later one: it has seen more, at a lower learning rate.
+        if math.isfinite(verdict.score) and (state.best is None or verdict.score >= state.best):
+            state.best = verdict.score
+            runs.save_model(work, out / "model")
+    if verdict.picture is not None and work.us.main:
+        path = out / "reconstructions" / f"update-{state.step:09}.png"
+        with files.replacing(path) as temporary:
+            verdict.picture.save(temporary, "PNG")
+    state.evaluated = state.step
+    return verdict
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return (isinstance(error, MemoryError | torch.OutOfMemoryError)
+            or "not enough memory" in str(error) or "can't allocate memory" in str(error))
+
+
+# ------------------------------------------------------------------------------------------------- time, interruptions
+
+
+def _plan(recipe: Recipe, train_split: Split, val_split: Split, us: Processes, seconds: float,
+          console: Console | None) -> Recipe:
+    """The recipe with a schedule that ends within `seconds`: updates and evaluation are timed on a model that is then
+    thrown away, so that the record of the run stays complete. Never longer than the recipe's own."""
+    began = time.perf_counter()
+    work, state = runs.prepare(recipe, train_split, val_split, us, None)
+    times: list[float] = []
+    stream = work.batches.from_step(0)
+
+    def by_main(value: float) -> float:
+        """The main process's, in all: their clocks differ, and what they do must not."""
+        return float(us.sum(torch.tensor(float(value) if us.main else 0.0, device=us.device)))
+
+    while len(times) < 3 or (len(times) < 12 and by_main(sum(times) < 0.05 * seconds)):
+        started = time.perf_counter()
+        work.optimizers.set_lr(work.lr(0))
+        _update(work, state, next(stream), (False,), lambda _: None)
+        times.append(time.perf_counter() - started)
+    stream.close()  # type: ignore[attr-defined]
+    sample = min(3, len(work.validation))
+    work.objective.judge(work.model, islice(work.validation, 1), us, work.precision)  # the first one is slow
+    started = time.perf_counter()
+    work.objective.judge(work.model, islice(work.validation, sample), us, work.precision)
+    judging = (time.perf_counter() - started) * len(work.validation) / sample
+    per_update = statistics.median(times[2:])
+    left = 0.9 * (seconds - (time.perf_counter() - began)) - judging
+    total = int(by_main(left / (per_update + judging / work.every)))
+    if total < 1:
+        raise ValueError(f"an update takes about {per_update:.1f} s and an evaluation {judging:.1f} s: none fits into "
+                         f"the {seconds:.0f} s that are left; give more time, or a smaller model")
+    if us.main:
+        (console or Console(stderr=True)).print(
+            f"{min(total, work.total)} of the recipe's {work.total} updates fit into the time", highlight=False)
+    if total >= work.total:
+        return recipe
+    shorter = replace(recipe.schedule, total=steps(total), warmup=steps(round(work.warmup * total / work.total)))
+    return replace(recipe, schedule=shorter)
+
+
+class _Signals:
+    """Remembers SIGTERM and Ctrl-C, so that the loop can stop where its state is whole. A second Ctrl-C stops at
+    once."""
+
+    def __init__(self) -> None:
+        self.caught = 0
+        self.previous: dict[int, Any] = {}
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.caught).name if self.caught else "a signal to another process"
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.previous[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, _: object) -> None:
+        if self.caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.caught = number
+
+
+__all__ = ["Diverged", "Run", "Stopped", "train"]

@@ -1,0 +1,227 @@
+"""What a run minimises and what it is judged by, as objects that the loop calls. B images, C classes.
+
+`objective(model, batch, depth_draws)` is the loss of a micro-batch and its parts; `objective.judge(...)` scores a model
+on the validation images. The loop knows no more of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from deit import recipe as r
+from deit.config import DeiTConfig
+from deit.data.augment import draws
+from deit.data.batches import Batch, EvaluationBatches, hidden_patches, processor_for
+from deit.data.folders import Split
+from deit.evaluate.models import evaluate
+from deit.machine import Processes
+from deit.model.losses import binary_cross_entropy, cosub_loss, cross_entropy, distillation_loss, masked_image_loss
+from deit.train.labels import LabelCache
+from deit.train.teacher import Teacher, answers
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an evaluation found."""
+
+    score: float
+    """The higher, the better: the best model is chosen by it."""
+    numbers: dict[str, float]
+    """To be logged."""
+    picture: Image.Image | None = None
+    """Something to look at."""
+
+
+class Objective(Protocol):
+    passes: int
+    """Forward passes over each batch, each with its own stochastic depth."""
+    cycle: int | None
+    """Updates after which the batches come again; None: never."""
+
+    def __call__(self, model: nn.Module, batch: Batch, depth_draws: Tensor | None) -> dict[str, Tensor]:
+        """Means over the micro-batch, scalars: `loss` has the gradient, the others are to be logged.
+
+        `depth_draws` (passes * B, blocks, 2) decide stochastic depth; None where the model has none.
+        """
+        ...
+
+    def validation(self, split: Split, us: Processes) -> EvaluationBatches:
+        """This process's share of the images to be judged by."""
+        ...
+
+    def judge(self, model: nn.Module, batches: Iterable[Batch], us: Processes, precision: torch.dtype) -> Verdict:
+        """A collective operation: every process calls it with its share, and gets the verdict on all."""
+        ...
+
+
+def _forward(model: nn.Module, pixels: Tensor, depth_draws: Tensor | None) -> Any:
+    return model(pixels) if depth_draws is None else model(pixels, depth_draws=depth_draws)
+
+
+def _agreement(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of equal decisions; a mixed image counts for its larger part."""
+    labels = labels.argmax(-1) if labels.dim() == 2 else labels
+    return (logits.detach().argmax(-1) == labels).float().mean()
+
+
+@dataclass
+class _Classification:
+    """What supervised and distilled runs share: how they are judged."""
+
+    recipe: r.Recipe
+    passes: int = 1
+    cycle: int | None = None
+
+    def validation(self, split: Split, us: Processes) -> EvaluationBatches:
+        return EvaluationBatches(split, processor_for(self.recipe), -(-self.recipe.data.batch // us.world),
+                                 rank=us.rank, world=us.world, workers=self.recipe.compute.workers)
+
+    def judge(self, model: nn.Module, batches: Iterable[Batch], us: Processes, precision: torch.dtype) -> Verdict:
+        heads = evaluate(model, batches, us, precision)
+        numbers = {"val_accuracy": heads["fused"].value}
+        if len(heads) > 2:
+            numbers |= {f"val_accuracy_{head}": heads[head].value for head in ("class", "distillation")}
+        return Verdict(heads["fused"].value, numbers)
+
+
+@dataclass
+class Supervised(_Classification):
+    def __post_init__(self) -> None:
+        assert isinstance(self.recipe.objective, r.Supervised)
+        self.settings = self.recipe.objective
+        self.passes = 2 if self.settings.cosub else 1
+
+    def __call__(self, model: nn.Module, batch: Batch, depth_draws: Tensor | None) -> dict[str, Tensor]:
+        binary, smoothing = self.settings.loss == "binary", self.settings.smoothing
+        logits = _forward(model, torch.cat([batch.pixels] * self.passes), depth_draws).logits.float()
+        if self.settings.cosub:
+            one, other = logits.chunk(2)
+            loss = cosub_loss(one, other, batch.labels, binary=binary, smoothing=smoothing)
+        else:
+            one = logits
+            loss = (binary_cross_entropy(one, batch.labels) if binary
+                    else cross_entropy(one, batch.labels, smoothing))
+        return {"loss": loss, "accuracy": _agreement(one, batch.labels)}
+
+
+@dataclass
+class Distilled(_Classification):
+    """Labels for the class token's head, the teacher for the distillation token's (or for the class token's too).
+
+    The teacher's answers come from itself or from a cache of them: bit by bit the same.
+    """
+
+    teacher: Teacher | None = None
+    cache: LabelCache | None = None
+
+    def __post_init__(self) -> None:
+        assert isinstance(self.recipe.objective, r.Distilled)
+        self.settings = self.recipe.objective
+        self.cycle = self.cache.steps if self.cache else None
+
+    def taught(self, batch: Batch) -> Tensor:
+        if self.cache is not None:
+            assert batch.positions is not None
+            return self.cache.labels(batch.step, batch.positions).to(batch.pixels.device)
+        assert self.teacher is not None
+        return answers(self.teacher(batch.pixels), self.settings)
+
+    def __call__(self, model: nn.Module, batch: Batch, depth_draws: Tensor | None) -> dict[str, Tensor]:
+        given, taught = self.settings, self.taught(batch)
+        out = _forward(model, batch.pixels, depth_draws)
+        student = out.distillation_logits if given.token == "distillation" else out.logits
+        own = out.cls_logits if given.token == "distillation" else out.logits
+        loss = distillation_loss(own.float(), student.float(), batch.labels, taught, kind=given.kind,
+                                 weight=given.weight, temperature=given.temperature,
+                                 normalisation=given.normalisation, smoothing=given.smoothing)
+        decided = taught if given.kind == "hard" else taught.argmax(-1)
+        return {"loss": loss, "accuracy": _agreement(out.logits, batch.labels),
+                "agreement": _agreement(student, decided)}
+
+
+@dataclass
+class MaskedImage:
+    """The hidden pixels. Judged by the same loss on the validation images, each with a mask of its own that never
+    changes."""
+
+    recipe: r.Recipe
+    passes: int = 1
+    cycle: int | None = None
+    shown: int = 8
+    """Validation images whose reconstructions are painted."""
+
+    def __call__(self, model: nn.Module, batch: Batch, depth_draws: Tensor | None) -> dict[str, Tensor]:
+        options = {} if depth_draws is None else {"depth_draws": depth_draws}
+        return {"loss": model(batch.pixels, batch.mask, **options).loss}
+
+    def validation(self, split: Split, us: Processes) -> EvaluationBatches:
+        return EvaluationBatches(split, processor_for(self.recipe), -(-self.recipe.data.batch // us.world),
+                                 rank=us.rank, world=us.world, workers=self.recipe.compute.workers,
+                                 masks=self._mask)
+
+    def _mask(self, index: int) -> np.ndarray:
+        return hidden_patches(self.recipe, draws(self.recipe.seed, 0, index, 0, stream=7))
+
+    @torch.inference_mode()
+    def judge(self, model: nn.Module, batches: Iterable[Batch], us: Processes, precision: torch.dtype) -> Verdict:
+        training = model.training
+        model.eval()
+        totals = torch.zeros(2)
+        picture = None
+        for batch in batches:
+            real = batch.labels >= 0
+            batch = batch.to(us.device)
+            with torch.autocast(us.device.type, precision, enabled=precision != torch.float32):
+                out = model(batch.pixels, batch.mask)
+            if picture is None:
+                picture = self._paint(batch, out.reconstruction.float())
+            if real.any():
+                rows = real.nonzero().squeeze(1).to(us.device)
+                hidden = batch.mask[rows]  # type: ignore[index]
+                loss = masked_image_loss(batch.pixels[rows], out.reconstruction[rows].float(),
+                                         hidden.unflatten(1, self.recipe.model.grid))  # type: ignore[union-attr]
+                totals += torch.tensor([float(loss) * len(rows), len(rows)])
+        model.train(training)
+        total, count = us.sum(totals.to(us.device)).tolist()
+        if not count:
+            raise ValueError("there is no image to evaluate on")
+        return Verdict(-total / count, {"val_loss": total / count}, picture)
+
+    def _paint(self, batch: Batch, painted: Tensor) -> Image.Image:
+        """Rows of original, what the model saw, and what it made of it."""
+        count = min(self.shown, len(batch.pixels))
+        data, config = self.recipe.data, self.recipe.model
+        assert isinstance(config, DeiTConfig)
+        height, width = painted.shape[-2:]
+        original = batch.pixels[:count, :, :height, :width].float()
+        rows, columns = config.patch_hw
+        mask = batch.mask[:count].unflatten(1, config.grid)  # type: ignore[index]
+        mask = mask.repeat_interleave(rows, 1).repeat_interleave(columns, 2).unsqueeze(1)
+        filled = torch.where(mask, painted[:count], original)
+        strips = torch.stack([original, original.masked_fill(mask, 0.0), filled], dim=1)  # (count, 3, channels, h, w)
+        mean, std = (torch.tensor(values, device=strips.device).view(-1, 1, 1) for values in (data.mean, data.std))
+        pixels = ((strips * std + mean) * 255).round().clamp(0, 255).byte()
+        grid = pixels.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).cpu().numpy()  # (count * h, 3 * w, channels)
+        return Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid)
+
+
+def build(recipe: r.Recipe, split: Split, device: torch.device) -> Objective:
+    """The objective of a recipe; its teacher or cache is opened and checked against the data."""
+    match recipe.objective:
+        case r.Supervised():
+            return Supervised(recipe)
+        case r.MaskedImage():
+            return MaskedImage(recipe)
+        case r.Distilled(cache=cache) if cache:
+            return Distilled(recipe, cache=LabelCache.open(cache, split, recipe))
+        case r.Distilled(teacher=teacher) if teacher:
+            return Distilled(recipe, teacher=Teacher.load(teacher, split.classes, recipe).to(device))
+    raise ValueError(f"recipe {recipe.name} distils without naming a teacher; --set objective.teacher=timm:NAME, a "
+                     "trained model's folder or FILE.py:FUNCTION, or objective.cache to what deit teach wrote")

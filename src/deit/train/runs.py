@@ -1,0 +1,180 @@
+"""A run's parts and its state: begun, written down, and gone on with."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deit import files, host
+from deit.data.batches import EvaluationBatches, TrainingBatches, processor_for
+from deit.data.folders import Split, fingerprint
+from deit.image.processor import DeiTImageProcessor
+from deit.machine import Processes, described, resolve_precision, whole
+from deit.recipe import Recipe, difference
+from deit.train import checkpoint, objectives, optim
+from deit.train.build import build_model
+from deit.train.records import ABOUT, About
+
+
+@dataclass
+class State:
+    """What a run is besides its tensors, after `step` updates."""
+
+    step: int = 0
+    evaluated: int = 0
+    """Update after which the last evaluation was."""
+    best: float | None = None
+    seconds: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    """Of what the objective logs, over the `counted` updates since the last row of metrics."""
+    counted: int = 0
+    written: int = 0
+    """Bytes of metrics.jsonl."""
+    faults: Any = None
+    data: str = ""
+    """Fingerprint of the training images."""
+
+
+@dataclass
+class Work:
+    """A run's parts."""
+
+    recipe: Recipe
+    us: Processes
+    model: nn.Module
+    computing: nn.Module
+    """What is called in training: the model, or what spreads it over the processes."""
+    objective: objectives.Objective
+    optimizers: optim.Optimizers
+    average: optim.EMA | None
+    batches: TrainingBatches
+    validation: EvaluationBatches
+    processor: DeiTImageProcessor
+    precision: torch.dtype
+    total: int
+    warmup: int
+    every: float
+    """Updates between evaluations."""
+    accumulate: int
+    """Parts that this process's share of a batch is computed in."""
+
+    def lr(self, step: int) -> float:
+        peak = optim.peak_lr(self.recipe.optim, self.recipe.data.batch)
+        return optim.learning_rate(self.recipe.schedule, peak, step, self.total, self.warmup)
+
+    def due(self, step: int, every: float) -> bool:
+        """Whether something that happens `every` so many updates happens after this one."""
+        return step == self.total or int(step / every) > int((step - 1) / every)
+
+
+def find(out: Path, recipe: Recipe, resume: bool, planned: bool) -> tuple[Any, Any, list[str]] | None:
+    """The checkpoint to go on from (tensors and state), its schedule, and problems with newer ones; None to begin."""
+    folder = out / "checkpoints"
+    if not resume:
+        if checkpoint.saved(folder) or (out / "metrics.jsonl").exists():
+            raise FileExistsError(f"{out} holds a run already; --resume goes on with it, or choose another --out")
+        return None
+    found = checkpoint.restore(folder)
+    if found is None:
+        return None
+    tensors, values, problems = found
+    theirs = Recipe.from_dict(files.read_json(out / "recipe.json"))
+    same = replace(recipe, compute=theirs.compute, schedule=theirs.schedule if planned else recipe.schedule)
+    if changed := difference(theirs.to_dict(), same.to_dict()):
+        raise ValueError(f"{out} holds a run of another recipe: {changed}; go on with its own recipe "
+                         f"({out / 'recipe.json'}), or choose another --out")
+    return (tensors, State(**values)), theirs.schedule, problems
+
+
+def prepare(recipe: Recipe, train_split: Split, val_split: Split, us: Processes,
+            found: tuple[dict[str, Tensor], State] | None) -> tuple[Work, State]:
+    """Builds a run's parts and, in this order, gives them the state that was found."""
+    data = fingerprint(train_split)
+    tensors, state = found if found else ({}, State(data=data))
+    if state.data != data:
+        raise ValueError("the training images are not those that the run began with (names, sizes or contents differ); "
+                         "bring them back, or choose another --out")
+    # 1. The model, before it is spread over processes.
+    model = build_model(recipe if not found else replace(recipe, start=""), train_split.classes).to(us.device)
+    if found:
+        model.load_state_dict(_part(tensors, "model."))
+    if recipe.compute.checkpoint_blocks:
+        model.gradient_checkpointing_enable()  # type: ignore[operator]
+    if recipe.compute.compile:  # the blocks are alike, so one is compiled for all
+        for part in getattr(getattr(model, "backbone", None), "blocks", [model]):
+            part.compile()
+    computing = us.spread(model, recipe.compute.parallel)
+    # 2. Optimizer and average, which hold on to the model's parameters.
+    optimizers = optim.build(model, recipe.optim)
+    average = optim.EMA(model, recipe.ema) if recipe.ema else None
+    if found:
+        optimizers.load_state(_part(tensors, "optim."))
+        if average:
+            average.load_state(_part(tensors, "ema."))
+    # 3. The objective and the images; the stream begins at `state.step`.
+    objective = objectives.build(recipe, train_split, us.device)
+    batches = TrainingBatches(train_split, recipe, rank=us.rank, world=us.world, cycle=objective.cycle)
+    per_epoch = batches.steps_per_epoch
+    total = max(1, recipe.schedule.total.in_steps(per_epoch))
+    every = max(1.0, recipe.evaluate.amount * (per_epoch if recipe.evaluate.unit == "epochs" else 1))
+    return Work(recipe, us, model, computing, objective, optimizers, average, batches,
+                 objective.validation(val_split, us), processor_for(recipe),
+                 resolve_precision(recipe.compute.precision, us.device), total,
+                 recipe.schedule.warmup.in_steps(per_epoch), every, recipe.compute.accumulate), state
+
+
+def write_about(work: Work, state: State, train_split: Split, val_split: Split, out: Path) -> None:
+    """Writes `about.json`: what the recipe does not say. A run that goes on keeps the date of its beginning."""
+    try:
+        began = About.from_dict(files.read_json(out / ABOUT)).began if state.step else ""
+    except (OSError, ValueError):
+        began = ""
+    counts = [np.bincount(split.labels, minlength=len(train_split.classes)).tolist()
+              for split in (train_split, val_split)]
+    try:
+        folder = os.path.commonpath({os.path.dirname(file) for split in (train_split, val_split)
+                                     for file in split.files}) or os.curdir
+    except ValueError:  # relative and absolute paths, or two drives
+        folder = ""
+    about = About(
+        began=began or datetime.now(UTC).isoformat(timespec="seconds"), data=folder, fingerprint=state.data,
+        classes=train_split.classes, train=tuple(counts[0]), val=tuple(counts[1]),
+        device=described(work.us.device), processes=work.us.world, precision=str(work.precision).removeprefix("torch."),
+        versions={"deit": host.VERSION, "Python": platform.python_version(), "PyTorch": str(torch.__version__),
+                  "system": platform.platform()})
+    files.write_json(out / ABOUT, about.to_dict())
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def save(work: Work, state: State, out: Path) -> None:
+    tensors = {f"model.{name}": whole(value) for name, value in work.model.state_dict().items()}
+    tensors |= {f"optim.{name}": value for name, value in work.optimizers.state().items()}
+    tensors |= {f"ema.{name}": value for name, value in work.average.state().items()} if work.average else {}
+    if work.us.main:
+        checkpoint.save(out / "checkpoints", state.step, tensors, asdict(state))
+
+
+def save_model(work: Work, folder: Path) -> None:
+    """A folder that predicts by itself: weights, config with labels, preprocessing."""
+    model: Any = work.model
+    if work.recipe.compute.parallel == "shard" and work.us.world > 1:
+        tensors = {name: whole(value) for name, value in model.state_dict().items()}
+        with torch.device("meta"):
+            model = build_model(replace(work.recipe, start=""), list(model.config.id2label.values()))
+        model.load_state_dict(tensors, assign=True)
+    if work.us.main:
+        model.save_pretrained(folder)
+        work.processor.save_pretrained(folder)

@@ -1,0 +1,379 @@
+"""Who teaches: any trained classifier, brought to the student's images and classes. B images, C classes."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deit import files, host
+from deit.image.processor import DeiTImageProcessor
+from deit.model.load import load_model
+from deit.model.network import PreTrained
+from deit.recipe import Distilled, Recipe
+from deit.weights import hub
+
+TINY = 2.0**-24
+"""The least probability that a kept class, or the rest together, counts with: float16's smallest number."""
+
+
+class Teacher:
+    """A frozen classifier that sees the student's batch with its own normalisation, channels and resolution.
+
+    The student's augmented, mixed batch is what the teacher decides on (Touvron et al. 2020, section 4); only the
+    normalisation is undone and the teacher's applied, a grey image repeated for a teacher of three channels, and the
+    image resized (bicubic, antialiased) where `objective.resolution` is "teacher" and the sizes differ. It is always in
+    evaluation mode, is no submodule of anything, and needs no gradient.
+
+    `classes` are the names its answers are in the order of: the data's.
+    """
+
+    def __init__(self, model: nn.Module, classes: Sequence[str], recipe: Recipe, *, name: str,
+                 vocabularies: Sequence[Sequence[str]], mean: Sequence[float], std: Sequence[float],
+                 size: tuple[int, int]):
+        """`Teacher.load` and `Teacher.of` find these out. `vocabularies`: lists of names of the model's outputs, any of
+        which the data may use; none where nothing is known."""
+        self.name, self.classes, self.size = name, tuple(classes), size
+        self.student = _student(recipe)
+        self.model = model.eval().requires_grad_(False)
+        self.resizes = self.student["resolution"] == "teacher"
+        # A transformer of ours takes other image sizes than its own where it is told so.
+        self.options = {} if self.resizes or not isinstance(model, PreTrained) else {"interpolate_pos_encoding": True}
+        self.mean, self.std = list(map(float, mean)), list(map(float, std))
+        if len(self.mean) != len(self.std) or min(self.std) <= 0:
+            raise ValueError(f"teacher {name} states mean={self.mean} and std={self.std}; expected one entry for each "
+                             "of its channels in both, std positive")
+        channels = len(self.student["mean"])
+        if len(self.mean) != channels and channels != 1:
+            raise ValueError(f"teacher {name} takes {len(self.mean)} channels, the student's images have {channels}; "
+                             "choose a teacher for such images")
+        place = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+        ours, theirs = (torch.tensor([stats["mean"], stats["std"]], dtype=torch.float64)
+                        for stats in (self.student, {"mean": self.mean, "std": self.std}))
+        self.gain = (ours[1] / theirs[1]).float().view(-1, 1, 1).to(place)
+        self.shift = ((ours[0] - theirs[0]) / theirs[1]).float().view(-1, 1, 1).to(place)
+        self.order: Tensor | None = None
+        order = _order(name, vocabularies, self.classes, self._count_outputs(place))
+        self.order = None if order is None else torch.tensor(order, device=place)
+
+    @classmethod
+    def load(cls, name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
+        """The teacher that `objective.teacher` names, for data of these `classes`, in this order.
+
+        - `timm:NAME`: a published model, downloaded; `timm:NAME:WEIGHT_FILE`: that architecture with the `state_dict`
+          of a safetensors file or of a `.pth` file of tensors; `timm:FOLDER`: what timm saved. Image size and
+          normalisation are its `pretrained_cfg`'s. Class names are those it states, or ImageNet's where it has as many
+          outputs: "n01440764", or "tench, Tinca tinca".
+        - a folder or hub name: a model of ours, or DeiT or ViT as transformers or timm saved it.
+        - `FILE.py:FUNCTION`: what the function returns without arguments, a `Teacher` or any module (`Teacher.of`).
+
+        A teacher may know more classes than the data, in any order: they are matched by name.
+
+        Raises `ValueError` where it does not fit the data or its images, `FileNotFoundError` where it is not found,
+        `ImportError` without timm.
+        """
+        if name.startswith("timm:"):
+            return _from_timm(name, classes, recipe)
+        if ".py:" not in name:
+            if name.endswith(".py"):
+                raise ValueError(f"teacher {name} names a file but no function; give {name}:FUNCTION")
+            return _from_folder(name, classes, recipe)
+        made = _call(name)
+        if isinstance(made, Teacher):
+            if (made.classes, made.student) != (tuple(classes), _student(recipe)):
+                raise ValueError(f"{name} returned a Teacher made for other classes, or for a student of other "
+                                 "image size, mean, std or resolution; return the module, which is then adapted")
+            return made
+        if not isinstance(made, nn.Module):
+            raise ValueError(f"{name} returned {type(made).__name__}, expected a torch.nn.Module or a Teacher")
+        return cls.of(made, classes, recipe, name=name)
+
+    @classmethod
+    def of(cls, module: nn.Module, classes: Sequence[str], recipe: Recipe, *, labels: Sequence[str] | None = None,
+           mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+           image_size: int | tuple[int, int] | None = None, name: str = "") -> Teacher:
+        """Any module that maps images (B, channels, height, width) to logits (B, outputs), which it freezes.
+
+        It may also return a tuple that starts with them, or an object or mapping with `logits`. `labels` names its
+        outputs. What is None here is the module's attribute of that name (`classes` for the labels); what it lacks
+        too is the student's, but for the labels: without them there must be as many outputs as `classes`, and a
+        warning says that their order is not checked.
+        """
+        stated = {"classes": labels, "mean": mean, "std": std, "image_size": image_size}
+        stated = {key: getattr(module, key, None) if value is None else value for key, value in stated.items()}
+        names, size, student = stated["classes"], stated["image_size"], _student(recipe)
+        name = name or type(module).__name__
+        if names is not None and (isinstance(names, str) or not isinstance(names, Sequence)):
+            raise ValueError(f"teacher {name} has classes={names!r}, expected a list of names, one for each output")
+        mean_std = [torch.as_tensor(student[key] if stated[key] is None else stated[key], dtype=torch.float64)
+                    .flatten().tolist() for key in ("mean", "std")]
+        return cls(module, classes, recipe, name=name, vocabularies=[] if names is None else [list(map(str, names))],
+                   mean=mean_std[0], std=mean_std[1], size=_pair(size or student["size"]))
+
+    def to(self, device: torch.device | str) -> Self:
+        self.model.to(device)
+        self.gain, self.shift = self.gain.to(device), self.shift.to(device)
+        self.order = None if self.order is None else self.order.to(device)
+        return self
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Logits (B, C) in the student's class order, for the student's batch (B, channels, height, width)."""
+        logits = self._logits(pixels)
+        return logits if self.order is None else logits[:, self.order]
+
+    @torch.no_grad()
+    def _logits(self, pixels: Tensor) -> Any:
+        if self.model.training:  # someone has trained a parent of it
+            self.model.eval()
+        pixels = pixels * self.gain + self.shift  # one channel becomes the teacher's three by broadcasting
+        if self.resizes and tuple(pixels.shape[2:]) != self.size:
+            pixels = F.interpolate(pixels, self.size, mode="bicubic", antialias=True)
+        out = self.model(pixels, **self.options)
+        if isinstance(out, Tensor):
+            return out
+        if isinstance(out, Mapping):
+            return out["logits"]
+        return out[0] if isinstance(out, tuple | list) else out.logits
+
+    def _count_outputs(self, place: torch.device) -> int:
+        """Classes that the model tells apart, seen from its answer to a black image of the student's size."""
+        shape = (1, len(self.student["mean"]), *self.student["size"])
+        try:
+            logits = self._logits(torch.zeros(shape, device=place))
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            move = ("state its mean, std and image_size" if self.resizes else "set objective.resolution=teacher if it "
+                    "only takes images of its own size")
+            raise ValueError(f"teacher {self.name} can't answer to the student's images of {shape[1:]} as "
+                             f"{len(self.mean)} channels of {self.size if self.resizes else shape[2:]} "
+                             f"({reason}); {move}") from error
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 1 or not logits.shape[1]:
+            found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"teacher {self.name} answers to one image with {found}, expected logits (1, classes); "
+                             "choose a classifier")
+        return logits.shape[1]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what decides its answers, whatever it is called: all tensors with their names, the normalisation,
+        image size, order of classes and `objective.resolution`."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            if isinstance(tensor, Tensor):
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        order = None if self.order is None else self.order.tolist()
+        digest.update(json.dumps([self.mean, self.std, self.size, self.classes, order, self.student]).encode())
+        return digest.hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------------------- answers
+
+
+def condense(logits: Tensor, recipe: Distilled) -> dict[str, Tensor]:
+    """What of a teacher's logits (B, C) is kept, by name; `expand` makes its answers of it.
+
+    Hard: `hard` (B,) int64. Soft: `log_probability` (B, C) float32, or where `recipe.top_k` is below C the most likely
+    classes, `index` (B, top_k) int64, and `probability` (B, top_k) float16.
+    """
+    logits = logits.float()
+    if recipe.kind == "hard":
+        return {"hard": logits.argmax(-1)}
+    if recipe.top_k is None or recipe.top_k >= logits.shape[1]:
+        return {"log_probability": logits.log_softmax(-1)}
+    kept, index = logits.softmax(-1).topk(recipe.top_k)
+    return {"index": index, "probability": kept.clamp(min=TINY).half()}
+
+
+def expand(kept: Mapping[str, Tensor], classes: int) -> Tensor:
+    """The answers of which `condense` kept this: decisions (B,) int64, or log-probabilities (B, classes) float32.
+
+    The certainty that the kept classes leave is spread evenly over the others.
+    """
+    if "hard" in kept:
+        return kept["hard"]
+    if "log_probability" in kept:
+        return kept["log_probability"]
+    index, probability = kept["index"], kept["probability"].double()  # in float64 all devices round to the same float32
+    rest = (1 - probability.sum(-1, keepdim=True)).clamp(min=TINY) / (classes - index.shape[1])
+    return rest.log().float().repeat(1, classes).scatter(1, index, probability.log().float())
+
+
+def answers(logits: Tensor, recipe: Distilled) -> Tensor:
+    """What the student learns from a teacher's logits (B, C).
+
+    Hard: the decisions (B,) int64 (Touvron et al. 2020, equation 3). Soft: log-probabilities (B, C) float32 at
+    temperature 1, which any temperature can be applied to as to logits: they differ by a constant for each image. With
+    `recipe.top_k` below C, that many probabilities are kept, in float16, and the rest of 1 is spread evenly.
+    """
+    return expand(condense(logits, recipe), logits.shape[1])
+
+
+# -------------------------------------------------------------------------------------------------------------- finding
+
+
+def _student(recipe: Recipe) -> dict[str, Any]:
+    """What of the student decides on how a teacher is adapted."""
+    if not isinstance(recipe.objective, Distilled):
+        raise ValueError(f"recipe {recipe.name} has no use for a teacher: its objective is "
+                         f"{type(recipe.objective).__name__}; set objective=Distilled()")
+    return {"mean": list(recipe.data.mean), "std": list(recipe.data.std), "size": list(recipe.model.image_hw),
+            "resolution": recipe.objective.resolution}
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+def _order(name: str, vocabularies: Sequence[Sequence[str]], classes: Sequence[str], outputs: int) -> list[int] | None:
+    """The teacher's output for each of the data's classes; None where they are the same already."""
+    for names in vocabularies:
+        if len(names) != outputs:
+            raise ValueError(f"teacher {name} has {outputs} outputs and {len(names)} class names; name each output")
+    if not vocabularies:
+        if outputs != len(classes):
+            raise ValueError(f"teacher {name} has {outputs} outputs without names, the data has {len(classes)} classes;"
+                             " choose a teacher that names its classes (a module may have an attribute `classes`)")
+        warnings.warn(f"teacher {name} does not name its {outputs} outputs: they are taken to be the data's classes in "
+                      "the order of their names, which can't be checked", stacklevel=2)
+        return None
+    names = min(vocabularies, key=lambda names: len(set(classes).difference(names)))
+    place = {one: i for i, one in enumerate(names)}
+    if missing := [one for one in classes if one not in place]:
+        raise ValueError(f"teacher {name} does not know the data's class {missing[0]!r} ({len(missing)} of "
+                         f"{len(classes)} are missing); it knows {', '.join(map(repr, names[:5]))}"
+                         f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}; choose a teacher of these "
+                         "classes")
+    counts = Counter(names)
+    if repeated := [one for one in classes if counts[one] > 1]:
+        raise ValueError(f"teacher {name} gives the name {repeated[0]!r} to {counts[repeated[0]]} of its classes, so "
+                         "which one is meant is not known; choose a teacher whose names differ")
+    return None if list(names) == list(classes) else [place[one] for one in classes]
+
+
+def _from_folder(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
+    try:
+        model = load_model(name)
+    except ValueError as error:
+        if (Path(name).expanduser() / "config.json").is_file() and "timm architecture" in str(error):
+            raise ValueError(f"{error}; as a teacher, timm:{name} opens it with timm") from None
+        raise
+    config = model.config
+    processor = DeiTImageProcessor.of_model(name, config)
+    # The processor computes (levels * factor - mean) / std of levels 0 to 255.
+    factor = 255 * processor.rescale_factor if processor.do_rescale else 255.0
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+    spread = [[value / factor for value in ([stated] * config.num_channels if isinstance(stated, int | float)
+                                            else stated)] for stated in (mean, std)]
+    return Teacher(model, classes, recipe, name=name, vocabularies=[list((config.id2label or {}).values())],
+                   mean=spread[0], std=spread[1], size=config.image_hw)
+
+
+def _call(name: str) -> Any:
+    """What `FILE.py:FUNCTION` returns."""
+    path, _, function = name.rpartition(":")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"teacher {name}: there is no file {file}; give FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location(f"deit_teacher_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = getattr(module, function, None)
+    if not callable(made):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(f"teacher {name}: {file} has no function {function!r}; it has {', '.join(known) or 'none'}")
+    return made()
+
+
+def _from_timm(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
+    try:
+        import timm
+    except ImportError:
+        raise host.missing(f"teacher {name} needs timm", "teachers") from None
+    given = name.removeprefix("timm:")
+    if (folder := Path(given).expanduser()).is_dir():
+        count = files.read_json(files.find_file(folder, "config.json")).get("num_classes")
+        path = next((folder / file for file in hub.WEIGHT_FILES if (folder / file).is_file()), None)
+        if path is None:
+            raise FileNotFoundError(f"teacher {name}: {folder} holds no weights; expected one of "
+                                    f"{', '.join(hub.WEIGHT_FILES)}")
+        model = _timm_model(f"local-dir:{folder}", path, hub.read_tensors(path), count)
+        return _of_timm(name, model, classes, recipe, own=True)
+    elsewhere = re.match("hf[-_]hub:", given)  # hf-hub:USER/MODEL is one name to timm
+    architecture, _, file = (given, "", "") if elsewhere else given.partition(":")
+    if not elsewhere and not timm.is_model(architecture):
+        raise ValueError(f"teacher {name}: {architecture!r} is neither a timm model nor a folder; "
+                         f"timm.list_models('*{architecture[:4]}*') lists names")
+    if not file:
+        try:
+            model = timm.create_model(architecture, pretrained=True)
+        except Exception as error:  # of the network, the hub, the cache or the file
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise OSError(f"teacher {name} could not be fetched ({reason}); connect to the network, or give its "
+                          f"weights as timm:{architecture}:WEIGHT_FILE") from error
+        return _of_timm(name, model, classes, recipe, own=True)
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"teacher {name}: there is no file {path}; give timm:NAME:WEIGHT_FILE")
+    tensors = {key.removeprefix("_orig_mod.").removeprefix("module."): tensor
+               for key, tensor in hub.read_tensors(path).items()}
+    head = getattr(timm.get_pretrained_cfg(architecture), "classifier", None)
+    head = head if isinstance(head, str) else next(iter(head or ()), None)
+    if f"{head}.weight" not in tensors:
+        raise files.CheckpointError(f"{path} has no {head}.weight, the classifier of timm's {architecture}; give a "
+                                    "file of that architecture's weights")
+    model = _timm_model(architecture, path, tensors, len(tensors[f"{head}.weight"]))
+    return _of_timm(name, model, classes, recipe, own=False)
+
+
+def _timm_model(architecture: str, path: Path, tensors: Mapping[str, Tensor], count: int | None) -> nn.Module:
+    import timm
+
+    model = timm.create_model(architecture, pretrained=False, num_classes=count)  # None: the architecture's own
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise files.CheckpointError(f"{path} does not fit timm's {architecture}: {' '.join(str(error).split())[:300]}; "
+                                    "give a file of that architecture's weights") from None
+    return model
+
+
+def _of_timm(name: str, model: nn.Module, classes: Sequence[str], recipe: Recipe, *, own: bool) -> Teacher:
+    """`own`: the weights are those that the model's `pretrained_cfg` describes."""
+    stated: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    channels, height, width = stated["input_size"]
+    mean, std = ((list(stated[key]) * channels)[:channels] if len(stated[key]) == 1 else list(stated[key])
+                 for key in ("mean", "std"))
+    return Teacher(model, classes, recipe, name=name, vocabularies=_timm_names(model, stated, classes, own),
+                   mean=mean, std=std, size=(height, width))
+
+
+def _timm_names(model: Any, stated: Mapping[str, Any], classes: Sequence[str], own: bool) -> list[list[str]]:
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    if own and (names := stated.get("label_names")):
+        if isinstance(names, Mapping):  # by number, which JSON writes as text
+            names = [names[key] for key in sorted(names, key=int)]
+        descriptions = stated.get("label_descriptions") or {}
+        if not isinstance(descriptions, Mapping):
+            descriptions = dict(zip(names, descriptions, strict=False))
+        return [list(names), [descriptions.get(one, one) for one in names]]
+    if subset := infer_imagenet_subset(model):
+        info = ImageNetInfo(subset)
+        found = [list(info.label_names()), list(info.label_descriptions())]
+        # A file of as many classes may be of other data; its names are not known then.
+        if own or any(set(classes) <= set(names) for names in found):
+            return found
+    return []

@@ -1,0 +1,404 @@
+"""Checkpoints: a name, a folder or a file to tensors under our names, and back, and onto the hub.
+
+Reading executes nothing: safetensors, HDF5, or PyTorch's restricted unpickler for `.bin` and `.pth`. Tensors are
+PyTorch's or NumPy's, as the caller's framework wants them; the other framework need not be installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from deit import host
+from deit.config import DeiTConfig
+from deit.files import CheckpointError, NotFetched, find_file, read_json, replacing, write_json, write_text
+from deit.weights import names as weights
+
+Arrays = Literal["torch", "numpy"]
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+                "pytorch_model.bin.index.json", "tf_model.h5")
+"""Looked for in this order."""
+
+
+# ---------------------------------------------------------------------------------------------------------- finding
+
+
+def _find_weights(name_or_folder: str | Path, **where: Any) -> list[Path]:
+    """The weight file, or all shards of it."""
+    if (place := Path(name_or_folder).expanduser()).is_file():
+        return [place]
+    reasons = []
+    for filename in WEIGHT_FILES:
+        try:
+            path = find_file(name_or_folder, filename, **where)
+        except FileNotFoundError as error:
+            reasons.append(error)
+            if isinstance(error, NotFetched):  # the client waits long for each file; the cache may hold another
+                where["local_files_only"] = True
+            continue
+        if not filename.endswith(".index.json"):
+            return [path]
+        shards = read_json(path).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise CheckpointError(f"{path} has no weight_map, so its shards are unknown; fetch the checkpoint again")
+        try:
+            return [find_file(name_or_folder, shard, **where) for shard in sorted(set(shards.values()))]
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} lists a shard that is missing ({error}); fetch the checkpoint "
+                                  "again") from None
+    if place.is_dir():
+        place = place / where.get("subfolder", "")
+        loose = sorted(place.glob("*.pth"))
+        if len(loose) == 1:
+            return loose
+        raise FileNotFoundError(f"{place} holds no weights; expected one of {', '.join(WEIGHT_FILES)} or one .pth file")
+    raise reasons[0]
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model read from files: what it is and its tensors under our names (`weights.manifest`)."""
+
+    config: DeiTConfig
+    tensors: dict[str, Any]
+    file: str
+    """The weight file (the first of the shards), for messages."""
+
+    def config_for(self, kind: weights.Kind, config_class: type[DeiTConfig],
+                   overrides: Mapping[str, Any]) -> DeiTConfig:
+        """The config of a model of this kind that takes these tensors."""
+        config = config_class.from_dict(self.config.to_dict(), **overrides)
+        if kind == "masked_image" and "encoder_stride" not in overrides:
+            config = config.replace(encoder_stride=config.patch_size)
+        return config
+
+    def options_for(self, kind: weights.Kind) -> dict[str, bool]:
+        """Which optional parts of a backbone these tensors hold."""
+        return {"add_pooling_layer": any(name.startswith("deit.pooler.") for name in self.tensors),
+                "use_mask_token": "deit.mask_token" in self.tensors} if kind == "backbone" else {}
+
+    def fit(self, expected: Mapping[str, tuple[int, ...]], ignore_mismatched_sizes: bool) -> Fitted:
+        """The tensors for a model that expects these names and shapes; warns of what has to start anew.
+
+        Raises `CheckpointError` where a tensor has another shape, or where one is missing that isn't a head's.
+        """
+        given = {name: tensor for name, tensor in self.tensors.items() if name in expected}
+        mismatched = [name for name in expected if name in given and tuple(given[name].shape) != expected[name]]
+        if mismatched and not ignore_mismatched_sizes:
+            name = mismatched[0]
+            raise CheckpointError(
+                f"{self.file}: {name} has shape {tuple(given[name].shape)}, this model expects {expected[name]}"
+                f"{_others(mismatched)}; pass a config that fits the file, or ignore_mismatched_sizes=True to start "
+                "such tensors anew")
+        missing = [name for name in expected if name not in given]
+        broken = [name for name in missing if not name.startswith(_MAY_BE_MISSING)]
+        if broken:
+            raise CheckpointError(f"{self.file} lacks {broken[0]}{_others(broken)}, which this model's config asks "
+                                  "for; the file is incomplete, or the config is another model's")
+        if fresh := [*missing, *mismatched]:
+            warnings.warn(f"{self.file} does not give {', '.join(fresh)}: initialised anew, train before use",
+                          stacklevel=5)
+        return Fitted({name: given[name] for name in given if name not in mismatched}, fresh, {
+            "missing_keys": missing, "mismatched_keys": mismatched, "error_msgs": [],
+            "unexpected_keys": sorted(self.tensors.keys() - expected.keys())})
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a model takes from a checkpoint."""
+
+    given: dict[str, Any]
+    fresh: list[str]
+    """Tensors that the file lacks, or has in another shape."""
+    info: dict[str, list[str]]
+    """The loading info that `transformers` returns."""
+
+
+_MAY_BE_MISSING = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder.", "deit.pooler.",
+                   "deit.mask_token")
+
+
+def _others(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def read_checkpoint(name_or_folder: str | Path, *, config: DeiTConfig | None = None, arrays: Arrays = "torch",
+                    **where: Any) -> Checkpoint:
+    """Reads a folder, a hub repository or a weight file, in any dialect; `where` as in `find_file`.
+
+    Without `config` and without a `config.json`, the architecture is told from the tensors' shapes.
+    """
+    if config is None:
+        with suppress(FileNotFoundError):
+            config = DeiTConfig.from_pretrained(name_or_folder, **where)
+    paths = _find_weights(name_or_folder, **where)
+    tensors: dict[str, Any] = {}
+    for path in paths:
+        tensors |= read_tensors(path, arrays)
+    file = str(paths[0])
+    ours = weights.to_ours(tensors, join=_concatenate, file=file)
+    return Checkpoint(config or weights.infer_config(ours, file=file), ours, file)
+
+
+def _concatenate(parts: Sequence[Any]) -> Any:
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts)
+    import torch
+
+    return torch.cat(list(parts))
+
+
+def read_tensors(path: Path, arrays: Arrays = "torch") -> dict[str, Any]:
+    """The tensors of one `.safetensors`, `.bin`, `.pth` or `.h5` file, on the CPU, under the file's own names.
+
+    What TensorFlow stored, named and laid out as it does, comes as Hugging Face's PyTorch files have it.
+    """
+    if path.suffix == ".h5":
+        return _as(arrays, weights.from_tensorflow(_read_h5(path), file=str(path)))
+    if path.suffix != ".safetensors":
+        return _as(arrays, _read_pickle(path))
+    from safetensors import SafetensorError
+
+    try:
+        if arrays == "numpy":
+            from safetensors.numpy import load_file as load_arrays
+
+            tensors: dict[str, Any] = load_arrays(path)
+        else:
+            from safetensors.torch import load_file
+
+            tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or corrupt ({error}); fetch it again") from None
+    if any(name.endswith(":0") for name in tensors):
+        return _as(arrays, weights.from_tensorflow(_as("numpy", tensors), file=str(path)))
+    return tensors
+
+
+def _as(arrays: Arrays, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values as tensors of that framework. NumPy has bfloat16 from ml_dtypes, which every back end brings."""
+    if arrays == "numpy":
+        return {name: value if isinstance(value, np.ndarray) else _to_numpy(value) for name, value in tensors.items()}
+    import torch
+
+    return {name: torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
+            for name, value in tensors.items()}
+
+
+def _to_numpy(tensor: Any) -> np.ndarray:
+    import torch
+
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
+    import ml_dtypes
+
+    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+
+def _read_h5(path: Path) -> dict[str, np.ndarray]:
+    """All datasets of an HDF5 file by their path, e.g. of `tf_model.h5`, as `transformers` 4 wrote it."""
+    try:
+        import h5py
+    except ImportError:
+        raise host.missing(f"reading {path} needs h5py", "keras") from None
+    tensors: dict[str, np.ndarray] = {}
+    try:
+        with h5py.File(path) as file:
+            file.visititems(lambda name, node: tensors.update({name: node[()]})
+                            if isinstance(node, h5py.Dataset) else None)
+    except OSError as error:
+        raise CheckpointError(f"{path} is truncated, corrupt or no HDF5 file ({error}); fetch it again") from None
+    return tensors
+
+
+class _Refused:
+    """Stands in for a pickled object that is not read: it takes any state and keeps none."""
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    """PyTorch's restricted unpickler. The original repository's files carry an `argparse.Namespace`: left unread."""
+    try:
+        import torch
+    except ImportError:
+        raise ImportError(f"{path} is a PyTorch file, and reading it needs PyTorch: pip install torch, or ask for a "
+                          "safetensors file") from None
+    try:
+        with torch.serialization.safe_globals([(_Refused, "argparse.Namespace")]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # on damaged bytes the unpickler raises nearly anything
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            raise CheckpointError(f"{path} holds more than tensors: a pickle that would run code when loaded. Nothing "
+                                  f"was executed or loaded ({_culprit(str(error))}). Ask for a safetensors "
+                                  "file") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} is truncated, corrupt or no PyTorch file ({reason}); fetch it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} should hold a dictionary of tensors, found {type(content).__name__}")
+    refused = [str(name) for name, value in content.items() if isinstance(value, _Refused | argparse.Namespace)]
+    if refused:
+        warnings.warn(f"{path}: {', '.join(refused)} is a pickled object and was not read; the weights are",
+                      stacklevel=2)
+    tensors = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
+    if other := [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]:
+        raise CheckpointError(f"{path}: {other[0]!r} is {type(tensors[other[0]]).__name__}, expected tensors only, or "
+                              'a dictionary with them under "model"')
+    return dict(tensors)
+
+
+def _culprit(message: str) -> str:
+    words = [word.strip("`.,'\"") for word in message.split()]
+    after = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "GLOBAL" and "." in words[i + 1]]
+    return f"it asks for {after[0]}" if after else "it asks for objects other than tensors"
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Any], *, max_shard_size: int | str = "5GB") -> None:
+    """Writes `model.safetensors`, or numbered shards and their index where it would exceed `max_shard_size`."""
+    shards = _shards(tensors, _bytes(max_shard_size))
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else ["model.safetensors"]
+    for name, shard in zip(names, shards, strict=True):
+        with replacing(folder / name) as temporary:
+            _save_file(shard, temporary)
+    index = folder / "model.safetensors.index.json"
+    if len(shards) > 1:
+        content = {"metadata": {"total_size": sum(value.nbytes for value in tensors.values())},
+                   "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard}}
+        write_json(index, content)
+    else:
+        index.unlink(missing_ok=True)
+    for stale in folder.glob("model*.safetensors"):
+        if stale.name not in names and _WEIGHT_FILE.fullmatch(stale.name):
+            stale.unlink()
+
+
+def _save_file(tensors: Mapping[str, Any], path: Path) -> None:
+    metadata = {"format": "pt"}  # the layout: what `transformers` looks for
+    if all(isinstance(value, np.ndarray) for value in tensors.values()):
+        from safetensors.numpy import save_file as save_arrays
+
+        save_arrays({key: np.ascontiguousarray(value) for key, value in tensors.items()}, path, metadata=metadata)
+    else:
+        from safetensors.torch import save_file
+
+        save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=metadata)
+
+
+_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+
+
+def _shards(tensors: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
+    shards: list[dict[str, Any]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > limit:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    return shards
+
+
+def _bytes(size: int | str) -> int:
+    if isinstance(size, int):
+        return size
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    for unit, factor in sorted(units.items(), key=lambda item: -len(item[0])):
+        if size.upper().endswith(unit) and size[:-len(unit)].strip().isdigit():
+            return int(size[:-len(unit)]) * factor
+    raise ValueError(f"max_shard_size={size!r} is not understood; give bytes, or a size like 500MB or 5GB")
+
+
+def write_checkpoint(folder: Path, config: DeiTConfig, tensors: Mapping[str, Any], *,
+                     max_shard_size: int | str = "5GB") -> None:
+    """Writes `config.json` and weights as Hugging Face names them; `transformers` reads the folder."""
+    kind = weights.kind_of(tensors)
+    family = "ViT" if config.model_type == "vit" else "DeiT"
+    prefix = "" if kind == "backbone" else f"{family.lower()}."
+    named = weights.from_ours(tensors, "hf", prefix=prefix)
+    architecture = {"backbone": "Model", "masked_image": "ForMaskedImageModeling",
+                    "classification": "ForImageClassification",
+                    "with_teacher": "ForImageClassificationWithTeacher"}[kind]
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    config = config.replace(extra={**config.extra, "architectures": [family + architecture], "dtype": dtype})
+    write_tensors(folder, named, max_shard_size=max_shard_size)
+    config.save_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------- sharing
+
+
+def push_folder(folder: Path, repo_id: str, *, token: str | bool | None = None, private: bool | None = None,
+                revision: str | None = None, commit_message: str = "Upload model") -> str:
+    """Uploads a saved folder to the hub, making the repository where it is missing; returns the commit's address."""
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise host.missing("pushing to the hub needs huggingface_hub", "hub") from None
+    card = folder / "README.md"
+    if not card.exists():
+        write_text(card, model_card(DeiTConfig.from_pretrained(folder), repo_id))
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision,
+                                 commit_message=commit_message))
+
+
+def push_saved(save: Callable[[Path], object], repo_id: str, **options: Any) -> str:
+    """`push_folder` of what `save` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder))
+        return push_folder(Path(folder), repo_id, **options)
+
+
+def model_card(config: DeiTConfig, name: str) -> str:
+    """The README.md of a hub repository: metadata that the hub indexes, what the model is, and how to load it.
+
+    `config` is one that was read from a saved model: it names the architecture.
+    """
+    architecture = config.extra["architectures"][0]
+    task = {"Model": "image-feature-extraction", "ForMaskedImageModeling": "image-feature-extraction"}.get(
+        architecture.removeprefix("DeiT").removeprefix("ViT"), "image-classification")
+    labels: Sequence[str] = list((config.id2label or {}).values())
+    shown = ", ".join(labels[:20]) + (f" and {len(labels) - 20} more" if len(labels) > 20 else "")
+    classes = f"\nClasses: {shown}.\n" if task == "image-classification" else ""
+    kind = "with" if config.distillation_token else "without"
+    return f"""---
+library_name: deit
+pipeline_tag: {task}
+tags:
+- {config.model_type}
+---
+# {name.rsplit("/", maxsplit=1)[-1]}
+
+A vision transformer {kind} distillation token: width {config.hidden_size}, {config.num_hidden_layers} blocks,
+{config.num_attention_heads} heads, patches of {config.patch_hw[0]}x{config.patch_hw[1]} pixels, images of
+{config.image_hw[0]}x{config.image_hw[1]}.
+{classes}
+```python
+import deit
+
+model = deit.load_model("{name}")
+```
+"""
