@@ -20,7 +20,8 @@ FRAMEWORKS = {"torch", "transformers", "timm", "keras", "tensorflow", "jax", "sk
               "huggingface_hub", "openvino", "nncf", "onnx", "onnxruntime"}
 LIGHT = ["deit", "deit.cli", "deit.config", "deit.evaluate.scores", "deit.export.convert", "deit.export.engines",
          "deit.files", "deit.host", "deit.image.processor", "deit.model.loss_rules", "deit.model.outputs",
-         "deit.recipe", "deit.recipes", "deit.report.drawing", "deit.report.markup", "deit.train.records", "deit.weights.hub"]
+         "deit.recipe", "deit.recipes", "deit.report.drawing", "deit.report.markup", "deit.train.records",
+         "deit.weights.hub"]
 """Modules that load no framework before it is needed, and whose imports don't either."""
 
 FILES = sorted(SOURCE.rglob("*.py"))
