@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from conftest import build, small
 from PIL import Image
+from support.models import build, small
 
 from deit import __version__
 from deit.cli import _parser, main

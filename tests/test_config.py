@@ -4,7 +4,7 @@ import pickle
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
-from conftest import raises_saying, run_python
+from support.checks import raises_saying, run_python
 
 from deit.config import VARIANTS, DeiTConfig, ViTConfig
 

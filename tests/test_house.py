@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import run_python
+from support.checks import run_python
 
 from deit.cli import _parser
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 import torch
-from conftest import raises_saying
 from rich.console import Console
+from support.checks import raises_saying
 
 from deit.data.batches import EvaluationBatches
 from deit.data.folders import read_split

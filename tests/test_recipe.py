@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import raises_saying, shrink
+from support.checks import raises_saying
+from support.models import shrink
 
 from deit.config import VARIANTS, DeiTConfig
 from deit.model.network import (

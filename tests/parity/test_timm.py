@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import CLASS_OF, assert_close, build, images, raises_saying, scramble, shrink
+from support.checks import assert_close, raises_saying
+from support.models import CLASS_OF, build, images, scramble, shrink
 
 from deit import weights
 from deit.config import VARIANTS, DeiTConfig

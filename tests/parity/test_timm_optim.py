@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import build, small
+from support.models import build, small
 
 from deit import weights
 from deit.recipe import LAMB, AdamW, Cosine, steps

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import assert_close, build, images, loss_of, mask_for, random_config, scramble, shrink, small
+from support.checks import assert_close
+from support.models import build, images, loss_of, mask_for, random_config, scramble, shrink, small
 
 import deit
 from deit import weights

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import build, raises_saying
 from fastapi.testclient import TestClient
 from PIL import Image
+from support.checks import raises_saying
+from support.models import build
 
 from deit.cli import main
 from deit.config import VARIANTS

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build, raises_saying, scramble, shrink, small
-from launch import photos
 from PIL import Image
+from support.checks import raises_saying
+from support.models import build, scramble, shrink, small
+from support.runs import photos
 
 from deit import files
 from deit.cli import _parser, main

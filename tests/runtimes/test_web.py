@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import build, raises_saying, small
 from PIL import Image
+from support.checks import raises_saying
+from support.models import build, small
 from test_export import KINDS, OUTPUTS, model_of, pixels_for, tampering
 
+import deit
 from deit import files
 from deit.evaluate.calibration import Calibration, HeadCalibration
 from deit.export import web
@@ -30,7 +32,7 @@ from deit.image.processor import DeiTImageProcessor
 from deit.model.network import head_probabilities
 from deit.predict.predictor import Predictor, load_model
 
-SOURCE = Path(web.__file__).parent / "web"
+SOURCE = Path(deit.__file__).parent / "web"
 TARBALL = f"onnxruntime-web-{web.VERSION}.tgz"
 
 

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import small
 from PIL import Image
+from support.models import small
 from twins import TWIN_OF, needs_tensorflow
 
 import deit

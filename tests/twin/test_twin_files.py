@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CLASS_OF, build, raises_saying, run_python, small
 from safetensors.numpy import load_file
+from support.checks import raises_saying, run_python
+from support.models import CLASS_OF, build, small
 from twins import BACKEND, TWIN_OF, arrays, as_arrays, assert_alike, distance, given_for, keras, slow_on_jax, twins
 
 import deit

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import raises_saying, small
+from support.checks import raises_saying
+from support.models import small
 from twins import (
     BACKEND,
     SLOW_ON_JAX,

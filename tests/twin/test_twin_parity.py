@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import random_config, scramble, shrink, small
+from support.models import random_config, scramble, shrink, small
 from twins import (
     SLOW_ON_JAX,
     TWIN_OF,

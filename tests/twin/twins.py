@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import build, images, mask_for
+from support.models import build, images, mask_for
 
 model_keras = pytest.importorskip("deit.model_keras", reason="Keras is not installed")
 

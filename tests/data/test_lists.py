@@ -1,0 +1,160 @@
+"""Images to judge a model by: splits, lists of files, and classes found by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+from support.checks import raises_saying
+from support.runs import photos
+
+from deit.data.folders import Split, fingerprint, matched, read_examples, read_split
+
+
+def write(path, *lines, encoding="utf-8"):
+    path.write_text("\n".join(lines) + "\n", encoding=encoding)
+    return path
+
+
+def shown(split, root):
+    return [(file.relative_to(root).as_posix(), split.classes[label])
+            for file, label in zip(split.files, split.labels, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------------------- folders
+
+
+def test_test_comes_before_val_and_train_is_asked_for(tmp_path):
+    photos(photos(tmp_path, count=3), split="val", count=2)
+    assert read_examples(tmp_path) == (read_split(tmp_path, "val"), "val")
+    photos(tmp_path, split="test", count=1)
+    assert read_examples(tmp_path) == (read_split(tmp_path, "test"), "test")
+    for split in ("train", "val", "test"):
+        assert read_examples(tmp_path, split) == (read_split(tmp_path, split), split)
+
+
+def test_a_folder_without_splits(tmp_path):
+    photos(tmp_path, split="birds", classes="ab")
+    found, split = read_examples(tmp_path / "birds")
+    assert split is None
+    assert found.classes == ("a", "b")
+    assert len(found) == 14
+
+
+def test_training_images_are_no_default(tmp_path):
+    with raises_saying(ValueError, "neither test nor val", "--split train"):
+        read_examples(photos(tmp_path))
+
+
+def test_folders_that_are_something_else(tmp_path):
+    photos(tmp_path / "one", split="Test")
+    with raises_saying(ValueError, "rename it to test"):
+        read_examples(tmp_path / "one")
+    with raises_saying(FileNotFoundError, "no folder test", "expected"):
+        read_examples(photos(tmp_path / "two"), "test")
+    with raises_saying(FileNotFoundError, "does not exist", ".csv or .jsonl"):
+        read_examples(tmp_path / "three.csv")
+    with raises_saying(ValueError, "three.txt is neither", ".csv or .jsonl"):
+        read_examples(write(tmp_path / "three.txt", "path,label"))
+
+
+# --------------------------------------------------------------------------------------------------------------- lists
+
+
+def test_a_csv_list(tmp_path):
+    list_ = write(tmp_path / "list.CSV", "path,weight, label", 'a.png,2,"tench, Tinca tinca"', "",
+                  f"{tmp_path}/b/c.png,3,dog", "b/../d é.png,4,dog", encoding="utf-8-sig")  # as spreadsheets write it
+    found, split = read_examples(list_)
+    assert split is None
+    assert shown(found, tmp_path) == [("a.png", "tench, Tinca tinca"), ("b/c.png", "dog"), ("d é.png", "dog")]
+    assert found.classes == ("dog", "tench, Tinca tinca")
+
+
+def test_a_jsonl_list(tmp_path, monkeypatch):
+    rows = [{"path": "a.png", "label": "7", "width": 3}, {"label": "cat", "path": str(tmp_path / "b.png")}]
+    write(tmp_path / "list.jsonl", json.dumps(rows[0]), "  ", json.dumps(rows[1]))
+    monkeypatch.chdir(tmp_path)  # relative to the list, whose own name is relative
+    for name in ("list.jsonl", tmp_path / "list.jsonl"):
+        assert shown(read_examples(name)[0], tmp_path) == [("a.png", "7"), ("b.png", "cat")]
+
+
+def test_the_same_images_by_folder_and_by_list(tmp_path):
+    folder, _ = read_examples(photos(tmp_path), "train")
+    lines = [f"{file.relative_to(tmp_path)},{folder.classes[label]}"
+             for file, label in zip(folder.files, folder.labels, strict=True)]
+    listed, _ = read_examples(write(tmp_path / "list.csv", "path,label", *lines))
+    assert listed == folder
+    assert fingerprint(listed) == fingerprint(folder)
+
+
+@pytest.mark.parametrize(("lines", "saying"), [
+    (["a.png,cat"], ["line 1", "one column 'path'", "'a.png', 'cat'"]),
+    (["path;label", "a.png;cat"], ["line 1", "'path;label'"]),
+    (["path,label,label", "a.png,cat,cat"], ["line 1", "one column 'label'"]),
+    (["path,label", "a.png,cat", "b.png,tench, Tinca tinca"], ["line 3", "expected 2 fields", "found 3", "quotes"]),
+    (["path,label", "a.png"], ["line 2", "found 1"]),
+    (["path,label", "a.png,"], ["line 2", 'label is ""', "name of a class"]),
+    (["path,label", ",cat"], ["line 2", 'path is ""']),
+    (["path,label", "a.png,cat", "b.png,cat", "./a.png,dog"], ["line 4", "a.png is listed already in line 2"]),
+    (["path,label"], ["lists no images"]),
+    ([""], ["line 1", "found nothing"]),
+    (["path,label", '"a.png,cat'], ["can't be read as CSV"]),
+])
+def test_csv_lists_that_are_refused(lines, saying, tmp_path):
+    with raises_saying(ValueError, tmp_path / "list.csv", *saying):
+        read_examples(write(tmp_path / "list.csv", *lines))
+
+
+@pytest.mark.parametrize(("line", "saying"), [
+    ('{"path": "b.png", "label": 7}', ["line 2", "label is 7", "name of a class"]),
+    ('{"path": null, "label": "cat"}', ["line 2", "path is null"]),
+    ('{"path": "b.png", "class": "cat"}', ["line 2", '"path" and "label"', "'path', 'class'"]),
+    ('["b.png", "cat"]', ["line 2", "found list"]),
+    ('{"path": "b.png", "label": "cat"', ["line 2", "not valid JSON"]),
+    ('{"path": "a.png", "label": "cat"}', ["line 2", "listed already in line 1"]),
+])
+def test_jsonl_lists_that_are_refused(line, saying, tmp_path):
+    with raises_saying(ValueError, tmp_path / "list.jsonl", *saying):
+        read_examples(write(tmp_path / "list.jsonl", '{"path": "a.png", "label": "cat"}', line))
+
+
+def test_other_lists_that_are_refused(tmp_path):
+    with raises_saying(ValueError, "UTF-8"):
+        read_examples(write(tmp_path / "list.csv", "path,label", "a.png,café", encoding="latin-1"))
+    with raises_saying(ValueError, "is a list and has no splits", "--split val"):
+        read_examples(write(tmp_path / "list.csv", "path,label", "a.png,cat"), "val")
+
+
+def test_a_listed_folder_counts_as_an_image_that_can_not_be_read(tmp_path):
+    (tmp_path / "folder").mkdir()
+    found, _ = read_examples(write(tmp_path / "list.csv", "path,label", "folder,cat", "gone.png,cat"))
+    before = fingerprint(found)
+    (tmp_path / "folder").rmdir()
+    assert fingerprint(found) == before
+
+
+# ------------------------------------------------------------------------------------------------------------- classes
+
+SPLIT = Split(tuple(map(Path, ("1.png", "2.png", "3.png"))), (1, 0, 1), ("cat", "dog"))
+
+
+def test_classes_are_found_by_name_in_any_order():
+    found = matched(SPLIT, ["eel", "dog", "ant", "cat"])
+    assert (found.labels, found.classes) == ((1, 3, 1), ("eel", "dog", "ant", "cat"))
+    assert found.files == SPLIT.files
+
+
+@pytest.mark.parametrize(("classes", "saying"), [
+    (["Dog", "cat"], ["no class 'dog', which 1.png is of", "knows 'Dog'"]),
+    (["cat", "hot dog, red hot", "dogs"], ["no class 'dog'", "knows 'dogs' and 'hot dog, red hot'"]),
+    (["x", "y"], ["no class 'cat', which 2.png is of", "1 more are unknown", "knows 'x', 'y'"]),
+    ([f"LABEL_{i}" for i in range(9)], ["'LABEL_4' and others"]),
+])
+def test_classes_that_the_model_does_not_know(classes, saying):
+    with raises_saying(ValueError, *saying):
+        matched(SPLIT, classes)
+
+
+def test_a_name_that_the_model_gives_twice_is_refused_where_it_is_used():
+    with raises_saying(ValueError, "calls 2 of its classes 'dog'", "id2label"):
+        matched(SPLIT, ["dog", "cat", "dog"])
+    assert matched(SPLIT, ["crane", "cat", "dog", "crane"]).labels == (2, 1, 2)

@@ -1,0 +1,232 @@
+"""Many files, and going on after a stop."""
+
+import csv
+import io
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.checks import raises_saying
+from support.models import build, small
+
+from deit.cli import main
+from deit.image.processor import DeiTImageProcessor
+from deit.predict import bulk
+from deit.predict.bulk import Job, Results, csv_lines, find_images, identity, parse_shard, share
+from deit.predict.predictor import Predictor
+
+
+@pytest.fixture
+def folder(tmp_path):
+    build("with_teacher", small(id2label=dict(enumerate("abcde")), num_labels=None)).save_pretrained(tmp_path / "m")
+    DeiTImageProcessor.paper(16).save_pretrained(tmp_path / "m")
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        place = tmp_path / "photos" / ("x" if i % 2 else "y/deep")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(place / f"{i}.png")
+    (tmp_path / "photos/x/notes.txt").write_text("no image")
+    (tmp_path / "photos/x/3.png").write_bytes(b"broken")
+    return tmp_path
+
+
+def expected_rows(folder, top_k=3):
+    """One by one, by name, as the folder is walked."""
+    predictor = Predictor(folder / "m")
+    paths = sorted((folder / "photos/x").glob("*.png")) + sorted((folder / "photos/y/deep").glob("*.png"))
+    for path in paths:
+        if path.name == "3.png":
+            yield {"image": str(path), "labels": [], "error": None}
+        else:
+            yield {"image": str(path), "labels": predictor([path], top_k=top_k)[0]}
+
+
+def assert_rows(found, expected):
+    assert [row["image"] for row in found] == [row["image"] for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        assert ("error" in row) == ("error" in other)
+        if "error" in row:
+            assert "3.png is not an image" in row["error"]
+        assert [each["label"] for each in row["labels"]] == [each["label"] for each in other["labels"]]
+        assert [each["score"] for each in row["labels"]] == pytest.approx(
+            [each["score"] for each in other["labels"]], abs=1e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 32])
+def test_a_folder_in_batches_gives_what_one_by_one_gives(folder, capsys, batch):
+    assert main(["predict", str(folder / "m"), str(folder / "photos"), "--batch", str(batch), "--json"]) == 1
+    shown = capsys.readouterr()
+    assert_rows([json.loads(line) for line in shown.out.splitlines()], list(expected_rows(folder)))
+    assert "10 images, 1 unreadable, " in shown.err
+    assert "3.png is not an image" in shown.err
+
+
+def test_patterns_lists_and_shards(folder, capsys, monkeypatch):
+    whole = [row["image"] for row in expected_rows(folder)]
+    assert list(find_images([str(folder / "photos")])) == whole
+    assert list(find_images([str(folder / "photos/*/*/*.png")])) == whole[5:]
+    assert list(find_images([str(folder / "photos/x")])) + list(find_images([str(folder / "photos/y")])) == whole
+    assert list(find_images(["-", "gone.png"], io.StringIO("a.png\n\nb c.png\n"))) == ["a.png", "b c.png", "gone.png"]
+    with raises_saying(FileNotFoundError, "*.jpg matches no file; check the pattern"):
+        list(find_images([str(folder / "*.jpg")]))
+    parts = [list(share(whole, parse_shard(f"{i}/3"))) for i in (1, 2, 3)]
+    assert sorted(path for part in parts for path in part) == sorted(whole)
+    assert [len(part) for part in parts] == [4, 3, 3]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(whole)))
+    assert main(["predict", str(folder / "m"), "-", "--engine", "torch", "--shard", "3/5", "--json"]) == 0
+    assert [json.loads(line)["image"] for line in capsys.readouterr().out.splitlines()] == [whole[2], whole[7]]
+    for text in ("0/3", "4/3", "2", "a/b"):
+        with raises_saying(ValueError, "a shard is i/N with i from 1 to N, like 2/8"):
+            parse_shard(text)
+
+
+def test_csv(folder, capsys):
+    assert main(["predict", str(folder / "m"), str(folder / "photos"), "--top-k", "2", "--csv"]) == 1
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    found = []
+    for row in rows:
+        labels = [{"label": row[f"label_{i}"], "score": float(row[f"score_{i}"])} for i in (1, 2) if row[f"label_{i}"]]
+        found.append({"image": row["image"], "labels": labels} | ({"error": row["error"]} if row["error"] else {}))
+    assert_rows(found, list(expected_rows(folder, 2)))
+    hostile = {"image": 'a,"b"\nc.png', "labels": [{"label": "x,y", "score": 0.5}], "sure": False}
+    [row] = csv.DictReader(io.StringIO("".join(csv_lines([hostile], 1)), newline=""))
+    assert (row["image"], row["label_1"], row["sure"]) == ('a,"b"\nc.png', "x,y", "False")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])
+def test_stopped_work_goes_on(folder, name, capsys, monkeypatch):
+    """Killed in the middle of any part: the file at the end is that of work never stopped, and no image is read twice
+    but those of the part that was lost."""
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    monkeypatch.setattr(bulk, "PART", 3)
+    option = {"jsonl": "--json", "csv": "--csv", "parquet": "--parquet"}[name.rpartition(".")[2]]
+
+    def command(out):
+        return ["predict", str(folder / "m"), str(folder / "photos"), "--batch", "2", option, str(folder / out / name)]
+
+    assert main(command("whole")) == 1
+    read = []
+    prepared = Predictor.prepared
+
+    class Killed(BaseException):
+        pass
+
+    def until(limit):
+        def reading(self, source):
+            read.append(source)
+            if len(read) > limit:
+                raise Killed
+            return prepared(self, source)
+
+        return reading
+
+    for limit in (5, 4, 99):
+        read.clear()
+        monkeypatch.setattr(Predictor, "prepared", until(limit))
+        if limit < 99:
+            with pytest.raises(Killed):
+                assert main(command("stopped")) == 1
+            assert not (folder / "stopped" / name).exists()
+        else:
+            assert main(command("stopped")) == 1
+    assert len(read) < 10
+    assert "going on after 6 images" in capsys.readouterr().err
+    assert (folder / "stopped" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+    assert [path.name for path in (folder / "stopped").iterdir()] == [name]
+    if name.endswith("parquet"):
+        import pyarrow.parquet
+
+        rows = pyarrow.parquet.read_table(folder / "whole" / name).to_pylist()
+        assert_rows([{"image": row["image"], "labels": [
+            {"label": label, "score": score} for label, score in zip(row["labels"], row["scores"], strict=True)]}
+            | ({"error": row["error"]} if row["error"] else {}) for row in rows], list(expected_rows(folder)))
+
+
+def test_other_work_is_not_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(bulk, "PART", 2)
+    job = Job(model="m", files="0", head="fused", engine="torch", top_k=1, inputs=("photos",))
+    rows = [{"image": f"{i}.png", "labels": []} for i in range(5)]
+    writing = Results(tmp_path / "rows.jsonl", job).write(iter(rows))
+    for _ in range(3):
+        next(writing)
+    writing.close()
+    again = Results(tmp_path / "rows.jsonl", job)
+    assert again.done == 2
+    assert list(again.remaining([row["image"] for row in rows])) == ["2.png", "3.png", "4.png"]
+    with raises_saying(ValueError, "the images have changed since", "remove", "rows.jsonl.parts to start anew"):
+        again.remaining(["1.png", "0.png"])
+    with raises_saying(ValueError, "holds parts of other work (head differ)"):
+        Results(tmp_path / "rows.jsonl", replace(job, head="class"))
+    with raises_saying(ValueError, "holds parts of other work (files differ)"):
+        Results(tmp_path / "rows.jsonl", replace(job, files="1"))
+    with raises_saying(ValueError, "holds parts of other work (engine differ)"):
+        Results(tmp_path / "rows.jsonl", replace(job, engine="openvino, bf16"))
+    list(again.write(iter(rows[2:])))
+    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
+    with raises_saying(FileExistsError, "rows.jsonl is there already; remove it to predict again"):
+        Results(tmp_path / "rows.jsonl", job)
+    with raises_saying(ValueError, "results go into a .jsonl, .csv, .parquet file, found"):
+        Results(tmp_path / "rows.txt", job)
+
+
+def test_a_model_trained_again_is_another(folder):
+    before = identity(str(folder / "m"))
+    assert identity(str(folder / "m")) == before
+    model = build("with_teacher", small(id2label=dict(enumerate("abcde")), num_labels=None), seed=1)
+    model.save_pretrained(folder / "m")
+    assert identity(str(folder / "m")) != before
+    assert identity("facebook/deit-tiny-patch16-224") == ""
+
+
+def test_a_link_to_a_folder_above_ends(folder):
+    whole = list(find_images([str(folder / "photos")]))
+    (folder / "photos/x/above").symlink_to(folder / "photos")
+    assert list(find_images([str(folder / "photos")])) == whole
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])
+def test_names_that_are_no_text(folder, name):
+    """Bytes that are not UTF-8 end no work; CSV gives them back as they are."""
+    odd = os.path.join(os.fsencode(folder / "photos"), b"\xff.png")
+    os.rename(os.fsencode(folder / "photos/x/1.png"), odd)
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    option = {"jsonl": "--json", "csv": "--csv", "parquet": "--parquet"}[name.rpartition(".")[2]]
+    assert main(["predict", str(folder / "m"), str(folder / "photos"), option, str(folder / name)]) == 1
+    assert (folder / name).stat().st_size > 0
+    if name.endswith("csv"):
+        assert odd in (folder / name).read_bytes()
+    if name.endswith("jsonl"):
+        rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        assert odd in [os.fsencode(row["image"]) for row in rows]
+
+
+def test_options_that_swallow_an_image_are_refused(folder, capsys):
+    image = str(folder / "photos/x/1.png")
+    before = (folder / "photos/x/1.png").read_bytes()
+    assert main(["predict", str(folder / "m"), image, "--json", image]) == 1
+    assert "expected a .jsonl file after --json, found" in capsys.readouterr().err
+    assert main(["predict", str(folder / "m"), image, "--json", "--csv"]) == 1
+    assert "--json and --csv exclude each other; choose one" in capsys.readouterr().err
+    assert (folder / "photos/x/1.png").read_bytes() == before
+
+
+def test_memory_does_not_grow_with_the_number_of_images(folder, monkeypatch):
+    """The stream asks for images only as it gives answers."""
+    predictor = Predictor(folder / "m")
+    asked = []
+
+    def endless():
+        picture = Image.new("RGB", (20, 20))
+        while True:
+            asked.append(1)
+            yield picture
+
+    stream = predictor.stream(endless(), batch=4)
+    for count in range(1, 41):
+        next(stream)
+        assert len(asked) <= count + 4 * 4

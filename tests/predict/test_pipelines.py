@@ -1,0 +1,163 @@
+"""`pipeline()` beside transformers' on the same files."""
+
+import http.server
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.checks import raises_saying
+from support.models import build, small
+
+import deit
+from deit.image.decode import ImageError
+from deit.image.processor import DeiTImageProcessor
+
+LABELS = dict(enumerate(("ant", "bee", "cat", "dog", "eel", "fox", "gnu")))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    return tmp_path
+
+
+def saved(folder, kind="with_teacher", **changes):
+    config = small(**{"id2label": LABELS, "num_labels": None, **changes})
+    build(kind, config).save_pretrained(folder / "m")
+    DeiTImageProcessor.paper(16).save_pretrained(folder / "m")
+    return folder / "m"
+
+
+def assert_same(found, expected):
+    assert isinstance(found, list)
+    if isinstance(expected, list):
+        assert len(found) == len(expected)
+        if isinstance(expected[0], dict):
+            assert [each["label"] for each in found] == [each["label"] for each in expected]
+            assert [each["score"] for each in found] == pytest.approx([each["score"] for each in expected], abs=1e-5)
+        else:
+            for one, other in zip(found, expected, strict=True):
+                assert_same(one, other)
+
+
+def theirs_of(transformers, task, model):
+    """Their pipeline with Pillow's resampling: torchvision's differs from it by 0.0004 of a score."""
+    from transformers import AutoImageProcessor
+
+    return transformers.pipeline(task, model=str(model), device="cpu",
+                                 image_processor=AutoImageProcessor.from_pretrained(model, backend="pil"))
+
+
+@pytest.mark.parametrize("kind", ["classification", "with_teacher"])
+def test_classification_is_that_of_transformers(folder, kind, quiet_transformers):
+    model = saved(folder, kind)
+    theirs = theirs_of(quiet_transformers, "image-classification", model)
+    ours = deit.pipeline("image-classification", model=model)
+    paths = [str(folder / f"{i}.png") for i in range(5)]
+    assert_same(ours(paths[0]), theirs(paths[0]))
+    assert_same(ours(paths), theirs(paths))
+    assert_same(ours(paths, top_k=2, batch_size=3), theirs(paths, top_k=2))
+    assert_same(ours(Image.open(paths[1])), theirs(Image.open(paths[1])))
+    assert_same(ours(np.asarray(Image.open(paths[1]))), theirs(np.asarray(Image.open(paths[1]))))
+    assert_same(ours(paths[0], top_k=99), theirs(paths[0], top_k=99))
+    for function in ("softmax", "sigmoid", "none"):
+        assert_same(ours(paths[0], function_to_apply=function), theirs(paths[0], function_to_apply=function))
+    assert_same(deit.pipeline(model=model, top_k=1)((folder / "0.png").read_bytes()), theirs(paths[0], top_k=1))
+
+
+@pytest.mark.parametrize("changes", [{"id2label": {0: "x"}}, {"problem_type": "multi_label_classification"},
+                                     {"problem_type": "regression"}])
+def test_the_default_function_is_that_of_transformers(folder, changes, quiet_transformers):
+    model = saved(folder, "classification", **changes)
+    path = str(folder / "0.png")
+    assert_same(deit.pipeline(model=model)(path), theirs_of(quiet_transformers, "image-classification", model)(path))
+
+
+def test_iterables_are_read_as_they_are_asked(folder):
+    pipe = deit.pipeline(model=saved(folder), top_k=1, batch_size=2)
+    asked = []
+
+    def endless():
+        while True:
+            asked.append(1)
+            yield folder / "0.png"
+
+    answers = pipe(endless())
+    assert_same(next(answers), pipe(folder / "0.png"))
+    assert len(asked) == 2
+    assert pipe([]) == []
+    assert pipe(()) == []
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_features_are_those_of_transformers(folder, pool, quiet_transformers):
+    model = saved(folder, "backbone")
+    theirs = theirs_of(quiet_transformers, "image-feature-extraction", model)
+    ours = deit.pipeline("image-feature-extraction", model=model, pool=pool)
+    paths = [str(folder / f"{i}.png") for i in range(3)]
+    found, expected = ours(paths), theirs(paths, pool=pool)
+    np.testing.assert_allclose(np.array(found), np.array(expected).reshape(np.array(found).shape), atol=1e-5)
+    assert isinstance(ours(paths[0]), list)
+    tensor = deit.pipeline("image-feature-extraction", model=model, pool=pool, return_tensors=True)(paths[0])
+    assert torch.allclose(tensor, torch.tensor(found[0]), atol=1e-6)
+
+
+def test_heads(folder):
+    model = saved(folder)
+    path = folder / "0.png"
+    for head in ("fused", "class", "distillation", "softmax"):
+        assert deit.pipeline(model=model, head=head)(path) == deit.Predictor(model, head=head)([path])[0]
+    with raises_saying(ValueError, "head 'softmax' has no logits of its own here"):
+        deit.pipeline(model=model, head="softmax")(path, function_to_apply="none")
+
+
+def test_addresses_only_when_allowed(folder):
+    model = saved(folder)
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=folder)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        pipe = deit.pipeline(model=model)
+        with raises_saying(ValueError, "is an address, and nothing is fetched unless allowed; pass allow_urls=True"):
+            pipe(f"{address}/0.png")
+        allowed = deit.pipeline(model=model, allow_urls=True)
+        assert allowed(f"{address}/0.png") == pipe(folder / "0.png")
+        with raises_saying(ValueError, "can't be fetched", "404"):
+            allowed(f"{address}/gone.png")
+        server.shutdown()
+
+
+@pytest.mark.parametrize(("call", "error", "sentence"), [
+    (lambda model, at: deit.pipeline("text-generation", model=model), ValueError, "there is no pipeline 'text-gen"),
+    (lambda model, at: deit.pipeline("image-classification"), ValueError, "pipeline needs a model"),
+    (lambda model, at: deit.pipeline(model=model)(7), ValueError, "an image is a path, bytes, a Pillow image or an"),
+    (lambda model, at: deit.pipeline(model=model)(at / "0.png", top_k=0), ValueError, "top_k must be at least 1"),
+    (lambda model, at: deit.pipeline(model=model, batch_size=-1)(at / "0.png"), ValueError, "batch_size must be"),
+    (lambda model, at: deit.pipeline(model=model)(at / "0.png", function_to_apply="max"), ValueError,
+     "function_to_apply='max' is not known"),
+    (lambda model, at: deit.pipeline(model=model)(b"no image"), ImageError, "is not an image"),
+    (lambda model, at: deit.pipeline("image-feature-extraction", model=model, pool=True), ValueError,
+     "has no pooler, and pool=True asks for its output"),
+])
+def test_refusals(folder, call, error, sentence):
+    with raises_saying(error, sentence):
+        call(saved(folder), folder)
+
+
+def test_our_model_inside_their_pipeline(folder, quiet_transformers):
+    """As far as it goes: a single image with our processor. What asks for more is their class, from the same folder."""
+    at = saved(folder)
+    pipe = quiet_transformers.pipeline("image-classification", model=deit.load_model(at),
+                                       image_processor=DeiTImageProcessor.from_pretrained(at))
+    assert_same(pipe(str(folder / "0.png")), deit.pipeline(model=at)(folder / "0.png"))

@@ -1,0 +1,526 @@
+"""The loop: each update is the formula, it repeats itself to the bit, and what goes wrong is said and survived."""
+
+import json
+import math
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+from support.checks import raises_saying
+from support.models import small
+from support.runs import photos
+
+from deit import machine
+from deit.config import ConvNetConfig
+from deit.data.augment import draws
+from deit.data.batches import BadImages, EvaluationBatches, TrainingBatches, processor_for
+from deit.data.folders import Split, read_data
+from deit.evaluate.models import evaluate
+from deit.image.processor import DeiTImageProcessor
+from deit.model.load import load_model
+from deit.recipe import (
+    SGD,
+    AdamW,
+    Augment,
+    Compute,
+    Cosine,
+    Data,
+    Distilled,
+    Erase,
+    MaskedImage,
+    Mix,
+    Recipe,
+    ResizedCrop,
+    Supervised,
+    epochs,
+    steps,
+)
+from deit.train import checkpoint, loop, objectives, optim, progress, runs
+from deit.train.build import build_model
+from deit.train.loop import Diverged, train
+
+QUIET = Console(quiet=True)
+CONVNET = Recipe(name="convnet", model=ConvNetConfig(widths=(8, 16), depth=1, image_size=16), data=Data(batch=8),
+                 objective=Supervised(smoothing=0.1), augment=Augment(crop=ResizedCrop(), flip=0.5),
+                 optim=AdamW(lr=4e-3, per_images=16), schedule=Cosine(total=epochs(4), warmup=epochs(1)),
+                 compute=Compute(precision="float32", workers=0))
+PLAIN = replace(CONVNET, name="plain", model=small(distillation_token=False, num_labels=None, drop_path_rate=0.3))
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photos")
+    return read_data(photos(photos(root), split="val", count=3), holdout=0.1, seed=0)
+
+
+def run(recipe, splits, out, **options):
+    return train(recipe, *splits, out, device="cpu", console=QUIET, **options)
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def end(out):
+    return load_file(checkpoint.saved(out / "checkpoints")[-1])
+
+
+def model_end(out):
+    return {name.removeprefix("model."): value for name, value in end(out).items() if name.startswith("model.")}
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+
+def test_a_run_leaves_a_model_that_scores_as_recorded(splits, tmp_path):
+    done = run(CONVNET, splits, tmp_path)
+    model = load_model(done.model)
+    assert list(model.config.id2label.values()) == ["a", "b", "c"]
+    processor = DeiTImageProcessor.from_pretrained(done.model)
+    assert processor == processor_for(CONVNET)
+    found = evaluate(model, EvaluationBatches(splits[1], processor, 50))["fused"].value
+    written = rows(tmp_path)
+    assert found == done.score == max(row["val_accuracy"] for row in written)
+    assert written[-1]["loss"] < written[0]["loss"]
+    assert [math.floor(row["epoch"]) for row in written[:-1]] == [1, 2, 3]
+    assert json.loads((tmp_path / "recipe.json").read_text()) == json.loads(json.dumps(CONVNET.to_dict()))
+
+
+def test_the_record_and_the_schedule(splits, tmp_path):
+    """21 images in batches of 8: an epoch is 2.625 updates, and none of its views is dropped."""
+    run(CONVNET, splits, tmp_path)
+    total, warmup = round(4 * 21 / 8), round(21 / 8)
+    written = rows(tmp_path)
+    assert [row["step"] for row in written] == [3, 6, 8, 10]
+    for row in written:
+        assert row["images"] == 8 * row["step"]
+        assert row["epoch"] == row["images"] / 21
+        peak = 4e-3 * 8 / 16
+        assert row["lr"] == optim.learning_rate(CONVNET.schedule, peak, row["step"] - 1, total, warmup)
+        assert row["skipped"] == row["bad_images"] == 0
+    assert written[-1]["step"] == total
+
+
+def by_hand(recipe, splits):
+    """The run again without the loop: objective, backward, AdamW at the scheduled rate, nothing else."""
+    model = build_model(recipe, splits[0].classes).train()
+    batches = TrainingBatches(splits[0], recipe)
+    total = recipe.schedule.total.in_steps(batches.steps_per_epoch)
+    warmup = recipe.schedule.warmup.in_steps(batches.steps_per_epoch)
+    decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and not name.endswith(("token", "position"))]
+    free = [p for name, p in model.named_parameters() if p.ndim <= 1 or name.endswith(("token", "position"))]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05}, {"params": free, "weight_decay": 0.0}],
+                                  betas=recipe.optim.betas, fused=True)
+    stream = batches.from_step(0)
+    for step in range(total):
+        for group in optimizer.param_groups:
+            group["lr"] = optim.learning_rate(recipe.schedule, 2e-3, step, total, warmup)
+        batch = batches.mix(next(stream))
+        options = {}
+        if not isinstance(recipe.model, ConvNetConfig):
+            numbers = draws(recipe.seed, step, 0, 0, 4).random((8, 3, 2), dtype="float32")
+            options["depth_draws"] = torch.from_numpy(numbers)[batch.positions]
+        F.cross_entropy(model(batch.pixels, **options).logits, batch.labels, label_smoothing=0.1).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("recipe", [CONVNET, PLAIN, replace(PLAIN, augment=Augment(erase=Erase(), mix=Mix(mixup=0.8)))],
+                         ids=["convnet", "stochastic_depth", "mixed"])
+def test_every_update_follows_the_formula(recipe, splits, tmp_path):
+    run(recipe, splits, tmp_path)
+    found = model_end(tmp_path)
+    for name, expected in by_hand(recipe, splits).items():
+        assert torch.equal(found[name], expected), name
+
+
+def test_workers_change_nothing(splits, tmp_path):
+    for workers in (0, 2):
+        run(replace(PLAIN, compute=replace(PLAIN.compute, workers=workers)), splits, tmp_path / str(workers))
+    first, second = model_end(tmp_path / "0"), model_end(tmp_path / "2")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("options", [{"accumulate": 3}, {"checkpoint_blocks": True}])
+def test_how_the_work_is_divided_changes_nothing_but_rounding(options, splits, tmp_path):
+    recipe = replace(PLAIN, augment=Augment(mix=Mix(mixup=0.8, cutmix=1.0)), optim=SGD(lr=0.1, per_images=16),
+                     model=PLAIN.model.replace(drop_path_rate=0.5))
+    run(recipe, splits, tmp_path / "one")
+    run(replace(recipe, compute=replace(recipe.compute, **options)), splits, tmp_path / "other")
+    one, other = model_end(tmp_path / "one"), model_end(tmp_path / "other")
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], atol=1e-6, rtol=0, msg=name)
+    assert rows(tmp_path / "one")[-1]["loss"] == pytest.approx(rows(tmp_path / "other")[-1]["loss"], abs=1e-6)
+
+
+def test_the_average_is_evaluated_and_saved(splits, tmp_path):
+    """`model/` holds the average at the best evaluation: here the last one, as the score never falls."""
+    recipe = replace(CONVNET, ema=0.9, evaluate=steps(10))
+    run(recipe, splits, tmp_path)
+    state = end(tmp_path)
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert torch.equal(saved["classifier.weight"], state["ema.classifier.weight"])
+    assert not torch.equal(saved["classifier.weight"], state["model.classifier.weight"])
+    average = build_model(recipe, splits[0].classes)
+    own = average.state_dict()
+    assert state["ema.updates"] == 10
+    assert (saved["classifier.weight"] - own["classifier.weight"]).norm() > 0
+
+
+def test_the_best_is_kept_and_a_tie_goes_to_the_later(splits, tmp_path, monkeypatch):
+    """Scores 1, 3, 2, 3: saved at the start, and after the first, second and fourth evaluation."""
+    scores, saved = iter([1.0, 3.0, 2.0, 3.0]), []
+    monkeypatch.setattr(objectives.Supervised, "judge",
+                        lambda *_: objectives.Verdict((score := next(scores)), {"val_accuracy": score}))
+    save = runs.save_model
+    monkeypatch.setattr(runs, "save_model", lambda work, folder: saved.append(1) or save(work, folder))
+    done = run(replace(CONVNET, evaluate=steps(1), schedule=Cosine(total=steps(4))), splits, tmp_path)
+    assert done.score == 3.0
+    assert len(saved) == 4
+
+
+def test_a_model_is_there_before_the_first_evaluation(splits, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(PLAIN, splits, tmp_path)
+    model = load_model(tmp_path / "model")
+    assert torch.equal(model.deit.position, build_model(PLAIN, splits[0].classes).deit.position)
+
+
+def test_masked_images_are_judged_by_their_loss_and_painted(splits, tmp_path):
+    recipe = replace(PLAIN, objective=MaskedImage(unit=8), augment=Augment(crop=ResizedCrop()), evaluate=steps(5),
+                     schedule=Cosine(total=steps(10)))
+    done = run(recipe, splits, tmp_path)
+    written = rows(tmp_path)
+    assert done.score == -min(row["val_loss"] for row in written)
+    model = load_model(done.model)
+    objective = objectives.MaskedImage(recipe)
+    us = machine.Processes(torch.device("cpu"))
+    [batch] = list(objective.validation(replace_split(splits[1]), us))[:1]
+    batches = EvaluationBatches(splits[1], processor_for(recipe), 9)
+    [whole] = list(batches)
+    masks = torch.stack([torch.from_numpy(objective._mask(i)) for i in range(9)])
+    with torch.no_grad():
+        loss = model(whole.pixels, masks).loss.item()
+    assert written[-1]["val_loss"] == pytest.approx(loss, abs=1e-6)
+    assert torch.equal(batch.mask, masks[:8])
+    pictures = sorted((tmp_path / "reconstructions").iterdir())
+    assert [path.name for path in pictures] == ["update-000000005.png", "update-000000010.png"]
+    shown = np.asarray(Image.open(pictures[-1]), int)
+    assert shown.shape == (8 * 16, 3 * 16, 3)
+    expected = (whole.pixels[0].permute(1, 2, 0).numpy() * recipe.data.std + recipe.data.mean) * 255
+    np.testing.assert_allclose(shown[:16, :16], expected, atol=1)
+    hidden = masks[0].reshape(4, 4).repeat_interleave(4, 0).repeat_interleave(4, 1).numpy()
+    np.testing.assert_allclose(shown[:16, 32:][~hidden], expected[~hidden], atol=1)
+    assert np.abs(shown[:16, 32:][hidden] - expected[hidden]).max() > 1
+
+
+def replace_split(split):
+    return Split(split.files, (0,) * len(split), ("image",))
+
+
+# --------------------------------------------------------------------------------------------------- when it goes wrong
+
+
+@pytest.mark.parametrize("when", ["evaluation", "update"])
+def test_a_signal_saves_the_weights_and_not_their_average(when, splits, tmp_path, monkeypatch):
+    """SIGTERM within an evaluation, when the model has the average for its weights, or within an update."""
+    recipe = replace(PLAIN, ema=0.9, augment=Augment(erase=Erase(), mix=Mix(mixup=0.8)))
+    run(recipe, splits, tmp_path / "whole")
+    owner, name = (EvaluationBatches, "__iter__") if when == "evaluation" else (objectives.Supervised, "__call__")
+    honest, calls = getattr(owner, name), []
+
+    def signalled(*given):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, signalled)
+        with pytest.raises(SystemExit, match="143"):
+            run(recipe, splits, tmp_path / "broken")
+    assert len(rows(tmp_path / "broken")) == (1 if when == "evaluation" else 0)
+    run(recipe, splits, tmp_path / "broken", resume=True)
+    one, other = end(tmp_path / "broken"), end(tmp_path / "whole")
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    for row, expected in zip(rows(tmp_path / "broken"), rows(tmp_path / "whole"), strict=True):
+        assert {key: row[key] for key in ("step", "loss", "val_accuracy")} == {
+            key: expected[key] for key in ("step", "loss", "val_accuracy")}
+
+
+def poisoned(monkeypatch, bad):
+    """Makes the loss of some updates infinite."""
+    honest = objectives.Supervised.__call__
+
+    def call(self, model, batch, rows):
+        found = honest(self, model, batch, rows)
+        return {**found, "loss": found["loss"] * (math.inf if batch.step in bad else 1.0)}
+
+    monkeypatch.setattr(objectives.Supervised, "__call__", call)
+
+
+def test_a_loss_that_is_not_finite_skips_its_update(splits, tmp_path, monkeypatch):
+    """The weights, running statistics and average are as if the update had not been."""
+    recipe = replace(CONVNET, schedule=Cosine(total=steps(5)), ema=0.9)
+    states = []
+    update = loop._update
+
+    def watched(work, *rest):
+        found = update(work, *rest)
+        states.append({name: value.clone() for name, value in work.model.state_dict().items()}
+                      | {f"ema.{name}": value.clone() for name, value in work.average.state().items()})
+        return found
+
+    monkeypatch.setattr(loop, "_update", watched)
+    poisoned(monkeypatch, {2, 3})
+    run(recipe, splits, tmp_path)
+    for name, before in states[1].items():
+        assert torch.equal(states[2][name], before), name
+        assert torch.equal(states[3][name], before), name
+    assert not torch.equal(states[4]["classifier.weight"], states[1]["classifier.weight"])
+    assert rows(tmp_path)[-1]["skipped"] == 2
+    assert all(math.isfinite(row["loss"]) for row in rows(tmp_path) if "loss" in row)
+
+
+def test_a_run_that_only_skips_stops(splits, tmp_path, monkeypatch):
+    poisoned(monkeypatch, set(range(6, 99)))
+    recipe = replace(CONVNET, compute=replace(CONVNET.compute, save_minutes=0))
+    with raises_saying(Diverged, "convnet", "5 updates in a row, up to 11", "Lower optim.lr (now 0.004)", "optim.clip"):
+        run(replace(recipe, schedule=Cosine(total=steps(40))), splits, tmp_path)
+    _, state, _ = checkpoint.restore(tmp_path / "checkpoints")
+    assert state["step"] == 6
+    assert all(value.isfinite().all() for value in end(tmp_path).values())
+    assert load_model(tmp_path / "model").classifier.weight.isfinite().all()
+
+
+def test_a_real_divergence_is_caught(splits, tmp_path):
+    with raises_saying(Diverged, "was not finite"):
+        run(replace(PLAIN, optim=SGD(lr=1e38, per_images=8), schedule=Cosine(total=steps(40))), splits, tmp_path)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_out_of_memory_halves_the_parts_and_changes_nothing_else(error, splits, tmp_path, monkeypatch):
+    """Of batches of 8, more than two images at once fail: from the third update on, four parts."""
+    recipe = replace(PLAIN, optim=SGD(lr=0.1, per_images=16), augment=Augment(mix=Mix(cutmix=1.0)))
+    run(recipe, splits, tmp_path / "whole")
+    honest, seen = objectives.Supervised.__call__, []
+
+    def limited(self, model, batch, rows):
+        if batch.step >= 2 and len(batch) > 2:
+            raise error
+        seen.append((batch.step, len(batch)))
+        return honest(self, model, batch, rows)
+
+    monkeypatch.setattr(objectives.Supervised, "__call__", limited)
+    run(recipe, splits, tmp_path / "parts")
+    assert seen[:6] == [(0, 8), (1, 8), (2, 2), (2, 2), (2, 2), (2, 2)]
+    one, other = model_end(tmp_path / "whole"), model_end(tmp_path / "parts")
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], atol=1e-6, rtol=0, msg=name)
+
+
+def test_out_of_memory_with_single_pairs_is_said(splits, tmp_path, monkeypatch):
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(objectives.Supervised, "__call__", fails)
+    with raises_saying(RuntimeError, "out of memory with micro-batches of 2 images", "compute.checkpoint_blocks=True"):
+        run(PLAIN, splits, tmp_path)
+
+
+def test_other_errors_are_not_taken_for_lack_of_memory(splits, tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(objectives.Supervised, "__call__", fails)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run(PLAIN, splits, tmp_path)
+
+
+def many(tmp_path, count, bad):
+    """`count` photos of two classes, of which `bad` can't be read."""
+    folder = photos(photos(tmp_path / "many", count=count // 2, classes="ab", size=8), split="val", count=2,
+                    classes="ab", size=8)
+    for path in sorted((folder / "train" / "a").iterdir())[:bad]:
+        path.write_bytes(path.read_bytes()[:20])
+    return read_data(folder, holdout=0.1, seed=0)
+
+
+def test_an_unreadable_image_is_named_counted_and_replaced(tmp_path):
+    shown = Console(file=open(tmp_path / "shown.txt", "w"), width=1000)  # noqa: SIM115
+    recipe = replace(CONVNET, data=Data(batch=40), schedule=Cosine(total=epochs(3)))
+    train(recipe, *many(tmp_path, 200, 2), tmp_path / "run", device="cpu", console=shown)
+    shown.file.close()
+    text = Path(tmp_path / "shown.txt").read_text()
+    assert text.count("Another image stands in for it") == 2
+    assert str(tmp_path / "many" / "train" / "a" / "0.png") in text
+    assert [row["bad_images"] for row in rows(tmp_path / "run")] == [2, 2, 2]
+
+
+def test_too_many_unreadable_images_stop_the_run(tmp_path):
+    recipe = replace(CONVNET, data=Data(batch=40), schedule=Cosine(total=epochs(3)))
+    with raises_saying(BadImages, "3 of 200 images can't be read, more than 1 %", "train/a/", "Replace or remove"):
+        run(recipe, many(tmp_path, 200, 3), tmp_path / "run")
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(splits, tmp_path, monkeypatch):
+    save, calls = checkpoint.save_file, []
+
+    def full(*given):
+        calls.append(1)
+        if len(calls) > 3:
+            raise OSError(28, "No space left on device")
+        save(*given)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    recipe = replace(CONVNET, compute=replace(CONVNET.compute, save_minutes=0))
+    with raises_saying(OSError, "No space left on device", "step-000000003.safetensors is untouched", "--resume"):
+        run(recipe, splits, tmp_path)
+    monkeypatch.setattr(checkpoint, "save_file", save)
+    run(recipe, splits, tmp_path, resume=True)
+    run(recipe, splits, tmp_path / "whole")
+    one, other = end(tmp_path), end(tmp_path / "whole")
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+# ----------------------------------------------------------------------------------------------------------------- time
+
+
+def test_the_schedule_is_planned_to_fit_the_time(splits, tmp_path, monkeypatch):
+    """An update that takes 20 ms: of 10,000, about a hundred fit into three seconds, with as much of them warm-up as
+    before, and the record repeats the run without the clock."""
+    honest = objectives.Supervised.__call__
+
+    def slow(self, *given):
+        loop.time.sleep(0.02)
+        return honest(self, *given)
+
+    monkeypatch.setattr(objectives.Supervised, "__call__", slow)
+    recipe = replace(CONVNET, schedule=Cosine(total=steps(10_000), warmup=steps(1_000)), evaluate=steps(50))
+    began = loop.time.perf_counter()
+    run(recipe, splits, tmp_path / "planned", minutes=3 / 60)
+    assert loop.time.perf_counter() - began < 4
+    planned = Recipe.from_dict(json.loads((tmp_path / "planned" / "recipe.json").read_text()))
+    total = planned.schedule.total.in_steps(1)
+    assert 20 < total < 150
+    assert planned.schedule.warmup.in_steps(1) == round(total / 10)
+    assert planned == replace(recipe, schedule=planned.schedule)
+    assert rows(tmp_path / "planned")[-1]["step"] <= total
+    if rows(tmp_path / "planned")[-1]["step"] == total:
+        monkeypatch.setattr(objectives.Supervised, "__call__", honest)
+        run(planned, splits, tmp_path / "again")
+        one, other = end(tmp_path / "planned"), end(tmp_path / "again")
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_a_recipe_that_fits_is_left_alone_and_one_that_cannot_is_refused(splits, tmp_path):
+    run(CONVNET, splits, tmp_path / "fits", minutes=10)
+    assert Recipe.from_dict(json.loads((tmp_path / "fits" / "recipe.json").read_text())) == CONVNET
+    with raises_saying(ValueError, "none fits into the", "give more time"):
+        run(CONVNET, splits, tmp_path / "never", minutes=1e-6)
+    assert not (tmp_path / "never" / "metrics.jsonl").exists()
+
+
+def test_time_that_runs_out_ends_with_an_evaluation(splits, tmp_path, monkeypatch):
+    """The plan was too hopeful: updates became slower."""
+    monkeypatch.setattr(loop, "_plan", lambda recipe, *_: recipe)
+    recipe = replace(CONVNET, schedule=Cosine(total=steps(10_000)), evaluate=steps(5000))
+    run(recipe, splits, tmp_path, minutes=0.3 / 60)
+    written = rows(tmp_path)
+    assert written[-1]["step"] < 10_000
+    assert "val_accuracy" in written[-1]
+    assert checkpoint.restore(tmp_path / "checkpoints")[1]["step"] == written[-1]["step"]
+
+
+# ------------------------------------------------------------------------------------------------- what a person sees
+
+
+def test_progress_and_estimate(splits, tmp_path):
+    shown = Console(file=open(tmp_path / "shown.txt", "w"), width=200)  # noqa: SIM115
+    recipe = replace(CONVNET, schedule=Cosine(total=steps(30)), evaluate=steps(15))
+    train(recipe, *splits, tmp_path / "run", device="cpu", console=shown)
+    shown.file.close()
+    lines = (tmp_path / "shown.txt").read_text().splitlines()
+    assert lines[0].startswith("20 updates of 8 images to go: about ")
+    assert "images/s" in lines[0]
+    assert len(lines) == 3
+    for line, step in zip(lines[1:], (15, 30), strict=True):
+        assert f"update {step} of 30: loss " in line
+        for part in ("accuracy", "val ", "images/s", "GiB"):
+            assert part in line
+
+
+def test_tensorboard_gets_the_rows(splits, tmp_path, monkeypatch):
+    """A stand-in for TensorBoard, which the tests do without."""
+    written = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, *scalar):
+            written.append(scalar)
+
+        def flush(self):
+            pass
+
+        close = flush
+
+    monkeypatch.setattr(progress, "find_spec", lambda name: name == "tensorboard")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    run(CONVNET, splits, tmp_path)
+    assert written[0] == (str(tmp_path / "tensorboard"), 1)
+    assert written[1:] == [(name, value, row["step"]) for row in rows(tmp_path) for name, value in row.items()]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (300, "5 min"), (2 * 3600, "2.0 h")])
+def test_spans(seconds, text):
+    assert progress._span(seconds) == text
+
+
+def test_precision(monkeypatch):
+    cpu = torch.device("cpu")
+    assert machine.resolve_precision("float32", cpu) == torch.float32
+    assert machine.resolve_precision("bfloat16", cpu) == torch.bfloat16
+    for native, expected in [(True, torch.bfloat16), (False, torch.float32)]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native})
+        assert machine.resolve_precision("auto", cpu) == expected
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.resolve_device("auto") == torch.device("cpu")
+    with raises_saying(ValueError, "sees no GPU here", "--device cpu"):
+        machine.resolve_device("cuda")
+
+
+def test_distillation_needs_a_teacher(splits, tmp_path):
+    recipe = replace(PLAIN, model=small(num_labels=None), objective=Distilled())
+    with raises_saying(ValueError, "distils without naming a teacher", "objective.teacher", "objective.cache"):
+        run(recipe, splits, tmp_path)
+
+
+def test_compiled_blocks_train(splits, tmp_path, monkeypatch):
+    """Each block is compiled by itself: eagerly here, which is quick and shows that the names of the weights stay."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
+    run(replace(PLAIN, compute=replace(PLAIN.compute, compile=True)), splits, tmp_path / "a")
+    run(PLAIN, splits, tmp_path / "b")
+    assert compiled == ["Block"] * 3
+    assert model_end(tmp_path / "a").keys() == model_end(tmp_path / "b").keys()
