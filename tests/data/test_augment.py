@@ -189,7 +189,7 @@ def test_scale_of_decoding(monkeypatch):
         decoded.append(decode(*args))
         return decoded[-1]
 
-    monkeypatch.setattr("deit.augment.decode", spied)
+    monkeypatch.setattr("deit.data.augment.decode", spied)
     file, scales = jpeg(LARGE, orientation=6), set()  # 1307 rows and 1021 columns when upright
     for index, (rows, columns) in enumerate([(30, 45), (120, 60), (60, 90), (180, 120)] * 6):
         crop(file, (rows, columns), ResizedCrop(), draws(0, 0, index))

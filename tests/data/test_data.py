@@ -276,7 +276,7 @@ def test_batches_do_not_depend_on_the_cache(split, monkeypatch, parts):
         expected = expected or found
         assert_same(found, expected)
         with monkeypatch.context() as patch:  # what is kept is not read again
-            patch.setattr("deit.decode._read_bytes", lambda path, name: opened.append(name) or path.read_bytes())
+            patch.setattr("deit.image.decode._read_bytes", lambda path, name: opened.append(name) or path.read_bytes())
             assert_same(take(batches, 8), expected)
         opened.append(None)
     counts = "".join("." if name is None else "x" for name in opened).split(".")

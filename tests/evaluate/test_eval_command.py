@@ -204,7 +204,7 @@ def test_what_does_not_fit_is_refused_before_any_image_is_evaluated(evaluate, ro
     def refuse(*_, **__):
         raise AssertionError("an evaluation began")
 
-    monkeypatch.setattr("deit.evaluate.examine", refuse)
+    monkeypatch.setattr("deit.evaluate.models.examine", refuse)
     photos(tmp_path, split="test", classes="abx")
     evaluate("m", data=tmp_path, status=1)
     assert "deit eval: the model knows no class 'x', which " in evaluate.said
@@ -249,9 +249,9 @@ def test_many_images_are_read_by_loaders_and_none_is_kept(root, monkeypatch):
             super().__init__(*arguments, **options)
             asked.append((self.workers > 0, self.keeps))
 
-    monkeypatch.setattr("deit.evaluate.EvaluationBatches", Batches)
+    monkeypatch.setattr("deit.evaluate.models.EvaluationBatches", Batches)
     few = examine_files(root / "m", root / "data", device="cpu")
-    monkeypatch.setattr("deit.evaluate._MANY", 60)
+    monkeypatch.setattr("deit.evaluate.models._MANY", 60)
     many = examine_files(root / "m", root / "data", device="cpu", console=Console(quiet=True))
     assert asked == [(False, False), (True, False)]
     assert few.to_dict() == many.to_dict()

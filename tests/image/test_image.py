@@ -1,4 +1,4 @@
-"""deit.decode and deit.image by value: against the Pillow backend of transformers, and against arithmetic."""
+"""Decoding and the image processor by value: against the Pillow backend of transformers, and against arithmetic."""
 
 from __future__ import annotations
 
@@ -886,5 +886,5 @@ def test_of_a_strip_only_what_the_crop_keeps_is_computed(size, crop, monkeypatch
     assert max(map(max, resized)) <= 300
     monkeypatch.undo()
     if min(size) > 1:
-        monkeypatch.setattr("deit.pixels._LARGE", float("inf"))
+        monkeypatch.setattr("deit.image.pixels._LARGE", float("inf"))
         assert np.abs(found - processor([strip]).pixel_values[0]).mean() < 1 / 255

@@ -433,7 +433,7 @@ def test_models_that_can_not_be_explained_have_no_maps(judged, tmp_path):
 
 
 def test_maps_that_fail_lose_no_report(judged, tmp_path, monkeypatch):
-    monkeypatch.setattr("deit.report_maps.explain_pixels", lambda *_, **__: (_ for _ in ()).throw(
+    monkeypatch.setattr("deit.report.maps.explain_pixels", lambda *_, **__: (_ for _ in ()).throw(
         RuntimeError("out of <memory>")))
     page = checked(document.of_evaluation(tmp_path / "page.html", judged, device="cpu").read_text())
     page.sees("What the answers rest on could not be shown: out of <memory>.", "Accuracy of each head")
@@ -533,7 +533,7 @@ def test_eval_writes_one_with_the_record_of_the_run(trained, capsys, tmp_path):
 
 
 def test_a_report_that_fails_is_a_warning(trained, capsys, monkeypatch):
-    monkeypatch.setattr("deit.report.write", lambda *_, **__: (_ for _ in ()).throw(OSError("no space left")))
+    monkeypatch.setattr("deit.report.document.write", lambda *_, **__: (_ for _ in ()).throw(OSError("no space left")))
     out = trained / "again"
     assert main(["train", f"{trained / 'recipes.py'}:short", "--data", str(trained / "data"), "--out", str(out),
                  "--device", "cpu"]) == 0
@@ -556,7 +556,7 @@ def test_images_that_are_gone_or_cost_too_much(trained, tmp_path, monkeypatch):
         file.write_bytes(b"no image")
     split = replace(read_split(tmp_path / "bad", "val"), files=(file,), labels=(0,))
     checked(document.of_training(tmp_path / "run", split).read_text()).sees("1 found, none can be read")
-    monkeypatch.setattr("deit.report.examine_split", lambda *_, **__: pytest.fail("evaluated"))
+    monkeypatch.setattr("deit.report.document.examine_split", lambda *_, **__: pytest.fail("evaluated"))
     split = read_split(trained / "data", "train")
     checked(document.of_training(tmp_path / "run", split).read_text()).sees("were not looked at once more")
 

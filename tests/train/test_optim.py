@@ -466,7 +466,7 @@ print("all agree")
 
 def test_sharded_over_two_processes(tmp_path, request):
     """FSDP2 against one process on the same images: norms, steps, state in both directions, and the average."""
-    code = SHARDED.format(tests=str(request.path.parent), meeting=tmp_path / "meeting")
+    code = SHARDED.format(tests=[str(request.path.parent), str(request.path.parents[1])], meeting=tmp_path / "meeting")
     both = [subprocess.Popen([sys.executable, "-c", code, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                              text=True) for rank in range(2)]
     for process in both:
