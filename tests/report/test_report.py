@@ -607,7 +607,7 @@ def contrast(one, other):
 @pytest.mark.parametrize("scheme", [0, 1, 2], ids=["light", "dark", "print"])
 def test_contrast_of_text_and_of_lines(scheme):
     """WCAG 2.2 AA: 4.5 for text and 3 for lines. An automatic check of the page can't see through SVG."""
-    style = resources.files("deit").joinpath("report.css").read_text(encoding="utf-8")
+    style = resources.files("deit.report").joinpath("report.css").read_text(encoding="utf-8")
     blocks = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
     assert len(blocks) == 3
     colours = {}

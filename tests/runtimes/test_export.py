@@ -362,7 +362,7 @@ def test_damaged_files_are_refused(copied, to):
 
 
 def test_damaged_records_are_refused(models, copied):
-    with raises_saying(FileNotFoundError, models / "plain", "holds no write.json", "deit export"):
+    with raises_saying(FileNotFoundError, models / "plain", "holds no export.json", "deit export"):
         load_engine(models / "plain")
     folder = copied("plain", "torch")
     record = json.loads((folder / "export.json").read_text())
@@ -568,7 +568,7 @@ def keys_of(value, path=""):
 def test_the_page_has_every_key(digits, tmp_path):
     needs("openvino-int8")
     needs("web")
-    documented = set(re.findall(r"^\| `([a-z0-9_.]+)` \|", PAGE.read_text().split("## write.json")[1],
+    documented = set(re.findall(r"^\| `([a-z0-9_.]+)` \|", PAGE.read_text().split("## export.json")[1],
                                 re.MULTILINE))
     found = set()
     for to in ("openvino", "openvino-int8", "web"):
