@@ -5,22 +5,26 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup quickstart test test-slow bench
+.PHONY: setup quickstart lint test test-slow bench
 
 setup: .venv/installed            ## an environment with the package
 
 quickstart: setup                 ## the whole path on real digits, in minutes
 	$(BIN)/deit quickstart
 
-test: .venv/installed-test        ## style, types and the suite
+lint: .venv/installed-test        ## style, types, spelling and the order of the rooms
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+test: lint                        ## all of that, and the suite
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) suite apart
 
 # Side by side, each on a core: threads that wait for each other would spend most of the time doing that.
 .PHONY: suite apart
 suite:
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --durations=20
 # In processes of their own: one for each Keras back end, and TensorFlow and OpenVINO stay out of the rest of the suite.
 # Of OpenVINO a signal stack remains, too small for what a signal handler of Python needs afterwards.
 apart:
