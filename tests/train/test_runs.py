@@ -114,8 +114,8 @@ def curve(recipe, folder, out):
 
 @pytest.mark.parametrize("name", kinds(""))
 def test_the_curve_is_as_recorded(name, folder, teacher, tmp_path):
-    """After a deliberate change, write the file anew with `PYTHONPATH=tests python tests/train/test_runs.py`. Other processors round
-    otherwise, which twenty updates amplify: hence the tolerance."""
+    """After a deliberate change, `PYTHONPATH=tests python tests/train/test_runs.py` writes the file anew. Other
+    processors round differently, which twenty updates amplify: hence the tolerance."""
     run, losses = curve(kinds(teacher)[name], folder, tmp_path / "run")
     assert losses == pytest.approx(json.loads(GOLDEN.read_text())[name], abs=2e-3)
     assert run.model.is_dir()
