@@ -5,14 +5,19 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup quickstart lint test test-slow bench
+.PHONY: setup quickstart format lint test test-slow bench
 
 setup: .venv/installed            ## an environment with the package
 
 quickstart: setup                 ## the whole path on real digits, in minutes
 	$(BIN)/deit quickstart
 
+format: .venv/installed-test      ## the layout of the code, and the mends that ruff can make
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
 lint: .venv/installed-test        ## style, types, spelling and the order of the rooms
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports

@@ -51,14 +51,23 @@ def decoded(split: Split) -> tuple[list[Image.Image], np.ndarray]:
 
 def batches(images: list[Image.Image], labels: np.ndarray) -> Any:
     """Endless (pixels, targets)."""
-    view = timm.data.create_transform(32, is_training=True, auto_augment=RANDAUGMENT, re_prob=0.25,
-                                      re_mode="pixel", re_count=1, interpolation="bicubic", mean=MEAN, std=STD)
+    view = timm.data.create_transform(
+        32,
+        is_training=True,
+        auto_augment=RANDAUGMENT,
+        re_prob=0.25,
+        re_mode="pixel",
+        re_count=1,
+        interpolation="bicubic",
+        mean=MEAN,
+        std=STD,
+    )
     view.transforms[0] = transforms.RandomCrop(32, padding=4)
     mix = timm.data.Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=SMOOTHING, num_classes=10)
     while True:
         order = np.random.permutation(len(images))
         for start in range(0, len(order) - BATCH + 1, BATCH):
-            rows = order[start:start + BATCH]
+            rows = order[start : start + BATCH]
             yield mix(torch.stack([view(images[row]) for row in rows]), torch.from_numpy(labels[rows]))
 
 
@@ -67,10 +76,10 @@ def accuracy(model: torch.nn.Module, images: list[Image.Image], labels: np.ndarr
     model.eval()
     correct = 0
     for start in range(0, len(images), 256):
-        pixels = np.stack([np.asarray(image, np.float32) for image in images[start:start + 256]])
+        pixels = np.stack([np.asarray(image, np.float32) for image in images[start : start + 256]])
         x = torch.from_numpy((pixels / 255 - MEAN[0]) / STD[0]).permute(0, 3, 1, 2).contiguous()
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            correct += int((model(x).argmax(-1).numpy() == labels[start:start + 256]).sum())
+            correct += int((model(x).argmax(-1).numpy() == labels[start : start + 256]).sum())
     model.train()
     return correct / len(images)
 
@@ -88,8 +97,9 @@ def reference(data: Path, minutes: float) -> dict[str, Any]:
     train, val = map(decoded, read_data(data, holdout=0.1, seed=0))
     test = decoded(read_split(data, "test"))
     dtype = resolve_precision("auto", torch.device("cpu"))
-    model = VisionTransformer(img_size=32, patch_size=4, embed_dim=192, depth=12, num_heads=3, num_classes=10,
-                              drop_path_rate=0.1)
+    model = VisionTransformer(
+        img_size=32, patch_size=4, embed_dim=192, depth=12, num_heads=3, num_classes=10, drop_path_rate=0.1
+    )
     optimizer = torch.optim.AdamW(param_groups_weight_decay(model, 0.05, model.no_weight_decay()), lr=PEAK, fused=True)
     budget, spent, updates, curve = 60 * minutes, 0.0, 0, []
     stream = batches(*train)
@@ -108,9 +118,14 @@ def reference(data: Path, minutes: float) -> dict[str, Any]:
         if spent >= budget * (len(curve) + 1) / EVALUATIONS:
             curve.append((round(spent, 1), accuracy(model, *val, dtype)))
             print(f"{spent:.0f} s, {updates * BATCH} images: val {curve[-1][1]:.4f}", flush=True)
-    return {"what": "reference recipe, timm", "test": {"class": accuracy(model, *test, dtype)},
-            "seconds": round(spent), "images": updates * BATCH, "threads": torch.get_num_threads(),
-            "curves": {"reference recipe, timm": curve}}
+    return {
+        "what": "reference recipe, timm",
+        "test": {"class": accuracy(model, *test, dtype)},
+        "seconds": round(spent),
+        "images": updates * BATCH,
+        "threads": torch.get_num_threads(),
+        "curves": {"reference recipe, timm": curve},
+    }
 
 
 def ours(runs: Path, data: Path) -> dict[str, Any]:
@@ -121,20 +136,29 @@ def ours(runs: Path, data: Path) -> dict[str, Any]:
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         began = began or (folder / "recipe.json").stat().st_mtime
         offset = (folder / "metrics.jsonl").stat().st_mtime - rows[-1]["seconds"] - began
-        curves_found[folder.name] = [(round(offset + row["seconds"], 1), row["val_accuracy"]) for row in rows
-                                     if "val_accuracy" in row]
+        curves_found[folder.name] = [
+            (round(offset + row["seconds"], 1), row["val_accuracy"]) for row in rows if "val_accuracy" in row
+        ]
         images += rows[-1]["images"] if folder.name != RUNS[0] else 0
     heads = examine_files(folders[-1] / "model", data, split="test").main.report.to_dict()["heads"]
-    return {"what": "cifar10", "test": {name: head["top1"]["value"] for name, head in heads.items()},
-            "seconds": round(offset + rows[-1]["seconds"]), "images": images, "threads": torch.get_num_threads(),
-            "curves": curves_found}
+    return {
+        "what": "cifar10",
+        "test": {name: head["top1"]["value"] for name, head in heads.items()},
+        "seconds": round(offset + rows[-1]["seconds"]),
+        "images": images,
+        "threads": torch.get_num_threads(),
+        "curves": curves_found,
+    }
 
 
 def draw() -> None:
     """Validation accuracy by time times cores, the last record of each kind."""
     records = {record["what"]: record for line in RECORDS.read_text().splitlines() for record in [json.loads(line)]}
-    lines = {name: [(seconds / 60 * record["threads"], 100 * value) for seconds, value in curve]
-             for record in records.values() for name, curve in record["curves"].items()}
+    lines = {
+        name: [(seconds / 60 * record["threads"], 100 * value) for seconds, value in curve]
+        for record in records.values()
+        for name, curve in record["curves"].items()
+    }
     picture = Path(__file__).parents[1] / "docs" / "pictures" / "cifar10.svg"
     picture.parent.mkdir(exist_ok=True)
     picture.write_text(curves("CIFAR-10 on CPU cores", lines, "minutes of one core", "validation accuracy, %"))

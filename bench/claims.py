@@ -55,6 +55,7 @@ def run_folder(work: Path, arm: str, seed: int) -> Path:
 
 def recipe_of(arm: str, seed: int, work: Path) -> Recipe:
     """The arm's recipe with its seed, and with the folders of the models it names."""
+
     def folder(name: str) -> str:
         return str(run_folder(work, _matched() if name == "@matched" else name[1:], seed) / "model")
 
@@ -104,11 +105,16 @@ def run_arm(work: Path, arm: str, seed: int) -> dict[str, Any]:
         record |= {"validation": judged[-1]["val_loss"], "test": {}}
     else:
         cpu = torch.device("cpu")  # in training's precision, as on validation images
-        heads = evaluate(load_model(out / "model"), EvaluationBatches(test_split, processor_for(recipe), 250),
-                         precision=resolve_precision(recipe.compute.precision, cpu))
-        record |= {"validation": max([row["val_accuracy"] for row in judged], default=0.0),
-                   "test": {head: accuracy.value for head, accuracy in heads.items()},
-                   "curve": [[row["images"], row["val_accuracy"]] for row in judged]}
+        heads = evaluate(
+            load_model(out / "model"),
+            EvaluationBatches(test_split, processor_for(recipe), 250),
+            precision=resolve_precision(recipe.compute.precision, cpu),
+        )
+        record |= {
+            "validation": max([row["val_accuracy"] for row in judged], default=0.0),
+            "test": {head: accuracy.value for head, accuracy in heads.items()},
+            "curve": [[row["images"], row["val_accuracy"]] for row in judged],
+        }
     if "@matched" in str(ARMS[arm].objective):
         record["teacher"] = _matched()
     seconds = rows[-1]["seconds"] if rows else 0.0
@@ -140,8 +146,12 @@ def agreement(work: Path, seed: int) -> dict[str, float]:
                 tokens = trace[name]
                 cosines.setdefault(name, []).append(torch.cosine_similarity(tokens[:, 0], tokens[:, 1], dim=-1))
     decided = {name: torch.cat(parts) for name, parts in decisions.items()}
-    found = {f"{one} and {other}": float((decided[one] != decided[other]).float().mean())
-             for one in ("convnet", "none") for other in ("none", "class", "distillation", "fused") if one != other}
+    found = {
+        f"{one} and {other}": float((decided[one] != decided[other]).float().mean())
+        for one in ("convnet", "none")
+        for other in ("none", "class", "distillation", "fused")
+        if one != other
+    }
     mean = [float(torch.cat(parts).mean()) for parts in cosines.values()]
     return found | {"cosine, input": mean[0], "cosine, first block": mean[1], "cosine, last block": mean[-1]}
 
@@ -159,8 +169,12 @@ def prepare(cifar: Path, work: Path) -> None:
     for number, name in enumerate(classes):
         files = sorted((cifar / "train" / name).iterdir())
         random.Random(number).shuffle(files)
-        chosen = {"data/train": files[:train], "few/train": files[:fewer], "data/val": files[train:train + val],
-                  "data/test": sorted((cifar / "test" / name).iterdir())}
+        chosen = {
+            "data/train": files[:train],
+            "few/train": files[:fewer],
+            "data/val": files[train : train + val],
+            "data/test": sorted((cifar / "test" / name).iterdir()),
+        }
         for folder, members in chosen.items():
             (work / folder / name).mkdir(parents=True)
             for file in members:
@@ -182,13 +196,15 @@ def run(work: Path, experiments: Sequence[str], seeds: Sequence[int], jobs: int,
     try:
         while (waiting or running) and time.monotonic() < end:
             for task in [task for task, process in running.items() if process.poll() is not None]:
-                if not _finish(work, task, running.pop(task).returncode, f"{total - len(waiting) - len(running)}/"
-                               f"{total}"):
+                if not _finish(
+                    work, task, running.pop(task).returncode, f"{total - len(waiting) - len(running)}/{total}"
+                ):
                     failed.add(task)
             done = records()
-            free = [task for task in waiting
-                    if all((arm, 0 if arm in ONCE else task[1]) in done for arm in needs(task[0]))]
-            for task in free[:jobs - len(running)]:
+            free = [
+                task for task in waiting if all((arm, 0 if arm in ONCE else task[1]) in done for arm in needs(task[0]))
+            ]
+            for task in free[: jobs - len(running)]:
                 waiting.remove(task)
                 running[task] = _start(work, task)
             if not running and not free:
@@ -210,8 +226,13 @@ def _start(work: Path, task: tuple[str, int]) -> subprocess.Popen[bytes]:
     # One thread for each: OpenMP's would wait for each other where runs share cores.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with open(folder / "log.txt", "ab") as log:
-        return subprocess.Popen([sys.executable, __file__, "one", str(work), task[0], str(task[1])], stdout=log,
-                                stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        return subprocess.Popen(
+            [sys.executable, __file__, "one", str(work), task[0], str(task[1])],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
 
 
 def _finish(work: Path, task: tuple[str, int], status: int, progress: str) -> bool:
@@ -235,12 +256,26 @@ def one(work: Path, arm: str, seed: int) -> None:
 
     from deit import __version__, files
 
-    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], check=False,
-                         capture_output=True, text=True)
-    record = {"arm": arm, "seed": seed, "base": UPDATES, "updates": updates_of(arm), **run_arm(work, arm, seed),
-              "cpu_seconds": round(time.process_time(), 1), "machine": machine(),
-              "commit": git.stdout.strip() or "unknown", "python": platform.python_version(),
-              "torch": torch.__version__, "deit": __version__, "when": time.strftime("%Y-%m-%d %H:%M", time.gmtime())}
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    record = {
+        "arm": arm,
+        "seed": seed,
+        "base": UPDATES,
+        "updates": updates_of(arm),
+        **run_arm(work, arm, seed),
+        "cpu_seconds": round(time.process_time(), 1),
+        "machine": machine(),
+        "commit": git.stdout.strip() or "unknown",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deit": __version__,
+        "when": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+    }
     files.write_json(run_folder(work, arm, seed) / "record.json", record)
 
 
@@ -274,8 +309,9 @@ def main() -> int:
     elif options.verb == "run":
         if unknown := set(options.experiments) - set(EXPERIMENTS):
             parser.error(f"there is no experiment {min(unknown)}; there is {', '.join(EXPERIMENTS)}")
-        return min(1, run(options.work, options.experiments or list(EXPERIMENTS), options.seeds, options.jobs,
-                          options.minutes))
+        return min(
+            1, run(options.work, options.experiments or list(EXPERIMENTS), options.seeds, options.jobs, options.minutes)
+        )
     elif options.verb == "one":
         one(options.work, options.arm, options.seed)
     elif options.write:

@@ -26,8 +26,11 @@ from deit import VARIANTS, DeiTConfig, weights
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-CASES = {f"{size} {batch}": {"variant": f"deit-{size}-distilled-patch16-224", "batch": batch}
-         for size in ("tiny", "base") for batch in (1, 32)}
+CASES = {
+    f"{size} {batch}": {"variant": f"deit-{size}-distilled-patch16-224", "batch": batch}
+    for size in ("tiny", "base")
+    for batch in (1, 32)
+}
 CONTENDERS = (*(f"{name} {way}" for name in ("deit", "keras-hub") for way in ("predict", "graph", "xla")), "pytorch")
 
 
@@ -41,10 +44,16 @@ def deit_model(config: DeiTConfig, pixels: np.ndarray) -> Any:
 def hub_model(config: DeiTConfig, pixels: np.ndarray) -> Any:
     from keras_hub.models import DeiTBackbone
 
-    model = DeiTBackbone(image_shape=(*config.image_hw, config.num_channels), patch_size=config.patch_size,
-                         num_layers=config.num_hidden_layers, num_heads=config.num_attention_heads,
-                         hidden_dim=config.hidden_size, intermediate_dim=config.intermediate_size,
-                         layer_norm_epsilon=config.layer_norm_eps, use_mha_bias=config.qkv_bias)
+    model = DeiTBackbone(
+        image_shape=(*config.image_hw, config.num_channels),
+        patch_size=config.patch_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        hidden_dim=config.hidden_size,
+        intermediate_dim=config.intermediate_size,
+        layer_norm_epsilon=config.layer_norm_eps,
+        use_mha_bias=config.qkv_bias,
+    )
     return model, model.weights, np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
 
 
@@ -79,7 +88,11 @@ def inferred(model: Any, pixels: Any) -> Callable[[], Any]:
 
 MODELS: dict[str, Callable[..., Any]] = {"deit": deit_model, "keras-hub": hub_model, "pytorch": torch_model}
 CALLS: dict[str, Callable[..., Callable[[], Any]]] = {
-    "predict": predicted, "graph": as_graph, "xla": partial(as_graph, compiled=True), "": inferred}
+    "predict": predicted,
+    "graph": as_graph,
+    "xla": partial(as_graph, compiled=True),
+    "": inferred,
+}
 
 
 def work(contender: str, variant: str, batch: int) -> None:
@@ -88,17 +101,23 @@ def work(contender: str, variant: str, batch: int) -> None:
     config = VARIANTS[variant]
     pixels = np.random.default_rng(0).standard_normal((batch, config.num_channels, *config.image_hw), "float32")
     model, parameters, pixels = MODELS[name](config, pixels)
-    found, expected = (sum(map(math.prod, shapes)) for shapes in (
-        (parameter.shape for parameter in parameters), weights.manifest(config, "backbone").values()))
+    found, expected = (
+        sum(map(math.prod, shapes))
+        for shapes in ((parameter.shape for parameter in parameters), weights.manifest(config, "backbone").values())
+    )
     assert found == expected, f"{contender} has {found} parameters, expected {expected}"
     answer(CALLS[way](model, pixels))
 
 
 def measure(case_name: str, rounds: int) -> dict[str, Any]:
     case = CASES[case_name]
-    return {"case": case_name, **case, "rounds": rounds,
-            **contest(__file__, CONTENDERS, case_name, case["batch"], rounds, "call"),
-            **machine("torch", "keras", "tensorflow", "keras_hub")}
+    return {
+        "case": case_name,
+        **case,
+        "rounds": rounds,
+        **contest(__file__, CONTENDERS, case_name, case["batch"], rounds, "call"),
+        **machine("torch", "keras", "tensorflow", "keras_hub"),
+    }
 
 
 if __name__ == "__main__":

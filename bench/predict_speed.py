@@ -29,9 +29,16 @@ from train_speed import HERE, answer, contest, machine, run
 
 SIZES = {("tiny", 1): 32, ("tiny", 32): 96, ("base", 1): 8, ("base", 32): 32}
 """(model, batch): images of a step."""
-CASES = {f"{size} {batch}{' network' if network else ''}":
-         {"size": size, "batch": batch, "images": images, "network": network}
-         for network in (False, True) for (size, batch), images in SIZES.items()}
+CASES = {
+    f"{size} {batch}{' network' if network else ''}": {
+        "size": size,
+        "batch": batch,
+        "images": images,
+        "network": network,
+    }
+    for network in (False, True)
+    for (size, batch), images in SIZES.items()
+}
 PHOTOS = HERE.parents[1] / "shared" / "data" / "imagenet_sample.tar"
 
 
@@ -108,10 +115,15 @@ def openvino_called(model: Path, pixels: list[np.ndarray], hint: str) -> Callabl
 
 
 FROM_FILES: dict[str, Callable[..., Callable[[], Any]]] = {
-    "deit": partial(predicted, engine="auto"), "transformers": piped, "pytorch": partial(predicted, engine="torch")}
+    "deit": partial(predicted, engine="auto"),
+    "transformers": piped,
+    "pytorch": partial(predicted, engine="torch"),
+}
 FROM_PIXELS: dict[str, Callable[..., Callable[[], Any]]] = {
-    "deit": engine_called, "openvino latency": partial(openvino_called, hint="latency"),
-    "openvino throughput": partial(openvino_called, hint="throughput")}
+    "deit": engine_called,
+    "openvino latency": partial(openvino_called, hint="latency"),
+    "openvino throughput": partial(openvino_called, hint="throughput"),
+}
 
 
 def work(contender: str, size: str, batch: int, images: int, network: bool) -> None:
@@ -127,10 +139,14 @@ def work(contender: str, size: str, batch: int, images: int, network: bool) -> N
 
 def measure(case_name: str, rounds: int) -> dict[str, Any]:
     case = CASES[case_name]
-    return {"case": case_name, **case, "rounds": rounds, "photos": PHOTOS.is_file(),
-            **contest(__file__, FROM_PIXELS if case["network"] else FROM_FILES, case_name, case["images"], rounds,
-                      "step"),
-            **machine("torch", "transformers", "openvino")}
+    return {
+        "case": case_name,
+        **case,
+        "rounds": rounds,
+        "photos": PHOTOS.is_file(),
+        **contest(__file__, FROM_PIXELS if case["network"] else FROM_FILES, case_name, case["images"], rounds, "step"),
+        **machine("torch", "transformers", "openvino"),
+    }
 
 
 if __name__ == "__main__":

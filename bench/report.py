@@ -19,12 +19,34 @@ def records() -> dict[tuple[str, int], dict[str, Any]]:
     """The last record of each (arm, seed) of the present length."""
     lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
     found = [json.loads(line) for line in lines]
-    return {(record["arm"], record["seed"]): record for record in found
-            if record["arm"] in {*ARMS, "agreement"} and record["base"] == UPDATES}
+    return {
+        (record["arm"], record["seed"]): record
+        for record in found
+        if record["arm"] in {*ARMS, "agreement"} and record["base"] == UPDATES
+    }
 
 
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-      2.110, 2.101, 2.093)
+_T = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+    2.120,
+    2.110,
+    2.101,
+    2.093,
+)
 """The 97.5 % quantile of Student's distribution for 1, 2, … degrees of freedom."""
 
 
@@ -55,8 +77,9 @@ def verdict(differences: Sequence[float], expected: str) -> str:
 def _values(found: dict[tuple[str, int], dict[str, Any]], reading: Reading) -> dict[int, float]:
     """By seed. A model of one head has only `fused`."""
     arm, head = reading
-    return {seed: record["test"][head] for (name, seed), record in found.items()
-            if name == arm and head in record["test"]}
+    return {
+        seed: record["test"][head] for (name, seed), record in found.items() if name == arm and head in record["test"]
+    }
 
 
 def _paired(found: dict[tuple[str, int], dict[str, Any]], one: Reading, other: Reading) -> list[float]:
@@ -80,21 +103,32 @@ def table() -> str:
     for name, experiment in EXPERIMENTS.items():
         rows = ["| arm | read from | mean | s.d. | n | difference to the control, 95 % |", "|---|---|---|---|---|---|"]
         for arm in experiment.arms:
-            heads = dict.fromkeys(head for (other, _), record in found.items() if other == arm
-                                  for head in record["test"])
-            for head in heads if {"class", "distillation"} <= set(heads) or arm == "agreement" else set(heads) & {
-                    "fused"}:
+            heads = dict.fromkeys(
+                head for (other, _), record in found.items() if other == arm for head in record["test"]
+            )
+            for head in (
+                heads if {"class", "distillation"} <= set(heads) or arm == "agreement" else set(heads) & {"fused"}
+            ):
                 values = list(_values(found, (arm, head)).values())
                 spread = f"{100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-                compared = ("control" if (arm, head) == experiment.control else "" if head.startswith("cosine") else
-                            _difference(_paired(found, (arm, head), experiment.control)))
-                rows.append(f"| `{arm}` | {head} | {100 * statistics.fmean(values):.1f} | {spread} | {len(values)} | "
-                            f"{compared} |")
+                compared = (
+                    "control"
+                    if (arm, head) == experiment.control
+                    else ""
+                    if head.startswith("cosine")
+                    else _difference(_paired(found, (arm, head), experiment.control))
+                )
+                rows.append(
+                    f"| `{arm}` | {head} | {100 * statistics.fmean(values):.1f} | {spread} | {len(values)} | "
+                    f"{compared} |"
+                )
         rows += ["", "| claim | source | difference, 95 % | n | verdict |", "|---|---|---|---|---|"]
         for claim in experiment.claims:
             differences = _paired(found, claim.one, claim.other)
-            rows.append(f"| {claim.text} | {claim.source} | {_difference(differences)} | {len(differences)} | "
-                        f"{verdict(differences, claim.expected)} |")
+            rows.append(
+                f"| {claim.text} | {claim.source} | {_difference(differences)} | {len(differences)} | "
+                f"{verdict(differences, claim.expected)} |"
+            )
         picture = PICTURES / f"claims-{name}.svg"
         shown = [f"![validation accuracy by images seen](pictures/{picture.name})", ""] if picture.exists() else []
         parts.append("\n".join([f"### {experiment.title}", "", *shown, *rows]))
@@ -106,8 +140,10 @@ def _teachers(found: dict[tuple[str, int], dict[str, Any]]) -> str:
     chosen = {record["teacher"] for record in found.values() if "teacher" in record}
     for arm in ONCE:
         if record := found.get((arm, 0)):
-            rows.append(f"| `{arm}`{' (matched)' if arm in chosen else ''} | {record['updates']} | "
-                        f"{100 * record['validation']:.1f} | {100 * record['test']['fused']:.1f} |")
+            rows.append(
+                f"| `{arm}`{' (matched)' if arm in chosen else ''} | {record['updates']} | "
+                f"{100 * record['validation']:.1f} | {100 * record['test']['fused']:.1f} |"
+            )
     return "\n".join(rows)
 
 
@@ -119,12 +155,15 @@ def draw() -> None:
         for arm in experiment.arms:
             runs = [record["curve"] for (other, _), record in found.items() if other == arm and "curve" in record]
             if runs:
-                lines[arm] = [(points[0][0], 100 * statistics.fmean(point[1] for point in points))
-                              for points in zip(*runs, strict=False)]
+                lines[arm] = [
+                    (points[0][0], 100 * statistics.fmean(point[1] for point in points))
+                    for points in zip(*runs, strict=False)
+                ]
         if lines:
             PICTURES.mkdir(parents=True, exist_ok=True)
-            (PICTURES / f"claims-{name}.svg").write_text(curves(experiment.title, lines, "images seen",
-                                                                "validation accuracy, %"), encoding="utf-8")
+            (PICTURES / f"claims-{name}.svg").write_text(
+                curves(experiment.title, lines, "images seen", "validation accuracy, %"), encoding="utf-8"
+            )
 
 
 def write(path: Path, text: str) -> None:

@@ -43,9 +43,18 @@ def deit_model(image: int, patch: int, drop_path: float) -> Any:
     from deit.machine import keep_memory
 
     keep_memory()
-    config = DeiTConfig(hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS,
-                        intermediate_size=4 * WIDTH, layer_norm_eps=1e-6, image_size=image, patch_size=patch,
-                        encoder_stride=patch, num_labels=CLASSES, drop_path_rate=drop_path)
+    config = DeiTConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS,
+        intermediate_size=4 * WIDTH,
+        layer_norm_eps=1e-6,
+        image_size=image,
+        patch_size=patch,
+        encoder_stride=patch,
+        num_labels=CLASSES,
+        drop_path_rate=drop_path,
+    )
     model = DeiTForImageClassificationWithTeacher(config)
     return model, lambda pixels: operator.attrgetter(*HEADS_OF)(model(pixels))
 
@@ -53,8 +62,15 @@ def deit_model(image: int, patch: int, drop_path: float) -> Any:
 def timm_model(image: int, patch: int, drop_path: float) -> Any:
     from timm.models.deit import VisionTransformerDistilled
 
-    model = VisionTransformerDistilled(img_size=image, patch_size=patch, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS,
-                                       num_classes=CLASSES, drop_path_rate=drop_path)
+    model = VisionTransformerDistilled(
+        img_size=image,
+        patch_size=patch,
+        embed_dim=WIDTH,
+        depth=DEPTH,
+        num_heads=HEADS,
+        num_classes=CLASSES,
+        drop_path_rate=drop_path,
+    )
     model.set_distilled_training(True)
     return model, model
 
@@ -63,8 +79,15 @@ def transformers_model(image: int, patch: int, drop_path: float) -> Any:
     from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
 
     assert not drop_path, "transformers has no stochastic depth"
-    config = DeiTConfig(hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS,
-                        intermediate_size=4 * WIDTH, image_size=image, patch_size=patch, num_labels=CLASSES)
+    config = DeiTConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS,
+        intermediate_size=4 * WIDTH,
+        image_size=image,
+        patch_size=patch,
+        num_labels=CLASSES,
+    )
     model = DeiTForImageClassificationWithTeacher(config)
     return model, lambda pixels: operator.attrgetter(*HEADS_OF)(model(pixels))
 
@@ -110,8 +133,12 @@ def answer(step: Callable[[], Any]) -> None:
 
 class Contender:
     def __init__(self, script: str, name: str, case_name: str, batch: int):
-        self.process = subprocess.Popen([sys.executable, script, "--work", name, case_name],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, script, "--work", name, case_name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         self.batch, self.steps, self.rates = batch, 1, list[float]()
         self.first = self._timed(1)
         self._timed(2)
@@ -142,20 +169,30 @@ def contest(script: str, names: Iterable[str], case_name: str, batch: int, round
         contender.close()
     rates = {name: contender.rates for name, contender in contenders.items()}
     medians = {name: statistics.median(found) for name, found in rates.items()}
-    best = {peer: max((name for name in medians if name.partition(" ")[0] == peer), key=medians.__getitem__)
-            for peer in sorted({name.partition(" ")[0] for name in medians})}
+    best = {
+        peer: max((name for name in medians if name.partition(" ")[0] == peer), key=medians.__getitem__)
+        for peer in sorted({name.partition(" ")[0] for name in medians})
+    }
     ours = best.pop("deit")
-    return {"images_per_second": {name: round(median, 1) for name, median in medians.items()},
-            f"first_{step}_seconds": {name: round(contender.first, 2) for name, contender in contenders.items()},
-            "ratio_to_best": {name: [round(value, 3) for value in _spread(rates[ours], rates[name])]
-                              for name in best.values()}}
+    return {
+        "images_per_second": {name: round(median, 1) for name, median in medians.items()},
+        f"first_{step}_seconds": {name: round(contender.first, 2) for name, contender in contenders.items()},
+        "ratio_to_best": {
+            name: [round(value, 3) for value in _spread(rates[ours], rates[name])] for name in best.values()
+        },
+    }
 
 
 def measure(case_name: str, rounds: int) -> dict[str, Any]:
     case = CASES[case_name]
     names = [name for name in CONTENDERS if not (case["drop_path"] and name.startswith("transformers"))]
-    return {"case": case_name, **case, "rounds": rounds,
-            **contest(__file__, names, case_name, case["batch"], rounds, "update"), **machine()}
+    return {
+        "case": case_name,
+        **case,
+        "rounds": rounds,
+        **contest(__file__, names, case_name, case["batch"], rounds, "update"),
+        **machine(),
+    }
 
 
 def _spread(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
@@ -168,20 +205,35 @@ def machine(*packages: str) -> dict[str, Any]:
     """Hardware, versions and date; of `packages`, or else of this comparison's."""
     import torch
 
-    models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-              if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else [platform.processor()]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True,
-                            check=True)
+    models = (
+        [
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if Path("/proc/cpuinfo").exists()
+        else [platform.processor()]
+    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True
+    )
     features = torch.cpu.get_capabilities()
-    return {"machine": f"{len(os.sched_getaffinity(0))} cores of {models[0]}",
-            "bfloat16": "AMX" if features.get("amx_bf16") else "AVX512" if features.get("avx512_bf16") else "none",
-            **{name: importlib.import_module(name).__version__
-               for name in packages or ("torch", "timm", "transformers")},
-            "commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d")}
+    return {
+        "machine": f"{len(os.sched_getaffinity(0))} cores of {models[0]}",
+        "bfloat16": "AMX" if features.get("amx_bf16") else "AVX512" if features.get("avx512_bf16") else "none",
+        **{name: importlib.import_module(name).__version__ for name in packages or ("torch", "timm", "transformers")},
+        "commit": commit.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
-def run(description: str, cases: dict[str, dict[str, Any]], measure: Callable[[str, int], dict[str, Any]],
-        work: Callable[..., None], records: Path) -> None:
+def run(
+    description: str,
+    cases: dict[str, dict[str, Any]],
+    measure: Callable[[str, int], dict[str, Any]],
+    work: Callable[..., None],
+    records: Path,
+) -> None:
     """The command line of a comparison, and of its contenders."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)

@@ -30,20 +30,29 @@ def report():
 def _flat(value, path=""):
     if not isinstance(value, dict):
         return {path: value}
-    return {key: found for name, part in value.items() for key, found in _flat(part, f"{path}.{name}".lstrip(".")
-                                                                               ).items()}
+    return {
+        key: found for name, part in value.items() for key, found in _flat(part, f"{path}.{name}".lstrip(".")).items()
+    }
 
 
 LENGTH = {"schedule.total.amount", "schedule.warmup.amount", "evaluate.amount"}
 DIFFERENCES = {
-    ("few", "no_randaugment"): {"augment.policy"}, ("few", "no_mixup"): {"augment.mix.mixup"},
-    ("few", "no_cutmix"): {"augment.mix.cutmix"}, ("few", "no_mixing"): {"augment.mix"},
-    ("few", "no_erasing"): {"augment.erase"}, ("few", "no_stochastic_depth"): {"model.drop_path_rate"},
-    ("few", "no_repeats"): {"data.repeats"}, ("few", "sgd"): {"optim"},
-    ("few", "dropout"): {"model.hidden_dropout_prob"}, ("few", "ema"): {"ema"},
-    ("none", "soft"): {"objective"}, ("none", "hard"): {"objective"},
+    ("few", "no_randaugment"): {"augment.policy"},
+    ("few", "no_mixup"): {"augment.mix.mixup"},
+    ("few", "no_cutmix"): {"augment.mix.cutmix"},
+    ("few", "no_mixing"): {"augment.mix"},
+    ("few", "no_erasing"): {"augment.erase"},
+    ("few", "no_stochastic_depth"): {"model.drop_path_rate"},
+    ("few", "no_repeats"): {"data.repeats"},
+    ("few", "sgd"): {"optim"},
+    ("few", "dropout"): {"model.hidden_dropout_prob"},
+    ("few", "ema"): {"ema"},
+    ("none", "soft"): {"objective"},
+    ("none", "hard"): {"objective"},
     ("none", "distilled"): {"objective", "model.distillation_token", "model.architectures", "model.model_type"},
-    ("none", "masked_finetuned"): {"start"}, ("none", "none_twice"): LENGTH, ("none", "transformer"): LENGTH,
+    ("none", "masked_finetuned"): {"start"},
+    ("none", "none_twice"): LENGTH,
+    ("none", "transformer"): LENGTH,
     ("soft", "soft_elements"): {"objective.normalisation"},
     ("distilled", "distilled_by_matched"): {"objective.teacher"},
     ("distilled_by_matched", "distilled_by_transformer"): {"objective.teacher"},
@@ -103,22 +112,38 @@ def test_interval_is_students(report):
         assert (low, high) == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize(("differences", "expected", "found"), [
-    ([0.02, 0.021, 0.022], "above", "holds"), ([0.02, 0.021, 0.022], "below", "does not hold"),
-    ([-0.02, -0.021, -0.022], "below", "holds"), ([-0.02, -0.021, -0.022], "above", "does not hold"),
-    ([0.02, -0.01, 0.05], "above", "not decided"), ([0.02, 0.021], "above", "not decided"),
-    ([], "below", "not decided"),
-    ([0.001, -0.001, 0.0], "equal", "holds"), ([0.03, 0.031, 0.032], "equal", "does not hold"),
-    ([-0.03, -0.031, -0.032], "equal", "does not hold"), ([0.02, -0.02, 0.0], "equal", "not decided"),
-    ([0.0, 0.0, 0.0], "above", "not decided"),
-])
+@pytest.mark.parametrize(
+    ("differences", "expected", "found"),
+    [
+        ([0.02, 0.021, 0.022], "above", "holds"),
+        ([0.02, 0.021, 0.022], "below", "does not hold"),
+        ([-0.02, -0.021, -0.022], "below", "holds"),
+        ([-0.02, -0.021, -0.022], "above", "does not hold"),
+        ([0.02, -0.01, 0.05], "above", "not decided"),
+        ([0.02, 0.021], "above", "not decided"),
+        ([], "below", "not decided"),
+        ([0.001, -0.001, 0.0], "equal", "holds"),
+        ([0.03, 0.031, 0.032], "equal", "does not hold"),
+        ([-0.03, -0.031, -0.032], "equal", "does not hold"),
+        ([0.02, -0.02, 0.0], "equal", "not decided"),
+        ([0.0, 0.0, 0.0], "above", "not decided"),
+    ],
+)
 def test_verdict(report, differences, expected, found):
     assert report.verdict(differences, expected) == found
 
 
 def _record(claims, arm, seed, **test):
-    return {"arm": arm, "seed": seed, "base": claims.UPDATES, "updates": claims.updates_of(arm), "validation": 0.5,
-            "test": test, "curve": [[100, 0.2], [200, 0.2 + test.get("fused", 0)]], "seconds": 1.0}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "base": claims.UPDATES,
+        "updates": claims.updates_of(arm),
+        "validation": 0.5,
+        "test": test,
+        "curve": [[100, 0.2], [200, 0.2 + test.get("fused", 0)]],
+        "seconds": 1.0,
+    }
 
 
 def test_tables_and_pictures_from_records(claims, report, tmp_path, monkeypatch):
@@ -140,5 +165,6 @@ def test_tables_and_pictures_from_records(claims, report, tmp_path, monkeypatch)
     assert "stale" not in text
     assert "claims-distillation.svg" in text
     from xml.etree import ElementTree
+
     picture = ElementTree.parse(tmp_path / "pictures" / "claims-distillation.svg")
     assert len(picture.findall("{http://www.w3.org/2000/svg}polyline")) == 2

@@ -29,8 +29,9 @@ def folder(tmp_path):
 
 def test_predict(folder, capsys):
     images = [str(folder / f"{i}.png") for i in range(2)]
-    assert main(["predict", str(folder / "m"), *images, "--top-k", "2", "--batch", "1", "--head", "class",
-                 "--json"]) == 0
+    assert (
+        main(["predict", str(folder / "m"), *images, "--top-k", "2", "--batch", "1", "--head", "class", "--json"]) == 0
+    )
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     predictor = Predictor(folder / "m", head="class")
     assert rows == [{"image": image, "labels": predictor([image], top_k=2)[0]} for image in images]
@@ -67,8 +68,12 @@ def test_failures_are_one_sentence_and_status_1(folder, capsys):
 
 
 def test_usage_is_status_2_and_version_0():
-    for arguments, status in [([], 2), (["fly"], 2), (["convert", "x", "--to", "gif", "--out", "y"], 2),
-                              (["--version"], 0)]:
+    for arguments, status in [
+        ([], 2),
+        (["fly"], 2),
+        (["convert", "x", "--to", "gif", "--out", "y"], 2),
+        (["--version"], 0),
+    ]:
         done = subprocess.run([sys.executable, "-m", "deit", *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == status
     assert done.stdout == f"deit {__version__}\n"

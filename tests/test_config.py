@@ -8,8 +8,14 @@ from support.checks import raises_saying, run_python
 
 from deit.config import VARIANTS, DeiTConfig, ViTConfig
 
-OURS_ONLY = {"distillation_token", "drop_path_rate", "drop_path_schedule", "layer_scale_init_value",
-             "position_on_class_token", "extra"}
+OURS_ONLY = {
+    "distillation_token",
+    "drop_path_rate",
+    "drop_path_schedule",
+    "layer_scale_init_value",
+    "position_on_class_token",
+    "extra",
+}
 BOTH = pytest.mark.parametrize("name", ["DeiTConfig", "ViTConfig"])
 
 
@@ -35,9 +41,19 @@ def test_defaults(name, quiet_transformers):
 @BOTH
 def test_file_of_theirs(name, quiet_transformers, tmp_path):
     theirs = getattr(quiet_transformers, name)(
-        hidden_size=48, num_attention_heads=4, image_size=[32, 48], patch_size=[8, 4], qkv_bias=False,
-        pooler_output_size=5, layer_norm_eps=1e-5, id2label={0: "cat", 1: "dog", 2: "owl"}, output_attentions=True,
-        label2id={"cat": 0, "dog": 1, "owl": 2}, problem_type="regression", favourite="tea")
+        hidden_size=48,
+        num_attention_heads=4,
+        image_size=[32, 48],
+        patch_size=[8, 4],
+        qkv_bias=False,
+        pooler_output_size=5,
+        layer_norm_eps=1e-5,
+        id2label={0: "cat", 1: "dog", 2: "owl"},
+        output_attentions=True,
+        label2id={"cat": 0, "dog": 1, "owl": 2},
+        problem_type="regression",
+        favourite="tea",
+    )
     theirs.save_pretrained(tmp_path)
     ours = DeiTConfig.from_pretrained(tmp_path)
     for field in {f.name for f in fields(ours)} - OURS_ONLY - {"image_size", "patch_size"}:
@@ -51,10 +67,17 @@ def test_file_of_theirs(name, quiet_transformers, tmp_path):
     assert {k: v for k, v in again.to_dict().items() if k in kept} == theirs.to_dict()
 
 
-@pytest.mark.parametrize("config", [
-    DeiTConfig(num_labels=3), DeiTConfig(id2label={0: "a", 1: "b"}, image_size=(32, 64)), ViTConfig(num_labels=1),
-    ViTConfig(num_labels=0), DeiTConfig(distillation_token=False, pooler_output_size=7, problem_type="regression"),
-], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [
+        DeiTConfig(num_labels=3),
+        DeiTConfig(id2label={0: "a", 1: "b"}, image_size=(32, 64)),
+        ViTConfig(num_labels=1),
+        ViTConfig(num_labels=0),
+        DeiTConfig(distillation_token=False, pooler_output_size=7, problem_type="regression"),
+    ],
+    ids=str,
+)
 def test_file_of_ours(config, quiet_transformers, tmp_path):
     config.save_pretrained(tmp_path)
     theirs = quiet_transformers.AutoConfig.from_pretrained(tmp_path)
@@ -126,7 +149,10 @@ def test_labels():
     assert DeiTConfig(label2id={"cat": 0, "dog": 1}).id2label == {0: "cat", 1: "dog"}
     assert DeiTConfig(id2label={0: "LABEL_0", 1: "LABEL_1"}, num_labels=5).num_labels == 5
     assert DeiTConfig(id2label={0: "cat", 1: "dog", 2: "owl"}, label2id={"LABEL_0": 0, "LABEL_1": 1}).label2id == {
-        "cat": 0, "dog": 1, "owl": 2}
+        "cat": 0,
+        "dog": 1,
+        "owl": 2,
+    }
 
 
 def test_sizes():
@@ -134,14 +160,23 @@ def test_sizes():
     assert (config.image_hw, config.patch_hw, config.grid, config.num_patches) == ((50, 21), (16, 4), (3, 5), 15)
     assert (config.head_width, config.pooler_width) == (12, 48)
     assert config.grid_of(33, 9) == (2, 2)
-    prefixes = {(distilled, on_class): DeiTConfig(distillation_token=distilled, position_on_class_token=on_class)
-                for distilled in (True, False) for on_class in (True, False)}
+    prefixes = {
+        (distilled, on_class): DeiTConfig(distillation_token=distilled, position_on_class_token=on_class)
+        for distilled in (True, False)
+        for on_class in (True, False)
+    }
     assert {key: (c.num_prefix_tokens, c.num_prefix_positions) for key, c in prefixes.items()} == {
-        (True, True): (2, 2), (True, False): (2, 0), (False, True): (1, 1), (False, False): (1, 0)}
+        (True, True): (2, 2),
+        (True, False): (2, 0),
+        (False, True): (1, 1),
+        (False, False): (1, 0),
+    }
 
 
-@pytest.mark.parametrize(("depth", "schedule", "rates"), [
-    (4, "linear", [0, 0.1, 0.2, 0.3]), (4, "constant", [0.3] * 4), (1, "linear", [0.3])])
+@pytest.mark.parametrize(
+    ("depth", "schedule", "rates"),
+    [(4, "linear", [0, 0.1, 0.2, 0.3]), (4, "constant", [0.3] * 4), (1, "linear", [0.3])],
+)
 def test_drop_path_rates(depth, schedule, rates):
     config = DeiTConfig(num_hidden_layers=depth, drop_path_rate=0.3, drop_path_schedule=schedule)
     assert config.drop_path_rates == pytest.approx(rates)
@@ -158,33 +193,36 @@ def test_labels_as_published():
     assert DeiTConfig.from_dict({"label2id": {"a": "1", "b": "0"}}).id2label == {0: "b", 1: "a"}
 
 
-@pytest.mark.parametrize(("changes", "sentence"), [
-    ({"hidden_size": 0}, "hidden_size must be a whole number of at least 1, found 0"),
-    ({"num_hidden_layers": 1.5}, "num_hidden_layers must be a whole number of at least 1, found 1.5"),
-    ({"hidden_size": 100}, "hidden_size=100 cannot be divided among num_attention_heads=12; choose a multiple"),
-    ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob must be at least 0 and below 1, found 1.0"),
-    ({"drop_path_rate": -0.1}, "drop_path_rate must be at least 0 and below 1, found -0.1"),
-    ({"hidden_act": "mish"}, "hidden_act='mish' is not known; choose one of gelu, "),
-    ({"pooler_act": "mish"}, "pooler_act='mish' is not known; choose one of gelu, "),
-    ({"problem_type": "ranking"}, "problem_type='ranking' is not known; choose one of regression, "),
-    ({"drop_path_schedule": "cosine"}, "drop_path_schedule='cosine' is not known; choose linear or constant"),
-    ({"image_size": 8}, "image_size=8 is smaller than patch_size=16; an image must hold at least one patch"),
-    ({"image_size": (8, 8, 3)}, "image_size must be a positive number of pixels or a pair"),
-    ({"patch_size": -4}, "patch_size must be a positive number of pixels or a pair"),
-    ({"encoder_stride": "16"}, "encoder_stride must be a positive number of pixels or a pair"),
-    ({"num_labels": -1}, "num_labels must be 0 or more, found -1"),
-    ({"layer_norm_eps": "1e-6"}, "layer_norm_eps must be a number of at least 0, found '1e-6'"),
-    ({"hidden_dropout_prob": None}, "hidden_dropout_prob must be at least 0 and below 1, found None"),
-    ({"qkv_bias": "no"}, "qkv_bias must be true or false, found 'no'"),
-    ({"pooler_output_size": -1}, "pooler_output_size must be a whole number or None, found -1"),
-    ({"layer_scale_init_value": "small"}, "layer_scale_init_value must be a number or None, found 'small'"),
-    ({"id2label": ["a", "b"]}, "id2label must be a dictionary, found ['a', 'b']"),
-    ({"num_labels": "3"}, "num_labels must be a whole number, found '3'"),
-    ({"id2label": {0: "a", 2: "b"}}, "id2label must number its 2 labels 0 to 1, found 0, 2; number the classes"),
-    ({"id2label": {0: "a", 1: "a"}, "label2id": {"a": 2}}, "label2id is not the inverse of id2label; give one of"),
-    ({"id2label": {0: "a", 1: "b"}, "num_labels": 3}, "num_labels=3 contradicts id2label, which names 2 classes"),
-    ({"id2label": {0: "a"}, "label2id": {"b": 0}}, "label2id is not the inverse of id2label; give one of the two"),
-])
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"hidden_size": 0}, "hidden_size must be a whole number of at least 1, found 0"),
+        ({"num_hidden_layers": 1.5}, "num_hidden_layers must be a whole number of at least 1, found 1.5"),
+        ({"hidden_size": 100}, "hidden_size=100 cannot be divided among num_attention_heads=12; choose a multiple"),
+        ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob must be at least 0 and below 1, found 1.0"),
+        ({"drop_path_rate": -0.1}, "drop_path_rate must be at least 0 and below 1, found -0.1"),
+        ({"hidden_act": "mish"}, "hidden_act='mish' is not known; choose one of gelu, "),
+        ({"pooler_act": "mish"}, "pooler_act='mish' is not known; choose one of gelu, "),
+        ({"problem_type": "ranking"}, "problem_type='ranking' is not known; choose one of regression, "),
+        ({"drop_path_schedule": "cosine"}, "drop_path_schedule='cosine' is not known; choose linear or constant"),
+        ({"image_size": 8}, "image_size=8 is smaller than patch_size=16; an image must hold at least one patch"),
+        ({"image_size": (8, 8, 3)}, "image_size must be a positive number of pixels or a pair"),
+        ({"patch_size": -4}, "patch_size must be a positive number of pixels or a pair"),
+        ({"encoder_stride": "16"}, "encoder_stride must be a positive number of pixels or a pair"),
+        ({"num_labels": -1}, "num_labels must be 0 or more, found -1"),
+        ({"layer_norm_eps": "1e-6"}, "layer_norm_eps must be a number of at least 0, found '1e-6'"),
+        ({"hidden_dropout_prob": None}, "hidden_dropout_prob must be at least 0 and below 1, found None"),
+        ({"qkv_bias": "no"}, "qkv_bias must be true or false, found 'no'"),
+        ({"pooler_output_size": -1}, "pooler_output_size must be a whole number or None, found -1"),
+        ({"layer_scale_init_value": "small"}, "layer_scale_init_value must be a number or None, found 'small'"),
+        ({"id2label": ["a", "b"]}, "id2label must be a dictionary, found ['a', 'b']"),
+        ({"num_labels": "3"}, "num_labels must be a whole number, found '3'"),
+        ({"id2label": {0: "a", 2: "b"}}, "id2label must number its 2 labels 0 to 1, found 0, 2; number the classes"),
+        ({"id2label": {0: "a", 1: "a"}, "label2id": {"a": 2}}, "label2id is not the inverse of id2label; give one of"),
+        ({"id2label": {0: "a", 1: "b"}, "num_labels": 3}, "num_labels=3 contradicts id2label, which names 2 classes"),
+        ({"id2label": {0: "a"}, "label2id": {"b": 0}}, "label2id is not the inverse of id2label; give one of the two"),
+    ],
+)
 def test_refusals(changes, sentence):
     with raises_saying(ValueError, sentence):
         DeiTConfig(**changes)
@@ -206,22 +244,37 @@ def test_refused_model_type():
 
 
 def test_timm_config():
-    config = DeiTConfig.from_dict({
-        "architecture": "deit_tiny_distilled_patch16_224.fb_in1k", "num_classes": 3, "label_names": ["a", "b", "c"],
-        "model_args": {"img_size": [64, 96], "embed_dim": 48, "mlp_ratio": 2.5, "qkv_bias": False},
-        "pretrained_cfg": {"mean": [0.5, 0.5, 0.5]}})
+    config = DeiTConfig.from_dict(
+        {
+            "architecture": "deit_tiny_distilled_patch16_224.fb_in1k",
+            "num_classes": 3,
+            "label_names": ["a", "b", "c"],
+            "model_args": {"img_size": [64, 96], "embed_dim": 48, "mlp_ratio": 2.5, "qkv_bias": False},
+            "pretrained_cfg": {"mean": [0.5, 0.5, 0.5]},
+        }
+    )
     expected = VARIANTS["deit-tiny-distilled-patch16-224"].replace(
-        image_size=(64, 96), hidden_size=48, intermediate_size=120, qkv_bias=False,
-        id2label={0: "a", 1: "b", 2: "c"}, extra={"pretrained_cfg": {"mean": [0.5, 0.5, 0.5]}})
+        image_size=(64, 96),
+        hidden_size=48,
+        intermediate_size=120,
+        qkv_bias=False,
+        id2label={0: "a", 1: "b", 2: "c"},
+        extra={"pretrained_cfg": {"mean": [0.5, 0.5, 0.5]}},
+    )
     assert config == expected
 
 
-@pytest.mark.parametrize(("values", "sentence"), [
-    ({"architecture": "resnet50"}, "timm architecture 'resnet50' is not one of this family; known are deit_tiny"),
-    ({"architecture": "deit_tiny_patch16_224", "model_args": {"qk_norm": True}},
-     "timm's model_args hold 'qk_norm', which this package cannot honour; it knows depth, "),
-    ({"architecture": "deit_tiny_patch16_224", "global_pool": "avg"}, "timm's global_pool is 'avg'"),
-])
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"architecture": "resnet50"}, "timm architecture 'resnet50' is not one of this family; known are deit_tiny"),
+        (
+            {"architecture": "deit_tiny_patch16_224", "model_args": {"qk_norm": True}},
+            "timm's model_args hold 'qk_norm', which this package cannot honour; it knows depth, ",
+        ),
+        ({"architecture": "deit_tiny_patch16_224", "global_pool": "avg"}, "timm's global_pool is 'avg'"),
+    ],
+)
 def test_refused_timm_config(values, sentence):
     with raises_saying(ValueError, sentence):
         DeiTConfig.from_dict(values)

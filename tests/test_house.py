@@ -16,12 +16,40 @@ from deit.cli import _parser
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "deit"
 
-FRAMEWORKS = {"torch", "transformers", "timm", "keras", "tensorflow", "jax", "sklearn", "scipy",
-              "huggingface_hub", "openvino", "nncf", "onnx", "onnxruntime"}
-LIGHT = ["deit", "deit.cli", "deit.config", "deit.evaluate.scores", "deit.export.convert", "deit.export.engines",
-         "deit.files", "deit.host", "deit.image.processor", "deit.model.loss_rules", "deit.model.outputs",
-         "deit.recipe", "deit.recipes", "deit.report.drawing", "deit.report.markup", "deit.train.records",
-         "deit.weights.hub"]
+FRAMEWORKS = {
+    "torch",
+    "transformers",
+    "timm",
+    "keras",
+    "tensorflow",
+    "jax",
+    "sklearn",
+    "scipy",
+    "huggingface_hub",
+    "openvino",
+    "nncf",
+    "onnx",
+    "onnxruntime",
+}
+LIGHT = [
+    "deit",
+    "deit.cli",
+    "deit.config",
+    "deit.evaluate.scores",
+    "deit.export.convert",
+    "deit.export.engines",
+    "deit.files",
+    "deit.host",
+    "deit.image.processor",
+    "deit.model.loss_rules",
+    "deit.model.outputs",
+    "deit.recipe",
+    "deit.recipes",
+    "deit.report.drawing",
+    "deit.report.markup",
+    "deit.train.records",
+    "deit.weights.hub",
+]
 """Modules that load no framework before it is needed, and whose imports don't either."""
 
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -48,8 +76,9 @@ def imports(path):
 
 
 def test_no_circles():
-    arrows = {name: {other for other in imports(path) if other in MODULES and other != name}
-              for name, path in MODULES.items()}
+    arrows = {
+        name: {other for other in imports(path) if other in MODULES and other != name} for name, path in MODULES.items()
+    }
     while leaves := [name for name, others in arrows.items() if not others & arrows.keys()]:
         for name in leaves:
             del arrows[name]
@@ -69,8 +98,12 @@ ROOMS = sorted(name for name, path in MODULES.items() if path.name == "__init__.
 def test_rooms_offer_what_they_show_to_type_checkers(room):
     if room in ("deit.model_keras", "deit.recipes", "deit.serve"):  # which need an extra, or offer no lazy names
         return
-    shown = {alias.name for node in ast.walk(ast.parse(MODULES[room].read_text())) if isinstance(node, ast.ImportFrom)
-             and node.module.startswith(f"{room}.") for alias in node.names}
+    shown = {
+        alias.name
+        for node in ast.walk(ast.parse(MODULES[room].read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module.startswith(f"{room}.")
+        for alias in node.names
+    }
     offered = run_python(f"import {room} as room; print(*dir(room)); [getattr(room, name) for name in dir(room)]")
     assert shown == set(offered.split())
     # The module of a room would take the place of a name that it offers.
@@ -107,8 +140,13 @@ def test_import_loads_no_framework():
 
 
 def test_every_public_name_resolves():
-    assert run_python("import deit; print(all(getattr(deit, name) is not None for name in deit.__all__), "
-                      "set(deit.__all__) <= set(dir(deit)))") == "True True"
+    assert (
+        run_python(
+            "import deit; print(all(getattr(deit, name) is not None for name in deit.__all__), "
+            "set(deit.__all__) <= set(dir(deit)))"
+        )
+        == "True True"
+    )
     shown = run_python("import deit\ntry: deit.nothing\nexcept AttributeError as error: print(error)")
     assert "no attribute 'nothing'" in shown
 
@@ -120,8 +158,15 @@ def commands(text):
                 yield shlex.split(line.split(" #")[0])[1:]
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", *(
-    str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md")))])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "README.zh-CN.md",
+        "CONTRIBUTING.md",
+        *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md"))),
+    ],
+)
 def test_documented_commands_parse(page):
     text = (ROOT / page).read_text()
     for command in commands(text):

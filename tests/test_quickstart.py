@@ -26,8 +26,12 @@ def done(tmp_path_factory):
     """With the threads that a person gets: in this process the tests have set one. The folder's name has a blank for
     the shell and brackets for the console to leave alone."""
     out = tmp_path_factory.mktemp("run") / "quick start [1]"
-    return subprocess.run([sys.executable, "-m", "deit", "quickstart", "--out", str(out), "--json"],
-                          capture_output=True, text=True, check=True), out
+    return subprocess.run(
+        [sys.executable, "-m", "deit", "quickstart", "--out", str(out), "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ), out
 
 
 def slowness():
@@ -59,7 +63,10 @@ def test_the_folder_it_leaves(done):
     assert len(split) == 360
     heads = evaluate(model, EvaluationBatches(split, DeiTImageProcessor.from_pretrained(result["model"]), 64))
     assert (heads["class"].value, heads["distillation"].value, heads["fused"].value) == (
-        result["class_head"], result["distillation_head"], result["fused"])
+        result["class_head"],
+        result["distillation_head"],
+        result["fused"],
+    )
     taught = load_model(out / "teacher" / "model")
     batches = EvaluationBatches(split, DeiTImageProcessor.from_pretrained(out / "teacher" / "model"), 64)
     assert evaluate(taught, batches)["fused"].value == result["teacher"]

@@ -167,8 +167,13 @@ def test_every_recipe_builds(name):
     objective = recipe.objective
     token = isinstance(objective, Distilled) and objective.token == "distillation"
     if isinstance(recipe.model, DeiTConfig):
-        assert type(model) is (DeiTForMaskedImageModeling if isinstance(objective, MaskedImage) else
-                               DeiTForImageClassificationWithTeacher if token else DeiTForImageClassification)
+        assert type(model) is (
+            DeiTForMaskedImageModeling
+            if isinstance(objective, MaskedImage)
+            else DeiTForImageClassificationWithTeacher
+            if token
+            else DeiTForImageClassification
+        )
         assert recipe.model.distillation_token is token
     assert list(model.config.id2label.values()) == ["cat", "dog", "cow"]
 
@@ -190,21 +195,39 @@ def test_every_start_is_of_the_same_architecture():
 # ------------------------------------------------------------------------------------- against the papers' numbers
 
 
-@pytest.mark.parametrize(("name", "count"), [
-    ("deit_tiny", 5_717_416), ("deit_small", 22_050_664), ("deit_base", 86_567_656),
-    ("deit_tiny_distilled", 5_910_800), ("deit_small_distilled", 22_436_432), ("deit_base_distilled", 87_338_192),
-    ("deit_base_384", 86_859_496), ("deit_base_distilled_384", 87_630_032), ("transfer_inat18", 86_567_656),
-    ("deit_tiny_hard", 5_717_416), ("simmim_finetune", 86_567_656)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("deit_tiny", 5_717_416),
+        ("deit_small", 22_050_664),
+        ("deit_base", 86_567_656),
+        ("deit_tiny_distilled", 5_910_800),
+        ("deit_small_distilled", 22_436_432),
+        ("deit_base_distilled", 87_338_192),
+        ("deit_base_384", 86_859_496),
+        ("deit_base_distilled_384", 87_630_032),
+        ("transfer_inat18", 86_567_656),
+        ("deit_tiny_hard", 5_717_416),
+        ("simmim_finetune", 86_567_656),
+    ],
+)
 def test_parameters_are_those_of_the_published_checkpoints(name, count):
     with torch.device("meta"):
         model = build_model(replace(recipe_of(name), start=""), [str(i) for i in range(1000)])
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
-@pytest.mark.parametrize(("name", "timms", "pixels"), [
-    ("deit3_small", "deit3_small_patch16_224", 224), ("deit3_medium", "deit3_medium_patch16_224", 224),
-    ("deit3_base", "deit3_base_patch16_224", 192), ("deit3_large", "deit3_large_patch16_224", 192),
-    ("deit3_huge", "deit3_huge_patch14_224", 160), ("deit3_small_384", "deit3_small_patch16_384", 384)])
+@pytest.mark.parametrize(
+    ("name", "timms", "pixels"),
+    [
+        ("deit3_small", "deit3_small_patch16_224", 224),
+        ("deit3_medium", "deit3_medium_patch16_224", 224),
+        ("deit3_base", "deit3_base_patch16_224", 192),
+        ("deit3_large", "deit3_large_patch16_224", 192),
+        ("deit3_huge", "deit3_huge_patch14_224", 160),
+        ("deit3_small_384", "deit3_small_patch16_384", 384),
+    ],
+)
 def test_parameters_of_deit3_are_timms(name, timms, pixels):
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
@@ -217,9 +240,16 @@ def settings(recipe):
     """Peak learning rate at the recipe's batch, weight decay, batch, repeats, epochs, warm-up, floor, drop path."""
     optim, schedule = recipe.optim, recipe.schedule
     assert {schedule.total.unit, schedule.warmup.unit} == {"epochs"}
-    return (pytest.approx(optim.lr * recipe.data.batch / optim.per_images), optim.weight_decay, recipe.data.batch,
-            recipe.data.repeats, schedule.total.amount, schedule.warmup.amount, schedule.floor,
-            recipe.model.drop_path_rate)
+    return (
+        pytest.approx(optim.lr * recipe.data.batch / optim.per_images),
+        optim.weight_decay,
+        recipe.data.batch,
+        recipe.data.repeats,
+        schedule.total.amount,
+        schedule.warmup.amount,
+        schedule.floor,
+        recipe.model.drop_path_rate,
+    )
 
 
 DEIT = (1e-3, 0.05, 1024, 3, 300, 5, 1e-5, 0.1)
@@ -229,29 +259,39 @@ TRANSFER = (0.01, 1e-4, 768, 3, 1000, 5, 1e-5, 0.0)
 INAT = (7.5e-5, 0.05, 768, 3, 360, 5, 1e-5, 0.1)
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    *((f"deit_{size}{kind}", DEIT) for size in ("tiny", "small", "base")
-      for kind in ("", "_distilled", "_hard", "_soft")),
-    *((f"deit_{size}_distilled_1000", DEIT_1000) for size in ("tiny", "small", "base")),
-    ("deit_tiny_distilled_soft", DEIT), ("deit_base_384", DEIT_384), ("deit_base_distilled_384", DEIT_384),
-    ("deit3_small", (4e-3, 0.05, 2048, 3, 800, 5, 1e-5, 0.05)),
-    ("deit3_base", (3e-3, 0.05, 2048, 3, 800, 5, 1e-5, 0.2)),
-    ("deit3_base_cosub", (3e-3, 0.05, 2048, 3, 800, 5, 1e-5, 0.2)),
-    ("deit3_large", (3e-3, 0.05, 2048, 3, 800, 5, 1e-5, 0.45)),
-    ("deit3_huge", (3e-3, 0.05, 2048, 3, 800, 5, 1e-5, 0.6)),
-    ("deit3_small_400", (4e-3, 0.03, 2048, 3, 400, 5, 1e-5, 0.0)),
-    ("deit3_base_400", (3e-3, 0.03, 2048, 3, 400, 5, 1e-5, 0.1)),
-    ("deit3_large_400", (3e-3, 0.03, 2048, 3, 400, 5, 1e-5, 0.4)),
-    ("deit3_base_224", (1e-5, 0.1, 512, 1, 20, 5, 1e-5, 0.2)),
-    ("deit3_large_224", (1e-5, 0.1, 512, 1, 20, 5, 1e-5, 0.45)),
-    ("deit3_huge_224", (1e-5, 0.1, 512, 1, 20, 5, 1e-5, 0.55)),
-    ("deit3_small_384", (1e-5, 0.1, 512, 1, 20, 5, 1e-5, 0.0)),
-    ("deit3_base_21k", (1e-3, 0.02, 2048, 1, 240, 5, 1e-5, 0.1)),
-    ("deit3_base_21k_1k", (3e-4, 0.02, 2048, 1, 50, 5, 1e-5, 0.15)),
-    *((f"transfer_{name}", TRANSFER) for name in ("cifar10", "cifar100", "flowers", "cars")),
-    ("transfer_inat18", INAT), ("transfer_inat19", INAT),
-    ("simmim", (4e-4, 0.05, 2048, 1, 800, 10, 2e-5, 0.1)),
-    ("simmim_finetune", (5e-3, 0.05, 2048, 1, 100, 20, 1e-6, 0.1))])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *(
+            (f"deit_{size}{kind}", DEIT)
+            for size in ("tiny", "small", "base")
+            for kind in ("", "_distilled", "_hard", "_soft")
+        ),
+        *((f"deit_{size}_distilled_1000", DEIT_1000) for size in ("tiny", "small", "base")),
+        ("deit_tiny_distilled_soft", DEIT),
+        ("deit_base_384", DEIT_384),
+        ("deit_base_distilled_384", DEIT_384),
+        ("deit3_small", (4e-3, 0.05, 2048, 3, 800, 5, 1e-5, 0.05)),
+        ("deit3_base", (3e-3, 0.05, 2048, 3, 800, 5, 1e-5, 0.2)),
+        ("deit3_base_cosub", (3e-3, 0.05, 2048, 3, 800, 5, 1e-5, 0.2)),
+        ("deit3_large", (3e-3, 0.05, 2048, 3, 800, 5, 1e-5, 0.45)),
+        ("deit3_huge", (3e-3, 0.05, 2048, 3, 800, 5, 1e-5, 0.6)),
+        ("deit3_small_400", (4e-3, 0.03, 2048, 3, 400, 5, 1e-5, 0.0)),
+        ("deit3_base_400", (3e-3, 0.03, 2048, 3, 400, 5, 1e-5, 0.1)),
+        ("deit3_large_400", (3e-3, 0.03, 2048, 3, 400, 5, 1e-5, 0.4)),
+        ("deit3_base_224", (1e-5, 0.1, 512, 1, 20, 5, 1e-5, 0.2)),
+        ("deit3_large_224", (1e-5, 0.1, 512, 1, 20, 5, 1e-5, 0.45)),
+        ("deit3_huge_224", (1e-5, 0.1, 512, 1, 20, 5, 1e-5, 0.55)),
+        ("deit3_small_384", (1e-5, 0.1, 512, 1, 20, 5, 1e-5, 0.0)),
+        ("deit3_base_21k", (1e-3, 0.02, 2048, 1, 240, 5, 1e-5, 0.1)),
+        ("deit3_base_21k_1k", (3e-4, 0.02, 2048, 1, 50, 5, 1e-5, 0.15)),
+        *((f"transfer_{name}", TRANSFER) for name in ("cifar10", "cifar100", "flowers", "cars")),
+        ("transfer_inat18", INAT),
+        ("transfer_inat19", INAT),
+        ("simmim", (4e-4, 0.05, 2048, 1, 800, 10, 2e-5, 0.1)),
+        ("simmim_finetune", (5e-3, 0.05, 2048, 1, 100, 20, 1e-6, 0.1)),
+    ],
+)
 def test_settings_are_the_sources(name, expected):
     """Touvron et al. 2020, table 9, README_deit.md and issues 45 and 105; README_revenge.md; SimMIM's configs."""
     assert settings(recipe_of(name)) == expected
@@ -260,14 +300,25 @@ def test_settings_are_the_sources(name, expected):
 def test_table_9_in_full():
     """Table 9 of Touvron et al. 2020, and the defaults of main.py for what it leaves out."""
     recipe = deit_base()
-    augment = Augment(crop=ResizedCrop(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)), flip=0.5,
-                      policy=RandAugment(magnitude=9, std=0.5, layers=2, probability=0.5, increasing=True),
-                      erase=Erase(probability=0.25, area=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3)),
-                      mix=Mix(mixup=0.8, cutmix=1.0, probability=1.0, switch=0.5, mode="batch"))
+    augment = Augment(
+        crop=ResizedCrop(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)),
+        flip=0.5,
+        policy=RandAugment(magnitude=9, std=0.5, layers=2, probability=0.5, increasing=True),
+        erase=Erase(probability=0.25, area=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3)),
+        mix=Mix(mixup=0.8, cutmix=1.0, probability=1.0, switch=0.5, mode="batch"),
+    )
     assert recipe.augment == augment
     assert recipe.objective == Supervised(loss="cross_entropy", smoothing=0.1)
-    assert recipe.optim == AdamW(lr=5e-4, per_images=512, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, clip=None,
-                                 layer_decay=1.0, decay_distillation_token=True)
+    assert recipe.optim == AdamW(
+        lr=5e-4,
+        per_images=512,
+        weight_decay=0.05,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        clip=None,
+        layer_decay=1.0,
+        decay_distillation_token=True,
+    )
     assert (recipe.schedule.start, recipe.ema, recipe.data.crop_ratio) == (1e-6, 0.99996, 224 / 256)
     assert (recipe.model.drop_path_schedule, recipe.model.hidden_dropout_prob) == ("linear", 0.0)
     # 1,281,167 views make an epoch, whatever `repeats`.
@@ -305,9 +356,13 @@ def test_deit3_in_full():
         assert not recipe.model.position_on_class_token
         assert recipe.objective == Supervised(loss="binary", smoothing=0.0)
         assert isinstance(recipe.optim, LAMB)
-        assert recipe.augment == Augment(crop=ResizedCrop(), flip=0.5, policy=ThreeAugment(),
-                                         jitter=Jitter(brightness=0.3, contrast=0.3, saturation=0.3),
-                                         mix=Mix(mixup=0.8, cutmix=1.0))
+        assert recipe.augment == Augment(
+            crop=ResizedCrop(),
+            flip=0.5,
+            policy=ThreeAugment(),
+            jitter=Jitter(brightness=0.3, contrast=0.3, saturation=0.3),
+            mix=Mix(mixup=0.8, cutmix=1.0),
+        )
         assert recipe.data.crop_ratio == 1.0
     assert recipe_of("deit3_huge").model.grid == (11, 11)
     short = recipe_of("deit3_huge_224")
@@ -316,8 +371,9 @@ def test_deit3_in_full():
     large = recipe_of("deit3_base_21k")
     assert (large.augment.crop, large.augment.mix) == (SimpleCrop(padding=4), Mix(mixup=0.0, cutmix=1.0))
     assert large.objective == Supervised(smoothing=0.1)
-    assert recipe_of("deit3_base_cosub") == replace(recipe_of("deit3_base"), name="deit3_base_cosub",
-                                                    objective=Supervised(loss="binary", cosub=True))
+    assert recipe_of("deit3_base_cosub") == replace(
+        recipe_of("deit3_base"), name="deit3_base_cosub", objective=Supervised(loss="binary", cosub=True)
+    )
 
 
 def test_transfer_and_masked_images_in_full():
@@ -345,34 +401,43 @@ def test_arguments_of_recipes():
 # -------------------------------------------------------------------------------------------------------- override
 
 
-@pytest.mark.parametrize(("setting", "expected"), [
-    ("optim.lr=1e-3", {"optim.lr": 1e-3}),
-    (" optim.lr = 1e-3 ", {"optim.lr": 1e-3}),
-    ("data.holdout=0", {"data.holdout": 0.0}),
-    ("schedule.total=epochs(30)", {"schedule.total.amount": 30.0}),
-    ("schedule.total=steps(7)", {"schedule.total.amount": 7.0, "schedule.total.unit": "steps"}),
-    ("schedule.warmup.amount=2", {"schedule.warmup.amount": 2.0}),
-    ("augment.policy.std=0.25", {"augment.policy.std": 0.25}),
-    ("augment.flip=0", {"augment.flip": 0.0}),
-    ("augment.crop.scale=(0.3, 1)", {"augment.crop.scale": [0.3, 1.0]}),
-    ("augment.crop.scale=[0.3, 1]", {"augment.crop.scale": [0.3, 1.0]}),
-    ("model.image_size=(224, 192)", {"model.image_size": [224, 192]}),
-    ("compute.compile=true", {"compute.compile": True}),
-    ("compute.compile=True", {"compute.compile": True}),
-    ("compute.workers=3", {"compute.workers": 3}),
-    ("start=facebook/deit-tiny-patch16-224", {"start": "facebook/deit-tiny-patch16-224"}),
-    ("start=/home/someone/a run/model", {"start": "/home/someone/a run/model"}),
-    ("start='2024'", {"start": "2024"}),
-    ("objective.teacher=timm:regnety_160", {"objective.teacher": "timm:regnety_160"}),
-    ("objective.teacher=teachers.py:best", {"objective.teacher": "teachers.py:best"}),
-    ("optim=LAMB(lr=5e-3, per_images=2048)",
-     {"optim.kind_of": "LAMB", "optim.lr": 5e-3, "optim.per_images": 2048, "optim.eps": 1e-6}),
-    ("augment.erase=Erase(probability=1, area=(0.1, 0.2))",
-     {"augment.erase.probability": 1.0, "augment.erase.area": [0.1, 0.2]}),
-    ("schedule=Cosine(total=epochs(30), warmup=steps(7))",
-     {"schedule.total.amount": 30.0, "schedule.warmup.amount": 7.0, "schedule.warmup.unit": "steps"}),
-    ("data=Data(batch=8)", {"data.batch": 8, "data.repeats": 1}),
-])
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("optim.lr=1e-3", {"optim.lr": 1e-3}),
+        (" optim.lr = 1e-3 ", {"optim.lr": 1e-3}),
+        ("data.holdout=0", {"data.holdout": 0.0}),
+        ("schedule.total=epochs(30)", {"schedule.total.amount": 30.0}),
+        ("schedule.total=steps(7)", {"schedule.total.amount": 7.0, "schedule.total.unit": "steps"}),
+        ("schedule.warmup.amount=2", {"schedule.warmup.amount": 2.0}),
+        ("augment.policy.std=0.25", {"augment.policy.std": 0.25}),
+        ("augment.flip=0", {"augment.flip": 0.0}),
+        ("augment.crop.scale=(0.3, 1)", {"augment.crop.scale": [0.3, 1.0]}),
+        ("augment.crop.scale=[0.3, 1]", {"augment.crop.scale": [0.3, 1.0]}),
+        ("model.image_size=(224, 192)", {"model.image_size": [224, 192]}),
+        ("compute.compile=true", {"compute.compile": True}),
+        ("compute.compile=True", {"compute.compile": True}),
+        ("compute.workers=3", {"compute.workers": 3}),
+        ("start=facebook/deit-tiny-patch16-224", {"start": "facebook/deit-tiny-patch16-224"}),
+        ("start=/home/someone/a run/model", {"start": "/home/someone/a run/model"}),
+        ("start='2024'", {"start": "2024"}),
+        ("objective.teacher=timm:regnety_160", {"objective.teacher": "timm:regnety_160"}),
+        ("objective.teacher=teachers.py:best", {"objective.teacher": "teachers.py:best"}),
+        (
+            "optim=LAMB(lr=5e-3, per_images=2048)",
+            {"optim.kind_of": "LAMB", "optim.lr": 5e-3, "optim.per_images": 2048, "optim.eps": 1e-6},
+        ),
+        (
+            "augment.erase=Erase(probability=1, area=(0.1, 0.2))",
+            {"augment.erase.probability": 1.0, "augment.erase.area": [0.1, 0.2]},
+        ),
+        (
+            "schedule=Cosine(total=epochs(30), warmup=steps(7))",
+            {"schedule.total.amount": 30.0, "schedule.warmup.amount": 7.0, "schedule.warmup.unit": "steps"},
+        ),
+        ("data=Data(batch=8)", {"data.batch": 8, "data.repeats": 1}),
+    ],
+)
 def test_override(setting, expected):
     recipe = deit_tiny_distilled()
     assert differences(recipe, override(recipe, [setting])) == expected
@@ -383,9 +448,11 @@ def test_override_takes_whole_parts_away_and_back():
     for text in ("None", "none"):
         assert override(recipe, [f"augment.mix={text}"]) == replace(recipe, augment=replace(recipe.augment, mix=None))
     assert override(recipe, ["augment.mix=None", "augment.mix=Mix(cutmix=0.5)", "augment.mix.mode=pair"]) == replace(
-        recipe, augment=replace(recipe.augment, mix=Mix(cutmix=0.5, mode="pair")))
+        recipe, augment=replace(recipe.augment, mix=Mix(cutmix=0.5, mode="pair"))
+    )
     assert override(recipe, ["augment=Augment(erase=Erase(), crop=SimpleCrop(padding=2))"]) == replace(
-        recipe, augment=Augment(erase=Erase(), crop=SimpleCrop(padding=2)))
+        recipe, augment=Augment(erase=Erase(), crop=SimpleCrop(padding=2))
+    )
     assert override(recipe, []) == recipe
 
 
@@ -399,46 +466,49 @@ def test_override_checks_the_whole_once_at_the_end():
         override(deit_tiny(), both[:1])
 
 
-@pytest.mark.parametrize(("setting", "parts"), [
-    ("optim.lr", ["--set optim.lr", "expected FIELD=VALUE"]),
-    ("optm.lr=1", ["--set optm.lr=1", "there is no 'optm'", "did you mean 'optim'"]),
-    ("optim.lrr=1", ["AdamW: there is no 'lrr'", "did you mean 'lr'"]),
-    ("model.hiden_size=1", ["there is no 'hiden_size'", "did you mean 'hidden_size'"]),
-    ("objective.teacher=x", ["Supervised: there is no 'teacher'", "there is cosub, loss, smoothing"]),
-    ("optim.kind_of=SGD", ["there is no 'kind_of'"]),
-    ("augment.affine.rotate=3", ["augment.affine is None and has no field 'rotate'", "set it as a whole first"]),
-    ("optim.lr.x=3", ["optim.lr is 0.0005 and has no field 'x'"]),
-    ("optim.lr=fast", ["optim.lr: expected float, found 'fast'"]),
-    ("optim.lr=None", ["optim.lr: expected float, found None"]),
-    ("optim.lr=1e999", ["optim.lr: expected a finite number, found inf"]),
-    ("optim.lr=-1", ["optim: lr and per_images must be positive, found lr=-1.0"]),
-    ("optim.betas=(0.9, 'x')", ["optim.betas: expected float, found 'x'"]),
-    ("optim.betas=(0.9,)", ["optim.betas: expected 2 numbers, found [0.9]"]),
-    ("data.mean=0.5", ["data.mean: expected numbers, found 0.5"]),
-    ("data.batch=1.5", ["data.batch: expected int, found 1.5"]),
-    ("data.batch=true", ["data.batch: expected int, found True"]),
-    ("compute.compile=1", ["compute.compile: expected bool, found 1"]),
-    ("compute.precision=float16", ["expected auto or float32 or bfloat16, found 'float16'"]),
-    ("start=5", ["start: expected str, found 5"]),
-    ("evaluate=5", ["evaluate: expected epochs(NUMBER) or steps(NUMBER), found 5"]),
-    ("evaluate=epochs()", ["expected epochs(NUMBER), e.g. epochs(30)"]),
-    ("evaluate=epochs(soon)", ["epochs.amount: expected float, found 'soon'"]),
-    ("evaluate=epochs(-1)", ["a duration can't be negative"]),
-    ("data=None", ["data: expected Data, found None"]),
-    ("optim=3", ["optim: expected AdamW or SGD or LAMB or Muon, found 3"]),
-    ("optim=Adam(lr=1)", ["there is no 'Adam'", "did you mean 'AdamW'"]),
-    ("optim=AdamW(lr=1e-3)", ["AdamW: per_images must be given"]),
-    ("optim=Muon(momentum=0.9)", ["Muon: lr and per_images and others_lr must be given"]),
-    ("optim=AdamW(lr='x', per_images=1)", ["AdamW.lr: expected float, found 'x'"]),
-    ("optim=AdamW(lr=1, per_images=1, rate=2)", ["AdamW: there is no 'rate'"]),
-    ("optim=AdamW(1e-3)", ["AdamW takes its arguments by name: AdamW(lr=..., per_images=..."]),
-    ("augment.mix=Mix()", ["--set augment.mix=Mix()", "needs a positive mixup or cutmix alpha"]),
-    ("augment.erase=Mix(mixup=1)", ["augment.erase: expected", "Erase, found 'Mix'"]),
-    ("model=deit-small", ["model: expected DeiTConfig or ConvNetConfig, found 'deit-small'"]),
-    ("model.hidden_size=100", ["model: hidden_size=100 cannot be divided"]),
-    ("objective.smoothing=1", ["objective: smoothing must be from 0.0 to 0.999, found 1.0"]),
-    ("seed=-1", ["seed can't be negative, found -1"]),
-])
+@pytest.mark.parametrize(
+    ("setting", "parts"),
+    [
+        ("optim.lr", ["--set optim.lr", "expected FIELD=VALUE"]),
+        ("optm.lr=1", ["--set optm.lr=1", "there is no 'optm'", "did you mean 'optim'"]),
+        ("optim.lrr=1", ["AdamW: there is no 'lrr'", "did you mean 'lr'"]),
+        ("model.hiden_size=1", ["there is no 'hiden_size'", "did you mean 'hidden_size'"]),
+        ("objective.teacher=x", ["Supervised: there is no 'teacher'", "there is cosub, loss, smoothing"]),
+        ("optim.kind_of=SGD", ["there is no 'kind_of'"]),
+        ("augment.affine.rotate=3", ["augment.affine is None and has no field 'rotate'", "set it as a whole first"]),
+        ("optim.lr.x=3", ["optim.lr is 0.0005 and has no field 'x'"]),
+        ("optim.lr=fast", ["optim.lr: expected float, found 'fast'"]),
+        ("optim.lr=None", ["optim.lr: expected float, found None"]),
+        ("optim.lr=1e999", ["optim.lr: expected a finite number, found inf"]),
+        ("optim.lr=-1", ["optim: lr and per_images must be positive, found lr=-1.0"]),
+        ("optim.betas=(0.9, 'x')", ["optim.betas: expected float, found 'x'"]),
+        ("optim.betas=(0.9,)", ["optim.betas: expected 2 numbers, found [0.9]"]),
+        ("data.mean=0.5", ["data.mean: expected numbers, found 0.5"]),
+        ("data.batch=1.5", ["data.batch: expected int, found 1.5"]),
+        ("data.batch=true", ["data.batch: expected int, found True"]),
+        ("compute.compile=1", ["compute.compile: expected bool, found 1"]),
+        ("compute.precision=float16", ["expected auto or float32 or bfloat16, found 'float16'"]),
+        ("start=5", ["start: expected str, found 5"]),
+        ("evaluate=5", ["evaluate: expected epochs(NUMBER) or steps(NUMBER), found 5"]),
+        ("evaluate=epochs()", ["expected epochs(NUMBER), e.g. epochs(30)"]),
+        ("evaluate=epochs(soon)", ["epochs.amount: expected float, found 'soon'"]),
+        ("evaluate=epochs(-1)", ["a duration can't be negative"]),
+        ("data=None", ["data: expected Data, found None"]),
+        ("optim=3", ["optim: expected AdamW or SGD or LAMB or Muon, found 3"]),
+        ("optim=Adam(lr=1)", ["there is no 'Adam'", "did you mean 'AdamW'"]),
+        ("optim=AdamW(lr=1e-3)", ["AdamW: per_images must be given"]),
+        ("optim=Muon(momentum=0.9)", ["Muon: lr and per_images and others_lr must be given"]),
+        ("optim=AdamW(lr='x', per_images=1)", ["AdamW.lr: expected float, found 'x'"]),
+        ("optim=AdamW(lr=1, per_images=1, rate=2)", ["AdamW: there is no 'rate'"]),
+        ("optim=AdamW(1e-3)", ["AdamW takes its arguments by name: AdamW(lr=..., per_images=..."]),
+        ("augment.mix=Mix()", ["--set augment.mix=Mix()", "needs a positive mixup or cutmix alpha"]),
+        ("augment.erase=Mix(mixup=1)", ["augment.erase: expected", "Erase, found 'Mix'"]),
+        ("model=deit-small", ["model: expected DeiTConfig or ConvNetConfig, found 'deit-small'"]),
+        ("model.hidden_size=100", ["model: hidden_size=100 cannot be divided"]),
+        ("objective.smoothing=1", ["objective: smoothing must be from 0.0 to 0.999, found 1.0"]),
+        ("seed=-1", ["seed can't be negative, found -1"]),
+    ],
+)
 def test_override_refuses(setting, parts):
     with raises_saying(ValueError, *parts):
         override(deit_tiny(), [setting])
@@ -458,11 +528,12 @@ def test_the_built_in_convnet_in_a_record():
 def test_from_dict_refuses_what_is_no_recipe():
     record = deit_tiny().to_dict()
     for path, value, parts in (
-            ("seed", None, ["seed: expected int, found None"]),
-            ("sede", 3, ["recipe: there is no 'sede'", "did you mean 'seed'"]),
-            ("model", {**record["model"], "depth": 3}, ["model: there is no field 'depth'"]),
-            ("optim", {"lr": 1e-3}, ["optim: expected kind_of to be one of AdamW", "found None"]),
-            ("data", {}, ["data: batch must be given"])):
+        ("seed", None, ["seed: expected int, found None"]),
+        ("sede", 3, ["recipe: there is no 'sede'", "did you mean 'seed'"]),
+        ("model", {**record["model"], "depth": 3}, ["model: there is no field 'depth'"]),
+        ("optim", {"lr": 1e-3}, ["optim: expected kind_of to be one of AdamW", "found None"]),
+        ("data", {}, ["data: batch must be given"]),
+    ):
         with raises_saying(ValueError, *parts):
             Recipe.from_dict({**record, path: value})
     del record["optim"], record["data"]
@@ -574,8 +645,14 @@ def test_refusals():
         Distilled(temperature=3.0)
     with raises_saying(ValueError, "smoothing makes every class a yes", "found smoothing=0.1"):
         Supervised(loss="binary", smoothing=0.1)
-    plain = Recipe(name="plain", model=DeiTConfig(distillation_token=False), data=Data(batch=8),
-                   objective=Supervised(), optim=AdamW(lr=1e-3, per_images=512), schedule=Cosine(total=epochs(1)))
+    plain = Recipe(
+        name="plain",
+        model=DeiTConfig(distillation_token=False),
+        data=Data(batch=8),
+        objective=Supervised(),
+        optim=AdamW(lr=1e-3, per_images=512),
+        schedule=Cosine(total=epochs(1)),
+    )
     with raises_saying(ValueError, "recipe plain: distillation through its own token needs a model with one"):
         replace(plain, objective=Distilled(teacher="x"))
     with raises_saying(ValueError, "the distillation token would learn nothing"):

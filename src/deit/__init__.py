@@ -35,15 +35,29 @@ if TYPE_CHECKING:
 _HOME = {
     "deit.config": ("DeiTConfig", "ViTConfig", "VARIANTS"),
     "deit.image.processor": ("DeiTImageProcessor", "DeiTFeatureExtractor"),
-    "deit.model.network": ("DeiTModel", "DeiTForMaskedImageModeling", "DeiTForImageClassification",
-                   "DeiTForImageClassificationWithTeacher", "ViTModel", "ViTForImageClassification", "fuse_heads"),
+    "deit.model.network": (
+        "DeiTModel",
+        "DeiTForMaskedImageModeling",
+        "DeiTForImageClassification",
+        "DeiTForImageClassificationWithTeacher",
+        "ViTModel",
+        "ViTForImageClassification",
+        "fuse_heads",
+    ),
     "deit.model.load": ("load_model",),
     "deit.predict.predictor": ("Predictor",),
     "deit.predict.pipelines": ("pipeline",),
 }
-_KERAS = {"deit.model_keras": (
-    "TFDeiTModel", "TFDeiTForMaskedImageModeling", "TFDeiTForImageClassification",
-    "TFDeiTForImageClassificationWithTeacher", "TFViTModel", "TFViTForImageClassification")}
+_KERAS = {
+    "deit.model_keras": (
+        "TFDeiTModel",
+        "TFDeiTForMaskedImageModeling",
+        "TFDeiTForImageClassification",
+        "TFDeiTForImageClassificationWithTeacher",
+        "TFViTModel",
+        "TFViTForImageClassification",
+    )
+}
 """Need the extra `keras`, so `from deit import *` leaves them out."""
 
 __all__ = ["__version__", *sorted(name for names in _HOME.values() for name in names)]  # noqa: PLE0604

@@ -33,39 +33,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="deit", description="Data-efficient image transformers: from a folder of "
-                                     "labelled images to a classifier.")
+    parser = argparse.ArgumentParser(
+        prog="deit", description="Data-efficient image transformers: from a folder of labelled images to a classifier."
+    )
     parser.add_argument("--version", action="version", version=f"deit {host.VERSION}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     verb = verbs.add_parser("quickstart", help="the whole path on bundled handwritten digits, offline, in minutes")
-    verb.add_argument("--out", type=Path, default=Path("deit-quickstart"), metavar="DIR",
-                      help="folder to write (default: %(default)s)")
+    verb.add_argument(
+        "--out",
+        type=Path,
+        default=Path("deit-quickstart"),
+        metavar="DIR",
+        help="folder to write (default: %(default)s)",
+    )
     verb.add_argument("--seed", type=int, default=0, help="of the split, the weights and the order (default: 0)")
     verb.add_argument("--json", action="store_true", help="print the result as one JSON line, last on standard output")
     verb.set_defaults(run=_quickstart)
 
-    verb = verbs.add_parser("train", help="train a recipe on a folder of images", description="Trains a recipe on a "
-                            "folder of labelled images: DATA/train/CLASS/* and DATA/val/CLASS/*, or DATA/CLASS/*, of "
-                            "which a share is then held out. Starts on many GPUs or machines with torchrun -m deit.")
+    verb = verbs.add_parser(
+        "train",
+        help="train a recipe on a folder of images",
+        description="Trains a recipe on a "
+        "folder of labelled images: DATA/train/CLASS/* and DATA/val/CLASS/*, or DATA/CLASS/*, of "
+        "which a share is then held out. Starts on many GPUs or machines with torchrun -m deit.",
+    )
     verb.add_argument("recipe", metavar="RECIPE", help="a name from `deit recipes`, FILE.py:FUNCTION, or a recipe.json")
     verb.add_argument("--data", type=Path, required=True, metavar="DIR")
-    verb.add_argument("--out", type=Path, required=True, metavar="RUN",
-                      help="folder for the model, the metrics, the recipe and the checkpoints")
+    verb.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="RUN",
+        help="folder for the model, the metrics, the recipe and the checkpoints",
+    )
     _add_settings(verb)
     verb.add_argument("--resume", action="store_true", help="go on where the run in RUN stopped, if there is one")
-    verb.add_argument("--time", type=_minutes, metavar="SPAN",
-                      help="shorten the schedule to end within this time, e.g. 90s, 30m, 1.5h")
+    verb.add_argument(
+        "--time",
+        type=_minutes,
+        metavar="SPAN",
+        help="shorten the schedule to end within this time, e.g. 90s, 30m, 1.5h",
+    )
     verb.set_defaults(run=_train)
 
     verb = verbs.add_parser("teach", help="store a teacher's labels for every view that a recipe will show")
     verb.add_argument("data", type=Path, metavar="DATA", help="folder of labelled images, as for train")
-    verb.add_argument("--teacher", required=True,
-                      help="timm:NAME, a trained model's folder, or FILE.py:FUNCTION that returns a module")
+    verb.add_argument(
+        "--teacher",
+        required=True,
+        help="timm:NAME, a trained model's folder, or FILE.py:FUNCTION that returns a module",
+    )
     verb.add_argument("--recipe", required=True, metavar="RECIPE", help="the one that will train with these labels")
-    verb.add_argument("--epochs", type=float, required=True, metavar="K",
-                      help="of labels; a longer training goes through them again and again")
+    verb.add_argument(
+        "--epochs",
+        type=float,
+        required=True,
+        metavar="K",
+        help="of labels; a longer training goes through them again and again",
+    )
     verb.add_argument("--out", type=Path, required=True, metavar="CACHE")
     _add_settings(verb)
     verb.set_defaults(run=_teach)
@@ -85,25 +112,41 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_shown(verbs: Any) -> None:
     """What a person looks at."""
-    verb = verbs.add_parser("explain", help="where in an image a model looked, as a figure", description="Draws what "
-                            "the class token and the distillation token rest on in an image, and scores the maps: "
-                            "deletion (lower is better) and insertion (higher is better), beside random orders.")
+    verb = verbs.add_parser(
+        "explain",
+        help="where in an image a model looked, as a figure",
+        description="Draws what "
+        "the class token and the distillation token rest on in an image, and scores the maps: "
+        "deletion (lower is better) and insertion (higher is better), beside random orders.",
+    )
     _add_model(verb)
     verb.add_argument("image", metavar="IMAGE")
     verb.add_argument("--out", type=Path, required=True, metavar="PNG", help="file to write")
-    verb.add_argument("--method", choices=("rollout", "relevance", "attention", "all"), default="all",
-                      help="how (default: all); occlusion is always drawn as a check")
+    verb.add_argument(
+        "--method",
+        choices=("rollout", "relevance", "attention", "all"),
+        default="all",
+        help="how (default: all); occlusion is always drawn as a check",
+    )
     verb.add_argument("--target", metavar="LABEL", help="class to explain (default: what each head decides)")
     _add_device(verb)
     verb.add_argument("--json", action="store_true", help="print scores and maps as one JSON line")
     verb.set_defaults(run=_explain)
 
-    verb = verbs.add_parser("report", help="write a run as one HTML page, RUN/report.html", description="Writes "
-                            "RUN/report.html: recipe, data, curves, and an evaluation of the run's model. `deit train` "
-                            "ends with one; this writes it anew, for other images if they are given.")
+    verb = verbs.add_parser(
+        "report",
+        help="write a run as one HTML page, RUN/report.html",
+        description="Writes "
+        "RUN/report.html: recipe, data, curves, and an evaluation of the run's model. `deit train` "
+        "ends with one; this writes it anew, for other images if they are given.",
+    )
     verb.add_argument("run_folder", type=Path, metavar="RUN", help="folder that `deit train --out` wrote")
-    verb.add_argument("--data", type=Path, metavar="DATA",
-                      help="images to judge the model by, as for eval (default: the run's own validation images)")
+    verb.add_argument(
+        "--data",
+        type=Path,
+        metavar="DATA",
+        help="images to judge the model by, as for eval (default: the run's own validation images)",
+    )
     _add_device(verb)
     verb.set_defaults(run=_report)
 
@@ -116,33 +159,57 @@ def _add_written(verbs: Any) -> None:
     verb.add_argument("--out", type=Path, required=True, metavar="DIR")
     verb.set_defaults(run=_convert)
 
-    verb = verbs.add_parser("export", help="write a classifier for a runtime, and prove that it answers the same",
-                            description="Writes a classifier with its labels and its preprocessing for a runtime, runs "
-                            "it there, and keeps it only if it answers as the PyTorch model does. int8 needs "
-                            "--calibrate, and is kept only if it costs no more than half a point of accuracy.")
+    verb = verbs.add_parser(
+        "export",
+        help="write a classifier for a runtime, and prove that it answers the same",
+        description="Writes a classifier with its labels and its preprocessing for a runtime, runs "
+        "it there, and keeps it only if it answers as the PyTorch model does. int8 needs "
+        "--calibrate, and is kept only if it costs no more than half a point of accuracy.",
+    )
     _add_model(verb)
-    verb.add_argument("--to", choices=("torch", "onnx", "openvino", "web", "onnx-int8", "openvino-int8"),
-                      required=True)
-    verb.add_argument("--calibrate", type=Path, metavar="DATA",
-                      help="folder or list of labelled images, to check on, and to calibrate and judge int8 by")
-    verb.add_argument("--out", type=Path, required=True, metavar="DIR",
-                      help="folder to write; a former export there is replaced once the new one has passed")
+    verb.add_argument("--to", choices=("torch", "onnx", "openvino", "web", "onnx-int8", "openvino-int8"), required=True)
+    verb.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="DATA",
+        help="folder or list of labelled images, to check on, and to calibrate and judge int8 by",
+    )
+    verb.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder to write; a former export there is replaced once the new one has passed",
+    )
     verb.set_defaults(run=_export)
 
 
 def _add_predict(verbs: Any) -> None:
-    verb = verbs.add_parser("predict", help="labels for image files",
-                            description="Labels for any number of images, printed as they come. An image that can't be "
-                            "read is a row with the reason, and makes the exit status 1 at the end.")
+    verb = verbs.add_parser(
+        "predict",
+        help="labels for image files",
+        description="Labels for any number of images, printed as they come. An image that can't be "
+        "read is a row with the reason, and makes the exit status 1 at the end.",
+    )
     _add_model(verb)
-    verb.add_argument("images", nargs="+", metavar="INPUT",
-                      help="image files, folders of them at any depth, patterns like 'photos/**/*.jpg', or - for a "
-                           "list of paths on standard input")
+    verb.add_argument(
+        "images",
+        nargs="+",
+        metavar="INPUT",
+        help="image files, folders of them at any depth, patterns like 'photos/**/*.jpg', or - for a "
+        "list of paths on standard input",
+    )
     verb.add_argument("--top-k", type=_count, default=3, metavar="K", help="labels for each image (default: 3)")
     _add_head(verb)
     for name, what in (("json", "one JSON line for each image"), ("csv", "one line of a table for each image")):
-        verb.add_argument(f"--{name}", nargs="?", const="-", metavar="FILE", help=f"{what}, on standard output or in "
-                          "FILE, which grows in parts: the same command goes on where it was stopped")
+        verb.add_argument(
+            f"--{name}",
+            nargs="?",
+            const="-",
+            metavar="FILE",
+            help=f"{what}, on standard output or in "
+            "FILE, which grows in parts: the same command goes on where it was stopped",
+        )
     verb.add_argument("--parquet", metavar="FILE", help="the same in Parquet")
     verb.add_argument("--batch", type=_count, default=32, metavar="B", help="images computed at once (default: 32)")
     verb.add_argument("--shard", metavar="i/N", help="only every N-th image from the i-th on, 1 to N")
@@ -150,51 +217,90 @@ def _add_predict(verbs: Any) -> None:
     _add_engine(verb, f"auto takes OpenVINO from {_MANY} images on, and for a list on standard input")
     verb.set_defaults(run=_predict)
 
-    verb = verbs.add_parser("calibrate", help="honest probabilities, and the choice to say \"I don't know\"",
-                            description="From labelled images that the model was not trained on: a temperature for its "
-                            "probabilities, and the probability from which a label is sure. Stored in MODEL; "
-                            "predictions use both from then on.")
+    verb = verbs.add_parser(
+        "calibrate",
+        help='honest probabilities, and the choice to say "I don\'t know"',
+        description="From labelled images that the model was not trained on: a temperature for its "
+        "probabilities, and the probability from which a label is sure. Stored in MODEL; "
+        "predictions use both from then on.",
+    )
     verb.add_argument("model", type=Path, metavar="MODEL", help="folder of a trained model")
     verb.add_argument("--data", type=Path, required=True, metavar="DATA", help="as for eval")
-    verb.add_argument("--split", choices=("train", "val", "test"),
-                      help="of a folder that has splits (default: val)")
-    verb.add_argument("--error-rate", type=float, default=0.05, metavar="E",
-                      help="share of images that may get one sure and wrong label (default: 0.05)")
+    verb.add_argument("--split", choices=("train", "val", "test"), help="of a folder that has splits (default: val)")
+    verb.add_argument(
+        "--error-rate",
+        type=float,
+        default=0.05,
+        metavar="E",
+        help="share of images that may get one sure and wrong label (default: 0.05)",
+    )
     _add_device(verb)
     verb.add_argument("--json", action="store_true", help="print the result as one JSON line")
     verb.set_defaults(run=_calibrate)
 
 
 def _add_serve(verbs: Any) -> None:
-    verb = verbs.add_parser("serve", help="labels over HTTP, and a page to try",
-                            description="Answers POST /v1/classify with labels and /v1/explain with maps of what they "
-                            "rest on, and shows a page at /. SIGTERM ends it after everything that came is answered.")
+    verb = verbs.add_parser(
+        "serve",
+        help="labels over HTTP, and a page to try",
+        description="Answers POST /v1/classify with labels and /v1/explain with maps of what they "
+        "rest on, and shows a page at /. SIGTERM ends it after everything that came is answered.",
+    )
     _add_model(verb)
-    verb.add_argument("--host", default="127.0.0.1",
-                      help="address to listen at; 0.0.0.0 for all of this machine's (default: %(default)s)")
+    verb.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen at; 0.0.0.0 for all of this machine's (default: %(default)s)",
+    )
     verb.add_argument("--port", type=int, default=8000, help="0: any free one (default: %(default)s)")
     _add_head(verb)
     _add_device(verb)
     _add_engine(verb, "auto takes OpenVINO")
-    verb.add_argument("--max-batch", type=_count, default=32, metavar="B",
-                      help="images computed together, and images of one request, at most (default: %(default)s)")
-    verb.add_argument("--max-wait-ms", type=float, default=5.0, metavar="MS",
-                      help="how long an image waits for others to be computed with (default: 5)")
-    verb.add_argument("--queue", type=_count, default=256, metavar="N",
-                      help="images that may wait; more are answered 503 (default: %(default)s)")
-    verb.add_argument("--max-bytes", type=_size, default=20 * 2**20, metavar="SIZE",
-                      help="of a request, like 500KiB or 20MiB (default: 20MiB)")
+    verb.add_argument(
+        "--max-batch",
+        type=_count,
+        default=32,
+        metavar="B",
+        help="images computed together, and images of one request, at most (default: %(default)s)",
+    )
+    verb.add_argument(
+        "--max-wait-ms",
+        type=float,
+        default=5.0,
+        metavar="MS",
+        help="how long an image waits for others to be computed with (default: 5)",
+    )
+    verb.add_argument(
+        "--queue",
+        type=_count,
+        default=256,
+        metavar="N",
+        help="images that may wait; more are answered 503 (default: %(default)s)",
+    )
+    verb.add_argument(
+        "--max-bytes",
+        type=_size,
+        default=20 * 2**20,
+        metavar="SIZE",
+        help="of a request, like 500KiB or 20MiB (default: 20MiB)",
+    )
     verb.add_argument("--max-pixels", type=_count, metavar="P", help="of an image (default: 50 million)")
-    verb.add_argument("--timeout", type=float, default=30.0, metavar="S",
-                      help="seconds for a request to arrive, and again for its answer (default: 30)")
-    verb.add_argument("--api-key-file", type=Path, metavar="FILE",
-                      help="keys, one a line; /v1/* then needs Authorization: Bearer KEY")
+    verb.add_argument(
+        "--timeout",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="seconds for a request to arrive, and again for its answer (default: 30)",
+    )
+    verb.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="keys, one a line; /v1/* then needs Authorization: Bearer KEY"
+    )
     verb.set_defaults(run=_serve)
 
 
 def _size(text: str) -> int:
     """A number of bytes like 500KiB or 20MiB."""
-    number, unit = text.rstrip("KMGiB"), text[len(text.rstrip("KMGiB")):]
+    number, unit = text.rstrip("KMGiB"), text[len(text.rstrip("KMGiB")) :]
     units = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
     if not number.isdecimal() or not int(number) or unit not in units:
         raise argparse.ArgumentTypeError(f"expected a size like 500KiB or 20MiB, found {text!r}")
@@ -208,29 +314,47 @@ def _count(text: str) -> int:
 
 
 def _add_eval(verbs: Any) -> None:
-    verb = verbs.add_parser("eval", help="how good a model is on labelled images, or how much better than another",
-                            description="Accuracy of every head, calibration, classes and confusions of a model on "
-                            "labelled images: DATA/test/CLASS/* or DATA/val/CLASS/*, DATA/CLASS/*, or a .csv or .jsonl "
-                            "list with the columns or keys path and label. Classes are found in the model by name.")
+    verb = verbs.add_parser(
+        "eval",
+        help="how good a model is on labelled images, or how much better than another",
+        description="Accuracy of every head, calibration, classes and confusions of a model on "
+        "labelled images: DATA/test/CLASS/* or DATA/val/CLASS/*, DATA/CLASS/*, or a .csv or .jsonl "
+        "list with the columns or keys path and label. Classes are found in the model by name.",
+    )
     _add_model(verb)
     verb.add_argument("--data", type=Path, required=True, metavar="DATA", help="folder or list of labelled images")
-    verb.add_argument("--split", choices=("train", "val", "test"),
-                      help="of a folder that has splits (default: test, or where there is none val)")
+    verb.add_argument(
+        "--split",
+        choices=("train", "val", "test"),
+        help="of a folder that has splits (default: test, or where there is none val)",
+    )
     _add_head(verb)
-    verb.add_argument("--crop-ratio", type=float, metavar="R",
-                      help="side of the crop by the resized image's, up to 1 (default: the model's own)")
+    verb.add_argument(
+        "--crop-ratio",
+        type=float,
+        metavar="R",
+        help="side of the crop by the resized image's, up to 1 (default: the model's own)",
+    )
     verb.add_argument("--compare", metavar="OTHER", help="a second model for the same images, prepared as it says")
     _add_device(verb)
-    verb.add_argument("--json", action="store_true",
-                      help="print the result as one JSON line on standard output, and the tables on standard error")
+    verb.add_argument(
+        "--json",
+        action="store_true",
+        help="print the result as one JSON line on standard output, and the tables on standard error",
+    )
     verb.add_argument("--report", type=Path, metavar="FILE.html", help="write the result as a page too")
     verb.set_defaults(run=_eval)
 
 
 def _add_overrides(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="settings",
-                      help="change a field of the recipe, e.g. optim.lr=1e-3 or 'schedule.total=epochs(30)'; may be "
-                           "repeated")
+    verb.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        dest="settings",
+        help="change a field of the recipe, e.g. optim.lr=1e-3 or 'schedule.total=epochs(30)'; may be repeated",
+    )
 
 
 def _add_settings(verb: argparse.ArgumentParser) -> None:
@@ -243,8 +367,12 @@ def _add_device(verb: argparse.ArgumentParser) -> None:
 
 
 def _add_engine(verb: argparse.ArgumentParser, auto: str) -> None:
-    verb.add_argument("--engine", choices=("auto", "torch", "openvino", "onnx"), default="auto",
-                      help=f"what computes; on a CPU {auto}, where it is installed, otherwise PyTorch (default: auto)")
+    verb.add_argument(
+        "--engine",
+        choices=("auto", "torch", "openvino", "onnx"),
+        default="auto",
+        help=f"what computes; on a CPU {auto}, where it is installed, otherwise PyTorch (default: auto)",
+    )
 
 
 def _add_model(verb: argparse.ArgumentParser) -> None:
@@ -252,8 +380,12 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
 
 
 def _add_head(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--head", choices=("fused", "class", "distillation", "softmax"), default="fused",
-                      help="which head of a distilled model decides (default: fused)")
+    verb.add_argument(
+        "--head",
+        choices=("fused", "class", "distillation", "softmax"),
+        default="fused",
+        help="which head of a distilled model decides (default: fused)",
+    )
 
 
 def _minutes(text: str) -> float:
@@ -289,8 +421,11 @@ def _train(options: argparse.Namespace) -> None:
     splits = read_data(options.data, holdout=recipe.data.holdout, seed=recipe.seed, labelled=labelled)
     run = train(recipe, *splits, options.out, device=options.device, resume=options.resume, minutes=options.time)
     if os.environ.get("RANK", "0") == "0":
-        print(f"{run.model}: {'accuracy' if labelled else 'minus the loss'} {run.score:.4f} on {len(splits[1])} "
-              f"validation images, {run.seconds:.0f} s", flush=True)
+        print(
+            f"{run.model}: {'accuracy' if labelled else 'minus the loss'} {run.score:.4f} on {len(splits[1])} "
+            f"validation images, {run.seconds:.0f} s",
+            flush=True,
+        )
         _report_training(options, splits[1])
 
 
@@ -301,8 +436,11 @@ def _report_training(options: argparse.Namespace, val_split: Any) -> None:
     try:
         print(document.of_training(options.out, val_split, device=options.device))
     except Exception as error:
-        print(f"deit train: the model is trained and saved, but its report is not written ({error}); `deit report "
-              f"{options.out}` tries it again", file=sys.stderr)
+        print(
+            f"deit train: the model is trained and saved, but its report is not written ({error}); `deit report "
+            f"{options.out}` tries it again",
+            file=sys.stderr,
+        )
 
 
 def _teach(options: argparse.Namespace) -> None:
@@ -345,16 +483,36 @@ def _predict(options: argparse.Namespace) -> int:
         engine = "auto" if many else None
     predictor = Predictor(options.model, head=options.head, device=resolve_device(options.device), engine=engine)
     if predictor.calibration is not None:
-        print(f"calibrated on {predictor.calibration.images} images; sure means at most "
-              f"{predictor.calibration.error_rate:.3g} errors", file=sys.stderr)
-    results = None if file is None else Results(file, Job(
-        model=options.model, files=identity(options.model), head=options.head, engine=predictor.engine,
-        top_k=options.top_k, inputs=tuple(options.images), shard=shard))
+        print(
+            f"calibrated on {predictor.calibration.images} images; sure means at most "
+            f"{predictor.calibration.error_rate:.3g} errors",
+            file=sys.stderr,
+        )
+    results = (
+        None
+        if file is None
+        else Results(
+            file,
+            Job(
+                model=options.model,
+                files=identity(options.model),
+                head=options.head,
+                engine=predictor.engine,
+                top_k=options.top_k,
+                inputs=tuple(options.images),
+                shard=shard,
+            ),
+        )
+    )
     if results is not None and results.done:
         print(f"going on after {results.done} images", file=sys.stderr)
     tally = Tally(sys.stderr, predictor.engine)
-    rows = tally.counted(answer.to_dict() for answer in predictor.stream(
-        paths if results is None else results.remaining(paths), top_k=options.top_k, batch=options.batch))
+    rows = tally.counted(
+        answer.to_dict()
+        for answer in predictor.stream(
+            paths if results is None else results.remaining(paths), top_k=options.top_k, batch=options.batch
+        )
+    )
     if results is not None:
         for _ in results.write(rows):
             pass
@@ -378,16 +536,24 @@ _MANY = 256
 
 def _file_of_results(options: argparse.Namespace) -> Path | None:
     """FILE of --json, --csv or --parquet."""
-    chosen = [(name, suffix, value) for name, suffix, value in (
-        ("--json", ".jsonl", options.json), ("--csv", ".csv", options.csv), ("--parquet", ".parquet", options.parquet))
-        if value]
+    chosen = [
+        (name, suffix, value)
+        for name, suffix, value in (
+            ("--json", ".jsonl", options.json),
+            ("--csv", ".csv", options.csv),
+            ("--parquet", ".parquet", options.parquet),
+        )
+        if value
+    ]
     if len(chosen) > 1:
         raise ValueError(f"{' and '.join(name for name, _, _ in chosen)} exclude each other; choose one")
     for name, suffix, value in chosen:
         if value != "-":
             if not value.endswith(suffix):
-                raise ValueError(f"expected a {suffix} file after {name}, found {value}; give such a name, or put "
-                                 f"{name} last for standard output")
+                raise ValueError(
+                    f"expected a {suffix} file after {name}, found {value}; give such a name, or put "
+                    f"{name} last for standard output"
+                )
             return Path(value)
     return None
 
@@ -402,15 +568,18 @@ def _calibrate(options: argparse.Namespace) -> None:
 
     from deit.predict.calibrate import calibrate
 
-    found = calibrate(options.model, options.data, split=options.split, error_rate=options.error_rate,
-                      device=options.device)
+    found = calibrate(
+        options.model, options.data, split=options.split, error_rate=options.error_rate, device=options.device
+    )
     if options.json:
         print(json.dumps(asdict(found)))
         return
     print(f"{found.images} images; at most {found.error_rate:.3g} of new ones get one label that is sure and wrong")
     for name, head in found.heads.items():
-        print(f"{name:12}  temperature {head.temperature:.3f}  negative log likelihood {head.nll[0]:.4f} -> "
-              f"{head.nll[1]:.4f}  sure from {head.threshold:.3f} on, of {head.answered:.1%}")
+        print(
+            f"{name:12}  temperature {head.temperature:.3f}  negative log likelihood {head.nll[0]:.4f} -> "
+            f"{head.nll[1]:.4f}  sure from {head.threshold:.3f} on, of {head.answered:.1%}"
+        )
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -418,13 +587,26 @@ def _serve(options: argparse.Namespace) -> None:
     from deit.predict.predictor import Predictor
     from deit.serve.app import MAX_PIXELS, Service, read_keys, serve
 
-    service = Service(max_batch=options.max_batch, max_wait_ms=options.max_wait_ms, queue=options.queue,
-                      max_bytes=options.max_bytes, max_pixels=options.max_pixels or MAX_PIXELS,
-                      timeout=options.timeout, keys=read_keys(options.api_key_file) if options.api_key_file else ())
-    predictor = Predictor(options.model, head=options.head, device=resolve_device(options.device),
-                          engine=options.engine)
-    serve(predictor, service, options.model, host=options.host, port=options.port,
-          listening=lambda address: print(f"serving {options.model} ({predictor.engine}) at {address}", flush=True))
+    service = Service(
+        max_batch=options.max_batch,
+        max_wait_ms=options.max_wait_ms,
+        queue=options.queue,
+        max_bytes=options.max_bytes,
+        max_pixels=options.max_pixels or MAX_PIXELS,
+        timeout=options.timeout,
+        keys=read_keys(options.api_key_file) if options.api_key_file else (),
+    )
+    predictor = Predictor(
+        options.model, head=options.head, device=resolve_device(options.device), engine=options.engine
+    )
+    serve(
+        predictor,
+        service,
+        options.model,
+        host=options.host,
+        port=options.port,
+        listening=lambda address: print(f"serving {options.model} ({predictor.engine}) at {address}", flush=True),
+    )
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -433,8 +615,15 @@ def _eval(options: argparse.Namespace) -> None:
     from deit.evaluate.models import examine_files
     from deit.evaluate.tables import show
 
-    found = examine_files(options.model, options.data, split=options.split, head=options.head,
-                          crop_ratio=options.crop_ratio, other=options.compare, device=options.device)
+    found = examine_files(
+        options.model,
+        options.data,
+        split=options.split,
+        head=options.head,
+        crop_ratio=options.crop_ratio,
+        other=options.compare,
+        device=options.device,
+    )
     show(found, Console(stderr=options.json))
     if options.report:
         from deit.report import document
@@ -453,8 +642,13 @@ def _explain(options: argparse.Namespace) -> None:
         raise ValueError(f"the figure is a PNG, found --out {options.out}; give a name that ends in .png")
     if options.out.exists() and Path(options.image).exists() and options.out.samefile(options.image):
         raise ValueError(f"--out {options.out} is the image itself; give the figure another name")
-    found = explain_file(options.model, options.image, target=options.target, device=resolve_device(options.device),
-                         methods=METHODS if options.method == "all" else (options.method,))
+    found = explain_file(
+        options.model,
+        options.image,
+        target=options.target,
+        device=resolve_device(options.device),
+        methods=METHODS if options.method == "all" else (options.method,),
+    )
     with replacing(options.out) as temporary:
         figure(found).save(temporary, format="PNG")
     print(json.dumps({**found.to_dict(), "figure": str(options.out)}) if options.json else f"{found}\n\n{options.out}")

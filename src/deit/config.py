@@ -15,8 +15,18 @@ from deit import files
 
 Pair = int | tuple[int, int]
 
-ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh", "sigmoid",
-               "linear")
+ACTIVATIONS = (
+    "gelu",
+    "gelu_new",
+    "gelu_pytorch_tanh",
+    "quick_gelu",
+    "relu",
+    "silu",
+    "swish",
+    "tanh",
+    "sigmoid",
+    "linear",
+)
 """Names accepted by `hidden_act` and `pooler_act`, as `transformers` spells them."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -112,8 +122,10 @@ class DeiTConfig:
         if names is not None:
             names = {int(i): str(label) for i, label in names.items()}
             if sorted(names) != list(range(len(names))):
-                raise ValueError(f"id2label must number its {len(names)} labels 0 to {len(names) - 1}, "
-                                 f"found {_few(sorted(names))}; number the classes without gaps")
+                raise ValueError(
+                    f"id2label must number its {len(names)} labels 0 to {len(names) - 1}, "
+                    f"found {_few(sorted(names))}; number the classes without gaps"
+                )
             names = {i: names[i] for i in range(len(names))}
         count = self.num_labels if self.num_labels is not None else (2 if names is None else len(names))
         if count < 0:
@@ -121,15 +133,18 @@ class DeiTConfig:
         if names is None or (names == _unnamed(len(names)) and len(names) != count):
             names = _unnamed(count)
         if len(names) != count:
-            raise ValueError(f"num_labels={count} contradicts id2label, which names {len(names)} classes; give one of "
-                             "the two, or use config.replace(num_labels=...) to drop the names")
+            raise ValueError(
+                f"num_labels={count} contradicts id2label, which names {len(names)} classes; give one of "
+                "the two, or use config.replace(num_labels=...) to drop the names"
+            )
         # Names may repeat: ImageNet's, as published, call two classes "crane". Then any of their numbers will do.
         inverse = {label: i for i, label in names.items()}
         if given is None or given == {label: i for i, label in _unnamed(len(given)).items()}:
             given = inverse
         if given.keys() != inverse.keys() or any(names.get(i) != label for label, i in given.items()):
-            raise ValueError("label2id is not the inverse of id2label; give one of the two, or use "
-                             "config.replace(id2label=...)")
+            raise ValueError(
+                "label2id is not the inverse of id2label; give one of the two, or use config.replace(id2label=...)"
+            )
         object.__setattr__(self, "num_labels", count)
         object.__setattr__(self, "id2label", names)
         object.__setattr__(self, "label2id", dict(given))
@@ -139,16 +154,24 @@ class DeiTConfig:
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, found {value!r}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size={self.hidden_size} cannot be divided among num_attention_heads="
-                             f"{self.num_attention_heads}; choose a multiple")
+            raise ValueError(
+                f"hidden_size={self.hidden_size} cannot be divided among num_attention_heads="
+                f"{self.num_attention_heads}; choose a multiple"
+            )
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             if not isinstance(value := getattr(self, name), int | float) or not 0.0 <= value < 1.0:
                 raise ValueError(f"{name} must be at least 0 and below 1, found {value!r}")
         for name in ("initializer_range", "layer_norm_eps"):
             if not isinstance(value := getattr(self, name), int | float) or value < 0:
                 raise ValueError(f"{name} must be a number of at least 0, found {value!r}")
-        for name in ("qkv_bias", "distillation_token", "position_on_class_token", "output_hidden_states",
-                     "output_attentions", "return_dict"):
+        for name in (
+            "qkv_bias",
+            "distillation_token",
+            "position_on_class_token",
+            "output_hidden_states",
+            "output_attentions",
+            "return_dict",
+        ):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, found {value!r}")
         if not isinstance(self.pooler_output_size, int | None) or (self.pooler_output_size or 1) < 1:
@@ -159,13 +182,17 @@ class DeiTConfig:
             if getattr(self, name) not in ACTIVATIONS:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(ACTIVATIONS)}")
         if self.problem_type not in (None, *PROBLEM_TYPES):
-            raise ValueError(f"problem_type={self.problem_type!r} is not known; choose one of "
-                             f"{', '.join(PROBLEM_TYPES)}, or None to decide from the labels")
+            raise ValueError(
+                f"problem_type={self.problem_type!r} is not known; choose one of "
+                f"{', '.join(PROBLEM_TYPES)}, or None to decide from the labels"
+            )
         if self.drop_path_schedule not in ("linear", "constant"):
             raise ValueError(f"drop_path_schedule={self.drop_path_schedule!r} is not known; choose linear or constant")
         if 0 in self.grid:
-            raise ValueError(f"image_size={self.image_size} is smaller than patch_size={self.patch_size}; "
-                             "an image must hold at least one patch")
+            raise ValueError(
+                f"image_size={self.image_size} is smaller than patch_size={self.patch_size}; "
+                "an image must hold at least one patch"
+            )
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -270,12 +297,27 @@ class DeiTConfig:
         return config.replace(**overrides) if overrides else config
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, *, revision: str | None = None, subfolder: str = "",
-                        cache_dir: str | Path | None = None, local_files_only: bool = False,
-                        token: str | bool | None = None, **overrides: Any) -> Self:
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        *,
+        revision: str | None = None,
+        subfolder: str = "",
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **overrides: Any,
+    ) -> Self:
         """Reads `config.json` from a folder, or from a repository of the Hugging Face hub."""
-        path = files.find_file(name_or_folder, "config.json", revision=revision, subfolder=subfolder,
-                               cache_dir=cache_dir, local_files_only=local_files_only, token=token)
+        path = files.find_file(
+            name_or_folder,
+            "config.json",
+            revision=revision,
+            subfolder=subfolder,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+        )
         values = files.read_json(path)
         try:
             return cls.from_dict(values, **overrides)
@@ -296,8 +338,9 @@ class ViTConfig(DeiTConfig):
     def _check(self) -> None:
         super()._check()
         if self.distillation_token:
-            raise ValueError("ViTConfig describes a model without distillation token, found distillation_token=True; "
-                             "use DeiTConfig")
+            raise ValueError(
+                "ViTConfig describes a model without distillation token, found distillation_token=True; use DeiTConfig"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,24 +412,39 @@ def _from_timm(values: Mapping[str, Any]) -> dict[str, Any]:
     """timm's `config.json` names an architecture; what it changes of it stands in `model_args`."""
     name = str(values["architecture"]).split(".")[0].replace("_", "-")
     if name not in VARIANTS:
-        raise ValueError(f"timm architecture {values['architecture']!r} is not one of this family; known are "
-                         + ", ".join(v.replace("-", "_") for v in VARIANTS))
-    translate = {"img_size": "image_size", "patch_size": "patch_size", "in_chans": "num_channels",
-                 "embed_dim": "hidden_size", "depth": "num_hidden_layers", "num_heads": "num_attention_heads",
-                 "init_values": "layer_scale_init_value", "drop_path_rate": "drop_path_rate", "qkv_bias": "qkv_bias",
-                 "num_classes": "num_labels"}
+        raise ValueError(
+            f"timm architecture {values['architecture']!r} is not one of this family; known are "
+            + ", ".join(v.replace("-", "_") for v in VARIANTS)
+        )
+    translate = {
+        "img_size": "image_size",
+        "patch_size": "patch_size",
+        "in_chans": "num_channels",
+        "embed_dim": "hidden_size",
+        "depth": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "init_values": "layer_scale_init_value",
+        "drop_path_rate": "drop_path_rate",
+        "qkv_bias": "qkv_bias",
+        "num_classes": "num_labels",
+    }
     changes: dict[str, Any] = {"num_labels": values.get("num_classes", 1000)}
     arguments = dict(values.get("model_args") or {})
     ratio = arguments.pop("mlp_ratio", None)
     pools = {arguments.pop("global_pool", "token"), values.get("global_pool", "token")}
     if pools != {"token"}:
-        raise ValueError(f"timm's global_pool is {_few(sorted(pools - {'token'}))}; this package classifies by the "
-                         "class token")
+        raise ValueError(
+            f"timm's global_pool is {_few(sorted(pools - {'token'}))}; this package classifies by the class token"
+        )
     if unknown := arguments.keys() - translate.keys():
-        raise ValueError(f"timm's model_args hold {_few(sorted(unknown))}, which this package cannot honour; "
-                         f"it knows {', '.join(sorted((*translate, 'mlp_ratio')))}")
-    changes |= {translate[key]: value[0] if isinstance(value, list) and len(set(value)) == 1 else value
-                for key, value in arguments.items()}  # timm writes squares as pairs
+        raise ValueError(
+            f"timm's model_args hold {_few(sorted(unknown))}, which this package cannot honour; "
+            f"it knows {', '.join(sorted((*translate, 'mlp_ratio')))}"
+        )
+    changes |= {
+        translate[key]: value[0] if isinstance(value, list) and len(set(value)) == 1 else value
+        for key, value in arguments.items()
+    }  # timm writes squares as pairs
     cfg = values.get("pretrained_cfg") or {}
     if isinstance(labels := values.get("label_names") or cfg.get("label_names"), list):
         changes["id2label"] = dict(enumerate(labels))
@@ -398,8 +456,14 @@ def _from_timm(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _variants() -> dict[str, DeiTConfig]:
     def size(width: int, depth: int, heads: int) -> DeiTConfig:
-        return DeiTConfig(hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
-                          intermediate_size=4 * width, layer_norm_eps=1e-6, num_labels=1000)
+        return DeiTConfig(
+            hidden_size=width,
+            num_hidden_layers=depth,
+            num_attention_heads=heads,
+            intermediate_size=4 * width,
+            layer_norm_eps=1e-6,
+            num_labels=1000,
+        )
 
     tiny, small, medium = size(192, 12, 3), size(384, 12, 6), size(512, 12, 8)
     base, large, huge = size(768, 12, 12), size(1024, 24, 16), size(1280, 32, 16)
@@ -414,8 +478,14 @@ def _variants() -> dict[str, DeiTConfig]:
         patch = 14 if name == "huge" else 16
         for pixels in (224, 384):
             found[f"deit3-{name}-patch{patch}-{pixels}"] = config.replace(
-                image_size=pixels, patch_size=patch, encoder_stride=patch, distillation_token=False,
-                position_on_class_token=False, layer_scale_init_value=1e-4, drop_path_schedule="constant")
+                image_size=pixels,
+                patch_size=patch,
+                encoder_stride=patch,
+                distillation_token=False,
+                position_on_class_token=False,
+                layer_scale_init_value=1e-4,
+                drop_path_schedule="constant",
+            )
     return found
 
 

@@ -24,9 +24,16 @@ class NotFetched(FileNotFoundError):
     """A file that is not in the local cache, where the hub is not reachable or not asked."""
 
 
-def find_file(name_or_folder: str | Path, filename: str, *, revision: str | None = None, subfolder: str = "",
-              cache_dir: str | Path | None = None, local_files_only: bool = False,
-              token: str | bool | None = None) -> Path:
+def find_file(
+    name_or_folder: str | Path,
+    filename: str,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> Path:
     """Path of `filename` in a folder, or in a hub repository's local cache, downloading it where allowed.
 
     `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` are respected. Raises `FileNotFoundError` with the reason.
@@ -41,35 +48,49 @@ def find_file(name_or_folder: str | Path, filename: str, *, revision: str | None
         raise FileNotFoundError(f"{path.parent} holds no {filename}")
     name = str(name_or_folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or place.suffix in (".pth", ".bin", ".safetensors"):
-        raise FileNotFoundError(f"{name} does not exist; give an existing folder, or a hub name like "
-                                "facebook/deit-tiny-patch16-224")
-    return _download(name, filename, revision=revision, subfolder=subfolder or None, cache_dir=cache_dir,
-                     local_files_only=local_files_only, token=token)
+        raise FileNotFoundError(
+            f"{name} does not exist; give an existing folder, or a hub name like facebook/deit-tiny-patch16-224"
+        )
+    return _download(
+        name,
+        filename,
+        revision=revision,
+        subfolder=subfolder or None,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        token=token,
+    )
 
 
 def _download(name: str, filename: str, **options: Any) -> Path:
     try:
         from huggingface_hub import errors, hf_hub_download
     except ImportError:
-        raise FileNotFoundError(str(host.missing(
-            f"there is no folder {name}, and fetching it from the hub needs huggingface_hub", "hub"))) from None
+        raise FileNotFoundError(
+            str(host.missing(f"there is no folder {name}, and fetching it from the hub needs huggingface_hub", "hub"))
+        ) from None
     try:
         return Path(hf_hub_download(name, filename, **options))
     except errors.EntryNotFoundError as error:
         if isinstance(error, errors.LocalEntryNotFoundError):
-            raise NotFetched(f"{filename} of {name} is not in the local cache and could not be fetched (offline, no "
-                             "network, or the hub does not answer); connect, or give a local folder") from None
+            raise NotFetched(
+                f"{filename} of {name} is not in the local cache and could not be fetched (offline, no "
+                "network, or the hub does not answer); connect, or give a local folder"
+            ) from None
         raise FileNotFoundError(f"{name} on the hub holds no {filename}") from None
     except errors.RevisionNotFoundError:
         raise FileNotFoundError(f"{name} on the hub has no revision {options['revision']!r}") from None
     except (errors.RepositoryNotFoundError, errors.GatedRepoError):
-        raise FileNotFoundError(f"there is neither a folder {name} nor a hub repository of that name that this token "
-                                "may read; check the name, or pass token=") from None
+        raise FileNotFoundError(
+            f"there is neither a folder {name} nor a hub repository of that name that this token "
+            "may read; check the name, or pass token="
+        ) from None
     except errors.HFValidationError:
         raise FileNotFoundError(f"{name!r} is neither a folder nor a possible hub name (user/model)") from None
     except errors.HfHubHTTPError as error:
-        raise FileNotFoundError(f"the hub does not give {filename} of {name} ({str(error).splitlines()[0]}); check the "
-                                "token") from None
+        raise FileNotFoundError(
+            f"the hub does not give {filename} of {name} ({str(error).splitlines()[0]}); check the token"
+        ) from None
 
 
 def cache_folder(name: str) -> Path:

@@ -35,21 +35,27 @@ def resolve_device(name: str = "auto") -> torch.device:
     device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError("device cuda is asked for, but PyTorch sees no GPU here; use --device cpu, or install "
-                             "PyTorch's CUDA build and a driver")
+            raise ValueError(
+                "device cuda is asked for, but PyTorch sees no GPU here; use --device cpu, or install "
+                "PyTorch's CUDA build and a driver"
+            )
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if device.index >= torch.cuda.device_count():
-            raise ValueError(f"GPU {device.index} is asked for, this machine has {torch.cuda.device_count()}; start at "
-                             "most one process for each")
+            raise ValueError(
+                f"GPU {device.index} is asked for, this machine has {torch.cuda.device_count()}; start at "
+                "most one process for each"
+            )
     return device
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 where the hardware computes with it (CUDA since Ampere, CPUs with AVX512-BF16 or AMX)."""
     if precision == "auto":
-        native = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-                  "cpu": lambda: torch.cpu.get_capabilities().get("avx512_bf16", False)}
+        native = {
+            "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+            "cpu": lambda: torch.cpu.get_capabilities().get("avx512_bf16", False),
+        }
         return torch.bfloat16 if device.type in native and native[device.type]() else torch.float32
     return getattr(torch, precision)
 
@@ -128,8 +134,9 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     store, rank, world = next(distributed.rendezvous("env://", timeout=_PATIENCE))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = _own_part(store, rank, world)
-    distributed.init_process_group("nccl" if place.type == "cuda" else "gloo", store=store, rank=rank,
-                                   world_size=world, timeout=_PATIENCE)
+    distributed.init_process_group(
+        "nccl" if place.type == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=_PATIENCE
+    )
     try:
         yield Processes(place, rank, world)
         distributed.barrier()  # one that leaves early aborts what still runs between the others
@@ -152,7 +159,7 @@ def _own_part(store: distributed.Store, rank: int, world: int) -> distributed.St
         if rank == 0:
             store.set("deit/names", ",".join(store.get(f"deit/name/{other}").decode() for other in range(world)))
         names = store.get("deit/names").decode()
-        if names.split(",")[rank:rank + 1] == [me]:
+        if names.split(",")[rank : rank + 1] == [me]:
             part = f"deit/{hashlib.sha256(names.encode()).hexdigest()}"
             store.set(f"{part}/{rank}", "agreed")
             if rank == 0 and store.check([f"{part}/{other}" for other in range(world)]):

@@ -45,8 +45,12 @@ def quickstart(out: Path, *, seed: int = 0, console: Console) -> Result:
     started = time.perf_counter()
     _make_room(out)
     sizes = write_digits(out / "data", seed=seed)
-    console.print(f"Wrote {sum(sizes.values())} digits to {out / 'data'}: " + ", ".join(
-        f"{split}/ {count}" for split, count in sizes.items()) + "; each holds a folder for every class", markup=False)
+    console.print(
+        f"Wrote {sum(sizes.values())} digits to {out / 'data'}: "
+        + ", ".join(f"{split}/ {count}" for split, count in sizes.items())
+        + "; each holds a folder for every class",
+        markup=False,
+    )
     train_split = read_split(out / "data", "train")
     val_split, test_split = (read_split(out / "data", split, train_split.classes) for split in ("val", "test"))
 
@@ -63,19 +67,40 @@ def quickstart(out: Path, *, seed: int = 0, console: Console) -> Result:
     found = Predictor(student.model)(examples, top_k=1)
     seconds = time.perf_counter() - started
 
-    console.print(_table({"ConvNet teacher": teacher, "DeiT, class head": heads["class"],
-                          "DeiT, distillation head": heads["distillation"], "DeiT, both heads fused": heads["fused"]}))
+    console.print(
+        _table(
+            {
+                "ConvNet teacher": teacher,
+                "DeiT, class head": heads["class"],
+                "DeiT, distillation head": heads["distillation"],
+                "DeiT, both heads fused": heads["fused"],
+            }
+        )
+    )
     for path, labels in zip(examples, found, strict=True):
         console.print(f"{path}: {labels[0]['label']} ({labels[0]['score']:.2f})", markup=False, soft_wrap=True)
     console.print(f"The student, on one page: {page}", markup=False, highlight=False, soft_wrap=True)
-    steps = [["deit", "predict", student.model, examples[0]],
-             ["deit", "convert", student.model, "--to", "timm", "--out", out / "timm"],
-             ["less", out / "student" / "metrics.jsonl"]]
-    console.print(f"\n{seconds:.0f} seconds. Next:", *(f"  {shlex.join(map(str, step))}" for step in steps), sep="\n",
-                  markup=False, highlight=False, soft_wrap=True)
-    return Result(teacher=teacher.value, class_head=heads["class"].value,
-                  distillation_head=heads["distillation"].value, fused=heads["fused"].value,
-                  seconds=round(seconds, 1), model=str(student.model))
+    steps = [
+        ["deit", "predict", student.model, examples[0]],
+        ["deit", "convert", student.model, "--to", "timm", "--out", out / "timm"],
+        ["less", out / "student" / "metrics.jsonl"],
+    ]
+    console.print(
+        f"\n{seconds:.0f} seconds. Next:",
+        *(f"  {shlex.join(map(str, step))}" for step in steps),
+        sep="\n",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    return Result(
+        teacher=teacher.value,
+        class_head=heads["class"].value,
+        distillation_head=heads["distillation"].value,
+        fused=heads["fused"].value,
+        seconds=round(seconds, 1),
+        model=str(student.model),
+    )
 
 
 def _make_room(out: Path) -> None:

@@ -74,12 +74,16 @@ class Data:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        _check(self.batch >= 1 and self.repeats >= 1, "batch and repeats must be at least 1, found "
-               f"batch={self.batch}, repeats={self.repeats}")
+        _check(
+            self.batch >= 1 and self.repeats >= 1,
+            f"batch and repeats must be at least 1, found batch={self.batch}, repeats={self.repeats}",
+        )
         _within(self, 0.0, 0.9, "holdout")
         _within(self, 0.01, 1.0, "crop_ratio")
-        _check(len(self.mean) == len(self.std) and min(self.std) > 0, "mean and std need one entry per channel and std "
-               f"must be positive, found mean={self.mean}, std={self.std}")
+        _check(
+            len(self.mean) == len(self.std) and min(self.std) > 0,
+            f"mean and std need one entry per channel and std must be positive, found mean={self.mean}, std={self.std}",
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- augmentation
@@ -208,8 +212,11 @@ class Mix:
 
     def __post_init__(self) -> None:
         _within(self, 0.0, 1.0, "probability", "switch")
-        _check(min(self.mixup, self.cutmix) >= 0 and max(self.mixup, self.cutmix) > 0, "mixing needs a positive mixup "
-               f"or cutmix alpha, found mixup={self.mixup}, cutmix={self.cutmix}; for none, leave augment.mix None")
+        _check(
+            min(self.mixup, self.cutmix) >= 0 and max(self.mixup, self.cutmix) > 0,
+            "mixing needs a positive mixup "
+            f"or cutmix alpha, found mixup={self.mixup}, cutmix={self.cutmix}; for none, leave augment.mix None",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,8 +254,11 @@ class Supervised:
 
     def __post_init__(self) -> None:
         _within(self, 0.0, 0.999, "smoothing")
-        _check(self.loss != "binary" or not self.smoothing, "smoothing makes every class a yes for the binary loss, "
-               f"found smoothing={self.smoothing}; set it to 0, or loss='cross_entropy'")
+        _check(
+            self.loss != "binary" or not self.smoothing,
+            "smoothing makes every class a yes for the binary loss, "
+            f"found smoothing={self.smoothing}; set it to 0, or loss='cross_entropy'",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,10 +294,13 @@ class Distilled:
             _within(self, 0.0, 1.0, "weight")
         if self.kind == "hard":
             for name, default in (("temperature", None), ("top_k", None), ("normalisation", "images")):
-                _check(getattr(self, name) == default, f"hard distillation has no {name}, found "
-                       f"{getattr(self, name)!r}; leave it out, or set kind='soft'")
-        _check(self.temperature is None or self.temperature > 0, f"temperature must be positive, found "
-               f"{self.temperature}")
+                _check(
+                    getattr(self, name) == default,
+                    f"hard distillation has no {name}, found {getattr(self, name)!r}; leave it out, or set kind='soft'",
+                )
+        _check(
+            self.temperature is None or self.temperature > 0, f"temperature must be positive, found {self.temperature}"
+        )
         _check(self.top_k is None or self.top_k >= 1, f"top_k must be at least 1, found {self.top_k}")
 
 
@@ -327,8 +340,10 @@ class _Optimizer:
     """Largest norm of all gradients together; None does not clip."""
 
     def __post_init__(self) -> None:
-        _check(self.lr > 0 and self.per_images >= 1, "lr and per_images must be positive, found "
-               f"lr={self.lr}, per_images={self.per_images}")
+        _check(
+            self.lr > 0 and self.per_images >= 1,
+            f"lr and per_images must be positive, found lr={self.lr}, per_images={self.per_images}",
+        )
         _check(self.weight_decay >= 0, f"weight_decay can't be negative, found {self.weight_decay}")
         _check(0 < self.layer_decay <= 1, f"layer_decay must be above 0 and at most 1, found {self.layer_decay}")
         _check(self.clip is None or self.clip > 0, f"clip must be positive or None, found {self.clip}")
@@ -446,32 +461,51 @@ class Recipe:
         token = getattr(model, "distillation_token", False)
         if isinstance(objective, Distilled):
             if objective.token == "distillation":
-                _check(token, "distillation through its own token needs a model with one; set "
-                       "model.distillation_token=True, or objective.token=class")
+                _check(
+                    token,
+                    "distillation through its own token needs a model with one; set "
+                    "model.distillation_token=True, or objective.token=class",
+                )
             else:
-                _check(not token, "with objective.token=class the distillation token would learn nothing; set "
-                       "model.distillation_token=False")
+                _check(
+                    not token,
+                    "with objective.token=class the distillation token would learn nothing; set "
+                    "model.distillation_token=False",
+                )
         if isinstance(objective, MaskedImage):
             _check(isinstance(model, DeiTConfig), "masked images need a DeiT or ViT model")
-            _check(self.augment.mix is None and self.augment.erase is None, "masked images have no labels to mix and "
-                   "every pixel counts; set augment.mix and augment.erase to None")
+            _check(
+                self.augment.mix is None and self.augment.erase is None,
+                "masked images have no labels to mix and every pixel counts; set augment.mix and augment.erase to None",
+            )
             rows, columns = model.patch_hw  # type: ignore[union-attr]
-            _check(objective.unit % rows == 0 and objective.unit % columns == 0, f"objective.unit={objective.unit} "
-                   f"must be a multiple of the patch size {rows}x{columns}")
+            _check(
+                objective.unit % rows == 0 and objective.unit % columns == 0,
+                f"objective.unit={objective.unit} must be a multiple of the patch size {rows}x{columns}",
+            )
         if isinstance(objective, Supervised) and objective.cosub:
-            _check(getattr(model, "drop_path_rate", 0) > 0, "co-training of submodels needs stochastic depth; set "
-                   "model.drop_path_rate above 0")
-        _check(model.num_channels in (1, 3), f"images have 1 or 3 channels, found model.num_channels="
-               f"{model.num_channels}")
-        _check(len(self.data.mean) == model.num_channels, f"data.mean has {len(self.data.mean)} entries for "
-               f"{model.num_channels} channels")
+            _check(
+                getattr(model, "drop_path_rate", 0) > 0,
+                "co-training of submodels needs stochastic depth; set model.drop_path_rate above 0",
+            )
+        _check(
+            model.num_channels in (1, 3), f"images have 1 or 3 channels, found model.num_channels={model.num_channels}"
+        )
+        _check(
+            len(self.data.mean) == model.num_channels,
+            f"data.mean has {len(self.data.mean)} entries for {model.num_channels} channels",
+        )
         _check(0.0 <= self.ema < 1.0, f"ema must be at least 0 and below 1, found {self.ema}")
         _check(self.evaluate.amount > 0, "evaluate must be longer than nothing")
         if isinstance(model, ConvNetConfig):
-            _check(not self.compute.checkpoint_blocks and not self.start, "the built-in ConvNet has neither "
-                   "checkpoint_blocks nor a start")
-            _check(isinstance(self.optim, AdamW | SGD | LAMB) and self.optim.layer_decay == 1, "Muon and layer_decay "
-                   "know the blocks of a transformer; choose AdamW, SGD or LAMB for the ConvNet")
+            _check(
+                not self.compute.checkpoint_blocks and not self.start,
+                "the built-in ConvNet has neither checkpoint_blocks nor a start",
+            )
+            _check(
+                isinstance(self.optim, AdamW | SGD | LAMB) and self.optim.layer_decay == 1,
+                "Muon and layer_decay know the blocks of a transformer; choose AdamW, SGD or LAMB for the ConvNet",
+            )
         _check(self.seed >= 0, f"seed can't be negative, found {self.seed}")
 
     def to_dict(self) -> dict[str, Any]:
@@ -487,16 +521,39 @@ class Recipe:
 def difference(theirs: Any, ours: Any, path: str = "") -> str:
     """The first field in which two records differ, with both values; empty where none does."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
-        found = (difference(theirs.get(name), ours.get(name), f"{path}.{name}".lstrip("."))
-                 for name in {**theirs, **ours})
+        found = (
+            difference(theirs.get(name), ours.get(name), f"{path}.{name}".lstrip(".")) for name in {**theirs, **ours}
+        )
         return next(filter(None, found), "")
     as_json = [list(value) if isinstance(value, tuple) else value for value in (theirs, ours)]
     return "" if as_json[0] == as_json[1] else f"{path} is {theirs!r} there and {ours!r} here"
 
 
-_CALLS: dict[str, Any] = {cls.__name__: cls for cls in (
-    ResizedCrop, SimpleCrop, Affine, RandAugment, AutoAugment, ThreeAugment, Jitter, Erase, Mix, Augment, Data,
-    Supervised, Distilled, MaskedImage, AdamW, SGD, LAMB, Muon, Cosine, Compute)} | {"epochs": epochs, "steps": steps}
+_CALLS: dict[str, Any] = {
+    cls.__name__: cls
+    for cls in (
+        ResizedCrop,
+        SimpleCrop,
+        Affine,
+        RandAugment,
+        AutoAugment,
+        ThreeAugment,
+        Jitter,
+        Erase,
+        Mix,
+        Augment,
+        Data,
+        Supervised,
+        Distilled,
+        MaskedImage,
+        AdamW,
+        SGD,
+        LAMB,
+        Muon,
+        Cosine,
+        Compute,
+    )
+} | {"epochs": epochs, "steps": steps}
 
 
 def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
@@ -512,8 +569,11 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
         *owners, last = path.strip().split(".")
         place: Any = record
         for depth, name in enumerate([*owners, last]):
-            _check(isinstance(place, dict), f"--set {setting}: {'.'.join(owners[:depth])} is {place!r} and has no "
-                   f"field {name!r}; set it as a whole first, e.g. augment.erase=Erase()")
+            _check(
+                isinstance(place, dict),
+                f"--set {setting}: {'.'.join(owners[:depth])} is {place!r} and has no "
+                f"field {name!r}; set it as a whole first, e.g. augment.erase=Erase()",
+            )
             kind = f": {place['kind_of']}" if depth and "kind_of" in place else ""
             _known(name, place.keys() - {"kind_of"}, f"--set {setting}{kind}")
             place = place[name] if depth < len(owners) else place
@@ -553,8 +613,10 @@ def _known(name: str, names: Iterable[str], where: str) -> None:
     names = sorted(names)
     if name not in names:
         close = difflib.get_close_matches(name, names, 1)
-        raise ValueError(f"{where}: there is no {name!r}; " + (f"did you mean {close[0]!r}?" if close else
-                                                               f"there is {', '.join(names)}"))
+        raise ValueError(
+            f"{where}: there is no {name!r}; "
+            + (f"did you mean {close[0]!r}?" if close else f"there is {', '.join(names)}")
+        )
 
 
 def _record(value: Any, hint: Any = None) -> Any:
@@ -571,8 +633,11 @@ def _record(value: Any, hint: Any = None) -> Any:
 
 def _classes(hint: Any) -> list[type]:
     """The dataclasses among a hint's alternatives."""
-    return [part for part in (typing.get_args(hint) if _is_union(hint) else (hint,))
-            if isinstance(part, type) and is_dataclass(part)]
+    return [
+        part
+        for part in (typing.get_args(hint) if _is_union(hint) else (hint,))
+        if isinstance(part, type) and is_dataclass(part)
+    ]
 
 
 def _is_union(hint: Any) -> bool:
@@ -592,8 +657,9 @@ def _build(value: Any, hint: Any, path: str) -> Any:
             _check(name in classes, f"{path}: expected kind_of to be one of {', '.join(classes)}, found {name!r}")
             return _build(value, classes[str(name)], path)
         plain = [part for part in typing.get_args(hint) if part is not type(None) and not is_dataclass(part)]
-        _check(len(plain) == 1, f"{path}: expected {' or '.join(cls.__name__ for cls in _classes(hint))}, found "
-               f"{value!r}")
+        _check(
+            len(plain) == 1, f"{path}: expected {' or '.join(cls.__name__ for cls in _classes(hint))}, found {value!r}"
+        )
         return _build(value, plain[0], path)
     if is_dataclass(hint):
         expected = "epochs(NUMBER) or steps(NUMBER)" if hint is Duration else hint.__name__  # type: ignore[union-attr]
@@ -602,11 +668,17 @@ def _build(value: Any, hint: Any, path: str) -> Any:
         hints = typing.get_type_hints(hint)
         for name in value.keys() - {"kind_of"}:
             _known(name, (f.name for f in fields(hint)), path)
-        missing = [f.name for f in fields(hint)
-                   if f.name not in value and f.default is MISSING and f.default_factory is MISSING]
+        missing = [
+            f.name
+            for f in fields(hint)
+            if f.name not in value and f.default is MISSING and f.default_factory is MISSING
+        ]
         _check(not missing, f"{path}: {' and '.join(missing)} must be given")
-        arguments = {name: _build(found, hints[name], f"{path}.{name}".removeprefix("recipe."))
-                     for name, found in value.items() if name != "kind_of"}
+        arguments = {
+            name: _build(found, hints[name], f"{path}.{name}".removeprefix("recipe."))
+            for name, found in value.items()
+            if name != "kind_of"
+        }
         try:
             return hint(**arguments)  # type: ignore[operator]
         except ValueError as error:
@@ -627,16 +699,21 @@ def _config(value: Mapping[str, Any], kind: type[DeiTConfig] | type[ConvNetConfi
 def _plain(value: Any, hint: Any, path: str) -> Any:
     origin = typing.get_origin(hint)
     if origin is Literal:
-        _check(value in typing.get_args(hint), f"{path}: expected {' or '.join(map(str, typing.get_args(hint)))}, "
-               f"found {value!r}")
+        _check(
+            value in typing.get_args(hint),
+            f"{path}: expected {' or '.join(map(str, typing.get_args(hint)))}, found {value!r}",
+        )
         return value
     if origin is tuple:
         parts = typing.get_args(hint)
-        _check(isinstance(value, list | tuple) and (parts[-1] is Ellipsis or len(value) == len(parts)),
-               f"{path}: expected {'numbers' if parts[-1] is Ellipsis else f'{len(parts)} numbers'}, found {value!r}")
+        _check(
+            isinstance(value, list | tuple) and (parts[-1] is Ellipsis or len(value) == len(parts)),
+            f"{path}: expected {'numbers' if parts[-1] is Ellipsis else f'{len(parts)} numbers'}, found {value!r}",
+        )
         return tuple(_plain(entry, parts[0], path) for entry in value)
-    right = (isinstance(value, int | float) if hint is float else isinstance(value, hint))
-    _check(right and (hint is bool or not isinstance(value, bool)), f"{path}: expected {hint.__name__}, found "
-           f"{value!r}")
+    right = isinstance(value, int | float) if hint is float else isinstance(value, hint)
+    _check(
+        right and (hint is bool or not isinstance(value, bool)), f"{path}: expected {hint.__name__}, found {value!r}"
+    )
     _check(hint is not float or math.isfinite(value), f"{path}: expected a finite number, found {value!r}")
     return float(value) if hint is float else value

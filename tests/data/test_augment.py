@@ -51,8 +51,9 @@ def picture():
 
 @pytest.mark.parametrize(("angle", "scale", "shift"), [(30.0, 1.0, (0, 0)), (-75.0, 0.8, (5, -3)), (0.0, 1.3, (0, 7))])
 def test_affine_equals_torchvision(picture, angle, scale, shift):
-    ours = random_affine(picture, Affine(rotate=1.0), Fixed(np.array([angle, 0, 0]), scale,
-                                                            np.array(shift) / picture.size))
+    ours = random_affine(
+        picture, Affine(rotate=1.0), Fixed(np.array([angle, 0, 0]), scale, np.array(shift) / picture.size)
+    )
     theirs = reference.affine(picture, angle, shift, scale, [0.0, 0.0], reference.InterpolationMode.BICUBIC)
     np.testing.assert_allclose(np.asarray(ours, int), np.asarray(theirs, int), atol=1)
 
@@ -148,18 +149,28 @@ def test_boxes_follow_the_recipe():
     assert (boxes >= 0).all()
     assert (top + height).max() <= 1000
     assert (left + width).max() <= 1000
-    for drawn, low, high in ((height * width / 1e6, 0.1, 0.4), (np.log2(width / height), -1, 1),
-                             (top / (1000 - height), 0, 1), (left / (1000 - width), 0, 1)):
+    for drawn, low, high in (
+        (height * width / 1e6, 0.1, 0.4),
+        (np.log2(width / height), -1, 1),
+        (top / (1000 - height), 0, 1),
+        (left / (1000 - width), 0, 1),
+    ):
         drawn = (drawn - low) / (high - low)
         assert -0.01 < drawn.min() < 0.01
         assert 0.99 < drawn.max() < 1.01
         np.testing.assert_allclose(np.quantile(drawn, [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.035)
 
 
-@pytest.mark.parametrize(("full", "box"), [
-    ((100, 1000), (0, 433, 100, 133)), ((1000, 100), (433, 0, 133, 100)), ((1, 1), (0, 0, 1, 1)),
-    ((1, 50), (0, 24, 1, 1)), ((50, 1), (24, 0, 1, 1)),
-])
+@pytest.mark.parametrize(
+    ("full", "box"),
+    [
+        ((100, 1000), (0, 433, 100, 133)),
+        ((1000, 100), (433, 0, 133, 100)),
+        ((1, 1), (0, 0, 1, 1)),
+        ((1, 50), (0, 24, 1, 1)),
+        ((50, 1), (24, 0, 1, 1)),
+    ],
+)
 def test_box_where_none_fits(full, box):
     """The largest central one of the widest or narrowest ratio."""
     found = crop_box(full, ResizedCrop(scale=(0.9, 1.0)), draws(0, 0, 0))
@@ -210,18 +221,25 @@ def test_crop_reads_any_source(tmp_path):
     (tmp_path / "photo.png").write_bytes(file.getvalue())
     (tmp_path / "photo.jpg").write_bytes(jpeg(LARGE))
     for recipe in (ResizedCrop(), SimpleCrop()):
-        views = [np.asarray(crop(source, (32, 32), recipe, draws(0, 0, 1))) for source in (
-            SMALL, file.getvalue(), tmp_path / "photo.png", str(tmp_path / "photo.png"))]
+        views = [
+            np.asarray(crop(source, (32, 32), recipe, draws(0, 0, 1)))
+            for source in (SMALL, file.getvalue(), tmp_path / "photo.png", str(tmp_path / "photo.png"))
+        ]
         assert all(np.array_equal(views[0], view) for view in views)
-        views = [np.asarray(crop(source, (32, 32), recipe, draws(0, 0, 1))) for source in (
-            tmp_path / "photo.jpg", jpeg(LARGE))]
+        views = [
+            np.asarray(crop(source, (32, 32), recipe, draws(0, 0, 1)))
+            for source in (tmp_path / "photo.jpg", jpeg(LARGE))
+        ]
         assert np.array_equal(*views)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "CMYK", "I;16"])
 def test_crop_gives_rgb(mode):
-    image = Image.fromarray(np.asarray(SMALL.convert("L")).astype(np.uint16) * 257) if mode == "I;16" else (
-        SMALL.convert(mode))
+    image = (
+        Image.fromarray(np.asarray(SMALL.convert("L")).astype(np.uint16) * 257)
+        if mode == "I;16"
+        else (SMALL.convert(mode))
+    )
     for recipe in (ResizedCrop(), SimpleCrop()):
         view = crop(image, (16, 24), recipe, draws(0, 0, 0))
         assert (view.mode, view.size) == ("RGB", (24, 16))
@@ -236,8 +254,10 @@ def test_crop_of_damaged_file(tmp_path):
             crop(tmp_path / "half.jpg", (8, 8), recipe, draws(0, 0, 0))
 
 
-@pytest.mark.parametrize(("image", "padding"), [(SMALL, 4), (SMALL.rotate(90, expand=True), 4), (SMALL, 0),
-                                                (Image.fromarray(np.asarray(SMALL)[:5, :3]), 60)])
+@pytest.mark.parametrize(
+    ("image", "padding"),
+    [(SMALL, 4), (SMALL.rotate(90, expand=True), 4), (SMALL, 0), (Image.fromarray(np.asarray(SMALL)[:5, :3]), 60)],
+)
 def test_simple_crop_equals_torchvision(image, padding, monkeypatch):
     """torchvision's Resize and RandomCrop with reflection, at the same place of the padded image."""
     resized = Resize(40, reference.InterpolationMode.BICUBIC)(image)
@@ -262,9 +282,14 @@ def test_simple_crop_covers():
 # ------------------------------------------------------------------------------------------- images of the model's size
 
 
-POLICIES = [RandAugment(magnitude=9, std=0.5), RandAugment(magnitude=10, layers=4, probability=1.0),
-            RandAugment(increasing=False, probability=1.0), AutoAugment(policy="original"), AutoAugment(policy="v0"),
-            ThreeAugment()]
+POLICIES = [
+    RandAugment(magnitude=9, std=0.5),
+    RandAugment(magnitude=10, layers=4, probability=1.0),
+    RandAugment(increasing=False, probability=1.0),
+    AutoAugment(policy="original"),
+    AutoAugment(policy="v0"),
+    ThreeAugment(),
+]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
@@ -317,8 +342,10 @@ def test_fill_is_what_is_uncovered():
 
 
 def test_flip():
-    flipped = [np.array_equal(np.asarray(augment(SMALL, Augment(flip=0.3), draws(0, 0, index))),
-                              np.asarray(SMALL)[:, ::-1]) for index in range(600)]
+    flipped = [
+        np.array_equal(np.asarray(augment(SMALL, Augment(flip=0.3), draws(0, 0, index))), np.asarray(SMALL)[:, ::-1])
+        for index in range(600)
+    ]
     assert abs(np.mean(flipped) - 0.3) < 0.06
     still = augment(SMALL, Augment(flip=0.3), draws(0, 0, flipped.index(False)))
     assert still is SMALL
@@ -346,8 +373,10 @@ def test_three_augment():
         elif np.array_equal(view, np.where(pixels < 128, pixels, 255 - pixels)):
             found["solarise"] += 1
         else:
-            assert np.abs(view - pixels).mean() < np.abs(
-                np.asarray(SMALL.filter(ImageFilter.GaussianBlur(2.05)), int) - pixels).mean()
+            assert (
+                np.abs(view - pixels).mean()
+                < np.abs(np.asarray(SMALL.filter(ImageFilter.GaussianBlur(2.05)), int) - pixels).mean()
+            )
             found["blur"] += 1
     assert min(found.values()) > 75
     blurred = augment(SMALL, Augment(policy=ThreeAugment()), Fixed(2, 1.3))
@@ -419,8 +448,10 @@ def test_mixing_shares_draws(recipe, batch):
     drawn = mixing(recipe, batch, (224, 224), draws(0, 0, 0))
     assert (drawn.share.dtype, drawn.cut.dtype) == (np.float32, bool)
     assert (drawn.share.shape, drawn.cut.shape, drawn.box.shape) == ((batch,), (batch,), (batch, 4))
-    rows = {(float(share), bool(cut), *box.tolist())
-            for share, cut, box in zip(drawn.share, drawn.cut, drawn.box, strict=True)}
+    rows = {
+        (float(share), bool(cut), *box.tolist())
+        for share, cut, box in zip(drawn.share, drawn.cut, drawn.box, strict=True)
+    }
     assert len(rows) == {"batch": 1, "pair": (batch + 1) // 2, "element": batch}[recipe.mode]
     if recipe.mode == "pair":
         for values in (drawn.share, drawn.cut, drawn.box):
@@ -432,8 +463,9 @@ def test_mixing_shares_draws(recipe, batch):
 
 def test_mixing_draws():
     """Probability, switch and the Beta distributions: var of Beta(a, a) is 1 / (4 (2 a + 1))."""
-    drawn = mixing(Mix(mixup=0.4, cutmix=1.0, probability=0.8, switch=0.25, mode="element"), 20_000, (64, 96),
-                   draws(0, 0, 0))
+    drawn = mixing(
+        Mix(mixup=0.4, cutmix=1.0, probability=0.8, switch=0.25, mode="element"), 20_000, (64, 96), draws(0, 0, 0)
+    )
     whole = ~drawn.cut & (drawn.share == 1)
     assert abs(drawn.cut.mean() - 0.8 * 0.25) < 0.01
     assert abs(whole.mean() - 0.2) < 0.01
@@ -442,13 +474,17 @@ def test_mixing_draws():
     assert abs(blended.var() - 1 / (4 * 1.8)) < 0.005
     top, bottom, left, right = drawn.box.T
     assert not drawn.box[~drawn.cut].any()
-    np.testing.assert_allclose(drawn.share[drawn.cut], 1 - ((bottom - top) * (right - left))[drawn.cut] / (64 * 96),
-                               atol=1e-7)
+    np.testing.assert_allclose(
+        drawn.share[drawn.cut], 1 - ((bottom - top) * (right - left))[drawn.cut] / (64 * 96), atol=1e-7
+    )
     inner = drawn.cut & (top > 0) & (bottom < 64) & (left > 0) & (right < 96)
     assert (np.abs((right - left) - 1.5 * (bottom - top))[inner] <= 1.5).all()  # the image's shape, up to rounding
     halves = mixing(Mix(mixup=0.4, cutmix=1e6, mode="element"), 500, (64, 96), draws(0, 0, 0))  # of the area, always
-    sides = {(bottom - top, right - left) for top, bottom, left, right in halves.box[halves.cut].tolist()
-             if top > 0 and bottom < 64 and left > 0 and right < 96}
+    sides = {
+        (bottom - top, right - left)
+        for top, bottom, left, right in halves.box[halves.cut].tolist()
+        if top > 0 and bottom < 64 and left > 0 and right < 96
+    }
     assert sides <= {(rows, columns) for rows in (45, 46) for columns in (67, 68)}
     assert sides
     assert halves.share[~halves.cut].std() > 0.3
@@ -507,8 +543,9 @@ def test_mix_keeps_the_type():
     for dtype in (torch.bfloat16, torch.float64):
         mixed, targets = mix(pixels.to(dtype), torch.zeros(6, dtype=torch.int64), 2, drawn)
         assert (mixed.dtype, targets.dtype) == (dtype, torch.float32)
-        torch.testing.assert_close(mixed.float(), mix(pixels, torch.zeros(6, dtype=torch.int64), 2, drawn)[0],
-                                   rtol=0, atol=0.05)
+        torch.testing.assert_close(
+            mixed.float(), mix(pixels, torch.zeros(6, dtype=torch.int64), 2, drawn)[0], rtol=0, atol=0.05
+        )
 
 
 def test_mix_of_nothing_drawn():
@@ -529,10 +566,17 @@ def test_mix_refuses_other_draws():
 # ------------------------------------------------------------------------------------------------------------- patches
 
 
-@pytest.mark.parametrize(("grid", "unit", "ratio", "hidden"), [
-    ((14, 14), (2, 2), 0.6, 30), ((14, 14), (1, 1), 0.5, 98), ((8, 8), (4, 2), 0.3, 3), ((4, 5), (1, 1), 0.55, 11),
-    ((10, 10), (1, 1), 0.07, 7), ((4, 4), (4, 4), 0.01, 1),
-])
+@pytest.mark.parametrize(
+    ("grid", "unit", "ratio", "hidden"),
+    [
+        ((14, 14), (2, 2), 0.6, 30),
+        ((14, 14), (1, 1), 0.5, 98),
+        ((8, 8), (4, 2), 0.3, 3),
+        ((4, 5), (1, 1), 0.55, 11),
+        ((10, 10), (1, 1), 0.07, 7),
+        ((4, 4), (4, 4), 0.01, 1),
+    ],
+)
 def test_patch_mask(grid, unit, ratio, hidden):
     """Whole units, as many as ceil(ratio * units) in exact arithmetic (0.07 * 100 is more than 7 in floats)."""
     mask = patch_mask(grid, unit, ratio, draws(0, 0, 0))

@@ -45,16 +45,33 @@ from deit.recipe import (
 )
 from deit.recipes.digits import digits
 
-MODEL = DeiTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=48,
-                   image_size=(16, 12), patch_size=4, encoder_stride=4, distillation_token=False)
+MODEL = DeiTConfig(
+    hidden_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=3,
+    intermediate_size=48,
+    image_size=(16, 12),
+    patch_size=4,
+    encoder_stride=4,
+    distillation_token=False,
+)
 PAPER = Augment(crop=ResizedCrop(), flip=0.5, policy=RandAugment(std=0.5), erase=Erase(probability=0.7))
 
 
 def recipe(batch=8, repeats=1, workers=0, seed=5, model=MODEL, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25), **parts):
-    return Recipe(**{"name": "small", "model": model, "objective": Supervised(), "seed": seed,
-                     "data": Data(batch=batch, repeats=repeats, mean=mean, std=std),
-                     "optim": AdamW(lr=1e-3, per_images=8), "schedule": Cosine(total=epochs(1)),
-                     "compute": Compute(workers=workers), **parts})
+    return Recipe(
+        **{
+            "name": "small",
+            "model": model,
+            "objective": Supervised(),
+            "seed": seed,
+            "data": Data(batch=batch, repeats=repeats, mean=mean, std=std),
+            "optim": AdamW(lr=1e-3, per_images=8),
+            "schedule": Cosine(total=epochs(1)),
+            "compute": Compute(workers=workers),
+            **parts,
+        }
+    )
 
 
 def noise(folder, count, classes=3):
@@ -143,8 +160,10 @@ def key_by_hand(place, images, repeats, seed):
     return [place // images, order[within // repeats], place % repeats]
 
 
-@pytest.mark.parametrize(("images", "repeats", "batch"), [(29, 1, 8), (29, 3, 8), (3, 1, 8), (3, 3, 64), (1, 2, 5),
-                                                          (64, 3, 64), (300, 2, 1), (257, 3, 256)])
+@pytest.mark.parametrize(
+    ("images", "repeats", "batch"),
+    [(29, 1, 8), (29, 3, 8), (3, 1, 8), (3, 3, 64), (1, 2, 5), (64, 3, 64), (300, 2, 1), (257, 3, 256)],
+)
 def test_every_image_is_seen_as_often(images, repeats, batch):
     """The keys are the formula's; in R epochs each image comes R times, as R different views, side by side."""
     split = unread(images)
@@ -158,7 +177,7 @@ def test_every_image_is_seen_as_often(images, repeats, batch):
     assert keys.tolist() == [key_by_hand(place, images, repeats, 9) for place in range(steps * batch)]
     assert len(np.unique(keys, axis=0)) == len(keys)
     for cycle in range(cycles):
-        part = keys[cycle * images * repeats:(cycle + 1) * images * repeats]
+        part = keys[cycle * images * repeats : (cycle + 1) * images * repeats]
         assert np.bincount(part[:, 1]).tolist() == [repeats] * images
         assert (part[:, 1].reshape(-1, repeats) == part[::repeats, 1:2]).all()
         assert (part[:, 2].reshape(-1, repeats) == np.arange(repeats)).all()
@@ -167,8 +186,9 @@ def test_every_image_is_seen_as_often(images, repeats, batch):
 
 def test_every_cycle_and_every_seed_has_its_own_order():
     split = unread(500)
-    orders = [TrainingBatches(split, recipe(500, seed=seed)).keys(step)[:, 1]
-              for seed, step in ((0, 0), (0, 1), (1, 0))]
+    orders = [
+        TrainingBatches(split, recipe(500, seed=seed)).keys(step)[:, 1] for seed, step in ((0, 0), (0, 1), (1, 0))
+    ]
     assert [sorted(order) for order in orders] == [list(range(500))] * 3
     assert all((one == other).mean() < 0.02 for one, other in ((orders[0], orders[1]), (orders[0], orders[2])))
 
@@ -190,8 +210,9 @@ def view_by_hand(split, given, key):
     rng = np.random.Generator(np.random.Philox(key=[given.seed, 0], counter=[0, *key]))
     file, size = split.files[key[1]], given.model.image_hw
     if given.augment.crop is None:
-        [pixels] = processor_for(given)([file], do_rescale=False, do_normalize=False,
-                                        data_format="channels_last").pixel_values
+        [pixels] = processor_for(given)(
+            [file], do_rescale=False, do_normalize=False, data_format="channels_last"
+        ).pixel_values
         image = Image.fromarray(pixels.astype(np.uint8).squeeze()).convert("RGB")
     else:
         with Image.open(file) as header:
@@ -207,10 +228,18 @@ def view_by_hand(split, given, key):
 GREY = {"model": MODEL.replace(num_channels=1), "mean": (0.3,), "std": (0.2,)}
 
 
-@pytest.mark.parametrize("parts", [
-    {}, {"augment": Augment(affine=Affine(rotate=20), flip=0.5)}, {"augment": PAPER}, {"augment": PAPER, **GREY},
-    {"augment": Augment(crop=SimpleCrop(), jitter=Jitter(brightness=0.3))}, GREY,
-], ids=["evaluation", "affine", "paper", "paper_grey", "simple", "evaluation_grey"])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {},
+        {"augment": Augment(affine=Affine(rotate=20), flip=0.5)},
+        {"augment": PAPER},
+        {"augment": PAPER, **GREY},
+        {"augment": Augment(crop=SimpleCrop(), jitter=Jitter(brightness=0.3))},
+        GREY,
+    ],
+    ids=["evaluation", "affine", "paper", "paper_grey", "simple", "evaluation_grey"],
+)
 def test_any_batch_can_be_made_by_hand(split, parts):
     """From (seed, epoch, image, repeat) alone."""
     given = recipe(batch=5, repeats=2, **parts)
@@ -239,7 +268,8 @@ def test_training_and_evaluation_see_the_same_part_of_a_photo(tmp_path):
         given = replace(given, data=replace(given.data, crop_ratio=0.8))
         [batch] = take(TrainingBatches(Split((file,), (0,), ("a",)), given), 1)
         expected = DeiTImageProcessor.paper((16, 12), crop_ratio=0.8)(
-            file, image_mean=given.data.mean, image_std=given.data.std, return_tensors="pt").pixel_values
+            file, image_mean=given.data.mean, image_std=given.data.std, return_tensors="pt"
+        ).pixel_values
         torch.testing.assert_close(batch.pixels, expected, atol=1e-6, rtol=0)
 
 
@@ -286,8 +316,10 @@ def test_batches_do_not_depend_on_the_cache(split, monkeypatch, parts):
 
 def test_batches_do_not_depend_on_the_number_of_workers(split):
     given = recipe(batch=7, repeats=2, augment=replace(PAPER, mix=Mix(mixup=0.8, cutmix=1.0)))
-    found = [take(TrainingBatches(split, replace(given, compute=Compute(workers=workers))), 12, step=3)
-             for workers in (0, 1, 2)]
+    found = [
+        take(TrainingBatches(split, replace(given, compute=Compute(workers=workers))), 12, step=3)
+        for workers in (0, 1, 2)
+    ]
     assert_same(found[1], found[0])
     assert_same(found[2], found[0])
     assert not torch.equal(found[0][0].pixels, found[0][1].pixels)
@@ -558,8 +590,9 @@ def test_processes_share_an_evaluation(split, world, batch):
     numbered = replace(split, labels=tuple(range(29)), classes=tuple(map(str, range(29))))
     seen, lengths = [], set()
     for rank in range(world):
-        source = EvaluationBatches(numbered, processor, batch, rank=rank, world=world,
-                                   masks=lambda index: np.arange(12) < index)
+        source = EvaluationBatches(
+            numbered, processor, batch, rank=rank, world=world, masks=lambda index: np.arange(12) < index
+        )
         batches = list(source)
         lengths.add(len(batches))
         assert len(source) == len(batches)

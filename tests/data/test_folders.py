@@ -15,14 +15,31 @@ from deit.data.batches import EvaluationBatches, TrainingBatches, processor_for
 from deit.data.folders import fingerprint, read_data, read_split
 from deit.recipe import AdamW, Augment, Compute, Cosine, Data, Recipe, ResizedCrop, Supervised, epochs
 
-MODEL = DeiTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=48, image_size=16,
-                   patch_size=4, encoder_stride=4, distillation_token=False)
+MODEL = DeiTConfig(
+    hidden_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=3,
+    intermediate_size=48,
+    image_size=16,
+    patch_size=4,
+    encoder_stride=4,
+    distillation_token=False,
+)
 
 
 def recipe(**parts):
-    return Recipe(**{"name": "small", "model": MODEL, "objective": Supervised(), "data": Data(batch=4, crop_ratio=1.0),
-                     "optim": AdamW(lr=1e-3, per_images=8), "schedule": Cosine(total=epochs(1)),
-                     "compute": Compute(workers=0), **parts})
+    return Recipe(
+        **{
+            "name": "small",
+            "model": MODEL,
+            "objective": Supervised(),
+            "data": Data(batch=4, crop_ratio=1.0),
+            "optim": AdamW(lr=1e-3, per_images=8),
+            "schedule": Cosine(total=epochs(1)),
+            "compute": Compute(workers=0),
+            **parts,
+        }
+    )
 
 
 def photo(size=(20, 24), seed=0):
@@ -176,8 +193,10 @@ def test_images_without_labels(tmp_path, layout):
     assert train.classes == val.classes == ("image",)
     assert (train.labels, val.labels) == ((0,) * 9, (0,) * 2)
     found = sorted(names(train) + names(val))
-    assert [name.split("/")[-1] for name in found if "cat" not in name and "dog" not in name] == ["deep.png",
-                                                                                                 "loose.JPG"]
+    assert [name.split("/")[-1] for name in found if "cat" not in name and "dog" not in name] == [
+        "deep.png",
+        "loose.JPG",
+    ]
     assert len(set(found)) == 11
 
 
@@ -194,8 +213,18 @@ def test_hidden_nested_and_linked(tmp_path):
         write(tmp_path / "elsewhere" / f"{i}.png")
     (root / "train" / "eel").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     train = read_split(root, "train")
-    assert names(train) == ["cat/0.png", "cat/1.png", "cat/2.png", "cat/3.png", "old/9.JPEG",
-                            "dog/0.png", "dog/1.png", "dog/2.png", "eel/0.png", "eel/1.png"]
+    assert names(train) == [
+        "cat/0.png",
+        "cat/1.png",
+        "cat/2.png",
+        "cat/3.png",
+        "old/9.JPEG",
+        "dog/0.png",
+        "dog/1.png",
+        "dog/2.png",
+        "eel/0.png",
+        "eel/1.png",
+    ]
     assert train.labels == (0,) * 5 + (1,) * 3 + (2,) * 2
 
 
@@ -211,27 +240,33 @@ def test_a_link_to_a_folder_above_is_followed_once(tmp_path):
 def batch_of(root, **parts):
     """All images of the training folder, by file name, as the evaluation of training: no augmentation."""
     split = read_split(root, "train")
-    [batch] = islice(TrainingBatches(split, recipe(data=Data(batch=len(split), crop_ratio=1.0), **parts)).from_step(0),
-                     1)
+    [batch] = islice(
+        TrainingBatches(split, recipe(data=Data(batch=len(split), crop_ratio=1.0), **parts)).from_step(0), 1
+    )
     order = TrainingBatches(split, recipe(data=Data(batch=len(split)))).keys(0)[:, 1]
     return {split.files[index].name: batch.pixels[row] for row, index in enumerate(order)}, batch
 
 
 def pixels_of(array, **parts):
     """What an upright 8-bit RGB image of these pixels gives."""
-    return processor_for(recipe(**parts))([Image.fromarray(array)], data_format="channels_first",
-                                          return_tensors="pt").pixel_values[0]
+    return processor_for(recipe(**parts))(
+        [Image.fromarray(array)], data_format="channels_first", return_tensors="pt"
+    ).pixel_values[0]
 
 
-BROKEN = {"torn.jpg": "damaged or cut short", "text.jpg": "not an image", "empty.png": "empty",
-          "link.png": "does not exist"}
+BROKEN = {
+    "torn.jpg": "damaged or cut short",
+    "text.jpg": "not an image",
+    "empty.png": "empty",
+    "link.png": "does not exist",
+}
 
 
 def broken(root):
     """A folder with an image of each kind that can't be read, beside seven good ones."""
     cats = folder(root) / "train" / "cat"
     whole = write(cats / "torn.jpg", photo((200, 200))).read_bytes()
-    (cats / "torn.jpg").write_bytes(whole[:len(whole) // 2])
+    (cats / "torn.jpg").write_bytes(whole[: len(whole) // 2])
     (cats / "text.jpg").write_text("These are words, and no picture.")
     (cats / "empty.png").write_bytes(b"")
     (cats / "link.png").symlink_to(root / "nothing.png")
@@ -287,14 +322,22 @@ def test_sixteen_bits_are_scaled(tmp_path):
     assert_close(found["deep.png"], pixels_of(np.repeat(photo()[..., :1], 3, axis=2)), 1e-6)
 
 
-@pytest.mark.parametrize("augment", [Augment(), Augment(crop=ResizedCrop(scale=(1.0, 1.0), ratio=(1.0, 1.0)))],
-                         ids=["evaluation", "crop"])
+@pytest.mark.parametrize(
+    "augment", [Augment(), Augment(crop=ResizedCrop(scale=(1.0, 1.0), ratio=(1.0, 1.0)))], ids=["evaluation", "crop"]
+)
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_photos_are_turned_upright(tmp_path, orientation, augment):
     """By their EXIF orientation: stored turned, each is the upright photo, pixel for pixel."""
-    flips = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-             5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, 1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-             8: lambda a: np.rot90(a, -1)}
+    flips = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.swapaxes(0, 1),
+        6: lambda a: np.rot90(a, 1),
+        7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+        8: lambda a: np.rot90(a, -1),
+    }
     folder(tmp_path)
     upright = photo((24, 24))
     exif = Image.Exif()
@@ -323,12 +366,15 @@ def test_a_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path):
         content[-20] ^= 1
         (train / "dog" / "2.png").write_bytes(bytes(content))
 
-    found = {changed("renamed", lambda train: (train / "cat" / "3.png").rename(train / "cat" / "4.png")),
-             changed("other_class", lambda train: (train / "cat").rename(train / "cow")),
-             changed("moved", lambda train: (train / "cat" / "3.png").rename(train / "dog" / "3.png")),
-             changed("fewer", lambda train: (train / "cat" / "3.png").unlink()),
-             changed("other_size", lambda train: write(train / "cat" / "3.png", photo((9, 9)))),
-             changed("other_byte", other_byte), print_of}
+    found = {
+        changed("renamed", lambda train: (train / "cat" / "3.png").rename(train / "cat" / "4.png")),
+        changed("other_class", lambda train: (train / "cat").rename(train / "cow")),
+        changed("moved", lambda train: (train / "cat" / "3.png").rename(train / "dog" / "3.png")),
+        changed("fewer", lambda train: (train / "cat" / "3.png").unlink()),
+        changed("other_size", lambda train: write(train / "cat" / "3.png", photo((9, 9)))),
+        changed("other_byte", other_byte),
+        print_of,
+    }
     assert len(found) == 7
 
 

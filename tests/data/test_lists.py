@@ -16,8 +16,10 @@ def write(path, *lines, encoding="utf-8"):
 
 
 def shown(split, root):
-    return [(file.relative_to(root).as_posix(), split.classes[label])
-            for file, label in zip(split.files, split.labels, strict=True)]
+    return [
+        (file.relative_to(root).as_posix(), split.classes[label])
+        for file, label in zip(split.files, split.labels, strict=True)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- folders
@@ -61,8 +63,15 @@ def test_folders_that_are_something_else(tmp_path):
 
 
 def test_a_csv_list(tmp_path):
-    list_ = write(tmp_path / "list.CSV", "path,weight, label", 'a.png,2,"tench, Tinca tinca"', "",
-                  f"{tmp_path}/b/c.png,3,dog", "b/../d é.png,4,dog", encoding="utf-8-sig")  # as spreadsheets write it
+    list_ = write(
+        tmp_path / "list.CSV",
+        "path,weight, label",
+        'a.png,2,"tench, Tinca tinca"',
+        "",
+        f"{tmp_path}/b/c.png,3,dog",
+        "b/../d é.png,4,dog",
+        encoding="utf-8-sig",
+    )  # as spreadsheets write it
     found, split = read_examples(list_)
     assert split is None
     assert shown(found, tmp_path) == [("a.png", "tench, Tinca tinca"), ("b/c.png", "dog"), ("d é.png", "dog")]
@@ -79,39 +88,47 @@ def test_a_jsonl_list(tmp_path, monkeypatch):
 
 def test_the_same_images_by_folder_and_by_list(tmp_path):
     folder, _ = read_examples(photos(tmp_path), "train")
-    lines = [f"{file.relative_to(tmp_path)},{folder.classes[label]}"
-             for file, label in zip(folder.files, folder.labels, strict=True)]
+    lines = [
+        f"{file.relative_to(tmp_path)},{folder.classes[label]}"
+        for file, label in zip(folder.files, folder.labels, strict=True)
+    ]
     listed, _ = read_examples(write(tmp_path / "list.csv", "path,label", *lines))
     assert listed == folder
     assert fingerprint(listed) == fingerprint(folder)
 
 
-@pytest.mark.parametrize(("lines", "saying"), [
-    (["a.png,cat"], ["line 1", "one column 'path'", "'a.png', 'cat'"]),
-    (["path;label", "a.png;cat"], ["line 1", "'path;label'"]),
-    (["path,label,label", "a.png,cat,cat"], ["line 1", "one column 'label'"]),
-    (["path,label", "a.png,cat", "b.png,tench, Tinca tinca"], ["line 3", "expected 2 fields", "found 3", "quotes"]),
-    (["path,label", "a.png"], ["line 2", "found 1"]),
-    (["path,label", "a.png,"], ["line 2", 'label is ""', "name of a class"]),
-    (["path,label", ",cat"], ["line 2", 'path is ""']),
-    (["path,label", "a.png,cat", "b.png,cat", "./a.png,dog"], ["line 4", "a.png is listed already in line 2"]),
-    (["path,label"], ["lists no images"]),
-    ([""], ["line 1", "found nothing"]),
-    (["path,label", '"a.png,cat'], ["can't be read as CSV"]),
-])
+@pytest.mark.parametrize(
+    ("lines", "saying"),
+    [
+        (["a.png,cat"], ["line 1", "one column 'path'", "'a.png', 'cat'"]),
+        (["path;label", "a.png;cat"], ["line 1", "'path;label'"]),
+        (["path,label,label", "a.png,cat,cat"], ["line 1", "one column 'label'"]),
+        (["path,label", "a.png,cat", "b.png,tench, Tinca tinca"], ["line 3", "expected 2 fields", "found 3", "quotes"]),
+        (["path,label", "a.png"], ["line 2", "found 1"]),
+        (["path,label", "a.png,"], ["line 2", 'label is ""', "name of a class"]),
+        (["path,label", ",cat"], ["line 2", 'path is ""']),
+        (["path,label", "a.png,cat", "b.png,cat", "./a.png,dog"], ["line 4", "a.png is listed already in line 2"]),
+        (["path,label"], ["lists no images"]),
+        ([""], ["line 1", "found nothing"]),
+        (["path,label", '"a.png,cat'], ["can't be read as CSV"]),
+    ],
+)
 def test_csv_lists_that_are_refused(lines, saying, tmp_path):
     with raises_saying(ValueError, tmp_path / "list.csv", *saying):
         read_examples(write(tmp_path / "list.csv", *lines))
 
 
-@pytest.mark.parametrize(("line", "saying"), [
-    ('{"path": "b.png", "label": 7}', ["line 2", "label is 7", "name of a class"]),
-    ('{"path": null, "label": "cat"}', ["line 2", "path is null"]),
-    ('{"path": "b.png", "class": "cat"}', ["line 2", '"path" and "label"', "'path', 'class'"]),
-    ('["b.png", "cat"]', ["line 2", "found list"]),
-    ('{"path": "b.png", "label": "cat"', ["line 2", "not valid JSON"]),
-    ('{"path": "a.png", "label": "cat"}', ["line 2", "listed already in line 1"]),
-])
+@pytest.mark.parametrize(
+    ("line", "saying"),
+    [
+        ('{"path": "b.png", "label": 7}', ["line 2", "label is 7", "name of a class"]),
+        ('{"path": null, "label": "cat"}', ["line 2", "path is null"]),
+        ('{"path": "b.png", "class": "cat"}', ["line 2", '"path" and "label"', "'path', 'class'"]),
+        ('["b.png", "cat"]', ["line 2", "found list"]),
+        ('{"path": "b.png", "label": "cat"', ["line 2", "not valid JSON"]),
+        ('{"path": "a.png", "label": "cat"}', ["line 2", "listed already in line 1"]),
+    ],
+)
 def test_jsonl_lists_that_are_refused(line, saying, tmp_path):
     with raises_saying(ValueError, tmp_path / "list.jsonl", *saying):
         read_examples(write(tmp_path / "list.jsonl", '{"path": "a.png", "label": "cat"}', line))
@@ -143,12 +160,15 @@ def test_classes_are_found_by_name_in_any_order():
     assert found.files == SPLIT.files
 
 
-@pytest.mark.parametrize(("classes", "saying"), [
-    (["Dog", "cat"], ["no class 'dog', which 1.png is of", "knows 'Dog'"]),
-    (["cat", "hot dog, red hot", "dogs"], ["no class 'dog'", "knows 'dogs' and 'hot dog, red hot'"]),
-    (["x", "y"], ["no class 'cat', which 2.png is of", "1 more are unknown", "knows 'x', 'y'"]),
-    ([f"LABEL_{i}" for i in range(9)], ["'LABEL_4' and others"]),
-])
+@pytest.mark.parametrize(
+    ("classes", "saying"),
+    [
+        (["Dog", "cat"], ["no class 'dog', which 1.png is of", "knows 'Dog'"]),
+        (["cat", "hot dog, red hot", "dogs"], ["no class 'dog'", "knows 'dogs' and 'hot dog, red hot'"]),
+        (["x", "y"], ["no class 'cat', which 2.png is of", "1 more are unknown", "knows 'x', 'y'"]),
+        ([f"LABEL_{i}" for i in range(9)], ["'LABEL_4' and others"]),
+    ],
+)
 def test_classes_that_the_model_does_not_know(classes, saying):
     with raises_saying(ValueError, *saying):
         matched(SPLIT, classes)

@@ -22,11 +22,20 @@ from deit.evaluate.models import evaluate
 from deit.model.load import load_model
 from deit.recipe import SGD, Augment, Compute, Cosine, Data, Recipe, ResizedCrop, SimpleCrop, Supervised, steps
 
-CONVNET = Recipe(name="convnet", model=ConvNetConfig(widths=(8, 16), depth=1, image_size=16), data=Data(batch=8),
-                 objective=Supervised(), optim=SGD(lr=1e-2, per_images=8), schedule=Cosine(total=steps(4)),
-                 compute=Compute(precision="float32", workers=0))
+CONVNET = Recipe(
+    name="convnet",
+    model=ConvNetConfig(widths=(8, 16), depth=1, image_size=16),
+    data=Data(batch=8),
+    objective=Supervised(),
+    optim=SGD(lr=1e-2, per_images=8),
+    schedule=Cosine(total=steps(4)),
+    compute=Compute(precision="float32", workers=0),
+)
 GREY = replace(CONVNET, model=CONVNET.model.replace(num_channels=1), data=Data(batch=8, mean=(0.4,), std=(0.2,)))
-MORE_RECIPES = "from dataclasses import replace\n" + RECIPES + '''
+MORE_RECIPES = (
+    "from dataclasses import replace\n"
+    + RECIPES
+    + """
 
 def grey():
     return replace(convnet(), model=convnet().model.replace(num_channels=1),
@@ -36,7 +45,8 @@ def grey():
 def masked():
     return replace(student(), objective=MaskedImage(unit=8), augment=Augment(crop=ResizedCrop()), schedule=Cosine(
         total=steps(4)))
-'''
+"""
+)
 
 
 class Command:
@@ -50,8 +60,19 @@ class Command:
     def __call__(self, data, recipe="convnet", *settings):
         self.runs += 1
         self.out = self.folder / f"run{self.runs}"
-        status = main(["train", f"{self.folder / 'recipes.py'}:{recipe}", "--data", str(data), "--out", str(self.out),
-                       "--device", "cpu", *[part for setting in settings for part in ("--set", setting)]])
+        status = main(
+            [
+                "train",
+                f"{self.folder / 'recipes.py'}:{recipe}",
+                "--data",
+                str(data),
+                "--out",
+                str(self.out),
+                "--device",
+                "cpu",
+                *[part for setting in settings for part in ("--set", setting)],
+            ]
+        )
         self.shown = self.capfd.readouterr()
         return status
 
@@ -149,8 +170,12 @@ def dead_link(path):
     path.symlink_to(path.parent / "moved")
 
 
-BROKEN = [("[red]holi day[0].jpg", cut, "damaged or cut short"), ("page.jpg", write_text, "not an image"),
-          ("empty.png", write_nothing, "is empty"), ("link.png", dead_link, "does not exist")]
+BROKEN = [
+    ("[red]holi day[0].jpg", cut, "damaged or cut short"),
+    ("page.jpg", write_text, "not an image"),
+    ("empty.png", write_nothing, "is empty"),
+    ("link.png", dead_link, "does not exist"),
+]
 
 
 @pytest.mark.parametrize(("name", "breaks", "reason"), BROKEN, ids=["cut", "text", "empty", "link"])
@@ -205,8 +230,19 @@ def test_a_bad_image_whose_name_is_no_utf8(tmp_path, command):
 
 
 def test_other_files_are_passed_over(data, command):
-    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "notes.txt", "labels.csv", "clip.mp4", "scan.pdf", "README",
-                 "photo.jpg.part", ".hidden.png", "._0.png"):
+    for name in (
+        ".DS_Store",
+        "Thumbs.db",
+        "desktop.ini",
+        "notes.txt",
+        "labels.csv",
+        "clip.mp4",
+        "scan.pdf",
+        "README",
+        "photo.jpg.part",
+        ".hidden.png",
+        "._0.png",
+    ):
         for folder in (data, data / "train", data / "train" / "a", data / "val" / "b"):
             (folder / name).write_bytes(b"no image")
     train, val = found_in(data)
@@ -241,8 +277,14 @@ def test_two_identical_images(tmp_path, command):
 # ----------------------------------------------------------------------------------------------------- pixels that are
 
 
-RAMPS = np.stack(np.broadcast_arrays(np.linspace(20, 235, 30)[:, None], np.linspace(220, 40, 48),
-                                     np.linspace(60, 180, 48)), axis=-1).round().astype(np.uint8)
+RAMPS = (
+    np.stack(
+        np.broadcast_arrays(np.linspace(20, 235, 30)[:, None], np.linspace(220, 40, 48), np.linspace(60, 180, 48)),
+        axis=-1,
+    )
+    .round()
+    .astype(np.uint8)
+)
 """(30, 48, 3), smooth, and without any symmetry."""
 FOUR = np.array([[250, 10, 30], [20, 200, 90], [40, 60, 240], [128, 128, 128]], np.uint8)
 AREAS = np.arange(30 * 48).reshape(30, 48) // 211 % 4
@@ -284,8 +326,15 @@ def animated(path):
     return path.with_suffix(".gif"), FOUR[AREAS], 0
 
 
-KINDS = {"alpha": with_alpha, "palette": lambda path: with_palette(path, 2), "cmyk": in_cmyk, "16 bits": in_16_bits,
-         "palette of alphas": lambda path: with_palette(path, b"\0\x80\xff\xff"), "1 bit": in_1_bit, "gif": animated}
+KINDS = {
+    "alpha": with_alpha,
+    "palette": lambda path: with_palette(path, 2),
+    "cmyk": in_cmyk,
+    "16 bits": in_16_bits,
+    "palette of alphas": lambda path: with_palette(path, b"\0\x80\xff\xff"),
+    "1 bit": in_1_bit,
+    "gif": animated,
+}
 
 
 @pytest.mark.filterwarnings("error")
@@ -312,9 +361,15 @@ def test_a_folder_of_all_kinds_trains(tmp_path, command):
     assert len(found_in(root)[1]) == 2 * len(KINDS)
 
 
-TURNED = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
-          8: Image.Transpose.ROTATE_270}
+TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 """EXIF orientation, and how the camera holds the upright photo in its file."""
 
 
@@ -329,8 +384,9 @@ def test_a_photo_turned_by_its_exif_entry_is_seen_upright(orientation, size, tmp
     upright.transpose(TURNED[orientation]).save(tmp_path / "turned.jpg", quality=95, exif=exif)
     upright.transpose(TURNED[orientation]).save(tmp_path / "ignored.jpg", quality=95)
     for crop in (None, ResizedCrop(scale=(0.3, 1.0)), SimpleCrop()):
-        expected, found, wrong = (training_view(tmp_path / f"{name}.jpg", crop=crop)
-                                  for name in ("upright", "turned", "ignored"))
+        expected, found, wrong = (
+            training_view(tmp_path / f"{name}.jpg", crop=crop) for name in ("upright", "turned", "ignored")
+        )
         mean, most = levels(found, expected)
         assert mean < 1
         assert most < 6
@@ -348,8 +404,9 @@ def test_extreme_sizes(size, tmp_path, command):
             (tmp_path / "data" / split / name).mkdir(parents=True)
             Image.fromarray(pixels).save(tmp_path / "data" / split / name / "0.png")
     path = tmp_path / "data" / "train" / "a" / "0.png"
-    middle = v2.functional.normalize(torch.tensor([127.5, 50, 127.5]).view(3, 1, 1).expand(3, 16, 16) / 255,
-                                     CONVNET.data.mean, CONVNET.data.std)
+    middle = v2.functional.normalize(
+        torch.tensor([127.5, 50, 127.5]).view(3, 1, 1).expand(3, 16, 16) / 255, CONVNET.data.mean, CONVNET.data.std
+    )
     for found in (training_view(path), evaluation_view(path)):
         assert levels(found, middle)[1] <= 1.5
     for crop in ("None", "ResizedCrop()", "SimpleCrop()"):
@@ -380,8 +437,9 @@ def test_a_grey_recipe_on_colour_photos(data, command, tmp_path):
 def test_a_class_folder_without_images_is_refused(data, command):
     (data / "train" / "empty").mkdir()
     (data / "train" / "empty" / "notes.txt").write_text("later")
-    command.assert_refused(data, saying=[data / "train" / "empty", "has no images", "expected files *{.bmp",
-                                  "or no such folder"])
+    command.assert_refused(
+        data, saying=[data / "train" / "empty", "has no images", "expected files *{.bmp", "or no such folder"]
+    )
 
 
 def test_a_train_folder_without_images_is_refused(data, command):
@@ -449,8 +507,9 @@ def test_three_images_in_all(tmp_path, command):
 def test_one_image_of_each_class_can_not_be_held_out(tmp_path, command):
     for name in "ab":
         save(tmp_path / "data" / "train" / name / "0.png")
-    command.assert_refused(tmp_path / "data", saying=["nothing to validate on", tmp_path / "data" / "train",
-                                               "add a folder val"])
+    command.assert_refused(
+        tmp_path / "data", saying=["nothing to validate on", tmp_path / "data" / "train", "add a folder val"]
+    )
 
 
 def test_images_beside_class_folders_are_refused(data, command):
@@ -463,8 +522,10 @@ def test_images_beside_class_folders_are_refused(data, command):
 def test_images_without_classes_are_refused(tmp_path, command):
     for i in range(3):
         save(tmp_path / "data" / f"{i}.png")
-    command.assert_refused(tmp_path / "data", saying=[tmp_path / "data" / "0.png", "and 2 more images", "move",
-                                               tmp_path / "data" / "CLASS"])
+    command.assert_refused(
+        tmp_path / "data",
+        saying=[tmp_path / "data" / "0.png", "and 2 more images", "move", tmp_path / "data" / "CLASS"],
+    )
 
 
 # ------------------------------------------------------------------------------------------------ folders that are odd
@@ -581,8 +642,17 @@ def test_a_class_folder_without_permission_is_refused(data, command, monkeypatch
         closed.chmod(0o755)
 
 
-ODD_NAMES = [" leading", "Großes Café", "[red]x[bold]", "a;b&'c\"$(d)", "dog (1) [2021] 50% #3 {x}", "x" * 200, "~",
-             "猫 🐈", os.fsdecode(b"latin-1 caf\xe9")]
+ODD_NAMES = [
+    " leading",
+    "Großes Café",
+    "[red]x[bold]",
+    "a;b&'c\"$(d)",
+    "dog (1) [2021] 50% #3 {x}",
+    "x" * 200,
+    "~",
+    "猫 🐈",
+    os.fsdecode(b"latin-1 caf\xe9"),
+]
 
 
 def test_odd_names(tmp_path, command):
@@ -629,8 +699,9 @@ def test_masked_images_without_images_are_refused(tmp_path, command):
     (tmp_path / "data" / "notes").mkdir()
     command.assert_refused(tmp_path / "data", "masked", saying=[tmp_path / "data", "has no images", ".png"])
     save(tmp_path / "data" / "only.png")
-    command.assert_refused(tmp_path / "data", "masked", saying=["nothing to validate on", tmp_path / "data",
-                                                         "add a folder val"])
+    command.assert_refused(
+        tmp_path / "data", "masked", saying=["nothing to validate on", tmp_path / "data", "add a folder val"]
+    )
 
 
 def test_a_bad_validation_image_is_told_once_and_not_counted(tmp_path, command):

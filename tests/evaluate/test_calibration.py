@@ -95,16 +95,19 @@ def test_calibrated_predictions(folder, capsys):
     assert shown == json.loads((folder / "m/calibration.json").read_text())
     assert (shown["images"], shown["error_rate"]) == (40, 0.4)
     for head, found in shown["heads"].items():
-        expected = fit(lambda t, head=head: fuse_heads(out.cls_logits / t, out.distillation_logits / t, head).numpy(),
-                       truth, 0.4)
+        expected = fit(
+            lambda t, head=head: fuse_heads(out.cls_logits / t, out.distillation_logits / t, head).numpy(), truth, 0.4
+        )
         assert found["temperature"] == pytest.approx(expected.temperature, rel=1e-3)
         assert found["threshold"] == pytest.approx(expected.threshold, rel=1e-3)
         predictor = Predictor(folder / "m", head=head)
-        probabilities = fuse_heads(out.cls_logits / found["temperature"], out.distillation_logits
-                                   / found["temperature"], head).numpy()
+        probabilities = fuse_heads(
+            out.cls_logits / found["temperature"], out.distillation_logits / found["temperature"], head
+        ).numpy()
         for answer, row in zip(predictor.stream(paths, top_k=5), probabilities, strict=True):
             assert {e["label"]: pytest.approx(e["score"], abs=1e-6) for e in answer.labels} == dict(
-                zip("abcde", row.tolist(), strict=True))
+                zip("abcde", row.tolist(), strict=True)
+            )
             assert answer.sure == ((row >= found["threshold"]).sum() == 1)
     assert main(["predict", str(folder / "m"), str(paths[0])]) == 0
     shown = capsys.readouterr()

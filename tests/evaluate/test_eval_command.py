@@ -32,8 +32,12 @@ NAMES = ("g", "c", "f", "a", "e", "b", "d")
 
 
 def save(folder, kind="with_teacher", seed=0, names=NAMES, side=16, **changes):
-    config = small(id2label=dict(enumerate(names)), num_labels=None, image_size=side,
-                   **{"distillation_token": kind == "with_teacher", **changes})
+    config = small(
+        id2label=dict(enumerate(names)),
+        num_labels=None,
+        image_size=side,
+        **{"distillation_token": kind == "with_teacher", **changes},
+    )
     build(kind, config, seed=seed).save_pretrained(folder)
     DeiTImageProcessor.paper(side).save_pretrained(folder)
     return str(folder)
@@ -55,8 +59,12 @@ class Shown:
 
     def __call__(self, model, *options, data="data", status=0):
         """The object on standard output, with --json; else the text there."""
-        assert main(["eval", str(self.root / model), "--data", str(self.root / data), "--device", "cpu",
-                     *map(str, options)]) == status
+        assert (
+            main(
+                ["eval", str(self.root / model), "--data", str(self.root / data), "--device", "cpu", *map(str, options)]
+            )
+            == status
+        )
         shown = self.capsys.readouterr()
         self.said = shown.err
         if "--json" not in options or status:
@@ -89,10 +97,14 @@ def test_values_are_those_of_model_processor_and_scikit_learn(evaluate, root, he
     split = read_split(root / "data", "test")
     scores, labels = by_hand(root / "m", split, head)
     assert (found["head"], found["images"], list(found["heads"])) == (
-        head, 60, ["fused", "class", "distillation", "softmax"])
+        head,
+        60,
+        ["fused", "class", "distillation", "softmax"],
+    )
     for top in (1, 5):
         assert found["heads"][head][f"top{top}"]["value"] == pytest.approx(
-            top_k_accuracy_score(labels, scores, k=top, labels=range(7)))
+            top_k_accuracy_score(labels, scores, k=top, labels=range(7))
+        )
     assert found["nll"] == pytest.approx(log_loss(labels, scores, labels=range(7)), rel=1e-5)
     assert found["brier"] == pytest.approx(((scores - np.eye(7)[labels]) ** 2).sum(1).mean(), rel=1e-5)
     matrix = confusion_matrix(labels, scores.argmax(1), labels=range(7))
@@ -142,7 +154,12 @@ def test_a_comparison_on_the_same_images(evaluate, root):
     one, other = right
     compared = found["comparison"]
     assert [compared[key] for key in ("images", "both", "only_model", "only_other", "neither")] == [
-        60, (one & other).sum(), (one & ~other).sum(), (~one & other).sum(), (~one & ~other).sum()]
+        60,
+        (one & other).sum(),
+        (one & ~other).sum(),
+        (~one & other).sum(),
+        (~one & ~other).sum(),
+    ]
     assert (compared["accuracy"]["value"], compared["other_accuracy"]["value"]) == (one.mean(), other.mean())
     assert compared["difference"] == pytest.approx(one.mean() - other.mean())
     assert compared["low"] < compared["difference"] < compared["high"]
@@ -163,7 +180,8 @@ def test_models_of_one_head_and_other_sizes(evaluate, root):
 
 def test_the_built_in_convnet(evaluate, root):
     ConvNet(ConvNetConfig(widths=(4,), depth=1, image_size=16, id2label=dict(enumerate("abc")))).save_pretrained(
-        root / "convnet")
+        root / "convnet"
+    )
     DeiTImageProcessor.paper(16).save_pretrained(root / "convnet")
     assert list(evaluate("convnet", "--json")["heads"]) == ["fused", "class"]
 
@@ -171,15 +189,20 @@ def test_the_built_in_convnet(evaluate, root):
 def test_lists_and_splits(evaluate, root):
     by_folder = evaluate("m", "--json", "--split", "val")
     split = read_split(root / "data", "val")
-    rows = [{"path": str(file.relative_to(root)), "label": split.classes[label]}
-            for file, label in zip(split.files, split.labels, strict=True)]
+    rows = [
+        {"path": str(file.relative_to(root)), "label": split.classes[label]}
+        for file, label in zip(split.files, split.labels, strict=True)
+    ]
     (root / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (root / "list.csv").write_text("path,label\n" + "".join(f"{row['path']},{row['label']}\n" for row in rows))
     assert (by_folder["images"], by_folder["data"]["split"]) == (6, "val")
     for name in ("list.jsonl", "list.csv"):
         by_list = evaluate("m", "--json", data=name)
-        assert by_list.pop("data") == {"path": str(root / name), "split": None,
-                                       "fingerprint": by_folder["data"]["fingerprint"]}
+        assert by_list.pop("data") == {
+            "path": str(root / name),
+            "split": None,
+            "fingerprint": by_folder["data"]["fingerprint"],
+        }
         assert by_list == {key: value for key, value in by_folder.items() if key != "data"}
 
 
@@ -189,8 +212,9 @@ def test_unreadable_images_are_named_and_left_out(evaluate, root, tmp_path):
     bad = tmp_path / "data" / "test" / "b" / "bad.png"
     bad.write_bytes(b"no image")
     found = evaluate("m", "--json", "--compare", root / "other", data=tmp_path / "data")
-    assert found["unreadable"] == [{"file": str(bad), "reason": "is not an image that Pillow can read; convert it to "
-                                                                "JPEG or PNG"}]
+    assert found["unreadable"] == [
+        {"file": str(bad), "reason": "is not an image that Pillow can read; convert it to JPEG or PNG"}
+    ]
     assert evaluate.said.count(f"{bad} is not an image") == 1
     assert (found["images"], found["comparison"]["images"], found["nll"]) == (21, 21, before["nll"])
     assert "1 more can't be read and are left out" in evaluate("m", data=tmp_path / "data")
@@ -232,11 +256,14 @@ def test_the_tables(evaluate, root):
     text = " ".join(evaluate("m", "--compare", root / "other").split())
     found = evaluate("m", "--json", "--compare", root / "other")
     top, compared = found["heads"]["distillation"]["top1"], found["comparison"]
-    for part in (f"distillation │ {top['value']:.3f} │ {top['low']:.3f} to {top['high']:.3f} │",
-                 "60 images, 3 of the model's 7 classes", "16x16 pixels, crop ratio 0.8889",
-                 f"calibration error {found['calibration']['error']:.4f}", f"p = {compared['p_value']:.3g}",
-                 f"Difference {compared['difference']:+.4f}, 95 % interval {compared['low']:+.4f} to "
-                 f"{compared['high']:+.4f}"):
+    for part in (
+        f"distillation │ {top['value']:.3f} │ {top['low']:.3f} to {top['high']:.3f} │",
+        "60 images, 3 of the model's 7 classes",
+        "16x16 pixels, crop ratio 0.8889",
+        f"calibration error {found['calibration']['error']:.4f}",
+        f"p = {compared['p_value']:.3g}",
+        f"Difference {compared['difference']:+.4f}, 95 % interval {compared['low']:+.4f} to {compared['high']:+.4f}",
+    ):
         assert part in text, part
     assert "│ fused │" not in evaluate("single")  # one head is one row
 
@@ -288,12 +315,21 @@ def test_every_key_of_the_object_is_documented(evaluate, root, tmp_path):
 
 
 def test_every_key_of_metrics_is_documented(root, tmp_path):
-    plain = Recipe(name="plain", model=small(distillation_token=False, num_labels=None), data=Data(batch=4),
-                   objective=Supervised(), optim=AdamW(lr=1e-3, per_images=8), schedule=Cosine(total=steps(2)),
-                   compute=Compute(precision="float32", workers=0))
+    plain = Recipe(
+        name="plain",
+        model=small(distillation_token=False, num_labels=None),
+        data=Data(batch=4),
+        objective=Supervised(),
+        optim=AdamW(lr=1e-3, per_images=8),
+        schedule=Cosine(total=steps(2)),
+        compute=Compute(precision="float32", workers=0),
+    )
     save(root / "teacher", names="abc")
-    recipes = [plain, replace(plain, objective=MaskedImage(unit=8)),
-               replace(plain, model=small(num_labels=None), objective=Distilled(teacher=str(root / "teacher")))]
+    recipes = [
+        plain,
+        replace(plain, objective=MaskedImage(unit=8)),
+        replace(plain, model=small(num_labels=None), objective=Distilled(teacher=str(root / "teacher"))),
+    ]
     written = set()
     for i, recipe in enumerate(recipes):
         splits = read_data(root / "data", holdout=0.1, seed=0, labelled=not isinstance(recipe.objective, MaskedImage))

@@ -24,15 +24,17 @@ class Lookup(nn.Module):
         if self.heads == 1:
             return ImageClassifierOutput(logits=cls_logits)
         return DeiTForImageClassificationWithTeacherOutput(
-            logits=(cls_logits + distillation_logits) / 2, cls_logits=cls_logits,
-            distillation_logits=distillation_logits)
+            logits=(cls_logits + distillation_logits) / 2,
+            cls_logits=cls_logits,
+            distillation_logits=distillation_logits,
+        )
 
 
 def batches(count=37, classes=5, size=8):
     generator = torch.Generator().manual_seed(0)
     pixels = 3 * torch.randn(count, 1, 2, classes, generator=generator)
     labels = torch.randint(0, classes, (count,), generator=generator)
-    return pixels, labels, [Batch(pixels[i:i + size], labels[i:i + size]) for i in range(0, count, size)]
+    return pixels, labels, [Batch(pixels[i : i + size], labels[i : i + size]) for i in range(0, count, size)]
 
 
 def test_each_head_on_every_image():
@@ -40,10 +42,15 @@ def test_each_head_on_every_image():
     model = Lookup(heads=2).train()
     found = evaluate(model, parts)
     first, second = pixels[:, 0, 0], pixels[:, 0, 1]
-    scores = {"class": first, "distillation": second, "fused": first + second,
-              "softmax": first.softmax(-1) + second.softmax(-1)}
+    scores = {
+        "class": first,
+        "distillation": second,
+        "fused": first + second,
+        "softmax": first.softmax(-1) + second.softmax(-1),
+    }
     assert {head: accuracy.value for head, accuracy in found.items()} == pytest.approx(
-        {head: accuracy_score(labels, score.argmax(-1)) for head, score in scores.items()})
+        {head: accuracy_score(labels, score.argmax(-1)) for head, score in scores.items()}
+    )
     assert all(accuracy.total == 37 for accuracy in found.values())
     assert model.training  # dropout was off in between, or the accuracies above would differ
 
@@ -62,8 +69,12 @@ def test_no_image_is_refused():
 
 def scores_of(pixels):
     first, second = pixels[:, 0, 0], pixels[:, 0, 1]
-    return {"fused": ((first + second) / 2).softmax(-1), "class": first.softmax(-1),
-            "distillation": second.softmax(-1), "softmax": (first.softmax(-1) + second.softmax(-1)) / 2}
+    return {
+        "fused": ((first + second) / 2).softmax(-1),
+        "class": first.softmax(-1),
+        "distillation": second.softmax(-1),
+        "softmax": (first.softmax(-1) + second.softmax(-1)) / 2,
+    }
 
 
 NAMES = tuple("abcdefghijk")
@@ -78,7 +89,8 @@ def test_a_report_on_every_image(head):
     for name, scores in scores_of(pixels).items():
         for top in (1, 5):
             assert found.accuracy(name, top).value == pytest.approx(
-                top_k_accuracy_score(labels, scores, k=top, labels=range(11)))
+                top_k_accuracy_score(labels, scores, k=top, labels=range(11))
+            )
     chosen = scores_of(pixels)[head].double()
     chosen /= chosen.sum(1, keepdim=True)
     assert list(found.ranks) == list(scores_of(pixels))
@@ -118,8 +130,10 @@ def test_images_that_can_not_be_read_keep_their_place_and_count_nowhere():
     marked = labels.clone()
     marked[[1, 4]] = -1
     pixels[1] = float("nan")  # what stands in such a row must not matter
-    parts = [Batch(pixels[:3], marked[:3], faults=(("1.png", "is empty"),)),
-             Batch(pixels[3:], marked[3:], faults=(("4.png", "is damaged"),))]
+    parts = [
+        Batch(pixels[:3], marked[:3], faults=(("1.png", "is empty"),)),
+        Batch(pixels[3:], marked[3:], faults=(("4.png", "is damaged"),)),
+    ]
     found = examine(Lookup(heads=1), parts, NAMES[:5])
     kept = [0, 2, 3, 5]
     assert found.images == 4
@@ -141,7 +155,7 @@ def test_nothing_left_is_refused_with_the_first_reason():
 def test_answers_that_are_no_numbers_are_refused(heads):
     pixels, labels, _ = batches(count=20)
     pixels[13, 0, heads - 1] = float("nan")
-    parts = [Batch(pixels[i:i + 8], labels[i:i + 8]) for i in (0, 8, 16)]
+    parts = [Batch(pixels[i : i + 8], labels[i : i + 8]) for i in (0, 8, 16)]
     with raises_saying(ValueError, "answer to image 13", "another checkpoint"):
         examine(Lookup(heads), parts, NAMES[:5], head="class")
 

@@ -33,9 +33,19 @@ def answers(count=500, classes=6, seed=0, never=(5,)):
 def report(scores, labels, **changes):
     rows = np.arange(len(labels))
     own = scores[rows, np.maximum(labels, 0)]
-    return Report(**{"classes": tuple("abcdefghij"[:scores.shape[1]]), "head": "class", "labels": labels,
-                     "ranks": {"class": (scores > own[:, None]).sum(1)}, "predicted": scores.argmax(1),
-                     "confidence": scores.max(1), "probability": own, "squares": (scores**2).sum(1), **changes})
+    return Report(
+        **{
+            "classes": tuple("abcdefghij"[: scores.shape[1]]),
+            "head": "class",
+            "labels": labels,
+            "ranks": {"class": (scores > own[:, None]).sum(1)},
+            "predicted": scores.argmax(1),
+            "confidence": scores.max(1),
+            "probability": own,
+            "squares": (scores**2).sum(1),
+            **changes,
+        }
+    )
 
 
 def test_likelihood_and_brier_score():
@@ -127,11 +137,14 @@ def test_mcnemar_of_counts_too_large_for_floats():
     assert mcnemar(0, 100_000) == 0.0
 
 
-@pytest.mark.parametrize(("counts", "published"), [
-    ((36, 12, 2, 0), (0.0569, 0.3404)),  # Newcombe 1998
-    ((59, 6, 16, 80), (-0.1186, -0.0046)),  # Fagerland, Lydersen and Laake 2017, chapter 8 (R: contingencytables)
-    ((14, 5, 0, 22), (0.0115, 0.2265)),  # Altman et al. 2000, table 6.2: 0.01 to 0.23
-])
+@pytest.mark.parametrize(
+    ("counts", "published"),
+    [
+        ((36, 12, 2, 0), (0.0569, 0.3404)),  # Newcombe 1998
+        ((59, 6, 16, 80), (-0.1186, -0.0046)),  # Fagerland, Lydersen and Laake 2017, chapter 8 (R: contingencytables)
+        ((14, 5, 0, 22), (0.0115, 0.2265)),  # Altman et al. 2000, table 6.2: 0.01 to 0.23
+    ],
+)
 def test_interval_of_the_difference_is_newcombes(counts, published):
     found = Comparison(*counts)
     assert found.interval == pytest.approx(published, abs=5e-5)

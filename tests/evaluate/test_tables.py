@@ -18,8 +18,16 @@ def shown(matrix):
     """The text for a confusion matrix."""
     labels, predicted = (np.repeat(side.ravel(), matrix.ravel()) for side in np.indices(matrix.shape))
     half = np.full(len(labels), 0.5)
-    report = Report(classes=NAMES, head="class", labels=labels, predicted=predicted, confidence=half, squares=half,
-                    ranks={"class": (labels != predicted).astype(int)}, probability=half)
+    report = Report(
+        classes=NAMES,
+        head="class",
+        labels=labels,
+        predicted=predicted,
+        confidence=half,
+        squares=half,
+        ranks={"class": (labels != predicted).astype(int)},
+        probability=half,
+    )
     console = Console(file=io.StringIO(), width=120)
     show(Evaluation("photos", None, "", Examined("model", (16, 16), None, report)), console)
     return console.file.getvalue()

@@ -41,14 +41,26 @@ from deit.predict.predictor import Predictor
 PAGE = Path(__file__).parents[2] / "docs" / "explain.md"
 LABELS = dict(enumerate(["ant", "bee", "cat", "dog", "eel"]))
 
-SHAPES = pytest.mark.parametrize(("kind", "changes"), [
-    ("with_teacher", {}), ("with_teacher", {"image_size": (8, 20)}), ("with_teacher", {"num_hidden_layers": 1}),
-    ("with_teacher", {"image_size": (13, 11), "patch_size": (2, 5), "num_channels": 1, "num_attention_heads": 1}),
-    ("classification", {"image_size": (20, 8), "distillation_token": False}),
-    ("classification", {}),  # a second token that no head reads
-    ("classification", {"image_size": (8, 12), "distillation_token": False, "layer_scale_init_value": 0.1,
-                        "position_on_class_token": False}),
-])
+SHAPES = pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("with_teacher", {}),
+        ("with_teacher", {"image_size": (8, 20)}),
+        ("with_teacher", {"num_hidden_layers": 1}),
+        ("with_teacher", {"image_size": (13, 11), "patch_size": (2, 5), "num_channels": 1, "num_attention_heads": 1}),
+        ("classification", {"image_size": (20, 8), "distillation_token": False}),
+        ("classification", {}),  # a second token that no head reads
+        (
+            "classification",
+            {
+                "image_size": (8, 12),
+                "distillation_token": False,
+                "layer_scale_init_value": 0.1,
+                "position_on_class_token": False,
+            },
+        ),
+    ],
+)
 
 
 class Spelled(nn.Module):
@@ -66,7 +78,7 @@ class Spelled(nn.Module):
             part = slice(head * width, (head + 1) * width)
             self.weights.append(torch.softmax(q[..., part] @ k[..., part].mT / width**0.5, -1))
             self.weights[-1].retain_grad()
-        mixed = [w @ v[..., i * width:(i + 1) * width] for i, w in enumerate(self.weights)]
+        mixed = [w @ v[..., i * width : (i + 1) * width] for i, w in enumerate(self.weights)]
         return own.out(torch.cat(mixed, -1))[:, :read], None
 
 
@@ -85,11 +97,16 @@ def spelled_out(model, x, token, target=None):
     _, logits = logits_of(model(x))[token]
     chosen = logits.argmax(-1) if target is None else torch.as_tensor(target).expand(len(x))
     sum(row[c] for row, c in zip(logits, chosen, strict=True)).backward()
-    kept = [[(w.detach()[b].double().numpy(), w.grad[b].double().numpy()) for w in block.attention.weights]
-            for b in range(len(x)) for block in model.deit.blocks]
+    kept = [
+        [(w.detach()[b].double().numpy(), w.grad[b].double().numpy()) for w in block.attention.weights]
+        for b in range(len(x))
+        for block in model.deit.blocks
+    ]
     depth = len(model.deit.blocks)
-    return [[tuple(np.stack(parts) for parts in zip(*heads, strict=True)) for heads in kept[i:i + depth]]
-            for i in range(0, len(kept), depth)]
+    return [
+        [tuple(np.stack(parts) for parts in zip(*heads, strict=True)) for heads in kept[i : i + depth]]
+        for i in range(0, len(kept), depth)
+    ]
 
 
 def rollout_of(blocks):
@@ -141,18 +158,30 @@ def test_maps_by_hand(kind, changes, method, target):
 
 def test_maps_from_the_attentions_of_transformers(quiet_transformers):
     ours = build("with_teacher", small(image_size=(8, 20)))
-    fields = {key: value for key, value in ours.config.to_dict().items() if key not in (
-        "distillation_token", "drop_path_rate", "drop_path_schedule", "layer_scale_init_value",
-        "position_on_class_token", "model_type")}
+    fields = {
+        key: value
+        for key, value in ours.config.to_dict().items()
+        if key
+        not in (
+            "distillation_token",
+            "drop_path_rate",
+            "drop_path_schedule",
+            "layer_scale_init_value",
+            "position_on_class_token",
+            "model_type",
+        )
+    }
     theirs = quiet_transformers.DeiTForImageClassificationWithTeacher(
-        quiet_transformers.DeiTConfig(**fields, attn_implementation="eager")).eval()
+        quiet_transformers.DeiTConfig(**fields, attn_implementation="eager")
+    ).eval()
     theirs.load_state_dict(weights.from_ours(ours._tensors(), "hf5", prefix="deit."))
     x = images(ours.config, 1)
     out = theirs(x, output_attentions=True)
     for token, (place, logits) in logits_of(out).items():
         slopes = torch.autograd.grad(logits.max(), out.attentions, retain_graph=True)
-        blocks = [(a.detach()[0].double().numpy(), s[0].double().numpy())
-                  for a, s in zip(out.attentions, slopes, strict=True)]
+        blocks = [
+            (a.detach()[0].double().numpy(), s[0].double().numpy()) for a, s in zip(out.attentions, slopes, strict=True)
+        ]
         for method in METHODS:
             expected = map_by_hand(BY_HAND[method](blocks), place, ours.config)
             assert_close(explain(ours, x, method)[token][0].double(), torch.tensor(expected), 1e-5)
@@ -168,7 +197,7 @@ def answer(model, x, token, target):
 
 def hide(x, row, column, config):
     (height, width), x = config.patch_hw, x.clone()
-    x[:, row * height:(row + 1) * height, column * width:(column + 1) * width] = 0
+    x[:, row * height : (row + 1) * height, column * width : (column + 1) * width] = 0
     return x
 
 
@@ -181,8 +210,13 @@ def test_occlusion_by_hand(kind, changes):
             for b in range(2):
                 own = logits_of(model(x))[token][1][b].argmax().item() if target is None else target
                 whole = answer(model, x[b], token, own)
-                expected = [[whole - answer(model, hide(x[b], row, column, config), token, own)
-                             for column in range(config.grid[1])] for row in range(config.grid[0])]
+                expected = [
+                    [
+                        whole - answer(model, hide(x[b], row, column, config), token, own)
+                        for column in range(config.grid[1])
+                    ]
+                    for row in range(config.grid[0])
+                ]
                 assert_close(drops[b], torch.tensor(expected), 1e-5)
 
 
@@ -203,10 +237,15 @@ def areas_by_hand(model, x, token, target, order):
     return np.trapezoid(removed, fractions), np.trapezoid(revealed, fractions)
 
 
-@pytest.mark.parametrize(("kind", "changes"), [
-    ("with_teacher", {"image_size": (8, 20)}), ("with_teacher", {"image_size": (13, 11), "patch_size": (2, 2)}),
-    ("with_teacher", {"image_size": (20, 28)}),  # 35 patches: more than steps
-    ("classification", {"distillation_token": False})])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("with_teacher", {"image_size": (8, 20)}),
+        ("with_teacher", {"image_size": (13, 11), "patch_size": (2, 2)}),
+        ("with_teacher", {"image_size": (20, 28)}),  # 35 patches: more than steps
+        ("classification", {"distillation_token": False}),
+    ],
+)
 def test_deletion_and_insertion_by_hand(kind, changes):
     model = build(kind, small(**changes))
     x = images(model.config)
@@ -252,7 +291,7 @@ def squares(count, seed, config):
 
 def light(x, label, place):
     row, column = (4 * int(each) for each in place)
-    x[label, row:row + 4, column:column + 4] += 2
+    x[label, row : row + 4, column : column + 4] += 2
 
 
 @pytest.fixture(scope="module")
@@ -283,8 +322,12 @@ def test_the_reason_is_found(spotter):
     assert (out.distillation_logits.argmax(-1) == labels).all()
     chance = random_order(spotter, x, labels)
     # Of 15 patches chance finds the right one in 0.07 of the images.
-    for maps, share in ((explain(spotter, x, "rollout"), 0.95), (explain(spotter, x, "relevance"), 0.5),
-                        (explain(spotter, x, "attention"), 0.95), (occlusion(spotter, x), 0.95)):
+    for maps, share in (
+        (explain(spotter, x, "rollout"), 0.95),
+        (explain(spotter, x, "relevance"), 0.5),
+        (explain(spotter, x, "attention"), 0.95),
+        (occlusion(spotter, x), 0.95),
+    ):
         scores = deletion_insertion(spotter, x, maps)
         for token, values in maps.items():
             assert (strongest(values) == places).all(1).float().mean() >= share
@@ -370,13 +413,18 @@ def test_what_is_refused():
     with raises_saying(ValueError, "method='saliency'", "rollout, relevance, attention"):
         explain(model, x, "saliency")
     for target in (5, -1, torch.tensor([0, 1, 2]), torch.tensor(0.5), torch.tensor([True, False])):
-        for function in (lambda t: explain(model, x, "relevance", t), lambda t: occlusion(model, x, t),
-                         lambda t: random_order(model, x, t)):
+        for function in (
+            lambda t: explain(model, x, "relevance", t),
+            lambda t: occlusion(model, x, t),
+            lambda t: random_order(model, x, t),
+        ):
             with pytest.raises(ValueError, match="target must be an integer from 0 to 4, or one for each of 2 images"):
                 function(target)
-    for other, said in [(ConvNet(ConvNetConfig()), "a ConvNet can't"),
-                        (build("backbone", small()), "a DeiTModel can't"),
-                        (build("masked_image", small()), "a DeiTForMaskedImageModeling can't")]:
+    for other, said in [
+        (ConvNet(ConvNetConfig()), "a ConvNet can't"),
+        (build("backbone", small()), "a DeiTModel can't"),
+        (build("masked_image", small()), "a DeiTForMaskedImageModeling can't"),
+    ]:
         with raises_saying(ValueError, said, "give a DeiT or ViT classifier"):
             explain(other, x, "rollout")
         with raises_saying(ValueError, said):
@@ -401,9 +449,12 @@ def test_the_model_saw_what_is_drawn():
     """As the processor leaves the pixels when it does not normalise."""
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8))
-    for processor in (DeiTImageProcessor.paper((21, 30)), DeiTImageProcessor(crop_size=(21, 30), size=40),
-                      DeiTImageProcessor(crop_size=(21, 30), size=40, do_normalize=False),
-                      DeiTImageProcessor(crop_size=(21, 30), size=40, do_normalize=False, do_rescale=False)):
+    for processor in (
+        DeiTImageProcessor.paper((21, 30)),
+        DeiTImageProcessor(crop_size=(21, 30), size=40),
+        DeiTImageProcessor(crop_size=(21, 30), size=40, do_normalize=False),
+        DeiTImageProcessor(crop_size=(21, 30), size=40, do_normalize=False, do_rescale=False),
+    ):
         pixels = processor([picture], return_tensors="pt").pixel_values
         [seen] = seen_by(small(image_size=(21, 30)), pixels, processor)
         raw = processor([picture], do_normalize=False, do_rescale=False)["pixel_values"][0]
@@ -450,8 +501,12 @@ def test_a_map_lies_over_its_patches():
 
 @pytest.fixture
 def folder(tmp_path):
-    for name, kind, changes in [("m", "with_teacher", {}), ("vit", "classification", {"distillation_token": False}),
-                                ("wide", "with_teacher", {"image_size": (8, 20)}), ("backbone", "backbone", {})]:
+    for name, kind, changes in [
+        ("m", "with_teacher", {}),
+        ("vit", "classification", {"distillation_token": False}),
+        ("wide", "with_teacher", {"image_size": (8, 20)}),
+        ("backbone", "backbone", {}),
+    ]:
         config = small(id2label=LABELS, num_labels=None, **changes)
         build(kind, config).save_pretrained(tmp_path / name)
         DeiTImageProcessor.paper(config.image_size).save_pretrained(tmp_path / name)
@@ -465,8 +520,9 @@ def folder(tmp_path):
 def test_a_file_explained(folder):
     found = explain_file(folder / "wide", folder / "photo.png", target="dog")
     model = CLASS_OF["with_teacher"].from_pretrained(folder / "wide")
-    pixels = DeiTImageProcessor.from_pretrained(folder / "wide")([folder / "photo.png"],
-                                                                 return_tensors="pt").pixel_values
+    pixels = DeiTImageProcessor.from_pretrained(folder / "wide")(
+        [folder / "photo.png"], return_tensors="pt"
+    ).pixel_values
     out = model(pixels)
     chance = random_order(model, pixels, 3)
     for each, (token, (_, logits)) in zip(found.answers, logits_of(out).items(), strict=True):
@@ -475,10 +531,10 @@ def test_a_file_explained(folder):
         assert (each.probability, each.target_probability) == pytest.approx((scores.max().item(), scores[3].item()))
         assert each.chance == pytest.approx([area.item() for area in chance[token]])
     assert [(each.method, each.token) for each in found.maps] == [
-        (method, token) for method in (*METHODS, "occlusion") for token in ("class", "distillation")]
+        (method, token) for method in (*METHODS, "occlusion") for token in ("class", "distillation")
+    ]
     for each in found.maps:
-        maps = (occlusion(model, pixels, 3) if each.method == "occlusion" else
-                explain(model, pixels, each.method, 3))
+        maps = occlusion(model, pixels, 3) if each.method == "occlusion" else explain(model, pixels, each.method, 3)
         assert each.values.shape == (2, 5)
         assert_close(each.values, maps[each.token][0].numpy())
         areas = deletion_insertion(model, pixels, maps, 3)[each.token]
@@ -512,8 +568,8 @@ def holds(drawn, picture):
     """Whether a figure shows a picture somewhere."""
     cell = np.asarray(picture)
     height, width = cell.shape[:2]
-    corners = (drawn[:, :1 - width] == cell[0, 0]) & (drawn[:, width - 1:] == cell[0, -1])
-    return any(np.array_equal(drawn[y:y + height, x:x + width], cell) for y, x in np.argwhere(corners.all(-1)))
+    corners = (drawn[:, : 1 - width] == cell[0, 0]) & (drawn[:, width - 1 :] == cell[0, -1])
+    return any(np.array_equal(drawn[y : y + height, x : x + width], cell) for y, x in np.argwhere(corners.all(-1)))
 
 
 def test_what_can_not_be_explained_is_said_before_it_is_tried(folder):
@@ -529,14 +585,26 @@ def test_what_can_not_be_explained_is_said_before_it_is_tried(folder):
         explain_pixels(broken, DeiTImageProcessor.paper(16), images(broken.config, 1), methods=["attention"])
 
 
-@pytest.mark.parametrize(("shape", "place", "said"), [
-    ((3, 3), (0, 0), "in the upper left"), ((3, 3), (0, 1), "at the top"), ((3, 3), (0, 2), "in the upper right"),
-    ((3, 3), (1, 0), "on the left"), ((3, 3), (1, 1), "in the middle"), ((3, 3), (1, 2), "on the right"),
-    ((3, 3), (2, 0), "in the lower left"), ((3, 3), (2, 1), "at the bottom"), ((3, 3), (2, 2), "in the lower right"),
-    ((14, 14), (4, 8), "at the top"), ((14, 14), (13, 4), "in the lower left"),
-    ((1, 1), (0, 0), "nowhere more than elsewhere"),
-    ((1, 2), (0, 1), "on the right"), ((1, 14), (0, 6), "in the middle"), ((2, 1), (1, 0), "at the bottom"),
-])
+@pytest.mark.parametrize(
+    ("shape", "place", "said"),
+    [
+        ((3, 3), (0, 0), "in the upper left"),
+        ((3, 3), (0, 1), "at the top"),
+        ((3, 3), (0, 2), "in the upper right"),
+        ((3, 3), (1, 0), "on the left"),
+        ((3, 3), (1, 1), "in the middle"),
+        ((3, 3), (1, 2), "on the right"),
+        ((3, 3), (2, 0), "in the lower left"),
+        ((3, 3), (2, 1), "at the bottom"),
+        ((3, 3), (2, 2), "in the lower right"),
+        ((14, 14), (4, 8), "at the top"),
+        ((14, 14), (13, 4), "in the lower left"),
+        ((1, 1), (0, 0), "nowhere more than elsewhere"),
+        ((1, 2), (0, 1), "on the right"),
+        ((1, 14), (0, 6), "in the middle"),
+        ((2, 1), (1, 0), "at the bottom"),
+    ],
+)
 def test_where_a_map_is_strongest_in_words(shape, place, said):
     values = np.full(shape, -1.0)
     values[place] = 0.5
@@ -552,8 +620,9 @@ def test_the_figure_holds_the_image_and_every_map(folder):
         cells = [picture, *(overlay(picture, each.values) for each in found.maps if each.token == row)]
         for cell in map(np.asarray, cells):
             corners = (drawn[:, :-279] == cell[0, 0]) & (drawn[:, 279:] == cell[0, -1])
-            hits = [(y, x) for y, x in np.argwhere(corners.all(-1))
-                    if np.array_equal(drawn[y:y + 112, x:x + 280], cell)]
+            hits = [
+                (y, x) for y, x in np.argwhere(corners.all(-1)) if np.array_equal(drawn[y : y + 112, x : x + 280], cell)
+            ]
             assert hits
             places.append(hits[0] if row == "class" else hits[-1])
     assert len(set(places)) == 10
@@ -566,8 +635,13 @@ def test_the_figure_holds_the_image_and_every_map(folder):
 @pytest.mark.parametrize("label", ["a very long name, " * 20, "猫", "line\nbreak", ""])
 def test_any_label_is_drawn(folder, label):
     found = explain_file(folder / "vit", folder / "photo.png", methods=["rollout"])
-    named = Explanation(found.model, label, found.seen,
-                        tuple(type(a)(**{**vars(a), "label": label, "target": "x"}) for a in found.answers), found.maps)
+    named = Explanation(
+        found.model,
+        label,
+        found.seen,
+        tuple(type(a)(**{**vars(a), "label": label, "target": "x"}) for a in found.answers),
+        found.maps,
+    )
     assert figure(named).size == figure(found).size
 
 
@@ -604,8 +678,9 @@ def test_the_command(folder, capsys):
 
 
 def test_the_table_of_the_command(folder, capsys):
-    shown = run(capsys, folder / "m", folder / "photo.png", "--out", folder / "f.PNG", "--method", "rollout",
-                "--target", "bee").out
+    shown = run(
+        capsys, folder / "m", folder / "photo.png", "--out", folder / "f.PNG", "--method", "rollout", "--target", "bee"
+    ).out
     found = explain_file(folder / "m", folder / "photo.png", methods=["rollout"], target="bee")
     rows = [line.split() for line in shown.splitlines()]
     for answer_ in found.answers:
@@ -624,7 +699,8 @@ def test_what_the_command_refuses(folder, capsys):
     out.write_bytes(b"as it was")
     (folder / "bad.png").write_bytes(b"no image")
     build("with_teacher", small(id2label={0: "crane", 1: "crane", 2: "tench"}, num_labels=None)).save_pretrained(
-        folder / "cranes")
+        folder / "cranes"
+    )
     DeiTImageProcessor.paper(16).save_pretrained(folder / "cranes")
     broken = build("with_teacher", small())
     broken.cls_classifier.bias.data[0] = float("nan")
@@ -633,9 +709,12 @@ def test_what_the_command_refuses(folder, capsys):
     for arguments, said in [
         (("m", photo, "--target", "Ant"), "the model knows no class 'Ant'; it knows 'ant'"),
         (("cranes", photo, "--target", "crane"), "the model calls 2 of its classes 'crane'"),
-        (("convnet", photo), "a ConvNet can't be explained"), (("backbone", photo), "a DeiTModel can't be explained"),
-        (("m", folder / "bad.png"), f"{folder / 'bad.png'} is not an image"), (("m", folder / "none.png"), "none.png"),
-        (("nothing", photo), "does not exist"), (("nan", photo), "not a number"),
+        (("convnet", photo), "a ConvNet can't be explained"),
+        (("backbone", photo), "a DeiTModel can't be explained"),
+        (("m", folder / "bad.png"), f"{folder / 'bad.png'} is not an image"),
+        (("m", folder / "none.png"), "none.png"),
+        (("nothing", photo), "does not exist"),
+        (("nan", photo), "not a number"),
         (("m", photo, "--device", "abacus"), "abacus"),
     ]:
         shown = run(capsys, folder / arguments[0], *arguments[1:], "--out", out, status=1)

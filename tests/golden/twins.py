@@ -1,7 +1,7 @@
 """Stored models and their answers, to which either framework is held where the other isn't installed.
 
-    python tests/golden/twins.py keras|torch      # compares
-    python tests/golden/twins.py write            # writes, from the PyTorch classes
+python tests/golden/twins.py keras|torch      # compares
+python tests/golden/twins.py write            # writes, from the PyTorch classes
 """
 
 import sys
@@ -12,13 +12,25 @@ import numpy as np
 import deit
 
 FOLDER = Path(__file__).parent / "twins"
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
-         "image_size": (8, 12), "patch_size": 4, "encoder_stride": 4, "layer_norm_eps": 1e-6, "num_labels": 3}
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "image_size": (8, 12),
+    "patch_size": 4,
+    "encoder_stride": 4,
+    "layer_norm_eps": 1e-6,
+    "num_labels": 3,
+}
 MODELS = {
     "DeiTModel": {"drop_path_rate": 0.5},
     "DeiTForMaskedImageModeling": {},
-    "DeiTForImageClassification": {"distillation_token": False, "layer_scale_init_value": 0.1,
-                                   "position_on_class_token": False},
+    "DeiTForImageClassification": {
+        "distillation_token": False,
+        "layer_scale_init_value": 0.1,
+        "position_on_class_token": False,
+    },
     "DeiTForImageClassificationWithTeacher": {},
 }
 
@@ -26,10 +38,13 @@ MODELS = {
 def inputs() -> dict[str, dict[str, np.ndarray]]:
     random = np.random.default_rng(0)
     pixels = {"pixel_values": random.standard_normal((2, 3, 8, 12)).astype("float32")}
-    return {"DeiTModel": pixels, "DeiTForImageClassification": pixels | {"labels": np.array([2, 0])},
-            "DeiTForMaskedImageModeling": pixels | {"bool_masked_pos": random.random((2, 6)) < 0.5},
-            "DeiTForImageClassificationWithTeacher": pixels | {
-                "labels": np.array([2, 0]), "teacher_logits": random.standard_normal((2, 3)).astype("float32")}}
+    return {
+        "DeiTModel": pixels,
+        "DeiTForImageClassification": pixels | {"labels": np.array([2, 0])},
+        "DeiTForMaskedImageModeling": pixels | {"bool_masked_pos": random.random((2, 6)) < 0.5},
+        "DeiTForImageClassificationWithTeacher": pixels
+        | {"labels": np.array([2, 0]), "teacher_logits": random.standard_normal((2, 3)).astype("float32")},
+    }
 
 
 def answers(framework: str, name: str) -> dict[str, np.ndarray]:
@@ -42,7 +57,8 @@ def answers(framework: str, name: str) -> dict[str, np.ndarray]:
 
         with torch.no_grad():
             out = getattr(deit, name).from_pretrained(FOLDER / name)(
-                **{key: torch.from_numpy(value) for key, value in inputs()[name].items()}, trace=trace)
+                **{key: torch.from_numpy(value) for key, value in inputs()[name].items()}, trace=trace
+            )
     return {key: np.asarray(value) for key, value in {**trace, **dict(out.items())}.items()}
 
 

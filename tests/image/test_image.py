@@ -27,8 +27,25 @@ from deit.image.processor import DeiTFeatureExtractor, DeiTImageProcessor
 
 PHOTOS = Path(__file__).parents[3] / "shared/data/imagenet_sample.tar"
 SIZES = [(1, 1), (7, 300), (37, 53), (223, 225), (256, 256), (375, 500), (500, 375)]
-MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16",
-         "F"]
+MODES = [
+    "1",
+    "L",
+    "LA",
+    "La",
+    "P",
+    "PA",
+    "RGB",
+    "RGBA",
+    "RGBa",
+    "RGBX",
+    "CMYK",
+    "YCbCr",
+    "HSV",
+    "LAB",
+    "I",
+    "I;16",
+    "F",
+]
 
 
 def noise(height, width, channels=3, seed=0):
@@ -72,20 +89,23 @@ def compare(images, reference=DeiTImageProcessorPil, **options):
 # ---- parity with transformers ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [
-    {},
-    {"size": 224, "resample": 2, "do_center_crop": False},
-    {"size": {"shortest_edge": 256}, "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD},
-    {"size": {"shortest_edge": 100, "longest_edge": 120}, "crop_size": 97},
-    {"size": {"height": 61, "width": 90}, "crop_size": {"height": 80, "width": 31}},
-    {"do_resize": False, "crop_size": (101, 300)},
-    {"do_resize": False, "do_center_crop": False},
-    {"do_rescale": False, "image_mean": 120.0, "image_std": 60.0},
-    {"do_normalize": False},
-    {"do_normalize": False, "do_rescale": False},
-    {"rescale_factor": 1 / 127.5, "image_mean": [1.0, 1.0, 1.0], "image_std": [1.0, 1.0, 1.0]},
-    *({"resample": filter_} for filter_ in (0, 1, 4, 5)),
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"size": 224, "resample": 2, "do_center_crop": False},
+        {"size": {"shortest_edge": 256}, "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD},
+        {"size": {"shortest_edge": 100, "longest_edge": 120}, "crop_size": 97},
+        {"size": {"height": 61, "width": 90}, "crop_size": {"height": 80, "width": 31}},
+        {"do_resize": False, "crop_size": (101, 300)},
+        {"do_resize": False, "do_center_crop": False},
+        {"do_rescale": False, "image_mean": 120.0, "image_std": 60.0},
+        {"do_normalize": False},
+        {"do_normalize": False, "do_rescale": False},
+        {"rescale_factor": 1 / 127.5, "image_mean": [1.0, 1.0, 1.0], "image_std": [1.0, 1.0, 1.0]},
+        *({"resample": filter_} for filter_ in (0, 1, 4, 5)),
+    ],
+)
 def test_options_match(options):
     images = [Image.fromarray(noise(*size, seed=i)) for i, size in enumerate(SIZES)] + [smooth(180, 301)]
     assert compare(images, **options) <= 1e-5
@@ -95,8 +115,11 @@ def test_random_options_match():
     random = np.random.default_rng(5)
     for trial in range(60):
         sides = [int(n) for n in random.integers(1, 120, 4)]
-        sizes = [{"height": sides[0], "width": sides[1]}, {"shortest_edge": sides[0]},
-                 {"shortest_edge": sides[0], "longest_edge": max(sides[:2])}]
+        sizes = [
+            {"height": sides[0], "width": sides[1]},
+            {"shortest_edge": sides[0]},
+            {"shortest_edge": sides[0], "longest_edge": max(sides[:2])},
+        ]
         options = {
             "do_resize": bool(random.integers(4)),
             "size": sizes[random.integers(3)],
@@ -187,8 +210,13 @@ def test_vit_matches():
 
 def test_overrides_match():
     image = smooth(300, 211)
-    calls = [{"size": 64, "crop_size": 48}, {"do_center_crop": False}, {"image_mean": [0.1, 0.2, 0.3]},
-             {"do_resize": False, "do_normalize": False}, {"resample": 0}]
+    calls = [
+        {"size": 64, "crop_size": 48},
+        {"do_center_crop": False},
+        {"image_mean": [0.1, 0.2, 0.3]},
+        {"do_resize": False, "do_normalize": False},
+        {"resample": 0},
+    ]
     for call in calls:
         theirs = DeiTImageProcessorPil()(image, return_tensors="np", **call).pixel_values
         assert worst(DeiTImageProcessor()(image, "np", **call).pixel_values, theirs) <= 1e-5
@@ -196,8 +224,18 @@ def test_overrides_match():
 
 
 @pytest.mark.skipif(not PHOTOS.exists(), reason="the sample of ImageNet photos is not on this machine")
-@pytest.mark.parametrize("options", [{}, {"size": {"shortest_edge": 256}, "image_mean": list(IMAGENET_MEAN),
-                                          "image_std": list(IMAGENET_STD), "do_convert_rgb": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {
+            "size": {"shortest_edge": 256},
+            "image_mean": list(IMAGENET_MEAN),
+            "image_std": list(IMAGENET_STD),
+            "do_convert_rgb": True,
+        },
+    ],
+)
 def test_photos_match(options):
     with tarfile.open(PHOTOS) as tar:
         files = [member for member in tar.getmembers() if member.name.endswith(".JPEG")][::5][:24]
@@ -254,8 +292,19 @@ def test_batches(tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(array).save(path)
     one = DeiTImageProcessor()(array, "np").pixel_values
-    forms = [[array], (array,), array[None], [[array]], Image.fromarray(array), path, str(path), path.read_bytes(),
-             io.BytesIO(path.read_bytes()), torch.from_numpy(array), bytearray(path.read_bytes())]
+    forms = [
+        [array],
+        (array,),
+        array[None],
+        [[array]],
+        Image.fromarray(array),
+        path,
+        str(path),
+        path.read_bytes(),
+        io.BytesIO(path.read_bytes()),
+        torch.from_numpy(array),
+        bytearray(path.read_bytes()),
+    ]
     for form in forms:
         np.testing.assert_array_equal(DeiTImageProcessor()(form, "np").pixel_values, one)
     mixed = DeiTImageProcessor()([path, [array, torch.from_numpy(array)], array[None]], "np").pixel_values
@@ -364,21 +413,24 @@ def test_double_rescale_warns():
 # ---- options and files -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("given", "shown"), [
-    ({"size": 200}, {"size": {"height": 200, "width": 200}}),
-    ({"size": [200, 300]}, {"size": {"height": 200, "width": 300}}),
-    ({"size": np.int64(9)}, {"size": {"height": 9, "width": 9}}),
-    ({"size": {"shortest_edge": 9}}, {"size": {"shortest_edge": 9}}),
-    ({"crop_size": (8, 9)}, {"crop_size": {"height": 8, "width": 9}}),
-    ({"resample": "bicubic"}, {"resample": Image.Resampling.BICUBIC}),
-    ({"resample": 2}, {"resample": Image.Resampling.BILINEAR}),
-    ({"resample": Image.Resampling.BOX}, {"resample": 4}),
-    ({"image_mean": [0, 1, 0.5]}, {"image_mean": (0.0, 1.0, 0.5)}),
-    ({"image_std": np.array([1.0, 2.0, 3.0])}, {"image_std": (1.0, 2.0, 3.0)}),
-    ({"image_mean": 1}, {"image_mean": 1.0}),
-    ({"size": None, "do_resize": None}, {"size": {"height": 256, "width": 256}, "do_resize": True}),
-    ({"data_format": ChannelDimension.LAST}, {"data_format": "channels_last"}),
-])
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ({"size": 200}, {"size": {"height": 200, "width": 200}}),
+        ({"size": [200, 300]}, {"size": {"height": 200, "width": 300}}),
+        ({"size": np.int64(9)}, {"size": {"height": 9, "width": 9}}),
+        ({"size": {"shortest_edge": 9}}, {"size": {"shortest_edge": 9}}),
+        ({"crop_size": (8, 9)}, {"crop_size": {"height": 8, "width": 9}}),
+        ({"resample": "bicubic"}, {"resample": Image.Resampling.BICUBIC}),
+        ({"resample": 2}, {"resample": Image.Resampling.BILINEAR}),
+        ({"resample": Image.Resampling.BOX}, {"resample": 4}),
+        ({"image_mean": [0, 1, 0.5]}, {"image_mean": (0.0, 1.0, 0.5)}),
+        ({"image_std": np.array([1.0, 2.0, 3.0])}, {"image_std": (1.0, 2.0, 3.0)}),
+        ({"image_mean": 1}, {"image_mean": 1.0}),
+        ({"size": None, "do_resize": None}, {"size": {"height": 256, "width": 256}, "do_resize": True}),
+        ({"data_format": ChannelDimension.LAST}, {"data_format": "channels_last"}),
+    ],
+)
 def test_option_forms(given, shown):
     processor, assigned = DeiTImageProcessor(**given), DeiTImageProcessor()
     for name, value in given.items():
@@ -470,17 +522,24 @@ def test_unknown_keys_survive(tmp_path):
         DeiTImageProcessor.from_dict({**saved, "do_flip": True})
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"size": {"shortest_edge": 100}, "resample": 2, "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD},
-    {"do_center_crop": False, "rescale_factor": 0.01}, {"do_normalize": False, "do_convert_rgb": True},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"size": {"shortest_edge": 100}, "resample": 2, "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD},
+        {"do_center_crop": False, "rescale_factor": 0.01},
+        {"do_normalize": False, "do_convert_rgb": True},
+    ],
+)
 def test_transformers_reads_ours(tmp_path, options):
     ours = DeiTImageProcessor(**options)
     ours.save_pretrained(tmp_path)
     image = smooth(210, 140)
     expected = ours(image, "np").pixel_values
-    for theirs in (DeiTImageProcessorPil.from_pretrained(tmp_path), AutoImageProcessor.from_pretrained(
-            tmp_path, backend="pil")):
+    for theirs in (
+        DeiTImageProcessorPil.from_pretrained(tmp_path),
+        AutoImageProcessor.from_pretrained(tmp_path, backend="pil"),
+    ):
         assert worst(expected, theirs(image, return_tensors="np").pixel_values) <= 1e-5
 
 
@@ -495,17 +554,45 @@ def test_ours_reads_transformers(tmp_path, reference, options):
 
 
 HISTORIC = [
-    {"do_center_crop": True, "do_normalize": True, "do_resize": True, "feature_extractor_type": "DeiTFeatureExtractor",
-     "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "resample": 3, "size": 256,
-     "crop_size": 224},
-    {"do_normalize": True, "do_resize": True, "feature_extractor_type": "ViTFeatureExtractor", "size": 384,
-     "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "resample": 2},
-    {"feature_extractor_type": "ViTFeatureExtractor", "image_processor_type": "ViTFeatureExtractor",
-     "size": {"height": 96, "width": 80}},
-    {"image_processor_type": "ViTImageProcessorFast", "size": [60, 70], "device": None, "do_convert_rgb": None,
-     "data_format": "channels_first", "default_to_square": True, "return_tensors": None},
-    *({"image_processor_type": f"{family}ImageProcessor{kind}"} for family in ("DeiT", "ViT")
-      for kind in ("", "Fast", "Pil")),
+    {
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "feature_extractor_type": "DeiTFeatureExtractor",
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "resample": 3,
+        "size": 256,
+        "crop_size": 224,
+    },
+    {
+        "do_normalize": True,
+        "do_resize": True,
+        "feature_extractor_type": "ViTFeatureExtractor",
+        "size": 384,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "resample": 2,
+    },
+    {
+        "feature_extractor_type": "ViTFeatureExtractor",
+        "image_processor_type": "ViTFeatureExtractor",
+        "size": {"height": 96, "width": 80},
+    },
+    {
+        "image_processor_type": "ViTImageProcessorFast",
+        "size": [60, 70],
+        "device": None,
+        "do_convert_rgb": None,
+        "data_format": "channels_first",
+        "default_to_square": True,
+        "return_tensors": None,
+    },
+    *(
+        {"image_processor_type": f"{family}ImageProcessor{kind}"}
+        for family in ("DeiT", "ViT")
+        for kind in ("", "Fast", "Pil")
+    ),
     {"size": 200, "crop_size": {"height": 150, "width": 160}},
 ]
 
@@ -535,10 +622,13 @@ def test_from_pretrained(tmp_path):
 
 def test_refused_files(tmp_path):
     path = tmp_path / "preprocessor_config.json"
-    for text, message in [("{", "is not valid JSON"), ("[]", "should hold a JSON object, found list"),
-                          ('{"image_processor_type": "CLIPImageProcessor"}', "is for CLIPImageProcessor, which is not"),
-                          ('{"feature_extractor_type": "BeitFeatureExtractor"}', "is for BeitFeatureExtractor"),
-                          ('{"do_pad": true}', "do_pad=True is not done")]:
+    for text, message in [
+        ("{", "is not valid JSON"),
+        ("[]", "should hold a JSON object, found list"),
+        ('{"image_processor_type": "CLIPImageProcessor"}', "is for CLIPImageProcessor, which is not"),
+        ('{"feature_extractor_type": "BeitFeatureExtractor"}', "is for BeitFeatureExtractor"),
+        ('{"do_pad": true}', "do_pad=True is not done"),
+    ]:
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             DeiTImageProcessor.from_json_file(path)
@@ -568,11 +658,16 @@ def test_paper():
 TIMM = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bicubic"}
 
 
-@pytest.mark.parametrize(("size", "cfg"), [
-    (224, {**TIMM, "crop_pct": 0.875}), (224, {**TIMM, "crop_pct": 0.9}), (384, {**TIMM, "crop_pct": 1.0}),
-    (48, {**TIMM, "crop_pct": 0.95, "crop_mode": "squash", "interpolation": "bilinear"}),
-    (64, {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}),
-])
+@pytest.mark.parametrize(
+    ("size", "cfg"),
+    [
+        (224, {**TIMM, "crop_pct": 0.875}),
+        (224, {**TIMM, "crop_pct": 0.9}),
+        (384, {**TIMM, "crop_pct": 1.0}),
+        (48, {**TIMM, "crop_pct": 0.95, "crop_mode": "squash", "interpolation": "bilinear"}),
+        (64, {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}),
+    ],
+)
 def test_timm(size, cfg):
     from timm.data import create_transform
 
@@ -588,8 +683,12 @@ def test_timm(size, cfg):
 def test_timm_refused():
     with pytest.raises(ValueError, match="crop_mode is 'border'"):
         DeiTImageProcessor.from_timm({"crop_mode": "border"})
-    for options in ({"do_normalize": False}, {"rescale_factor": 1.0}, {"size": {"shortest_edge": 50},
-                    "crop_size": (30, 40)}, {"size": {"shortest_edge": 50}, "do_center_crop": False}):
+    for options in (
+        {"do_normalize": False},
+        {"rescale_factor": 1.0},
+        {"size": {"shortest_edge": 50}, "crop_size": (30, 40)},
+        {"size": {"shortest_edge": 50}, "do_center_crop": False},
+    ):
         with pytest.raises(ValueError, match="timm's keys say"):
             DeiTImageProcessor(**options).to_timm()
 
@@ -640,8 +739,11 @@ def test_alpha_is_dropped():
 @pytest.mark.parametrize("dtype", ["uint16", ">u2", "int32"])
 def test_deep_images(dtype):
     values = np.array([[0, 1, 128, 129, 257, 32768, 65278, 65535]])
-    image = Image.frombytes("I;16B", (8, 1), values.astype(">u2").tobytes()) if dtype == ">u2" else Image.fromarray(
-        values.astype(dtype))
+    image = (
+        Image.frombytes("I;16B", (8, 1), values.astype(">u2").tobytes())
+        if dtype == ">u2"
+        else Image.fromarray(values.astype(dtype))
+    )
     expected = np.round(values / 257)
     for mode in ("RGB", "L"):
         got = np.asarray(load_image(image, mode=mode)).reshape(1, 8, -1)[..., 0]
@@ -702,10 +804,20 @@ def test_damaged_exif_is_ignored():
     assert load_image(encode(smooth(34, 50), exif=exif(77)), min_side=8).size == (25, 17)
 
 
-@pytest.mark.parametrize(("side", "size"), [
-    (None, (1203, 901)), (500, (1203, 901)), (226, (1203, 901)), (225, (602, 451)), ((225, 300), (602, 451)),
-    ((100, 301), (1203, 901)), (112, (301, 226)), (50, (151, 113)), (1, (151, 113)),
-])
+@pytest.mark.parametrize(
+    ("side", "size"),
+    [
+        (None, (1203, 901)),
+        (500, (1203, 901)),
+        (226, (1203, 901)),
+        (225, (602, 451)),
+        ((225, 300), (602, 451)),
+        ((100, 301), (1203, 901)),
+        (112, (301, 226)),
+        (50, (151, 113)),
+        (1, (151, 113)),
+    ],
+)
 def test_scaled_decoding(side, size):
     """As small as twice the wanted sides allow, also for a photo that lies on its side in the file."""
     picture = smooth(901, 1203)
@@ -805,10 +917,16 @@ def test_unreadable(tmp_path):
 
 def test_no_file(tmp_path):
     for source, message in [
-        (tmp_path, "is a folder"), (tmp_path / "none.jpg", "none.jpg does not exist"), ("", "is a folder"),
-        ("http://example.org/a.jpg", "download it first"), ("HTTPS://example.org/a.jpg", "is a URL"),
-        ("a\0b", "cannot be opened"), ("x" * 5000, r"xxx\.\.\. cannot be opened"), (5, "found an object of type int"),
-        (None, "found an object of type NoneType"), (io.StringIO("text"), 'open the file with mode "rb"'),
+        (tmp_path, "is a folder"),
+        (tmp_path / "none.jpg", "none.jpg does not exist"),
+        ("", "is a folder"),
+        ("http://example.org/a.jpg", "download it first"),
+        ("HTTPS://example.org/a.jpg", "is a URL"),
+        ("a\0b", "cannot be opened"),
+        ("x" * 5000, r"xxx\.\.\. cannot be opened"),
+        (5, "found an object of type int"),
+        (None, "found an object of type NoneType"),
+        (io.StringIO("text"), 'open the file with mode "rb"'),
     ]:
         with pytest.raises(ImageError, match=message):
             load_image(source)
@@ -880,8 +998,9 @@ def test_of_a_strip_only_what_the_crop_keeps_is_computed(size, crop, monkeypatch
     processor = DeiTImageProcessor(size={"shortest_edge": 256}, crop_size=crop, image_mean=0.0, image_std=1.0)
     resized = []
     resize = Image.Image.resize
-    monkeypatch.setattr(Image.Image, "resize", lambda self, *args, **options: resized.append(args[0]) or resize(
-        self, *args, **options))
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, *args, **options: resized.append(args[0]) or resize(self, *args, **options)
+    )
     found = processor([strip]).pixel_values[0]
     assert max(map(max, resized)) <= 300
     monkeypatch.undo()

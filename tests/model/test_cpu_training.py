@@ -9,8 +9,14 @@ from deit.model import cpu_training
 from deit.model.network import Attention
 
 KINDS = pytest.mark.parametrize("kind", CLASS_OF)
-CHANGES = [{}, {"drop_path_rate": 0.4}, {"layer_scale_init_value": 0.1, "drop_path_rate": 0.5}, {"qkv_bias": False},
-           {"hidden_act": "gelu_new"}, {"hidden_act": "gelu_pytorch_tanh", "image_size": (8, 12)}]
+CHANGES = [
+    {},
+    {"drop_path_rate": 0.4},
+    {"layer_scale_init_value": 0.1, "drop_path_rate": 0.5},
+    {"qkv_bias": False},
+    {"hidden_act": "gelu_new"},
+    {"hidden_act": "gelu_pytorch_tanh", "image_size": (8, 12)},
+]
 
 
 @pytest.fixture
@@ -62,12 +68,17 @@ def test_in_bfloat16_they_are_no_farther_from_float32_than_autocasts(changes):
     config = small(**changes)
     model, given = build("with_teacher", config), given_for("with_teacher", config)
     exact = trained(model, "eager", **given)
-    ours, theirs = (trained(model, implementation, precision=torch.bfloat16, **given)
-                    for implementation in ("auto", "eager"))
+    ours, theirs = (
+        trained(model, implementation, precision=torch.bfloat16, **given) for implementation in ("auto", "eager")
+    )
 
     def distance(found):
-        return sum(float((found[name].float() - value).norm() / (value.norm() + 1e-6)) for name, value in exact.items()
-                   if not name.endswith("qkv.bias")) / len(exact)  # the keys' part has no gradient but rounding errors
+        return sum(
+            float((found[name].float() - value).norm() / (value.norm() + 1e-6))
+            for name, value in exact.items()
+            if not name.endswith("qkv.bias")
+        ) / len(exact)  # the keys' part has no gradient but rounding errors
+
     assert 0 < distance(ours) <= 1.2 * distance(theirs)
     assert all(value.dtype == torch.float32 for value in ours.values())
 
@@ -115,9 +126,17 @@ def test_recomputed_blocks():
         torch.testing.assert_close(value, plain[name], rtol=0, atol=0, msg=name)
 
 
-@pytest.mark.parametrize(("changes", "given"), [
-    ({"attention_probs_dropout_prob": 0.1}, {}), ({"hidden_dropout_prob": 0.1}, {}), ({"hidden_act": "relu"}, {}),
-    ({}, {"output_attentions": True}), ({}, {"head_mask": torch.ones(3)})], ids=str)
+@pytest.mark.parametrize(
+    ("changes", "given"),
+    [
+        ({"attention_probs_dropout_prob": 0.1}, {}),
+        ({"hidden_dropout_prob": 0.1}, {}),
+        ({"hidden_act": "relu"}, {}),
+        ({}, {"output_attentions": True}),
+        ({}, {"head_mask": torch.ones(3)}),
+    ],
+    ids=str,
+)
 def test_what_only_autograd_knows_is_left_to_it(changes, given, calls):
     config = small(**changes)
     given = given | {"pixel_values": images(config)}
@@ -128,6 +147,7 @@ def test_what_only_autograd_knows_is_left_to_it(changes, given, calls):
 
 def test_parts_that_were_replaced_or_hooked_are_called(calls):
     """As adapters and whoever looks at features do it."""
+
     class Doubled(torch.nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)

@@ -39,18 +39,32 @@ def numbers(*tensors):
 
 
 LABELS = {
-    "whole": torch.tensor([0, 1, 2, 3, 4, 0]), "int32": torch.tensor([0, 1, 2, 3, 4, 0], dtype=torch.int32),
-    "floats": torch.rand(B, C), "one float": torch.rand(B), "column": torch.rand(B, 1),
-    "probabilities": torch.rand(B, C).softmax(-1), "multi-hot": (torch.arange(B * C).reshape(B, C) % 3 == 0).float(),
+    "whole": torch.tensor([0, 1, 2, 3, 4, 0]),
+    "int32": torch.tensor([0, 1, 2, 3, 4, 0], dtype=torch.int32),
+    "floats": torch.rand(B, C),
+    "one float": torch.rand(B),
+    "column": torch.rand(B, 1),
+    "probabilities": torch.rand(B, C).softmax(-1),
+    "multi-hot": (torch.arange(B * C).reshape(B, C) % 3 == 0).float(),
 }
 
 
-@pytest.mark.parametrize(("problem", "count", "labels"), [
-    (None, C, "whole"), (None, C, "floats"), (None, 1, "one float"), (None, 1, "column"), (None, C, "multi-hot"),
-    ("regression", C, "floats"), ("regression", 1, "column"), ("regression", 1, "one float"),
-    ("single_label_classification", C, "whole"), ("multi_label_classification", C, "multi-hot"),
-    ("multi_label_classification", C, "floats"),
-])
+@pytest.mark.parametrize(
+    ("problem", "count", "labels"),
+    [
+        (None, C, "whole"),
+        (None, C, "floats"),
+        (None, 1, "one float"),
+        (None, 1, "column"),
+        (None, C, "multi-hot"),
+        ("regression", C, "floats"),
+        ("regression", 1, "column"),
+        ("regression", 1, "one float"),
+        ("single_label_classification", C, "whole"),
+        ("multi_label_classification", C, "multi-hot"),
+        ("multi_label_classification", C, "floats"),
+    ],
+)
 def test_equals_transformers(problem, count, labels, quiet_transformers):
     from transformers.loss.loss_utils import LOSS_MAPPING
 
@@ -81,12 +95,19 @@ def test_booleans_are_several_labels():
     assert losses.classification_loss(x, truth, small(num_labels=C)).item() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize(("problem", "labels", "sentence"), [
-    (None, torch.zeros(B, C + 1), f"multi label classification needs labels of shape ({B}, {C}), found ({B}, {C + 1})"),
-    ("regression", torch.zeros(B), f"regression needs labels of shape ({B}, {C}), found ({B},)"),
-    ("single_label_classification", torch.zeros(B), "needs whole numbers, found torch.float32; pass indices"),
-    ("single_label_classification", torch.zeros(B - 1).long(), f"needs labels of shape ({B},), found ({B - 1},)"),
-])
+@pytest.mark.parametrize(
+    ("problem", "labels", "sentence"),
+    [
+        (
+            None,
+            torch.zeros(B, C + 1),
+            f"multi label classification needs labels of shape ({B}, {C}), found ({B}, {C + 1})",
+        ),
+        ("regression", torch.zeros(B), f"regression needs labels of shape ({B}, {C}), found ({B},)"),
+        ("single_label_classification", torch.zeros(B), "needs whole numbers, found torch.float32; pass indices"),
+        ("single_label_classification", torch.zeros(B - 1).long(), f"needs labels of shape ({B},), found ({B - 1},)"),
+    ],
+)
 def test_refused_labels(problem, labels, sentence):
     with raises_saying(ValueError, sentence, "set config.problem_type"):
         losses.classification_loss(torch.zeros(B, C), labels, small(num_labels=C, problem_type=problem))
@@ -104,11 +125,11 @@ def test_hard(labels, weight, smoothing, logits):
     x, y, z = numbers(*logits)
     truth = np.eye(C)[LABELS[labels]] if labels == "whole" else LABELS[labels].double().numpy()
     w = 0.5 if weight is None else weight
-    expected = ((1 - w) * cross_entropy(x, truth * (1 - smoothing) + smoothing / C)
-                + w * cross_entropy(y, z.argmax(-1)))
+    expected = (1 - w) * cross_entropy(x, truth * (1 - smoothing) + smoothing / C) + w * cross_entropy(y, z.argmax(-1))
     assert found.item() == pytest.approx(expected, abs=1e-6)
-    decided = losses.distillation_loss(cls, distillation, LABELS[labels], teacher.argmax(-1), weight=weight,
-                                       smoothing=smoothing)
+    decided = losses.distillation_loss(
+        cls, distillation, LABELS[labels], teacher.argmax(-1), weight=weight, smoothing=smoothing
+    )
     assert_close(decided, found, 0)
 
 
@@ -116,12 +137,15 @@ def test_hard(labels, weight, smoothing, logits):
 @pytest.mark.parametrize(("weight", "temperature"), [(None, None), (0.0, 2.0), (0.7, 1.0), (1.0, 5.0)])
 def test_soft(labels, weight, temperature, logits):
     cls, distillation, teacher = logits
-    found = losses.distillation_loss(cls, distillation, LABELS[labels], teacher, kind="soft", weight=weight,
-                                     temperature=temperature)
+    found = losses.distillation_loss(
+        cls, distillation, LABELS[labels], teacher, kind="soft", weight=weight, temperature=temperature
+    )
     x, y, z = numbers(*logits)
     w, tau = 0.1 if weight is None else weight, temperature or 3.0
-    divergence = sum(math.exp(p) * (p - q) for p, q in
-                     zip(log_softmax(z / tau).flat, log_softmax(y / tau).flat, strict=True)) / B
+    divergence = (
+        sum(math.exp(p) * (p - q) for p, q in zip(log_softmax(z / tau).flat, log_softmax(y / tau).flat, strict=True))
+        / B
+    )
     expected = (1 - w) * cross_entropy(x, LABELS[labels]) + w * tau**2 * divergence
     assert found.item() == pytest.approx(expected, abs=1e-5)
 
@@ -132,8 +156,10 @@ def test_soft_with_the_original_normalisation(count):
     student, teacher = torch.randn(B, count), torch.randn(B, count)
     labels = torch.arange(B) % count
     options = {"kind": "soft", "weight": 0.5, "temperature": 2.0}
-    found = [losses.distillation_loss(student, student, labels, teacher, **options, normalisation=name).item()
-             for name in ("images", "elements")]
+    found = [
+        losses.distillation_loss(student, student, labels, teacher, **options, normalisation=name).item()
+        for name in ("images", "elements")
+    ]
     p, q = (log_softmax(x.numpy() / 2.0) for x in (teacher, student))
     divergence = (np.exp(p) * (p - q)).sum() * 2.0**2
     truth = 0.5 * -log_softmax(student.numpy())[np.arange(B), labels.numpy()].mean()
@@ -163,7 +189,8 @@ def test_smoothing_and_the_binary_loss_exclude_each_other():
     """Smoothed labels give every class a share, and the original's threshold at 0 makes each of them a yes."""
     smoothed = 0.9 * torch.eye(C) + 0.1 / C
     assert losses.binary_cross_entropy(torch.zeros(C, C), smoothed).item() == pytest.approx(
-        binary(np.zeros((C, C)), np.ones((C, C))))
+        binary(np.zeros((C, C)), np.ones((C, C)))
+    )
     with raises_saying(ValueError, "smoothing makes every class a yes", "smoothing=0.1"):
         Supervised(loss="binary", smoothing=0.1)
 
@@ -177,13 +204,15 @@ def test_cosub(is_binary, logits):
     a, b = numbers(one, other)
     if is_binary:
         sigmoid = [1 / (1 + np.exp(-x)) for x in (a, b)]
-        expected = (binary(a, np.eye(C)[labels]) + binary(b, np.eye(C)[labels]) + binary(a, sigmoid[1])
-                    + binary(b, sigmoid[0])) / 4
+        expected = (
+            binary(a, np.eye(C)[labels]) + binary(b, np.eye(C)[labels]) + binary(a, sigmoid[1]) + binary(b, sigmoid[0])
+        ) / 4
         gradient = ((sigmoid[0] - np.eye(C)[labels]) + (sigmoid[0] - sigmoid[1])) / (4 * B * C)
     else:
         soft = [np.exp(log_softmax(x)) for x in (a, b)]
-        expected = (cross_entropy(a, labels) + cross_entropy(b, labels) + cross_entropy(a, soft[1])
-                    + cross_entropy(b, soft[0])) / 4
+        expected = (
+            cross_entropy(a, labels) + cross_entropy(b, labels) + cross_entropy(a, soft[1]) + cross_entropy(b, soft[0])
+        ) / 4
         gradient = ((soft[0] - np.eye(C)[labels]) + (soft[0] - soft[1])) / (4 * B)
     assert found.item() == pytest.approx(expected, rel=1e-5)
     found.backward()
@@ -205,12 +234,18 @@ def test_gradients_reach_both_heads(kind, logits):
         assert_close(distillation.grad, torch.tensor(0.1 * 3 * (soft_y - soft_z) / B).float(), 1e-6)
 
 
-@pytest.mark.parametrize(("options", "sentence"), [
-    ({"kind": "firm"}, "distillation kind 'firm' is not known; choose hard or soft"),
-    ({"weight": 1.5}, "distillation weight must be from 0 to 1, found 1.5"),
-    ({"temperature": 2.0}, "hard distillation has no temperature; leave it out, or choose kind='soft'"),
-    ({"kind": "soft", "teacher": torch.zeros(B)}, f"soft distillation needs teacher logits of shape ({B}, {C}), found"),
-])
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"kind": "firm"}, "distillation kind 'firm' is not known; choose hard or soft"),
+        ({"weight": 1.5}, "distillation weight must be from 0 to 1, found 1.5"),
+        ({"temperature": 2.0}, "hard distillation has no temperature; leave it out, or choose kind='soft'"),
+        (
+            {"kind": "soft", "teacher": torch.zeros(B)},
+            f"soft distillation needs teacher logits of shape ({B}, {C}), found",
+        ),
+    ],
+)
 def test_refusals(options, sentence, logits):
     given = {"teacher": logits[2], **options}
     with raises_saying(ValueError, sentence):
@@ -225,8 +260,9 @@ def test_model_distils(options, kind):
     model = build("with_teacher", small()).train()
     x, labels, teacher = images(model.config, B), LABELS["whole"], torch.randn(B, C)
     out = model(x, labels=labels, teacher_logits=teacher, **options)
-    expected = losses.distillation_loss(out.cls_logits, out.distillation_logits, labels, teacher, kind=kind,
-                                        temperature=options.get("temperature"))
+    expected = losses.distillation_loss(
+        out.cls_logits, out.distillation_logits, labels, teacher, kind=kind, temperature=options.get("temperature")
+    )
     assert_close(out.loss, expected, 0)
     out.loss.backward()
     for name in ("cls_classifier", "distillation_classifier"):
@@ -272,9 +308,14 @@ def test_masked_image_loss(grid, patch, border):
     painted = torch.randn(2, 3, rows * height, columns * width)
     mask = torch.rand(2, rows, columns) < 0.5
     mask[0, 0, 0] = True
-    differences = [abs(float(pixels[b, c, i, j] - painted[b, c, i, j]))
-                   for b in range(2) for c in range(3) for i in range(rows * height) for j in range(columns * width)
-                   if mask[b, i // height, j // width]]
+    differences = [
+        abs(float(pixels[b, c, i, j] - painted[b, c, i, j]))
+        for b in range(2)
+        for c in range(3)
+        for i in range(rows * height)
+        for j in range(columns * width)
+        if mask[b, i // height, j // width]
+    ]
     assert losses.masked_image_loss(pixels, painted, mask).item() == pytest.approx(np.mean(differences), abs=1e-5)
     assert losses.masked_image_loss(pixels, painted, torch.zeros_like(mask)).item() == 0
 

@@ -19,10 +19,16 @@ from deit.model.network import (
 
 KINDS = pytest.mark.parametrize("kind", CLASS_OF)
 RECTANGLES = [
-    {}, {"image_size": (8, 20)}, {"image_size": (12, 15), "patch_size": (4, 3), "encoder_stride": (4, 3)},
+    {},
+    {"image_size": (8, 20)},
+    {"image_size": (12, 15), "patch_size": (4, 3), "encoder_stride": (4, 3)},
     {"image_size": (13, 11), "patch_size": (2, 5), "encoder_stride": (2, 5), "num_channels": 1},
-    {"image_size": (8, 12), "distillation_token": False, "layer_scale_init_value": 0.1,
-     "position_on_class_token": False},
+    {
+        "image_size": (8, 12),
+        "distillation_token": False,
+        "layer_scale_init_value": 0.1,
+        "position_on_class_token": False,
+    },
 ]
 
 
@@ -51,7 +57,7 @@ def test_masked_image_modelling(changes, size):
         out = model(x, mask, interpolate_pos_encoding=size is not None)
         tokens = model.deit(x, mask, interpolate_pos_encoding=size is not None).last_hidden_state
     (height, width), (rows, columns) = config.patch_hw, config.grid_of(*(size or config.image_hw))
-    tokens = tokens[:, config.num_prefix_tokens:].double().numpy()
+    tokens = tokens[:, config.num_prefix_tokens :].double().numpy()
     weight, bias = (p.detach().double().numpy() for p in (model.decoder.weight[..., 0, 0], model.decoder.bias))
     painted = np.zeros((2, config.num_channels, rows * height, columns * width))
     errors = []
@@ -59,9 +65,9 @@ def test_masked_image_modelling(changes, size):
         for n in range(rows * columns):
             top, left = n // columns * height, n % columns * width
             patch = (weight @ tokens[b, n] + bias).reshape(config.num_channels, height, width)
-            painted[b, :, top:top + height, left:left + width] = patch
+            painted[b, :, top : top + height, left : left + width] = patch
             if mask[b, n]:
-                errors.append(np.abs(patch - x[b, :, top:top + height, left:left + width].numpy()).mean())
+                errors.append(np.abs(patch - x[b, :, top : top + height, left : left + width].numpy()).mean())
     assert_close(out.reconstruction, torch.tensor(painted).float())
     assert out.loss.item() == pytest.approx(np.mean(errors), abs=1e-5)
 
@@ -269,8 +275,9 @@ def test_trace():
     assert_close((trace["cls_logits"], trace["distillation_logits"]), (out.cls_logits, out.distillation_logits), 0)
 
 
-@pytest.mark.parametrize(("kind", "last"), [("backbone", "pooler"), ("masked_image", "reconstruction"),
-                                            ("classification", "logits")])
+@pytest.mark.parametrize(
+    ("kind", "last"), [("backbone", "pooler"), ("masked_image", "reconstruction"), ("classification", "logits")]
+)
 def test_trace_ends_in_the_answer(kind, last):
     model = build(kind, small())
     trace = {}
@@ -288,9 +295,12 @@ def test_compiles_whole(kind):
     torch._dynamo.reset()
     model = build(kind, small(num_hidden_layers=2))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    for size, options in [(None, {}), ((8, 12), {"interpolate_pos_encoding": True}),
-                          ((20, 24), {"interpolate_pos_encoding": True, "output_attentions": True}),
-                          (None, {"head_mask": torch.tensor([1.0, 0.5, 0.0]), "output_hidden_states": True})]:
+    for size, options in [
+        (None, {}),
+        ((8, 12), {"interpolate_pos_encoding": True}),
+        ((20, 24), {"interpolate_pos_encoding": True, "output_attentions": True}),
+        (None, {"head_mask": torch.tensor([1.0, 0.5, 0.0]), "output_hidden_states": True}),
+    ]:
         given = {**given_for(kind, model.config, size), **options}
         with torch.no_grad():
             assert_close(dict(compiled(**given).items()), dict(model(**given).items()))
@@ -355,8 +365,12 @@ def test_tuples(kind):
 
 
 def test_vit():
-    config = ViTConfig(**{name: getattr(small(), name) for name in ("hidden_size", "num_attention_heads", "image_size",
-                                                                    "patch_size", "num_hidden_layers")})
+    config = ViTConfig(
+        **{
+            name: getattr(small(), name)
+            for name in ("hidden_size", "num_attention_heads", "image_size", "patch_size", "num_hidden_layers")
+        }
+    )
     model = ViTForImageClassification(config)
     assert model.vit is model.deit is model.backbone
     assert model.num_parameters() == sum(map(math.prod, weights.manifest(config, "classification").values()))
@@ -377,16 +391,37 @@ def test_vit_from_files(tmp_path):
         ViTForImageClassification.from_pretrained(tmp_path / "distilled")
 
 
-@pytest.mark.parametrize(("given", "sentence"), [
-    ({"pixel_values": None}, "pixel_values are missing; pass a tensor (images, channels, height, width)"),
-    ({"pixel_values": torch.zeros(3, 16, 16)}, "pixel_values must be (images, 3, height, width), found (3, 16, 16)"),
-    ({"pixel_values": torch.zeros(2, 1, 16, 16)}, "pixel_values must be (images, 3, height, width), found (2, 1, 16"),
-    ({"pixel_values": torch.zeros(2, 3, 16, 16, dtype=torch.uint8)}, "must be normalised floats, found torch.uint8"),
-    ({"pixel_values": torch.zeros(2, 3, 16, 20)}, "images are 16x20, this model takes 16x16; resize them, pass inter"),
-    ({"pixel_values": torch.zeros(2, 3, 3, 20), "interpolate_pos_encoding": True}, "images of 3x20 hold no patch of 4"),
-    ({"bool_masked_pos": torch.zeros(2, 16).bool()}, "bool_masked_pos needs a mask token; build DeiTModel(config, use"),
-    ({"head_mask": torch.ones(4)}, "head_mask must be (3,) or (3, 3), found (4,)"),
-])
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"pixel_values": None}, "pixel_values are missing; pass a tensor (images, channels, height, width)"),
+        (
+            {"pixel_values": torch.zeros(3, 16, 16)},
+            "pixel_values must be (images, 3, height, width), found (3, 16, 16)",
+        ),
+        (
+            {"pixel_values": torch.zeros(2, 1, 16, 16)},
+            "pixel_values must be (images, 3, height, width), found (2, 1, 16",
+        ),
+        (
+            {"pixel_values": torch.zeros(2, 3, 16, 16, dtype=torch.uint8)},
+            "must be normalised floats, found torch.uint8",
+        ),
+        (
+            {"pixel_values": torch.zeros(2, 3, 16, 20)},
+            "images are 16x20, this model takes 16x16; resize them, pass inter",
+        ),
+        (
+            {"pixel_values": torch.zeros(2, 3, 3, 20), "interpolate_pos_encoding": True},
+            "images of 3x20 hold no patch of 4",
+        ),
+        (
+            {"bool_masked_pos": torch.zeros(2, 16).bool()},
+            "bool_masked_pos needs a mask token; build DeiTModel(config, use",
+        ),
+        ({"head_mask": torch.ones(4)}, "head_mask must be (3,) or (3, 3), found (4,)"),
+    ],
+)
 def test_refused_inputs(given, sentence):
     model = build("backbone", small())
     with raises_saying(ValueError, sentence):
@@ -395,20 +430,30 @@ def test_refused_inputs(given, sentence):
 
 def test_refused_mask():
     model = build("masked_image", small())
-    with raises_saying(ValueError, "bool_masked_pos must be (2, 16): 4x4 patches for each of 2 images; "
-                       "found (2, 9)"):
+    with raises_saying(ValueError, "bool_masked_pos must be (2, 16): 4x4 patches for each of 2 images; found (2, 9)"):
         model(images(model.config), torch.zeros(2, 9).bool())
 
 
-@pytest.mark.parametrize(("make", "sentence"), [
-    (lambda: DeiTForMaskedImageModeling(small(encoder_stride=16)), "encoder_stride=16 must equal patch_size=4; use"),
-    (lambda: DeiTForImageClassificationWithTeacher(small(distillation_token=False)),
-     "a model with teacher needs a distillation token, found distillation_token=False"),
-    (lambda: ViTModel(small()), "a ViT has no distillation token, found distillation_token=True in the config"),
-    (lambda: ViTForImageClassification(small()), "a ViT has no distillation token"),
-    (lambda: DeiTModel(small()).set_attn_implementation("flash"), "attn_implementation='flash' is not known; choose"),
-    (lambda: DeiTModel(small()).resize_to(3), "image_size=3 is smaller than patch_size=4"),
-])
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (
+            lambda: DeiTForMaskedImageModeling(small(encoder_stride=16)),
+            "encoder_stride=16 must equal patch_size=4; use",
+        ),
+        (
+            lambda: DeiTForImageClassificationWithTeacher(small(distillation_token=False)),
+            "a model with teacher needs a distillation token, found distillation_token=False",
+        ),
+        (lambda: ViTModel(small()), "a ViT has no distillation token, found distillation_token=True in the config"),
+        (lambda: ViTForImageClassification(small()), "a ViT has no distillation token"),
+        (
+            lambda: DeiTModel(small()).set_attn_implementation("flash"),
+            "attn_implementation='flash' is not known; choose",
+        ),
+        (lambda: DeiTModel(small()).resize_to(3), "image_size=3 is smaller than patch_size=4"),
+    ],
+)
 def test_refusals(make, sentence):
     with raises_saying(ValueError, sentence):
         make()

@@ -24,9 +24,13 @@ def timm_name(variant: str) -> str:
 
 
 def timm_model(variant: str, config: DeiTConfig, **options):
-    sizes = {"embed_dim": config.hidden_size, "depth": config.num_hidden_layers,
-             "num_heads": config.num_attention_heads, "num_classes": config.num_labels,
-             "img_size": config.image_size}
+    sizes = {
+        "embed_dim": config.hidden_size,
+        "depth": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        "num_classes": config.num_labels,
+        "img_size": config.image_size,
+    }
     return timm.create_model(timm_name(variant), **sizes, **options).eval()
 
 
@@ -87,12 +91,17 @@ def test_architecture_of_full_size(variant):
     with torch.device("meta"):
         theirs = timm.create_model(timm_name(variant), img_size=config.image_size)
         ours = CLASS_OF[kind_for(config)](config)
-    shapes = {name: torch.empty(shape, device="meta") for name, shape in
-              weights.manifest(config, kind_for(config)).items()}
-    assert ({name: tuple(t.shape) for name, t in weights.from_ours(shapes, "timm").items()}
-            == {name: tuple(p.shape) for name, p in theirs.named_parameters()})
-    assert sum(map(math.prod, weights.manifest(config, kind_for(config)).values())) == ours.num_parameters() == sum(
-        p.numel() for p in theirs.parameters())
+    shapes = {
+        name: torch.empty(shape, device="meta") for name, shape in weights.manifest(config, kind_for(config)).items()
+    }
+    assert {name: tuple(t.shape) for name, t in weights.from_ours(shapes, "timm").items()} == {
+        name: tuple(p.shape) for name, p in theirs.named_parameters()
+    }
+    assert (
+        sum(map(math.prod, weights.manifest(config, kind_for(config)).values()))
+        == ours.num_parameters()
+        == sum(p.numel() for p in theirs.parameters())
+    )
     assert theirs.blocks[0].attn.num_heads == config.num_attention_heads
     assert {m.eps for m in theirs.modules() if isinstance(m, torch.nn.LayerNorm)} == {config.layer_norm_eps}
 
@@ -116,8 +125,10 @@ def test_checkpoint_of_timm(variant, tmp_path):
 
 def original(theirs, path, **extra) -> None:
     """As facebookresearch/deit saves: under "model", with the command line beside it, LayerScale by its own names."""
-    renamed = {name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): tensor
-               for name, tensor in theirs.state_dict().items()}
+    renamed = {
+        name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): tensor
+        for name, tensor in theirs.state_dict().items()
+    }
     torch.save({"model": renamed, **extra}, path)
 
 
@@ -135,8 +146,9 @@ def test_checkpoint_of_the_original(variant, tmp_path):
 
 def test_pooling_by_average_is_refused(tmp_path):
     """timm can classify by the mean of the patches; reading such a file as if by the class token would lie."""
-    timm.models.save_for_hf(timm.create_model("deit_tiny_patch16_224", depth=1, global_pool="avg"), tmp_path,
-                            safe_serialization=True)
+    timm.models.save_for_hf(
+        timm.create_model("deit_tiny_patch16_224", depth=1, global_pool="avg"), tmp_path, safe_serialization=True
+    )
     with raises_saying(ValueError, "global_pool is 'avg'; this package classifies by the class token"):
         DeiTConfig.from_pretrained(tmp_path)
 
@@ -195,8 +207,10 @@ def test_convert_to_hf_and_back(variant, tmp_path):
     assert json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
     agree(CLASS_OF[kind_for(config)].from_pretrained(tmp_path / "hf"), theirs)
     convert(tmp_path / "hf", "timm", tmp_path / "again")
-    agree(CLASS_OF[kind_for(config)].from_pretrained(tmp_path / "hf"),
-          timm.create_model(f"local-dir:{tmp_path / 'again'}", pretrained=True))
+    agree(
+        CLASS_OF[kind_for(config)].from_pretrained(tmp_path / "hf"),
+        timm.create_model(f"local-dir:{tmp_path / 'again'}", pretrained=True),
+    )
 
 
 def test_convert_to_original(variant, tmp_path):
@@ -207,19 +221,30 @@ def test_convert_to_original(variant, tmp_path):
     state = torch.load(path, weights_only=True)["model"]
     assert any("gamma_1" in name for name in state) == (config.layer_scale_init_value is not None)
     theirs = timm_model(variant, config)
-    theirs.load_state_dict({name.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): tensor
-                            for name, tensor in state.items()}, strict=True)
+    theirs.load_state_dict(
+        {
+            name.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): tensor
+            for name, tensor in state.items()
+        },
+        strict=True,
+    )
     agree(ours, theirs)
 
 
-@pytest.mark.parametrize(("kind", "changes", "parts"), [
-    ("masked_image", {}, ["is a masked_image model; timm stores classifiers only, keep --to hf"]),
-    ("classification", {}, ["has a distillation token and one head; timm's distilled models have two"]),
-    ("with_teacher", {"hidden_act": "relu"}, ["timm's models compute with gelu", "has relu"]),
-    ("with_teacher", {"layer_norm_eps": 1e-3}, ["epsilon of 1e-6", "and 0.001, and would answer differently"]),
-    ("classification", {"distillation_token": False, "layer_scale_init_value": 1.0},
-     ["no published architecture combines this"]),
-])
+@pytest.mark.parametrize(
+    ("kind", "changes", "parts"),
+    [
+        ("masked_image", {}, ["is a masked_image model; timm stores classifiers only, keep --to hf"]),
+        ("classification", {}, ["has a distillation token and one head; timm's distilled models have two"]),
+        ("with_teacher", {"hidden_act": "relu"}, ["timm's models compute with gelu", "has relu"]),
+        ("with_teacher", {"layer_norm_eps": 1e-3}, ["epsilon of 1e-6", "and 0.001, and would answer differently"]),
+        (
+            "classification",
+            {"distillation_token": False, "layer_scale_init_value": 1.0},
+            ["no published architecture combines this"],
+        ),
+    ],
+)
 def test_refused_conversion(kind, changes, parts, tmp_path):
     config = shrink(VARIANTS["deit-tiny-distilled-patch16-224"], encoder_stride=16, **changes)
     build(kind, config).save_pretrained(tmp_path / "ours")

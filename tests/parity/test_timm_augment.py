@@ -37,17 +37,27 @@ def assert_same(ours, theirs):
 @pytest.fixture
 def answer(monkeypatch):
     """`answer(rng)` makes everything that timm and torchvision draw come from `rng`."""
+
     def from_(rng):
         monkeypatch.setattr(random, "random", rng.random)
         monkeypatch.setattr(random, "uniform", rng.uniform)
         monkeypatch.setattr(random, "gauss", rng.normal)
         monkeypatch.setattr(random, "randint", lambda low, high: int(rng.integers(high - low + 1)) + low)
         monkeypatch.setattr(random, "choice", lambda options: options[rng.integers(len(options))])
-        monkeypatch.setattr(np.random, "choice", lambda options, count, replace, p: [
-            options[at] for at in rng.integers(len(options), size=count)])
+        monkeypatch.setattr(
+            np.random,
+            "choice",
+            lambda options, count, replace, p: [options[at] for at in rng.integers(len(options), size=count)],
+        )
         monkeypatch.setattr(torch, "rand", lambda _: torch.tensor([rng.random()], dtype=torch.float64))
-        monkeypatch.setattr(random_erasing, "_get_pixels", lambda per_pixel, rand_color, patch_size, **_: (
-            torch.from_numpy(rng.standard_normal(patch_size, np.float32))))
+        monkeypatch.setattr(
+            random_erasing,
+            "_get_pixels",
+            lambda per_pixel, rand_color, patch_size, **_: torch.from_numpy(
+                rng.standard_normal(patch_size, np.float32)
+            ),
+        )
+
     return from_
 
 
@@ -55,8 +65,10 @@ def answer(monkeypatch):
 def _posterize_to_nothing(monkeypatch):
     """timm raises with Pillow 13 where no bits are kept; `test_posterize_to_black` shows it."""
     theirs = auto_augment.posterize
-    black = dict.fromkeys(["Posterize", "PosterizeIncreasing", "PosterizeOriginal"], lambda image, bits, **_: (
-        theirs(image, bits) if bits else Image.new("RGB", image.size)))
+    black = dict.fromkeys(
+        ["Posterize", "PosterizeIncreasing", "PosterizeOriginal"],
+        lambda image, bits, **_: theirs(image, bits) if bits else Image.new("RGB", image.size),
+    )
     for name, operation in black.items():
         monkeypatch.setitem(auto_augment.NAME_TO_OP, name, operation)
 
@@ -77,10 +89,12 @@ def test_operation(name, sign, monkeypatch):
 
 def test_signs(monkeypatch):
     """The operations that have a sign here are those whose arguments change with timm's."""
+
     def argument(name, chance):
         monkeypatch.setattr(random, "random", lambda: chance)
         to_argument = auto_augment.LEVEL_TO_ARG[name]
         return to_argument and to_argument(5, {})
+
     for name, operation in OPERATIONS.items():
         assert operation.signed == (argument(name, 0.25) != argument(name, 0.75)), name
 
@@ -105,14 +119,19 @@ def test_lists():
         assert len(policy) == 25
 
 
-@pytest.mark.parametrize(("recipe", "text"), [
-    (RandAugment(magnitude=9, std=0.5), "rand-m9-mstd0.5-inc1"),
-    (RandAugment(magnitude=9, std=3.0, layers=3, probability=0.8), "rand-m9-mstd3-n3-p0.8-inc1"),
-    (RandAugment(magnitude=7, increasing=False), "rand-m7"),
-    (RandAugment(magnitude=4, layers=4, probability=1.0), "rand-m4-n4-p1-inc1"),
-    (AutoAugment(policy="original"), "original"), (AutoAugment(policy="original", std=0.5), "original-mstd0.5"),
-    (AutoAugment(policy="v0"), "v0"), (AutoAugment(policy="v0", std=2.0), "v0-mstd2"),
-])
+@pytest.mark.parametrize(
+    ("recipe", "text"),
+    [
+        (RandAugment(magnitude=9, std=0.5), "rand-m9-mstd0.5-inc1"),
+        (RandAugment(magnitude=9, std=3.0, layers=3, probability=0.8), "rand-m9-mstd3-n3-p0.8-inc1"),
+        (RandAugment(magnitude=7, increasing=False), "rand-m7"),
+        (RandAugment(magnitude=4, layers=4, probability=1.0), "rand-m4-n4-p1-inc1"),
+        (AutoAugment(policy="original"), "original"),
+        (AutoAugment(policy="original", std=0.5), "original-mstd0.5"),
+        (AutoAugment(policy="v0"), "v0"),
+        (AutoAugment(policy="v0", std=2.0), "v0-mstd2"),
+    ],
+)
 def test_policy(recipe, text, answer):
     make = auto_augment.rand_augment_transform if text.startswith("rand") else auto_augment.auto_augment_transform
     theirs, image, changed = make(text, dict(HPARAMS)), photo(32, 48), 0
@@ -124,10 +143,15 @@ def test_policy(recipe, text, answer):
     assert changed > 80
 
 
-@pytest.mark.parametrize(("full", "recipe"), [
-    ((90, 120), ResizedCrop()), ((120, 90), ResizedCrop(scale=(0.6, 1.0), ratio=(0.9, 1.1))),
-    ((20, 300), ResizedCrop(scale=(0.5, 1.0))), ((300, 20), ResizedCrop(scale=(0.5, 1.0))),  # nothing fits
-])
+@pytest.mark.parametrize(
+    ("full", "recipe"),
+    [
+        ((90, 120), ResizedCrop()),
+        ((120, 90), ResizedCrop(scale=(0.6, 1.0), ratio=(0.9, 1.1))),
+        ((20, 300), ResizedCrop(scale=(0.5, 1.0))),
+        ((300, 20), ResizedCrop(scale=(0.5, 1.0))),  # nothing fits
+    ],
+)
 def test_crop(full, recipe, answer):
     image = photo(*full)
     theirs = RandomResizedCropAndInterpolation((24, 32), recipe.scale, recipe.ratio, "bicubic")
@@ -140,18 +164,23 @@ def test_crop(full, recipe, answer):
     assert len(boxes) == 1 if 20 in full else len(boxes) > 50
 
 
-@pytest.mark.parametrize(("shape", "recipe"), [
-    ((3, 32, 48), Erase()), ((1, 40, 40), Erase(probability=0.9, area=(0.1, 0.9), ratio=(0.2, 2.0))),
-    ((3, 6, 60), Erase(probability=1.0, area=(0.15, 0.9))),  # often none of ten draws fits
-])
+@pytest.mark.parametrize(
+    ("shape", "recipe"),
+    [
+        ((3, 32, 48), Erase()),
+        ((1, 40, 40), Erase(probability=0.9, area=(0.1, 0.9), ratio=(0.2, 2.0))),
+        ((3, 6, 60), Erase(probability=1.0, area=(0.15, 0.9))),  # often none of ten draws fits
+    ],
+)
 def test_erase(shape, recipe, answer):
     pixels, erased = draws(1, 0, 0).standard_normal(shape, np.float32), 0
     for index in range(80):
         ours = pixels.copy()
         erase(ours, recipe, draws(0, 0, index))
         answer(draws(0, 0, index))
-        theirs = random_erasing.RandomErasing(recipe.probability, *recipe.area, *recipe.ratio, mode="pixel",
-                                              device="cpu")(torch.from_numpy(pixels.copy()))
+        theirs = random_erasing.RandomErasing(
+            recipe.probability, *recipe.area, *recipe.ratio, mode="pixel", device="cpu"
+        )(torch.from_numpy(pixels.copy()))
         np.testing.assert_array_equal(ours, theirs.numpy())
         erased += not np.array_equal(ours, pixels)
     assert erased > 5
@@ -159,8 +188,16 @@ def test_erase(shape, recipe, answer):
 
 def test_whole_transform(answer):
     """The paper's training transform as timm builds it: crop, flip, RandAugment, normalisation, erasing."""
-    theirs = create_transform((3, 48, 48), is_training=True, color_jitter=None, auto_augment="rand-m9-mstd0.5-inc1",
-                              interpolation="bicubic", re_prob=0.25, re_mode="pixel", re_count=1)
+    theirs = create_transform(
+        (3, 48, 48),
+        is_training=True,
+        color_jitter=None,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic",
+        re_prob=0.25,
+        re_mode="pixel",
+        re_count=1,
+    )
     recipe = Augment(crop=ResizedCrop(), flip=0.5, policy=RandAugment(magnitude=9, std=0.5), erase=Erase())
     image = photo(120, 160)
     mean, std = (np.array(value, np.float32)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
@@ -184,8 +221,9 @@ def test_mixing(mode, batch, alphas, monkeypatch):
     mixup, cutmix = alphas
     recipe = Mix(mixup=mixup, cutmix=cutmix, probability=0.8, mode=mode)
     pixels, labels = torch.randn(batch, 3, 20, 12), torch.randint(0, 7, (batch,))
-    theirs = timm_mixup.Mixup(mixup, cutmix, prob=0.8, mode={"element": "elem"}.get(mode, mode), label_smoothing=0.0,
-                              num_classes=7)
+    theirs = timm_mixup.Mixup(
+        mixup, cutmix, prob=0.8, mode={"element": "elem"}.get(mode, mode), label_smoothing=0.0, num_classes=7
+    )
     seen = {"cut": 0, "blend": 0, "whole": 0}
     for index in range(40):
         drawn = mixing(recipe, batch, (20, 12), draws(0, 0, index))

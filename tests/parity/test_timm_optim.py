@@ -21,8 +21,7 @@ def as_timm_names(model, values):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.fill_(values[name])
-    return {name: set(tensor.unique().tolist()) for name, tensor in
-            weights.from_ours(model._tensors(), "timm").items()}
+    return {name: set(tensor.unique().tolist()) for name, tensor in weights.from_ours(model._tensors(), "timm").items()}
 
 
 def per_name(model, groups, what):
@@ -37,8 +36,15 @@ def test_layer_decay_and_weight_decay_of_every_parameter(distilled):
     images, to the head."""
     config = small(distillation_token=distilled)
     ours = build("with_teacher" if distilled else "classification", config)
-    theirs = timm.create_model(f"deit_tiny_{'distilled_' * distilled}patch16_224", img_size=16, patch_size=4,
-                               embed_dim=24, depth=3, num_heads=3, num_classes=5)
+    theirs = timm.create_model(
+        f"deit_tiny_{'distilled_' * distilled}patch16_224",
+        img_size=16,
+        patch_size=4,
+        embed_dim=24,
+        depth=3,
+        num_heads=3,
+        num_classes=5,
+    )
     groups = timm.optim.param_groups_layer_decay(theirs, 0.05, theirs.no_weight_decay(), layer_decay=0.7)
     recipe = AdamW(lr=1e-3, per_images=1024, layer_decay=0.7, decay_distillation_token=False)
     found = parameter_groups(ours, recipe)
@@ -50,7 +56,8 @@ def test_layer_decay_and_weight_decay_of_every_parameter(distilled):
             for name in ("norm.weight", "norm.bias"):
                 assert (values.pop(name), expected.pop(name)) == ({1.0}, pytest.approx(0.7))
         assert {name: pytest.approx(value, rel=1e-6) for name, value in expected.items()} == {
-            name: value for name, (value,) in values.items()}
+            name: value for name, (value,) in values.items()
+        }
 
 
 class Shapes(torch.nn.Module):
@@ -74,8 +81,11 @@ def test_lamb_follows_timm(decay, size):
     recipe = LAMB(lr=3e-3, per_images=2048, weight_decay=decay, betas=(0.8, 0.95))
     optimizers = build_optimizers(ours, recipe)
     matrices, vectors = ([p for p in theirs.parameters() if (p.ndim > 1) is wide] for wide in (True, False))
-    reference = timm.optim.Lamb([{"params": matrices, "weight_decay": decay},
-                                 {"params": vectors, "weight_decay": 0.0}], lr=3e-3, betas=(0.8, 0.95))
+    reference = timm.optim.Lamb(
+        [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=3e-3,
+        betas=(0.8, 0.95),
+    )
     generator = torch.Generator().manual_seed(1)
     for step in range(40):
         for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
@@ -112,8 +122,14 @@ def test_lamb_follows_timm_in_single_precision():
 def test_learning_rate_of_every_update(total, warmup):
     recipe = Cosine(total=steps(total), floor=1e-5, start=1e-6)
     theirs = timm.scheduler.CosineLRScheduler(
-        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3), t_initial=total - warmup, lr_min=1e-5,
-        warmup_t=warmup, warmup_lr_init=1e-6, warmup_prefix=True, t_in_epochs=False)
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3),
+        t_initial=total - warmup,
+        lr_min=1e-5,
+        warmup_t=warmup,
+        warmup_lr_init=1e-6,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )
     group = theirs.optimizer.param_groups[0]
     for step in range(total + 20):
         theirs.step_update(step)

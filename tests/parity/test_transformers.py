@@ -14,12 +14,22 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 CLASSES = {
-    "DeiTModel": "backbone", "DeiTForMaskedImageModeling": "masked_image",
-    "DeiTForImageClassification": "classification", "DeiTForImageClassificationWithTeacher": "with_teacher",
-    "ViTModel": "backbone", "ViTForImageClassification": "classification", "ViTForMaskedImageModeling": "masked_image",
+    "DeiTModel": "backbone",
+    "DeiTForMaskedImageModeling": "masked_image",
+    "DeiTForImageClassification": "classification",
+    "DeiTForImageClassificationWithTeacher": "with_teacher",
+    "ViTModel": "backbone",
+    "ViTForImageClassification": "classification",
+    "ViTForMaskedImageModeling": "masked_image",
 }
-OURS_ONLY = {"distillation_token", "drop_path_rate", "drop_path_schedule", "layer_scale_init_value",
-             "position_on_class_token", "model_type"}
+OURS_ONLY = {
+    "distillation_token",
+    "drop_path_rate",
+    "drop_path_schedule",
+    "layer_scale_init_value",
+    "position_on_class_token",
+    "model_type",
+}
 
 
 def family_of(name: str) -> str:
@@ -142,10 +152,14 @@ def test_files_of_ours(name, seed, tmp_path):
     ours, _ = pair(name, config, seed)
     ours.save_pretrained(tmp_path, max_shard_size="2KB" if seed else "5GB")
     assert (tmp_path / "model.safetensors").exists() == (seed == 0)
-    auto = {"backbone": "AutoModel", "masked_image": "AutoModelForMaskedImageModeling",
-            "classification": "AutoModelForImageClassification"}.get(CLASSES[name], name)
-    theirs, info = getattr(transformers, auto).from_pretrained(tmp_path, output_loading_info=True,
-                                                               attn_implementation="eager")
+    auto = {
+        "backbone": "AutoModel",
+        "masked_image": "AutoModelForMaskedImageModeling",
+        "classification": "AutoModelForImageClassification",
+    }.get(CLASSES[name], name)
+    theirs, info = getattr(transformers, auto).from_pretrained(
+        tmp_path, output_loading_info=True, attn_implementation="eager"
+    )
     assert type(theirs).__name__ == name
     assert not any(info.values())
     check(ours, theirs, inputs_for(name, config))

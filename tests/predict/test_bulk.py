@@ -52,7 +52,8 @@ def assert_rows(found, expected):
             assert "3.png is not an image" in row["error"]
         assert [each["label"] for each in row["labels"]] == [each["label"] for each in other["labels"]]
         assert [each["score"] for each in row["labels"]] == pytest.approx(
-            [each["score"] for each in other["labels"]], abs=1e-6)
+            [each["score"] for each in other["labels"]], abs=1e-6
+        )
 
 
 @pytest.mark.parametrize("batch", [1, 3, 32])
@@ -141,9 +142,20 @@ def test_stopped_work_goes_on(folder, name, capsys, monkeypatch):
         import pyarrow.parquet
 
         rows = pyarrow.parquet.read_table(folder / "whole" / name).to_pylist()
-        assert_rows([{"image": row["image"], "labels": [
-            {"label": label, "score": score} for label, score in zip(row["labels"], row["scores"], strict=True)]}
-            | ({"error": row["error"]} if row["error"] else {}) for row in rows], list(expected_rows(folder)))
+        assert_rows(
+            [
+                {
+                    "image": row["image"],
+                    "labels": [
+                        {"label": label, "score": score}
+                        for label, score in zip(row["labels"], row["scores"], strict=True)
+                    ],
+                }
+                | ({"error": row["error"]} if row["error"] else {})
+                for row in rows
+            ],
+            list(expected_rows(folder)),
+        )
 
 
 def test_other_work_is_not_gone_on_with(tmp_path, monkeypatch):

@@ -48,8 +48,9 @@ def theirs_of(transformers, task, model):
     """Their pipeline with Pillow's resampling: torchvision's differs from it by 0.0004 of a score."""
     from transformers import AutoImageProcessor
 
-    return transformers.pipeline(task, model=str(model), device="cpu",
-                                 image_processor=AutoImageProcessor.from_pretrained(model, backend="pil"))
+    return transformers.pipeline(
+        task, model=str(model), device="cpu", image_processor=AutoImageProcessor.from_pretrained(model, backend="pil")
+    )
 
 
 @pytest.mark.parametrize("kind", ["classification", "with_teacher"])
@@ -69,8 +70,9 @@ def test_classification_is_that_of_transformers(folder, kind, quiet_transformers
     assert_same(deit.pipeline(model=model, top_k=1)((folder / "0.png").read_bytes()), theirs(paths[0], top_k=1))
 
 
-@pytest.mark.parametrize("changes", [{"id2label": {0: "x"}}, {"problem_type": "multi_label_classification"},
-                                     {"problem_type": "regression"}])
+@pytest.mark.parametrize(
+    "changes", [{"id2label": {0: "x"}}, {"problem_type": "multi_label_classification"}, {"problem_type": "regression"}]
+)
 def test_the_default_function_is_that_of_transformers(folder, changes, quiet_transformers):
     model = saved(folder, "classification", **changes)
     path = str(folder / "0.png")
@@ -138,18 +140,31 @@ def test_addresses_only_when_allowed(folder):
         server.shutdown()
 
 
-@pytest.mark.parametrize(("call", "error", "sentence"), [
-    (lambda model, at: deit.pipeline("text-generation", model=model), ValueError, "there is no pipeline 'text-gen"),
-    (lambda model, at: deit.pipeline("image-classification"), ValueError, "pipeline needs a model"),
-    (lambda model, at: deit.pipeline(model=model)(7), ValueError, "an image is a path, bytes, a Pillow image or an"),
-    (lambda model, at: deit.pipeline(model=model)(at / "0.png", top_k=0), ValueError, "top_k must be at least 1"),
-    (lambda model, at: deit.pipeline(model=model, batch_size=-1)(at / "0.png"), ValueError, "batch_size must be"),
-    (lambda model, at: deit.pipeline(model=model)(at / "0.png", function_to_apply="max"), ValueError,
-     "function_to_apply='max' is not known"),
-    (lambda model, at: deit.pipeline(model=model)(b"no image"), ImageError, "is not an image"),
-    (lambda model, at: deit.pipeline("image-feature-extraction", model=model, pool=True), ValueError,
-     "has no pooler, and pool=True asks for its output"),
-])
+@pytest.mark.parametrize(
+    ("call", "error", "sentence"),
+    [
+        (lambda model, at: deit.pipeline("text-generation", model=model), ValueError, "there is no pipeline 'text-gen"),
+        (lambda model, at: deit.pipeline("image-classification"), ValueError, "pipeline needs a model"),
+        (
+            lambda model, at: deit.pipeline(model=model)(7),
+            ValueError,
+            "an image is a path, bytes, a Pillow image or an",
+        ),
+        (lambda model, at: deit.pipeline(model=model)(at / "0.png", top_k=0), ValueError, "top_k must be at least 1"),
+        (lambda model, at: deit.pipeline(model=model, batch_size=-1)(at / "0.png"), ValueError, "batch_size must be"),
+        (
+            lambda model, at: deit.pipeline(model=model)(at / "0.png", function_to_apply="max"),
+            ValueError,
+            "function_to_apply='max' is not known",
+        ),
+        (lambda model, at: deit.pipeline(model=model)(b"no image"), ImageError, "is not an image"),
+        (
+            lambda model, at: deit.pipeline("image-feature-extraction", model=model, pool=True),
+            ValueError,
+            "has no pooler, and pool=True asks for its output",
+        ),
+    ],
+)
 def test_refusals(folder, call, error, sentence):
     with raises_saying(error, sentence):
         call(saved(folder), folder)
@@ -158,6 +173,7 @@ def test_refusals(folder, call, error, sentence):
 def test_our_model_inside_their_pipeline(folder, quiet_transformers):
     """As far as it goes: a single image with our processor. What asks for more is their class, from the same folder."""
     at = saved(folder)
-    pipe = quiet_transformers.pipeline("image-classification", model=deit.load_model(at),
-                                       image_processor=DeiTImageProcessor.from_pretrained(at))
+    pipe = quiet_transformers.pipeline(
+        "image-classification", model=deit.load_model(at), image_processor=DeiTImageProcessor.from_pretrained(at)
+    )
     assert_same(pipe(str(folder / "0.png")), deit.pipeline(model=at)(folder / "0.png"))

@@ -79,8 +79,12 @@ def test_unknown_preprocessing_is_refused(distilled):
 def test_the_class_is_told_from_the_files(tmp_path, kind):
     config = small()
     build(kind, config).save_pretrained(tmp_path)
-    expected = {"backbone": DeiTModel, "masked_image": DeiTForMaskedImageModeling,
-                "classification": DeiTForImageClassification, "with_teacher": DeiTForImageClassificationWithTeacher}
+    expected = {
+        "backbone": DeiTModel,
+        "masked_image": DeiTForMaskedImageModeling,
+        "classification": DeiTForImageClassification,
+        "with_teacher": DeiTForImageClassificationWithTeacher,
+    }
     assert type(load_model(tmp_path)) is expected[kind]
 
 

@@ -33,12 +33,28 @@ def given(tmp_path_factory):
 def command(given, out, *more):
     """The keys' biases have no gradient but rounding errors, as a softmax does not see them; AdamW makes full steps of
     these too, unless `eps` outweighs them."""
-    return ("train", f"{given[1]}:student", "--data", given[0], "--out", out, "--device", "cpu",
-            "--set", "schedule.total=steps(20)", "--set", "optim.eps=1e-3", *more)
+    return (
+        "train",
+        f"{given[1]}:student",
+        "--data",
+        given[0],
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        "--set",
+        "schedule.total=steps(20)",
+        "--set",
+        "optim.eps=1e-3",
+        *more,
+    )
 
 
-@pytest.mark.parametrize("options", [(), ("--set", "compute.accumulate=2"), ("--set", "compute.parallel=shard")],
-                         ids=["ddp", "accumulated", "fsdp"])
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--set", "compute.accumulate=2"), ("--set", "compute.parallel=shard")],
+    ids=["ddp", "accumulated", "fsdp"],
+)
 def test_two_processes_give_the_run_of_one(given, tmp_path, options):
     """Views, mixing and stochastic depth belong to the global batch, so only the order of sums differs."""
     finish(start(*command(given, tmp_path / "two", *options), processes=2))
@@ -52,8 +68,21 @@ def test_two_processes_give_the_run_of_one(given, tmp_path, options):
 
 def test_two_processes_plan_the_same_schedule(given, tmp_path):
     """The main process's clock decides, also how many updates are timed."""
-    finish(start(*command(given, tmp_path, "--time", "20s", "--set", "schedule.total=steps(1000000)",
-                          "--set", "evaluate=steps(100000)"), processes=2))
+    finish(
+        start(
+            *command(
+                given,
+                tmp_path,
+                "--time",
+                "20s",
+                "--set",
+                "schedule.total=steps(1000000)",
+                "--set",
+                "evaluate=steps(100000)",
+            ),
+            processes=2,
+        )
+    )
     total = json.loads((tmp_path / "recipe.json").read_text())["schedule"]["total"]["amount"]
     assert 0 < metrics(tmp_path)[-1]["step"] <= total < 1_000_000
 
@@ -78,8 +107,19 @@ def test_killed_again_and_again(kills, given, tmp_path):
     longer = ("--set", "schedule.total=steps(90)")
     finish(start(*command(given, whole, *longer), processes=2))
     for count in range(kills):
-        process = start(*command(given, broken, "--resume", *longer, "--set", "compute.save_minutes=0",
-                                 "--set", f"compute.workers={count % 3}"), processes=2)
+        process = start(
+            *command(
+                given,
+                broken,
+                "--resume",
+                *longer,
+                "--set",
+                "compute.save_minutes=0",
+                "--set",
+                f"compute.workers={count % 3}",
+            ),
+            processes=2,
+        )
         assert wait_for(broken, reached(broken) + 2, process)
         kill(process, broken)
     assert reached(broken) < 90
@@ -90,8 +130,9 @@ def test_killed_again_and_again(kills, given, tmp_path):
 def test_one_process_goes_on_where_two_stopped(given, tmp_path):
     """The checkpoint does not know how many wrote it: sharded state is gathered, and spread again."""
     out = tmp_path / "run"
-    process = start(*command(given, out, "--set", "compute.save_minutes=0", "--set", "compute.parallel=shard"),
-                    processes=2)
+    process = start(
+        *command(given, out, "--set", "compute.save_minutes=0", "--set", "compute.parallel=shard"), processes=2
+    )
     assert wait_for(out, 8, process)
     os.kill(process.pid, signal.SIGTERM)
     process.communicate(timeout=60)
@@ -129,14 +170,34 @@ def test_two_nodes_meet_over_a_network(given, tmp_path, nodes):
     out = tmp_path / "run"
     launched = []
     for i, name in enumerate(nodes):
-        arguments = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes=2",
-                     "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=1", "--rdzv-endpoint=10.77.0.1:29511",
-                     f"--rdzv-conf=is_host={i == 0}", f"--local-addr=10.77.0.{i + 1}", "-m", "deit",
-                     *map(str, command(given, out))]
-        launched.append(subprocess.Popen(arguments, text=True, stdout=subprocess.PIPE,
-                                         stderr=subprocess.STDOUT,
-                                         env={**os.environ, "OMP_NUM_THREADS": "1",
-                                              "GLOO_SOCKET_IFNAME": f"deitv{i}"}))
+        arguments = [
+            "ip",
+            "netns",
+            "exec",
+            name,
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=2",
+            "--nproc-per-node=1",
+            "--rdzv-backend=c10d",
+            "--rdzv-id=1",
+            "--rdzv-endpoint=10.77.0.1:29511",
+            f"--rdzv-conf=is_host={i == 0}",
+            f"--local-addr=10.77.0.{i + 1}",
+            "-m",
+            "deit",
+            *map(str, command(given, out)),
+        ]
+        launched.append(
+            subprocess.Popen(
+                arguments,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": f"deitv{i}"},
+            )
+        )
     for process in launched:
         finish(process)
     assert_same_end(out, given[2], atol=1e-5)

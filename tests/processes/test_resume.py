@@ -56,8 +56,18 @@ def test_killed_again_and_again(given, tmp_path):
 def test_a_signal_saves_and_ends(given, tmp_path, number, code):
     """Between two checkpoints: what is saved is the moment of the signal."""
     out = tmp_path / "run"
-    process = start("train", f"{given[1]}:student", "--data", given[0], "--out", out, "--set", "compute.workers=1",
-                    "--set", "compute.save_minutes=100")
+    process = start(
+        "train",
+        f"{given[1]}:student",
+        "--data",
+        given[0],
+        "--out",
+        out,
+        "--set",
+        "compute.workers=1",
+        "--set",
+        "compute.save_minutes=100",
+    )
     while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
@@ -95,7 +105,8 @@ def test_what_is_refused(given, tmp_path):
     other, _ = data_and_recipes(tmp_path)
     (other / "train" / "a" / "6.png").unlink()
     assert "not those that the run began with" in finish(
-        start("train", f"{given[1]}:student", "--data", other, "--out", whole, "--resume"), 1)
+        start("train", f"{given[1]}:student", "--data", other, "--out", whole, "--resume"), 1
+    )
     finish(start("train", whole / "recipe.json", "--data", given[0], "--out", whole, "--resume"))
     assert metrics(whole) == before
 
@@ -104,5 +115,6 @@ def test_the_record_trains_again(given, tmp_path):
     """RUN/recipe.json is the run: trained from, it gives the same weights."""
     finish(start("train", given[2] / "recipe.json", "--data", given[0], "--out", tmp_path / "again"))
     assert json.loads((tmp_path / "again" / "recipe.json").read_text()) == json.loads(
-        (given[2] / "recipe.json").read_text())
+        (given[2] / "recipe.json").read_text()
+    )
     assert_same_end(tmp_path / "again", given[2])

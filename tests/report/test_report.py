@@ -42,8 +42,17 @@ from deit.train.loop import train
 from deit.train.records import About, Record
 
 QUIET = Console(quiet=True)
-HOSTILE = ('<script>alert("1")</script>', "' onerror='x", "\u202eright to left", "שלום", "🐕‍🦺", "a&amp;b",
-           "x" * 10_000, "half \udc80 of a pair", "null \x00 and \x1b")
+HOSTILE = (
+    '<script>alert("1")</script>',
+    "' onerror='x",
+    "\u202eright to left",
+    "שלום",
+    "🐕‍🦺",
+    "a&amp;b",
+    "x" * 10_000,
+    "half \udc80 of a pair",
+    "null \x00 and \x1b",
+)
 VOID = {"meta", "img"}
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 AXE = Path(os.environ.get("AXE", "node_modules/axe-core/axe.min.js"))
@@ -77,8 +86,11 @@ class Page(HTMLParser):
             entry[2] += data
 
     def all(self, tag, **attributes):
-        return [entry for entry in self.elements
-                if entry[0] == tag and all(entry[1].get(key) == value for key, value in attributes.items())]
+        return [
+            entry
+            for entry in self.elements
+            if entry[0] == tag and all(entry[1].get(key) == value for key, value in attributes.items())
+        ]
 
     def sees(self, *parts):
         shown = " ".join(self.all("body")[0][2].split())
@@ -89,9 +101,13 @@ class Page(HTMLParser):
         """Its rows as lists of text."""
         for body in re.findall(r"<table.*?</table>", self.text, re.DOTALL):
             if f">{caption}</caption>" in body:
-                return [[" ".join(re.sub("<[^>]*>", " ", cell).split())
-                         for cell in re.findall(r"<t[hd].*?</t[hd]>", row, re.DOTALL)]
-                        for row in re.findall(r"<tr>.*?</tr>", body, re.DOTALL)]
+                return [
+                    [
+                        " ".join(re.sub("<[^>]*>", " ", cell).split())
+                        for cell in re.findall(r"<t[hd].*?</t[hd]>", row, re.DOTALL)
+                    ]
+                    for row in re.findall(r"<tr>.*?</tr>", body, re.DOTALL)
+                ]
         raise AssertionError(f"no table {caption}")
 
 
@@ -99,7 +115,7 @@ def checked(text):
     """Asserts what holds for every report; its parsed page."""
     text.encode()
     page = Page(text)
-    assert text.startswith("<!DOCTYPE html>\n<html lang=\"en\">")
+    assert text.startswith('<!DOCTYPE html>\n<html lang="en">')
     assert not page.all("script")
     assert not page.all("link")
     for tag, attributes, _ in page.elements:
@@ -109,7 +125,8 @@ def checked(text):
         assert attributes.get("href", "#").startswith(("#", "https://arxiv.org/abs/")), attributes
     assert not re.search(r"url\(|@import", page.all("style")[0][2])
     assert [entry[1]["http-equiv"] for entry in page.all("meta") if "http-equiv" in entry[1]] == [
-        "Content-Security-Policy"]
+        "Content-Security-Policy"
+    ]
     for drawn in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
         tree = ElementTree.fromstring(drawn)
         if tree.get("aria-hidden") != "true":
@@ -143,36 +160,80 @@ def evaluation(count=60, classes=5, seed=0, files=(), names=None, heads=("fused"
     right = labels == predicted
     probability = np.where(right, confidence, (1 - confidence) * draw.random(count))
     ranks = {head: np.where(right, 0, 1 + draw.integers(0, classes, count)) for head in heads}
-    found = Report(classes=names, head="fused", labels=labels, ranks=ranks, predicted=predicted, confidence=confidence,
-                   probability=probability, squares=np.clip(confidence**2, 1 / classes, 1), **changes)
-    return Evaluation("photos", "test", "f" * 64, Examined("runs/a/model", (224, 224), 0.875, found),
-                      files=tuple(files))
+    found = Report(
+        classes=names,
+        head="fused",
+        labels=labels,
+        ranks=ranks,
+        predicted=predicted,
+        confidence=confidence,
+        probability=probability,
+        squares=np.clip(confidence**2, 1 / classes, 1),
+        **changes,
+    )
+    return Evaluation(
+        "photos", "test", "f" * 64, Examined("runs/a/model", (224, 224), 0.875, found), files=tuple(files)
+    )
 
 
-ABOUT = About(began="2026-01-02T03:04:05+00:00", data="photos", fingerprint="e" * 64, classes=("a", "b"),
-              train=(70, 80), val=(20, 30), device="a CPU, 2 cores", processes=1, precision="bfloat16",
-              versions={"deit": "9.9"})
+ABOUT = About(
+    began="2026-01-02T03:04:05+00:00",
+    data="photos",
+    fingerprint="e" * 64,
+    classes=("a", "b"),
+    train=(70, 80),
+    val=(20, 30),
+    device="a CPU, 2 cores",
+    processes=1,
+    precision="bfloat16",
+    versions={"deit": "9.9"},
+)
 
 
 def record(folder, about=ABOUT, rows=None, **recipe):
     """A run's folder as training leaves it, without its model."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = Recipe(name="mine", model=small(num_labels=None, distillation_token=False), data=Data(batch=4),
-                  objective=Supervised(), optim=AdamW(lr=1e-3, per_images=8), schedule=Cosine(total=steps(200)))
+    made = Recipe(
+        name="mine",
+        model=small(num_labels=None, distillation_token=False),
+        data=Data(batch=4),
+        objective=Supervised(),
+        optim=AdamW(lr=1e-3, per_images=8),
+        schedule=Cosine(total=steps(200)),
+    )
     (folder / "recipe.json").write_text(json.dumps({**made.to_dict(), **recipe}))
     if about:
         (folder / "about.json").write_text(json.dumps(about.to_dict()))
-    rows = [{"step": 50 * i, "epoch": i / 2, "images": 200 * i, "lr": 1e-3 / i, "loss": 2 / i, "accuracy": 0.2 * i,
-             "val_accuracy": (40 if i == 3 else 10 * i) / 50, "gradient_norm": 1.0, "skipped": 0, "bad_images": 0,
-             "seconds": 10.5 * i, "images_per_second": 123.4, "memory": 2**30}
-            for i in range(1, 5)] if rows is None else rows
+    rows = (
+        [
+            {
+                "step": 50 * i,
+                "epoch": i / 2,
+                "images": 200 * i,
+                "lr": 1e-3 / i,
+                "loss": 2 / i,
+                "accuracy": 0.2 * i,
+                "val_accuracy": (40 if i == 3 else 10 * i) / 50,
+                "gradient_norm": 1.0,
+                "skipped": 0,
+                "bad_images": 0,
+                "seconds": 10.5 * i,
+                "images_per_second": 123.4,
+                "memory": 2**30,
+            }
+            for i in range(1, 5)
+        ]
+        if rows is None
+        else rows
+    )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
 def test_what_is_not_markup_is_escaped():
-    assert element("p", "<b>", Html("<b>x</b>"), class_="a\"b", aria_label=None) == (
-        '<p class="a&quot;b">&lt;b&gt;<b>x</b></p>')
+    assert element("p", "<b>", Html("<b>x</b>"), class_='a"b', aria_label=None) == (
+        '<p class="a&quot;b">&lt;b&gt;<b>x</b></p>'
+    )
     assert "<" + element("b", "&") == "&lt;<b>&amp;</b>"
     assert element("b", "&") + "<" == "<b>&amp;</b>&lt;"
     assert joined(["<", element("i")], "-") == "&lt;-<i></i>"
@@ -188,20 +249,38 @@ def test_the_numbers_are_the_evaluations():
     assert len(rows) == 4
     for head, *cells in rows:
         low, high = numbers.accuracy(head).interval
-        assert cells[:3] == [f"{numbers.accuracy(head).value:.3f}", f"{low:.3f} to {high:.3f}",
-                             str(numbers.accuracy(head).correct)]
+        assert cells[:3] == [
+            f"{numbers.accuracy(head).value:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            str(numbers.accuracy(head).correct),
+        ]
         assert cells[3] == f"{numbers.accuracy(head, 5).value:.3f}"
     assert page.table("Calibration")[1:] == [
         [f"{each.low:.2f} to {each.high:.2f}", str(each.count), f"{each.confidence:.3f}", f"{each.accuracy:.3f}"]
-        for each in numbers.bins if each.count]
+        for each in numbers.bins
+        if each.count
+    ]
     assert page.table("Classes")[1:] == [
-        [each.name, str(each.support), str(each.predicted), f"{each.precision:.3f}", f"{each.recall:.3f}",
-         f"{each.f1:.3f}"] for each in numbers.by_class]
+        [
+            each.name,
+            str(each.support),
+            str(each.predicted),
+            f"{each.precision:.3f}",
+            f"{each.recall:.3f}",
+            f"{each.f1:.3f}",
+        ]
+        for each in numbers.by_class
+    ]
     matrix = page.table("Images by true class (rows) and answer (columns)")
     assert [[int(cell or 0) for cell in row[1:]] for row in matrix[1:]] == numbers.confusion().tolist()
-    page.sees(f"{numbers.calibration_error:.4f}", f"{numbers.brier:.4f}", f"{numbers.nll:.4f}", "f" * 64,
-              "Judged by 60 test images in photos of 8 classes, at 224 by 224 pixels and crop ratio 0.875",
-              "deit eval runs/a/model --data photos --split test")
+    page.sees(
+        f"{numbers.calibration_error:.4f}",
+        f"{numbers.brier:.4f}",
+        f"{numbers.nll:.4f}",
+        "f" * 64,
+        "Judged by 60 test images in photos of 8 classes, at 224 by 224 pixels and crop ratio 0.875",
+        "deit eval runs/a/model --data photos --split test",
+    )
 
 
 def test_many_classes_are_summarised_and_none_is_lost():
@@ -230,7 +309,9 @@ def test_the_most_wrong_and_the_most_doubtful_images(tmp_path):
     shown = page.all("img")
     assert [image[1]["alt"] for image in shown] == [
         f"True label \u2068class {numbers.labels[i]}\u2069; predicted \u2068class {numbers.predicted[i]}\u2069 with "
-        f"probability {numbers.confidence[i]:.2f}" for i in [*wrong, *doubtful]]
+        f"probability {numbers.confidence[i]:.2f}"
+        for i in [*wrong, *doubtful]
+    ]
     assert all(int(image[1]["width"]) <= 128 and int(image[1]["height"]) <= 128 for image in shown)
     [os.unlink(files[i]) for i in wrong]
     page = checked(document.page(None, found))
@@ -245,11 +326,27 @@ def test_names_are_hostile_input(tmp_path):
         Image.new("RGB", (8, 8)).save(file)
     found = evaluation(files=files, names=HOSTILE, unreadable=((HOSTILE[0], HOSTILE[1]),))
     found = replace(found, data=HOSTILE[0], main=replace(found.main, model=HOSTILE[6]))
-    about = replace(ABOUT, classes=HOSTILE, train=(1,) * len(HOSTILE), val=(1,) * len(HOSTILE), data=HOSTILE[1],
-                    device=HOSTILE[0], fingerprint=HOSTILE[0], versions={HOSTILE[0]: HOSTILE[7]})
+    about = replace(
+        ABOUT,
+        classes=HOSTILE,
+        train=(1,) * len(HOSTILE),
+        val=(1,) * len(HOSTILE),
+        data=HOSTILE[1],
+        device=HOSTILE[0],
+        fingerprint=HOSTILE[0],
+        versions={HOSTILE[0]: HOSTILE[7]},
+    )
     run = Record.read(record(tmp_path / "run <b>", about, name=HOSTILE[0], start=HOSTILE[1], seed=HOSTILE[6]))
-    drawn = {i: Explanation("", "", Image.new("RGB", (8, 8)), (Answer("class", name, 0.5, name, 0.5),),
-                            (Map("class", "relevance", np.eye(2)),)) for i, name in enumerate(HOSTILE * 7)}
+    drawn = {
+        i: Explanation(
+            "",
+            "",
+            Image.new("RGB", (8, 8)),
+            (Answer("class", name, 0.5, name, 0.5),),
+            (Map("class", "relevance", np.eye(2)),),
+        )
+        for i, name in enumerate(HOSTILE * 7)
+    }
     text = document.page(run, found, maps=report_maps.Maps(drawn), figures=[(HOSTILE[0], Image.new("RGB", (9, 9)))])
     page = checked(text)
     page.sees("What answers rest on")
@@ -266,17 +363,27 @@ def test_names_are_hostile_input(tmp_path):
 def test_what_a_run_says_of_itself(tmp_path):
     run = Record.read(record(tmp_path / "run"))
     page = checked(document.page(run, None))
-    page.sees("Trained 2 January 2026, 03:04 UTC", "200 updates, 2 epochs, on 150 images of 2 classes", "42 s",
-              "a CPU, 2 cores", "bfloat16", "e" * 64, "123",
-              f"deit train {tmp_path / 'run' / 'recipe.json'} --data photos --out AGAIN",
-              "after update 200. It was chosen by", "deit report", "No shipped recipe has this name")
+    page.sees(
+        "Trained 2 January 2026, 03:04 UTC",
+        "200 updates, 2 epochs, on 150 images of 2 classes",
+        "42 s",
+        "a CPU, 2 cores",
+        "bfloat16",
+        "e" * 64,
+        "123",
+        f"deit train {tmp_path / 'run' / 'recipe.json'} --data photos --out AGAIN",
+        "after update 200. It was chosen by",
+        "deit report",
+        "No shipped recipe has this name",
+    )
     assert page.table("Accuracy of each head")[1:] == [["fused", "0.800", "0.670 to 0.888", "40"]]
     assert page.table("Images of each class")[1:] == [["a", "70", "20"], ["b", "80", "30"]]
     assert page.table("Metrics")[1] == ["50", "0.5", "2", "0.2", "0.2", "0.001"]
     assert ["lr", "0.001"] in page.table("Recipe: optim")
     assert ["total", "200 steps"] in page.table("Recipe: schedule")
     assert {svg[1].get("aria-labelledby") for svg in page.all("svg", role="img")} == {
-        f"{key}-title {key}-desc" for key in ("heads", "loss", "accuracy-curve", "rate")}
+        f"{key}-title {key}-desc" for key in ("heads", "loss", "accuracy-curve", "rate")
+    }
 
 
 DAMAGED = [None, b"", b"{", b"[1]", b"\xff\xfe", b'{"data": 3, "model": [], "objective": null}']
@@ -291,7 +398,9 @@ def test_differences_from_the_shipped_recipe(tmp_path):
     changed = {**shipped, "seed": 7, "schedule": {**shipped["schedule"], "total": {"amount": 3.0, "unit": "epochs"}}}
     page = checked(document.page(Record.read(record(tmp_path / "changed", **changed)), None))
     assert page.table("Changed from the shipped recipe of this name")[1:] == [
-        ["schedule.total", "50 epochs", "3 epochs"], ["seed", "0", "7"]]
+        ["schedule.total", "50 epochs", "3 epochs"],
+        ["seed", "0", "7"],
+    ]
 
 
 SILENT = {("metrics.jsonl", b""), ("recipe.json", DAMAGED[-1])}
@@ -311,14 +420,20 @@ def test_missing_and_damaged_files_are_said(tmp_path, missing, content):
 
 
 def test_numbers_that_are_none(tmp_path):
-    rows = [{"step": 1, "loss": math.nan, "lr": math.inf, "accuracy": None, "val_accuracy": "high", "seconds": None},
-            {"step": 2, "epoch": 0, "loss": math.nan, "val_accuracy": math.nan, "skipped": 2},
-            {"step": "3"}, {"no": "step"}]
+    rows = [
+        {"step": 1, "loss": math.nan, "lr": math.inf, "accuracy": None, "val_accuracy": "high", "seconds": None},
+        {"step": 2, "epoch": 0, "loss": math.nan, "val_accuracy": math.nan, "skipped": 2},
+        {"step": "3"},
+        {"no": "step"},
+    ]
     run = Record.read(record(tmp_path, rows=rows))
     page = checked(document.page(run, None))
-    page.sees("2 of the 4 lines of metrics.jsonl can't be read and are left out",
-              "Loss: the metrics hold no number that could be drawn", "The run has no evaluation yet",
-              "2 updates were skipped")
+    page.sees(
+        "2 of the 4 lines of metrics.jsonl can't be read and are left out",
+        "Loss: the metrics hold no number that could be drawn",
+        "The run has no evaluation yet",
+        "2 updates were skipped",
+    )
     assert run.best is None
     third = Record.read(record(tmp_path, rows=[{"step": 1, "loss": 0.5, "val_accuracy": 1 / 3}]))
     only = checked(document.page(third, None))
@@ -361,8 +476,9 @@ def judged(tmp_path_factory):
         areas = draw.integers(0, 256, (3, 4, 3), dtype=np.uint8)
         Image.fromarray(areas).resize((30, 24), Image.Resampling.NEAREST).save(file)
     (root / "data" / "a" / "00.png").write_bytes(b"no image")
-    build("with_teacher", small(id2label=dict(enumerate("abcde")), num_labels=None, image_size=(16, 24))
-          ).save_pretrained(root / "model")
+    build(
+        "with_teacher", small(id2label=dict(enumerate("abcde")), num_labels=None, image_size=(16, 24))
+    ).save_pretrained(root / "model")
     DeiTImageProcessor.paper((16, 24)).save_pretrained(root / "model")
     return examine_files(root / "model", root / "data", device="cpu", console=QUIET)
 
@@ -394,18 +510,28 @@ def test_maps_are_those_of_explain(judged, ratio):
         pixels = processor([judged.files[row]], return_tensors="pt").pixel_values
         [seen] = seen_by(model.config, pixels, processor)
         large = seen.resize((144, 96), Image.Resampling.NEAREST)
-        expected.append((data_uri(large), f"True label \u2068{'abcde'[numbers.labels[row]]}\u2069; predicted \u2068"
-                         f"{'abcde'[numbers.predicted[row]]}\u2069 with probability {numbers.confidence[row]:.2f}"))
+        expected.append(
+            (
+                data_uri(large),
+                f"True label \u2068{'abcde'[numbers.labels[row]]}\u2069; predicted \u2068"
+                f"{'abcde'[numbers.predicted[row]]}\u2069 with probability {numbers.confidence[row]:.2f}",
+            )
+        )
         out = model(pixels)
         for token, logits in (("class", out.cls_logits), ("distillation", out.distillation_logits)):
             values = explain(model, pixels, "relevance")[token][0].numpy()
             said = "abcde"[int(logits.argmax())]
-            expected.append((data_uri(overlay(large, values)), f"Map of the {token} token, which answers \u2068{said}"
-                             f"\u2069: strongest {Map(token, 'relevance', values).strongest}"))
+            expected.append(
+                (
+                    data_uri(overlay(large, values)),
+                    f"Map of the {token} token, which answers \u2068{said}"
+                    f"\u2069: strongest {Map(token, 'relevance', values).strongest}",
+                )
+            )
             page.sees(f"{token} token{said} ({logits.softmax(-1).max():.2f})")
     images = [(image[1]["src"], image[1]["alt"]) for image in page.all("img")]
     gallery = 24 if len(numbers.labels) > 24 else len(numbers.labels)
-    assert images[-len(expected):] == expected
+    assert images[-len(expected) :] == expected
     assert len(images) <= gallery + len(expected)
     [link] = [entry for entry in page.all("a") if entry[1]["href"] == "#maps"]
     assert link[2] == "What answers rest on"
@@ -433,8 +559,9 @@ def test_models_that_can_not_be_explained_have_no_maps(judged, tmp_path):
 
 
 def test_maps_that_fail_lose_no_report(judged, tmp_path, monkeypatch):
-    monkeypatch.setattr("deit.report.maps.explain_pixels", lambda *_, **__: (_ for _ in ()).throw(
-        RuntimeError("out of <memory>")))
+    monkeypatch.setattr(
+        "deit.report.maps.explain_pixels", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("out of <memory>"))
+    )
     page = checked(document.of_evaluation(tmp_path / "page.html", judged, device="cpu").read_text())
     page.sees("What the answers rest on could not be shown: out of <memory>.", "Accuracy of each head")
 
@@ -443,10 +570,23 @@ def test_a_large_report_is_small_and_quick(tmp_path):
     """1000 classes and 50,000 images, with a long run beside it."""
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), np.uint8))
     photo.save(tmp_path / "noise.jpg")
-    found = evaluation(count=50_000, classes=1000, files=[tmp_path / "noise.jpg"] * 50_000,
-                       names=[f"class number {i}, of a kind" for i in range(1000)])
-    rows = [{"step": i, "epoch": i / 25, "lr": 1e-3, "loss": 1 / i, "accuracy": 0.5,
-             **({"val_accuracy": 0.5} if i % 25 == 0 else {})} for i in range(1, 7501)]
+    found = evaluation(
+        count=50_000,
+        classes=1000,
+        files=[tmp_path / "noise.jpg"] * 50_000,
+        names=[f"class number {i}, of a kind" for i in range(1000)],
+    )
+    rows = [
+        {
+            "step": i,
+            "epoch": i / 25,
+            "lr": 1e-3,
+            "loss": 1 / i,
+            "accuracy": 0.5,
+            **({"val_accuracy": 0.5} if i % 25 == 0 else {}),
+        }
+        for i in range(1, 7501)
+    ]
     run = Record.read(record(tmp_path / "run", rows=rows))
     began = time.perf_counter()
     text = document.page(run, found)
@@ -468,7 +608,7 @@ def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
-SHORT = '''
+SHORT = """
 from deit.config import DeiTConfig
 from deit.recipe import *
 
@@ -478,7 +618,7 @@ def short():
         model=DeiTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=48,
                          image_size=16, patch_size=4, encoder_stride=4, distillation_token=False),
         schedule=Cosine(total=steps(15)), compute=Compute(precision="float32", workers=0), evaluate=steps(5))
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -487,8 +627,21 @@ def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("report")
     photos(photos(root / "data", count=12), split="test", count=6)
     (root / "recipes.py").write_text(SHORT)
-    assert main(["train", f"{root / 'recipes.py'}:short", "--data", str(root / "data"), "--out", str(root / "run"),
-                 "--device", "cpu"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                f"{root / 'recipes.py'}:short",
+                "--data",
+                str(root / "data"),
+                "--out",
+                str(root / "run"),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     return root
 
 
@@ -524,8 +677,9 @@ def test_eval_writes_one_with_the_record_of_the_run(trained, capsys, tmp_path):
     found = json.loads(capsys.readouterr().out)
     page = checked((tmp_path / "new" / "page.html").read_text())
     page.sees("15 updates", f"{found['nll']:.4f}", "Learning rate", "Judged by 18 test images")
-    build("classification", small(id2label=dict(enumerate("abc")), num_labels=None, distillation_token=False)
-          ).save_pretrained(tmp_path / "model")
+    build(
+        "classification", small(id2label=dict(enumerate("abc")), num_labels=None, distillation_token=False)
+    ).save_pretrained(tmp_path / "model")
     DeiTImageProcessor.paper(16).save_pretrained(tmp_path / "model")
     assert main(["eval", str(tmp_path / "model"), *plain[2:], "--report", str(tmp_path / "alone.html")]) == 0
     alone = checked((tmp_path / "alone.html").read_text())
@@ -535,8 +689,21 @@ def test_eval_writes_one_with_the_record_of_the_run(trained, capsys, tmp_path):
 def test_a_report_that_fails_is_a_warning(trained, capsys, monkeypatch):
     monkeypatch.setattr("deit.report.document.write", lambda *_, **__: (_ for _ in ()).throw(OSError("no space left")))
     out = trained / "again"
-    assert main(["train", f"{trained / 'recipes.py'}:short", "--data", str(trained / "data"), "--out", str(out),
-                 "--device", "cpu"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                f"{trained / 'recipes.py'}:short",
+                "--data",
+                str(trained / "data"),
+                "--out",
+                str(out),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     shown = capsys.readouterr()
     assert f"{out / 'model'}: accuracy" in shown.out
     assert f"its report is not written (no space left); `deit report {out}`" in shown.err
@@ -569,9 +736,15 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
 
 def test_masked_images_show_their_reconstruction(tmp_path):
     photos(tmp_path / "data", count=4)
-    recipe = Recipe(name="masked", model=small(num_labels=None, distillation_token=False), data=Data(batch=4),
-                    objective=MaskedImage(unit=8), optim=AdamW(lr=1e-3, per_images=8), schedule=Cosine(total=steps(2)),
-                    compute=Compute(precision="float32", workers=0))
+    recipe = Recipe(
+        name="masked",
+        model=small(num_labels=None, distillation_token=False),
+        data=Data(batch=4),
+        objective=MaskedImage(unit=8),
+        optim=AdamW(lr=1e-3, per_images=8),
+        schedule=Cosine(total=steps(2)),
+        compute=Compute(precision="float32", workers=0),
+    )
     splits = read_data(tmp_path / "data", holdout=0.3, seed=0, labelled=False)
     train(recipe, *splits, tmp_path / "run", device="cpu", console=QUIET)
     page = checked(document.of_training(tmp_path / "run", splits[1], device="cpu").read_text())
@@ -584,8 +757,22 @@ def test_resuming_keeps_the_date(trained, tmp_path):
     shutil.copytree(trained / "run", tmp_path / "run")
     about = json.loads((tmp_path / "run" / "about.json").read_text())
     (tmp_path / "run" / "about.json").write_text(json.dumps({**about, "began": "2020-01-01T00:00:00+00:00"}))
-    assert main(["train", f"{trained / 'recipes.py'}:short", "--data", str(trained / "data"), "--out",
-                 str(tmp_path / "run"), "--device", "cpu", "--resume"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                f"{trained / 'recipes.py'}:short",
+                "--data",
+                str(trained / "data"),
+                "--out",
+                str(tmp_path / "run"),
+                "--device",
+                "cpu",
+                "--resume",
+            ]
+        )
+        == 0
+    )
     assert json.loads((tmp_path / "run" / "about.json").read_text())["began"] == "2020-01-01T00:00:00+00:00"
     assert torch.__version__ in (tmp_path / "run" / document.FILE).read_text()
 
@@ -641,8 +828,13 @@ def test_in_a_browser(scheme, width, tmp_path, trained, judged):
     hostile = evaluation(names=HOSTILE, files=[tmp_path / "noise.png"] * 60)
     many = evaluation(count=3000, classes=100, heads=("fused", "class", "distillation", "softmax"))
     maps = document.write(tmp_path / "maps.html", None, judged, maps=report_maps.explained(judged))
-    pages = [trained / "run" / document.FILE, maps, document.write(tmp_path / "hostile.html", run, hostile),
-             document.write(tmp_path / "many.html", None, many), document.write(tmp_path / "run.html", run, None)]
+    pages = [
+        trained / "run" / document.FILE,
+        maps,
+        document.write(tmp_path / "hostile.html", run, hostile),
+        document.write(tmp_path / "many.html", None, many),
+        document.write(tmp_path / "run.html", run, None),
+    ]
     with playwright.sync_playwright() as engine:
         browser = engine.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         for file in pages:
@@ -661,8 +853,9 @@ def test_in_a_browser(scheme, width, tmp_path, trained, judged):
                 page.keyboard.press("Tab")
                 assert page.evaluate("document.activeElement.tagName") == "A", pressed
             context.close()
-            context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900},
-                                          bypass_csp=True)
+            context = browser.new_context(
+                color_scheme=scheme, viewport={"width": width, "height": 900}, bypass_csp=True
+            )
             page = context.new_page()
             page.goto(file.as_uri())
             page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")

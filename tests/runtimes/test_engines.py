@@ -72,8 +72,10 @@ def test_an_exported_folder_predicts_the_same(distilled, photos, tmp_path, to):
 def test_engines_agree_on_a_trained_folder(distilled, photos, monkeypatch, engine):
     """The same rows in float32 within 1e-4, calibration included."""
     float32(monkeypatch)
-    heads = {name: HeadCalibration(temperature=0.5 + i, threshold=0.3, nll=(1.0, 1.0), answered=0.5)
-             for i, name in enumerate(("fused", "class", "distillation", "softmax"))}
+    heads = {
+        name: HeadCalibration(temperature=0.5 + i, threshold=0.3, nll=(1.0, 1.0), answered=0.5)
+        for i, name in enumerate(("fused", "class", "distillation", "softmax"))
+    }
     Calibration(error_rate=0.1, images=9, data="", heads=heads).save(distilled)
     for head in heads:
         expected, found = Predictor(distilled, head=head), Predictor(distilled, head=head, engine=engine)
@@ -83,7 +85,8 @@ def test_engines_agree_on_a_trained_folder(distilled, photos, monkeypatch, engin
             assert row.sure is other.sure
             assert [entry["label"] for entry in row.labels] == [entry["label"] for entry in other.labels]
             assert [entry["score"] for entry in row.labels] == pytest.approx(
-                [entry["score"] for entry in other.labels], abs=1e-4)
+                [entry["score"] for entry in other.labels], abs=1e-4
+            )
     pixels = torch.from_numpy(np.stack([found.prepared(photo) for photo in photos]))
     for token, values in explain(expected.model, pixels, "relevance").items():  # which needs the model's inside
         torch.testing.assert_close(explain(found.model, pixels, "relevance")[token], values)
@@ -164,9 +167,13 @@ def test_the_command_prepares_an_engine_where_there_is_much_to_do(distilled, tmp
     for i in range(4):
         Image.new("RGB", (20, 20), (60 * i, 9, 9)).save(tmp_path / f"{i}.png")
     names = [str(tmp_path / f"{i}.png") for i in range(4)]
-    for given, options, engine in ((names[:3], [], "torch"), (names, [], "openvino, f32"),
-                                   (names, ["--engine", "torch"], "torch"), (names[:2], ["--engine", "onnx"], "onnxr"),
-                                   (names, ["--shard", "1/2"], "torch")):
+    for given, options, engine in (
+        (names[:3], [], "torch"),
+        (names, [], "openvino, f32"),
+        (names, ["--engine", "torch"], "torch"),
+        (names[:2], ["--engine", "onnx"], "onnxr"),
+        (names, ["--shard", "1/2"], "torch"),
+    ):
         assert main(["predict", str(distilled), *given, "--device", "cpu", "--json", *options]) == 0
         captured = capsys.readouterr()
         rows = [json.loads(line)["image"] for line in captured.out.splitlines()]

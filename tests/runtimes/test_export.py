@@ -52,8 +52,9 @@ def needs(to):
 def model_of(kind):
     labels = {"id2label": dict(enumerate(NAMES)), "num_labels": None}
     if kind == "convnet":
-        model = scramble(ConvNet(ConvNetConfig(widths=(6, 8), depth=1, image_size=(16, 24),
-                                               id2label=dict(enumerate(NAMES)))))
+        model = scramble(
+            ConvNet(ConvNetConfig(widths=(6, 8), depth=1, image_size=(16, 24), id2label=dict(enumerate(NAMES))))
+        )
         for layer in model.modules():
             if isinstance(layer, torch.nn.BatchNorm2d):
                 layer.running_mean.uniform_(-0.5, 0.5)
@@ -107,6 +108,7 @@ def softmax(values):
 
 def tampering(monkeypatch, change):
     """Every runtime's answers go through `change`."""
+
     def run(self, pixels):
         return change(dict(zip(self.outputs, self._run(pixels), strict=True)))
 
@@ -136,8 +138,9 @@ def test_every_format_answers_as_the_model(models, exported, to, kind):
             else:
                 torch.testing.assert_close(torch.from_numpy(values), expected[name], rtol=1e-5, atol=1e-5)
     assert done.record["outputs"] == OUTPUTS[kind]
-    assert done.record["heads"] == (["fused", "class", "distillation", "softmax"] if kind == "distilled"
-                                    else ["fused", "class"])
+    assert done.record["heads"] == (
+        ["fused", "class", "distillation", "softmax"] if kind == "distilled" else ["fused", "class"]
+    )
     assert done.record["input"]["shape"] == [None, 3, *model.config.image_hw]
     assert done.record["agreement"]["labels"] == 1.0
     assert 0 <= done.record["agreement"]["difference"] <= write.TOLERANCE
@@ -149,8 +152,11 @@ def test_the_folder_is_whole(models, tmp_path, to):
     done = write.export(models / "convnet", to, tmp_path / "a" / "out")
     folder = tmp_path / "a" / "out"
     named = {"torch": {"model.pt2"}, "onnx": {"model.onnx"}, "openvino": {"model.xml", "model.bin"}}[to]
-    assert {path.name for path in folder.iterdir()} == named | {"config.json", "preprocessor_config.json",
-                                                                "export.json"}
+    assert {path.name for path in folder.iterdir()} == named | {
+        "config.json",
+        "preprocessor_config.json",
+        "export.json",
+    }
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
     assert json.loads((folder / "export.json").read_text()) == done.record
     assert set(done.record["files"]) == named
@@ -251,8 +257,14 @@ def test_an_answer_that_differs_is_refused_and_nothing_is_left(models, tmp_path,
         return answers | {"logits": logits}
 
     tampering(monkeypatch, tamper)
-    with raises_saying(ValueError, *(["(1, 4), expected (1, 5)"] if change == "shape" else [
-            f"{to} was not kept", "random pictures", "at most 0.0001 are allowed"])):
+    with raises_saying(
+        ValueError,
+        *(
+            ["(1, 4), expected (1, 5)"]
+            if change == "shape"
+            else [f"{to} was not kept", "random pictures", "at most 0.0001 are allowed"]
+        ),
+    ):
         write.export(models / "convnet", to, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -366,8 +378,12 @@ def test_damaged_records_are_refused(models, copied):
         load_engine(models / "plain")
     folder = copied("plain", "torch")
     record = json.loads((folder / "export.json").read_text())
-    for broken in (record | {"format": "gif"}, record | {"input": None}, record | {"files": []},
-                   record | {"input": {"shape": [1]}}):
+    for broken in (
+        record | {"format": "gif"},
+        record | {"input": None},
+        record | {"files": []},
+        record | {"input": {"shape": [1]}},
+    ):
         files.write_json(folder / "export.json", broken)
         with raises_saying(files.CheckpointError, folder / "export.json"):
             load_engine(folder)
@@ -398,13 +414,24 @@ def digits(tmp_path_factory):
     paths = sorted((root / "data" / "train").rglob("*.png"))
     pixels = processor(paths, return_tensors="pt").pixel_values
     labels = torch.tensor([int(path.parent.name) for path in paths])
-    config = DeiTConfig(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96,
-                        image_size=16, patch_size=4, encoder_stride=4, layer_norm_eps=1e-6, num_labels=10,
-                        initializer_range=0.06)
+    config = DeiTConfig(
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        intermediate_size=96,
+        image_size=16,
+        patch_size=4,
+        encoder_stride=4,
+        layer_norm_eps=1e-6,
+        num_labels=10,
+        initializer_range=0.06,
+    )
     config = config.replace(id2label={i: str(i) for i in range(10)})
     torch.manual_seed(0)
-    nets = {"distilled": DeiTForImageClassificationWithTeacher(config),
-            "convnet": ConvNet(ConvNetConfig(widths=(16, 32), depth=1, image_size=16, id2label=config.id2label))}
+    nets = {
+        "distilled": DeiTForImageClassificationWithTeacher(config),
+        "convnet": ConvNet(ConvNetConfig(widths=(16, 32), depth=1, image_size=16, id2label=config.id2label)),
+    }
     for name, net in nets.items():
         net.train()
         optimizer = torch.optim.AdamW(net.parameters(), lr=2e-2 if name == "convnet" else 3e-3)
@@ -434,19 +461,32 @@ def weights_in_int8(folder, to):
     if to == "onnx-int8":
         import onnx
 
-        return sum(math.prod(tensor.dims) for tensor in onnx.load(folder / "model.onnx").graph.initializer
-                   if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) > 1)
+        return sum(
+            math.prod(tensor.dims)
+            for tensor in onnx.load(folder / "model.onnx").graph.initializer
+            if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) > 1
+        )
     import openvino
 
     model = openvino.Core().read_model(folder / "model.xml")
-    return sum(math.prod(node.shape) for node in model.get_ops()
-               if node.get_type_name() == "Constant" and node.get_element_type().get_type_name() in ("i8", "u8")
-               and len(node.shape) > 1)
+    return sum(
+        math.prod(node.shape)
+        for node in model.get_ops()
+        if node.get_type_name() == "Constant"
+        and node.get_element_type().get_type_name() in ("i8", "u8")
+        and len(node.shape) > 1
+    )
 
 
-@pytest.mark.parametrize(("to", "kind"), [
-    ("onnx-int8", "convnet"), ("openvino-int8", "convnet"), ("openvino-int8", "distilled"),
-    pytest.param("onnx-int8", "distilled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("to", "kind"),
+    [
+        ("onnx-int8", "convnet"),
+        ("openvino-int8", "convnet"),
+        ("openvino-int8", "distilled"),
+        pytest.param("onnx-int8", "distilled", marks=pytest.mark.slow),
+    ],
+)
 def test_int8_keeps_the_accuracy_and_reports_it(digits, tmp_path, to, kind):
     needs(to)
     done = write.export(digits / kind, to, tmp_path / "out", calibrate=digits / "data")
@@ -461,8 +501,7 @@ def test_int8_keeps_the_accuracy_and_reports_it(digits, tmp_path, to, kind):
     assert found["float"]["value"] == pytest.approx(before)
     assert found["int8"]["value"] == pytest.approx(after)
     assert after >= before - 0.005
-    layers = [module.weight for module in model.modules()
-              if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
+    layers = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
     kept = [model.get_submodule(name).weight for name in found["float_layers"]]
     assert weights_in_int8(done.folder, to) == sum(w.numel() for w in layers) - sum(w.numel() for w in kept)
     assert list(engine(np.zeros((3, 3, 16, 16), np.float32))) == OUTPUTS[kind]
@@ -476,8 +515,14 @@ def test_int8_that_costs_too_much_is_refused_with_the_layers_to_blame(digits, tm
     monkeypatch.setattr(write, "_CALIBRATED", 20)
     monkeypatch.setattr(write, "_SHARES", (0.0, 0.5))
     monkeypatch.setattr(write, "by_sensitivity", lambda *_: ["features.4", "classifier"])
-    with raises_saying(ValueError, f"{to} was not kept", "on 360 images", "even with 1 of 2 layers in float",
-                       "are features.4, classifier", f"take {to.removesuffix('-int8')}"):
+    with raises_saying(
+        ValueError,
+        f"{to} was not kept",
+        "on 360 images",
+        "even with 1 of 2 layers in float",
+        "are features.4, classifier",
+        f"take {to.removesuffix('-int8')}",
+    ):
         write.export(digits / "convnet", to, tmp_path / "out", calibrate=digits / "data")
     assert list(tmp_path.iterdir()) == []
 
@@ -568,8 +613,7 @@ def keys_of(value, path=""):
 def test_the_page_has_every_key(digits, tmp_path):
     needs("openvino-int8")
     needs("web")
-    documented = set(re.findall(r"^\| `([a-z0-9_.]+)` \|", PAGE.read_text().split("## export.json")[1],
-                                re.MULTILINE))
+    documented = set(re.findall(r"^\| `([a-z0-9_.]+)` \|", PAGE.read_text().split("## export.json")[1], re.MULTILINE))
     found = set()
     for to in ("openvino", "openvino-int8", "web"):
         done = write.export(digits / "convnet", to, tmp_path / to, calibrate=digits / "data")

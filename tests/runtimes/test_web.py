@@ -97,8 +97,9 @@ def encoded(image, kind="PNG", **options):
 # -------------------------------------------------------------------------------------------------------------- values
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[] if kind in ("distilled", "convnet") else pytest.mark.slow)
-                                  for kind in KINDS])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in ("distilled", "convnet") else pytest.mark.slow) for kind in KINDS]
+)
 def test_the_page_answers_as_the_model(page, models, exported, kind):
     """Every output, batches of sizes that the export never saw, in the page's own runtime."""
     done, model = exported(kind), load_model(models / kind)
@@ -121,8 +122,20 @@ def test_the_folder_is_whole(models, exported):
     beside = {"config.json", "preprocessor_config.json", "calibration.json", "export.json"}
     assert {path.name for path in done.folder.iterdir()} == set(done.record["files"]) | beside
     assert set(done.record["files"]) == {
-        "index.html", "page.css", "page.js", "shown.css", "shown.js", "worker.js", "picture.js", "pixels.js",
-        "answer.js", "model.onnx", "ort.wasm.bundle.min.js", "ort-wasm-simd-threaded.wasm", "onnxruntime-LICENSE"}
+        "index.html",
+        "page.css",
+        "page.js",
+        "shown.css",
+        "shown.js",
+        "worker.js",
+        "picture.js",
+        "pixels.js",
+        "answer.js",
+        "model.onnx",
+        "ort.wasm.bundle.min.js",
+        "ort-wasm-simd-threaded.wasm",
+        "onnxruntime-LICENSE",
+    }
     assert done.record["versions"]["onnxruntime-web"] == web.VERSION
     assert Calibration.of_model(done.folder) == Calibration.of_model(models / "distilled")
     again = Predictor(done.folder), Predictor(models / "distilled")
@@ -132,20 +145,30 @@ def test_the_folder_is_whole(models, exported):
 
 
 def test_nothing_in_the_page_has_another_address(exported):
-    for name in set(exported("convnet").record["files"]) - {"ort.wasm.bundle.min.js", "ort-wasm-simd-threaded.wasm",
-                                                            "model.onnx", "onnxruntime-LICENSE"}:
+    for name in set(exported("convnet").record["files"]) - {
+        "ort.wasm.bundle.min.js",
+        "ort-wasm-simd-threaded.wasm",
+        "model.onnx",
+        "onnxruntime-LICENSE",
+    }:
         text = (exported("convnet").folder / name).read_text()
         assert "https:" not in text
         assert "//" not in text.replace("http://localhost:8000", "").replace("// ", "").replace("//\n", ""), name
 
 
 SHAPES = [(480, 640), (97, 41), (31, 50), (1, 1), (1, 900), (900, 2), (7, 513), (64, 64), (700, 600), (13, 154)]
-PAPER = {"size": {"shortest_edge": 64}, "crop_size": 56, "image_mean": (0.485, 0.456, 0.406),
-         "image_std": (0.229, 0.224, 0.225)}
+PAPER = {
+    "size": {"shortest_edge": 64},
+    "crop_size": 56,
+    "image_mean": (0.485, 0.456, 0.406),
+    "image_std": (0.229, 0.224, 0.225),
+}
 OPTIONS = {
     **{f"paper-{name}": PAPER | {"resample": name} for name in ("bicubic", "bilinear", "lanczos", "box", "hamming")},
-    **{f"squashed-{name}": {"size": (40, 96), "resample": name, "crop_size": (31, 77)}
-       for name in ("bicubic", "bilinear", "lanczos", "hamming")},
+    **{
+        f"squashed-{name}": {"size": (40, 96), "resample": name, "crop_size": (31, 77)}
+        for name in ("bicubic", "bilinear", "lanczos", "hamming")
+    },
     "enlarged": PAPER | {"size": {"shortest_edge": 224}, "crop_size": 224},
     "cut": {"size": {"shortest_edge": 30000}, "crop_size": 160},  # of which only the middle is computed
     "crop larger than the image": PAPER | {"crop_size": (100, 301)},
@@ -221,8 +244,14 @@ def test_sure_and_scores_are_the_predictors(page, tmp_path, threshold):
     names = {str(i): f"name {i}" for i in range(9)}
     (tmp_path / "c").mkdir()
     held.save(tmp_path / "c")
-    found = in_node(page, code, tmp_path, rows=logits.tolist(), names=names,
-                    calibration=files.read_json(tmp_path / "c" / "calibration.json"))
+    found = in_node(
+        page,
+        code,
+        tmp_path,
+        rows=logits.tolist(),
+        names=names,
+        calibration=files.read_json(tmp_path / "c" / "calibration.json"),
+    )
     assert [each["sure"] for each in found] == held.sure(expected, "fused")
     best = np.argsort(-expected, axis=1, kind="stable")[:, :5]
     for row, order, each in zip(expected, best, found, strict=True):
@@ -262,15 +291,19 @@ def test_an_answer_that_differs_is_refused_and_nothing_is_left(page, models, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("name", "before", "after", "said"), [
-    ("pixels.js", "a = -0.5", "a = -0.75", "its script makes pixels that differ by"),
-    ("pixels.js", "crop.height, width: crop.width", "crop.height - 1, width: crop.width", "differ by inf"),
-    ("pixels.js", "export function pixelValues", "function pixelValues", "failed in Node"),
-    ("ort.wasm.bundle.min.js", "export{", "exporting{", "failed in Node"),
-    ("ort-wasm-simd-threaded.wasm", "\0asm", "\0abc", "failed in Node"),
-])
-def test_scripts_that_fail_or_compute_something_else_are_refused(page, models, tmp_path, monkeypatch, name, before,
-                                                                 after, said):
+@pytest.mark.parametrize(
+    ("name", "before", "after", "said"),
+    [
+        ("pixels.js", "a = -0.5", "a = -0.75", "its script makes pixels that differ by"),
+        ("pixels.js", "crop.height, width: crop.width", "crop.height - 1, width: crop.width", "differ by inf"),
+        ("pixels.js", "export function pixelValues", "function pixelValues", "failed in Node"),
+        ("ort.wasm.bundle.min.js", "export{", "exporting{", "failed in Node"),
+        ("ort-wasm-simd-threaded.wasm", "\0asm", "\0abc", "failed in Node"),
+    ],
+)
+def test_scripts_that_fail_or_compute_something_else_are_refused(
+    page, models, tmp_path, monkeypatch, name, before, after, said
+):
     before, after = before.encode(), after.encode()
     assert before in page._files[name]
     monkeypatch.setitem(page._files, name, page._files[name].replace(before, after))
@@ -339,8 +372,9 @@ def test_what_is_missing_is_named(models, tmp_path, programs, monkeypatch):
     with raises_saying(FileNotFoundError, "the program node is missing", "install Node.js"):
         export.export(models / "plain", "web", tmp_path / "out")
     programs(node="exit 0")
-    with raises_saying(FileNotFoundError, "onnxruntime-web", web.VERSION, f"is not in {cache}", "npm",
-                       f"or put {TARBALL} there"):
+    with raises_saying(
+        FileNotFoundError, "onnxruntime-web", web.VERSION, f"is not in {cache}", "npm", f"or put {TARBALL} there"
+    ):
         export.export(models / "plain", "web", tmp_path / "out")
     programs(npm="echo 'npm error network offline' >&2; exit 1")
     with raises_saying(FileNotFoundError, "(network offline)", "connect to the internet", cache):
@@ -351,8 +385,9 @@ def test_what_is_missing_is_named(models, tmp_path, programs, monkeypatch):
 
 def test_another_package_is_refused(models, tmp_path, programs):
     cache = programs(node="exit 0", npm=f"echo another > {TARBALL}")
-    with raises_saying(files.CheckpointError, "npm gave an onnxruntime-web", f"expected {web.INTEGRITY}",
-                       "npm config get registry"):
+    with raises_saying(
+        files.CheckpointError, "npm gave an onnxruntime-web", f"expected {web.INTEGRITY}", "npm config get registry"
+    ):
         export.export(models / "plain", "web", tmp_path / "out")
     assert not cache.exists()
 
@@ -364,7 +399,12 @@ def test_the_package_is_fetched_once_and_verified_each_time(package, programs, t
     cache = programs(npm=f'echo "$@" > {tmp_path}/asked; {cp} {real} .')
     assert web._package() == package
     assert (tmp_path / "asked").read_text().split() == [
-        "pack", "--loglevel=error", "--ignore-scripts", "--fetch-retries=0", f"onnxruntime-web@{web.VERSION}"]
+        "pack",
+        "--loglevel=error",
+        "--ignore-scripts",
+        "--fetch-retries=0",
+        f"onnxruntime-web@{web.VERSION}",
+    ]
     assert [path.name for path in cache.iterdir()] == [TARBALL]
     (tmp_path / "bin" / "npm").unlink()
     assert web._package() == package  # from the cache
@@ -448,8 +488,9 @@ def shown(page):
     """Heading and labels once they are there; and they are gone then, so that the next ones can be waited for."""
     page.wait_for_selector("#labels li:nth-child(5)")
     rows = page.eval_on_selector_all("#labels li", "rows => rows.map(row => [...row.children].map(x => x.textContent))")
-    bars = page.eval_on_selector_all(".bar > span", "bars => bars.map(bar => bar.offsetWidth / "
-                                     "bar.parentElement.offsetWidth)")
+    bars = page.eval_on_selector_all(
+        ".bar > span", "bars => bars.map(bar => bar.offsetWidth / bar.parentElement.offsetWidth)"
+    )
     found = page.inner_text("#heading"), [(name, float(share[:-2])) for name, share, _ in rows]
     assert bars == pytest.approx([share / 100 for _, share in found[1]], abs=0.02)
     page.evaluate("document.querySelector('#labels').replaceChildren()")
@@ -474,11 +515,17 @@ PASTE = """bytes => { const transfer = new DataTransfer();
 def calibrated(exported, models, tmp_path_factory):
     """A page's folder whose model is sure of some pictures only, and its answers: of a sure one, and of another."""
     folder = Path(shutil.copytree(exported("distilled").folder, tmp_path_factory.mktemp("page") / "calibrated"))
-    tops = sorted((answer.labels[0]["score"], seed) for seed in range(12) for answer in Predictor(models / "distilled")
-                  .stream([encoded(noise(30, 40, seed=seed))]))
+    tops = sorted(
+        (answer.labels[0]["score"], seed)
+        for seed in range(12)
+        for answer in Predictor(models / "distilled").stream([encoded(noise(30, 40, seed=seed))])
+    )
     calibration((tops[5][0] + tops[6][0]) / 2).save(folder)
-    answers = {answer.sure: (encoded(noise(30, 40, seed=seed)), answer) for _, seed in tops
-               for answer in Predictor(folder).stream([encoded(noise(30, 40, seed=seed))])}
+    answers = {
+        answer.sure: (encoded(noise(30, 40, seed=seed)), answer)
+        for _, seed in tops
+        for answer in Predictor(folder).stream([encoded(noise(30, 40, seed=seed))])
+    }
     assert set(answers) == {True, False}
     return folder, answers
 
@@ -510,8 +557,9 @@ def test_the_page_in_a_browser(calibrated, chromium, scheme, width):
         for wrong in (b"%PDF-1.7 no image", b"", b"<svg xmlns='http://www.w3.org/2000/svg'/>", content[:60]):
             page.set_input_files("#file", chosen(wrong))
             page.wait_for_selector("#error:not(:empty)")
-            assert page.inner_text("#error") == ("This browser can\u2019t read that as an image. Choose a JPEG, PNG or "
-                                                 "WebP file.")
+            assert page.inner_text("#error") == (
+                "This browser can\u2019t read that as an image. Choose a JPEG, PNG or WebP file."
+            )
             assert page.inner_text("#labels") == ""
             page.set_input_files("#file", chosen(content))
             assert shown(page) == expected_of(answer)
@@ -546,12 +594,17 @@ def test_the_keyboard_is_enough(calibrated, chromium):
 def test_neither_the_page_nor_its_worker_can_send_anything(calibrated, chromium, tmp_path):
     """The policy holds in both: a server elsewhere is never asked."""
     folder, _ = calibrated
-    with served(folder) as (address, _), served(tmp_path) as (elsewhere, asked), \
-            opened(chromium, address) as (page, said):
+    with (
+        served(folder) as (address, _),
+        served(tmp_path) as (elsewhere, asked),
+        opened(chromium, address) as (page, said),
+    ):
         [worker] = page.workers
         for scope in (page, worker):
-            for way in ("fetch(url, {method: 'POST', mode: 'no-cors', body: 'x'}).then(() => 'sent', () => 'refused')",
-                        "import(url).then(() => 'sent', () => 'refused')"):
+            for way in (
+                "fetch(url, {method: 'POST', mode: 'no-cors', body: 'x'}).then(() => 'sent', () => 'refused')",
+                "import(url).then(() => 'sent', () => 'refused')",
+            ):
                 assert scope.evaluate(f"url => {way}", f"{elsewhere}/x.js") == "refused"
         assert said[0].startswith(f"Connecting to '{elsewhere}/x.js' violates")
         assert asked == []
@@ -563,8 +616,10 @@ def test_loading_is_seen_and_an_image_can_wait_for_it(calibrated, chromium):
     content, answer = answers[False]
     go = threading.Event()
     size = (folder / "ort-wasm-simd-threaded.wasm").stat().st_size + (folder / "model.onnx").stat().st_size
-    with served(folder, slow={"ort-wasm-simd-threaded.wasm": go}) as (address, _), \
-            opened(chromium, address, ready=False) as (page, said):
+    with (
+        served(folder, slow={"ort-wasm-simd-threaded.wasm": go}) as (address, _),
+        opened(chromium, address, ready=False) as (page, said),
+    ):
         page.wait_for_selector(f"#amount:has-text('of {size / 1e6:.1f} MB')")
         assert 0 < page.evaluate("document.querySelector('#progress').value") < 0.1
         assert page.inner_text("label[for=progress]") == "Loading the model"
@@ -598,11 +653,15 @@ def test_an_answer_that_comes_too_late_is_not_shown(calibrated, chromium):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("damage", "sentence"), [
-    ("missing", "The model can\u2019t be loaded (model.onnx: 404). Reload the page to try again."),
-    ("cut", "The model can\u2019t be loaded ("),
-    ("script", "The model can\u2019t be started: a file of this page is missing"),
-    ("WebAssembly", "This browser can\u2019t run the model: it has no WebAssembly, or is too old.")])
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        ("missing", "The model can\u2019t be loaded (model.onnx: 404). Reload the page to try again."),
+        ("cut", "The model can\u2019t be loaded ("),
+        ("script", "The model can\u2019t be started: a file of this page is missing"),
+        ("WebAssembly", "This browser can\u2019t run the model: it has no WebAssembly, or is too old."),
+    ],
+)
 def test_what_keeps_the_model_from_running_is_said(calibrated, chromium, tmp_path, damage, sentence):
     folder = Path(shutil.copytree(calibrated[0], tmp_path / "copy"))
     whole = (folder / "model.onnx").read_bytes()
@@ -678,14 +737,21 @@ def upright(number):
 
 
 FILES = {
-    "RGB": encoded(noise(50, 71)), "RGBA": encoded(noise(50, 71, 4)), "grey": encoded(noise(40, 41).convert("L")),
-    "grey, alpha": encoded(noise(40, 41, 4).convert("LA")), "palette": encoded(noise(40, 41).quantize(16)),
+    "RGB": encoded(noise(50, 71)),
+    "RGBA": encoded(noise(50, 71, 4)),
+    "grey": encoded(noise(40, 41).convert("L")),
+    "grey, alpha": encoded(noise(40, 41, 4).convert("LA")),
+    "palette": encoded(noise(40, 41).quantize(16)),
     "palette, transparent": encoded(noise(40, 41).quantize(16), transparency=3),
-    "GIF": encoded(noise(40, 41).quantize(16), "GIF"), "WebP": encoded(noise(40, 41), "WEBP", lossless=True),
+    "GIF": encoded(noise(40, 41).quantize(16), "GIF"),
+    "WebP": encoded(noise(40, 41), "WEBP", lossless=True),
     "WebP, alpha": encoded(noise(40, 41, 4), "WEBP", lossless=True, exact=True),
-    "large": encoded(noise(1500, 3001)), "large, alpha": encoded(noise(1500, 3001, 4)),
-    **{f"JPEG, orientation {number}": encoded(smooth(40, 61), "JPEG", quality=95, exif=upright(number))
-       for number in range(1, 9)},
+    "large": encoded(noise(1500, 3001)),
+    "large, alpha": encoded(noise(1500, 3001, 4)),
+    **{
+        f"JPEG, orientation {number}": encoded(smooth(40, 61), "JPEG", quality=95, exif=upright(number))
+        for number in range(1, 9)
+    },
     "grey JPEG": encoded(smooth(40, 61).convert("L"), "JPEG"),
 }
 
@@ -736,8 +802,10 @@ def test_the_page_is_for_everyone(calibrated, chromium, scheme, tmp_path):
         return [(each["id"], each["nodes"][0]["html"]) for each in found]
 
     go, window = threading.Event(), {"color_scheme": scheme, "bypass_csp": True}
-    with served(folder, slow={"model.onnx": go}) as (address, _), \
-            opened(chromium, address, ready=False, **window) as (page, _):
+    with (
+        served(folder, slow={"model.onnx": go}) as (address, _),
+        opened(chromium, address, ready=False, **window) as (page, _),
+    ):
         page.wait_for_selector("#amount:has-text('of')")
         assert violations("loading") == []
         go.set()

@@ -49,8 +49,10 @@ def save(folder, config=None, error_rate=None):
     build("with_teacher", config or small(id2label=dict(enumerate("abcde")), num_labels=None)).save_pretrained(folder)
     DeiTImageProcessor.paper(16 if config is None else config.image_size).save_pretrained(folder)
     if error_rate is not None:
-        heads = {name: HeadCalibration(temperature=2.0, threshold=0.3, nll=(1.0, 0.9), answered=0.5)
-                 for name in ("fused", "class", "distillation", "softmax")}
+        heads = {
+            name: HeadCalibration(temperature=2.0, threshold=0.3, nll=(1.0, 0.9), answered=0.5)
+            for name in ("fused", "class", "distillation", "softmax")
+        }
         Calibration(error_rate=error_rate, images=400, data="x", heads=heads).save(folder)
     return folder
 
@@ -118,8 +120,9 @@ class Gate:
 
 async def concurrently(app, bodies, query=lambda i: {}, path="/v1/classify"):
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as web:
-        return await asyncio.gather(*(web.post(path, content=body, headers=RAW, params=query(i))
-                                      for i, body in enumerate(bodies)))
+        return await asyncio.gather(
+            *(web.post(path, content=body, headers=RAW, params=query(i)) for i, body in enumerate(bodies))
+        )
 
 
 async def until(condition):
@@ -135,15 +138,23 @@ async def until(condition):
 
 @pytest.mark.parametrize("head", ["fused", "class", "distillation", "softmax"])
 def test_all_ways_of_sending_give_what_the_predictor_gives(folder, head):
-    images = [picture(0, "JPEG", (90, 160)), picture(1), picture(2, "WEBP"), picture(3, "GIF"), picture(4, "TIFF"),
-              picture(5, "BMP")]
+    images = [
+        picture(0, "JPEG", (90, 160)),
+        picture(1),
+        picture(2, "WEBP"),
+        picture(3, "GIF"),
+        picture(4, "TIFF"),
+        picture(5, "BMP"),
+    ]
     with client(folder, head) as web:
         expected = web.predictor(images, top_k=3)
         form = [("image", (f"../../{i}.png", image, "image/png")) for i, image in enumerate(images)]
         texts = [base64.b64encode(image).decode() for image in images]
-        for answer in (web.post("/v1/classify?top_k=3", files=form),
-                       web.post("/v1/classify", files=form, data={"top_k": "3"}),
-                       web.post("/v1/classify", json={"images": texts, "top_k": 3})):
+        for answer in (
+            web.post("/v1/classify?top_k=3", files=form),
+            web.post("/v1/classify", files=form, data={"top_k": "3"}),
+            web.post("/v1/classify", json={"images": texts, "top_k": 3}),
+        ):
             assert answer.status_code == 200, answer.text
             assert answer.json()["model"] == "m"
             for result, labels in zip(answer.json()["results"], expected, strict=True):
@@ -263,9 +274,20 @@ async def raw(app, chunks, headers=(), wait=0.0, path="/v1/classify"):
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
-             "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
-             "headers": [(b"content-type", b"image/png"), *headers], "client": ("x", 1), "server": ("x", 1)}
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(b"content-type", b"image/png"), *headers],
+        "client": ("x", 1),
+        "server": ("x", 1),
+    }
     await app(scope, receive, send)
     body = b"".join(message.get("body", b"") for message in sent)
     return httpx.Response(sent[0]["status"], headers=sent[0]["headers"], content=body)
@@ -319,42 +341,51 @@ FORM = {"Content-Type": "multipart/form-data; boundary=x"}
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize(("body", "headers", "status", "part"), [
-    (b"no image", RAW, 422, "the image is not a JPEG, PNG, WebP, GIF, TIFF or BMP file; convert it"),
-    (b"", RAW, 422, "an image is empty (0 bytes)"),
-    (picture(0)[:100], RAW, 422, "the image is damaged or cut short"),
-    (picture(0, "JPEG")[:300], RAW, 422, "the image is damaged or cut short"),
-    (png_of(60_000, 60_000), RAW, 422, "the image has more than the 50000000 pixels allowed here; shrink it"),
-    (png_of(10_000, 10_000), RAW, 422, "the image has more than the 50000000 pixels allowed here"),
-    (SVG, {"Content-Type": "image/svg+xml"}, 422, "is not a JPEG"),
-    (b"<html><body>", {"Content-Type": "image/png"}, 422, "is not a JPEG"),
-    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", RAW, 422, "is not a JPEG"),
-    (picture(0), {"Content-Type": "text/html"}, 415, "expected Content-Type image/*, application/octet-stream, "),
-    (picture(0), {"Content-Type": ""}, 415, "found 'none'"),
-    (picture(0), {**RAW, "Content-Encoding": "gzip"}, 415, "the body is compressed"),
-    (b"{", TEXT, 400, "the body is not valid JSON"),
-    (b"[" * 100_000, TEXT, 400, "the body is not valid JSON"),
-    (b"\xff\xfe\x00", TEXT, 400, "the body is not valid JSON"),
-    (b"[]", TEXT, 400, "the body is other JSON"),
-    (b'{"images": ["QUJD"], "top_k": NaN}', TEXT, 400, "the body is not valid JSON"),
-    (b'{"images": ["QUJD"], "top_k": 1e999}', TEXT, 400, "top_k is not a whole number"),
-    (b'{"images": ["QUJD"], "top_k": ' + b"9" * 5000 + b"}", TEXT, 400, "the body is not valid JSON"),
-    (b'{"images": ["QUJD"], "top_k": true}', TEXT, 400, "top_k is not a whole number"),
-    (b'{"images": ["QUJD"], "top_k": -1}', TEXT, 400, "top_k is not a whole number"),
-    (b'{"images": ["QUJD"], "model": "x"}', TEXT, 400, "the body is other JSON"),
-    (b'{"images": "QUJD"}', TEXT, 400, "images is not a list of texts"),
-    (b'{"images": []}', TEXT, 400, "the request holds no image"),
-    (b'{"images": ["data:image/png;base64,QUJD"]}', TEXT, 400, "an image is not valid base64"),
-    (b'{"images": ["\\ud800"]}', TEXT, 400, "an image is not valid base64"),
-    (json.dumps({"images": ["QUJD"] * 33}).encode(), TEXT, 413, "at most 32 images"),
-    (b"--x\r\n\r\nhello", FORM, 400, "neither a file nor top_k"),
-    (b"--x\r\nContent-Disposition: form-data; name=a; filename=b\r\n\r\nQ", FORM, 422, "is not a JPEG"),
-    (b"--x--\r\n", FORM, 400, "the request holds no image"),
-    (b"nothing", FORM, 400, "the multipart body is damaged"),
-    (b"--x\r\n" * 100_000, FORM, 400, "the multipart body is damaged"),
-    (b"--x\r\nContent-Disposition: form-data; filename=b\r\n\r\nQ\r\n" * 33 + b"--x--", FORM, 413, "at most 32 images"),
-    (b"--x", {"Content-Type": "multipart/form-data"}, 400, "has no boundary"),
-], ids=lambda value: "")
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "part"),
+    [
+        (b"no image", RAW, 422, "the image is not a JPEG, PNG, WebP, GIF, TIFF or BMP file; convert it"),
+        (b"", RAW, 422, "an image is empty (0 bytes)"),
+        (picture(0)[:100], RAW, 422, "the image is damaged or cut short"),
+        (picture(0, "JPEG")[:300], RAW, 422, "the image is damaged or cut short"),
+        (png_of(60_000, 60_000), RAW, 422, "the image has more than the 50000000 pixels allowed here; shrink it"),
+        (png_of(10_000, 10_000), RAW, 422, "the image has more than the 50000000 pixels allowed here"),
+        (SVG, {"Content-Type": "image/svg+xml"}, 422, "is not a JPEG"),
+        (b"<html><body>", {"Content-Type": "image/png"}, 422, "is not a JPEG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", RAW, 422, "is not a JPEG"),
+        (picture(0), {"Content-Type": "text/html"}, 415, "expected Content-Type image/*, application/octet-stream, "),
+        (picture(0), {"Content-Type": ""}, 415, "found 'none'"),
+        (picture(0), {**RAW, "Content-Encoding": "gzip"}, 415, "the body is compressed"),
+        (b"{", TEXT, 400, "the body is not valid JSON"),
+        (b"[" * 100_000, TEXT, 400, "the body is not valid JSON"),
+        (b"\xff\xfe\x00", TEXT, 400, "the body is not valid JSON"),
+        (b"[]", TEXT, 400, "the body is other JSON"),
+        (b'{"images": ["QUJD"], "top_k": NaN}', TEXT, 400, "the body is not valid JSON"),
+        (b'{"images": ["QUJD"], "top_k": 1e999}', TEXT, 400, "top_k is not a whole number"),
+        (b'{"images": ["QUJD"], "top_k": ' + b"9" * 5000 + b"}", TEXT, 400, "the body is not valid JSON"),
+        (b'{"images": ["QUJD"], "top_k": true}', TEXT, 400, "top_k is not a whole number"),
+        (b'{"images": ["QUJD"], "top_k": -1}', TEXT, 400, "top_k is not a whole number"),
+        (b'{"images": ["QUJD"], "model": "x"}', TEXT, 400, "the body is other JSON"),
+        (b'{"images": "QUJD"}', TEXT, 400, "images is not a list of texts"),
+        (b'{"images": []}', TEXT, 400, "the request holds no image"),
+        (b'{"images": ["data:image/png;base64,QUJD"]}', TEXT, 400, "an image is not valid base64"),
+        (b'{"images": ["\\ud800"]}', TEXT, 400, "an image is not valid base64"),
+        (json.dumps({"images": ["QUJD"] * 33}).encode(), TEXT, 413, "at most 32 images"),
+        (b"--x\r\n\r\nhello", FORM, 400, "neither a file nor top_k"),
+        (b"--x\r\nContent-Disposition: form-data; name=a; filename=b\r\n\r\nQ", FORM, 422, "is not a JPEG"),
+        (b"--x--\r\n", FORM, 400, "the request holds no image"),
+        (b"nothing", FORM, 400, "the multipart body is damaged"),
+        (b"--x\r\n" * 100_000, FORM, 400, "the multipart body is damaged"),
+        (
+            b"--x\r\nContent-Disposition: form-data; filename=b\r\n\r\nQ\r\n" * 33 + b"--x--",
+            FORM,
+            413,
+            "at most 32 images",
+        ),
+        (b"--x", {"Content-Type": "multipart/form-data"}, 400, "has no boundary"),
+    ],
+    ids=lambda value: "",
+)
 def test_bad_requests_get_one_sentence(hostile_web, body, headers, status, part):
     if body.endswith(b"QUJD") or (b"filename=b\r\n\r\nQ" in body and status == 422):
         body += b"\r\n--x--"
@@ -386,14 +417,19 @@ def test_bodies_that_lie_about_their_size(folder):
     image = picture(0)
     length = (b"content-length",)
     with client(folder, max_bytes=10_000, timeout=0.5) as web:
+
         def run(chunks, *headers, **options):
             return asyncio.run(raw(web.app, chunks, headers, **options))
 
         assert run([image[:50], image[50:]], wait=9).status_code == 200
         assert run([image], (*length, b"3"), wait=9).status_code == 200
-        for chunks, headers in [([b"x" * 6000, b"x" * 6000], ()), ([b"x" * 20_000], ((*length, b"5"),)),
-                                ([b"x" * 9000] * 100, ()), ([b"x"], ((*length, b"9" * 400),)),
-                                ([b"x"], ((*length, b"40000"),))]:
+        for chunks, headers in [
+            ([b"x" * 6000, b"x" * 6000], ()),
+            ([b"x" * 20_000], ((*length, b"5"),)),
+            ([b"x" * 9000] * 100, ()),
+            ([b"x"], ((*length, b"9" * 400),)),
+            ([b"x"], ((*length, b"40000"),)),
+        ]:
             assert_refused(run(chunks, *headers), 413, "more than the 10000 bytes allowed")
         assert_refused(run([image], (*length, b"-5")), 400, "Content-Length is not a number")
         assert_refused(run([image[:50], 2.0, image[50:]]), 408, "the body did not arrive within 0.5 s")
@@ -403,6 +439,7 @@ def test_bodies_that_lie_about_their_size(folder):
 
 def test_bodies_in_memory_are_bounded(folder):
     """Sixteen bodies of the largest size are being sent: there is no room for another."""
+
     async def run():
         slow = [asyncio.create_task(raw(web.app, [b"x" * 10_000, 0.6, b""], wait=9)) for _ in range(16)]
         await until(lambda: web.app.state.routes.bodies.held == 160_000)
@@ -429,9 +466,13 @@ def test_nothing_is_written_to_disk(folder, monkeypatch):
         assert web.post("/v1/classify", files=[("i", ("x", noise.getvalue()))] * 3).status_code == 200
 
 
-WRONG = {"/v1/classify": {"top_k": [1, 5, 0, -1, 10**30, None, "x", [], 2.5]},
-         "/v1/explain": {"method": ["rollout", "attention", "", None, 3, {}], "target": ["a", "E", "", None, 0, ["a"],
-                                                                                         "\ud800", "x" * 10_000]}}
+WRONG = {
+    "/v1/classify": {"top_k": [1, 5, 0, -1, 10**30, None, "x", [], 2.5]},
+    "/v1/explain": {
+        "method": ["rollout", "attention", "", None, 3, {}],
+        "target": ["a", "E", "", None, 0, ["a"], "\ud800", "x" * 10_000],
+    },
+}
 
 
 def mutated(draw, path):
@@ -443,23 +484,30 @@ def mutated(draw, path):
         for _ in range(draw.randint(1, 12)):
             data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
     elif way == 1:
-        del data[draw.randrange(len(data)):]
+        del data[draw.randrange(len(data)) :]
     elif way == 2:
         at = draw.randrange(len(data))
-        data[at:at + draw.randint(0, 40)] = draw.randbytes(draw.randint(0, 40))
+        data[at : at + draw.randint(0, 40)] = draw.randbytes(draw.randint(0, 40))
     else:
         at = draw.randrange(min(40, len(data)))  # headers, where sizes are
-        data[at:at + 4] = draw.choice([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\0\1"])
+        data[at : at + 4] = draw.choice([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\0\1"])
     body = bytes(data)
     sent = draw.randrange(5)
     if sent == 0:
         text = base64.b64encode(body).decode()
-        body = json.dumps({"images": [text], **{name: draw.choice(values) for name, values in WRONG[path].items()
-                                                if draw.random() < 0.5}}).encode()
+        body = json.dumps(
+            {
+                "images": [text],
+                **{name: draw.choice(values) for name, values in WRONG[path].items() if draw.random() < 0.5},
+            }
+        ).encode()
         headers = TEXT
     elif sent == 1:
-        body = (b'--x\r\nContent-Disposition: form-data; name="i"; filename="../\xff\xfe.png"\r\n\r\n' + body
-                + b"\r\n--x--\r\n")
+        body = (
+            b'--x\r\nContent-Disposition: form-data; name="i"; filename="../\xff\xfe.png"\r\n\r\n'
+            + body
+            + b"\r\n--x--\r\n"
+        )
         headers = FORM
     else:
         headers = {"Content-Type": draw.choice(["image/jpeg", "image/svg+xml", "application/octet-stream"])}
@@ -471,9 +519,19 @@ def mutated(draw, path):
     if draw.random() < 0.1:
         headers = {"Content-Type": "".join(chr(draw.randrange(32, 127)) for _ in range(draw.randrange(40))) or "x"}
     if draw.random() < 0.05:
-        headers = {**headers, "Content-Type": draw.choice(['multipart/form-data; boundary="', "multipart/form-data; "
-                   "boundary*0*=x''%ff", "application/json; charset=utf-99", "image/", "; ;=;", "multipart/form-data; "
-                   "boundary=" + "y" * 71])}
+        headers = {
+            **headers,
+            "Content-Type": draw.choice(
+                [
+                    'multipart/form-data; boundary="',
+                    "multipart/form-data; boundary*0*=x''%ff",
+                    "application/json; charset=utf-99",
+                    "image/",
+                    "; ;=;",
+                    "multipart/form-data; boundary=" + "y" * 71,
+                ]
+            ),
+        }
     return body, headers
 
 
@@ -528,11 +586,19 @@ def test_keys(folder, tmp_path):
 
 
 def test_every_answer_has_the_security_headers(hostile_web):
-    for answer in (hostile_web.get("/"), hostile_web.get("/nowhere"), ask(hostile_web, picture(0)),
-                   ask(hostile_web, b"x"), hostile_web.get("/openapi.json"), hostile_web.get("/api")):
+    for answer in (
+        hostile_web.get("/"),
+        hostile_web.get("/nowhere"),
+        ask(hostile_web, picture(0)),
+        ask(hostile_web, b"x"),
+        hostile_web.get("/openapi.json"),
+        hostile_web.get("/api"),
+    ):
         policy = answer.headers["content-security-policy"]
-        assert policy == ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
-                          "connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'")
+        assert policy == (
+            "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+            "connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
+        )
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["referrer-policy"] == "no-referrer"
         assert not any(name.startswith("access-control") for name in answer.headers)
@@ -578,8 +644,13 @@ def test_settings_that_make_no_sense_are_refused(folder, capsys):
 
 
 def test_what_is_not_installed_is_named():
-    assert run_python("import sys; sys.modules['uvicorn'] = None\ntry: import deit.serve.app\n"
-                      "except ImportError as error: print(error)") == 'serving needs uvicorn: pip install "deit[serve]"'
+    assert (
+        run_python(
+            "import sys; sys.modules['uvicorn'] = None\ntry: import deit.serve.app\n"
+            "except ImportError as error: print(error)"
+        )
+        == 'serving needs uvicorn: pip install "deit[serve]"'
+    )
 
 
 # ---- the process -------------------------------------------------------------------------------------------------
@@ -587,9 +658,26 @@ def test_what_is_not_installed_is_named():
 
 @contextmanager
 def server(folder, *options, **environment):
-    process = subprocess.Popen([sys.executable, "-m", "deit", "serve", str(folder), "--port", "0", "--device", "cpu",
-                                "--engine", "torch", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, env={**os.environ, **environment})
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "deit",
+            "serve",
+            str(folder),
+            "--port",
+            "0",
+            "--device",
+            "cpu",
+            "--engine",
+            "torch",
+            *options,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
     try:
         line = process.stdout.readline()
         assert " at http://127.0.0.1:" in line, line + (process.stderr.read() if process.poll() is not None else "")
@@ -617,6 +705,7 @@ def test_slow_heads_end_the_connection(folder):
     answer a connection may be idle for longer than a head may take."""
     head = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
     with server(folder, "--timeout", "1") as (_, address), httpx.Client() as web:
+
         def drip(first):
             with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=20) as connection:
                 if first:
@@ -654,8 +743,7 @@ def test_the_process_refuses_liars_and_finishes_what_came_at_sigterm(folder):
     head = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
     with server(folder, "--max-wait-ms", "800", "--timeout", "1", "--max-bytes", "10KiB") as (process, address):
         closing = head + b"Connection: close\r\n"
-        slow = threading.Thread(target=lambda: found.append(spoken(
-            address, head + b"Content-Length: 99\r\n\r\nabc")))
+        slow = threading.Thread(target=lambda: found.append(spoken(address, head + b"Content-Length: 99\r\n\r\nabc")))
         found = []
         slow.start()
         shorter = spoken(address, closing + f"Content-Length: {len(image) - 60}\r\n\r\n".encode(), image)
@@ -672,8 +760,14 @@ def test_the_process_refuses_liars_and_finishes_what_came_at_sigterm(folder):
         assert '"the body did not arrive within 1 s' in found[0]
 
         answers = []
-        clients = [threading.Thread(target=lambda seed=seed: answers.append(httpx.post(
-            f"{address}/v1/classify", content=picture(seed), headers=RAW, timeout=20))) for seed in range(3)]
+        clients = [
+            threading.Thread(
+                target=lambda seed=seed: answers.append(
+                    httpx.post(f"{address}/v1/classify", content=picture(seed), headers=RAW, timeout=20)
+                )
+            )
+            for seed in range(3)
+        ]
         for each in clients:
             each.start()
         while "deit_queue_images 3.0" not in httpx.get(f"{address}/metrics").text:
@@ -735,8 +829,7 @@ def test_the_page_in_a_browser(scheme, width, tmp_path, engine):
     """Upload, result, "I don't know", paste, error, and the way of the Tab key; no other address is asked."""
     folder = save(tmp_path, error_rate=0.05)
     predictor = Predictor(folder)
-    answers = {answer.sure: (seed, answer) for seed in range(40)
-               for answer in predictor.stream([picture(seed)])}
+    answers = {answer.sure: (seed, answer) for seed in range(40) for answer in predictor.stream([picture(seed)])}
     assert set(answers) == {True, False}
     window = {"color_scheme": scheme, "viewport": {"width": width, "height": 900}}
     with server(folder) as (_, address), opened(engine, address, **window) as (page, said, asked):
@@ -744,12 +837,15 @@ def test_the_page_in_a_browser(scheme, width, tmp_path, engine):
             page.set_input_files("#file" if sure else "#camera", chosen(picture(seed)))
             page.wait_for_selector("#labels li:nth-child(5)")
             assert page.inner_text("#heading") == (answer.labels[0]["label"] if sure else "I don\u2019t know")
-            shown = page.eval_on_selector_all("#labels li", "rows => rows.map(row => [...row.children].map("
-                                              "each => each.textContent))")
+            shown = page.eval_on_selector_all(
+                "#labels li", "rows => rows.map(row => [...row.children].map(each => each.textContent))"
+            )
             assert [(name, float(share[:-2])) for name, share, _ in shown] == [
-                (each["label"], pytest.approx(100 * each["score"], abs=0.051)) for each in answer.labels]
-            bars = page.eval_on_selector_all(".bar > span", "bars => bars.map(bar => bar.offsetWidth "
-                                             "/ bar.parentElement.offsetWidth)")
+                (each["label"], pytest.approx(100 * each["score"], abs=0.051)) for each in answer.labels
+            ]
+            bars = page.eval_on_selector_all(
+                ".bar > span", "bars => bars.map(bar => bar.offsetWidth / bar.parentElement.offsetWidth)"
+            )
             assert bars == pytest.approx([each["score"] for each in answer.labels], abs=0.02)
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             page.evaluate("document.querySelector('#labels').replaceChildren()")
@@ -810,6 +906,7 @@ def test_the_map_on_the_page(scheme, width, folder, engine):
     seen = expected.seen.resize((224, 224), Image.Resampling.NEAREST)
     window = {"color_scheme": scheme, "viewport": {"width": width, "height": 900}}
     with server(folder) as (_, address), opened(engine, address, **window) as (page, said, asked):
+
         def focused():
             return page.evaluate("document.activeElement.id")
 
@@ -832,8 +929,9 @@ def test_the_map_on_the_page(scheme, width, folder, engine):
             assert page.get_attribute("#seen", "src") == data_uri(seen)
             assert page.get_attribute("#map", "src") == data_uri(overlay(seen, each.values))
             assert page.get_attribute("#map", "alt") == f"Map over the image, strongest {each.strongest}"
-            assert page.inner_text("#said") == (f"The {each.token} token answers \u201c{answer.label}\u201d. "
-                                                f"Its map is strongest {each.strongest}.")
+            assert page.inner_text("#said") == (
+                f"The {each.token} token answers \u201c{answer.label}\u201d. Its map is strongest {each.strongest}."
+            )
             assert page.eval_on_selector_all("#looked img", "all => all.map(each => each.naturalWidth)") == [224, 224]
             page.keyboard.press("ArrowRight")
         assert focused() == "class"
@@ -858,8 +956,10 @@ def test_maps_that_are_not_to_be_had_on_the_page(tmp_path, folder, engine):
     with server(folder) as (_, address), opened(engine, address) as (page, _, _):
         page.set_input_files("#file", chosen(picture(0)))
         page.wait_for_selector("#why:visible")
-        page.route("**/v1/explain", lambda route: route.fulfill(
-            status=503, json={"error": "too many images wait already; try again in 1 s"}))
+        page.route(
+            "**/v1/explain",
+            lambda route: route.fulfill(status=503, json={"error": "too many images wait already; try again in 1 s"}),
+        )
         page.click("#why")
         page.wait_for_selector("#map-error:not(:empty)")
         assert page.inner_text("#map-error") == "Too many images wait already; try again in 1 s."
@@ -904,8 +1004,10 @@ def test_the_page_is_for_everyone(scheme, tmp_path, engine):
         found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
         return [(each["id"], each["nodes"][0]["html"]) for each in found]
 
-    with server(folder, "--api-key-file", str(tmp_path / "keys")) as (_, address), \
-            opened(engine, address, color_scheme=scheme, bypass_csp=True) as (page, _, _):
+    with (
+        server(folder, "--api-key-file", str(tmp_path / "keys")) as (_, address),
+        opened(engine, address, color_scheme=scheme, bypass_csp=True) as (page, _, _),
+    ):
         assert violations() == []
         page.set_input_files("#file", chosen(picture(0)))
         page.wait_for_selector("#error:not(:empty)")
@@ -949,8 +1051,10 @@ async def load(address, image, clients, seconds, sample):
 
     Over bare connections, for on the same cores a library's client would take a fifth of what is to be measured."""
     done, began = [], time.perf_counter()
-    request = (f"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: {RAW['Content-Type']}\r\n"
-               f"Content-Length: {len(image)}\r\n\r\n").encode() + image
+    request = (
+        f"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: {RAW['Content-Type']}\r\n"
+        f"Content-Length: {len(image)}\r\n\r\n"
+    ).encode() + image
 
     async def one():
         reader, writer = await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2]))
@@ -979,8 +1083,12 @@ def test_load(tmp_path, capsys):
     (tmp_path / "image.jpg").write_bytes(image)
 
     def streamed():
-        done = subprocess.run([sys.executable, "-c", STREAM, str(folder), str(tmp_path / "image.jpg")],
-                              capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", STREAM, str(folder), str(tmp_path / "image.jpg")],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         return float(done.stdout)
 
     before, memory = streamed(), []
@@ -993,8 +1101,10 @@ def test_load(tmp_path, capsys):
     rate = len(good) / max(at + seconds for at, seconds, _ in done)
     first, last = (np.mean([size for at, size in memory if low <= at < low + 15]) for low in (0, 45))
     with capsys.disabled():
-        print(f"\n{rate:.1f} images/s, stream {before:.1f} and {after:.1f}; p50 {good[len(good) // 2]:.2f} s, p99 "
-              f"{good[int(0.99 * len(good))]:.2f} s; {len(done) - len(good)} of {len(done)} refused; "
-              f"memory {first:.0f} MiB, then {last:.0f}")
+        print(
+            f"\n{rate:.1f} images/s, stream {before:.1f} and {after:.1f}; p50 {good[len(good) // 2]:.2f} s, p99 "
+            f"{good[int(0.99 * len(good))]:.2f} s; {len(done) - len(good)} of {len(done)} refused; "
+            f"memory {first:.0f} MiB, then {last:.0f}"
+        )
     assert rate >= 0.85 * (before + after) / 2
     assert last < 1.05 * first + 10

@@ -77,23 +77,29 @@ def test_all_ways_of_sending_give_what_explain_gives(web, method, target):
     fields = {"method": method, **({} if target is None else {"target": target})}
     ask(web, image)  # what the model has answered before changes nothing
     text = base64.b64encode(image).decode()
-    for answer in (ask(web, image, path=EXPLAIN, params=fields),
-                   web.post(EXPLAIN, files={"image": ("x", image)}, data=fields),
-                   web.post(EXPLAIN, files={"image": ("x", image)}, params=fields),
-                   web.post(EXPLAIN, json={"images": [text], **fields})):
+    for answer in (
+        ask(web, image, path=EXPLAIN, params=fields),
+        web.post(EXPLAIN, files={"image": ("x", image)}, data=fields),
+        web.post(EXPLAIN, files={"image": ("x", image)}, params=fields),
+        web.post(EXPLAIN, json={"images": [text], **fields}),
+    ):
         assert answer.status_code == 200, answer.text
         found = answer.json()
         assert (found["model"], found["image_size"]) == ("m", [16, 16])
-        for each, (token, logits) in zip(found["answers"], (
-                ("class", out.cls_logits), ("distillation", out.distillation_logits)), strict=True):
+        for each, (token, logits) in zip(
+            found["answers"], (("class", out.cls_logits), ("distillation", out.distillation_logits)), strict=True
+        ):
             scores = logits[0].softmax(-1)
             best = int(scores.argmax())
             own = best if number is None else number
             assert (each["token"], each["label"], each["target"]) == (token, "abcde"[best], "abcde"[own])
             assert (each["probability"], each["target_probability"]) == pytest.approx(
-                (scores[best].item(), scores[own].item()))
+                (scores[best].item(), scores[own].item())
+            )
         assert [(each["token"], each["method"]) for each in found["maps"]] == [
-            ("class", method), ("distillation", method)]
+            ("class", method),
+            ("distillation", method),
+        ]
         for each in found["maps"]:
             assert np.array(each["values"]) == pytest.approx(maps[each["token"]][0].numpy(), abs=1e-6)
 
@@ -113,8 +119,9 @@ def test_the_default_is_relevance_of_each_heads_decision(web):
 
 
 def test_large_images_are_not_made_smaller(tmp_path):
-    with client(save(tmp_path, small(id2label=dict(enumerate("abcde")), num_labels=None, image_size=(64, 240),
-                                     patch_size=16))) as web:
+    with client(
+        save(tmp_path, small(id2label=dict(enumerate("abcde")), num_labels=None, image_size=(64, 240), patch_size=16))
+    ) as web:
         found = ask(web, picture(0), path=EXPLAIN).json()
         for each in (found["seen"], *(one["overlay"] for one in found["maps"])):
             drawn = Image.open(io.BytesIO(base64.b64decode(each.removeprefix("data:image/jpeg;base64,"))))
@@ -131,8 +138,10 @@ def test_who_accepts_png_alone_gets_the_figure(web):
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(answer.content))), np.asarray(figure(named)))
     for accept in ("*/*", "application/json, image/png", "image/*", "text/html, image/webp;q=0.9"):
         assert ask(web, picture(2), {**RAW, "Accept": accept}, EXPLAIN).headers["content-type"] == "application/json"
-    assert ask(web, picture(2), {**RAW, "Accept": "image/PNG;q=0.9, image/webp"}, EXPLAIN
-               ).headers["content-type"] == "image/png"
+    assert (
+        ask(web, picture(2), {**RAW, "Accept": "image/PNG;q=0.9, image/webp"}, EXPLAIN).headers["content-type"]
+        == "image/png"
+    )
     assert_refused(ask(web, b"x", wanted, EXPLAIN), 422, "is not a JPEG")
 
 
@@ -154,8 +163,10 @@ class Noted:
     def __init__(self, monkeypatch, gate):
         self.order, answers = [], gate.answers
         gate.answers = lambda *given: self.done(len(given[1]), answers, *given)
-        monkeypatch.setattr("deit.serve.batcher.explain_pixels",
-                            lambda *given, **options: self.done("map", explain_pixels, *given, **options))
+        monkeypatch.setattr(
+            "deit.serve.batcher.explain_pixels",
+            lambda *given, **options: self.done("map", explain_pixels, *given, **options),
+        )
 
     def done(self, what, function, *given, **options):
         assert threading.current_thread().name == "deit-model"
@@ -302,30 +313,34 @@ def as_json(count=1, **fields):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize(("body", "headers", "status", "part"), [
-    (b"no image", RAW, 422, "the image is not a JPEG, PNG, WebP, GIF, TIFF or BMP file; convert it"),
-    (b"", RAW, 422, "an image is empty (0 bytes)"),
-    (picture(0)[:100], RAW, 422, "the image is damaged or cut short"),
-    (png_of(60_000, 60_000), RAW, 422, "the image has more than the 50000000 pixels allowed here; shrink it"),
-    (picture(0), {"Content-Type": "text/html"}, 415, "expected Content-Type image/*"),
-    (picture(0), {**RAW, "Content-Encoding": "gzip"}, 415, "the body is compressed"),
-    (PART + PART + b"--x--", FORM, 413, "at most 1 image here; send the others in another one"),
-    (as_json(2), TEXT, 413, "at most 1 image here"),
-    (as_json(0), TEXT, 400, "the request holds no image"),
-    (as_json(top_k=3), TEXT, 400, 'expected {"images": ["<base64>"], "method": "relevance", "target": "cat"}'),
-    (as_json(method="saliency"), TEXT, 400, "method is not one of rollout, relevance, attention; give one of them"),
-    (as_json(method=None), TEXT, 400, "method is not one of"),
-    (as_json(method=["rollout"]), TEXT, 400, "method is not one of"),
-    (as_json(target="C"), TEXT, 400, "the model knows no class 'C'; it knows 'c'; give one of its labels"),
-    (as_json(target=""), TEXT, 400, "the model knows no class ''; it knows 'a'"),
-    (as_json(target=2), TEXT, 400, "target is not one of the model's labels; give one that /model lists"),
-    (as_json(target="c" * 201), TEXT, 400, "target is not one of the model's labels"),
-    (as_json(target="\ud800"), TEXT, 400, "the model knows no class '\\ud800'"),
-    (field(b"method", b"x") + PART + b"--x--", FORM, 400, "method is not one of"),
-    (PART + field(b"target", b"C") + b"--x--", FORM, 400, "it knows 'c'"),
-    (PART + field(b"top_k", b"3") + b"--x--", FORM, 400, "neither a file nor method or target"),
-    (PART + field(b"target", "é".encode()) + b"--x--", FORM, 400, "knows no class 'é'"),
-], ids=lambda value: "")
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "part"),
+    [
+        (b"no image", RAW, 422, "the image is not a JPEG, PNG, WebP, GIF, TIFF or BMP file; convert it"),
+        (b"", RAW, 422, "an image is empty (0 bytes)"),
+        (picture(0)[:100], RAW, 422, "the image is damaged or cut short"),
+        (png_of(60_000, 60_000), RAW, 422, "the image has more than the 50000000 pixels allowed here; shrink it"),
+        (picture(0), {"Content-Type": "text/html"}, 415, "expected Content-Type image/*"),
+        (picture(0), {**RAW, "Content-Encoding": "gzip"}, 415, "the body is compressed"),
+        (PART + PART + b"--x--", FORM, 413, "at most 1 image here; send the others in another one"),
+        (as_json(2), TEXT, 413, "at most 1 image here"),
+        (as_json(0), TEXT, 400, "the request holds no image"),
+        (as_json(top_k=3), TEXT, 400, 'expected {"images": ["<base64>"], "method": "relevance", "target": "cat"}'),
+        (as_json(method="saliency"), TEXT, 400, "method is not one of rollout, relevance, attention; give one of them"),
+        (as_json(method=None), TEXT, 400, "method is not one of"),
+        (as_json(method=["rollout"]), TEXT, 400, "method is not one of"),
+        (as_json(target="C"), TEXT, 400, "the model knows no class 'C'; it knows 'c'; give one of its labels"),
+        (as_json(target=""), TEXT, 400, "the model knows no class ''; it knows 'a'"),
+        (as_json(target=2), TEXT, 400, "target is not one of the model's labels; give one that /model lists"),
+        (as_json(target="c" * 201), TEXT, 400, "target is not one of the model's labels"),
+        (as_json(target="\ud800"), TEXT, 400, "the model knows no class '\\ud800'"),
+        (field(b"method", b"x") + PART + b"--x--", FORM, 400, "method is not one of"),
+        (PART + field(b"target", b"C") + b"--x--", FORM, 400, "it knows 'c'"),
+        (PART + field(b"top_k", b"3") + b"--x--", FORM, 400, "neither a file nor method or target"),
+        (PART + field(b"target", "é".encode()) + b"--x--", FORM, 400, "knows no class 'é'"),
+    ],
+    ids=lambda value: "",
+)
 def test_bad_requests_get_one_sentence(web, body, headers, status, part):
     assert_refused(ask(web, body, headers, EXPLAIN), status, part)
 
@@ -342,8 +357,10 @@ def test_long_names_cost_no_time(tmp_path):
         labels = {i: f"label number {i}, which is as long as those of ImageNet" for i in range(count)}
         labels[7] = "long " * 50
         with client(save(tmp_path, small(id2label=labels, num_labels=None))) as web:
-            for target, part in (("lbael nmuber 5, wihch is as lnog as thsoe of ImgaeNet", said),
-                                 ("x" * 10**6, "target is not one of the model's labels")):
+            for target, part in (
+                ("lbael nmuber 5, wihch is as lnog as thsoe of ImgaeNet", said),
+                ("x" * 10**6, "target is not one of the model's labels"),
+            ):
                 began = time.monotonic()
                 assert_refused(ask(web, as_json(target=target), TEXT, EXPLAIN), 400, part)
                 assert time.monotonic() - began < 3

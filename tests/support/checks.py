@@ -24,8 +24,13 @@ def raises_saying(error: type[Exception], *parts: object) -> Iterator[None]:
 def run_python(code: str, **environment: str | None) -> str:
     """Standard output of `code` in a fresh interpreter; None removes a variable."""
     variables = {**os.environ, **environment}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
-                          env={name: value for name, value in variables.items() if value is not None})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={name: value for name, value in variables.items() if value is not None},
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

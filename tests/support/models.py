@@ -16,21 +16,37 @@ from deit.model.network import (
 )
 
 LABELS = dict(enumerate(("ant", "bee", "cat", "dog", "eel")))
-CLASS_OF = {"backbone": DeiTModel, "masked_image": DeiTForMaskedImageModeling,
-            "classification": DeiTForImageClassification, "with_teacher": DeiTForImageClassificationWithTeacher}
+CLASS_OF = {
+    "backbone": DeiTModel,
+    "masked_image": DeiTForMaskedImageModeling,
+    "classification": DeiTForImageClassification,
+    "with_teacher": DeiTForImageClassificationWithTeacher,
+}
 
 
 def shrink(config: DeiTConfig, **changes: Any) -> DeiTConfig:
     """The same architecture, narrow and two blocks deep."""
     width = 8 * config.num_attention_heads
-    return config.replace(**{"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 2,
-                             "num_labels": 7, **changes})
+    return config.replace(
+        **{"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 2, "num_labels": 7, **changes}
+    )
 
 
 def small(**changes: Any) -> DeiTConfig:
-    return DeiTConfig(**{"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40,
-                         "image_size": 16, "patch_size": 4, "encoder_stride": 4, "layer_norm_eps": 1e-6,
-                         "num_labels": 5, **changes})
+    return DeiTConfig(
+        **{
+            "hidden_size": 24,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 3,
+            "intermediate_size": 40,
+            "image_size": 16,
+            "patch_size": 4,
+            "encoder_stride": 4,
+            "layer_norm_eps": 1e-6,
+            "num_labels": 5,
+            **changes,
+        }
+    )
 
 
 def random_config(seed: int, *, square: bool = False, **changes: Any) -> DeiTConfig:
@@ -43,11 +59,19 @@ def random_config(seed: int, *, square: bool = False, **changes: Any) -> DeiTCon
         patch = (patch, draw.choice([2, 3, 5]))
         image = (patch[0] * draw.randint(1, 4) + draw.randint(0, 1), patch[1] * draw.randint(2, 4))
     fields = {
-        "hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": draw.randint(1, 4),
-        "intermediate_size": draw.choice([5, 16, 32]), "hidden_act": draw.choice(ACTIVATIONS), "image_size": image,
-        "patch_size": patch, "encoder_stride": patch if square else 16, "num_channels": draw.choice([1, 3, 4]),
-        "qkv_bias": draw.random() < 0.5, "layer_norm_eps": draw.choice([1e-12, 1e-6, 1e-3]),
-        "pooler_output_size": draw.choice([None, 3, 20]), "pooler_act": draw.choice(ACTIVATIONS),
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_hidden_layers": draw.randint(1, 4),
+        "intermediate_size": draw.choice([5, 16, 32]),
+        "hidden_act": draw.choice(ACTIVATIONS),
+        "image_size": image,
+        "patch_size": patch,
+        "encoder_stride": patch if square else 16,
+        "num_channels": draw.choice([1, 3, 4]),
+        "qkv_bias": draw.random() < 0.5,
+        "layer_norm_eps": draw.choice([1e-12, 1e-6, 1e-3]),
+        "pooler_output_size": draw.choice([None, 3, 20]),
+        "pooler_act": draw.choice(ACTIVATIONS),
         "num_labels": draw.choice([0, 1, 2, 9]),
     }
     return DeiTConfig(**{**fields, **changes})
@@ -87,7 +111,10 @@ def mask_for(config: DeiTConfig, count: int = 2, size: tuple[int, int] | None = 
 
 def loss_of(output: Any) -> torch.Tensor:
     """A number that depends on every tensor of an output, with gradients of moderate size."""
-    tensors = [output[name] for name in ("last_hidden_state", "pooler_output", "reconstruction", "logits",
-                                         "cls_logits") if name in output]
+    tensors = [
+        output[name]
+        for name in ("last_hidden_state", "pooler_output", "reconstruction", "logits", "cls_logits")
+        if name in output
+    ]
     generator = torch.Generator().manual_seed(3)
     return sum((t * torch.randn(t.shape, generator=generator)).mean() for t in tensors)

@@ -67,11 +67,26 @@ def data_and_recipes(root: Path) -> tuple[Path, Path]:
 
 def start(*arguments: object, processes: int = 0, restarts: int = 0, **environment: str) -> subprocess.Popen[str]:
     """`deit ARGUMENTS`, or the same through torchrun, in a process group of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-                f"--max-restarts={restarts}", "-m"] if processes else ["-m"]
-    return subprocess.Popen([sys.executable, *launcher, "deit", *map(str, arguments)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    launcher = (
+        [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+            f"--max-restarts={restarts}",
+            "-m",
+        ]
+        if processes
+        else ["-m"]
+    )
+    return subprocess.Popen(
+        [sys.executable, *launcher, "deit", *map(str, arguments)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:

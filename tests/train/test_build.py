@@ -27,22 +27,36 @@ CLASSES = ("a", "b", "c", "d", "e")
 
 def recipe_for(objective, *, start="", **changes):
     token = not isinstance(objective, Supervised | MaskedImage) and objective.token == "distillation"
-    return Recipe(name="x", model=small(**{"distillation_token": token, **changes}), data=Data(batch=4),
-                  objective=objective, optim=AdamW(lr=1e-3, per_images=4), schedule=Cosine(total=epochs(1)),
-                  start=start)
+    return Recipe(
+        name="x",
+        model=small(**{"distillation_token": token, **changes}),
+        data=Data(batch=4),
+        objective=objective,
+        optim=AdamW(lr=1e-3, per_images=4),
+        schedule=Cosine(total=epochs(1)),
+        start=start,
+    )
 
 
 def saved(folder, kind="classification", classes=CLASSES, **changes):
-    model = build(kind, small(distillation_token=kind == "with_teacher", num_labels=None,
-                              id2label=dict(enumerate(classes)), **changes), seed=3)
+    model = build(
+        kind,
+        small(distillation_token=kind == "with_teacher", num_labels=None, id2label=dict(enumerate(classes)), **changes),
+        seed=3,
+    )
     model.save_pretrained(folder)
     return model
 
 
-@pytest.mark.parametrize(("objective", "expected"), [
-    (Supervised(), DeiTForImageClassification), (Distilled(teacher="t"), DeiTForImageClassificationWithTeacher),
-    (Distilled(teacher="t", token="class"), DeiTForImageClassification),
-    (MaskedImage(unit=8), DeiTForMaskedImageModeling)])
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        (Supervised(), DeiTForImageClassification),
+        (Distilled(teacher="t"), DeiTForImageClassificationWithTeacher),
+        (Distilled(teacher="t", token="class"), DeiTForImageClassification),
+        (MaskedImage(unit=8), DeiTForMaskedImageModeling),
+    ],
+)
 def test_the_class_follows_the_objective(objective, expected):
     model = build_model(recipe_for(objective), CLASSES)
     assert type(model) is expected
@@ -106,8 +120,9 @@ def test_larger_patches_of_enlarged_images_embed_as_before(tmp_path):
     patches = np.random.default_rng(0).standard_normal((2, 3, 4, 4, 4, 4))  # rows and columns of patches, then pixels
     large = np.einsum("hH,wW,bcrsHW->bcrhsw", resize_matrix(4, 8), resize_matrix(4, 6), patches).reshape(2, 3, 32, 24)
     plain = patches.transpose(0, 1, 2, 4, 3, 5).reshape(2, 3, 16, 16)
-    found, expected = (one.deit.patch(torch.from_numpy(pixels).float())
-                       for one, pixels in ((model, large), (before, plain)))
+    found, expected = (
+        one.deit.patch(torch.from_numpy(pixels).float()) for one, pixels in ((model, large), (before, plain))
+    )
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
@@ -149,11 +164,15 @@ def test_pretrained_on_masked_images(tmp_path):
     assert torch.equal(again.deit.mask_token, before.deit.mask_token)
 
 
-@pytest.mark.parametrize(("changes", "found"), [
-    ({"hidden_size": 48}, "hidden_size=24, the recipe's model has 48"),
-    ({"num_hidden_layers": 2}, "num_hidden_layers=3, the recipe's model has 2"),
-    ({"layer_scale_init_value": 1e-4}, "layer_scale_init_value=None"),
-    ({"position_on_class_token": False}, "position_on_class_token=True")])
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"hidden_size": 48}, "hidden_size=24, the recipe's model has 48"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers=3, the recipe's model has 2"),
+        ({"layer_scale_init_value": 1e-4}, "layer_scale_init_value=None"),
+        ({"position_on_class_token": False}, "position_on_class_token=True"),
+    ],
+)
 def test_another_architecture_is_refused(tmp_path, changes, found):
     saved(tmp_path)
     with raises_saying(ValueError, found, "choose another start"):

@@ -16,8 +16,13 @@ STATE = {"step": 7, "sums": {"loss": 0.1 + 0.2}, "best": None, "note": "\u00e9"}
 
 def tensors(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return {"weight": torch.randn(5, 3, generator=generator), "half": torch.randn(4, generator=generator).bfloat16(),
-            "count": torch.tensor(3), "nothing": torch.zeros(0, 2), "turned": torch.randn(3, 4, generator=generator).T}
+    return {
+        "weight": torch.randn(5, 3, generator=generator),
+        "half": torch.randn(4, generator=generator).bfloat16(),
+        "count": torch.tensor(3),
+        "nothing": torch.zeros(0, 2),
+        "turned": torch.randn(3, 4, generator=generator).T,
+    }
 
 
 def test_everything_comes_back_to_the_bit(tmp_path):
@@ -43,8 +48,10 @@ def test_files_are_for_whom_the_umask_says(tmp_path):
 def test_the_two_newest_are_kept(tmp_path):
     for step in (5, 10, 200):
         checkpoint.save(tmp_path, step, tensors(step), {"step": step})
-    assert [path.name for path in checkpoint.saved(tmp_path)] == ["step-000000010.safetensors",
-                                                                  "step-000000200.safetensors"]
+    assert [path.name for path in checkpoint.saved(tmp_path)] == [
+        "step-000000010.safetensors",
+        "step-000000200.safetensors",
+    ]
     assert checkpoint.restore(tmp_path)[1] == {"step": 200}
 
 

@@ -94,8 +94,21 @@ class Place:
 
     def teach(self, out, *settings, epochs=8, teacher=None):
         given = [part for setting in settings for part in ("--set", setting)]
-        return main(["teach", str(self.data), "--teacher", str(teacher or self.teacher), "--recipe",
-                     f"{self.recipes}:student", "--epochs", str(epochs), "--out", str(out), *given])
+        return main(
+            [
+                "teach",
+                str(self.data),
+                "--teacher",
+                str(teacher or self.teacher),
+                "--recipe",
+                f"{self.recipes}:student",
+                "--epochs",
+                str(epochs),
+                "--out",
+                str(out),
+                *given,
+            ]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +116,10 @@ def place(tmp_path_factory):
     place = Place(tmp_path_factory.mktemp("distillation"))
     photos(photos(place.data), split="val", count=3)
     place.recipes.write_text(RECIPES)
-    assert main(["train", f"{place.recipes}:teacher", "--data", str(place.data), "--out",
-                 str(place.root / "teacher")]) == 0
+    assert (
+        main(["train", f"{place.recipes}:teacher", "--data", str(place.data), "--out", str(place.root / "teacher")])
+        == 0
+    )
     return place
 
 
@@ -148,9 +163,16 @@ def watched(monkeypatch):
 # ------------------------------------------------------------------------------------------------- stored is on the way
 
 
-@pytest.mark.parametrize("settings", [
-    (), ("objective.kind=soft", "objective.top_k=2"), ("objective.kind=soft", "objective.weight=0.5"),
-    ("objective.token=class", "model.distillation_token=False")], ids=["hard", "top_k", "soft", "class_token"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("objective.kind=soft", "objective.top_k=2"),
+        ("objective.kind=soft", "objective.weight=0.5"),
+        ("objective.token=class", "model.distillation_token=False"),
+    ],
+    ids=["hard", "top_k", "soft", "class_token"],
+)
 def test_stored_labels_train_the_same_student(place, settings, tmp_path):
     """Weights, average, optimizer, the best model and the metrics, to the bit, over eight epochs."""
     assert place.teach(tmp_path / "labels", *settings) == 0
@@ -195,8 +217,18 @@ def test_fewer_epochs_of_labels_come_again_with_their_views(place, tmp_path, mon
 def test_a_killed_student_goes_on_with_stored_labels(place, stored, tmp_path):
     labels, whole = stored
     out = tmp_path / "run"
-    process = start("train", f"{place.recipes}:student", "--data", place.data, "--out", out, "--set",
-                    f"objective.cache={labels}", "--set", "compute.save_minutes=0")
+    process = start(
+        "train",
+        f"{place.recipes}:student",
+        "--data",
+        place.data,
+        "--out",
+        out,
+        "--set",
+        f"objective.cache={labels}",
+        "--set",
+        "compute.save_minutes=0",
+    )
     assert wait_for(out, 5, process)
     kill(process, out)
     assert 5 <= reached(out) < 21
@@ -212,8 +244,19 @@ def test_interrupted_teaching_goes_on_to_the_same_bytes(place, number, tmp_path)
     """Whole parts stay, and what was begun is made anew."""
     (tmp_path / "slow.py").write_text(SLOW_TEACHER.format(folder=str(place.teacher)))
     teacher = f"{tmp_path / 'slow.py'}:make"
-    process = start("teach", place.data, "--teacher", teacher, "--recipe", f"{place.recipes}:student", "--epochs", 16,
-                    "--out", tmp_path / "labels", PAUSE="0.02")
+    process = start(
+        "teach",
+        place.data,
+        "--teacher",
+        teacher,
+        "--recipe",
+        f"{place.recipes}:student",
+        "--epochs",
+        16,
+        "--out",
+        tmp_path / "labels",
+        PAUSE="0.02",
+    )
     while len(list((tmp_path / "labels").glob("labels-*"))) < 3:
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
@@ -229,14 +272,19 @@ def test_interrupted_teaching_goes_on_to_the_same_bytes(place, number, tmp_path)
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
 
 
-@pytest.mark.parametrize(("settings", "reason"), [
-    (("seed=1",), "other views: seed is 0 there and 1 here; set it back"),
-    (("augment.flip=0.4",), "other views: augment.flip is 0.5 there and 0.4 here"),
-    (("augment.mix=None",), "other views: augment.mix is"),
-    (("data.batch=6",), "other views: data.batch is 8 there and 6 here"),
-    (("data.repeats=1",), "other views: data.repeats is 2 there and 1 here"),
-    (("model.image_size=20",), "other views: model.image_size is [16, 16] there and [20, 20] here"),
-    (("objective.kind=soft",), "other views: objective.kind is 'hard' there and 'soft' here")], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (("seed=1",), "other views: seed is 0 there and 1 here; set it back"),
+        (("augment.flip=0.4",), "other views: augment.flip is 0.5 there and 0.4 here"),
+        (("augment.mix=None",), "other views: augment.mix is"),
+        (("data.batch=6",), "other views: data.batch is 8 there and 6 here"),
+        (("data.repeats=1",), "other views: data.repeats is 2 there and 1 here"),
+        (("model.image_size=20",), "other views: model.image_size is [16, 16] there and [20, 20] here"),
+        (("objective.kind=soft",), "other views: objective.kind is 'hard' there and 'soft' here"),
+    ],
+    ids=str,
+)
 def test_labels_for_other_views_are_refused(place, stored, settings, reason, tmp_path, capsys):
     labels = stored[0]
     capsys.readouterr()
@@ -269,8 +317,11 @@ def test_labels_of_other_images_are_refused(place, stored, change, tmp_path, cap
     assert other.train(tmp_path / "run", *settings) == 1
     said = capsys.readouterr().err.strip()
     assert "\n" not in said
-    assert f"{stored[0]} was taught with other data: " + (
-        "21 images there, 20 here" if change == "fewer" else "names, classes or contents of its files differ") in said
+    assert (
+        f"{stored[0]} was taught with other data: "
+        + ("21 images there, 20 here" if change == "fewer" else "names, classes or contents of its files differ")
+        in said
+    )
 
 
 def test_no_labels_and_no_teacher_are_refused(place, tmp_path, capsys):
@@ -339,18 +390,36 @@ def test_stored_labels_cost_no_more_than_none(tmp_path):
     split = Split(paths, tuple(i % 10 for i in range(512)), classes)
     (tmp_path / "teacher.py").write_text(
         "from torch import nn\n\n\ndef make():\n    model = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), "
-        f"nn.Linear(48, 10))\n    model.classes = {classes}\n    return model\n")
-    tiny = small(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, image_size=32,
-                 patch_size=4, num_labels=None)
-    distilled = Recipe(name="distilled", model=tiny, data=Data(batch=128), augment=Augment(flip=0.5),
-                       objective=Distilled(teacher=f"{tmp_path / 'teacher.py'}:make"),
-                       optim=AdamW(lr=1e-4, per_images=128), schedule=Cosine(total=steps(1000)),
-                       compute=Compute(workers=0))
+        f"nn.Linear(48, 10))\n    model.classes = {classes}\n    return model\n"
+    )
+    tiny = small(
+        hidden_size=192,
+        num_hidden_layers=12,
+        num_attention_heads=3,
+        intermediate_size=768,
+        image_size=32,
+        patch_size=4,
+        num_labels=None,
+    )
+    distilled = Recipe(
+        name="distilled",
+        model=tiny,
+        data=Data(batch=128),
+        augment=Augment(flip=0.5),
+        objective=Distilled(teacher=f"{tmp_path / 'teacher.py'}:make"),
+        optim=AdamW(lr=1e-4, per_images=128),
+        schedule=Cosine(total=steps(1000)),
+        compute=Compute(workers=0),
+    )
     teach(distilled, split, tmp_path / "labels", epochs=2, device="cpu", console=Console(quiet=True))
-    recipes = {"labels": replace(distilled, objective=Supervised()),
-               "stored": replace(distilled, objective=Distilled(cache=str(tmp_path / "labels")))}
-    works = {name: runs.prepare(recipe, split, split, Processes(torch.device("cpu")), None)
-             for name, recipe in recipes.items()}
+    recipes = {
+        "labels": replace(distilled, objective=Supervised()),
+        "stored": replace(distilled, objective=Distilled(cache=str(tmp_path / "labels"))),
+    }
+    works = {
+        name: runs.prepare(recipe, split, split, Processes(torch.device("cpu")), None)
+        for name, recipe in recipes.items()
+    }
     streams = {name: work.batches.from_step(0) for name, (work, _) in works.items()}
 
     def update(name):
@@ -363,7 +432,7 @@ def test_stored_labels_cost_no_more_than_none(tmp_path):
     for epoch in range(8):
         times = dict.fromkeys(recipes, 0.0)
         for i in range(4):
-            for name in list(recipes)[::-1 if i % 2 else 1]:
+            for name in list(recipes)[:: -1 if i % 2 else 1]:
                 times[name] += update(name)
         if epoch:  # the first warms up
             ratios.append(times["stored"] / times["labels"])

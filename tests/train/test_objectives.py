@@ -83,10 +83,15 @@ def given(tmp_path_factory):
 def recipe_for(objective, **changes):
     token = isinstance(objective, Distilled) and objective.token == "distillation"
     masked = isinstance(objective, MaskedImage)
-    parts = {"model": small(distillation_token=token, num_labels=None, drop_path_rate=0.5),
-             "augment": Augment(crop=ResizedCrop()) if masked else MIXED, "data": Data(batch=B, repeats=2),
-             "optim": AdamW(lr=1e-3, per_images=B), "schedule": Cosine(total=steps(6)), "evaluate": steps(6),
-             "compute": Compute(precision="float32", workers=0)}
+    parts = {
+        "model": small(distillation_token=token, num_labels=None, drop_path_rate=0.5),
+        "augment": Augment(crop=ResizedCrop()) if masked else MIXED,
+        "data": Data(batch=B, repeats=2),
+        "optim": AdamW(lr=1e-3, per_images=B),
+        "schedule": Cosine(total=steps(6)),
+        "evaluate": steps(6),
+        "compute": Compute(precision="float32", workers=0),
+    }
     return Recipe(name="x", objective=objective, **{**parts, **changes})
 
 
@@ -114,8 +119,14 @@ def case(given, objective, *, step=3, seed=1, **changes):
     found = objectives.build(recipe, given[0], CPU)
     model = scramble(build_model(recipe, CLASSES), seed).train()
     depth = loop._depth_draws(recipe, step, found.passes)
-    return Case(recipe, found, model, TrainingBatches(given[0], recipe, cycle=found.cycle), step,
-                None if depth is None else depth.flatten(0, 1))
+    return Case(
+        recipe,
+        found,
+        model,
+        TrainingBatches(given[0], recipe, cycle=found.cycle),
+        step,
+        None if depth is None else depth.flatten(0, 1),
+    )
 
 
 def taught_by(given, **settings):
@@ -179,8 +190,9 @@ def test_the_batch_is_what_the_others_assume(given):
 def test_cross_entropy(given, smoothing):
     now = case(given, Supervised(smoothing=smoothing))
     logits = number(now.model(now.batch.pixels, depth_draws=now.rows).logits)
-    assert now.loss()["loss"].item() == pytest.approx(cross_entropy(logits, number(now.batch.labels), smoothing),
-                                                      abs=1e-5)
+    assert now.loss()["loss"].item() == pytest.approx(
+        cross_entropy(logits, number(now.batch.labels), smoothing), abs=1e-5
+    )
 
 
 def test_binary(given):
@@ -230,7 +242,8 @@ def test_accuracy_under_mixing_is_against_the_larger_part(given):
 
 
 KINDS = {
-    "hard": ({}, 0.5, None), "hard_weighted": ({"weight": 0.8, "smoothing": 0.1}, 0.8, None),
+    "hard": ({}, 0.5, None),
+    "hard_weighted": ({"weight": 0.8, "smoothing": 0.1}, 0.8, None),
     "soft": ({"kind": "soft"}, 0.1, 3.0),
     "soft_weighted": ({"kind": "soft", "weight": 0.7, "temperature": 1.5, "smoothing": 0.1}, 0.7, 1.5),
     "elements": ({"kind": "soft", "normalisation": "elements"}, 0.1, 3.0),
@@ -263,8 +276,9 @@ def test_distillation(given, kind, token):
     assert len(set(teacher.argmax(-1))) > 1
     out = now.model(batch.pixels, depth_draws=now.rows)
     own, student = (out.logits,) * 2 if token == "class" else (out.cls_logits, out.distillation_logits)
-    expected = distilled_by_hand(settings, weight, temperature, number(own), number(student), number(batch.labels),
-                                 teacher)
+    expected = distilled_by_hand(
+        settings, weight, temperature, number(own), number(student), number(batch.labels), teacher
+    )
     found = now.loss()
     assert found["loss"].item() == pytest.approx(expected, abs=1e-5)
     fused = (number(own) + number(student)) / 2
@@ -351,8 +365,9 @@ def test_stored_labels_are_the_teachers_wherever_the_stream_begins(given, settin
             one, other = cached.batches.mix(batch), now.batches.mix(there)
             assert torch.equal(one.labels, other.labels)
             assert torch.equal(cached.objective.taught(one), now.objective.taught(other))
-            found, expected = (each.objective(now.model, mixed, now.rows)
-                               for each, mixed in ((cached, one), (now, other)))
+            found, expected = (
+                each.objective(now.model, mixed, now.rows) for each, mixed in ((cached, one), (now, other))
+            )
             assert found == expected
 
 
@@ -377,14 +392,23 @@ def test_masked_images(given):
 # ----------------------------------------------------------------------------------------------------- parts of a batch
 
 
-EVERY = {"cross_entropy": Supervised(smoothing=0.1), "binary": Supervised(loss="binary"),
-         "cosub": Supervised(cosub=True), "hard": Distilled(), "soft": Distilled(kind="soft"),
-         "elements": Distilled(kind="soft", normalisation="elements"), "top_k": Distilled(kind="soft", top_k=2),
-         "class_token": Distilled(token="class"), "masked": MaskedImage(unit=8)}
+EVERY = {
+    "cross_entropy": Supervised(smoothing=0.1),
+    "binary": Supervised(loss="binary"),
+    "cosub": Supervised(cosub=True),
+    "hard": Distilled(),
+    "soft": Distilled(kind="soft"),
+    "elements": Distilled(kind="soft", normalisation="elements"),
+    "top_k": Distilled(kind="soft", top_k=2),
+    "class_token": Distilled(token="class"),
+    "masked": MaskedImage(unit=8),
+}
 
 
-@pytest.mark.parametrize(("name", "stored"), [
-    (name, stored) for name in EVERY for stored in (False, True)[:1 + isinstance(EVERY[name], Distilled)]])
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [(name, stored) for name in EVERY for stored in (False, True)[: 1 + isinstance(EVERY[name], Distilled)]],
+)
 def test_shares_of_a_batch_add_up_to_the_whole(given, name, stored, tmp_path):
     """Two processes with three micro-batches each: weighted by their images, losses, logged means and gradients are
     those of one process with the whole batch."""
@@ -430,8 +454,9 @@ def by_hand(now, split):
     return np.stack([number(head) for head in heads], 1), np.array(split.labels)
 
 
-@pytest.mark.parametrize("objective", [Supervised(), Distilled(), Distilled(token="class")],
-                         ids=["plain", "two", "one"])
+@pytest.mark.parametrize(
+    "objective", [Supervised(), Distilled(), Distilled(token="class")], ids=["plain", "two", "one"]
+)
 def test_judging_is_evaluation(given, objective):
     """Accuracies of fused heads and of each, in evaluation mode, and the mode as it was afterwards."""
     if isinstance(objective, Distilled):
@@ -443,8 +468,10 @@ def test_judging_is_evaluation(given, objective):
     logits, labels = by_hand(now, given[0])
     expected = {"val_accuracy": (logits.mean(1).argmax(-1) == labels).mean()}
     if logits.shape[1] == 2:
-        expected |= {f"val_accuracy_{name}": (logits[:, i].argmax(-1) == labels).mean()
-                     for i, name in enumerate(("class", "distillation"))}
+        expected |= {
+            f"val_accuracy_{name}": (logits[:, i].argmax(-1) == labels).mean()
+            for i, name in enumerate(("class", "distillation"))
+        }
         assert len(set(expected.values())) > 1
     assert found.numbers == pytest.approx(expected)
     assert found.score == found.numbers["val_accuracy"]
@@ -468,8 +495,9 @@ class Recorder(Processes):
 def test_two_processes_judge_every_image_once(given, objective):
     """21 images over two: their counts and sums add up to those of one, and the filled-up row does not count."""
     now = case(given, objective)
-    alone = now.objective.judge(now.model, now.objective.validation(given[0], Processes(CPU)), Processes(CPU),
-                                torch.float32)
+    alone = now.objective.judge(
+        now.model, now.objective.validation(given[0], Processes(CPU)), Processes(CPU), torch.float32
+    )
     told = []
     for rank in range(2):
         us = Recorder(CPU, rank, 2)
@@ -576,9 +604,11 @@ def test_the_best_model_is_not_chosen_on_the_test_set(tmp_path, layout):
 
 def test_everything_random_comes_from_the_recipes_seed(given, tmp_path):
     """facebookresearch/deit: RandAugment drew from generators that nobody seeded. Here no global generator matters."""
-    recipe = recipe_for(Supervised(), model=small(distillation_token=False, num_labels=None, drop_path_rate=0.3,
-                                                  hidden_dropout_prob=0.1),
-                        augment=replace(MIXED, policy=RandAugment(std=0.5)))
+    recipe = recipe_for(
+        Supervised(),
+        model=small(distillation_token=False, num_labels=None, drop_path_rate=0.3, hidden_dropout_prob=0.1),
+        augment=replace(MIXED, policy=RandAugment(std=0.5)),
+    )
     found = []
     for i, seed in enumerate((0, 0, 1)):
         random.seed(i)
@@ -600,8 +630,12 @@ def test_the_learning_rate_moves_with_every_update_of_the_first_epochs(given, tm
         return update(work, *rest)
 
     monkeypatch.setattr(loop, "_update", watched)
-    recipe = recipe_for(Supervised(), optim=SGD(lr=0.5, per_images=B), compute=Compute(
-        precision="float32", workers=0, save_minutes=0), schedule=Cosine(total=steps(8), warmup=steps(5), floor=0.1))
+    recipe = recipe_for(
+        Supervised(),
+        optim=SGD(lr=0.5, per_images=B),
+        compute=Compute(precision="float32", workers=0, save_minutes=0),
+        schedule=Cosine(total=steps(8), warmup=steps(5), floor=0.1),
+    )
     run(recipe, given[:2], tmp_path)
     rise = [1e-6 + (0.5 - 1e-6) * step / 5 for step in range(5)]
     fall = [0.1 + 0.4 * (1 + math.cos(math.pi * step / 3)) / 2 for step in range(3)]
@@ -610,7 +644,7 @@ def test_the_learning_rate_moves_with_every_update_of_the_first_epochs(given, tm
     used.clear()
     checkpoint.saved(tmp_path / "checkpoints")[-1].unlink()
     run(recipe, given[:2], tmp_path, resume=True)
-    assert used == whole[-len(used):]
+    assert used == whole[-len(used) :]
     assert used
 
 

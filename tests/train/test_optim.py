@@ -18,10 +18,12 @@ from deit.train import optim
 from deit.train.optim import EMA, clip_gradients, learning_rate, parameter_groups, peak_lr
 
 PAPER = AdamW(lr=5e-4, per_images=512)
-RECIPES = [AdamW(lr=1e-3, per_images=512, weight_decay=0.1, layer_decay=0.75, betas=(0.8, 0.95), eps=1e-6),
-           SGD(lr=1e-2, per_images=512, weight_decay=0.1, layer_decay=0.75),
-           LAMB(lr=5e-3, per_images=512, weight_decay=0.1, layer_decay=0.75),
-           Muon(lr=1e-3, others_lr=4e-4, per_images=512, weight_decay=0.1, layer_decay=0.75, betas=(0.8, 0.95))]
+RECIPES = [
+    AdamW(lr=1e-3, per_images=512, weight_decay=0.1, layer_decay=0.75, betas=(0.8, 0.95), eps=1e-6),
+    SGD(lr=1e-2, per_images=512, weight_decay=0.1, layer_decay=0.75),
+    LAMB(lr=5e-3, per_images=512, weight_decay=0.1, layer_decay=0.75),
+    Muon(lr=1e-3, others_lr=4e-4, per_images=512, weight_decay=0.1, layer_decay=0.75, betas=(0.8, 0.95)),
+]
 every_optimizer = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: type(recipe).__name__)
 
 
@@ -100,9 +102,20 @@ def test_layer_decay(kind):
     net = build(kind, small())
     net.backbone.blocks[2].requires_grad_(False)
     scales = per_name(net, AdamW(lr=1e-3, per_images=512, layer_decay=0.5), "lr_scale")
-    expected = {"blocks.0": 1 / 8, "blocks.1": 1 / 4, "position": 1 / 16, "patch": 1 / 16, "cls_token": 1 / 16,
-                "distillation_token": 1 / 16, "mask_token": 1 / 16, "norm": 1.0, "pooler": 1.0, "decoder": 1.0,
-                "cls_classifier": 1.0, "distillation_classifier": 1.0}
+    expected = {
+        "blocks.0": 1 / 8,
+        "blocks.1": 1 / 4,
+        "position": 1 / 16,
+        "patch": 1 / 16,
+        "cls_token": 1 / 16,
+        "distillation_token": 1 / 16,
+        "mask_token": 1 / 16,
+        "norm": 1.0,
+        "pooler": 1.0,
+        "decoder": 1.0,
+        "cls_classifier": 1.0,
+        "distillation_classifier": 1.0,
+    }
     found = {}
     for name, scale in scales.items():
         parts = name.removeprefix("deit.").split(".")
@@ -131,25 +144,38 @@ def references(net, recipe, rate):
     depth = {name: 4 for name, _ in net.named_parameters()}
     depth |= {name: 1 + int(name.split(".")[2]) for name in depth if ".blocks." in name}
     depth |= {name: 0 for name in depth if name.startswith(("deit.patch", "deit.pos")) or name.endswith("_token")}
-    matrices = [f"deit.blocks.{i}.{part}.weight" for i in range(3)
-                for part in ("attention.qkv", "attention.out", "mlp.fc1", "mlp.fc2")]
+    matrices = [
+        f"deit.blocks.{i}.{part}.weight"
+        for i in range(3)
+        for part in ("attention.qkv", "attention.out", "mlp.fc1", "mlp.fc2")
+    ]
 
     def groups(names, lr):
-        return [{"params": [net.get_parameter(name)], "lr": lr * 0.75 ** (4 - depth[name]),
-                 "weight_decay": 0.0 if net.get_parameter(name).ndim == 1
-                 or name in ("deit.position", "deit.cls_token") else 0.1} for name in names]
+        return [
+            {
+                "params": [net.get_parameter(name)],
+                "lr": lr * 0.75 ** (4 - depth[name]),
+                "weight_decay": 0.0
+                if net.get_parameter(name).ndim == 1 or name in ("deit.position", "deit.cls_token")
+                else 0.1,
+            }
+            for name in names
+        ]
 
     if isinstance(recipe, SGD):
         return [torch.optim.SGD(groups(depth, rate), momentum=0.9, nesterov=True, foreach=False)]
     if isinstance(recipe, AdamW):
         return [torch.optim.AdamW(groups(depth, rate), betas=(0.8, 0.95), eps=1e-6, foreach=False)]
     others = [name for name in depth if name not in matrices]
-    return [torch.optim.Muon(groups(matrices, rate), momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(groups(others, rate * 4e-4 / 1e-3), betas=(0.8, 0.95), foreach=False)]
+    return [
+        torch.optim.Muon(groups(matrices, rate), momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups(others, rate * 4e-4 / 1e-3), betas=(0.8, 0.95), foreach=False),
+    ]
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if not isinstance(recipe, LAMB)],
-                         ids=lambda recipe: type(recipe).__name__)
+@pytest.mark.parametrize(
+    "recipe", [recipe for recipe in RECIPES if not isinstance(recipe, LAMB)], ids=lambda recipe: type(recipe).__name__
+)
 def test_steps_equal_torch(recipe):
     """With layer decay, weight decay and a rate that changes."""
     ours, theirs = model(), model()
@@ -190,13 +216,22 @@ def test_lamb_scales_each_tensor_to_its_weights():
 def test_rate_before_the_schedule_gives_one():
     optimizers = optim.build(model(), RECIPES[3])
     rates = sorted({round(group["lr"], 12) for one in optimizers.optimizers for group in one.param_groups})
-    assert rates == sorted({round(rate * 0.75**power, 12) for rate, powers in ((1e-3, (1, 2, 3)), (4e-4, range(5)))
-                            for power in powers})
+    assert rates == sorted(
+        {round(rate * 0.75**power, 12) for rate, powers in ((1e-3, (1, 2, 3)), (4e-4, range(5))) for power in powers}
+    )
 
 
-@pytest.mark.parametrize("recipe", [AdamW(lr=3e-3, per_images=512), SGD(lr=0.03, per_images=512),
-                                    LAMB(lr=2e-2, per_images=512), SGD(lr=0.3, per_images=512, momentum=0.0),
-                                    Muon(lr=3e-3, others_lr=3e-3, per_images=512)], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        AdamW(lr=3e-3, per_images=512),
+        SGD(lr=0.03, per_images=512),
+        LAMB(lr=2e-2, per_images=512),
+        SGD(lr=0.3, per_images=512, momentum=0.0),
+        Muon(lr=3e-3, others_lr=3e-3, per_images=512),
+    ],
+    ids=lambda r: type(r).__name__,
+)
 def test_five_steps_lower_the_loss(recipe):
     net = model().train()
     optimizers = optim.build(net, recipe)
@@ -204,8 +239,9 @@ def test_five_steps_lower_the_loss(recipe):
     losses = []
     for _ in range(6):
         out = net(pixels)
-        loss = sum(torch.nn.functional.cross_entropy(logits, labels)
-                   for logits in (out.cls_logits, out.distillation_logits))
+        loss = sum(
+            torch.nn.functional.cross_entropy(logits, labels) for logits in (out.cls_logits, out.distillation_logits)
+        )
         losses.append(loss.item())
         loss.backward()
         optimizers.step()
@@ -467,8 +503,12 @@ print("all agree")
 def test_sharded_over_two_processes(tmp_path, request):
     """FSDP2 against one process on the same images: norms, steps, state in both directions, and the average."""
     code = SHARDED.format(tests=[str(request.path.parent), str(request.path.parents[1])], meeting=tmp_path / "meeting")
-    both = [subprocess.Popen([sys.executable, "-c", code, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             text=True) for rank in range(2)]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
     for process in both:
         out, errors = process.communicate(timeout=120)
         assert (process.returncode, out.strip()) == (0, "all agree"), errors

@@ -45,14 +45,31 @@ from deit.train.loop import train
 GOLDEN = Path(__file__).parents[1] / "golden" / "curves.json"
 QUIET = Console(quiet=True)
 FLOAT = Compute(precision="float32", workers=0)
-SMALL = DeiTConfig(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96, image_size=16,
-                   patch_size=4, encoder_stride=4, layer_norm_eps=1e-6, drop_path_rate=0.1, distillation_token=False,
-                   initializer_range=0.06)
+SMALL = DeiTConfig(
+    hidden_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    intermediate_size=96,
+    image_size=16,
+    patch_size=4,
+    encoder_stride=4,
+    layer_norm_eps=1e-6,
+    drop_path_rate=0.1,
+    distillation_token=False,
+    initializer_range=0.06,
+)
 TOKEN = SMALL.replace(distillation_token=True)
-TEACHER = Recipe(name="teacher", model=ConvNetConfig(widths=(8, 16), depth=1, image_size=16), data=Data(batch=16),
-                 objective=Supervised(), optim=SGD(lr=0.05, per_images=16), schedule=Cosine(total=steps(20)),
-                 augment=Augment(crop=SimpleCrop(), flip=0.5, jitter=Jitter(brightness=0.2)), compute=FLOAT,
-                 evaluate=steps(1))
+TEACHER = Recipe(
+    name="teacher",
+    model=ConvNetConfig(widths=(8, 16), depth=1, image_size=16),
+    data=Data(batch=16),
+    objective=Supervised(),
+    optim=SGD(lr=0.05, per_images=16),
+    schedule=Cosine(total=steps(20)),
+    augment=Augment(crop=SimpleCrop(), flip=0.5, jitter=Jitter(brightness=0.2)),
+    compute=FLOAT,
+    evaluate=steps(1),
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +80,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teacher(folder, tmp_path_factory):
-    return train(TEACHER, *read_data(folder, holdout=0.1, seed=0), tmp_path_factory.mktemp("teacher") / "run",
-                 device="cpu", console=QUIET).model
+    return train(
+        TEACHER,
+        *read_data(folder, holdout=0.1, seed=0),
+        tmp_path_factory.mktemp("teacher") / "run",
+        device="cpu",
+        console=QUIET,
+    ).model
 
 
 def kinds(teacher: object) -> dict[str, Recipe]:
@@ -72,35 +94,68 @@ def kinds(teacher: object) -> dict[str, Recipe]:
     adamw = AdamW(lr=2e-3, per_images=16, clip=1.0)
 
     def recipe(name, **parts):
-        given = {"model": SMALL, "data": Data(batch=16), "optim": adamw, "evaluate": steps(1), "compute": FLOAT,
-                 "schedule": Cosine(total=steps(20), warmup=steps(3)), **parts}
+        given = {
+            "model": SMALL,
+            "data": Data(batch=16),
+            "optim": adamw,
+            "evaluate": steps(1),
+            "compute": FLOAT,
+            "schedule": Cosine(total=steps(20), warmup=steps(3)),
+            **parts,
+        }
         return Recipe(name=name, **given)
 
-    paper = Augment(crop=ResizedCrop(), flip=0.5, policy=RandAugment(std=0.5), erase=Erase(),
-                    mix=Mix(mixup=0.8, cutmix=1.0))
+    paper = Augment(
+        crop=ResizedCrop(), flip=0.5, policy=RandAugment(std=0.5), erase=Erase(), mix=Mix(mixup=0.8, cutmix=1.0)
+    )
     found = [
         TEACHER,
-        recipe("supervised", objective=Supervised(smoothing=0.1), augment=paper, ema=0.9,
-               data=Data(batch=16, repeats=3)),
-        recipe("deit3", objective=Supervised(loss="binary"), optim=LAMB(lr=5e-3, per_images=16),
-               model=SMALL.replace(layer_scale_init_value=0.1, position_on_class_token=False,
-                                   drop_path_schedule="constant"),
-               augment=Augment(crop=SimpleCrop(), flip=0.5, policy=ThreeAugment(),
-                               jitter=Jitter(brightness=0.3, contrast=0.3, saturation=0.3),
-                               mix=Mix(mixup=0.8, cutmix=1.0, mode="pair"))),
+        recipe(
+            "supervised", objective=Supervised(smoothing=0.1), augment=paper, ema=0.9, data=Data(batch=16, repeats=3)
+        ),
+        recipe(
+            "deit3",
+            objective=Supervised(loss="binary"),
+            optim=LAMB(lr=5e-3, per_images=16),
+            model=SMALL.replace(
+                layer_scale_init_value=0.1, position_on_class_token=False, drop_path_schedule="constant"
+            ),
+            augment=Augment(
+                crop=SimpleCrop(),
+                flip=0.5,
+                policy=ThreeAugment(),
+                jitter=Jitter(brightness=0.3, contrast=0.3, saturation=0.3),
+                mix=Mix(mixup=0.8, cutmix=1.0, mode="pair"),
+            ),
+        ),
         recipe("cosub", objective=Supervised(loss="binary", cosub=True)),
         recipe("hard", model=TOKEN, objective=Distilled(teacher=str(teacher), smoothing=0.1), augment=paper),
-        recipe("soft", model=TOKEN, objective=Distilled(teacher=str(teacher), kind="soft", weight=0.5),
-               augment=replace(paper, mix=Mix(cutmix=1.0, mode="element"))),
-        recipe("soft_as_original", model=TOKEN, objective=Distilled(teacher=str(teacher), kind="soft",
-                                                                    normalisation="elements", top_k=2)),
+        recipe(
+            "soft",
+            model=TOKEN,
+            objective=Distilled(teacher=str(teacher), kind="soft", weight=0.5),
+            augment=replace(paper, mix=Mix(cutmix=1.0, mode="element")),
+        ),
+        recipe(
+            "soft_as_original",
+            model=TOKEN,
+            objective=Distilled(teacher=str(teacher), kind="soft", normalisation="elements", top_k=2),
+        ),
         recipe("class_token", objective=Distilled(teacher=str(teacher), token="class")),
         recipe("masked", objective=MaskedImage(unit=8), augment=Augment(crop=ResizedCrop(scale=(0.67, 1.0)), flip=0.5)),
-        recipe("muon", objective=Supervised(), optim=Muon(lr=2e-3, others_lr=2e-3, per_images=16),
-               augment=Augment(affine=Affine(rotate=10))),
-        recipe("layer_decay", objective=Supervised(), optim=AdamW(lr=4e-3, per_images=16, layer_decay=0.7),
-               augment=Augment(policy=AutoAugment(std=0.5)),
-               compute=replace(FLOAT, accumulate=3, checkpoint_blocks=True)),
+        recipe(
+            "muon",
+            objective=Supervised(),
+            optim=Muon(lr=2e-3, others_lr=2e-3, per_images=16),
+            augment=Augment(affine=Affine(rotate=10)),
+        ),
+        recipe(
+            "layer_decay",
+            objective=Supervised(),
+            optim=AdamW(lr=4e-3, per_images=16, layer_decay=0.7),
+            augment=Augment(policy=AutoAugment(std=0.5)),
+            compute=replace(FLOAT, accumulate=3, checkpoint_blocks=True),
+        ),
     ]
     return {recipe.name: recipe for recipe in found}
 
@@ -138,8 +193,15 @@ def toy(recipe: Recipe, teacher: Path, root: Path) -> Recipe:
         model = model.replace(widths=(8, 8), image_size=16)
     if isinstance(objective, Distilled):
         objective = replace(objective, teacher=str(teacher))
-    small = replace(recipe, model=model, objective=objective, data=replace(recipe.data, batch=6),
-                    schedule=replace(recipe.schedule, total=steps(2), warmup=steps(1)), compute=FLOAT, start="")
+    small = replace(
+        recipe,
+        model=model,
+        objective=objective,
+        data=replace(recipe.data, batch=6),
+        schedule=replace(recipe.schedule, total=steps(2), warmup=steps(1)),
+        compute=FLOAT,
+        start="",
+    )
     if recipe.start:
         build_model(small, ("x", "y")).save_pretrained(root / "start")
         small = replace(small, start=str(root / "start"))
@@ -173,9 +235,11 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         images = photos(photos(Path(place) / "data", size=72), split="val", count=3, size=72)
-        taught = train(TEACHER, *read_data(images, holdout=0.1, seed=0), Path(place) / "teacher", device="cpu",
-                       console=QUIET).model
+        taught = train(
+            TEACHER, *read_data(images, holdout=0.1, seed=0), Path(place) / "teacher", device="cpu", console=QUIET
+        ).model
         curves = {name: curve(recipe, images, Path(place) / "runs" / name)[1] for name, recipe in kinds(taught).items()}
-    GOLDEN.write_text(json.dumps({name: [round(loss, 5) for loss in losses] for name, losses in curves.items()},
-                                 indent=1) + "\n")
+    GOLDEN.write_text(
+        json.dumps({name: [round(loss, 5) for loss in losses] for name, losses in curves.items()}, indent=1) + "\n"
+    )
     sys.exit()

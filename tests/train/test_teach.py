@@ -86,10 +86,15 @@ def small_parts(monkeypatch):
 
 def pupil(teacher, *settings, **objective):
     recipe = Recipe(
-        name="pupil", model=small(image_size=8, num_labels=5), data=Data(batch=4, mean=(0.5, 0.4, 0.3)),
+        name="pupil",
+        model=small(image_size=8, num_labels=5),
+        data=Data(batch=4, mean=(0.5, 0.4, 0.3)),
         augment=Augment(crop=ResizedCrop(), flip=0.5, erase=Erase(), mix=Mix(mixup=0.8, cutmix=1.0)),
-        objective=Distilled(teacher=teacher, **objective), optim=AdamW(lr=1e-3, per_images=4),
-        schedule=Cosine(total=epochs(1)), compute=Compute(precision="float32", accumulate=2, workers=0))
+        objective=Distilled(teacher=teacher, **objective),
+        optim=AdamW(lr=1e-3, per_images=4),
+        schedule=Cosine(total=epochs(1)),
+        compute=Compute(precision="float32", accumulate=2, workers=0),
+    )
     return override(recipe, settings)
 
 
@@ -145,7 +150,8 @@ def test_parts_hold_what_is_documented(tmp_path, split, teacher):
     assert {name: tuple(tensor.shape[1:]) for name, tensor in part.items()} == {"index": (4, 2), "probability": (4, 2)}
     assert (part["index"].dtype, part["probability"].dtype) == (torch.uint8, torch.float16)
     logits = Teacher.load(teacher, CLASSES, recipe)(
-        TrainingBatches(split, recipe, cycle=9).mix(batch.parts(2)[0]).pixels)
+        TrainingBatches(split, recipe, cycle=9).mix(batch.parts(2)[0]).pixels
+    )
     best, index = logits.softmax(-1).topk(2)
     assert torch.equal(part["index"][0, positions].long(), index)
     assert torch.equal(part["probability"][0, positions], best.half())
@@ -176,8 +182,9 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, split, teacher, monk
     assert "part 4 of" not in said
     assert "part 5 of 9" in said
     assert times == {name: (tmp_path / "cache" / name).stat().st_mtime_ns for name in times}
-    assert {name: content for name, content in contents(tmp_path / "cache").items()
-            if not name.startswith(".")} == contents(tmp_path / "whole")
+    assert {
+        name: content for name, content in contents(tmp_path / "cache").items() if not name.startswith(".")
+    } == contents(tmp_path / "whole")
 
 
 def test_processes_share_the_parts(tmp_path, split, teacher):
@@ -200,20 +207,29 @@ def test_more_epochs_extend_a_cache(tmp_path, split, teacher):
         run(recipe, split, tmp_path / "cache", 1)
 
 
-@pytest.mark.parametrize(("setting", "named"), [
-    ("seed=1", "seed is 0 there and 1 here"), ("augment.flip=0.25", "augment.flip is 0.5 there and 0.25 here"),
-    ("augment.erase=None", "augment.erase is"), ("augment.mix.cutmix=0.5", "augment.mix.cutmix is 1.0 there"),
-    ("data.batch=6", "data.batch is 4 there and 6 here"), ("data.repeats=2", "data.repeats"),
-    ("data.mean=(0.5,0.5,0.5)", "data.mean is [0.5, 0.4, 0.3] there"), ("data.crop_ratio=1.0", "data.crop_ratio"),
-    ("model.image_size=12", "model.image_size is [8, 8] there and [12, 12] here"),
-    ("objective.kind=soft", "objective.kind is 'hard' there and 'soft' here"),
-    ("objective.resolution=student", "objective.resolution is 'teacher' there"),
-])
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("seed=1", "seed is 0 there and 1 here"),
+        ("augment.flip=0.25", "augment.flip is 0.5 there and 0.25 here"),
+        ("augment.erase=None", "augment.erase is"),
+        ("augment.mix.cutmix=0.5", "augment.mix.cutmix is 1.0 there"),
+        ("data.batch=6", "data.batch is 4 there and 6 here"),
+        ("data.repeats=2", "data.repeats"),
+        ("data.mean=(0.5,0.5,0.5)", "data.mean is [0.5, 0.4, 0.3] there"),
+        ("data.crop_ratio=1.0", "data.crop_ratio"),
+        ("model.image_size=12", "model.image_size is [8, 8] there and [12, 12] here"),
+        ("objective.kind=soft", "objective.kind is 'hard' there and 'soft' here"),
+        ("objective.resolution=student", "objective.resolution is 'teacher' there"),
+    ],
+)
 def test_other_views_are_refused_by_name(tmp_path, split, teacher, setting, named):
     run(pupil(teacher), split, tmp_path / "cache")
     other = pupil(teacher, setting)
-    for act in (lambda: LabelCache.open(tmp_path / "cache", split, other),
-                lambda: run(other, split, tmp_path / "cache")):
+    for act in (
+        lambda: LabelCache.open(tmp_path / "cache", split, other),
+        lambda: run(other, split, tmp_path / "cache"),
+    ):
         with raises_saying(ValueError, tmp_path / "cache", f"was taught with other views: {named}", "set it back, or"):
             act()
 
@@ -234,13 +250,29 @@ def test_changed_augmentation_code_is_refused(tmp_path, split, teacher, monkeypa
 def test_settings_that_change_no_view_are_free(tmp_path, split, teacher):
     recipe = pupil(teacher, kind="soft")
     run(recipe, split, tmp_path / "cache")
-    other = override(recipe, [
-        "compute.accumulate=3", "compute.precision=bfloat16", "compute.workers=1", "optim.lr=1", "ema=0.9",
-        "schedule.total=epochs(7)", "objective.teacher=", "objective.temperature=2", "objective.weight=0.7",
-        "objective.smoothing=0.1", f"objective.cache={tmp_path / 'cache'}", "model.num_hidden_layers=1", "name=other"])
+    other = override(
+        recipe,
+        [
+            "compute.accumulate=3",
+            "compute.precision=bfloat16",
+            "compute.workers=1",
+            "optim.lr=1",
+            "ema=0.9",
+            "schedule.total=epochs(7)",
+            "objective.teacher=",
+            "objective.temperature=2",
+            "objective.weight=0.7",
+            "objective.smoothing=0.1",
+            f"objective.cache={tmp_path / 'cache'}",
+            "model.num_hidden_layers=1",
+            "name=other",
+        ],
+    )
     positions = torch.arange(4)
-    assert torch.equal(LabelCache.open(tmp_path / "cache", split, other).labels(3, positions),
-                       LabelCache.open(tmp_path / "cache", split, recipe).labels(3, positions))
+    assert torch.equal(
+        LabelCache.open(tmp_path / "cache", split, other).labels(3, positions),
+        LabelCache.open(tmp_path / "cache", split, recipe).labels(3, positions),
+    )
 
 
 def test_other_data_is_refused(tmp_path, split, teacher):
@@ -250,8 +282,10 @@ def test_other_data_is_refused(tmp_path, split, teacher):
     with raises_saying(ValueError, "was taught with other data: 18 images there, 17 here; bring that data back"):
         LabelCache.open(tmp_path / "cache", fewer, recipe)
     Image.new("RGB", (12, 12)).save(split.files[3])
-    for act in (lambda: LabelCache.open(tmp_path / "cache", split, recipe),
-                lambda: run(recipe, split, tmp_path / "cache")):
+    for act in (
+        lambda: LabelCache.open(tmp_path / "cache", split, recipe),
+        lambda: run(recipe, split, tmp_path / "cache"),
+    ):
         with raises_saying(ValueError, "was taught with other data: names, classes or contents"):
             act()
 
@@ -367,8 +401,10 @@ def test_a_signal_does_not_cost_a_finished_part(tmp_path, split, teacher, monkey
     assert sorted(contents(tmp_path / "cache")) == ["cache.json", "labels-00000.safetensors"]
 
 
-@pytest.mark.parametrize(("classes", "kind"), [(256, torch.uint8), (257, torch.uint16), (40_000, torch.uint16),
-                                               (65_536, torch.uint16), (65_537, torch.int32)])
+@pytest.mark.parametrize(
+    ("classes", "kind"),
+    [(256, torch.uint8), (257, torch.uint16), (40_000, torch.uint16), (65_536, torch.uint16), (65_537, torch.int32)],
+)
 def test_the_last_of_many_classes_is_kept(tmp_path, split, classes, kind, monkeypatch):
     monkeypatch.setattr(teaching, "PART_BYTES", 2**20)
     file = tmp_path / "last.py"
@@ -392,8 +428,9 @@ class Last(nn.Module):
     assert cache.labels(1, first).tolist() == [0] + [classes - 1] * 3
 
 
-@pytest.mark.parametrize(("objective", "most"), [({"kind": "hard"}, 1251), ({"kind": "soft", "top_k": 10}, 409),
-                                                 ({"kind": "soft"}, 4)])
+@pytest.mark.parametrize(
+    ("objective", "most"), [({"kind": "hard"}, 1251), ({"kind": "soft", "top_k": 10}, 409), ({"kind": "soft"}, 4)]
+)
 def test_parts_of_imagenet(objective, most, monkeypatch):
     """16 MiB, and no more than an epoch: 1024 * 2 bytes for a hard update, 1024 * 10 * 4, 1024 * 1000 * 4."""
     monkeypatch.undo()

@@ -26,9 +26,14 @@ CLASSES = ("ant", "bee", "cat", "dog")
 
 
 def student(size=16, *, mean=MEAN, std=STD, **objective):
-    return Recipe(name="pupil", model=small(image_size=size, num_channels=len(mean)),
-                  data=Data(batch=4, mean=mean, std=std), objective=Distilled(teacher="t", **objective),
-                  optim=AdamW(lr=1e-3, per_images=4), schedule=Cosine(total=epochs(1)))
+    return Recipe(
+        name="pupil",
+        model=small(image_size=size, num_channels=len(mean)),
+        data=Data(batch=4, mean=mean, std=std),
+        objective=Distilled(teacher="t", **objective),
+        optim=AdamW(lr=1e-3, per_images=4),
+        schedule=Cosine(total=epochs(1)),
+    )
 
 
 def normal(raw, mean, std):
@@ -101,8 +106,15 @@ def test_the_teacher_sees_its_own_normalisation(folder):
     assert not any(p.requires_grad or p.grad is not None for p in teacher.model.parameters())
 
 
-@pytest.mark.parametrize("options", [{"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 1 / 127.5},
-                                     {"image_mean": 0.5, "image_std": 0.25}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"rescale_factor": 1 / 127.5},
+        {"image_mean": 0.5, "image_std": 0.25},
+    ],
+)
 def test_the_teacher_sees_what_its_processor_makes(tmp_path, options):
     """Whatever arithmetic the files ask for, against the processor itself on the same image."""
     processor = DeiTImageProcessor(size=16, crop_size=16, **options)
@@ -118,8 +130,10 @@ def test_resolution(folder):
     """The teacher's: resized before it answers. The student's: left as they are."""
     pixels, model = torch.randn(2, 3, 24, 24), ConvNet.from_pretrained(folder)
     shrunk = F.interpolate(pixels, (16, 16), mode="bicubic", antialias=True)
-    found = {resolution: Teacher.load(folder, CLASSES, student(24, mean=PAPER[0], std=PAPER[1], resolution=resolution))
-             for resolution in ("teacher", "student")}
+    found = {
+        resolution: Teacher.load(folder, CLASSES, student(24, mean=PAPER[0], std=PAPER[1], resolution=resolution))
+        for resolution in ("teacher", "student")
+    }
     assert_close(found["teacher"](pixels), model(shrunk).logits)
     assert_close(found["student"](pixels), model(pixels).logits)
 
@@ -136,8 +150,11 @@ def test_a_transformer_of_one_size_is_refused_at_another():
     timm = pytest.importorskip("timm")
     model = timm.create_model("vit_tiny_patch16_224", num_classes=4, img_size=32, depth=1)
     assert Teacher.of(model, CLASSES, student(24), labels=CLASSES, image_size=32).size == (32, 32)
-    with raises_saying(ValueError, "VisionTransformer can't answer to the student's images of (3, 24, 24)",
-                       "set objective.resolution=teacher"):
+    with raises_saying(
+        ValueError,
+        "VisionTransformer can't answer to the student's images of (3, 24, 24)",
+        "set objective.resolution=teacher",
+    ):
         Teacher.of(model, CLASSES, student(24, resolution="student"), labels=CLASSES)
 
 
@@ -222,8 +239,9 @@ def test_a_bare_module_is_taken_to_be_like_the_student():
 
 
 def test_a_module_states_what_it_wants():
-    module = Bare(classes=["dog", "cat", "bee", "ant"], mean=torch.tensor([0.1, 0.2, 0.3]), std=(0.5, 0.6, 0.7),
-                  image_size=8)
+    module = Bare(
+        classes=["dog", "cat", "bee", "ant"], mean=torch.tensor([0.1, 0.2, 0.3]), std=(0.5, 0.6, 0.7), image_size=8
+    )
     raw = torch.rand(2, 3, 16, 16)
     found = Teacher.of(module, CLASSES, student())(normal(raw, MEAN, STD))
     expected = F.interpolate(normal(raw, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)), (8, 8), mode="bicubic", antialias=True)
@@ -233,20 +251,25 @@ def test_a_module_states_what_it_wants():
     assert_close(again(normal(raw, MEAN, STD)), module(normal(raw, MEAN, STD)))
 
 
-@pytest.mark.parametrize("wrap", [lambda logits: (logits, None), lambda logits: {"logits": logits},
-                                  lambda logits: SimpleNamespace(logits=logits)])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda logits: (logits, None), lambda logits: {"logits": logits}, lambda logits: SimpleNamespace(logits=logits)],
+)
 def test_every_form_of_output(wrap):
     pixels = torch.randn(2, 3, 16, 16)
     assert_close(Teacher.of(Bare(wrap), CLASSES, student(), labels=CLASSES)(pixels), Bare()(pixels))
 
 
-@pytest.mark.parametrize(("module", "parts"), [
-    (Bare(lambda logits: logits[None]), ("with shape (1, 1, 4)", "choose a classifier")),
-    (Bare(lambda logits: "cat"), ("can't answer", "'str' object has no attribute 'logits'")),
-    (Bare(classes=["ant", "bee"]), ("has 4 outputs and 2 class names",)),
-    (Bare(classes="ant"), ("expected a list of names",)),
-    (Bare(std=(0.1, 0.2)), ("states mean=", "one entry for each")),
-])
+@pytest.mark.parametrize(
+    ("module", "parts"),
+    [
+        (Bare(lambda logits: logits[None]), ("with shape (1, 1, 4)", "choose a classifier")),
+        (Bare(lambda logits: "cat"), ("can't answer", "'str' object has no attribute 'logits'")),
+        (Bare(classes=["ant", "bee"]), ("has 4 outputs and 2 class names",)),
+        (Bare(classes="ant"), ("expected a list of names",)),
+        (Bare(std=(0.1, 0.2)), ("states mean=", "one entry for each")),
+    ],
+)
 def test_modules_that_are_no_teacher(module, parts):
     with raises_saying(ValueError, "teacher Bare", *parts):
         Teacher.of(module, CLASSES, student())
@@ -254,8 +277,9 @@ def test_modules_that_are_no_teacher(module, parts):
 
 def test_an_objective_without_teacher():
     with raises_saying(ValueError, "recipe pupil has no use for a teacher", "Supervised"):
-        Teacher.of(Bare(), CLASSES, Recipe.from_dict({**student().to_dict(),
-                                                      "objective": {"kind_of": Supervised.__name__}}))
+        Teacher.of(
+            Bare(), CLASSES, Recipe.from_dict({**student().to_dict(), "objective": {"kind_of": Supervised.__name__}})
+        )
 
 
 # ------------------------------------------------------------------------------------------------ FILE.py:FUNCTION
@@ -333,10 +357,17 @@ def test_timm_from_a_folder(tmp_path):
     timm = pytest.importorskip("timm")
     model = resnet(4)
     names = ["n4", "n3", "n2", "n1"]
-    timm.models.save_for_hf(model, tmp_path, model_config={
-        "label_names": names, "label_descriptions": dict(zip(names, reversed(CLASSES), strict=True)),
-        "pretrained_cfg": {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}}, data_config={
-        "input_size": (3, 64, 64), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}, safe_serialization=True)
+    timm.models.save_for_hf(
+        model,
+        tmp_path,
+        model_config={
+            "label_names": names,
+            "label_descriptions": dict(zip(names, reversed(CLASSES), strict=True)),
+            "pretrained_cfg": {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)},
+        },
+        data_config={"input_size": (3, 64, 64), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)},
+        safe_serialization=True,
+    )
     raw = torch.rand(2, 3, 64, 64)
     expected = model(normal(raw, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))).detach().flip(1)
     for classes in (CLASSES, ("n1", "n2", "n3", "n4")):
@@ -355,8 +386,10 @@ def test_imagenet_names_of_timm(tmp_path):
     name, pixels = f"timm:resnet10t:{path}", torch.randn(2, 3, 64, 64)
     recipe = student(64, mean=PAPER[0], std=PAPER[1], resolution="student")
     expected = model(pixels).detach()[:, [1, 0, 9]]
-    for classes in (("n01443537", "n01440764", "n01518878"),
-                    ("goldfish, Carassius auratus", "tench, Tinca tinca", "ostrich, Struthio camelus")):
+    for classes in (
+        ("n01443537", "n01440764", "n01518878"),
+        ("goldfish, Carassius auratus", "tench, Tinca tinca", "ostrich, Struthio camelus"),
+    ):
         torch.testing.assert_close(Teacher.load(name, classes, recipe)(pixels), expected, rtol=1e-4, atol=1e-4)
     with raises_saying(ValueError, "has 1000 outputs without names, the data has 4 classes"):
         Teacher.load(name, CLASSES, recipe)
@@ -398,8 +431,7 @@ def test_what_timm_cannot_open(tmp_path, monkeypatch):
         raise RuntimeError("no route to host\nand more")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with raises_saying(OSError, "timm:resnet10t could not be fetched (no route to host)",
-                       "timm:resnet10t:WEIGHT_FILE"):
+    with raises_saying(OSError, "timm:resnet10t could not be fetched (no route to host)", "timm:resnet10t:WEIGHT_FILE"):
         Teacher.load("timm:resnet10t", CLASSES, student())
     monkeypatch.setitem(sys.modules, "timm", None)
     with raises_saying(ImportError, 'pip install "deit[teachers]"'):

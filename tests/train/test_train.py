@@ -50,10 +50,16 @@ from deit.train.build import build_model
 from deit.train.loop import Diverged, train
 
 QUIET = Console(quiet=True)
-CONVNET = Recipe(name="convnet", model=ConvNetConfig(widths=(8, 16), depth=1, image_size=16), data=Data(batch=8),
-                 objective=Supervised(smoothing=0.1), augment=Augment(crop=ResizedCrop(), flip=0.5),
-                 optim=AdamW(lr=4e-3, per_images=16), schedule=Cosine(total=epochs(4), warmup=epochs(1)),
-                 compute=Compute(precision="float32", workers=0))
+CONVNET = Recipe(
+    name="convnet",
+    model=ConvNetConfig(widths=(8, 16), depth=1, image_size=16),
+    data=Data(batch=8),
+    objective=Supervised(smoothing=0.1),
+    augment=Augment(crop=ResizedCrop(), flip=0.5),
+    optim=AdamW(lr=4e-3, per_images=16),
+    schedule=Cosine(total=epochs(4), warmup=epochs(1)),
+    compute=Compute(precision="float32", workers=0),
+)
 PLAIN = replace(CONVNET, name="plain", model=small(distillation_token=False, num_labels=None, drop_path_rate=0.3))
 
 
@@ -119,8 +125,11 @@ def by_hand(recipe, splits):
     warmup = recipe.schedule.warmup.in_steps(batches.steps_per_epoch)
     decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and not name.endswith(("token", "position"))]
     free = [p for name, p in model.named_parameters() if p.ndim <= 1 or name.endswith(("token", "position"))]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05}, {"params": free, "weight_decay": 0.0}],
-                                  betas=recipe.optim.betas, fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": free, "weight_decay": 0.0}],
+        betas=recipe.optim.betas,
+        fused=True,
+    )
     stream = batches.from_step(0)
     for step in range(total):
         for group in optimizer.param_groups:
@@ -136,8 +145,11 @@ def by_hand(recipe, splits):
     return model.state_dict()
 
 
-@pytest.mark.parametrize("recipe", [CONVNET, PLAIN, replace(PLAIN, augment=Augment(erase=Erase(), mix=Mix(mixup=0.8)))],
-                         ids=["convnet", "stochastic_depth", "mixed"])
+@pytest.mark.parametrize(
+    "recipe",
+    [CONVNET, PLAIN, replace(PLAIN, augment=Augment(erase=Erase(), mix=Mix(mixup=0.8)))],
+    ids=["convnet", "stochastic_depth", "mixed"],
+)
 def test_every_update_follows_the_formula(recipe, splits, tmp_path):
     run(recipe, splits, tmp_path)
     found = model_end(tmp_path)
@@ -154,8 +166,12 @@ def test_workers_change_nothing(splits, tmp_path):
 
 @pytest.mark.parametrize("options", [{"accumulate": 3}, {"checkpoint_blocks": True}])
 def test_how_the_work_is_divided_changes_nothing_but_rounding(options, splits, tmp_path):
-    recipe = replace(PLAIN, augment=Augment(mix=Mix(mixup=0.8, cutmix=1.0)), optim=SGD(lr=0.1, per_images=16),
-                     model=PLAIN.model.replace(drop_path_rate=0.5))
+    recipe = replace(
+        PLAIN,
+        augment=Augment(mix=Mix(mixup=0.8, cutmix=1.0)),
+        optim=SGD(lr=0.1, per_images=16),
+        model=PLAIN.model.replace(drop_path_rate=0.5),
+    )
     run(recipe, splits, tmp_path / "one")
     run(replace(recipe, compute=replace(recipe.compute, **options)), splits, tmp_path / "other")
     one, other = model_end(tmp_path / "one"), model_end(tmp_path / "other")
@@ -181,8 +197,9 @@ def test_the_average_is_evaluated_and_saved(splits, tmp_path):
 def test_the_best_is_kept_and_a_tie_goes_to_the_later(splits, tmp_path, monkeypatch):
     """Scores 1, 3, 2, 3: saved at the start, and after the first, second and fourth evaluation."""
     scores, saved = iter([1.0, 3.0, 2.0, 3.0]), []
-    monkeypatch.setattr(objectives.Supervised, "judge",
-                        lambda *_: objectives.Verdict((score := next(scores)), {"val_accuracy": score}))
+    monkeypatch.setattr(
+        objectives.Supervised, "judge", lambda *_: objectives.Verdict((score := next(scores)), {"val_accuracy": score})
+    )
     save = runs.save_model
     monkeypatch.setattr(runs, "save_model", lambda work, folder: saved.append(1) or save(work, folder))
     done = run(replace(CONVNET, evaluate=steps(1), schedule=Cosine(total=steps(4))), splits, tmp_path)
@@ -202,8 +219,13 @@ def test_a_model_is_there_before_the_first_evaluation(splits, tmp_path, monkeypa
 
 
 def test_masked_images_are_judged_by_their_loss_and_painted(splits, tmp_path):
-    recipe = replace(PLAIN, objective=MaskedImage(unit=8), augment=Augment(crop=ResizedCrop()), evaluate=steps(5),
-                     schedule=Cosine(total=steps(10)))
+    recipe = replace(
+        PLAIN,
+        objective=MaskedImage(unit=8),
+        augment=Augment(crop=ResizedCrop()),
+        evaluate=steps(5),
+        schedule=Cosine(total=steps(10)),
+    )
     done = run(recipe, splits, tmp_path)
     written = rows(tmp_path)
     assert done.score == -min(row["val_loss"] for row in written)
@@ -260,7 +282,8 @@ def test_a_signal_saves_the_weights_and_not_their_average(when, splits, tmp_path
     assert all(torch.equal(one[name], other[name]) for name in other)
     for row, expected in zip(rows(tmp_path / "broken"), rows(tmp_path / "whole"), strict=True):
         assert {key: row[key] for key in ("step", "loss", "val_accuracy")} == {
-            key: expected[key] for key in ("step", "loss", "val_accuracy")}
+            key: expected[key] for key in ("step", "loss", "val_accuracy")
+        }
 
 
 def poisoned(monkeypatch, bad):
@@ -282,8 +305,10 @@ def test_a_loss_that_is_not_finite_skips_its_update(splits, tmp_path, monkeypatc
 
     def watched(work, *rest):
         found = update(work, *rest)
-        states.append({name: value.clone() for name, value in work.model.state_dict().items()}
-                      | {f"ema.{name}": value.clone() for name, value in work.average.state().items()})
+        states.append(
+            {name: value.clone() for name, value in work.model.state_dict().items()}
+            | {f"ema.{name}": value.clone() for name, value in work.average.state().items()}
+        )
         return found
 
     monkeypatch.setattr(loop, "_update", watched)
@@ -313,8 +338,14 @@ def test_a_real_divergence_is_caught(splits, tmp_path):
         run(replace(PLAIN, optim=SGD(lr=1e38, per_images=8), schedule=Cosine(total=steps(40))), splits, tmp_path)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
 def test_out_of_memory_halves_the_parts_and_changes_nothing_else(error, splits, tmp_path, monkeypatch):
     """Of batches of 8, more than two images at once fail: from the third update on, four parts."""
     recipe = replace(PLAIN, optim=SGD(lr=0.1, per_images=16), augment=Augment(mix=Mix(cutmix=1.0)))
@@ -355,8 +386,9 @@ def test_other_errors_are_not_taken_for_lack_of_memory(splits, tmp_path, monkeyp
 
 def many(tmp_path, count, bad):
     """`count` photos of two classes, of which `bad` can't be read."""
-    folder = photos(photos(tmp_path / "many", count=count // 2, classes="ab", size=8), split="val", count=2,
-                    classes="ab", size=8)
+    folder = photos(
+        photos(tmp_path / "many", count=count // 2, classes="ab", size=8), split="val", count=2, classes="ab", size=8
+    )
     for path in sorted((folder / "train" / "a").iterdir())[:bad]:
         path.write_bytes(path.read_bytes()[:20])
     return read_data(folder, holdout=0.1, seed=0)

@@ -30,7 +30,12 @@ def test_the_python_runs(tmp_path, monkeypatch):
     assert names["model"].config.drop_path_rate == 0.1
     assert names["model"]._distillation["kind"] == "soft"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "model.keras", "model.tflite", "photo.jpg", "runs", "saved_model"]
+        "model.keras",
+        "model.tflite",
+        "photo.jpg",
+        "runs",
+        "saved_model",
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name in dir(deit) if name.startswith("TF")])

@@ -30,8 +30,10 @@ def mask_of(kind):
 
 
 @KINDS
-@pytest.mark.parametrize("changes", [{}, {"layer_scale_init_value": 0.1, "position_on_class_token": False},
-                                     {"image_size": (8, 20), "qkv_bias": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"layer_scale_init_value": 0.1, "position_on_class_token": False}, {"image_size": (8, 20), "qkv_bias": False}],
+)
 def test_saved_in_one_loaded_in_the_other(kind, changes, tmp_path):
     ours, twin = twins(kind, small(**changes))
     ours.save_pretrained(tmp_path / "ours")
@@ -46,8 +48,17 @@ def test_saved_in_one_loaded_in_the_other(kind, changes, tmp_path):
 
 
 @slow_on_jax
-@pytest.mark.parametrize("name", ["DeiTModel", "DeiTForMaskedImageModeling", "DeiTForImageClassification",
-                                  "DeiTForImageClassificationWithTeacher", "ViTModel", "ViTForImageClassification"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DeiTModel",
+        "DeiTForMaskedImageModeling",
+        "DeiTForImageClassification",
+        "DeiTForImageClassificationWithTeacher",
+        "ViTModel",
+        "ViTForImageClassification",
+    ],
+)
 def test_transformers_loads_what_keras_saves(name, quiet_transformers, tmp_path):
     config = small(distillation_token=name.startswith("DeiT"))
     twin = getattr(deit, f"TF{name}")(config)
@@ -86,8 +97,10 @@ def test_shards_and_half_precision(tmp_path):
     torch.save(ours.state_dict() and weights.from_ours(ours._tensors(), "hf"), tmp_path / "half.bin")
     for source, options in (("half", {}), ("half.bin", {"config": ours.config})):
         twin = TWIN_OF["classification"].from_pretrained(tmp_path / source, **options)
-        assert all(value.dtype == np.float32 and np.array_equal(value, ours._tensors()[name].float().numpy())
-                   for name, value in twin.tensors().items())
+        assert all(
+            value.dtype == np.float32 and np.array_equal(value, ours._tensors()[name].float().numpy())
+            for name, value in twin.tensors().items()
+        )
     half = TWIN_OF["classification"].from_pretrained(tmp_path / "half", dtype="bfloat16")
     half.save_pretrained(tmp_path / "again")
     again = CLASS_OF["classification"].from_pretrained(tmp_path / "again", dtype="auto")
@@ -117,8 +130,10 @@ def test_what_a_file_lacks_starts_anew(tmp_path):
         TWIN_OF["classification"].from_pretrained(tmp_path, num_labels=2)
 
 
-@pytest.mark.parametrize(("source", "options"), [
-    ("backbone", {"use_mask_token": True}), ("masked_image", {}), ("with_teacher", {}), ("classification", {})])
+@pytest.mark.parametrize(
+    ("source", "options"),
+    [("backbone", {"use_mask_token": True}), ("masked_image", {}), ("with_teacher", {}), ("classification", {})],
+)
 @KINDS
 def test_every_class_from_every_file(source, options, kind, tmp_path):
     """Pooler, mask token and heads that a class has no place for are left aside, as the PyTorch classes do: a model is
@@ -145,9 +160,17 @@ def test_a_vit_is_a_vit(tmp_path):
 
 
 @slow_on_jax
-@pytest.mark.parametrize(("name", "kind"), [
-    ("backbone", "backbone"), ("masked_image", "masked_image"), ("classification", "classification"),
-    ("with_teacher", "with_teacher"), ("with_teacher_safetensors", "with_teacher"), ("vit", "classification")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("backbone", "backbone"),
+        ("masked_image", "masked_image"),
+        ("classification", "classification"),
+        ("with_teacher", "with_teacher"),
+        ("with_teacher_safetensors", "with_teacher"),
+        ("vit", "classification"),
+    ],
+)
 def test_files_of_transformers_tensorflow_classes(name, kind):
     """Written by transformers 4.57 with its answers (`golden/tensorflow/make.py`); read in both frameworks.
 
@@ -159,12 +182,16 @@ def test_files_of_transformers_tensorflow_classes(name, kind):
     found = TWIN_OF[kind].from_pretrained(OF_TENSORFLOW / name)(**given, **options)
     with torch.no_grad():
         other = CLASS_OF[kind].from_pretrained(OF_TENSORFLOW / name)(
-            **{key: torch.from_numpy(value) for key, value in given.items()}, **options)
+            **{key: torch.from_numpy(value) for key, value in given.items()}, **options
+        )
     for out in (found, other):
         fields = {"hidden_states": out.hidden_states, "attentions": out.attentions}
         fields = {f"{key}_{i}": value for key, values in fields.items() for i, value in enumerate(values)}
-        fields |= {key: out[key] for key in out if key not in ("loss", "reconstruction", *options)
-                   and key not in ("hidden_states", "attentions")}
+        fields |= {
+            key: out[key]
+            for key in out
+            if key not in ("loss", "reconstruction", *options) and key not in ("hidden_states", "attentions")
+        }
         assert fields.keys() <= set(golden.files)
         for key, value in fields.items():
             assert distance(value, torch.from_numpy(golden[key])) < 1e-5, key
@@ -190,9 +217,17 @@ def test_a_damaged_or_foreign_h5_is_refused(tmp_path):
 # --------------------------------------------------------------------------------------------------------- Keras' own
 
 
-@pytest.mark.parametrize("name", ["TFDeiTModel", "TFDeiTForMaskedImageModeling", "TFDeiTForImageClassification",
-                                  "TFDeiTForImageClassificationWithTeacher", "TFViTModel",
-                                  "TFViTForImageClassification"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "TFDeiTModel",
+        "TFDeiTForMaskedImageModeling",
+        "TFDeiTForImageClassification",
+        "TFDeiTForImageClassificationWithTeacher",
+        "TFViTModel",
+        "TFViTForImageClassification",
+    ],
+)
 def test_keras_file(name, tmp_path):
     config = small(distillation_token="DeiT" in name, image_size=(8, 20), id2label=dict(enumerate("abcde")))
     options = {"add_pooling_layer": False, "use_mask_token": True} if name.endswith("Model") else {}
@@ -209,8 +244,11 @@ def test_keras_file(name, tmp_path):
 def test_keras_file_goes_on_training(tmp_path):
     twin = TWIN_OF["with_teacher"](small(), dtype="mixed_bfloat16")
     twin.compile(keras.optimizers.AdamW(1e-3), distillation="soft", temperature=2.0)
-    data = {"pixel_values": given_for(small(), 4)["pixel_values"].numpy(), "labels": np.arange(4),
-            "teacher_logits": np.eye(4, 5, dtype="float32")}
+    data = {
+        "pixel_values": given_for(small(), 4)["pixel_values"].numpy(),
+        "labels": np.arange(4),
+        "teacher_logits": np.eye(4, 5, dtype="float32"),
+    }
     twin.train_on_batch(data)
     twin.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
@@ -233,7 +271,9 @@ def test_convert_to_keras(kind, tmp_path):
     assert main(["convert", str(tmp_path / "hf"), "--to", "keras", "--out", str(tmp_path / "keras")]) == 0
     assert sorted(path.name for path in (tmp_path / "keras").iterdir()) == ["model.keras", "preprocessor_config.json"]
     assert json.loads((tmp_path / "keras/preprocessor_config.json").read_text())["crop_size"] == {
-        "height": 16, "width": 16}
+        "height": 16,
+        "width": 16,
+    }
     again = keras.saving.load_model(tmp_path / "keras" / "model.keras")
     assert_alike(ours, again, given_for(ours.config, mask=mask_of(kind)))
 
@@ -249,8 +289,9 @@ def test_processor_returns_tensorflow_tensors():
     assert isinstance(found, tensorflow.Tensor)
     assert np.array_equal(found.numpy(), processor(image, return_tensors="np").pixel_values)
     if BACKEND == "tensorflow":
-        model = TWIN_OF["classification"](VARIANTS["deit-tiny-patch16-224"].replace(
-            image_size=32, num_hidden_layers=1, distillation_token=True))
+        model = TWIN_OF["classification"](
+            VARIANTS["deit-tiny-patch16-224"].replace(image_size=32, num_hidden_layers=1, distillation_token=True)
+        )
         assert model(processor(image, return_tensors="tf")).logits.shape == (1, 1000)
 
 
@@ -271,7 +312,9 @@ runpy.run_path({str(script)!r}, run_name="__main__")""")
 
 
 def test_without_keras_the_import_says_what_to_install():
-    shown = run_python("import sys; sys.modules['keras'] = None\nimport deit\ntry: deit.TFDeiTModel\n"
-                       "except ImportError as error: print(error)")
+    shown = run_python(
+        "import sys; sys.modules['keras'] = None\nimport deit\ntry: deit.TFDeiTModel\n"
+        "except ImportError as error: print(error)"
+    )
     assert 'pip install "deit[keras]"' in shown
     assert run_python("import sys; sys.modules['keras'] = None\nfrom deit import *\nprint(DeiTModel)")

@@ -37,27 +37,43 @@ LABELS = {"whole": torch.tensor([1, 0, 4]), "shares": torch.randn(3, 5).softmax(
 
 
 @pytest.mark.parametrize("labels", LABELS)
-@pytest.mark.parametrize("options", [
-    {}, {"weight": 0.3, "smoothing": 0.1}, {"kind": "soft"}, {"kind": "soft", "temperature": 1.5, "weight": 0.7},
-    {"kind": "soft", "normalisation": "elements"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight": 0.3, "smoothing": 0.1},
+        {"kind": "soft"},
+        {"kind": "soft", "temperature": 1.5, "weight": 0.7},
+        {"kind": "soft", "normalisation": "elements"},
+    ],
+)
 def test_distillation_loss(labels, options):
     cls, distillation, teacher = 3 * torch.randn(3, 3, 5)
     expected = losses.distillation_loss(cls, distillation, LABELS[labels], teacher, **options)
-    found = losses_keras.distillation_loss(*(keras.ops.convert_to_tensor(t.numpy()) for t in (
-        cls, distillation, LABELS[labels], teacher)), **options)
+    found = losses_keras.distillation_loss(
+        *(keras.ops.convert_to_tensor(t.numpy()) for t in (cls, distillation, LABELS[labels], teacher)), **options
+    )
     assert float(found) == pytest.approx(expected.item(), abs=1e-5)
 
 
-@pytest.mark.parametrize(("labels", "changes"), [
-    (torch.tensor([1, 0, 4]), {}), (torch.tensor([[1], [0], [4]]), {}), (torch.rand(3, 5).round(), {}),
-    (torch.rand(3, 5) > 0.5, {}), (torch.randn(3, 5), {"problem_type": "regression"}),
-    (torch.randn(3), {"num_labels": 1}), (torch.tensor([1, 0, 2]), {"num_labels": 1}),
-])
+@pytest.mark.parametrize(
+    ("labels", "changes"),
+    [
+        (torch.tensor([1, 0, 4]), {}),
+        (torch.tensor([[1], [0], [4]]), {}),
+        (torch.rand(3, 5).round(), {}),
+        (torch.rand(3, 5) > 0.5, {}),
+        (torch.randn(3, 5), {"problem_type": "regression"}),
+        (torch.randn(3), {"num_labels": 1}),
+        (torch.tensor([1, 0, 2]), {"num_labels": 1}),
+    ],
+)
 def test_classification_loss(labels, changes):
     config = small(**changes)
     logits = 3 * torch.randn(3, config.num_labels)
-    found = losses_keras.classification_loss(keras.ops.convert_to_tensor(logits.numpy()),
-                                             keras.ops.convert_to_tensor(labels.numpy()), config)
+    found = losses_keras.classification_loss(
+        keras.ops.convert_to_tensor(logits.numpy()), keras.ops.convert_to_tensor(labels.numpy()), config
+    )
     assert float(found) == pytest.approx(losses.classification_loss(logits, labels, config).item(), abs=1e-5)
 
 
@@ -66,11 +82,14 @@ def test_an_unknown_class_is_no_loss_of_zero():
         assert np.isnan(float(losses_keras.cross_entropy(keras.ops.zeros((2, 5)), keras.ops.array(labels))))
 
 
-@pytest.mark.parametrize(("options", "sentence"), [
-    ({"distillation": "medium"}, "distillation kind 'medium' is not known; choose hard or soft"),
-    ({"temperature": 2.0}, "hard distillation has no temperature"),
-    ({"distillation_weight": 2.0}, "distillation weight must be from 0 to 1, found 2.0"),
-])
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"distillation": "medium"}, "distillation kind 'medium' is not known; choose hard or soft"),
+        ({"temperature": 2.0}, "hard distillation has no temperature"),
+        ({"distillation_weight": 2.0}, "distillation weight must be from 0 to 1, found 2.0"),
+    ],
+)
 def test_refused_distillation(options, sentence):
     with raises_saying(ValueError, sentence):
         TWIN_OF["with_teacher"](small()).compile("adamw", **options)
@@ -84,13 +103,21 @@ def test_distilled_fit_wherever_the_data_hold_the_teacher(place):
     """The loss that Keras reports is the paper's, of the weights before the step."""
     ours, twin = twins("with_teacher", small())
     with torch.no_grad():
-        expected = ours(torch.from_numpy(X), labels=torch.from_numpy(Y), teacher_logits=torch.from_numpy(TEACHER),
-                        distillation="soft", distillation_weight=0.4).loss.item()
-    data = {"inputs": ({"pixel_values": X, "labels": Y, "teacher_logits": TEACHER},),
-            "targets": (X, {"labels": Y, "teacher_logits": TEACHER}),
-            "both": ({"pixel_values": X, "teacher_logits": TEACHER}, Y)}[place]
-    twin.compile(keras.optimizers.AdamW(1e-3), distillation="soft", distillation_weight=0.4,
-                 metrics=["accuracy"], **UNCOMPILED)
+        expected = ours(
+            torch.from_numpy(X),
+            labels=torch.from_numpy(Y),
+            teacher_logits=torch.from_numpy(TEACHER),
+            distillation="soft",
+            distillation_weight=0.4,
+        ).loss.item()
+    data = {
+        "inputs": ({"pixel_values": X, "labels": Y, "teacher_logits": TEACHER},),
+        "targets": (X, {"labels": Y, "teacher_logits": TEACHER}),
+        "both": ({"pixel_values": X, "teacher_logits": TEACHER}, Y),
+    }[place]
+    twin.compile(
+        keras.optimizers.AdamW(1e-3), distillation="soft", distillation_weight=0.4, metrics=["accuracy"], **UNCOMPILED
+    )
     history = twin.fit(*data, batch_size=6, verbose=0).history
     assert history["loss"] == [pytest.approx(expected, abs=1e-5)]
     with torch.no_grad():
@@ -151,12 +178,25 @@ def test_it_learns_real_digits_with_a_teacher(tmp_path):
     pixels = np.stack([np.asarray(Image.open(path).convert("L"), "float32")[None] / 128 - 1 for path in split.files])
     labels = np.array(split.labels)
     keras.utils.set_random_seed(0)
-    config = small(image_size=8, patch_size=2, encoder_stride=2, num_channels=1, num_labels=10, initializer_range=0.06,
-                   drop_path_rate=0.05, hidden_dropout_prob=0.01)
+    config = small(
+        image_size=8,
+        patch_size=2,
+        encoder_stride=2,
+        num_channels=1,
+        num_labels=10,
+        initializer_range=0.06,
+        drop_path_rate=0.05,
+        hidden_dropout_prob=0.01,
+    )
     twin = TWIN_OF["with_teacher"](config, dtype="mixed_bfloat16")
     twin.compile(keras.optimizers.AdamW(3e-3), metrics=["accuracy"])
-    history = twin.fit({"pixel_values": pixels, "teacher_logits": 8 * np.eye(10, dtype="float32")[labels]}, labels,
-                       batch_size=64, epochs=12, verbose=0).history
+    history = twin.fit(
+        {"pixel_values": pixels, "teacher_logits": 8 * np.eye(10, dtype="float32")[labels]},
+        labels,
+        batch_size=64,
+        epochs=12,
+        verbose=0,
+    ).history
     assert history["loss"][-1] < history["loss"][0] / 2
     assert history["accuracy"][-1] > 0.85
 
@@ -164,8 +204,9 @@ def test_it_learns_real_digits_with_a_teacher(tmp_path):
 # ------------------------------------------------------------------------------------------------------------- export
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[] if kind == "with_teacher" else SLOW_ON_JAX)
-                                  for kind in TWIN_OF])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "with_teacher" else SLOW_ON_JAX) for kind in TWIN_OF]
+)
 def test_saved_model(kind, tmp_path):
     tensorflow = pytest.importorskip("tensorflow")
     ours, twin = twins(kind, small(drop_path_rate=0.1, hidden_dropout_prob=0.1))
@@ -202,17 +243,23 @@ def test_a_file_that_answers_otherwise_is_not_kept(tmp_path, monkeypatch):
     from deit.model_keras import saved_model as export_keras
 
     honest = export_keras._saved_model
-    monkeypatch.setattr(export_keras, "_saved_model", lambda path: lambda pixels: {
-        name: value + 1e-3 for name, value in honest(path)(pixels).items()})
+    monkeypatch.setattr(
+        export_keras,
+        "_saved_model",
+        lambda path: lambda pixels: {name: value + 1e-3 for name, value in honest(path)(pixels).items()},
+    )
     with raises_saying(ValueError, "was not kept: on random images its outputs differ from the model's by 0.001"):
         TWIN_OF["classification"](small()).export(tmp_path / "saved")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("path", "format", "sentence"), [
-    ("x", "onnx", "format='onnx' is not written from Keras; choose tf_saved_model or litert"),
-    pytest.param("x.bin", "litert", "a LiteRT model is a .tflite file", marks=needs_tensorflow),
-])
+@pytest.mark.parametrize(
+    ("path", "format", "sentence"),
+    [
+        ("x", "onnx", "format='onnx' is not written from Keras; choose tf_saved_model or litert"),
+        pytest.param("x.bin", "litert", "a LiteRT model is a .tflite file", marks=needs_tensorflow),
+    ],
+)
 def test_refused_exports(path, format, sentence, tmp_path):
     with raises_saying(ValueError, sentence):
         TWIN_OF["classification"](small()).export(tmp_path / path, format)

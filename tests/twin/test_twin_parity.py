@@ -35,8 +35,9 @@ QUICK = ("deit-tiny-distilled-patch16-224", "deit3-small-patch16-224")
 """On JAX the others are slow."""
 
 
-@pytest.mark.parametrize("variant", [pytest.param(name, marks=[] if name in QUICK else SLOW_ON_JAX)
-                                     for name in VARIANTS])
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[] if name in QUICK else SLOW_ON_JAX) for name in VARIANTS]
+)
 def test_every_variant(variant):
     """Every head x mask or not x its own size, another one by interpolation, and a model of non-square images."""
     config = shrink(VARIANTS[variant])
@@ -52,8 +53,9 @@ def test_every_variant(variant):
 
 
 @slow_on_jax
-@pytest.mark.parametrize("variant", ["deit-tiny-distilled-patch16-224", pytest.param(
-    "deit-base-distilled-patch16-224", marks=SLOW_ON_JAX)])
+@pytest.mark.parametrize(
+    "variant", ["deit-tiny-distilled-patch16-224", pytest.param("deit-base-distilled-patch16-224", marks=SLOW_ON_JAX)]
+)
 def test_full_size(variant):
     """With values as large as training leaves them: random ones of the other tests grow through 12 blocks."""
     ours = deit.DeiTForImageClassificationWithTeacher(VARIANTS[variant]).eval()
@@ -71,8 +73,12 @@ def test_full_size(variant):
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=SLOW_ON_JAX) for seed in range(1, 6))])
 def test_random_configs(kind, seed):
     """Sizes, activations, biases, channels and patches drawn at random."""
-    config = random_config(seed, distillation_token=kind == "with_teacher" or seed % 2 == 0,
-                           layer_scale_init_value=None if seed % 3 else 0.1, position_on_class_token=seed % 3 > 0)
+    config = random_config(
+        seed,
+        distillation_token=kind == "with_teacher" or seed % 2 == 0,
+        layer_scale_init_value=None if seed % 3 else 0.1,
+        position_on_class_token=seed % 3 > 0,
+    )
     config = config.replace(encoder_stride=config.patch_size)
     assert_alike(*twins(kind, config), given_for(config, mask=kind == "masked_image"))
 
@@ -222,41 +228,83 @@ def test_positional_dictionary_and_named_inputs_agree():
     twin = TWIN_OF["with_teacher"](small())
     x = given_for(small())["pixel_values"].numpy()
     expected = twin(pixel_values=x).logits
-    for found in (twin(x), twin({"pixel_values": x}), twin(deit.DeiTImageProcessor(
-            do_resize=False, do_center_crop=False, do_rescale=False, do_normalize=False, image_mean=0.0, image_std=1.0)(
-            list(x), return_tensors="np"))):
+    for found in (
+        twin(x),
+        twin({"pixel_values": x}),
+        twin(
+            deit.DeiTImageProcessor(
+                do_resize=False,
+                do_center_crop=False,
+                do_rescale=False,
+                do_normalize=False,
+                image_mean=0.0,
+                image_std=1.0,
+            )(list(x), return_tensors="np")
+        ),
+    ):
         assert distance(found.logits, expected) == 0.0
     with pytest.raises(ValueError, match="takes no pixels; it takes pixel_values, head_mask, "):
         twin({"pixel_values": x, "pixels": x})
 
 
-@pytest.mark.parametrize(("kind", "given", "sentence"), [
-    ("backbone", {"pixel_values": None}, "pixel_values are missing; pass a tensor"),
-    ("backbone", {"pixel_values": np.zeros((3, 16, 16), "float32")}, r"must be \(images, 3, height, width\), found \("),
-    ("backbone", {"pixel_values": np.zeros((2, 16, 16, 3), "float32")}, r"found \(2, 16, 16, 3\); DeiTImageProcessor"),
-    ("backbone", {"pixel_values": np.zeros((2, 3, 16, 16), "uint8")}, "must be normalised floats, found uint8"),
-    ("backbone", {"pixel_values": np.zeros((2, 3, 16, 20), "float32")}, "images are 16x20, this model takes 16x16"),
-    ("backbone", {"pixel_values": np.zeros((2, 3, 3, 20), "float32"), "interpolate_pos_encoding": True},
-     "images of 3x20 hold no patch of 4x4"),
-    ("backbone", {"bool_masked_pos": np.zeros((2, 16), bool)}, "needs a mask token; build TFDeiTModel"),
-    ("backbone", {"head_mask": np.ones(4, "float32")}, r"head_mask must be \(3,\) or \(3, 3\), found \(4,\)"),
-    ("backbone", {"depth_draws": np.ones((2, 2, 2), "float32")}, r"depth_draws must be \(2, 3, 2\)"),
-    ("masked_image", {"bool_masked_pos": np.zeros((2, 9), bool)}, r"must be \(2, 16\): 4x4 patches for each of 2"),
-    ("with_teacher", {"labels": np.array([0, 1]), "training": True}, "trains on labels and teacher_logits together"),
-    ("classification", {"labels": np.zeros((2, 3), "float32")}, r"multi label classification needs labels of shape"),
-])
+@pytest.mark.parametrize(
+    ("kind", "given", "sentence"),
+    [
+        ("backbone", {"pixel_values": None}, "pixel_values are missing; pass a tensor"),
+        (
+            "backbone",
+            {"pixel_values": np.zeros((3, 16, 16), "float32")},
+            r"must be \(images, 3, height, width\), found \(",
+        ),
+        (
+            "backbone",
+            {"pixel_values": np.zeros((2, 16, 16, 3), "float32")},
+            r"found \(2, 16, 16, 3\); DeiTImageProcessor",
+        ),
+        ("backbone", {"pixel_values": np.zeros((2, 3, 16, 16), "uint8")}, "must be normalised floats, found uint8"),
+        ("backbone", {"pixel_values": np.zeros((2, 3, 16, 20), "float32")}, "images are 16x20, this model takes 16x16"),
+        (
+            "backbone",
+            {"pixel_values": np.zeros((2, 3, 3, 20), "float32"), "interpolate_pos_encoding": True},
+            "images of 3x20 hold no patch of 4x4",
+        ),
+        ("backbone", {"bool_masked_pos": np.zeros((2, 16), bool)}, "needs a mask token; build TFDeiTModel"),
+        ("backbone", {"head_mask": np.ones(4, "float32")}, r"head_mask must be \(3,\) or \(3, 3\), found \(4,\)"),
+        ("backbone", {"depth_draws": np.ones((2, 2, 2), "float32")}, r"depth_draws must be \(2, 3, 2\)"),
+        ("masked_image", {"bool_masked_pos": np.zeros((2, 9), bool)}, r"must be \(2, 16\): 4x4 patches for each of 2"),
+        (
+            "with_teacher",
+            {"labels": np.array([0, 1]), "training": True},
+            "trains on labels and teacher_logits together",
+        ),
+        (
+            "classification",
+            {"labels": np.zeros((2, 3), "float32")},
+            r"multi label classification needs labels of shape",
+        ),
+    ],
+)
 def test_refused_inputs(kind, given, sentence):
     config = small()
     with pytest.raises(ValueError, match=sentence):
         TWIN_OF[kind](config)(**{"pixel_values": np.zeros((2, 3, 16, 16), "float32"), **given})
 
 
-@pytest.mark.parametrize(("make", "sentence"), [
-    (lambda: deit.TFDeiTForMaskedImageModeling(small(encoder_stride=16)), "encoder_stride=16 must equal patch_size=4"),
-    (lambda: deit.TFDeiTForImageClassificationWithTeacher(small(distillation_token=False)), "needs a distillation tok"),
-    (lambda: deit.TFViTModel(small()), "a ViT has no distillation token"),
-    (lambda: deit.TFViTForImageClassification(small()), "a ViT has no distillation token"),
-])
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (
+            lambda: deit.TFDeiTForMaskedImageModeling(small(encoder_stride=16)),
+            "encoder_stride=16 must equal patch_size=4",
+        ),
+        (
+            lambda: deit.TFDeiTForImageClassificationWithTeacher(small(distillation_token=False)),
+            "needs a distillation tok",
+        ),
+        (lambda: deit.TFViTModel(small()), "a ViT has no distillation token"),
+        (lambda: deit.TFViTForImageClassification(small()), "a ViT has no distillation token"),
+    ],
+)
 def test_refused_configs(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
@@ -304,7 +352,7 @@ def test_half_precision(policy, atol):
         expected = ours(**x).logits
     found = twin(**as_arrays(x)).logits
     assert keras.backend.standardize_dtype(found.dtype) == policy.removeprefix("mixed_")
-    assert keras.backend.standardize_dtype(twin.deit.cls_token.dtype) == policy.replace("mixed_bfloat16", "float32"
-                                                                                        ).replace("mixed_float16",
-                                                                                                  "float32")
+    assert keras.backend.standardize_dtype(twin.deit.cls_token.dtype) == policy.replace(
+        "mixed_bfloat16", "float32"
+    ).replace("mixed_float16", "float32")
     assert 0 < distance(found, expected) < atol * expected.abs().max().item()

@@ -19,9 +19,12 @@ import keras  # noqa: E402
 
 from deit.config import DeiTConfig  # noqa: E402
 
-TWIN_OF = {"backbone": model_keras.TFDeiTModel, "masked_image": model_keras.TFDeiTForMaskedImageModeling,
-           "classification": model_keras.TFDeiTForImageClassification,
-           "with_teacher": model_keras.TFDeiTForImageClassificationWithTeacher}
+TWIN_OF = {
+    "backbone": model_keras.TFDeiTModel,
+    "masked_image": model_keras.TFDeiTForMaskedImageModeling,
+    "classification": model_keras.TFDeiTForImageClassification,
+    "with_teacher": model_keras.TFDeiTForImageClassificationWithTeacher,
+}
 BACKEND = keras.backend.backend()
 needs_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="LiteRT is written by TensorFlow only")
 SLOW_ON_JAX = [pytest.mark.slow] if BACKEND == "jax" else []
@@ -107,7 +110,11 @@ def gradients(twin: Any, **given: Any) -> dict[str, np.ndarray]:
         by_path = dict(zip([v.path for v in twin.trainable_variables], jax.grad(loss_of)(trainable), strict=True))
         found = [by_path[v.path] for v in variables.values()]
     shapes = twin._manifest()
-    dense = [np.zeros(v.shape, "float32") if g is None else to_numpy(g)
-             for g, v in zip(found, variables.values(), strict=True)]
-    return {name: g.T.reshape(shapes[name]) if name.endswith(".weight") else g
-            for name, g in zip(variables, dense, strict=True)}
+    dense = [
+        np.zeros(v.shape, "float32") if g is None else to_numpy(g)
+        for g, v in zip(found, variables.values(), strict=True)
+    ]
+    return {
+        name: g.T.reshape(shapes[name]) if name.endswith(".weight") else g
+        for name, g in zip(variables, dense, strict=True)
+    }

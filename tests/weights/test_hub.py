@@ -63,8 +63,7 @@ def test_stale_shards_are_removed(saved):
     assert many > fewer > 1
     (folder / "model_of_mine.safetensors").write_bytes(b"another's file")
     model.save_pretrained(folder)
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors",
-                                                        "model_of_mine.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors", "model_of_mine.safetensors"]
 
 
 @pytest.mark.parametrize("size", ["lots", "5 parsecs", "MB"])
@@ -128,8 +127,12 @@ def test_missing_head(tmp_path):
     with pytest.warns(UserWarning, match="initialised anew") as caught:
         model, info = CLASS_OF["with_teacher"].from_pretrained(tmp_path, num_labels=100, output_loading_info=True)
     heads = [f"{name}.{leaf}" for name in ("cls_classifier", "distillation_classifier") for leaf in ("weight", "bias")]
-    assert info == {"missing_keys": heads, "mismatched_keys": [], "error_msgs": [],
-                    "unexpected_keys": ["deit.pooler.bias", "deit.pooler.weight"]}
+    assert info == {
+        "missing_keys": heads,
+        "mismatched_keys": [],
+        "error_msgs": [],
+        "unexpected_keys": ["deit.pooler.bias", "deit.pooler.weight"],
+    }
     assert str(tmp_path / "model.safetensors") in str(caught[0].message)
     assert f"does not give {', '.join(heads)}: initialised anew, train before use" in str(caught[0].message)
     assert caught[0].filename == __file__
@@ -164,13 +167,17 @@ def test_backbone_of_a_classifier(saved):
 
 def test_other_number_of_labels(saved):
     model, folder = saved
-    with raises_saying(files.CheckpointError, folder / "model.safetensors",
-                       "classifier.weight has shape (5, 24), this model expects " "(9, 24) (and 1 more)",
-                 "ignore_mismatched_sizes=True"):
+    with raises_saying(
+        files.CheckpointError,
+        folder / "model.safetensors",
+        "classifier.weight has shape (5, 24), this model expects (9, 24) (and 1 more)",
+        "ignore_mismatched_sizes=True",
+    ):
         load(folder, num_labels=9)
     with pytest.warns(UserWarning, match="does not give classifier.weight, classifier.bias: initialised anew"):
-        other, info = DeiTForImageClassification.from_pretrained(folder, num_labels=9, ignore_mismatched_sizes=True,
-                                                                 output_loading_info=True)
+        other, info = DeiTForImageClassification.from_pretrained(
+            folder, num_labels=9, ignore_mismatched_sizes=True, output_loading_info=True
+        )
     assert info["mismatched_keys"] == ["classifier.weight", "classifier.bias"]
     assert other.classifier.weight.shape == (9, 24)
     assert 0 < other.classifier.weight.std() < 0.03
@@ -187,12 +194,18 @@ def test_overrides_and_names(saved):
         DeiTForImageClassification.from_pretrained(saved[1], numlabels=3)
 
 
-@pytest.mark.parametrize(("stored", "asked", "found"), [
-    (torch.float32, None, torch.float32), (torch.bfloat16, None, torch.float32),
-    (torch.bfloat16, "auto", torch.bfloat16), (torch.float16, "auto", torch.float16),
-    (torch.float32, "bfloat16", torch.bfloat16), (torch.float32, "torch.float16", torch.float16),
-    (torch.float32, torch.float64, torch.float64),
-])
+@pytest.mark.parametrize(
+    ("stored", "asked", "found"),
+    [
+        (torch.float32, None, torch.float32),
+        (torch.bfloat16, None, torch.float32),
+        (torch.bfloat16, "auto", torch.bfloat16),
+        (torch.float16, "auto", torch.float16),
+        (torch.float32, "bfloat16", torch.bfloat16),
+        (torch.float32, "torch.float16", torch.float16),
+        (torch.float32, torch.float64, torch.float64),
+    ],
+)
 def test_dtype(stored, asked, found, saved):
     model, folder = saved
     model.to(stored).save_pretrained(folder)
@@ -211,9 +224,13 @@ def test_refused_dtype(dtype, saved):
 @pytest.mark.parametrize("place", ["folder", "file", "subfolder", "pth in a folder", "pth in a subfolder"])
 def test_places(place, saved):
     model, folder = saved
-    source, options = {"folder": (folder, {}), "file": (folder / "model.safetensors", {}),
-                       "subfolder": (folder.parent, {"subfolder": "m"}), "pth in a folder": (folder, {}),
-                       "pth in a subfolder": (folder.parent, {"subfolder": "m"})}[place]
+    source, options = {
+        "folder": (folder, {}),
+        "file": (folder / "model.safetensors", {}),
+        "subfolder": (folder.parent, {"subfolder": "m"}),
+        "pth in a folder": (folder, {}),
+        "pth in a subfolder": (folder.parent, {"subfolder": "m"}),
+    }[place]
     if "pth" in place:
         (folder / "model.safetensors").unlink()
         torch.save({"model": weights.from_ours(model._tensors(), "hf")}, folder / "best.pth")
@@ -237,8 +254,9 @@ def test_config_given(saved):
 
 def test_missing_places(tmp_path):
     (tmp_path / "empty").mkdir()
-    with raises_saying(FileNotFoundError, tmp_path / "no" / "such",
-                       "does not exist; give an existing folder, or a hub name like"):
+    with raises_saying(
+        FileNotFoundError, tmp_path / "no" / "such", "does not exist; give an existing folder, or a hub name like"
+    ):
         load(tmp_path / "no" / "such")
     with raises_saying(FileNotFoundError, "best.pth does not exist"):
         load("best.pth")
@@ -259,8 +277,9 @@ def test_damaged_file(name, damage, saved):
         (folder / "model.safetensors").unlink()
         torch.save(weights.from_ours(model._tensors(), "hf"), path)
     whole = path.read_bytes()
-    path.write_bytes({"empty": b"", "half": whole[:len(whole) // 2], "ones": b"\xff" * 999,
-                      "header": whole[:5]}[damage])
+    path.write_bytes(
+        {"empty": b"", "half": whole[: len(whole) // 2], "ones": b"\xff" * 999, "header": whole[:5]}[damage]
+    )
     with raises_saying(files.CheckpointError, path, "truncated", "corrupt", "fetch it again"):
         load(folder)
 
@@ -271,8 +290,9 @@ def test_mutated_pickles_load_or_are_refused(legacy, tmp_path):
     """Random bytes in the part that is unpickled: a model or one sentence, never another error."""
     model = build("with_teacher", small(hidden_size=64, num_attention_heads=1))
     path, draw = tmp_path / "m.pth", random.Random(0)
-    torch.save({"model": weights.from_ours(model._tensors(), "original")}, path,
-               _use_new_zipfile_serialization=not legacy)
+    torch.save(
+        {"model": weights.from_ours(model._tensors(), "original")}, path, _use_new_zipfile_serialization=not legacy
+    )
     whole, sentences = path.read_bytes(), []
     for _ in range(120):
         mutated = bytearray(whole)
@@ -295,24 +315,34 @@ class Attack:
         return os.system, (f"touch {self.marker}",)
 
 
-@pytest.mark.parametrize("wrap", [lambda a: a, lambda a: {"model": {"x": torch.zeros(1)}, "args": a},
-                                  lambda a: {"x": torch.zeros(1), "y": a}])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda a: a, lambda a: {"model": {"x": torch.zeros(1)}, "args": a}, lambda a: {"x": torch.zeros(1), "y": a}],
+)
 @pytest.mark.parametrize("legacy", [False, True])
 def test_pickled_code_is_not_run(wrap, legacy, tmp_path):
     marker, path = tmp_path / "marker", tmp_path / "m.pth"
     torch.save(wrap(Attack(marker)), path, _use_new_zipfile_serialization=not legacy)
-    with raises_saying(files.CheckpointError, path, "would run code when loaded. Nothing was executed or loaded",
-                       f"asks for {os.system.__module__}.system", "Ask for a safetensors file"):
+    with raises_saying(
+        files.CheckpointError,
+        path,
+        "would run code when loaded. Nothing was executed or loaded",
+        f"asks for {os.system.__module__}.system",
+        "Ask for a safetensors file",
+    ):
         load(path)
     assert not marker.exists()
 
 
-@pytest.mark.parametrize(("content", "sentence"), [
-    ([torch.zeros(1)], "should hold a dictionary of tensors, found list"),
-    ({"a": torch.zeros(1), "b": 3}, "'b' is int, expected tensors only, or a dictionary with them under \"model\""),
-    ({"model": {"a": "text"}}, "'a' is str, expected tensors only"),
-    ({"fc.weight": torch.zeros(1)}, "names its tensors like ['fc.weight']; expected Hugging Face's, timm's or"),
-])
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ([torch.zeros(1)], "should hold a dictionary of tensors, found list"),
+        ({"a": torch.zeros(1), "b": 3}, "'b' is int, expected tensors only, or a dictionary with them under \"model\""),
+        ({"model": {"a": "text"}}, "'a' is str, expected tensors only"),
+        ({"fc.weight": torch.zeros(1)}, "names its tensors like ['fc.weight']; expected Hugging Face's, timm's or"),
+    ],
+)
 def test_other_pickles(content, sentence, tmp_path):
     torch.save(content, tmp_path / "m.pth")
     with raises_saying(ValueError, tmp_path / "m.pth", sentence):
@@ -329,40 +359,58 @@ def altered(saved, change):
 
 def test_key_without_a_rule(saved):
     folder = altered(saved, lambda named: named.update({"deit.extra.weight": torch.zeros(1)}))
-    with raises_saying(ValueError, folder / "model.safetensors",
-                       "no rule for tensor 'deit.extra.weight' (read as hf names)", "save the file without it"):
+    with raises_saying(
+        ValueError,
+        folder / "model.safetensors",
+        "no rule for tensor 'deit.extra.weight' (read as hf names)",
+        "save the file without it",
+    ):
         load(folder)
 
 
 def test_missing_part_of_qkv(saved):
     folder = altered(saved, lambda named: named.pop("deit.encoder.layer.2.attention.attention.value.weight"))
-    with raises_saying(ValueError, folder / "model.safetensors",
-                       "deit.blocks.2.attention.qkv.weight is made of query, key and "
-                 "value, and the file has only 2 of the three", "fetch it again"):
+    with raises_saying(
+        ValueError,
+        folder / "model.safetensors",
+        "deit.blocks.2.attention.qkv.weight is made of query, key and value, and the file has only 2 of the three",
+        "fetch it again",
+    ):
         load(folder)
 
 
 def test_missing_tensor(saved):
     folder = altered(saved, lambda named: [named.pop(key) for key in list(named) if "layernorm_after" in key])
-    with raises_saying(files.CheckpointError, folder / "model.safetensors",
-                       "lacks deit.blocks.0.norm2.weight (and 5 more)",
-                       "the file is incomplete, or the config is another model's"):
+    with raises_saying(
+        files.CheckpointError,
+        folder / "model.safetensors",
+        "lacks deit.blocks.0.norm2.weight (and 5 more)",
+        "the file is incomplete, or the config is another model's",
+    ):
         load(folder)
 
 
 def test_tensor_of_another_shape(saved):
     folder = altered(saved, lambda named: named.update({"deit.embeddings.cls_token": torch.zeros(1, 1, 7)}))
-    with raises_saying(files.CheckpointError, folder / "model.safetensors",
-                       "deit.cls_token has shape (1, 1, 7), this model expects " "(1, 1, 24);"):
+    with raises_saying(
+        files.CheckpointError,
+        folder / "model.safetensors",
+        "deit.cls_token has shape (1, 1, 7), this model expects (1, 1, 24);",
+    ):
         load(folder)
 
 
-@pytest.mark.parametrize(("text", "parts"), [
-    ("{", ("is not valid JSON (", "fetch or write it again")), ("", ("is not valid JSON",)),
-    ("\ud800", ("is not valid JSON",)), ("[1]", ("should hold a JSON object, found list",)),
-    ('{"model_type": "bert"}', ("model_type is 'bert'; this package reads deit, vit and deit3",)),
-    ('{"model_type": "deit", "hidden_size": "wide"}', ("hidden_size must be a whole number", "'wide'")),
-])
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("{", ("is not valid JSON (", "fetch or write it again")),
+        ("", ("is not valid JSON",)),
+        ("\ud800", ("is not valid JSON",)),
+        ("[1]", ("should hold a JSON object, found list",)),
+        ('{"model_type": "bert"}', ("model_type is 'bert'; this package reads deit, vit and deit3",)),
+        ('{"model_type": "deit", "hidden_size": "wide"}', ("hidden_size must be a whole number", "'wide'")),
+    ],
+)
 def test_bad_config(text, parts, saved):
     path = saved[1] / "config.json"
     path.write_bytes(text.encode(errors="surrogatepass"))
@@ -377,8 +425,12 @@ def test_missing_shard(saved):
     model.save_pretrained(folder, max_shard_size="3KB")
     gone = sorted(folder.glob("model-*"))[1]
     gone.unlink()
-    with raises_saying(files.CheckpointError, folder / "model.safetensors.index.json",
-                 f"lists a shard that is missing ({folder} " f"holds no {gone.name})", "fetch the checkpoint again"):
+    with raises_saying(
+        files.CheckpointError,
+        folder / "model.safetensors.index.json",
+        f"lists a shard that is missing ({folder} holds no {gone.name})",
+        "fetch the checkpoint again",
+    ):
         load(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
     with raises_saying(files.CheckpointError, folder / "model.safetensors.index.json", "has no weight_map"):
@@ -399,8 +451,9 @@ def test_hub_cache(saved, tmp_path):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
     for options in ({}, {"revision": "main"}, {"revision": COMMIT}):
-        loaded = DeiTForImageClassification.from_pretrained("org/tiny", cache_dir=tmp_path / "cache",
-                                                            local_files_only=True, **options)
+        loaded = DeiTForImageClassification.from_pretrained(
+            "org/tiny", cache_dir=tmp_path / "cache", local_files_only=True, **options
+        )
         assert_close(loaded.state_dict(), model.state_dict(), 0)
     config = DeiTConfig.from_pretrained("org/tiny", cache_dir=tmp_path / "cache", local_files_only=True)
     assert config.id2label[1] == "bee"
@@ -416,9 +469,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.seen.append((self.command, self.path, self.headers.get("Authorization")))
         match = re.fullmatch(r"/(\w+/\w+)/resolve/(\w+)/([\w./-]+)", self.path)
         repository, revision, name = match.groups() if match else ("", "", "")
-        error = ("RepoNotFound" if repository != "org/tiny" else
-                 "RevisionNotFound" if revision not in ("v1", COMMIT) else
-                 None if (self.folder / name).is_file() else "EntryNotFound")
+        error = (
+            "RepoNotFound"
+            if repository != "org/tiny"
+            else "RevisionNotFound"
+            if revision not in ("v1", COMMIT)
+            else None
+            if (self.folder / name).is_file()
+            else "EntryNotFound"
+        )
         body = b"" if error else (self.folder / name).read_bytes()
         if self.headers.get("Authorization") == "Bearer wrong":
             self.send_response(401)
@@ -446,9 +505,15 @@ def served(saved, tmp_path):
     handler = type("Handler", (Hub,), {"folder": saved[1], "seen": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"),
-                   "HF_HUB_OFFLINE": None, "HF_TOKEN": None, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_CACHE": None,
-                   "NO_PROXY": "127.0.0.1"}
+    environment = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": None,
+        "HF_TOKEN": None,
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_CACHE": None,
+        "NO_PROXY": "127.0.0.1",
+    }
     yield environment, handler.seen
     server.shutdown()
     server.server_close()
@@ -466,8 +531,11 @@ def test_hub(served, saved, tmp_path):
     expected = f"{saved[0].classifier.bias.double().sum().item()} dog"
     assert run_python(FETCH.format("token='secret'"), **environment) == expected
     assert {path for command, path, _ in seen if command == "GET"} == {
-        f"/org/tiny/resolve/{COMMIT if COMMIT in path else 'v1'}/{name}" for _, path, _ in seen
-        for name in ("model.safetensors", "config.json") if path.endswith(name)}
+        f"/org/tiny/resolve/{COMMIT if COMMIT in path else 'v1'}/{name}"
+        for _, path, _ in seen
+        for name in ("model.safetensors", "config.json")
+        if path.endswith(name)
+    }
     assert {token for _, _, token in seen} == {"Bearer secret"}
     assert (tmp_path / "home/hub/models--org--tiny/snapshots" / COMMIT / "config.json").is_file()
     seen.clear()
@@ -478,19 +546,29 @@ def test_hub(served, saved, tmp_path):
     assert {token for _, _, token in seen} == {"Bearer mine"}
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), [
-    ("'org/none'", "there is neither a folder org/none nor a hub repository of that name that this token may read; "
-                   "check the name, or pass token="),
-    ("'org/tiny', revision='v1', token='wrong'",
-     "the hub does not give model.safetensors of org/tiny (Client error '401 Unauthorized' for url "
-     "'ENDPOINT/org/tiny/resolve/v1/model.safetensors'); check the token"),
-    ("'org/tiny', revision='v9'", "org/tiny on the hub has no revision 'v9'"),
-    ("'org/tiny', revision='v1', subfolder='deep'", "org/tiny on the hub holds no model.safetensors"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            "'org/none'",
+            "there is neither a folder org/none nor a hub repository of that name that this token may read; "
+            "check the name, or pass token=",
+        ),
+        (
+            "'org/tiny', revision='v1', token='wrong'",
+            "the hub does not give model.safetensors of org/tiny (Client error '401 Unauthorized' for url "
+            "'ENDPOINT/org/tiny/resolve/v1/model.safetensors'); check the token",
+        ),
+        ("'org/tiny', revision='v9'", "org/tiny on the hub has no revision 'v9'"),
+        ("'org/tiny', revision='v1', subfolder='deep'", "org/tiny on the hub holds no model.safetensors"),
+    ],
+)
 def test_hub_refuses(arguments, sentence, served):
-    code = ("from deit import DeiTForImageClassification\n"
-            f"try: DeiTForImageClassification.from_pretrained({arguments})\n"
-            "except FileNotFoundError as error: print(error)")
+    code = (
+        "from deit import DeiTForImageClassification\n"
+        f"try: DeiTForImageClassification.from_pretrained({arguments})\n"
+        "except FileNotFoundError as error: print(error)"
+    )
     assert run_python(code, **served[0]) == sentence.replace("ENDPOINT", served[0]["HF_ENDPOINT"])
 
 
@@ -515,11 +593,15 @@ def test_unanswering_hub_is_waited_for_once(saved, tmp_path, monkeypatch):
 
 
 def test_unreachable_hub(tmp_path):
-    code = ("from deit import DeiTConfig\n"
-            "try: DeiTConfig.from_pretrained('org/tiny')\n"
-            "except FileNotFoundError as error: print(error)")
-    sentence = ("config.json of org/tiny is not in the local cache and could not be fetched (offline, no network, or "
-                "the hub does not answer); connect, or give a local folder")
+    code = (
+        "from deit import DeiTConfig\n"
+        "try: DeiTConfig.from_pretrained('org/tiny')\n"
+        "except FileNotFoundError as error: print(error)"
+    )
+    sentence = (
+        "config.json of org/tiny is not in the local cache and could not be fetched (offline, no network, or "
+        "the hub does not answer); connect, or give a local folder"
+    )
     assert run_python(code, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)) == sentence
 
 
@@ -537,7 +619,8 @@ except FileNotFoundError as error:
 """
     assert run_python(code).splitlines() == [
         str(model.classifier.bias.double().sum().item()),
-        'there is no folder org/tiny, and fetching it from the hub needs huggingface_hub: pip install "deit[hub]"']
+        'there is no folder org/tiny, and fetching it from the hub needs huggingface_hub: pip install "deit[hub]"',
+    ]
 
 
 @pytest.fixture
@@ -563,8 +646,10 @@ def uploads(monkeypatch):
 
 def test_push(saved, uploads):
     model, folder = saved
-    assert model.push_to_hub("org/ants", token="secret", private=True, revision="dev",
-                             commit_message="First") == "https://hub/commit/1"
+    assert (
+        model.push_to_hub("org/ants", token="secret", private=True, revision="dev", commit_message="First")
+        == "https://hub/commit/1"
+    )
     token, create, (_, options, files) = uploads
     assert token == ("token", "secret")
     assert create == ("create", "org/ants", {"private": True, "exist_ok": True})
@@ -573,8 +658,13 @@ def test_push(saved, uploads):
     assert files["config.json"] == (folder / "config.json").read_bytes()
     card = files["README.md"].decode()
     assert card.startswith("---\nlibrary_name: deit\npipeline_tag: image-classification\n")
-    for part in ("- deit\n---", "# ants\n", "width 24, 3 blocks,\n3 heads, patches of 4x4 pixels, images of\n16x16",
-                 "Classes: ant, bee, cat, dog, eel.", 'model = deit.load_model("org/ants")'):
+    for part in (
+        "- deit\n---",
+        "# ants\n",
+        "width 24, 3 blocks,\n3 heads, patches of 4x4 pixels, images of\n16x16",
+        "Classes: ant, bee, cat, dog, eel.",
+        'model = deit.load_model("org/ants")',
+    ):
         assert part in card
 
 

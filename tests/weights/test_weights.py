@@ -12,9 +12,13 @@ from deit.config import VARIANTS, DeiTConfig
 from deit.weights.names import _fold
 
 COUNTS = {
-    "deit-tiny-patch16-224": 5_717_416, "deit-small-patch16-224": 22_050_664, "deit-base-patch16-224": 86_567_656,
-    "deit-tiny-distilled-patch16-224": 5_910_800, "deit-small-distilled-patch16-224": 22_436_432,
-    "deit-base-distilled-patch16-224": 87_338_192, "deit-base-patch16-384": 86_859_496,
+    "deit-tiny-patch16-224": 5_717_416,
+    "deit-small-patch16-224": 22_050_664,
+    "deit-base-patch16-224": 86_567_656,
+    "deit-tiny-distilled-patch16-224": 5_910_800,
+    "deit-small-distilled-patch16-224": 22_436_432,
+    "deit-base-distilled-patch16-224": 87_338_192,
+    "deit-base-patch16-384": 86_859_496,
     "deit-base-distilled-patch16-384": 87_630_032,
 }
 """Touvron et al. 2020, table 1, to the last parameter."""
@@ -35,8 +39,7 @@ def cat(parts):
 def arrays(config, kind, **options):
     """Random tensors as the manifest lists them."""
     generator = np.random.default_rng(0)
-    return {name: generator.normal(size=shape) for name, shape in
-            weights.manifest(config, kind, **options).items()}
+    return {name: generator.normal(size=shape) for name, shape in weights.manifest(config, kind, **options).items()}
 
 
 def read(tensors):
@@ -58,8 +61,9 @@ def test_manifest_is_the_state_dict(variant):
 
 
 def test_manifest_of_options():
-    config = small(qkv_bias=False, num_labels=0, pooler_output_size=9, num_channels=1, image_size=(13, 24),
-                   patch_size=(4, 3))
+    config = small(
+        qkv_bias=False, num_labels=0, pooler_output_size=9, num_channels=1, image_size=(13, 24), patch_size=(4, 3)
+    )
     for kind, options in (("backbone", {}), ("backbone", {"add_pooling_layer": True}), ("classification", {})):
         model = CLASS_OF[kind](config, **({"add_pooling_layer": False} if kind == "backbone" else {}) | options)
         listed = weights.manifest(config, kind, pooler=bool(options))
@@ -102,19 +106,26 @@ def test_there_and_back(variant, dialect):
 def test_every_tensor_has_a_line(dialect):
     """A name that a dialect cannot express is written None, not left out."""
     config = VARIANTS["deit-tiny-distilled-patch16-224"].replace(layer_scale_init_value=1.0)
-    folded = {_fold(name)[0] for kind in CLASS_OF
-             for name in weights.manifest(config, kind, pooler=True, mask_token=True)}
+    folded = {
+        _fold(name)[0] for kind in CLASS_OF for name in weights.manifest(config, kind, pooler=True, mask_token=True)
+    }
     assert folded == set(weights.DIALECTS[dialect])
 
 
 def test_split_qkv():
-    named = weights.from_ours({"deit.blocks.11.attention.qkv.weight": torch.arange(12.).view(6, 2)}, "hf")
-    assert_close(named, {f"deit.encoder.layer.11.attention.attention.{name}.weight": torch.arange(4.).view(2, 2) + 4 * i
-                  for i, name in enumerate(("query", "key", "value"))})
+    named = weights.from_ours({"deit.blocks.11.attention.qkv.weight": torch.arange(12.0).view(6, 2)}, "hf")
+    assert_close(
+        named,
+        {
+            f"deit.encoder.layer.11.attention.attention.{name}.weight": torch.arange(4.0).view(2, 2) + 4 * i
+            for i, name in enumerate(("query", "key", "value"))
+        },
+    )
 
 
-@pytest.mark.parametrize(("dialect", "name"), [
-    ("timm", "deit.mask_token"), ("timm", "deit.pooler.weight"), ("original", "decoder.bias")])
+@pytest.mark.parametrize(
+    ("dialect", "name"), [("timm", "deit.mask_token"), ("timm", "deit.pooler.weight"), ("original", "decoder.bias")]
+)
 def test_inexpressible(dialect, name):
     with raises_saying(ValueError, f"{dialect} has no name for {name}; convert a classification model"):
         weights.from_ours({name: torch.zeros(1)}, dialect)
@@ -135,8 +146,10 @@ def test_key_without_a_rule(dialect):
 def test_missing_part_of_qkv():
     named = weights.from_ours(arrays(small(), "classification"), "hf")
     del named["deit.encoder.layer.1.attention.attention.key.bias"]
-    with raises_saying(ValueError, "f.bin: deit.blocks.1.attention.qkv.bias is made of query, key and "
-                       "value, and the file has only 2 of the three"):
+    with raises_saying(
+        ValueError,
+        "f.bin: deit.blocks.1.attention.qkv.bias is made of query, key and value, and the file has only 2 of the three",
+    ):
         read(named)
 
 
@@ -146,17 +159,27 @@ def test_missing_part_of_qkv():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_infer_config(variant):
     config = VARIANTS[variant]
-    tensors = {name: torch.empty(shape, device="meta") for name, shape in
-               weights.manifest(config, kind_for(config)).items()}
+    tensors = {
+        name: torch.empty(shape, device="meta") for name, shape in weights.manifest(config, kind_for(config)).items()
+    }
     found = weights.infer_config(tensors, file="f.pth")
     assert found.grid == config.grid  # of an image that patches don't cover, only the covered part shows
     assert found.replace(image_size=config.image_size) == config
 
 
-@pytest.mark.parametrize("changes", [
-    {"qkv_bias": False}, {"patch_size": (4, 2), "encoder_stride": 16, "image_size": (16, 8)}, {"num_labels": 0},
-    {"num_channels": 1}, {"hidden_size": 128}, {"distillation_token": False}, {"image_size": 4},
-    {"layer_scale_init_value": 1e-4, "position_on_class_token": True, "drop_path_schedule": "constant"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qkv_bias": False},
+        {"patch_size": (4, 2), "encoder_stride": 16, "image_size": (16, 8)},
+        {"num_labels": 0},
+        {"num_channels": 1},
+        {"hidden_size": 128},
+        {"distillation_token": False},
+        {"image_size": 4},
+        {"layer_scale_init_value": 1e-4, "position_on_class_token": True, "drop_path_schedule": "constant"},
+    ],
+)
 def test_infer_config_of_options(changes):
     config = small(**{"hidden_size": 64, "num_attention_heads": changes.get("hidden_size", 64) // 64, **changes})
     found = weights.infer_config(build(kind_for(config), config)._tensors(), file="f.pth")
@@ -188,5 +211,6 @@ def test_resize_matrix(old):
 
 
 def test_config_without_head_has_none():
-    assert not any(name.startswith("classifier") for name in
-                   weights.manifest(DeiTConfig(num_labels=0), "classification"))
+    assert not any(
+        name.startswith("classifier") for name in weights.manifest(DeiTConfig(num_labels=0), "classification")
+    )

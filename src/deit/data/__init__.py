@@ -19,10 +19,19 @@ if TYPE_CHECKING:
     from deit.data.folders import read_examples as read_examples
     from deit.data.folders import read_split as read_split
 
-__getattr__, __dir__ = offer(__name__, {
-    "deit.data.augment": ("patch_mask",),
-    "deit.data.batches": (
-        "BadImages", "Batch", "EvaluationBatches", "Faults", "LoaderDied", "TrainingBatches", "processor_for",
-    ),
-    "deit.data.folders": ("Split", "fingerprint", "read_data", "read_examples", "read_split"),
-})
+__getattr__, __dir__ = offer(
+    __name__,
+    {
+        "deit.data.augment": ("patch_mask",),
+        "deit.data.batches": (
+            "BadImages",
+            "Batch",
+            "EvaluationBatches",
+            "Faults",
+            "LoaderDied",
+            "TrainingBatches",
+            "processor_for",
+        ),
+        "deit.data.folders": ("Split", "fingerprint", "read_data", "read_examples", "read_split"),
+    },
+)

@@ -34,8 +34,9 @@ def draws(seed: int, epoch: int, index: int, repeat: int = 0, stream: int = 0) -
 # --------------------------------------------------------------------------------------------------------------- crops
 
 
-def crop(source: Source, size: tuple[int, int], recipe: ResizedCrop | SimpleCrop,
-         rng: np.random.Generator) -> Image.Image:
+def crop(
+    source: Source, size: tuple[int, int], recipe: ResizedCrop | SimpleCrop, rng: np.random.Generator
+) -> Image.Image:
     """A random part of an image, RGB, of `size`.
 
     A path or bytes are decoded here. A JPEG is decoded at 1/2, 1/4 or 1/8 scale as long as what is cut from it keeps
@@ -118,8 +119,9 @@ def _reflected(places: np.ndarray, length: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------- images of the model's size
 
 
-def augment(image: Image.Image, recipe: Augment, rng: np.random.Generator,
-            fill: tuple[int, ...] = (128, 128, 128)) -> Image.Image:
+def augment(
+    image: Image.Image, recipe: Augment, rng: np.random.Generator, fill: tuple[int, ...] = (128, 128, 128)
+) -> Image.Image:
     """One training view of an image that already has the model's size: flip, affine, policy, jitter.
 
     `image` is RGB or grey (mode L) and keeps size and mode. `fill`, one entry (0 to 255) for each of its channels, is
@@ -132,8 +134,10 @@ def augment(image: Image.Image, recipe: Augment, rng: np.random.Generator,
         image = random_affine(image, recipe.affine, rng)
     if recipe.policy is not None:
         if len(fill) != len(image.getbands()):
-            raise ValueError(f"fill needs one value for each channel of an image in mode {image.mode}, found {fill}; "
-                             "give the mean colour, 0 to 255")
+            raise ValueError(
+                f"fill needs one value for each channel of an image in mode {image.mode}, found {fill}; "
+                "give the mean colour, 0 to 255"
+            )
         image = apply_policy(image, recipe.policy, rng, fill)
     if recipe.jitter is not None:
         image = jitter(image, recipe.jitter, rng)
@@ -150,8 +154,12 @@ def random_affine(image: Image.Image, recipe: Affine, rng: np.random.Generator) 
     back = np.linalg.inv(forward)  # Pillow asks, for each output pixel, where it comes from
     centre = np.array([width / 2, height / 2])
     offset = centre - back @ (centre + shift)
-    return image.transform(image.size, Image.Transform.AFFINE, (*back[0], offset[0], *back[1], offset[1]),
-                           resample=Image.Resampling.BICUBIC)
+    return image.transform(
+        image.size,
+        Image.Transform.AFFINE,
+        (*back[0], offset[0], *back[1], offset[1]),
+        resample=Image.Resampling.BICUBIC,
+    )
 
 
 def erase(pixels: np.ndarray, recipe: Erase, rng: np.random.Generator) -> None:
@@ -166,7 +174,9 @@ def erase(pixels: np.ndarray, recipe: Erase, rng: np.random.Generator) -> None:
         height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if height < rows and width < columns:
             top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
-            pixels[:, top:top + height, left:left + width] = rng.standard_normal((channels, height, width), np.float32)
+            pixels[:, top : top + height, left : left + width] = rng.standard_normal(
+                (channels, height, width), np.float32
+            )
             return
 
 
@@ -182,6 +192,6 @@ def patch_mask(grid: tuple[int, int], unit: tuple[int, int], ratio: float, rng: 
     """
     rows, columns = (math.ceil(grid[axis] / unit[axis]) for axis in (0, 1))
     hidden = np.zeros(rows * columns, bool)
-    hidden[rng.permutation(rows * columns)[:math.ceil(ratio * rows * columns - 1e-9)]] = True  # 0.55 * 20 is 11
+    hidden[rng.permutation(rows * columns)[: math.ceil(ratio * rows * columns - 1e-9)]] = True  # 0.55 * 20 is 11
     patches = hidden.reshape(rows, columns).repeat(unit[0], 0).repeat(unit[1], 1)
-    return patches[:grid[0], :grid[1]].reshape(-1)
+    return patches[: grid[0], : grid[1]].reshape(-1)

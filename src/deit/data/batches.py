@@ -85,9 +85,15 @@ class Batch:
         found = []
         for part in range(min(count, (len(self) + 1) // 2)):
             rows = torch.from_numpy(_mirrored_share(len(self), part, min(count, (len(self) + 1) // 2)))
-            found.append(Batch(self.pixels[rows], self.labels[rows], self.step,
-                               None if self.positions is None else self.positions[rows],
-                               None if self.mask is None else self.mask[rows]))
+            found.append(
+                Batch(
+                    self.pixels[rows],
+                    self.labels[rows],
+                    self.step,
+                    None if self.positions is None else self.positions[rows],
+                    None if self.mask is None else self.mask[rows],
+                )
+            )
         return found
 
 
@@ -123,8 +129,10 @@ class Faults:
         self.reasons |= new
         if new and len(self) > 0.01 * self.images:
             first = "; ".join(f"{file} {reason}" for file, reason in itertools.islice(self.reasons.items(), 3))
-            raise BadImages(f"{len(self)} of {self.images} images can't be read, more than 1 %: {first}"
-                            f"{' ...' if len(self) > 3 else ''}. Replace or remove such files, then go on")
+            raise BadImages(
+                f"{len(self)} of {self.images} images can't be read, more than 1 %: {first}"
+                f"{' ...' if len(self) > 3 else ''}. Replace or remove such files, then go on"
+            )
         return list(new.items())
 
     def state(self) -> dict[str, str]:
@@ -194,11 +202,19 @@ class _Views(Dataset[Any]):
                 except ImageError as error:
                     faults.append(_fault(self.files[index], error))
             else:
-                return BadImages(f"{_STAND_IN_ATTEMPTS} training images in a row can't be read, the last is "
-                                 f"{' '.join(faults[-1])}; check the folder")
+                return BadImages(
+                    f"{_STAND_IN_ATTEMPTS} training images in a row can't be read, the last is "
+                    f"{' '.join(faults[-1])}; check the folder"
+                )
             labels[row] = self.files.labels[index]
-        return Batch(torch.from_numpy(pixels), torch.from_numpy(labels), step, torch.from_numpy(positions),
-                     self._masks(keys), tuple(faults))
+        return Batch(
+            torch.from_numpy(pixels),
+            torch.from_numpy(labels),
+            step,
+            torch.from_numpy(positions),
+            self._masks(keys),
+            tuple(faults),
+        )
 
     def _candidates(self, epoch: int, index: int, repeat: int) -> Iterator[int]:
         """The image, and what stands in for it, one after the other."""
@@ -235,8 +251,9 @@ class _Views(Dataset[Any]):
 
     def _resized(self, file: Path) -> Image.Image:
         """Resized and cropped as for evaluation."""
-        [pixels] = self.processor([file], do_rescale=False, do_normalize=False,
-                                  data_format="channels_last").pixel_values
+        [pixels] = self.processor(
+            [file], do_rescale=False, do_normalize=False, data_format="channels_last"
+        ).pixel_values
         array = pixels.astype(np.uint8)
         return Image.fromarray(array if array.shape[-1] == 3 else array[..., 0]).convert("RGB")
 
@@ -249,9 +266,14 @@ class _Views(Dataset[Any]):
     def _masks(self, keys: np.ndarray) -> Tensor | None:
         if not isinstance(self.recipe.objective, MaskedImage):
             return None
-        return torch.from_numpy(np.stack([
-            hidden_patches(self.recipe, draws(self.recipe.seed, epoch, index, repeat, _MASKS))
-            for epoch, index, repeat in keys.tolist()]))
+        return torch.from_numpy(
+            np.stack(
+                [
+                    hidden_patches(self.recipe, draws(self.recipe.seed, epoch, index, repeat, _MASKS))
+                    for epoch, index, repeat in keys.tolist()
+                ]
+            )
+        )
 
 
 def hidden_patches(recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
@@ -287,8 +309,10 @@ class TrainingBatches:
     def __init__(self, split: Split, recipe: Recipe, *, rank: int = 0, world: int = 1, cycle: int | None = None):
         batch, pairs = recipe.data.batch, (recipe.data.batch + 1) // 2
         if pairs < world:
-            raise ValueError(f"a batch of {batch} has {pairs} pairs of mirror images, too few for {world} processes; "
-                             f"set data.batch to {2 * world} or more, or start fewer processes")
+            raise ValueError(
+                f"a batch of {batch} has {pairs} pairs of mirror images, too few for {world} processes; "
+                f"set data.batch to {2 * world} or more, or start fewer processes"
+            )
         self.split, self.recipe, self.cycle = split, recipe, cycle
         self.positions = _mirrored_share(batch, rank, world)
         self.workers = _workers(recipe.compute.workers, lambda: _fits(split, recipe))
@@ -306,11 +330,15 @@ class TrainingBatches:
         places = self._drawn(step) * batch + np.arange(batch)
         cycles, within = np.divmod(places, images * repeats)
         first, last = int(cycles[0]), int(cycles[-1])
-        self._orders = {cycle: self._orders[cycle] if cycle in self._orders else
-                        draws(self.recipe.seed, cycle, 0, 0, _ORDER).permutation(images)
-                        for cycle in range(first, last + 1)}
-        chosen = np.concatenate([self._orders[cycle][within[cycles == cycle] // repeats]
-                                 for cycle in range(first, last + 1)])
+        self._orders = {
+            cycle: self._orders[cycle]
+            if cycle in self._orders
+            else draws(self.recipe.seed, cycle, 0, 0, _ORDER).permutation(images)
+            for cycle in range(first, last + 1)
+        }
+        chosen = np.concatenate(
+            [self._orders[cycle][within[cycles == cycle] // repeats] for cycle in range(first, last + 1)]
+        )
         return np.stack([places // images, chosen, places % repeats], axis=1)
 
     def _drawn(self, step: int) -> int:
@@ -331,8 +359,12 @@ class TrainingBatches:
         if recipe is None:
             return batch
         assert batch.positions is not None
-        drawn = mixing(recipe, self.recipe.data.batch, self.recipe.model.image_hw,
-                       draws(self.recipe.seed, self._drawn(batch.step), 0, 0, _MIXING))
+        drawn = mixing(
+            recipe,
+            self.recipe.data.batch,
+            self.recipe.model.image_hw,
+            draws(self.recipe.seed, self._drawn(batch.step), 0, 0, _MIXING),
+        )
         pixels, labels = mix(batch.pixels, batch.labels, len(self.split.classes), drawn.at(batch.positions.numpy()))
         return replace(batch, pixels=pixels, labels=labels)
 
@@ -365,8 +397,18 @@ class EvaluationBatches:
         keep: False for a single pass: nothing is kept in memory.
     """
 
-    def __init__(self, split: Split, processor: DeiTImageProcessor, batch: int, *, rank: int = 0, world: int = 1,
-                 workers: int | None = 0, masks: Callable[[int], np.ndarray] | None = None, keep: bool = True):
+    def __init__(
+        self,
+        split: Split,
+        processor: DeiTImageProcessor,
+        batch: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        workers: int | None = 0,
+        masks: Callable[[int], np.ndarray] | None = None,
+        keep: bool = True,
+    ):
         self.split = split
         self.views = _EvaluationViews(split, processor, batch, rank, world, masks)
         self.keeps = keep and self.views.rows * 4 * int(np.prod(self.views.shape)) <= CACHE_BYTES
@@ -391,8 +433,15 @@ class EvaluationBatches:
 class _EvaluationViews(Dataset[Batch]):
     """Evaluation batches of one process by their number."""
 
-    def __init__(self, split: Split, processor: DeiTImageProcessor, batch: int, rank: int, world: int,
-                 masks: Callable[[int], np.ndarray] | None):
+    def __init__(
+        self,
+        split: Split,
+        processor: DeiTImageProcessor,
+        batch: int,
+        rank: int,
+        world: int,
+        masks: Callable[[int], np.ndarray] | None,
+    ):
         self.files, self.processor, self.batch, self.masks = _Files(split), processor, batch, masks
         self.rank, self.world = rank, world
         self.rows = -(-len(split) // world)
@@ -414,8 +463,11 @@ class _EvaluationViews(Dataset[Batch]):
                     labels[row] = self.files.labels[index]
                 except ImageError as error:
                     faults.append(_fault(self.files[index], error))
-        mask = None if self.masks is None else torch.from_numpy(
-            np.stack([self.masks(min(index, len(self.files) - 1)) for index in indices]))
+        mask = (
+            None
+            if self.masks is None
+            else torch.from_numpy(np.stack([self.masks(min(index, len(self.files) - 1)) for index in indices]))
+        )
         return Batch(torch.from_numpy(pixels), torch.from_numpy(labels), mask=mask, faults=tuple(faults))
 
 
@@ -438,9 +490,16 @@ def _workers(asked: int | None, fits: Callable[[], bool]) -> int:
 
 def _loaded(views: Dataset[Any], wanted: Iterable[Any], workers: int) -> Iterator[Batch]:
     """What `views` gives for each of `wanted`, in their order, read ahead by loader processes that end with it."""
-    loader = DataLoader(views, sampler=wanted, batch_size=None, num_workers=workers, collate_fn=_unchanged,
-                        worker_init_fn=_begin_worker, pin_memory=torch.cuda.is_available(),
-                        generator=torch.Generator())  # of its own: PyTorch's global one is the model's
+    loader = DataLoader(
+        views,
+        sampler=wanted,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        worker_init_fn=_begin_worker,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),
+    )  # of its own: PyTorch's global one is the model's
     with _child_signal_kept():
         batches = iter(loader)
     died = ""
@@ -455,8 +514,10 @@ def _loaded(views: Dataset[Any], wanted: Iterable[Any], workers: int) -> Iterato
                     raise
                 died = str(error).splitlines()[0]
             if died:  # raised here, where no traceback holds on to the other processes
-                raise LoaderDied(f"a loader process died ({died}), most likely killed for lack of memory, or of shared "
-                                 f"memory (/dev/shm); set compute.workers below {workers}")
+                raise LoaderDied(
+                    f"a loader process died ({died}), most likely killed for lack of memory, or of shared "
+                    f"memory (/dev/shm); set compute.workers below {workers}"
+                )
             if isinstance(batch, BadImages):
                 raise batch
             yield batch

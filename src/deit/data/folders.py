@@ -41,8 +41,6 @@ class Split:
         return len(self.files)
 
 
-
-
 def read_split(root: str | Path, split: str, classes: Sequence[str] | None = None) -> Split:
     """The image files of `root/SPLIT/CLASS/**`, classes in the order of their names, files in that of their paths.
 
@@ -54,8 +52,10 @@ def read_split(root: str | Path, split: str, classes: Sequence[str] | None = Non
     root = Path(root)
     folder = _split_folder(root, split)
     if folder is None:
-        raise FileNotFoundError(f"{root} has no folder {' or '.join(SPLITS[split])}; expected {root}/{split}/CLASS/"
-                                "IMAGE files, one folder for each class")
+        raise FileNotFoundError(
+            f"{root} has no folder {' or '.join(SPLITS[split])}; expected {root}/{split}/CLASS/"
+            "IMAGE files, one folder for each class"
+        )
     return _read_labelled(folder, classes)
 
 
@@ -76,14 +76,18 @@ def read_data(root: str | Path, *, holdout: float, seed: int, labelled: bool = T
     train, val = _split_folder(root, "train"), _split_folder(root, "val")
     read, apart = (_read_labelled if labelled else _read_unlabelled), () if train else SPLITS["test"]
     if train is None and (val is not None or not any(_listed(root, apart))):
-        raise FileNotFoundError(f"{root} has {'a folder ' + val.name if val else 'no images'} and no folder train; "
-                                f"expected {root}/train/CLASS/IMAGE files")
+        raise FileNotFoundError(
+            f"{root} has {'a folder ' + val.name if val else 'no images'} and no folder train; "
+            f"expected {root}/train/CLASS/IMAGE files"
+        )
     if val is None:  # Test beside train is left alone
         _refuse_misnamed(root, SPLITS["val"] if train else tuple(itertools.chain(*SPLITS.values())))
     whole = read(train or root, None, apart)
     if labelled and len(whole.classes) < 2:
-        raise ValueError(f"{train or root} has one class, {whole.classes[0]!r}, and a classifier needs two; add a "
-                         "folder for each other class")
+        raise ValueError(
+            f"{train or root} has one class, {whole.classes[0]!r}, and a classifier needs two; add a "
+            "folder for each other class"
+        )
     return (whole, read(val, whole.classes)) if val else _hold_out(whole, holdout, seed, train or root)
 
 
@@ -107,16 +111,21 @@ def read_examples(place: str | Path, split: str | None = None) -> tuple[Split, s
         if found:
             return read_split(place, found), found
         if _split_folder(place, "train"):
-            raise ValueError(f"{place} has a folder train, but neither test nor val; add one, or take --split train to "
-                             "evaluate on the training images")
+            raise ValueError(
+                f"{place} has a folder train, but neither test nor val; add one, or take --split train to "
+                "evaluate on the training images"
+            )
         _refuse_misnamed(place, tuple(itertools.chain(*SPLITS.values())))
         return _read_labelled(place), None
     if not place.is_file():
-        raise FileNotFoundError(f"{place} does not exist; expected a folder of images, or a list of them "
-                                f"({' or '.join(LIST_SUFFIXES)})")
+        raise FileNotFoundError(
+            f"{place} does not exist; expected a folder of images, or a list of them ({' or '.join(LIST_SUFFIXES)})"
+        )
     if place.suffix.lower() not in LIST_SUFFIXES:
-        raise ValueError(f"{place} is neither a folder of images nor a list of them, which ends in "
-                         f"{' or '.join(LIST_SUFFIXES)}; give one of the two")
+        raise ValueError(
+            f"{place} is neither a folder of images nor a list of them, which ends in "
+            f"{' or '.join(LIST_SUFFIXES)}; give one of the two"
+        )
     if split:
         raise ValueError(f"{place} is a list and has no splits, but --split {split} is asked for; leave it out")
     return _read_list(place), None
@@ -138,13 +147,17 @@ def matched(split: Split, classes: Sequence[str]) -> Split:
     places = {name: number for number, name in enumerate(classes)}
     if unknown := [label for label, name in names.items() if name not in places]:
         name, more = names[unknown[0]], len(unknown) - 1
-        raise ValueError(f"the model knows no class {name!r}, which {first[unknown[0]]} is of"
-                         f"{f' ({more} more are unknown)' if more else ''}; {near(name, classes)}; rename the class, "
-                         "or leave its images out")
+        raise ValueError(
+            f"the model knows no class {name!r}, which {first[unknown[0]]} is of"
+            f"{f' ({more} more are unknown)' if more else ''}; {near(name, classes)}; rename the class, "
+            "or leave its images out"
+        )
     if repeated := [name for name in names.values() if classes.count(name) > 1]:
-        raise ValueError(f"the model calls {classes.count(repeated[0])} of its classes {repeated[0]!r}, so which one "
-                         "the images of that name show is not known; make the names in id2label of the model's "
-                         "config.json differ, or leave these images out")
+        raise ValueError(
+            f"the model calls {classes.count(repeated[0])} of its classes {repeated[0]!r}, so which one "
+            "the images of that name show is not known; make the names in id2label of the model's "
+            "config.json differ, or leave these images out"
+        )
     return replace(split, labels=tuple(places[names[label]] for label in split.labels), classes=tuple(classes))
 
 
@@ -161,8 +174,10 @@ def near(name: str, classes: Sequence[str]) -> str:
 def _refuse_misnamed(root: Path, meant: Sequence[str]) -> None:
     """Train or VAL would count as a class."""
     if misnamed := [name for name in _listed(root, meant)[0] if name.lower() in meant]:
-        raise ValueError(f"{root / misnamed[0]} would not be read as a split; rename it to {misnamed[0].lower()} if it "
-                         "is one, else to something else")
+        raise ValueError(
+            f"{root / misnamed[0]} would not be read as a split; rename it to {misnamed[0].lower()} if it "
+            "is one, else to something else"
+        )
 
 
 def _split_folder(root: Path, split: str) -> Path | None:
@@ -174,23 +189,29 @@ def _read_labelled(folder: Path, classes: Sequence[str] | None = None, apart: Se
     names, stray = _listed(folder, apart)
     if stray:
         more = f" and {len(stray) - 1} more images lie" if len(stray) > 1 else " lies"
-        raise ValueError(f"{folder / stray[0]}{more} in no class folder, so the class is not known; move what lies "
-                         f"there to {folder}/CLASS/, or away")
+        raise ValueError(
+            f"{folder / stray[0]}{more} in no class folder, so the class is not known; move what lies "
+            f"there to {folder}/CLASS/, or away"
+        )
     if not names:
         raise ValueError(f"{folder} has no images; expected {folder}/CLASS/*{{{','.join(IMAGE_SUFFIXES)}}}")
     order = tuple(names if classes is None else classes)
     if unknown := sorted(set(names) - set(order)):
-        raise ValueError(f"{folder} has a class {unknown[0]!r} that the model does not know; it knows "
-                         f"{', '.join(order[:10])}{' and others' if len(order) > 10 else ''}; rename or remove the "
-                         "folder")
+        raise ValueError(
+            f"{folder} has a class {unknown[0]!r} that the model does not know; it knows "
+            f"{', '.join(order[:10])}{' and others' if len(order) > 10 else ''}; rename or remove the "
+            "folder"
+        )
     label_of = {name: label for label, name in enumerate(order)}
     files: list[Path] = []
     labels: list[int] = []
     for name in names:
         found = _images(folder / name)
         if not found:
-            raise ValueError(f"{folder / name} has no images; expected files *{{{','.join(IMAGE_SUFFIXES)}}} there, or "
-                             "no such folder")
+            raise ValueError(
+                f"{folder / name} has no images; expected files *{{{','.join(IMAGE_SUFFIXES)}}} there, or "
+                "no such folder"
+            )
         files += found
         labels += [label_of[name]] * len(found)
     return Split(tuple(files), tuple(labels), order)
@@ -198,8 +219,9 @@ def _read_labelled(folder: Path, classes: Sequence[str] | None = None, apart: Se
 
 def _read_unlabelled(folder: Path, classes: Sequence[str] | None = None, apart: Sequence[str] = ()) -> Split:
     names, files = _listed(folder, apart)
-    found = sorted([folder / file for file in files] + [path for name in names for path in _images(folder / name)],
-                   key=str)
+    found = sorted(
+        [folder / file for file in files] + [path for name in names for path in _images(folder / name)], key=str
+    )
     if not found:
         raise ValueError(f"{folder} has no images; expected files *{{{','.join(IMAGE_SUFFIXES)}}} in it, at any depth")
     return Split(tuple(found), (0,) * len(found), ("image",))
@@ -209,7 +231,8 @@ def _listed(folder: Path, apart: Sequence[str]) -> tuple[list[str], list[str]]:
     """Names of the folders and of the image files in a folder, sorted, without hidden ones and those `apart`."""
     _, folders, files = next(os.walk(folder, onerror=_refuse))
     return sorted(name for name in folders if not name.startswith(".") and name not in apart), sorted(
-        filter(_is_image, files))
+        filter(_is_image, files)
+    )
 
 
 def _images(folder: Path) -> list[Path]:
@@ -248,8 +271,10 @@ def _hold_out(whole: Split, holdout: float, seed: int, folder: Path) -> tuple[Sp
         held[draws(seed, 0, label, 0, _HOLDOUT).permutation(members[label])[:taken]] = True
     if not held.any():
         reason = f"no class of {folder} has two images" if holdout > 0 else f"data.holdout is {holdout:g}"
-        raise ValueError(f"there is nothing to validate on: no folder val beside the training images, and {reason}, so "
-                         "none can be held out; add a folder val" + ("" if holdout > 0 else ", or set data.holdout"))
+        raise ValueError(
+            f"there is nothing to validate on: no folder val beside the training images, and {reason}, so "
+            "none can be held out; add a folder val" + ("" if holdout > 0 else ", or set data.holdout")
+        )
     return _rows(whole, np.flatnonzero(~held)), _rows(whole, np.flatnonzero(held))
 
 
@@ -265,16 +290,21 @@ def _read_list(file: Path) -> Split:
             for number, path, label in (_csv_rows if file.suffix.lower() == ".csv" else _jsonl_rows)(file, lines):
                 for key, value in (("path", path), ("label", label)):
                     if not isinstance(value, str) or not value.strip():
-                        raise ValueError(f"{file}, line {number}: {key} is {json.dumps(value)}, expected "
-                                         f"{'a path' if key == 'path' else 'the name of a class'} as text")
+                        raise ValueError(
+                            f"{file}, line {number}: {key} is {json.dumps(value)}, expected "
+                            f"{'a path' if key == 'path' else 'the name of a class'} as text"
+                        )
                 path = os.path.normpath(os.path.join(root, path))
                 if path in rows:
-                    raise ValueError(f"{file}, line {number}: {path} is listed already in line {rows[path][0]}, and "
-                                     "counts once; remove one of the two")
+                    raise ValueError(
+                        f"{file}, line {number}: {path} is listed already in line {rows[path][0]}, and "
+                        "counts once; remove one of the two"
+                    )
                 rows[path] = (number, label)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{file} can't be read as {file.suffix[1:].upper()} in UTF-8 ({error}); write it again"
-                         ) from None
+        raise ValueError(
+            f"{file} can't be read as {file.suffix[1:].upper()} in UTF-8 ({error}); write it again"
+        ) from None
     if not rows:
         raise ValueError(f"{file} lists no images; expected a line with a path and a label for each")
     classes = tuple(sorted({label for _, label in rows.values()}))
@@ -287,14 +317,18 @@ def _csv_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any, Any]
     header = [name.strip() for name in next(reader, [])]
     for name in ("path", "label"):
         if header.count(name) != 1:
-            raise ValueError(f"{file}, line 1: expected a header with one column {name!r}, found "
-                             f"{', '.join(map(repr, header)) or 'nothing'}; the columns path and label are read")
+            raise ValueError(
+                f"{file}, line 1: expected a header with one column {name!r}, found "
+                f"{', '.join(map(repr, header)) or 'nothing'}; the columns path and label are read"
+            )
     for row in reader:
         if not row:
             continue
         if len(row) != len(header):
-            raise ValueError(f"{file}, line {reader.line_num}: expected {len(header)} fields as in the header, found "
-                             f'{len(row)}; a name with a comma stands in quotes: "tench, Tinca tinca"')
+            raise ValueError(
+                f"{file}, line {reader.line_num}: expected {len(header)} fields as in the header, found "
+                f'{len(row)}; a name with a comma stands in quotes: "tench, Tinca tinca"'
+            )
         yield reader.line_num, row[header.index("path")], row[header.index("label")]
 
 
@@ -305,11 +339,15 @@ def _jsonl_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any, An
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, line {number}: not valid JSON ({error.msg}); expected an object like "
-                             '{"path": "a.jpg", "label": "cat"}') from None
+            raise ValueError(
+                f"{file}, line {number}: not valid JSON ({error.msg}); expected an object like "
+                '{"path": "a.jpg", "label": "cat"}'
+            ) from None
         if not isinstance(row, dict) or not {"path", "label"} <= row.keys():
-            raise ValueError(f'{file}, line {number}: expected an object with the keys "path" and "label", found '
-                             f"{', '.join(map(repr, row)) if isinstance(row, dict) else type(row).__name__}")
+            raise ValueError(
+                f'{file}, line {number}: expected an object with the keys "path" and "label", found '
+                f"{', '.join(map(repr, row)) if isinstance(row, dict) else type(row).__name__}"
+            )
         yield number, row["path"], row["label"]
 
 
@@ -353,8 +391,7 @@ def write_digits(root: Path, *, seed: int = 0, side: int = 32) -> dict[str, int]
         raise host.missing("the digits come with scikit-learn", "quickstart") from None
 
     scans = load_digits()
-    rest, test = train_test_split(np.arange(len(scans.target)), test_size=360, random_state=seed,
-                                  stratify=scans.target)
+    rest, test = train_test_split(np.arange(len(scans.target)), test_size=360, random_state=seed, stratify=scans.target)
     train, val = train_test_split(rest, test_size=144, random_state=seed, stratify=scans.target[rest])
     splits = {"train": train, "val": val, "test": test}
     for split, indices in splits.items():

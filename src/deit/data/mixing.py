@@ -69,8 +69,10 @@ def mix(pixels: Tensor, labels: Tensor, classes: int, drawn: Mixing) -> tuple[Te
     partners.
     """
     if not len(pixels) == len(labels) == len(drawn.share):
-        raise ValueError(f"mixing needs one label and one draw for each image, found {len(pixels)} images, "
-                         f"{len(labels)} labels and {len(drawn.share)} draws; take drawn.at(positions) of the batch")
+        raise ValueError(
+            f"mixing needs one label and one draw for each image, found {len(pixels)} images, "
+            f"{len(labels)} labels and {len(drawn.share)} draws; take drawn.at(positions) of the batch"
+        )
 
     def moved(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(pixels.device, non_blocking=True)

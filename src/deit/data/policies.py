@@ -31,8 +31,9 @@ class Operation(NamedTuple):
 
 
 def _moved(image: Image.Image, matrix: tuple[float, ...], fill: Fill) -> Image.Image:
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC,
-                           fillcolor=fill)
+    return image.transform(
+        image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC, fillcolor=fill
+    )
 
 
 def _mapped(image: Image.Image, table: list[int]) -> Image.Image:
@@ -58,8 +59,9 @@ def _enhanced(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation
 
 def _increasingly(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
     """Away from 1 to either side, as far as 0.1 and 1.9."""
-    return Operation(lambda image, factor, _: kind(image).enhance(factor),
-                     lambda s: max(0.1, 1.0 + s / HIGHEST * 0.9), signed=True)
+    return Operation(
+        lambda image, factor, _: kind(image).enhance(factor), lambda s: max(0.1, 1.0 + s / HIGHEST * 0.9), signed=True
+    )
 
 
 def _solarized(image: Image.Image, threshold: float, _: Fill) -> Image.Image:
@@ -75,16 +77,27 @@ OPERATIONS: dict[str, Operation] = {
     "AutoContrast": Operation(lambda image, _, fill: ImageOps.autocontrast(image)),
     "Equalize": Operation(lambda image, _, fill: ImageOps.equalize(image)),
     "Invert": Operation(lambda image, _, fill: ImageOps.invert(image)),
-    "Rotate": Operation(lambda image, degrees, fill: image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=fill),
-                        lambda s: s / HIGHEST * 30, signed=True),
-    "ShearX": Operation(lambda image, by, fill: _moved(image, (1, by, 0, 0, 1, 0), fill),
-                        lambda s: s / HIGHEST * 0.3, signed=True),
-    "ShearY": Operation(lambda image, by, fill: _moved(image, (1, 0, 0, by, 1, 0), fill),
-                        lambda s: s / HIGHEST * 0.3, signed=True),
-    "TranslateXRel": Operation(lambda image, by, fill: _moved(image, (1, 0, by * image.width, 0, 1, 0), fill),
-                               lambda s: s / HIGHEST * 0.45, signed=True),
-    "TranslateYRel": Operation(lambda image, by, fill: _moved(image, (1, 0, 0, 0, 1, by * image.height), fill),
-                               lambda s: s / HIGHEST * 0.45, signed=True),
+    "Rotate": Operation(
+        lambda image, degrees, fill: image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=fill),
+        lambda s: s / HIGHEST * 30,
+        signed=True,
+    ),
+    "ShearX": Operation(
+        lambda image, by, fill: _moved(image, (1, by, 0, 0, 1, 0), fill), lambda s: s / HIGHEST * 0.3, signed=True
+    ),
+    "ShearY": Operation(
+        lambda image, by, fill: _moved(image, (1, 0, 0, by, 1, 0), fill), lambda s: s / HIGHEST * 0.3, signed=True
+    ),
+    "TranslateXRel": Operation(
+        lambda image, by, fill: _moved(image, (1, 0, by * image.width, 0, 1, 0), fill),
+        lambda s: s / HIGHEST * 0.45,
+        signed=True,
+    ),
+    "TranslateYRel": Operation(
+        lambda image, by, fill: _moved(image, (1, 0, 0, 0, 1, by * image.height), fill),
+        lambda s: s / HIGHEST * 0.45,
+        signed=True,
+    ),
     "Posterize": _posterized(lambda bits: bits),
     "PosterizeIncreasing": _posterized(lambda bits: 4 - bits),
     "PosterizeOriginal": _posterized(lambda bits: 4 + bits),
@@ -103,56 +116,98 @@ OPERATIONS: dict[str, Operation] = {
 """Everything that RandAugment and AutoAugment choose from. Translations are a share of the image's side; geometric
 operations resample with a bicubic kernel, and `fill` is the colour of what they uncover."""
 
-RAND_AUGMENT = ("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color",
-                "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
-RAND_AUGMENT_INCREASING = tuple(f"{name}Increasing" if f"{name}Increasing" in OPERATIONS else name
-                                for name in RAND_AUGMENT)
+RAND_AUGMENT = (
+    "AutoContrast",
+    "Equalize",
+    "Invert",
+    "Rotate",
+    "Posterize",
+    "Solarize",
+    "SolarizeAdd",
+    "Color",
+    "Contrast",
+    "Brightness",
+    "Sharpness",
+    "ShearX",
+    "ShearY",
+    "TranslateXRel",
+    "TranslateYRel",
+)
+RAND_AUGMENT_INCREASING = tuple(
+    f"{name}Increasing" if f"{name}Increasing" in OPERATIONS else name for name in RAND_AUGMENT
+)
 
 AUTO_AUGMENT: dict[str, tuple[SubPolicy, ...]] = {
     # Cubuk et al. 2018, table 9 (ImageNet)
     "original": (
-        (("PosterizeOriginal", 0.4, 8), ("Rotate", 0.6, 9)), (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 5)),
-        (("Equalize", 0.8, 8), ("Equalize", 0.6, 3)), (("PosterizeOriginal", 0.6, 7), ("PosterizeOriginal", 0.6, 6)),
-        (("Equalize", 0.4, 7), ("Solarize", 0.2, 4)), (("Equalize", 0.4, 4), ("Rotate", 0.8, 8)),
-        (("Solarize", 0.6, 3), ("Equalize", 0.6, 7)), (("PosterizeOriginal", 0.8, 5), ("Equalize", 1.0, 2)),
-        (("Rotate", 0.2, 3), ("Solarize", 0.6, 8)), (("Equalize", 0.6, 8), ("PosterizeOriginal", 0.4, 6)),
-        (("Rotate", 0.8, 8), ("Color", 0.4, 0)), (("Rotate", 0.4, 9), ("Equalize", 0.6, 2)),
-        (("Equalize", 0.0, 7), ("Equalize", 0.8, 8)), (("Invert", 0.6, 4), ("Equalize", 1.0, 8)),
-        (("Color", 0.6, 4), ("Contrast", 1.0, 8)), (("Rotate", 0.8, 8), ("Color", 1.0, 2)),
-        (("Color", 0.8, 8), ("Solarize", 0.8, 7)), (("Sharpness", 0.4, 7), ("Invert", 0.6, 8)),
-        (("ShearX", 0.6, 5), ("Equalize", 1.0, 9)), (("Color", 0.4, 0), ("Equalize", 0.6, 3)),
-        (("Equalize", 0.4, 7), ("Solarize", 0.2, 4)), (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 5)),
-        (("Invert", 0.6, 4), ("Equalize", 1.0, 8)), (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
+        (("PosterizeOriginal", 0.4, 8), ("Rotate", 0.6, 9)),
+        (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 5)),
+        (("Equalize", 0.8, 8), ("Equalize", 0.6, 3)),
+        (("PosterizeOriginal", 0.6, 7), ("PosterizeOriginal", 0.6, 6)),
+        (("Equalize", 0.4, 7), ("Solarize", 0.2, 4)),
+        (("Equalize", 0.4, 4), ("Rotate", 0.8, 8)),
+        (("Solarize", 0.6, 3), ("Equalize", 0.6, 7)),
+        (("PosterizeOriginal", 0.8, 5), ("Equalize", 1.0, 2)),
+        (("Rotate", 0.2, 3), ("Solarize", 0.6, 8)),
+        (("Equalize", 0.6, 8), ("PosterizeOriginal", 0.4, 6)),
+        (("Rotate", 0.8, 8), ("Color", 0.4, 0)),
+        (("Rotate", 0.4, 9), ("Equalize", 0.6, 2)),
+        (("Equalize", 0.0, 7), ("Equalize", 0.8, 8)),
+        (("Invert", 0.6, 4), ("Equalize", 1.0, 8)),
+        (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
+        (("Rotate", 0.8, 8), ("Color", 1.0, 2)),
+        (("Color", 0.8, 8), ("Solarize", 0.8, 7)),
+        (("Sharpness", 0.4, 7), ("Invert", 0.6, 8)),
+        (("ShearX", 0.6, 5), ("Equalize", 1.0, 9)),
+        (("Color", 0.4, 0), ("Equalize", 0.6, 3)),
+        (("Equalize", 0.4, 7), ("Solarize", 0.2, 4)),
+        (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 5)),
+        (("Invert", 0.6, 4), ("Equalize", 1.0, 8)),
+        (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
         (("Equalize", 0.8, 8), ("Equalize", 0.6, 3)),
     ),
     # of the EfficientNet code for TPUs
     "v0": (
-        (("Equalize", 0.8, 1), ("ShearY", 0.8, 4)), (("Color", 0.4, 9), ("Equalize", 0.6, 3)),
-        (("Color", 0.4, 1), ("Rotate", 0.6, 8)), (("Solarize", 0.8, 3), ("Equalize", 0.4, 7)),
-        (("Solarize", 0.4, 2), ("Solarize", 0.6, 2)), (("Color", 0.2, 0), ("Equalize", 0.8, 8)),
-        (("Equalize", 0.4, 8), ("SolarizeAdd", 0.8, 3)), (("ShearX", 0.2, 9), ("Rotate", 0.6, 8)),
-        (("Color", 0.6, 1), ("Equalize", 1.0, 2)), (("Invert", 0.4, 9), ("Rotate", 0.6, 0)),
-        (("Equalize", 1.0, 9), ("ShearY", 0.6, 3)), (("Color", 0.4, 7), ("Equalize", 0.6, 0)),
-        (("Posterize", 0.4, 6), ("AutoContrast", 0.4, 7)), (("Solarize", 0.6, 8), ("Color", 0.6, 9)),
-        (("Solarize", 0.2, 4), ("Rotate", 0.8, 9)), (("Rotate", 1.0, 7), ("TranslateYRel", 0.8, 9)),
-        (("ShearX", 0.0, 0), ("Solarize", 0.8, 4)), (("ShearY", 0.8, 0), ("Color", 0.6, 4)),
-        (("Color", 1.0, 0), ("Rotate", 0.6, 2)), (("Equalize", 0.8, 4), ("Equalize", 0.0, 8)),
-        (("Equalize", 1.0, 4), ("AutoContrast", 0.6, 2)), (("ShearY", 0.4, 7), ("SolarizeAdd", 0.6, 7)),
-        (("Posterize", 0.8, 2), ("Solarize", 0.6, 10)), (("Solarize", 0.6, 8), ("Equalize", 0.6, 1)),
+        (("Equalize", 0.8, 1), ("ShearY", 0.8, 4)),
+        (("Color", 0.4, 9), ("Equalize", 0.6, 3)),
+        (("Color", 0.4, 1), ("Rotate", 0.6, 8)),
+        (("Solarize", 0.8, 3), ("Equalize", 0.4, 7)),
+        (("Solarize", 0.4, 2), ("Solarize", 0.6, 2)),
+        (("Color", 0.2, 0), ("Equalize", 0.8, 8)),
+        (("Equalize", 0.4, 8), ("SolarizeAdd", 0.8, 3)),
+        (("ShearX", 0.2, 9), ("Rotate", 0.6, 8)),
+        (("Color", 0.6, 1), ("Equalize", 1.0, 2)),
+        (("Invert", 0.4, 9), ("Rotate", 0.6, 0)),
+        (("Equalize", 1.0, 9), ("ShearY", 0.6, 3)),
+        (("Color", 0.4, 7), ("Equalize", 0.6, 0)),
+        (("Posterize", 0.4, 6), ("AutoContrast", 0.4, 7)),
+        (("Solarize", 0.6, 8), ("Color", 0.6, 9)),
+        (("Solarize", 0.2, 4), ("Rotate", 0.8, 9)),
+        (("Rotate", 1.0, 7), ("TranslateYRel", 0.8, 9)),
+        (("ShearX", 0.0, 0), ("Solarize", 0.8, 4)),
+        (("ShearY", 0.8, 0), ("Color", 0.6, 4)),
+        (("Color", 1.0, 0), ("Rotate", 0.6, 2)),
+        (("Equalize", 0.8, 4), ("Equalize", 0.0, 8)),
+        (("Equalize", 1.0, 4), ("AutoContrast", 0.6, 2)),
+        (("ShearY", 0.4, 7), ("SolarizeAdd", 0.6, 7)),
+        (("Posterize", 0.8, 2), ("Solarize", 0.6, 10)),
+        (("Solarize", 0.6, 8), ("Equalize", 0.6, 1)),
         (("Color", 0.8, 6), ("Rotate", 0.4, 5)),
     ),
 }
 
 
-def apply_policy(image: Image.Image, recipe: RandAugment | AutoAugment | ThreeAugment, rng: np.random.Generator,
-                 fill: Fill) -> Image.Image:
+def apply_policy(
+    image: Image.Image, recipe: RandAugment | AutoAugment | ThreeAugment, rng: np.random.Generator, fill: Fill
+) -> Image.Image:
     """`image`, RGB or grey, after the operations that `rng` draws; `fill` has one entry for each channel."""
     if isinstance(recipe, ThreeAugment):
         return _three_augment(image, rng)
     if isinstance(recipe, RandAugment):
         names = RAND_AUGMENT_INCREASING if recipe.increasing else RAND_AUGMENT
-        drawn: SubPolicy = tuple((names[at], recipe.probability, recipe.magnitude)
-                                 for at in rng.integers(len(names), size=recipe.layers))
+        drawn: SubPolicy = tuple(
+            (names[at], recipe.probability, recipe.magnitude) for at in rng.integers(len(names), size=recipe.layers)
+        )
     else:
         policy = AUTO_AUGMENT[recipe.policy]
         drawn = policy[rng.integers(len(policy))]
@@ -162,8 +217,9 @@ def apply_policy(image: Image.Image, recipe: RandAugment | AutoAugment | ThreeAu
     return image
 
 
-def _operate(image: Image.Image, operation: Operation, strength: float, std: float, rng: np.random.Generator,
-             fill: Fill) -> Image.Image:
+def _operate(
+    image: Image.Image, operation: Operation, strength: float, std: float, rng: np.random.Generator, fill: Fill
+) -> Image.Image:
     if std > 0:
         strength = min(max(rng.normal(strength, std), 0.0), HIGHEST)
     if operation.signed and rng.random() > 0.5:
@@ -183,8 +239,11 @@ def _three_augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 def jitter(image: Image.Image, recipe: Jitter, rng: np.random.Generator) -> Image.Image:
     """Brightness, contrast and saturation times their own factors, in an order that is drawn too."""
-    parts = ((ImageEnhance.Brightness, recipe.brightness), (ImageEnhance.Contrast, recipe.contrast),
-             (ImageEnhance.Color, recipe.saturation))
+    parts = (
+        (ImageEnhance.Brightness, recipe.brightness),
+        (ImageEnhance.Contrast, recipe.contrast),
+        (ImageEnhance.Color, recipe.saturation),
+    )
     order, factors = rng.permutation(3), rng.uniform(-1, 1, 3)
     for at in order:
         kind, strength = parts[at]

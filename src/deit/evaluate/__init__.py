@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from deit.evaluate.scores import Report as Report
     from deit.evaluate.scores import compare as compare
 
-__getattr__, __dir__ = offer(__name__, {
-    "deit.evaluate.models": ("Evaluation", "Examined", "evaluate", "examine", "examine_files", "examine_split"),
-    "deit.evaluate.scores": ("Accuracy", "Comparison", "Report", "compare"),
-})
+__getattr__, __dir__ = offer(
+    __name__,
+    {
+        "deit.evaluate.models": ("Evaluation", "Examined", "evaluate", "examine", "examine_files", "examine_split"),
+        "deit.evaluate.scores": ("Accuracy", "Comparison", "Report", "compare"),
+    },
+)

@@ -51,11 +51,14 @@ class Calibration:
             return None
         values = files.read_json(path)
         try:
-            heads = {name: HeadCalibration(**{**head, "nll": tuple(head["nll"])})
-                     for name, head in values.pop("heads").items()}
+            heads = {
+                name: HeadCalibration(**{**head, "nll": tuple(head["nll"])})
+                for name, head in values.pop("heads").items()
+            }
             found = cls(**values, heads=heads)
-            valid = heads and all(0 < head.temperature < math.inf and 0 <= head.threshold <= 1
-                                  for head in heads.values())
+            valid = heads and all(
+                0 < head.temperature < math.inf and 0 <= head.threshold <= 1 for head in heads.values()
+            )
         except (TypeError, KeyError, AttributeError):
             valid = False
         if not valid:
@@ -92,8 +95,10 @@ def fit(probabilities_at: Any, labels: np.ndarray, error_rate: float) -> HeadCal
         raise ValueError(f"error_rate must be above 0 and below 1, found {error_rate}")
     rank = math.ceil((count + 1) * (1 - error_rate))
     if rank > count:
-        raise ValueError(f"{count} images can't vouch for an error rate of {error_rate:g}; give at least "
-                         f"{math.ceil(1 / error_rate) - 1}, or a higher rate")
+        raise ValueError(
+            f"{count} images can't vouch for an error rate of {error_rate:g}; give at least "
+            f"{math.ceil(1 / error_rate) - 1}, or a higher rate"
+        )
 
     def of_true(temperature: float) -> np.ndarray:
         return probabilities_at(temperature)[np.arange(count), labels].astype(np.float64)
@@ -104,8 +109,9 @@ def fit(probabilities_at: Any, labels: np.ndarray, error_rate: float) -> HeadCal
     temperature = math.exp(_lowest(lambda logarithm: nll(math.exp(logarithm)), math.log(0.05), math.log(20.0)))
     threshold = float(np.sort(of_true(temperature))[::-1][rank - 1])
     answered = float(((probabilities_at(temperature) >= threshold).sum(1) == 1).mean())
-    return HeadCalibration(temperature=temperature, threshold=threshold, nll=(nll(1.0), nll(temperature)),
-                           answered=answered)
+    return HeadCalibration(
+        temperature=temperature, threshold=threshold, nll=(nll(1.0), nll(temperature)), answered=answered
+    )
 
 
 def _lowest(function: Any, low: float, high: float, tolerance: float = 1e-4) -> float:

@@ -37,8 +37,9 @@ _MANY = 512
 """Images from which on loader processes are worth their start."""
 
 
-def _answered(model: nn.Module, batches: Iterable[Batch], device: torch.device,
-              precision: torch.dtype) -> Iterator[tuple[Batch, Tensor, dict[Head, Tensor]]]:
+def _answered(
+    model: nn.Module, batches: Iterable[Batch], device: torch.device, precision: torch.dtype
+) -> Iterator[tuple[Batch, Tensor, dict[Head, Tensor]]]:
     """Each batch, its labels on the device, and the probabilities (B, C) of every head in evaluation mode; the model's
     mode is restored."""
     training = model.training
@@ -54,8 +55,9 @@ def _answered(model: nn.Module, batches: Iterable[Batch], device: torch.device,
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[Batch], us: Processes | None = None,
-             precision: torch.dtype = torch.float32) -> dict[Head, Accuracy]:
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], us: Processes | None = None, precision: torch.dtype = torch.float32
+) -> dict[Head, Accuracy]:
     """Accuracy of each head over all batches, in evaluation mode; the model's mode is restored.
 
     With many processes each gives its share of the batches, and all get the result on the whole. Rows labelled -1
@@ -76,8 +78,15 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], us: Processes | None = 
 
 
 @torch.inference_mode()
-def examine(model: nn.Module, batches: Iterable[Batch], classes: Sequence[str], *, head: Head = "fused",
-            device: torch.device | str = "cpu", precision: torch.dtype = torch.float32) -> Report:
+def examine(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    classes: Sequence[str],
+    *,
+    head: Head = "fused",
+    device: torch.device | str = "cpu",
+    precision: torch.dtype = torch.float32,
+) -> Report:
     """All that a model's answers say about it, in evaluation mode; the model's mode is restored.
 
     Of each image a few numbers are kept, not its C probabilities. Rows labelled -1 do not count.
@@ -101,18 +110,25 @@ def examine(model: nn.Module, batches: Iterable[Batch], classes: Sequence[str], 
             for each, probabilities in by_head.items():
                 ranks[each].extend(_ranks(probabilities, true))
             predicted = chosen.argmax(-1)
-            for name, values in (("labels", labels), ("predicted", predicted),
-                                 ("confidence", chosen.gather(1, predicted.unsqueeze(1)).squeeze(1)),
-                                 ("probability", chosen.gather(1, true).squeeze(1)),
-                                 ("squares", chosen.square().sum(-1))):
+            for name, values in (
+                ("labels", labels),
+                ("predicted", predicted),
+                ("confidence", chosen.gather(1, predicted.unsqueeze(1)).squeeze(1)),
+                ("probability", chosen.gather(1, true).squeeze(1)),
+                ("squares", chosen.square().sum(-1)),
+            ):
                 rows[name].extend(values)
             faults += batch.faults
             done += len(batch)
     if not done:
         raise ValueError("there is no image to evaluate on")
-    return Report(classes=tuple(classes), head=head, unreadable=tuple(faults),
-                  ranks={name: column.whole() for name, column in ranks.items()},
-                  **{name: column.whole() for name, column in rows.items()})
+    return Report(
+        classes=tuple(classes),
+        head=head,
+        unreadable=tuple(faults),
+        ranks={name: column.whole() for name, column in ranks.items()},
+        **{name: column.whole() for name, column in rows.items()},
+    )
 
 
 class _Column:
@@ -128,13 +144,13 @@ class _Column:
         if self.used + len(values) > len(self.values):
             kind = np.float64 if values.is_floating_point() else np.int64
             grown = np.empty(2 * (self.used + len(values)), kind)
-            grown[:self.used] = self.values[:self.used]
+            grown[: self.used] = self.values[: self.used]
             self.values = grown
-        self.values[self.used:self.used + len(values)] = values.cpu().numpy()
+        self.values[self.used : self.used + len(values)] = values.cpu().numpy()
         self.used += len(values)
 
     def whole(self) -> np.ndarray:
-        return self.values[:self.used].copy()
+        return self.values[: self.used].copy()
 
 
 def _ranks(probabilities: Tensor, true: Tensor) -> Tensor:
@@ -148,14 +164,17 @@ def _check(by_head: dict[Head, Tensor], labels: Tensor, head: Head, classes: Seq
     """Refuses what can't be scored; `done` images came before."""
     _check_head(by_head, head)
     if (outputs := by_head[head].shape[1]) != len(classes):
-        raise ValueError(f"the model gives {outputs} probabilities, for {len(classes)} class names; name each of its "
-                         "classes")
+        raise ValueError(
+            f"the model gives {outputs} probabilities, for {len(classes)} class names; name each of its classes"
+        )
     sums = torch.stack([probabilities.sum(-1) for probabilities in by_head.values()])  # (heads, B)
     broken = ~sums.isfinite().all(0) & (labels >= 0)
     if broken.any():
         image = done + int(broken.nonzero()[0])
-        raise ValueError(f"the model's answer to image {image} of the data is not a number, so it can't be scored; its "
-                         "weights are damaged or diverged: take another checkpoint")
+        raise ValueError(
+            f"the model's answer to image {image} of the data is not a number, so it can't be scored; its "
+            "weights are damaged or diverged: take another checkpoint"
+        )
 
 
 def _check_head(by_head: dict[Head, Tensor], head: Head) -> None:
@@ -203,17 +222,27 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types; the keys are in docs/evaluation.md. `comparison` is there where two models were compared."""
-        found = {**self.main.to_dict(),
-                 "data": {"path": self.data, "split": self.split, "fingerprint": self.fingerprint},
-                 **self.main.report.to_dict()}
+        found = {
+            **self.main.to_dict(),
+            "data": {"path": self.data, "split": self.split, "fingerprint": self.fingerprint},
+            **self.main.report.to_dict(),
+        }
         if self.other is not None and (comparison := self.comparison):
             found["comparison"] = {**self.other.to_dict(), **comparison.to_dict()}
         return found
 
 
-def examine_files(model: str | Path, data: str | Path, *, split: str | None = None, head: Head = "fused",
-                  crop_ratio: float | None = None, other: str | Path | None = None, device: str = "auto",
-                  console: Console | None = None) -> Evaluation:
+def examine_files(
+    model: str | Path,
+    data: str | Path,
+    *,
+    split: str | None = None,
+    head: Head = "fused",
+    crop_ratio: float | None = None,
+    other: str | Path | None = None,
+    device: str = "auto",
+    console: Console | None = None,
+) -> Evaluation:
     """Examines a model on labelled images, in float32: the result does not depend on what a machine is quick with.
 
     Args:
@@ -227,13 +256,23 @@ def examine_files(model: str | Path, data: str | Path, *, split: str | None = No
     evaluated.
     """
     examples, found = read_examples(data, split)
-    return examine_split(model, examples, str(data), found, head=head, crop_ratio=crop_ratio, other=other,
-                         device=device, console=console)
+    return examine_split(
+        model, examples, str(data), found, head=head, crop_ratio=crop_ratio, other=other, device=device, console=console
+    )
 
 
-def examine_split(model: str | Path, examples: Split, data: str, split: str | None, *, head: Head = "fused",
-                  crop_ratio: float | None = None, other: str | Path | None = None, device: str = "auto",
-                  console: Console | None = None) -> Evaluation:
+def examine_split(
+    model: str | Path,
+    examples: Split,
+    data: str,
+    split: str | None,
+    *,
+    head: Head = "fused",
+    crop_ratio: float | None = None,
+    other: str | Path | None = None,
+    device: str = "auto",
+    console: Console | None = None,
+) -> Evaluation:
     """As `examine_files`, on images that are read already; `data` and `split` only name them."""
     place = resolve_device(device)
     console = console or Console(stderr=True)
@@ -265,17 +304,20 @@ class _Subject:
             _check_head(head_probabilities(self.model(blank.to(device))), head)
 
     def examine(self, console: Console, tell: bool) -> Examined:
-        batches = EvaluationBatches(self.split, self.processor, _BATCH, keep=False,
-                                    workers=None if len(self.split) >= _MANY else 0)
+        batches = EvaluationBatches(
+            self.split, self.processor, _BATCH, keep=False, workers=None if len(self.split) >= _MANY else 0
+        )
         shown = track(batches, self.name, console=console, disable=not console.is_terminal)
-        report = examine(self.model, _telling(shown, console) if tell else shown, self.classes, head=self.head,
-                         device=self.device)
+        report = examine(
+            self.model, _telling(shown, console) if tell else shown, self.classes, head=self.head, device=self.device
+        )
         return Examined(self.name, self.image_size, self.processor.crop_ratio, report)
 
 
 def _telling(batches: Iterable[Batch], console: Console) -> Iterator[Batch]:
     for batch in batches:
         for file, reason in batch.faults:
-            console.print(f"{file} {reason}. The evaluation leaves it out", markup=False, highlight=False,
-                          soft_wrap=True)
+            console.print(
+                f"{file} {reason}. The evaluation leaves it out", markup=False, highlight=False, soft_wrap=True
+            )
         yield batch

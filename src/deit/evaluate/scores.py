@@ -152,8 +152,14 @@ class Report:
     @property
     def calibration_error(self) -> float:
         """Expected calibration error: the mean over images of their bin's |accuracy - confidence| (Guo et al. 2017)."""
-        return sum(each.count * abs(each.accuracy - each.confidence) for each in self.bins
-                   if each.accuracy is not None and each.confidence is not None) / self.images
+        return (
+            sum(
+                each.count * abs(each.accuracy - each.confidence)
+                for each in self.bins
+                if each.accuracy is not None and each.confidence is not None
+            )
+            / self.images
+        )
 
     @cached_property
     def cells(self) -> tuple[tuple[int, int, int], ...]:
@@ -173,8 +179,9 @@ class Report:
         """In the model's order, those without images too."""
         count = len(self.classes)
         labels, predicted = self.labels[self.read], self.predicted[self.read]
-        columns = [np.bincount(which, minlength=count).tolist()
-                   for which in (labels, predicted, labels[labels == predicted])]
+        columns = [
+            np.bincount(which, minlength=count).tolist() for which in (labels, predicted, labels[labels == predicted])
+        ]
         return tuple(ClassScore(*each) for each in zip(self.classes, *columns, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
@@ -187,8 +194,17 @@ class Report:
             "nll": self.nll,
             "brier": self.brier,
             "calibration": {"error": self.calibration_error, "bins": [vars(each) for each in self.bins]},
-            "classes": [{"name": each.name, "support": each.support, "predicted": each.predicted,
-                         "precision": each.precision, "recall": each.recall, "f1": each.f1} for each in self.by_class],
+            "classes": [
+                {
+                    "name": each.name,
+                    "support": each.support,
+                    "predicted": each.predicted,
+                    "precision": each.precision,
+                    "recall": each.recall,
+                    "f1": each.f1,
+                }
+                for each in self.by_class
+            ],
             "confusion": [list(cell) for cell in self.cells],
         }
 
@@ -245,10 +261,19 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """As JSON types; the keys are in docs/evaluation.md."""
         low, high = self.interval
-        return {"images": self.images, "accuracy": self.first.to_dict(), "other_accuracy": self.second.to_dict(),
-                "both": self.both, "only_model": self.only_first, "only_other": self.only_second,
-                "neither": self.neither, "difference": self.difference, "low": low, "high": high,
-                "p_value": self.p_value}
+        return {
+            "images": self.images,
+            "accuracy": self.first.to_dict(),
+            "other_accuracy": self.second.to_dict(),
+            "both": self.both,
+            "only_model": self.only_first,
+            "only_other": self.only_second,
+            "neither": self.neither,
+            "difference": self.difference,
+            "low": low,
+            "high": high,
+            "p_value": self.p_value,
+        }
 
 
 def compare(first: Report, second: Report) -> Comparison:

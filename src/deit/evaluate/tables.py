@@ -24,23 +24,50 @@ def show(evaluation: Evaluation, console: Console) -> None:
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     where = evaluation.data + (f", {evaluation.split} images" if evaluation.split else "")
-    say(f"{_described(main)}\n{where}: {report.images} images, "
-        f"{sum(each.support > 0 for each in report.by_class)} of the model's {len(report.classes)} classes")
+    say(
+        f"{_described(main)}\n{where}: {report.images} images, "
+        f"{sum(each.support > 0 for each in report.by_class)} of the model's {len(report.classes)} classes"
+    )
     if report.unreadable:
         say(f"{len(report.unreadable)} more can't be read and are left out")
     heads = ["class"] if set(report.ranks) == {"fused", "class"} else list(report.ranks)
-    console.print(_table("Accuracy", ["head", "top-1", "95 % interval", "top-5", "95 % interval"], (
-        [head, *_with_interval(report.accuracy(head)), *_with_interval(report.accuracy(head, 5))] for head in heads)))
-    say(f"\nThe {report.head} head: negative log likelihood {report.nll:.4f}, Brier score {report.brier:.4f}, "
-        f"calibration error {report.calibration_error:.4f}")
-    console.print(_table("Calibration", ["confidence", "images", "mean confidence", "accuracy"], (
-        [f"{each.low:.2f} to {each.high:.2f}", each.count, each.confidence, each.accuracy]
-        for each in report.bins if each.count)))
+    console.print(
+        _table(
+            "Accuracy",
+            ["head", "top-1", "95 % interval", "top-5", "95 % interval"],
+            (
+                [head, *_with_interval(report.accuracy(head)), *_with_interval(report.accuracy(head, 5))]
+                for head in heads
+            ),
+        )
+    )
+    say(
+        f"\nThe {report.head} head: negative log likelihood {report.nll:.4f}, Brier score {report.brier:.4f}, "
+        f"calibration error {report.calibration_error:.4f}"
+    )
+    console.print(
+        _table(
+            "Calibration",
+            ["confidence", "images", "mean confidence", "accuracy"],
+            (
+                [f"{each.low:.2f} to {each.high:.2f}", each.count, each.confidence, each.accuracy]
+                for each in report.bins
+                if each.count
+            ),
+        )
+    )
     console.print(_worst(report))
     if confusions := sorted((cell for cell in report.cells if cell[0] != cell[1]), key=lambda cell: -cell[2]):
-        console.print(_table("Most common confusions", ["class", "answer", "images", "of the class"], (
-            [report.classes[label], report.classes[answer], count, count / report.by_class[label].support]
-            for label, answer, count in confusions[:_LINES])))
+        console.print(
+            _table(
+                "Most common confusions",
+                ["class", "answer", "images", "of the class"],
+                (
+                    [report.classes[label], report.classes[answer], count, count / report.by_class[label].support]
+                    for label, answer, count in confusions[:_LINES]
+                ),
+            )
+        )
     if evaluation.other is not None and (comparison := evaluation.comparison):
         _compare(main, evaluation.other, comparison, console, say)
 
@@ -55,18 +82,30 @@ def _worst(report: Report) -> Table:
     shown = [each for each in report.by_class if each.support]
     shown.sort(key=lambda each: (each.recall, each.f1))
     title = "Worst classes" if len(shown) > _LINES else "Classes"
-    return _table(title, ["class", "images", "recall", "precision", "F1"], (
-        [each.name, each.support, each.recall, each.precision, each.f1] for each in shown[:_LINES]))
+    return _table(
+        title,
+        ["class", "images", "recall", "precision", "F1"],
+        ([each.name, each.support, each.recall, each.precision, each.f1] for each in shown[:_LINES]),
+    )
 
 
 def _compare(main: Examined, other: Examined, found: Comparison, console: Console, say: Any) -> None:
     say(f"\nBeside {_described(other)}, on {found.images} images that both read")
-    console.print(_table(f"The {main.report.head} heads", ["model", "top-1", "95 % interval", "right alone"], [
-        [main.model, *_with_interval(found.first), found.only_first],
-        [other.model, *_with_interval(found.second), found.only_second]]))
+    console.print(
+        _table(
+            f"The {main.report.head} heads",
+            ["model", "top-1", "95 % interval", "right alone"],
+            [
+                [main.model, *_with_interval(found.first), found.only_first],
+                [other.model, *_with_interval(found.second), found.only_second],
+            ],
+        )
+    )
     low, high = found.interval
-    say(f"Difference {found.difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}; McNemar's exact test: "
-        f"p = {found.p_value:.3g}")
+    say(
+        f"Difference {found.difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}; McNemar's exact test: "
+        f"p = {found.p_value:.3g}"
+    )
 
 
 def _with_interval(accuracy: Accuracy) -> tuple[float, str]:
@@ -80,6 +119,7 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) ->
     for place, column in enumerate(columns):
         table.add_column(column, justify="left" if place == 0 else "right")
     for row in rows:
-        table.add_row(*(Text("-" if cell is None else f"{cell:.3f}" if isinstance(cell, float) else str(cell))
-                        for cell in row))
+        table.add_row(
+            *(Text("-" if cell is None else f"{cell:.3f}" if isinstance(cell, float) else str(cell)) for cell in row)
+        )
     return table

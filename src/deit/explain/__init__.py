@@ -21,9 +21,25 @@ if TYPE_CHECKING:
     from deit.explain.maps import occlusion as occlusion
     from deit.explain.maps import random_order as random_order
 
-__getattr__, __dir__ = offer(__name__, {
-    "deit.explain.maps": (
-        "METHODS", "Explanation", "Faithfulness", "Map", "Method", "Score", "Target", "Token", "deletion_insertion",
-        "explain", "explain_file", "explain_pixels", "figure", "occlusion", "random_order",
-    ),
-})
+__getattr__, __dir__ = offer(
+    __name__,
+    {
+        "deit.explain.maps": (
+            "METHODS",
+            "Explanation",
+            "Faithfulness",
+            "Map",
+            "Method",
+            "Score",
+            "Target",
+            "Token",
+            "deletion_insertion",
+            "explain",
+            "explain_file",
+            "explain_pixels",
+            "figure",
+            "occlusion",
+            "random_order",
+        ),
+    },
+)

@@ -81,7 +81,7 @@ def explain(model: nn.Module, pixels: Tensor, method: Method, target: Target = N
                         row = row + row @ (attention * slope.float()).clamp(min=0).mean(1)
                 case "attention":
                     row = row @ heads[-1].mean(1)
-            maps[token] = row[:, 0, config.num_prefix_tokens:].unflatten(1, config.grid)
+            maps[token] = row[:, 0, config.num_prefix_tokens :].unflatten(1, config.grid)
     return maps
 
 
@@ -99,8 +99,10 @@ def occlusion(model: nn.Module, pixels: Tensor, target: Target = None) -> dict[T
         alone = torch.eye(config.num_patches, dtype=torch.bool, device=pixels.device)
         seen = ~alone.unsqueeze(1).expand(-1, len(pixels), -1)  # (P, B, P)
         after = _probabilities(model, pixels, seen, targets)
-    return {token: (_of(targets[token], whole[token]) - without).T.unflatten(1, config.grid)
-            for token, without in after.items()}
+    return {
+        token: (_of(targets[token], whole[token]) - without).T.unflatten(1, config.grid)
+        for token, without in after.items()
+    }
 
 
 # ----------------------------------------------------------------------------------------------------- judging a map
@@ -118,8 +120,9 @@ class Faithfulness(NamedTuple):
 
 
 @torch.no_grad()
-def deletion_insertion(model: nn.Module, pixels: Tensor, maps: Mapping[Token, Tensor],
-                       target: Target = None) -> dict[Token, Faithfulness]:
+def deletion_insertion(
+    model: nn.Module, pixels: Tensor, maps: Mapping[Token, Tensor], target: Target = None
+) -> dict[Token, Faithfulness]:
     """Deletion and insertion of each token's map (B, R, S), in 32 steps at most; patches of equal value go in the order
     of reading. Probabilities are by the token's own head. Other arguments and errors as for `explain`."""
     shape = (len(pixels), *checked(model).config.grid)
@@ -127,30 +130,38 @@ def deletion_insertion(model: nn.Module, pixels: Tensor, maps: Mapping[Token, Te
         _, targets = _decided(model, pixels, target)
         for token, values in maps.items():
             if token not in targets or values.shape != shape:
-                raise ValueError(f"a map for the {token} token is {tuple(values.shape)}, expected {shape} for the "
-                                 f"{' and '.join(targets)} token; explain and occlusion make them")
+                raise ValueError(
+                    f"a map for the {token} token is {tuple(values.shape)}, expected {shape} for the "
+                    f"{' and '.join(targets)} token; explain and occlusion make them"
+                )
         orders = {token: values.flatten(1).argsort(descending=True, stable=True) for token, values in maps.items()}
-        return {token: _areas(model, pixels, order, {token: targets[token]})[token]
-                for token, order in orders.items()}
+        return {token: _areas(model, pixels, order, {token: targets[token]})[token] for token, order in orders.items()}
 
 
 @torch.no_grad()
-def random_order(model: nn.Module, pixels: Tensor, target: Target = None, *, orders: int = 5,
-                 seed: int = 0) -> dict[Token, Faithfulness]:
+def random_order(
+    model: nn.Module, pixels: Tensor, target: Target = None, *, orders: int = 5, seed: int = 0
+) -> dict[Token, Faithfulness]:
     """What a map without meaning scores: the mean of `deletion_insertion` over some random orders of the patches."""
     patches = checked(model).config.num_patches
     generator = torch.Generator().manual_seed(seed)
     with _evaluating(model):
         _, targets = _decided(model, pixels, target)
-        found = [_areas(model, pixels, torch.rand(len(pixels), patches, generator=generator).argsort(-1), targets)
-                 for _ in range(orders)]
-    return {token: Faithfulness(*(torch.stack(areas).mean(0)
-                                  for areas in zip(*(each[token] for each in found), strict=True)))
-            for token in targets}
+        found = [
+            _areas(model, pixels, torch.rand(len(pixels), patches, generator=generator).argsort(-1), targets)
+            for _ in range(orders)
+        ]
+    return {
+        token: Faithfulness(
+            *(torch.stack(areas).mean(0) for areas in zip(*(each[token] for each in found), strict=True))
+        )
+        for token in targets
+    }
 
 
-def _areas(model: nn.Module, pixels: Tensor, order: Tensor,
-           targets: Mapping[Token, Tensor]) -> dict[Token, Faithfulness]:
+def _areas(
+    model: nn.Module, pixels: Tensor, order: Tensor, targets: Mapping[Token, Tensor]
+) -> dict[Token, Faithfulness]:
     """For one order of patches, (B, P) with the first to go in front."""
     patches = order.shape[1]
     counts = torch.linspace(0, patches, min(patches, _STEPS) + 1).round()
@@ -162,10 +173,10 @@ def _areas(model: nn.Module, pixels: Tensor, order: Tensor,
     return areas
 
 
-def _probabilities(model: nn.Module, pixels: Tensor, seen: Tensor,
-                   targets: Mapping[Token, Tensor]) -> dict[Token, Tensor]:
-    """Of `targets` by their tokens' heads, (M, B), where of the patches only those in `seen`, (M, B, P), are not grey.
-    """
+def _probabilities(
+    model: nn.Module, pixels: Tensor, seen: Tensor, targets: Mapping[Token, Tensor]
+) -> dict[Token, Tensor]:
+    """Probabilities (M, B) of `targets` by each token's head, with every patch grey that is not in `seen` (M, B, P)."""
     config: Any = model.config
     (rows, columns), (height, width) = config.grid, config.patch_hw
     flat = seen.to(pixels.device).flatten(0, 1).unflatten(1, (rows, columns))  # (M * B, R, S)
@@ -175,8 +186,9 @@ def _probabilities(model: nn.Module, pixels: Tensor, seen: Tensor,
         shown = torch.zeros_like(pixels[owner])  # also what lies beyond the last whole patch, where nobody looks
         area = (..., slice(rows * height), slice(columns * width))
         shown[area] = pixels[owner][area] * some.repeat_interleave(height, 1).repeat_interleave(width, 2).unsqueeze(1)
-        by_head = head_probabilities(model(shown, output_attentions=False, output_hidden_states=False,
-                                           return_dict=True))
+        by_head = head_probabilities(
+            model(shown, output_attentions=False, output_hidden_states=False, return_dict=True)
+        )
         for token, target in targets.items():
             found[token].append(_of(target[owner], by_head[token]))
     return {token: torch.cat(parts).unflatten(0, seen.shape[:2]) for token, parts in found.items()}
@@ -188,11 +200,15 @@ def _probabilities(model: nn.Module, pixels: Tensor, seen: Tensor,
 def checked(model: nn.Module) -> Any:
     """The model. Raises `ValueError` where it can't be explained."""
     if not isinstance(model, DeiTForImageClassification | DeiTForImageClassificationWithTeacher):
-        raise ValueError(f"a {type(model).__name__} can't be explained: the maps are of attention, and of a decision "
-                         "between classes; give a DeiT or ViT classifier")
+        raise ValueError(
+            f"a {type(model).__name__} can't be explained: the maps are of attention, and of a decision "
+            "between classes; give a DeiT or ViT classifier"
+        )
     if (model.config.num_labels or 0) < 2:
-        raise ValueError(f"the model has {model.config.num_labels} outputs, and explained are decisions between "
-                         "classes, 2 or more; give a DeiT or ViT classifier")
+        raise ValueError(
+            f"the model has {model.config.num_labels} outputs, and explained are decisions between "
+            "classes, 2 or more; give a DeiT or ViT classifier"
+        )
     return model
 
 
@@ -221,10 +237,15 @@ def _targets(logits: Mapping[Token, Tensor], target: Target) -> dict[Token, Tens
         return {token: scores.argmax(-1) for token, scores in logits.items()}
     count, classes = logits["class"].shape
     chosen = torch.as_tensor(target, device=logits["class"].device)
-    if (chosen.dtype not in (torch.int64, torch.int32) or chosen.shape not in ((), (count,))
-            or bool(((chosen < 0) | (chosen >= classes)).any())):
-        raise ValueError(f"target must be an integer from 0 to {classes - 1}, or one for each of {count} images, found "
-                         f"{target}; give the number of a class in config.id2label")
+    if (
+        chosen.dtype not in (torch.int64, torch.int32)
+        or chosen.shape not in ((), (count,))
+        or bool(((chosen < 0) | (chosen >= classes)).any())
+    ):
+        raise ValueError(
+            f"target must be an integer from 0 to {classes - 1}, or one for each of {count} images, found "
+            f"{target}; give the number of a class in config.id2label"
+        )
     return dict.fromkeys(logits, chosen.long().expand(count))
 
 
@@ -282,8 +303,12 @@ class Map:
         """Where its largest value is, in words for those who don't see it: of nine places, like `in the upper left`."""
         if self.values.min() == self.values.max():
             return "nowhere more than elsewhere"
-        middles = ((place + 0.5) / side for place, side in zip(
-            np.unravel_index(self.values.argmax(), self.values.shape), self.values.shape, strict=True))
+        middles = (
+            (place + 0.5) / side
+            for place, side in zip(
+                np.unravel_index(self.values.argmax(), self.values.shape), self.values.shape, strict=True
+            )
+        )
         row, column = (int(3 * middle) for middle in middles)
         return _PLACES[row][column]
 
@@ -291,8 +316,11 @@ class Map:
         return _flat({**vars(self), "values": self.values.tolist(), "strongest": self.strongest}, "score")
 
 
-_PLACES = (("in the upper left", "at the top", "in the upper right"), ("on the left", "in the middle", "on the right"),
-           ("in the lower left", "at the bottom", "in the lower right"))
+_PLACES = (
+    ("in the upper left", "at the top", "in the upper right"),
+    ("on the left", "in the middle", "on the right"),
+    ("in the lower left", "at the bottom", "in the lower right"),
+)
 
 
 def _flat(fields: Mapping[str, Any], score: str) -> dict[str, Any]:
@@ -314,9 +342,13 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types; the keys are in docs/explain.md."""
-        return {"model": self.model, "image": self.image, "image_size": [self.seen.height, self.seen.width],
-                "answers": [answer.to_dict() for answer in self.answers],
-                "maps": [each.to_dict() for each in self.maps]}
+        return {
+            "model": self.model,
+            "image": self.image,
+            "image_size": [self.seen.height, self.seen.width],
+            "answers": [answer.to_dict() for answer in self.answers],
+            "maps": [each.to_dict() for each in self.maps],
+        }
 
     def of(self, token: Token) -> list[Map]:
         """A token's maps."""
@@ -324,11 +356,20 @@ class Explanation:
 
     def __str__(self) -> str:
         """The answers, and a table of how the maps score, where they are scored."""
-        lines = [f"{answer.token} token: {answer.label} {answer.probability:.3f}" +
-                 (f"; explained: {answer.target} {answer.target_probability:.3f}" if answer.target != answer.label
-                  else "") for answer in self.answers]
-        rows = [(answer.token, name, score) for answer in self.answers for name, score in [
-            *((each.method, each.score) for each in self.of(answer.token)), ("random order", answer.chance)] if score]
+        lines = [
+            f"{answer.token} token: {answer.label} {answer.probability:.3f}"
+            + (f"; explained: {answer.target} {answer.target_probability:.3f}" if answer.target != answer.label else "")
+            for answer in self.answers
+        ]
+        rows = [
+            (answer.token, name, score)
+            for answer in self.answers
+            for name, score in [
+                *((each.method, each.score) for each in self.of(answer.token)),
+                ("random order", answer.chance),
+            ]
+            if score
+        ]
         if rows:
             lines += ["", f"{'token':14}{'map':14}{'deletion':>10}{'insertion':>11}"]
         lines += [f"{token:14}{name:14}{score.deletion:10.3f}{score.insertion:11.3f}" for token, name, score in rows]
@@ -339,13 +380,20 @@ def explained_model(predictor: Predictor) -> Any:
     """The model whose inside is looked at, on the predictor's device. Raises `ValueError` where there is none, or none
     that can be explained."""
     if predictor.model is None:
-        raise ValueError("this is an exported model, whose inside can't be seen; explain the model that it was made "
-                         "from")
+        raise ValueError(
+            "this is an exported model, whose inside can't be seen; explain the model that it was made from"
+        )
     return checked(predictor.model)
 
 
-def explain_file(name_or_folder: str | Path, image: str | Path, *, methods: Sequence[Method] = METHODS,
-                 target: str | None = None, device: str | torch.device = "cpu") -> Explanation:
+def explain_file(
+    name_or_folder: str | Path,
+    image: str | Path,
+    *,
+    methods: Sequence[Method] = METHODS,
+    target: str | None = None,
+    device: str | torch.device = "cpu",
+) -> Explanation:
     """Explains a trained model's answer to one image file, prepared as the model's files say, and scores the maps.
 
     Args:
@@ -377,8 +425,14 @@ def _score(areas: Faithfulness) -> Score:
     return Score(float(areas.deletion), float(areas.insertion))
 
 
-def explain_pixels(model: nn.Module, processor: DeiTImageProcessor, pixels: Tensor, *, methods: Sequence[Method],
-                   target: int | None = None) -> Explanation:
+def explain_pixels(
+    model: nn.Module,
+    processor: DeiTImageProcessor,
+    pixels: Tensor,
+    *,
+    methods: Sequence[Method],
+    target: int | None = None,
+) -> Explanation:
     """Explains a model's answer to one image that its `processor` has prepared, without scores and without names.
 
     Args:
@@ -391,12 +445,19 @@ def explain_pixels(model: nn.Module, processor: DeiTImageProcessor, pixels: Tens
     labels = list(config.id2label.values())
     with torch.no_grad(), _evaluating(model):
         probabilities, targets = _decided(model, pixels, target)
-    maps = [Map(token, method, values[0].cpu().numpy())
-            for method in methods for token, values in explain(model, pixels, method, target).items()]
-    if not (all(scores.isfinite().all() for scores in probabilities.values())
-            and all(np.isfinite(each.values).all() for each in maps)):
-        raise ValueError("the model's answer is not a number, so there is nothing to explain; its weights are damaged "
-                         "or diverged: take another checkpoint")
+    maps = [
+        Map(token, method, values[0].cpu().numpy())
+        for method in methods
+        for token, values in explain(model, pixels, method, target).items()
+    ]
+    if not (
+        all(scores.isfinite().all() for scores in probabilities.values())
+        and all(np.isfinite(each.values).all() for each in maps)
+    ):
+        raise ValueError(
+            "the model's answer is not a number, so there is nothing to explain; its weights are damaged "
+            "or diverged: take another checkpoint"
+        )
     answers = []
     for token, [scores] in probabilities.items():
         best, chosen = int(scores.argmax()), int(targets[token])
@@ -409,8 +470,10 @@ def class_number(name: str, labels: Sequence[str]) -> int:
     if name not in labels:
         raise ValueError(f"the model knows no class {name!r}; {near(name, labels)}; give one of its labels")
     if labels.count(name) > 1:
-        raise ValueError(f"the model calls {labels.count(name)} of its classes {name!r}, so which one is meant is not "
-                         "known; make the names in id2label of the model's config.json differ")
+        raise ValueError(
+            f"the model calls {labels.count(name)} of its classes {name!r}, so which one is meant is not "
+            "known; make the names in id2label of the model's config.json differ"
+        )
     return labels.index(name)
 
 
@@ -418,7 +481,7 @@ def seen_by(config: DeiTConfig, pixels: Tensor, processor: DeiTImageProcessor) -
     """What a model saw in `pixels` (B, channels, height, width): rescaling and normalisation undone, and without what
     lies beyond the last whole patch, so that a map covers all of it."""
     (rows, columns), (height, width) = config.grid, config.patch_hw
-    values = pixels[:, :, :rows * height, :columns * width].permute(0, 2, 3, 1).double().cpu().numpy()
+    values = pixels[:, :, : rows * height, : columns * width].permute(0, 2, 3, 1).double().cpu().numpy()
     if processor.do_normalize:
         values = values * np.array(processor.image_std) + np.array(processor.image_mean)
     if processor.do_rescale:
@@ -430,13 +493,29 @@ def seen_by(config: DeiTConfig, pixels: Tensor, processor: DeiTImageProcessor) -
 
 # ------------------------------------------------------------------------------------------------------------- figure
 
-_VIRIDIS = np.array([[0x44, 0x01, 0x54], [0x48, 0x25, 0x76], [0x41, 0x44, 0x87], [0x35, 0x60, 0x8D], [0x2A, 0x78, 0x8E],
-                     [0x21, 0x90, 0x8C], [0x22, 0xA8, 0x84], [0x43, 0xBF, 0x71], [0x7A, 0xD1, 0x51], [0xBB, 0xDF, 0x27],
-                     [0xFD, 0xE7, 0x25]])
+_VIRIDIS = np.array(
+    [
+        [0x44, 0x01, 0x54],
+        [0x48, 0x25, 0x76],
+        [0x41, 0x44, 0x87],
+        [0x35, 0x60, 0x8D],
+        [0x2A, 0x78, 0x8E],
+        [0x21, 0x90, 0x8C],
+        [0x22, 0xA8, 0x84],
+        [0x43, 0xBF, 0x71],
+        [0x7A, 0xD1, 0x51],
+        [0xBB, 0xDF, 0x27],
+        [0xFD, 0xE7, 0x25],
+    ]
+)
 """Every tenth of viridis (Smith & van der Walt 2015, CC0): even steps of lightness, with any colour vision and in grey.
 """
-_TITLES = {"rollout": "attention rollout", "relevance": "gradient-weighted relevance",
-           "attention": "attention of the last block", "occlusion": "occlusion, as a check"}
+_TITLES = {
+    "rollout": "attention rollout",
+    "relevance": "gradient-weighted relevance",
+    "attention": "attention of the last block",
+    "occlusion": "occlusion, as a check",
+}
 _PANEL, _GAP, _LINE = 280, 24, 20  # pixels: longer side of a picture, space between cells, height of a line of text
 _INK, _PALE = (20, 20, 20), (95, 95, 95)
 
@@ -459,7 +538,9 @@ def overlay(picture: Image.Image, values: np.ndarray) -> Image.Image:
 
 
 def fitted(picture: Image.Image, side: int) -> Image.Image:
-    """To be looked at: its longer side at most `side` pixels; where they fit, every pixel becomes a square of several.
+    """The picture at a size for looking at: the longer side is at most `side` pixels.
+
+    Where several fit, every pixel becomes a square of them.
     """
     times = side // max(picture.size)
     if times:
@@ -489,9 +570,17 @@ def figure(explanation: Explanation) -> Image.Image:
         if answer.chance:
             said.append(f"random order: {_told(answer.chance)}")
         cells = [(picture, f"{answer.token} token", said)]
-        cells += [(overlay(picture, each.values), _TITLES[each.method], [
-            *([_told(each.score)] if each.score else []),
-            f"values {each.values.min():.3g} to {each.values.max():.3g}"]) for each in maps]
+        cells += [
+            (
+                overlay(picture, each.values),
+                _TITLES[each.method],
+                [
+                    *([_told(each.score)] if each.score else []),
+                    f"values {each.values.min():.3g} to {each.values.max():.3g}",
+                ],
+            )
+            for each in maps
+        ]
         for column, (image, title, lines) in enumerate(cells):
             x = _GAP + column * across
             _write(draw, (x, y), title, _PANEL, size=16)
@@ -514,8 +603,15 @@ def _legend(canvas: Image.Image, draw: ImageDraw.ImageDraw, y: int, *, scored: b
     _write(draw, (_GAP + _PANEL // 2 + 8, y), told, canvas.width - 2 * _GAP - _PANEL // 2 - 8, size=13, ink=_PALE)
 
 
-def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int, *, size: int = 14,
-           ink: tuple[int, int, int] = _INK) -> None:
+def _write(
+    draw: ImageDraw.ImageDraw,
+    place: tuple[int, int],
+    text: str,
+    width: int,
+    *,
+    size: int = 14,
+    ink: tuple[int, int, int] = _INK,
+) -> None:
     """In one line, shortened to `width` pixels."""
     font = ImageFont.load_default(size)
     text = " ".join(text.split())

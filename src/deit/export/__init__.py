@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from deit.export.write import Format as Format
     from deit.export.write import export as export
 
-__getattr__, __dir__ = offer(__name__, {
-    "deit.export.engines": ("Engine", "load_engine"),
-    "deit.export.write": ("Exported", "Format", "export"),
-})
+__getattr__, __dir__ = offer(
+    __name__,
+    {
+        "deit.export.engines": ("Engine", "load_engine"),
+        "deit.export.write": ("Exported", "Format", "export"),
+    },
+)

@@ -54,9 +54,12 @@ def convert(source: str | Path, to: Dialect, out: str | Path, **where: Any) -> P
 def _to_keras(checkpoint: hub.Checkpoint, processor: DeiTImageProcessor, folder: Path) -> Path:
     from deit.model_keras import network
 
-    cls = {"backbone": network.TFDeiTModel, "masked_image": network.TFDeiTForMaskedImageModeling,
-           "classification": network.TFDeiTForImageClassification,
-           "with_teacher": network.TFDeiTForImageClassificationWithTeacher}[weights.kind_of(checkpoint.tensors)]
+    cls = {
+        "backbone": network.TFDeiTModel,
+        "masked_image": network.TFDeiTForMaskedImageModeling,
+        "classification": network.TFDeiTForImageClassification,
+        "with_teacher": network.TFDeiTForImageClassificationWithTeacher,
+    }[weights.kind_of(checkpoint.tensors)]
     model, path = cls.from_checkpoint(checkpoint), folder / "model.keras"
     with files.replacing(path) as temporary:
         renamed = temporary.with_suffix(".keras")  # the only ending that Keras writes
@@ -71,31 +74,44 @@ def _check_expressible(checkpoint: hub.Checkpoint, to: Dialect) -> None:
     if (kind := weights.kind_of(checkpoint.tensors)) not in ("classification", "with_teacher"):
         raise ValueError(f"{checkpoint.file} is a {kind} model; {to} stores classifiers only, keep --to hf")
     if config.distillation_token and kind == "classification":
-        raise ValueError(f"{checkpoint.file} has a distillation token and one head; {to}'s distilled models have two, "
-                         "keep --to hf")
+        raise ValueError(
+            f"{checkpoint.file} has a distillation token and one head; {to}'s distilled models have two, keep --to hf"
+        )
     if config.hidden_act != "gelu" or config.layer_norm_eps > 1e-6:
-        raise ValueError(f"{to}'s models compute with gelu and a LayerNorm epsilon of 1e-6; {checkpoint.file} has "
-                         f"{config.hidden_act} and {config.layer_norm_eps}, and would answer differently")
+        raise ValueError(
+            f"{to}'s models compute with gelu and a LayerNorm epsilon of 1e-6; {checkpoint.file} has "
+            f"{config.hidden_act} and {config.layer_norm_eps}, and would answer differently"
+        )
 
 
 def nearest_variant(config: DeiTConfig) -> str:
     """The published architecture that shares most with `config`; raises `ValueError` where the family differs."""
+
     def distance(name: str) -> tuple[int, int, int]:
         other = VARIANTS[name]
-        return (abs(other.hidden_size - config.hidden_size), abs(other.num_hidden_layers - config.num_hidden_layers),
-                abs(other.image_hw[0] - config.image_hw[0]))
+        return (
+            abs(other.hidden_size - config.hidden_size),
+            abs(other.num_hidden_layers - config.num_hidden_layers),
+            abs(other.image_hw[0] - config.image_hw[0]),
+        )
 
     family = (config.distillation_token, config.position_on_class_token, config.layer_scale_init_value is None)
-    alike = [name for name, v in VARIANTS.items() if family == (
-        v.distillation_token, v.position_on_class_token, v.layer_scale_init_value is None)]
+    alike = [
+        name
+        for name, v in VARIANTS.items()
+        if family == (v.distillation_token, v.position_on_class_token, v.layer_scale_init_value is None)
+    ]
     if not alike:
-        raise ValueError("no published architecture combines this distillation token, LayerScale and positions; "
-                         "keep --to hf")
+        raise ValueError(
+            "no published architecture combines this distillation token, LayerScale and positions; keep --to hf"
+        )
     return min(alike, key=distance)
 
 
-_TIMM_LACKS = {"deit3-medium-patch16-384": "deit3-medium-patch16-224",
-               "deit3-huge-patch14-384": "deit3-huge-patch14-224"}
+_TIMM_LACKS = {
+    "deit3-medium-patch16-384": "deit3-medium-patch16-224",
+    "deit3-huge-patch14-384": "deit3-huge-patch14-224",
+}
 
 
 def _timm_config(config: DeiTConfig, processor: DeiTImageProcessor) -> dict[str, Any]:
@@ -103,22 +119,41 @@ def _timm_config(config: DeiTConfig, processor: DeiTImageProcessor) -> dict[str,
     name = nearest_variant(config)
     name = _TIMM_LACKS.get(name, name)
     near = VARIANTS[name]
-    fields = {"img_size": "image_hw", "patch_size": "patch_hw", "in_chans": "num_channels",
-              "embed_dim": "hidden_size", "depth": "num_hidden_layers", "num_heads": "num_attention_heads",
-              "qkv_bias": "qkv_bias"}
-    arguments = {theirs: getattr(config, ours) for theirs, ours in fields.items()
-                 if getattr(config, ours) != getattr(near, ours)}
-    arguments = {key: value[0] if isinstance(value, tuple) and value[0] == value[1] else value
-                 for key, value in arguments.items()}
+    fields = {
+        "img_size": "image_hw",
+        "patch_size": "patch_hw",
+        "in_chans": "num_channels",
+        "embed_dim": "hidden_size",
+        "depth": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "qkv_bias": "qkv_bias",
+    }
+    arguments = {
+        theirs: getattr(config, ours) for theirs, ours in fields.items() if getattr(config, ours) != getattr(near, ours)
+    }
+    arguments = {
+        key: value[0] if isinstance(value, tuple) and value[0] == value[1] else value
+        for key, value in arguments.items()
+    }
     if config.intermediate_size != 4 * config.hidden_size:
         # timm rounds width x ratio down; half a unit more keeps a ratio that is no exact float on the right side.
         arguments["mlp_ratio"] = (config.intermediate_size + 0.5) / config.hidden_size
-    cfg = {"num_classes": config.num_labels, "input_size": [config.num_channels, *config.image_hw],
-           "fixed_input_size": True, "first_conv": "patch_embed.proj", **processor.to_timm(),
-           "classifier": ["head", "head_dist"] if config.distillation_token else "head",
-           "label_names": list(config.id2label.values())}  # type: ignore[union-attr]
-    return {"architecture": name.replace("-", "_"), "num_classes": config.num_labels,
-            "num_features": config.hidden_size, "model_args": arguments, "pretrained_cfg": cfg}
+    cfg = {
+        "num_classes": config.num_labels,
+        "input_size": [config.num_channels, *config.image_hw],
+        "fixed_input_size": True,
+        "first_conv": "patch_embed.proj",
+        **processor.to_timm(),
+        "classifier": ["head", "head_dist"] if config.distillation_token else "head",
+        "label_names": list(config.id2label.values()),
+    }  # type: ignore[union-attr]
+    return {
+        "architecture": name.replace("-", "_"),
+        "num_classes": config.num_labels,
+        "num_features": config.hidden_size,
+        "model_args": arguments,
+        "pretrained_cfg": cfg,
+    }
 
 
 def _processor_of(source: str | Path, config: DeiTConfig, where: Mapping[str, Any]) -> DeiTImageProcessor:

@@ -38,8 +38,9 @@ class Engine(ABC):
     name: ClassVar[str]
     """Of the runtime."""
 
-    def __init__(self, folder: Path, record: Mapping[str, Any], *, hint: Hint = "latency",
-                 precision: Precision = "auto"):
+    def __init__(
+        self, folder: Path, record: Mapping[str, Any], *, hint: Hint = "latency", precision: Precision = "auto"
+    ):
         self.folder = folder
         self.input, self.outputs = str(record["input"]["name"]), tuple(map(str, record["outputs"]))
         self.shape: tuple[int, int, int] = tuple(record["input"]["shape"][1:])  # (C, H, W)
@@ -52,8 +53,10 @@ class Engine(ABC):
         Raises `ValueError` for other pixels.
         """
         if pixels.ndim != 4 or pixels.shape[1:] != self.shape or not len(pixels) or pixels.dtype != np.float32:
-            raise ValueError(f"pixels must be (images, {', '.join(map(str, self.shape))}) of float32, found "
-                             f"{pixels.shape} of {pixels.dtype}; the DeiTImageProcessor of {self.folder} makes them")
+            raise ValueError(
+                f"pixels must be (images, {', '.join(map(str, self.shape))}) of float32, found "
+                f"{pixels.shape} of {pixels.dtype}; the DeiTImageProcessor of {self.folder} makes them"
+            )
         return dict(zip(self.outputs, self._run(np.ascontiguousarray(pixels)), strict=True))
 
     def __str__(self) -> str:
@@ -130,8 +133,14 @@ class OpenVINOEngine(Engine):
         return [found[name] for name in self.outputs]
 
 
-ENGINES: dict[str, type[Engine]] = {"torch": TorchEngine, "onnx": OnnxEngine, "onnx-int8": OnnxEngine,
-                                    "openvino": OpenVINOEngine, "openvino-int8": OpenVINOEngine, "web": OnnxEngine}
+ENGINES: dict[str, type[Engine]] = {
+    "torch": TorchEngine,
+    "onnx": OnnxEngine,
+    "onnx-int8": OnnxEngine,
+    "openvino": OpenVINOEngine,
+    "openvino-int8": OpenVINOEngine,
+    "web": OnnxEngine,
+}
 """By the `format` of a record."""
 
 
@@ -148,8 +157,10 @@ def load_engine(folder: str | Path, *, hint: Hint = "latency", precision: Precis
     record = read_record(folder)
     for name, digest in record["files"].items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
-            raise files.CheckpointError(f"{folder / name} is not the file that was exported, by the SHA-256 in "
-                                        f"{folder / RECORD}; copy or export it again")
+            raise files.CheckpointError(
+                f"{folder / name} is not the file that was exported, by the SHA-256 in "
+                f"{folder / RECORD}; copy or export it again"
+            )
     return ENGINES[record["format"]](folder, record, hint=hint, precision=precision)
 
 
@@ -160,11 +171,16 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} holds no {RECORD}; give a folder that `deit export` wrote")
     record = files.read_json(path)
     if record.get("format") not in ENGINES:
-        raise files.CheckpointError(f"{path} is of format {record.get('format')!r}, expected one of "
-                                    f"{', '.join(ENGINES)}; export the model again with this version")
+        raise files.CheckpointError(
+            f"{path} is of format {record.get('format')!r}, expected one of "
+            f"{', '.join(ENGINES)}; export the model again with this version"
+        )
     shape, kinds = (record.get("input") or {}).get("shape"), {"files": dict, "input": dict, "outputs": list}
-    if any(not isinstance(record.get(key), kind) for key, kind in kinds.items()) or not (
-            isinstance(shape, list) and len(shape) == 4) or "name" not in record["input"]:
+    if (
+        any(not isinstance(record.get(key), kind) for key, kind in kinds.items())
+        or not (isinstance(shape, list) and len(shape) == 4)
+        or "name" not in record["input"]
+    ):
         raise files.CheckpointError(f"{path} lacks the files, the input or the outputs of the model; export it again")
     return record
 
@@ -199,5 +215,7 @@ def _reading(path: Path, runtime: str) -> Iterator[None]:
         yield
     except Exception as error:  # each runtime has classes of its own
         reason = " ".join(str(error).split())[:200]
-        raise files.CheckpointError(f"{path} can't be read by {runtime} ({reason}); export it again, or install the "
-                                    f"versions named in {path.parent / RECORD}") from None
+        raise files.CheckpointError(
+            f"{path} can't be read by {runtime} ({reason}); export it again, or install the "
+            f"versions named in {path.parent / RECORD}"
+        ) from None

@@ -20,8 +20,9 @@ _RANKED = 32
 """Images that layers are ranked by."""
 
 
-def quantised_onnx(model: Any, layers: Layers, calibration: Sequence[np.ndarray], kept: Sequence[str], *,
-                   transformer: bool) -> Any:
+def quantised_onnx(
+    model: Any, layers: Layers, calibration: Sequence[np.ndarray], kept: Sequence[str], *, transformer: bool
+) -> Any:
     """An ONNX model in int8, but for the layers in `kept`; ranges are those over `calibration`, images of (1, C, H, W).
 
     Raises `ValueError` where a layer is not found in the graph.
@@ -29,15 +30,19 @@ def quantised_onnx(model: Any, layers: Layers, calibration: Sequence[np.ndarray]
     import onnx
 
     values = {tensor.name: tensor for tensor in model.graph.initializer}
-    weights = {node.name: onnx.numpy_helper.to_array(values[node.input[1]]) for node in model.graph.node
-               if node.op_type in ("MatMul", "Gemm", "Conv") and node.input[1] in values}
+    weights = {
+        node.name: onnx.numpy_helper.to_array(values[node.input[1]])
+        for node in model.graph.node
+        if node.op_type in ("MatMul", "Gemm", "Conv") and node.input[1] in values
+    }
     nodes = [node.name for node in model.graph.node]
     given = [{"pixel_values": pixels} for pixels in calibration]
     return _quantised(model, layers, given, kept, nodes, weights, transformer)
 
 
-def quantised_openvino(model: Any, layers: Layers, calibration: Sequence[np.ndarray], kept: Sequence[str], *,
-                       transformer: bool) -> Any:
+def quantised_openvino(
+    model: Any, layers: Layers, calibration: Sequence[np.ndarray], kept: Sequence[str], *, transformer: bool
+) -> Any:
     """The same of an OpenVINO model."""
     weights = {}
     for node in model.get_ops():
@@ -49,8 +54,15 @@ def quantised_openvino(model: Any, layers: Layers, calibration: Sequence[np.ndar
     return _quantised(model, layers, calibration, kept, nodes, weights, transformer)
 
 
-def _quantised(model: Any, layers: Layers, calibration: Sequence[Any], kept: Sequence[str], nodes: Sequence[str],
-               weights: Mapping[str, np.ndarray], transformer: bool) -> Any:
+def _quantised(
+    model: Any,
+    layers: Layers,
+    calibration: Sequence[Any],
+    kept: Sequence[str],
+    nodes: Sequence[str],
+    weights: Mapping[str, np.ndarray],
+    transformer: bool,
+) -> Any:
     """`nodes` are the names of all nodes of the graph, `weights` the constants of those that multiply with one.
 
     What is inside attention, and every sum and norm, stays in float: the first so that runtimes know it for attention,
@@ -64,14 +76,20 @@ def _quantised(model: Any, layers: Layers, calibration: Sequence[Any], kept: Seq
     # NNCF's correction of biases assumes images without borders: it took 5 points from a ConvNet at 16 pixels. Its
     # ranges are means over images, beyond which half of these are cut: probabilities moved twice as far.
     settings = AdvancedQuantizationParameters(
-        disable_bias_correction=True, activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX)
+        disable_bias_correction=True, activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
+    )
     node_of = _nodes_of(layers, weights)
     chosen = {node for layer, node in node_of.items() if layer not in kept}
     with redirect_stdout(io.StringIO()):  # a progress bar for each of its passes
         return nncf.quantize(
-            model, nncf.Dataset(calibration), subset_size=len(calibration), target_device=nncf.TargetDevice.CPU,
-            model_type=nncf.ModelType.TRANSFORMER if transformer else None, advanced_parameters=settings,
-            ignored_scope=nncf.IgnoredScope(names=[name for name in nodes if name not in chosen], validate=False))
+            model,
+            nncf.Dataset(calibration),
+            subset_size=len(calibration),
+            target_device=nncf.TargetDevice.CPU,
+            model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+            advanced_parameters=settings,
+            ignored_scope=nncf.IgnoredScope(names=[name for name in nodes if name not in chosen], validate=False),
+        )
 
 
 def _nodes_of(layers: Mapping[str, nn.Module], weights: Mapping[str, np.ndarray]) -> dict[str, str]:
@@ -82,12 +100,19 @@ def _nodes_of(layers: Mapping[str, nn.Module], weights: Mapping[str, np.ndarray]
     found = {}
     for layer, module in layers.items():
         own = _directions(module.weight.detach().numpy())  # type: ignore[operator]
-        same = [name for name in left if any(
-            other is not None and other.shape == own.shape and np.allclose(other, own, atol=1e-4)
-            for other in (left[name], turned.get(name)))]
+        same = [
+            name
+            for name in left
+            if any(
+                other is not None and other.shape == own.shape and np.allclose(other, own, atol=1e-4)
+                for other in (left[name], turned.get(name))
+            )
+        ]
         if not same:
-            raise ValueError(f"the layer {layer} is not found in the exported graph, so int8 can't be had; please "
-                             "report it, and take a float format")
+            raise ValueError(
+                f"the layer {layer} is not found in the exported graph, so int8 can't be had; please "
+                "report it, and take a float format"
+            )
         found[layer] = same[0]
         del left[same[0]]
     return found

@@ -36,11 +36,23 @@ TOLERANCE = 1e-6
 """Largest difference of a pixel value from the Python preprocessing's that the page's may have."""
 
 _NAME = f"onnxruntime-web-{VERSION}.tgz"
-_PAGE = ("index.html", "shown.css", "page.css", "shown.js", "page.js", "worker.js", "picture.js", "pixels.js",
-         "answer.js", "onnxruntime-LICENSE")  # its package holds no licence file
+_PAGE = (
+    "index.html",
+    "shown.css",
+    "page.css",
+    "shown.js",
+    "page.js",
+    "worker.js",
+    "picture.js",
+    "pixels.js",
+    "answer.js",
+    "onnxruntime-LICENSE",
+)  # its package holds no licence file
 # Some servers don't know .mjs for a script, and browsers refuse a script that is served as anything else.
-_RUNTIME = {"ort.wasm.bundle.min.js": "package/dist/ort.wasm.bundle.min.mjs",
-            "ort-wasm-simd-threaded.wasm": "package/dist/ort-wasm-simd-threaded.wasm"}
+_RUNTIME = {
+    "ort.wasm.bundle.min.js": "package/dist/ort.wasm.bundle.min.mjs",
+    "ort-wasm-simd-threaded.wasm": "package/dist/ort-wasm-simd-threaded.wasm",
+}
 
 
 class Page:
@@ -53,8 +65,10 @@ class Page:
     def __init__(self) -> None:
         self.node = shutil.which("node")
         if self.node is None:
-            raise FileNotFoundError("the program node is missing, and a page is checked in it; install Node.js 20 or "
-                                    "newer, or take another format")
+            raise FileNotFoundError(
+                "the program node is missing, and a page is checked in it; install Node.js 20 or "
+                "newer, or take another format"
+            )
         with tarfile.open(fileobj=io.BytesIO(_package())) as package:
             self._files = {name: _member(package, member) for name, member in _RUNTIME.items()}
         here = resources.files("deit") / "web"
@@ -83,23 +97,30 @@ def _package() -> bytes:
         return content
     npm = shutil.which("npm")
     if npm is None:
-        raise FileNotFoundError(f"onnxruntime-web {VERSION} is not in {cached.parent}, and the program npm, which "
-                                f"fetches it, is missing; install Node.js with npm, or put {_NAME} there")
+        raise FileNotFoundError(
+            f"onnxruntime-web {VERSION} is not in {cached.parent}, and the program npm, which "
+            f"fetches it, is missing; install Node.js with npm, or put {_NAME} there"
+        )
     # Without network npm would try again for more than a minute.
     command = [npm, "pack", "--loglevel=error", "--ignore-scripts", "--fetch-retries=0", f"onnxruntime-web@{VERSION}"]
     with tempfile.TemporaryDirectory() as scratch:
-        done = subprocess.run(command, cwd=scratch, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                              check=False)
+        done = subprocess.run(
+            command, cwd=scratch, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
         fetched = Path(scratch) / _NAME
         if not fetched.is_file():
             said = " ".join((done.stderr or done.stdout).replace("npm error", "").split())
             reason = said[:200] or f"it ended with {done.returncode}"
-            raise FileNotFoundError(f"npm did not give onnxruntime-web {VERSION} ({reason}); connect to the internet, "
-                                    f"see `npm config get registry`, or put {_NAME} into {cached.parent}")
+            raise FileNotFoundError(
+                f"npm did not give onnxruntime-web {VERSION} ({reason}); connect to the internet, "
+                f"see `npm config get registry`, or put {_NAME} into {cached.parent}"
+            )
         content = fetched.read_bytes()
     if (found := _integrity(content)) != INTEGRITY:
-        raise files.CheckpointError(f"npm gave an onnxruntime-web {VERSION} of {found}, expected {INTEGRITY}; see "
-                                    "`npm config get registry`, and ask who changes packages there")
+        raise files.CheckpointError(
+            f"npm gave an onnxruntime-web {VERSION} of {found}, expected {INTEGRITY}; see "
+            "`npm config get registry`, and ask who changes packages there"
+        )
     with files.replacing(cached) as temporary:
         temporary.write_bytes(content)
     return content
@@ -116,8 +137,9 @@ def refuse_undone(processor: DeiTImageProcessor) -> None:
     if processor.do_resize and processor.resample == Image.Resampling.NEAREST:
         raise ValueError(f"resample is nearest, expected a filter that the page has, such as bicubic; {advice}")
     if processor.do_convert_rgb is False:
-        raise ValueError(f"do_convert_rgb is False, expected True or none, as a browser gives every image in RGB; "
-                         f"{advice}")
+        raise ValueError(
+            f"do_convert_rgb is False, expected True or none, as a browser gives every image in RGB; {advice}"
+        )
     if processor.data_format != "channels_first":
         raise ValueError(f"data_format is {processor.data_format}, expected channels_first; {advice}")
 
@@ -138,8 +160,12 @@ class NodeEngine(Engine):
         (code / "check.mjs").write_bytes(check)
         self._said = code / "stderr"
         with open(self._said, "wb") as said:
-            self._process = subprocess.Popen([node, str(code / "check.mjs"), str(folder), str(code)],
-                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said)
+            self._process = subprocess.Popen(
+                [node, str(code / "check.mjs"), str(folder), str(code)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=said,
+            )
 
     def __enter__(self) -> NodeEngine:
         return self
@@ -169,9 +195,11 @@ class NodeEngine(Engine):
             images += 1
             difference = float(np.abs(found - expected).max()) if found.shape == expected.shape else math.inf
             if not difference <= TOLERANCE:
-                raise ValueError(f"web was not kept: of a picture of {picture.width}x{picture.height} its script makes "
-                                 f"pixels that differ by {difference:.2g} from this processor's, where {TOLERANCE:g} "
-                                 "are allowed; it computes as Pillow 13 does: install pillow>=13, or please report it")
+                raise ValueError(
+                    f"web was not kept: of a picture of {picture.width}x{picture.height} its script makes "
+                    f"pixels that differ by {difference:.2g} from this processor's, where {TOLERANCE:g} "
+                    "are allowed; it computes as Pillow 13 does: install pillow>=13, or please report it"
+                )
             largest = max(largest, difference)
         return {"images": images, "difference": largest}
 
@@ -188,7 +216,11 @@ class NodeEngine(Engine):
         if "outputs" not in answer:
             said = answer.get("error") or self._said.read_text(errors="replace") or "it ended early"
             said = " ".join(said.split())[:200]
-            raise ValueError(f"web was not kept: {self.name} {VERSION} failed in Node ({said}); install Node.js 20 or "
-                             "newer, or please report it, and take another format")
-        return [np.frombuffer(bytearray(stdout.read(4 * math.prod(dims))), np.float32).reshape(dims)
-                for dims in answer["outputs"]]
+            raise ValueError(
+                f"web was not kept: {self.name} {VERSION} failed in Node ({said}); install Node.js 20 or "
+                "newer, or please report it, and take another format"
+            )
+        return [
+            np.frombuffer(bytearray(stdout.read(4 * math.prod(dims))), np.float32).reshape(dims)
+            for dims in answer["outputs"]
+        ]

@@ -70,9 +70,14 @@ _JUDGED_BATCH = 16
 
 _BESIDE = {"config.json", FILE_NAME, CALIBRATION, RECORD}
 """Files of an export that are not its `files`."""
-_PACKAGES = {"torch": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",),
-             "web": ("onnx", "onnxscript"),
-             "onnx-int8": ("onnx", "onnxscript", "onnxruntime", "nncf"), "openvino-int8": ("openvino", "nncf")}
+_PACKAGES = {
+    "torch": (),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino",),
+    "web": ("onnx", "onnxscript"),
+    "onnx-int8": ("onnx", "onnxscript", "onnxruntime", "nncf"),
+    "openvino-int8": ("openvino", "nncf"),
+}
 
 
 @dataclass(frozen=True)
@@ -86,9 +91,11 @@ class Exported:
     def __str__(self) -> str:
         """In one line: format, agreement, and of int8 the accuracies."""
         found, accuracy = self.record["agreement"], self.record.get("accuracy")
-        said = (f"{self.folder}: {self.record['format']}, {round(found['labels'] * found['images'])} of "
-                f"{found['images']} images labelled as by the PyTorch model, probabilities within "
-                f"{found['difference']:.1e}")
+        said = (
+            f"{self.folder}: {self.record['format']}, {round(found['labels'] * found['images'])} of "
+            f"{found['images']} images labelled as by the PyTorch model, probabilities within "
+            f"{found['difference']:.1e}"
+        )
         if accuracy is None:
             return said
         said += f"; accuracy {accuracy['int8']['value']:.4f} after {accuracy['float']['value']:.4f}"
@@ -96,8 +103,9 @@ class Exported:
         return f"{said} on {accuracy['images']} images" + (f", in float: {', '.join(kept)}" if kept else "")
 
 
-def export(source: str | Path, to: Format, out: str | Path, *, calibrate: str | Path | None = None,
-           **where: Any) -> Exported:
+def export(
+    source: str | Path, to: Format, out: str | Path, *, calibrate: str | Path | None = None, **where: Any
+) -> Exported:
     """Writes a classifier for a runtime into the folder `out`, for images of the model's size in batches of any number:
     the model's file, `config.json` with the labels, `preprocessor_config.json`, in a float format the model's
     `calibration.json` where it has one, and `export.json` (see docs/export.md).
@@ -125,8 +133,10 @@ def export(source: str | Path, to: Format, out: str | Path, *, calibrate: str | 
     if to not in get_args(Format):
         raise ValueError(f"there is no format {to!r}; choose {', '.join(get_args(Format))}")
     if to.endswith("int8") and calibrate is None:
-        raise ValueError(f"{to} needs images to take the ranges of its numbers from, and to be judged by; give "
-                         "labelled ones with --calibrate DATA")
+        raise ValueError(
+            f"{to} needs images to take the ranges of its numbers from, and to be judged by; give "
+            "labelled ones with --calibrate DATA"
+        )
     folder = Path(out).absolute()
     _refuse_occupied(folder)
     _import_packages(to)
@@ -230,8 +240,11 @@ class _Logits(nn.Module):
         self.model = model
         both = isinstance(model, DeiTForImageClassificationWithTeacher)
         self.names = ("logits", "cls_logits", "distillation_logits") if both else ("logits",)
-        self.options: dict[str, bool] = {} if isinstance(model, ConvNet) else {
-            "output_attentions": False, "output_hidden_states": False, "return_dict": True}
+        self.options: dict[str, bool] = (
+            {}
+            if isinstance(model, ConvNet)
+            else {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+        )
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         out = self.model(pixel_values, **self.options)
@@ -245,8 +258,10 @@ class _Classifier:
         self.model, self.processor, self.name = model, processor, name
         config, kinds = model.config, (DeiTForImageClassification, DeiTForImageClassificationWithTeacher, ConvNet)
         if not isinstance(model, kinds) or not config.num_labels:
-            raise ValueError(f"{name} holds a {type(model).__name__} without classes; expected a classifier, the only "
-                             "kind of model that is exported")
+            raise ValueError(
+                f"{name} holds a {type(model).__name__} without classes; expected a classifier, the only "
+                "kind of model that is exported"
+            )
         self.transformer = isinstance(model, PreTrained)
         if self.transformer:
             self.model.set_attn_implementation("sdpa")  # one operation in the graph, which runtimes know as attention
@@ -255,8 +270,10 @@ class _Classifier:
         self.classes = tuple(config.id2label.values())
         [made] = self.processor([Image.new("RGB", (8, 8))]).pixel_values
         if made.shape != self.shape:
-            raise ValueError(f"the {FILE_NAME} of {name} makes pixels of {made.shape}, the model takes "
-                             f"{self.shape}; correct size, crop_size or data_format there")
+            raise ValueError(
+                f"the {FILE_NAME} of {name} makes pixels of {made.shape}, the model takes "
+                f"{self.shape}; correct size, crop_size or data_format there"
+            )
 
     @classmethod
     def of(cls, source: str | Path, **where: Any) -> _Classifier:
@@ -282,8 +299,9 @@ class _Classifier:
         """For batches of any number."""
         batch = torch.export.Dim("batch", min=1)
         with torch.no_grad():
-            return torch.export.export(self.logits, (torch.zeros(2, *self.shape),),
-                                       dynamic_shapes={"pixel_values": {0: batch}})
+            return torch.export.export(
+                self.logits, (torch.zeros(2, *self.shape),), dynamic_shapes={"pixel_values": {0: batch}}
+            )
 
     @cached_property
     def openvino_model(self) -> Any:
@@ -318,8 +336,11 @@ class _Examples:
 
     def pixels(self, split: Split) -> list[np.ndarray]:
         """(1, C, H, W) of each image that can be read."""
-        return [batch.pixels.numpy() for batch in EvaluationBatches(split, self.processor, 1, keep=False)
-                if batch.labels[0] >= 0]
+        return [
+            batch.pixels.numpy()
+            for batch in EvaluationBatches(split, self.processor, 1, keep=False)
+            if batch.labels[0] >= 0
+        ]
 
     def batches(self) -> EvaluationBatches:
         """Of the images to be judged by; can be gone through again and again."""
@@ -395,8 +416,10 @@ class _Checked:
             same = np.ones(len(batch), bool)
             for name, reference in expected.items():
                 if found[name].shape != reference.shape:
-                    raise ValueError(f"{engine.name} answers {len(batch)} images with {name} of {found[name].shape}, "
-                                     f"expected {reference.shape}; nothing was kept")
+                    raise ValueError(
+                        f"{engine.name} answers {len(batch)} images with {name} of {found[name].shape}, "
+                        f"expected {reference.shape}; nothing was kept"
+                    )
                 same &= found[name].argmax(-1) == reference.argmax(-1)
                 difference = float(np.maximum(difference, np.abs(found[name] - reference).max()))  # NaN stays
             alike += int(same.sum())
@@ -425,9 +448,13 @@ def _accuracy(answer: Callable[[np.ndarray], Mapping[str, np.ndarray]], batches:
 # ------------------------------------------------------------------------------------------------------- float formats
 
 
-def _write_float(classifier: _Classifier, to: Format, folder: Path, checked: _Checked,
-                 run: Callable[[Path, Mapping[str, Any]], AbstractContextManager[Engine]] | None = None
-                 ) -> dict[str, Any]:
+def _write_float(
+    classifier: _Classifier,
+    to: Format,
+    folder: Path,
+    checked: _Checked,
+    run: Callable[[Path, Mapping[str, Any]], AbstractContextManager[Engine]] | None = None,
+) -> dict[str, Any]:
     """Writes the model's files; returns the record. `run` opens the folder in the runtime that it is for, where that is
     not the one of `load_engine`."""
     run = run or (lambda folder, _: nullcontext(load_engine(folder, precision="float32")))
@@ -444,10 +471,12 @@ def _write_float(classifier: _Classifier, to: Format, folder: Path, checked: _Ch
         if agreement.labels == 1.0 and agreement.difference <= TOLERANCE:
             break
     else:
-        raise ValueError(f"{to} was not kept: of {agreement.images} images ({checked.source}) "
-                         f"{agreement.labels:.1%} are labelled as by the PyTorch model, and a probability differs by "
-                         f"{agreement.difference:.2g}, where all and at most {TOLERANCE:g} are allowed; please report "
-                         "it, and take another format")
+        raise ValueError(
+            f"{to} was not kept: of {agreement.images} images ({checked.source}) "
+            f"{agreement.labels:.1%} are labelled as by the PyTorch model, and a probability differs by "
+            f"{agreement.difference:.2g}, where all and at most {TOLERANCE:g} are allowed; please report "
+            "it, and take another format"
+        )
     if to == "openvino":
         record["weights"] = "float16" if halved else "float32"
     return record | _checks(agreement, checked, to, folder)
@@ -478,8 +507,16 @@ def _checks(agreement: _Agreement, checked: _Checked, to: Format, folder: Path) 
 
 
 def _save_onnx(classifier: _Classifier, path: Path) -> None:
-    torch.onnx.export(classifier.program, (), path, dynamo=True, verbose=False, input_names=["pixel_values"],
-                      output_names=list(classifier.logits.names), external_data=classifier.bytes > _ONNX_BYTES)
+    torch.onnx.export(
+        classifier.program,
+        (),
+        path,
+        dynamo=True,
+        verbose=False,
+        input_names=["pixel_values"],
+        output_names=list(classifier.logits.names),
+        external_data=classifier.bytes > _ONNX_BYTES,
+    )
 
 
 _ONNX_BYTES = 2**31 - 2**24
@@ -496,8 +533,10 @@ def _save_openvino(model: Any, path: Path, *, halved: bool) -> None:
 def _refuse_for_the_web(classifier: _Classifier) -> None:
     refuse_undone(classifier.processor)
     if classifier.bytes > _ONNX_BYTES:
-        raise ValueError(f"the weights of {classifier.name} take {classifier.bytes / 2**30:.1f} GiB, more than the 2 "
-                         "GiB that a file for a browser can have; take a smaller model")
+        raise ValueError(
+            f"the weights of {classifier.name} take {classifier.bytes / 2**30:.1f} GiB, more than the 2 "
+            "GiB that a file for a browser can have; take a smaller model"
+        )
 
 
 def _write_web(classifier: _Classifier, page: Page, folder: Path, checked: _Checked) -> dict[str, Any]:
@@ -511,8 +550,9 @@ def _write_web(classifier: _Classifier, page: Page, folder: Path, checked: _Chec
 # --------------------------------------------------------------------------------------------------------------- int8
 
 
-def _write_int8(classifier: _Classifier, to: Format, folder: Path, examples: _Examples,
-                checked: _Checked) -> dict[str, Any]:
+def _write_int8(
+    classifier: _Classifier, to: Format, folder: Path, examples: _Examples, checked: _Checked
+) -> dict[str, Any]:
     """Writes the model's files with as few layers in float as the accuracy allows; returns the record."""
     batches, calibration = examples.batches(), examples.pixels(examples.calibration)
     before = _accuracy(classifier, batches)
@@ -521,7 +561,7 @@ def _write_int8(classifier: _Classifier, to: Format, folder: Path, examples: _Ex
     for share in _SHARES:
         if share and not order:
             order = by_sensitivity(classifier.logits, classifier.layers(), calibration)
-        kept = order[:math.ceil(share * len(order))]
+        kept = order[: math.ceil(share * len(order))]
         quantise(classifier, folder, calibration, kept)
         record = _describe(classifier, to, folder)
         engine = load_engine(folder, precision="float32")
@@ -529,32 +569,46 @@ def _write_int8(classifier: _Classifier, to: Format, folder: Path, examples: _Ex
         if before.correct - after.correct <= LOSS * before.total:
             break
     else:
-        raise ValueError(f"{to} was not kept: on {before.total} images ({examples.source}) the accuracy is "
-                         f"{after.value:.4f} after {before.value:.4f}, more than {LOSS:.1%} lower, even with "
-                         f"{len(kept)} of {len(order)} layers in float; the ones that 8 bits hurt most are "
-                         f"{', '.join(order[:5])}; take {to.removesuffix('-int8')}, or calibrate with more images")
+        raise ValueError(
+            f"{to} was not kept: on {before.total} images ({examples.source}) the accuracy is "
+            f"{after.value:.4f} after {before.value:.4f}, more than {LOSS:.1%} lower, even with "
+            f"{len(kept)} of {len(order)} layers in float; the ones that 8 bits hurt most are "
+            f"{', '.join(order[:5])}; take {to.removesuffix('-int8')}, or calibrate with more images"
+        )
     weights = {name: layer.weight.numel() for name, layer in classifier.layers().items()}
     quantised = 1 - sum(weights[name] for name in kept) / sum(weights.values())
-    accuracy = {"images": before.total, "source": examples.source, "calibrated": len(calibration),
-                "float": before.to_dict(), "int8": after.to_dict(), "float_layers": kept, "int8_weights": quantised}
+    accuracy = {
+        "images": before.total,
+        "source": examples.source,
+        "calibrated": len(calibration),
+        "float": before.to_dict(),
+        "int8": after.to_dict(),
+        "float_layers": kept,
+        "int8_weights": quantised,
+    }
     return record | _checks(checked.agreement(engine), checked, to, folder) | {"accuracy": accuracy}
 
 
-def _quantised_onnx(classifier: _Classifier, folder: Path, calibration: Sequence[np.ndarray],
-                    kept: Sequence[str]) -> None:
+def _quantised_onnx(
+    classifier: _Classifier, folder: Path, calibration: Sequence[np.ndarray], kept: Sequence[str]
+) -> None:
     import onnx
 
     with tempfile.TemporaryDirectory() as scratch:
         _save_onnx(classifier, Path(scratch) / "model.onnx")
         model = onnx.load(Path(scratch) / "model.onnx")
-    onnx.save(quantised_onnx(model, classifier.layers(), calibration, kept, transformer=classifier.transformer),
-              folder / "model.onnx")
+    onnx.save(
+        quantised_onnx(model, classifier.layers(), calibration, kept, transformer=classifier.transformer),
+        folder / "model.onnx",
+    )
 
 
-def _quantised_openvino(classifier: _Classifier, folder: Path, calibration: Sequence[np.ndarray],
-                        kept: Sequence[str]) -> None:
-    model = quantised_openvino(classifier.openvino_model.clone(), classifier.layers(), calibration, kept,
-                               transformer=classifier.transformer)
+def _quantised_openvino(
+    classifier: _Classifier, folder: Path, calibration: Sequence[np.ndarray], kept: Sequence[str]
+) -> None:
+    model = quantised_openvino(
+        classifier.openvino_model.clone(), classifier.layers(), calibration, kept, transformer=classifier.transformer
+    )
     _save_openvino(model, folder / "model.xml", halved=False)
 
 
@@ -573,8 +627,10 @@ def _refuse_occupied(folder: Path) -> None:
         except (OSError, ValueError):
             known = set()
         if others := sorted(found - known):
-            raise FileExistsError(f"{folder} holds {', '.join(others[:3])}{' and more' if len(others) > 3 else ''}, "
-                                  "which no export wrote; give --out a new folder")
+            raise FileExistsError(
+                f"{folder} holds {', '.join(others[:3])}{' and more' if len(others) > 3 else ''}, "
+                "which no export wrote; give --out a new folder"
+            )
 
 
 @contextmanager

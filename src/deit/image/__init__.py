@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from deit.image.processor import DeiTFeatureExtractor as DeiTFeatureExtractor
     from deit.image.processor import DeiTImageProcessor as DeiTImageProcessor
 
-__getattr__, __dir__ = offer(__name__, {
-    "deit.image.decode": ("ImageError", "load_image"),
-    "deit.image.processor": ("BatchFeature", "DeiTFeatureExtractor", "DeiTImageProcessor"),
-})
+__getattr__, __dir__ = offer(
+    __name__,
+    {
+        "deit.image.decode": ("ImageError", "load_image"),
+        "deit.image.processor": ("BatchFeature", "DeiTFeatureExtractor", "DeiTImageProcessor"),
+    },
+)

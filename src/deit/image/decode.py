@@ -38,8 +38,11 @@ class Decoded(NamedTuple):
 
 
 def load_image(
-    source: str | os.PathLike[str] | bytes | Any, *, min_side: tuple[int, int] | int | None = None,
-    mode: str | None = "RGB", max_pixels: int = MAX_PIXELS,
+    source: str | os.PathLike[str] | bytes | Any,
+    *,
+    min_side: tuple[int, int] | int | None = None,
+    mode: str | None = "RGB",
+    max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
     """Decode one image, upright and in 8 bits.
 
@@ -78,8 +81,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode(source: Any, min_side: Sides | Callable[[tuple[int, int]], Sides] | None,
-           max_pixels: int = MAX_PIXELS) -> Decoded:
+def decode(
+    source: Any, min_side: Sides | Callable[[tuple[int, int]], Sides] | None, max_pixels: int = MAX_PIXELS
+) -> Decoded:
     """As `load_image`, in the file's own mode, and with what a scaled decode covers of the full image.
 
     `min_side` may also be a function of the full (height, width), which is asked before a JPEG is decoded, and of
@@ -147,8 +151,10 @@ def is_encoded(source: Any) -> bool:
 
 def _read_bytes(source: Any, name: str) -> bytes:
     if not is_encoded(source):
-        raise ImageError("an image is read from a path, bytes, a binary file or a PIL image, found an object of type "
-                         f"{type(source).__name__}")
+        raise ImageError(
+            "an image is read from a path, bytes, a binary file or a PIL image, found an object of type "
+            f"{type(source).__name__}"
+        )
     if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
         raise ImageError(f"{name} is a URL, expected a local file; download it first and give its path or bytes")
     if isinstance(source, (str, os.PathLike)):
@@ -156,8 +162,9 @@ def _read_bytes(source: Any, name: str) -> bytes:
     else:
         data = bytes(source) if _is_bytes(source) else source.read()
     if not isinstance(data, bytes):
-        raise ImageError(f"{name} gives an object of type {type(data).__name__}, expected bytes; open the file with "
-                         'mode "rb"')
+        raise ImageError(
+            f'{name} gives an object of type {type(data).__name__}, expected bytes; open the file with mode "rb"'
+        )
     if not data:
         raise ImageError(f"{name} is empty (0 bytes), expected an image; copy or download it again")
     return data

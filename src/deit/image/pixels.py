@@ -184,8 +184,12 @@ _LARGE = 2**25
 """Pixels of a resized image from which on what the crop discards is not computed: of a 1x5000 image, 3 GB."""
 
 
-def _middle(picture: Image.Image, target: tuple[int, int], crop: Mapping[str, int],
-            box: tuple[float, float, float, float] | None) -> tuple[tuple[int, int], tuple[float, float, float, float]]:
+def _middle(
+    picture: Image.Image,
+    target: tuple[int, int],
+    crop: Mapping[str, int],
+    box: tuple[float, float, float, float] | None,
+) -> tuple[tuple[int, int], tuple[float, float, float, float]]:
     """The part of a resize to `target` (height, width) that a central crop keeps: its size, and the part of the picture
     that it shows. Pillow rounds such a box, so that pixels differ by less than 1 of 255 on average."""
     left, top, right, bottom = box or (0.0, 0.0, float(picture.width), float(picture.height))

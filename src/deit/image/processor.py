@@ -367,8 +367,10 @@ class DeiTImageProcessor:
         """
         crop = self.crop_size if self.do_center_crop else self.size
         if not self.do_resize or "height" not in crop:
-            raise ValueError(f"a crop ratio needs images that are resized and cropped, found do_resize={self.do_resize}"
-                             f" and do_center_crop={self.do_center_crop} with size={self.size}; set these options")
+            raise ValueError(
+                f"a crop ratio needs images that are resized and cropped, found do_resize={self.do_resize}"
+                f" and do_center_crop={self.do_center_crop} with size={self.size}; set these options"
+            )
         paper = self.paper((crop["height"], crop["width"]), ratio)
         changed = copy.deepcopy(self)
         squashed = {key: int(side / ratio) for key, side in crop.items()}
@@ -381,8 +383,13 @@ class DeiTImageProcessor:
     @classmethod
     def from_pretrained(
         cls,
-        name_or_folder: str | Path, *, revision: str | None = None, subfolder: str = "",
-        cache_dir: str | Path | None = None, local_files_only: bool = False, token: str | bool | None = None,
+        name_or_folder: str | Path,
+        *,
+        revision: str | None = None,
+        subfolder: str = "",
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
         **overrides: Any,
     ) -> DeiTImageProcessor:
         """Read `preprocessor_config.json` of a folder or of a model on the Hub; `overrides` replace its options.
@@ -390,8 +397,13 @@ class DeiTImageProcessor:
         Raises `FileNotFoundError` without such a file, `ValueError` for one that cannot be honoured.
         """
         path = files.find_file(
-            name_or_folder, FILE_NAME, revision=revision, subfolder=subfolder, cache_dir=cache_dir,
-            local_files_only=local_files_only, token=token,
+            name_or_folder,
+            FILE_NAME,
+            revision=revision,
+            subfolder=subfolder,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
         )
         return cls.from_json_file(path, **overrides)
 
@@ -407,9 +419,10 @@ class DeiTImageProcessor:
         except FileNotFoundError as error:
             if timm := config.extra.get("pretrained_cfg"):
                 return cls.from_timm(timm, image_size=config.image_size)
-            raise FileNotFoundError(f"{error}, so how its images are prepared is not known; save the processor it was "
-                                    "trained with there, e.g. DeiTImageProcessor.paper(224).save_pretrained(FOLDER)"
-                                    ) from None
+            raise FileNotFoundError(
+                f"{error}, so how its images are prepared is not known; save the processor it was "
+                "trained with there, e.g. DeiTImageProcessor.paper(224).save_pretrained(FOLDER)"
+            ) from None
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str], **overrides: Any) -> DeiTImageProcessor:

@@ -22,13 +22,23 @@ if TYPE_CHECKING:
     from deit.model.network import head_probabilities as head_probabilities
     from deit.model.pretrained import PreTrained as PreTrained
 
-__getattr__, __dir__ = offer(__name__, {
-    "deit.model.convnet": ("ConvNet",),
-    "deit.model.load": ("load_model",),
-    "deit.model.network": (
-        "Attention", "Block", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher",
-        "DeiTForMaskedImageModeling", "DeiTModel", "ViTForImageClassification", "ViTModel", "fuse_heads",
-        "head_probabilities",
-    ),
-    "deit.model.pretrained": ("PreTrained",),
-})
+__getattr__, __dir__ = offer(
+    __name__,
+    {
+        "deit.model.convnet": ("ConvNet",),
+        "deit.model.load": ("load_model",),
+        "deit.model.network": (
+            "Attention",
+            "Block",
+            "DeiTForImageClassification",
+            "DeiTForImageClassificationWithTeacher",
+            "DeiTForMaskedImageModeling",
+            "DeiTModel",
+            "ViTForImageClassification",
+            "ViTModel",
+            "fuse_heads",
+            "head_probabilities",
+        ),
+        "deit.model.pretrained": ("PreTrained",),
+    },
+)

@@ -32,9 +32,22 @@ class AttentionBranch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keep: Tensor | None, read: int, heads: int, eps: float,
-                dtype: torch.dtype, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
-                qkv_bias: Tensor | None, out_weight: Tensor, out_bias: Tensor, scale: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        keep: Tensor | None,
+        read: int,
+        heads: int,
+        eps: float,
+        dtype: torch.dtype,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        qkv_weight: Tensor,
+        qkv_bias: Tensor | None,
+        out_weight: Tensor,
+        out_bias: Tensor,
+        scale: Tensor | None,
+    ) -> Tensor:
         rows = _kept(keep)
         inside = x if rows is None else x[rows]
         (images, tokens, width), head_width = inside.shape, inside.shape[2] // heads
@@ -46,16 +59,50 @@ class AttentionBranch(torch.autograd.Function):
         attention = _scaled_bmm(q, k.transpose(1, 2), head_width**-0.5).softmax(-1)  # (R * H, M, N)
         y = torch.bmm(attention, v).view(images, heads, read, head_width).transpose(1, 2).reshape(-1, width)
         branch = _linear(y, out_weight, out_bias)  # (R * M, D)
-        ctx.save_for_backward(inside, mean, rstd, norm_weight, norm_bias, normed, q, k, v, attention, y, qkv_weight,
-                              out_weight, scale, None if scale is None else branch, rows, keep)
+        ctx.save_for_backward(
+            inside,
+            mean,
+            rstd,
+            norm_weight,
+            norm_bias,
+            normed,
+            q,
+            k,
+            v,
+            attention,
+            y,
+            qkv_weight,
+            out_weight,
+            scale,
+            None if scale is None else branch,
+            rows,
+            keep,
+        )
         ctx.heads, ctx.images, ctx.has_bias = heads, len(x), qkv_bias is not None
         return _added(x[:, :read], branch, scale, rows, keep)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (inside, mean, rstd, norm_weight, norm_bias, normed, q, k, v, attention, y, qkv_weight, out_weight, scale,
-         branch, rows, keep) = ctx.saved_tensors
+        (
+            inside,
+            mean,
+            rstd,
+            norm_weight,
+            norm_bias,
+            normed,
+            q,
+            k,
+            v,
+            attention,
+            y,
+            qkv_weight,
+            out_weight,
+            scale,
+            branch,
+            rows,
+            keep,
+        ) = ctx.saved_tensors
         (images, tokens, width), heads, read = inside.shape, ctx.heads, gradient.shape[1]
         head_width, dtype = width // heads, normed.dtype
         wanted = ctx.needs_input_grad
@@ -65,24 +112,51 @@ class AttentionBranch(torch.autograd.Function):
         d_scores = torch._softmax_backward_data(torch.bmm(d_y, v.transpose(1, 2)), attention, -1, dtype)
         d_qkv = normed.new_empty(images, tokens, 3, heads, head_width)
         d_qkv[:, read:, 0] = 0.0
-        parts = (_scaled_bmm(d_scores, k, head_width**-0.5), _scaled_bmm(d_scores.transpose(1, 2), q, head_width**-0.5),
-                 torch.bmm(attention.transpose(1, 2), d_y))
+        parts = (
+            _scaled_bmm(d_scores, k, head_width**-0.5),
+            _scaled_bmm(d_scores.transpose(1, 2), q, head_width**-0.5),
+            torch.bmm(attention.transpose(1, 2), d_y),
+        )
         for i, part in enumerate(parts):
-            d_qkv[:, :part.shape[1], i] = part.unflatten(0, (images, heads)).transpose(1, 2)
+            d_qkv[:, : part.shape[1], i] = part.unflatten(0, (images, heads)).transpose(1, 2)
         d_qkv = d_qkv.view(images * tokens, 3 * width)
         d_x, d_norm_weight, d_norm_bias = _norm_backward(d_qkv @ qkv_weight, inside, mean, rstd, norm_weight, norm_bias)
-        return (_through(d_x, gradient, rows, ctx.images), None, None, None, None, None, d_norm_weight, d_norm_bias,
-                _outer(d_qkv, normed) if wanted[8] else None, _summed(d_qkv) if ctx.has_bias and wanted[9] else None,
-                _outer(d_branch, y) if wanted[10] else None, _summed(d_branch) if wanted[11] else None, d_scale)
+        return (
+            _through(d_x, gradient, rows, ctx.images),
+            None,
+            None,
+            None,
+            None,
+            None,
+            d_norm_weight,
+            d_norm_bias,
+            _outer(d_qkv, normed) if wanted[8] else None,
+            _summed(d_qkv) if ctx.has_bias and wanted[9] else None,
+            _outer(d_branch, y) if wanted[10] else None,
+            _summed(d_branch) if wanted[11] else None,
+            d_scale,
+        )
 
 
 class MLPBranch(torch.autograd.Function):
     """x (B, N, D) -> x + keep * scale * fc2(gelu(fc1(norm(x)))). `approximate` is `torch.nn.GELU`'s."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keep: Tensor | None, approximate: str, eps: float,
-                dtype: torch.dtype, norm_weight: Tensor, norm_bias: Tensor, fc1_weight: Tensor, fc1_bias: Tensor,
-                fc2_weight: Tensor, fc2_bias: Tensor, scale: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        keep: Tensor | None,
+        approximate: str,
+        eps: float,
+        dtype: torch.dtype,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor,
+        fc2_weight: Tensor,
+        fc2_bias: Tensor,
+        scale: Tensor | None,
+    ) -> Tensor:
         rows = _kept(keep)
         inside = x if rows is None else x[rows]
         normed, mean, rstd = _norm(inside, norm_weight, norm_bias, eps, dtype)
@@ -90,24 +164,64 @@ class MLPBranch(torch.autograd.Function):
         before = _linear(normed, fc1_weight, fc1_bias)
         after = F.gelu(before, approximate=approximate)
         branch = _linear(after, fc2_weight, fc2_bias)
-        ctx.save_for_backward(inside, mean, rstd, norm_weight, norm_bias, normed, before, after, fc1_weight, fc2_weight,
-                              scale, None if scale is None else branch, rows, keep)
+        ctx.save_for_backward(
+            inside,
+            mean,
+            rstd,
+            norm_weight,
+            norm_bias,
+            normed,
+            before,
+            after,
+            fc1_weight,
+            fc2_weight,
+            scale,
+            None if scale is None else branch,
+            rows,
+            keep,
+        )
         ctx.images, ctx.approximate = len(x), approximate
         return _added(x, branch, scale, rows, keep)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (inside, mean, rstd, norm_weight, norm_bias, normed, before, after, fc1_weight, fc2_weight, scale, branch, rows,
-         keep) = ctx.saved_tensors
+        (
+            inside,
+            mean,
+            rstd,
+            norm_weight,
+            norm_bias,
+            normed,
+            before,
+            after,
+            fc1_weight,
+            fc2_weight,
+            scale,
+            branch,
+            rows,
+            keep,
+        ) = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         d_branch, d_scale = _into_branch(gradient, branch, scale, rows, keep, normed.dtype)
         d_before = _aten.gelu_backward(d_branch @ fc2_weight, before, approximate=ctx.approximate)
-        d_x, d_norm_weight, d_norm_bias = _norm_backward(d_before @ fc1_weight, inside, mean, rstd, norm_weight,
-                                                         norm_bias)
-        return (_through(d_x, gradient, rows, ctx.images), None, None, None, None, d_norm_weight, d_norm_bias,
-                _outer(d_before, normed) if wanted[7] else None, _summed(d_before) if wanted[8] else None,
-                _outer(d_branch, after) if wanted[9] else None, _summed(d_branch) if wanted[10] else None, d_scale)
+        d_x, d_norm_weight, d_norm_bias = _norm_backward(
+            d_before @ fc1_weight, inside, mean, rstd, norm_weight, norm_bias
+        )
+        return (
+            _through(d_x, gradient, rows, ctx.images),
+            None,
+            None,
+            None,
+            None,
+            d_norm_weight,
+            d_norm_bias,
+            _outer(d_before, normed) if wanted[7] else None,
+            _summed(d_before) if wanted[8] else None,
+            _outer(d_branch, after) if wanted[9] else None,
+            _summed(d_branch) if wanted[10] else None,
+            d_scale,
+        )
 
 
 # ------------------------------------------------------------------------------------------------ what both branches do
@@ -123,10 +237,12 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtyp
     return normed.to(dtype).flatten(0, 1), mean, rstd
 
 
-def _norm_backward(gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
-                   bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _aten.native_layer_norm_backward(gradient.to(x.dtype).view(x.shape), x, x.shape[-1:], mean, rstd, weight,
-                                            bias, [True, True, True])
+def _norm_backward(
+    gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _aten.native_layer_norm_backward(
+        gradient.to(x.dtype).view(x.shape), x, x.shape[-1:], mean, rstd, weight, bias, [True, True, True]
+    )
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -164,8 +280,14 @@ def _added(x: Tensor, branch: Tensor, scale: Tensor | None, rows: Tensor | None,
     return x.clone().index_add_(0, rows, (branch * keep[rows].view(-1, 1, 1)).to(x.dtype))
 
 
-def _into_branch(gradient: Tensor, branch: Tensor | None, scale: Tensor | None, rows: Tensor | None,
-                 keep: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def _into_branch(
+    gradient: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    rows: Tensor | None,
+    keep: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
     """Gradients of what `_added` adds: of the branch, (R * M, D), and of the scale."""
     if rows is not None and keep is not None:
         gradient = gradient[rows] * keep[rows].view(-1, 1, 1)
@@ -178,5 +300,5 @@ def _into_branch(gradient: Tensor, branch: Tensor | None, scale: Tensor | None, 
 def _through(d_inside: Tensor, gradient: Tensor, rows: Tensor | None, images: int) -> Tensor:
     """The gradient of x, (B, N, D), from the branch's, (R, N, D), and from the sum's, (B, M, D)."""
     d_x = d_inside if rows is None else d_inside.new_zeros(images, *d_inside.shape[1:]).index_add_(0, rows, d_inside)
-    d_x[:, :gradient.shape[1]] += gradient
+    d_x[:, : gradient.shape[1]] += gradient
     return d_x

@@ -17,7 +17,8 @@ from deit.model.network import (
 from deit.weights import hub
 
 _CLASS: dict[str, type[PreTrained]] = {
-    "Model": DeiTModel, "ForMaskedImageModeling": DeiTForMaskedImageModeling,
+    "Model": DeiTModel,
+    "ForMaskedImageModeling": DeiTForMaskedImageModeling,
     "ForImageClassification": DeiTForImageClassification,
     "ForImageClassificationWithTeacher": DeiTForImageClassificationWithTeacher,
 }
@@ -26,8 +27,11 @@ _OF_KIND = {cls.kind: cls for cls in _CLASS.values()}
 
 def load_model(name_or_folder: str | Path, **options: Any) -> Any:
     """A trained model in evaluation mode, of the class its files are of; `options` as for `from_pretrained`."""
-    where = {key: options[key] for key in ("revision", "subfolder", "cache_dir", "local_files_only", "token")
-             if key in options}
+    where = {
+        key: options[key]
+        for key in ("revision", "subfolder", "cache_dir", "local_files_only", "token")
+        if key in options
+    }
     try:
         config = files.read_json(files.find_file(name_or_folder, "config.json", **where))
     except FileNotFoundError:

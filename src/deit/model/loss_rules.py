@@ -32,8 +32,10 @@ def distillation_settings(kind: str, weight: float | None, temperature: float | 
 
 def check_soft_teacher(student: Sequence[int | None], teacher: Sequence[int | None]) -> None:
     if not same_shape(student, teacher):
-        raise ValueError(f"soft distillation needs teacher logits of shape {tuple(student)}, found {tuple(teacher)}; "
-                         "pass logits, or choose kind='hard'")
+        raise ValueError(
+            f"soft distillation needs teacher logits of shape {tuple(student)}, found {tuple(teacher)}; "
+            "pass logits, or choose kind='hard'"
+        )
 
 
 def problem_type(config: DeiTConfig, dtype: object, whole: bool) -> str:
@@ -41,18 +43,27 @@ def problem_type(config: DeiTConfig, dtype: object, whole: bool) -> str:
     each; anything else is multi-label."""
     problem = config.problem_type
     if problem is None:
-        problem = ("regression" if config.num_labels == 1 else
-                   "single_label_classification" if whole else "multi_label_classification")
+        problem = (
+            "regression"
+            if config.num_labels == 1
+            else "single_label_classification"
+            if whole
+            else "multi_label_classification"
+        )
     if problem == "single_label_classification" and not whole:
-        raise ValueError(f"single label classification needs whole numbers, found {dtype}; pass indices of classes, or "
-                         "set config.problem_type")
+        raise ValueError(
+            f"single label classification needs whole numbers, found {dtype}; pass indices of classes, or "
+            "set config.problem_type"
+        )
     return problem
 
 
 def check_labels(labels: Sequence[int | None], expected: Sequence[int | None], problem: str) -> None:
     if not same_shape(labels, expected):
-        raise ValueError(f"{problem.replace('_', ' ')} needs labels of shape {tuple(expected)}, found {tuple(labels)}; "
-                         "set config.problem_type if another problem is meant")
+        raise ValueError(
+            f"{problem.replace('_', ' ')} needs labels of shape {tuple(expected)}, found {tuple(labels)}; "
+            "set config.problem_type if another problem is meant"
+        )
 
 
 def same_shape(shape: Sequence[int | None], other: Sequence[int | None]) -> bool:

@@ -39,10 +39,12 @@ def cosub_loss(one: Tensor, other: Tensor, targets: Tensor, *, binary: bool, smo
     if binary:
         total = sum(binary_cross_entropy(logits, targets) for logits in (one, other)) + sum(
             F.binary_cross_entropy_with_logits(logits, teacher.detach().sigmoid())
-            for logits, teacher in ((one, other), (other, one)))
+            for logits, teacher in ((one, other), (other, one))
+        )
     else:
         total = sum(cross_entropy(logits, targets, smoothing) for logits in (one, other)) + sum(
-            F.cross_entropy(logits, teacher.detach().softmax(-1)) for logits, teacher in ((one, other), (other, one)))
+            F.cross_entropy(logits, teacher.detach().softmax(-1)) for logits, teacher in ((one, other), (other, one))
+        )
     return total / 4  # type: ignore[return-value]
 
 
@@ -65,9 +67,18 @@ def classification_loss(logits: Tensor, labels: Tensor, config: DeiTConfig) -> T
     return loss(logits, labels)
 
 
-def distillation_loss(cls_logits: Tensor, distillation_logits: Tensor, labels: Tensor, teacher: Tensor, *,
-                      kind: Distillation = "hard", weight: float | None = None, temperature: float | None = None,
-                      normalisation: Normalisation = "images", smoothing: float = 0.0) -> Tensor:
+def distillation_loss(
+    cls_logits: Tensor,
+    distillation_logits: Tensor,
+    labels: Tensor,
+    teacher: Tensor,
+    *,
+    kind: Distillation = "hard",
+    weight: float | None = None,
+    temperature: float | None = None,
+    normalisation: Normalisation = "images",
+    smoothing: float = 0.0,
+) -> Tensor:
     """The student's loss under a teacher (Touvron et al. 2020, section 4), mean over images.
 
     hard, eq. 3: `(1 - weight) CE(cls, labels) + weight CE(distillation, argmax teacher)`.
@@ -89,9 +100,12 @@ def distillation_loss(cls_logits: Tensor, distillation_logits: Tensor, labels: T
         taught = cross_entropy(distillation_logits, decisions)
     else:
         check_soft_teacher(distillation_logits.shape, teacher.shape)
-        divergence = F.kl_div(F.log_softmax(distillation_logits / tau, dim=-1),
-                              F.log_softmax(teacher.to(distillation_logits.dtype) / tau, dim=-1),
-                              reduction="sum", log_target=True)
+        divergence = F.kl_div(
+            F.log_softmax(distillation_logits / tau, dim=-1),
+            F.log_softmax(teacher.to(distillation_logits.dtype) / tau, dim=-1),
+            reduction="sum",
+            log_target=True,
+        )
         taught = tau**2 * divergence / (len(teacher) if normalisation == "images" else teacher.numel())
     return (1 - weight) * truth + weight * taught
 

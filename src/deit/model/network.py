@@ -38,9 +38,16 @@ class QuickGELU(nn.Module):
 
 
 _ACTIVATION: dict[str, Callable[[], nn.Module]] = {
-    "gelu": nn.GELU, "gelu_new": lambda: nn.GELU("tanh"), "gelu_pytorch_tanh": lambda: nn.GELU("tanh"),
-    "quick_gelu": QuickGELU, "relu": nn.ReLU, "silu": nn.SiLU, "swish": nn.SiLU, "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid, "linear": nn.Identity,
+    "gelu": nn.GELU,
+    "gelu_new": lambda: nn.GELU("tanh"),
+    "gelu_pytorch_tanh": lambda: nn.GELU("tanh"),
+    "quick_gelu": QuickGELU,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "swish": nn.SiLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "linear": nn.Identity,
 }
 
 
@@ -72,8 +79,9 @@ class Attention(nn.Module):
         self.dropout = config.attention_probs_dropout_prob
         self.implementation = "auto"
 
-    def forward(self, x: Tensor, head_mask: Tensor | None = None, need_weights: bool = False,
-                read: int | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, head_mask: Tensor | None = None, need_weights: bool = False, read: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """What the first `read` tokens, or all, gather from all tokens; and their weights where they are needed."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_width)).permute(2, 0, 3, 1, 4)  # (B, H, N, K)
         q = q[:, :, :read]
@@ -111,8 +119,9 @@ _KNOWN_BY_HAND = {Attention, MLP, nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout}
 
 def _untouched(module: nn.Module) -> bool:
     """Whether it is what `cpu_training` stands for, neither replaced (adapters, parametrizations) nor hooked."""
-    return type(module) in _KNOWN_BY_HAND and not (module._forward_hooks or module._forward_pre_hooks
-                                                   or module._backward_hooks or module._backward_pre_hooks)
+    return type(module) in _KNOWN_BY_HAND and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 class Block(nn.Module):
@@ -139,8 +148,14 @@ class Block(nn.Module):
         self.scale2 = nn.Parameter(torch.empty(width)) if scaled else None
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x: Tensor, head_mask: Tensor | None = None, need_weights: bool = False,
-                keep: Tensor | None = None, read: int | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self,
+        x: Tensor,
+        head_mask: Tensor | None = None,
+        need_weights: bool = False,
+        keep: Tensor | None = None,
+        read: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         first, second = (None, None) if keep is None else keep
         if self._by_hand(x, head_mask, need_weights):
             return self._trained_on_cpu(x, first, second, x.shape[1] if read is None else read), None
@@ -150,20 +165,51 @@ class Block(nn.Module):
         return x, attention
 
     def _by_hand(self, x: Tensor, head_mask: Tensor | None, need_weights: bool) -> bool:
-        return (self.training and x.device.type == "cpu" and torch.is_grad_enabled() and not need_weights
-                and head_mask is None and self.attention.implementation == "auto" and self.attention.dropout == 0.0
-                and self.dropout.p == 0.0 and not torch.compiler.is_compiling()
-                and all(_untouched(part) for child in self.children() for part in child.modules()))
+        return (
+            self.training
+            and x.device.type == "cpu"
+            and torch.is_grad_enabled()
+            and not need_weights
+            and head_mask is None
+            and self.attention.implementation == "auto"
+            and self.attention.dropout == 0.0
+            and self.dropout.p == 0.0
+            and not torch.compiler.is_compiling()
+            and all(_untouched(part) for child in self.children() for part in child.modules())
+        )
 
     def _trained_on_cpu(self, x: Tensor, first: Tensor | None, second: Tensor | None, read: int) -> Tensor:
         attention, mlp, dtype = self.attention, self.mlp, cpu_training.compute_dtype(x)
         with torch.autocast("cpu", enabled=False):  # the branches choose for themselves
             x = cpu_training.AttentionBranch.apply(
-                x, first, read, attention.heads, self.norm1.eps, dtype, self.norm1.weight, self.norm1.bias,
-                attention.qkv.weight, attention.qkv.bias, attention.out.weight, attention.out.bias, self.scale1)
+                x,
+                first,
+                read,
+                attention.heads,
+                self.norm1.eps,
+                dtype,
+                self.norm1.weight,
+                self.norm1.bias,
+                attention.qkv.weight,
+                attention.qkv.bias,
+                attention.out.weight,
+                attention.out.bias,
+                self.scale1,
+            )
             return cpu_training.MLPBranch.apply(
-                x, second, mlp.activation.approximate, self.norm2.eps, dtype, self.norm2.weight, self.norm2.bias,
-                mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, self.scale2)
+                x,
+                second,
+                mlp.activation.approximate,
+                self.norm2.eps,
+                dtype,
+                self.norm2.weight,
+                self.norm2.bias,
+                mlp.fc1.weight,
+                mlp.fc1.bias,
+                mlp.fc2.weight,
+                mlp.fc2.bias,
+                self.scale2,
+            )
 
     def _branch(self, y: Tensor, scale: Tensor | None, keep: Tensor | None) -> Tensor:
         y = self.dropout(y)
@@ -216,22 +262,31 @@ class DeiTModel(PreTrained):
     def backbone(self) -> DeiTModel:
         return self
 
-    def forward(self, pixel_values: Tensor | None = None, bool_masked_pos: Tensor | None = None,
-                head_mask: Tensor | None = None, output_attentions: bool | None = None,
-                output_hidden_states: bool | None = None, return_dict: bool | None = None,
-                interpolate_pos_encoding: bool = False, *, depth_draws: Tensor | None = None, read: int | None = None,
-                trace: Trace | None = None) -> BaseModelOutputWithPooling | tuple[Any, ...]:
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        *,
+        depth_draws: Tensor | None = None,
+        read: int | None = None,
+        trace: Trace | None = None,
+    ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
         """Args:
-            pixel_values: (B, channels, height, width), normalised.
-            bool_masked_pos: (B, patches), true where a patch is replaced by the mask token.
-            head_mask: (H,) or (blocks, H), a factor for each head's attention weights, 0 to 1.
-            output_attentions, output_hidden_states, return_dict: None takes the config's.
-            interpolate_pos_encoding: accept images of another size than `config.image_size`.
-            depth_draws: (B, blocks, 2), uniform in [0, 1): stochastic depth in training drops a branch for an image
-                where its number is below the block's rate. None draws them here.
-            read: only so many of the first tokens are wanted of `last_hidden_state`: the last block then computes no
-                others. Where hidden states, attentions or a trace are asked for, it gives all.
-            trace: a dict to fill with every intermediate by name.
+        pixel_values: (B, channels, height, width), normalised.
+        bool_masked_pos: (B, patches), true where a patch is replaced by the mask token.
+        head_mask: (H,) or (blocks, H), a factor for each head's attention weights, 0 to 1.
+        output_attentions, output_hidden_states, return_dict: None takes the config's.
+        interpolate_pos_encoding: accept images of another size than `config.image_size`.
+        depth_draws: (B, blocks, 2), uniform in [0, 1): stochastic depth in training drops a branch for an image
+            where its number is below the block's rate. None draws them here.
+        read: only so many of the first tokens are wanted of `last_hidden_state`: the last block then computes no
+            others. Where hidden states, attentions or a trace are asked for, it gives all.
+        trace: a dict to fill with every intermediate by name.
         """
         config = self.config
         need_weights = config.output_attentions if output_attentions is None else output_attentions
@@ -253,17 +308,25 @@ class DeiTModel(PreTrained):
             attentions.append(attention)
         x = note(trace, "norm", self.norm(x))
         pooled = None if self.pooler is None else note(trace, "pooler", self.pooler_activation(self.pooler(x[:, 0])))
-        return _result(self, return_dict, BaseModelOutputWithPooling(
-            last_hidden_state=x, pooler_output=pooled, hidden_states=tuple(states) if keep_states else None,
-            attentions=tuple(attentions) if need_weights else None))
+        return _result(
+            self,
+            return_dict,
+            BaseModelOutputWithPooling(
+                last_hidden_state=x,
+                pooler_output=pooled,
+                hidden_states=tuple(states) if keep_states else None,
+                attentions=tuple(attentions) if need_weights else None,
+            ),
+        )
 
     def _keeps(self, pixels: Tensor | None, draws: Tensor | None) -> Sequence[Tensor | None]:
         """For each block the factors (2, B) of its branches, 0 or 1 / (1 - rate): the expectation stays."""
         config = self.config
         shape = (0 if pixels is None else pixels.shape[0], config.num_hidden_layers, 2)
         if draws is not None and draws.shape != shape:
-            raise ValueError(f"depth_draws must be {shape}: two for each block of each image; found "
-                             f"{tuple(draws.shape)}")
+            raise ValueError(
+                f"depth_draws must be {shape}: two for each block of each image; found {tuple(draws.shape)}"
+            )
         if pixels is None or not self.training or config.drop_path_rate == 0.0:
             return [None] * config.num_hidden_layers
         draws = torch.rand(shape) if draws is None else draws
@@ -277,16 +340,21 @@ class DeiTModel(PreTrained):
         if pixels is None:
             raise ValueError("pixel_values are missing; pass a tensor (images, channels, height, width)")
         if pixels.dim() != 4 or pixels.shape[1] != config.num_channels:
-            raise ValueError(f"pixel_values must be (images, {config.num_channels}, height, width), found "
-                             f"{tuple(pixels.shape)}; DeiTImageProcessor makes them")
+            raise ValueError(
+                f"pixel_values must be (images, {config.num_channels}, height, width), found "
+                f"{tuple(pixels.shape)}; DeiTImageProcessor makes them"
+            )
         if not pixels.is_floating_point():
-            raise ValueError(f"pixel_values must be normalised floats, found {pixels.dtype}; DeiTImageProcessor makes "
-                             "them")
+            raise ValueError(
+                f"pixel_values must be normalised floats, found {pixels.dtype}; DeiTImageProcessor makes them"
+            )
         height, width = pixels.shape[2:]
         if not interpolate and (height, width) != config.image_hw:
-            raise ValueError(f"images are {height}x{width}, this model takes {config.image_hw[0]}x"
-                             f"{config.image_hw[1]}; resize them, pass interpolate_pos_encoding=True, or call "
-                             "model.resize_to")
+            raise ValueError(
+                f"images are {height}x{width}, this model takes {config.image_hw[0]}x"
+                f"{config.image_hw[1]}; resize them, pass interpolate_pos_encoding=True, or call "
+                "model.resize_to"
+            )
         rows, columns = config.grid_of(height, width)
         if not rows or not columns:
             raise ValueError(f"images of {height}x{width} hold no patch of {config.patch_hw[0]}x{config.patch_hw[1]}")
@@ -304,11 +372,15 @@ class DeiTModel(PreTrained):
 
     def _mask(self, mask: Tensor, batch: int, rows: int, columns: int) -> Tensor:
         if self.mask_token is None:
-            raise ValueError("bool_masked_pos needs a mask token; build DeiTModel(config, use_mask_token=True) or "
-                             "DeiTForMaskedImageModeling")
+            raise ValueError(
+                "bool_masked_pos needs a mask token; build DeiTModel(config, use_mask_token=True) or "
+                "DeiTForMaskedImageModeling"
+            )
         if mask.shape != (batch, rows * columns):
-            raise ValueError(f"bool_masked_pos must be ({batch}, {rows * columns}): {rows}x{columns} patches for each "
-                             f"of {batch} images; found {tuple(mask.shape)}")
+            raise ValueError(
+                f"bool_masked_pos must be ({batch}, {rows * columns}): {rows}x{columns} patches for each "
+                f"of {batch} images; found {tuple(mask.shape)}"
+            )
         return mask.bool().unsqueeze(-1)  # (B, R * S, 1)
 
     def _positions(self, rows: int, columns: int) -> Tensor:
@@ -372,34 +444,61 @@ class DeiTForMaskedImageModeling(_WithHead):
 
     def __init__(self, config: DeiTConfig):
         if config.patch_hw != _as_pair(config.encoder_stride):
-            raise ValueError(f"the decoder paints a patch from its token: encoder_stride={config.encoder_stride} must "
-                             f"equal patch_size={config.patch_size}; use config.replace(encoder_stride=...)")
+            raise ValueError(
+                f"the decoder paints a patch from its token: encoder_stride={config.encoder_stride} must "
+                f"equal patch_size={config.patch_size}; use config.replace(encoder_stride=...)"
+            )
         super().__init__(config, use_mask_token=True)
         outputs = math.prod(config.patch_hw) * config.num_channels
         self.decoder = nn.Conv2d(config.hidden_size, outputs, kernel_size=1)
         initialise(self.decoder, config)
 
-    def forward(self, pixel_values: Tensor | None = None, bool_masked_pos: Tensor | None = None,
-                head_mask: Tensor | None = None, output_attentions: bool | None = None,
-                output_hidden_states: bool | None = None, return_dict: bool | None = None,
-                interpolate_pos_encoding: bool = False, *, depth_draws: Tensor | None = None,
-                trace: Trace | None = None) -> MaskedImageModelingOutput | tuple[Any, ...]:
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        *,
+        depth_draws: Tensor | None = None,
+        trace: Trace | None = None,
+    ) -> MaskedImageModelingOutput | tuple[Any, ...]:
         """As `DeiTModel.forward`; with `bool_masked_pos` the output has the `loss` on the hidden patches."""
-        out = self.deit(pixel_values, bool_masked_pos, head_mask, output_attentions, output_hidden_states, True,
-                        interpolate_pos_encoding, depth_draws=depth_draws, trace=trace)
+        out = self.deit(
+            pixel_values,
+            bool_masked_pos,
+            head_mask,
+            output_attentions,
+            output_hidden_states,
+            True,
+            interpolate_pos_encoding,
+            depth_draws=depth_draws,
+            trace=trace,
+        )
         config = self.config
         rows, columns = config.grid_of(*pixel_values.shape[2:])  # type: ignore[union-attr]
-        tokens = out.last_hidden_state[:, config.num_prefix_tokens:]
+        tokens = out.last_hidden_state[:, config.num_prefix_tokens :]
         painted = self.decoder(tokens.transpose(1, 2).unflatten(2, (rows, columns)))  # (B, channels * P * P, R, S)
         height, width = config.patch_hw
         painted = painted.unflatten(1, (config.num_channels, height, width)).permute(0, 1, 4, 2, 5, 3)
         painted = note(trace, "reconstruction", painted.flatten(4, 5).flatten(2, 3))  # (B, channels, R * P, S * P)
         loss = None
         if bool_masked_pos is not None:
-            loss = masked_image_loss(pixel_values, painted,  # type: ignore[arg-type]
-                                     bool_masked_pos.unflatten(1, (rows, columns)))
-        return _result(self, return_dict, MaskedImageModelingOutput(
-            loss=loss, reconstruction=painted, hidden_states=out.hidden_states, attentions=out.attentions))
+            loss = masked_image_loss(
+                pixel_values,
+                painted,  # type: ignore[arg-type]
+                bool_masked_pos.unflatten(1, (rows, columns)),
+            )
+        return _result(
+            self,
+            return_dict,
+            MaskedImageModelingOutput(
+                loss=loss, reconstruction=painted, hidden_states=out.hidden_states, attentions=out.attentions
+            ),
+        )
 
 
 class DeiTForImageClassification(_WithHead):
@@ -411,18 +510,39 @@ class DeiTForImageClassification(_WithHead):
         super().__init__(config)
         self.classifier = _classifier(config)
 
-    def forward(self, pixel_values: Tensor | None = None, head_mask: Tensor | None = None,
-                labels: Tensor | None = None, output_attentions: bool | None = None,
-                output_hidden_states: bool | None = None, return_dict: bool | None = None,
-                interpolate_pos_encoding: bool = False, *, depth_draws: Tensor | None = None,
-                trace: Trace | None = None) -> ImageClassifierOutput | tuple[Any, ...]:
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        *,
+        depth_draws: Tensor | None = None,
+        trace: Trace | None = None,
+    ) -> ImageClassifierOutput | tuple[Any, ...]:
         """As `DeiTModel.forward`; `labels` give the loss: (B,) class indices, or (B, C) multi-label or regression."""
-        out = self.deit(pixel_values, None, head_mask, output_attentions, output_hidden_states, True,
-                        interpolate_pos_encoding, depth_draws=depth_draws, read=1, trace=trace)
+        out = self.deit(
+            pixel_values,
+            None,
+            head_mask,
+            output_attentions,
+            output_hidden_states,
+            True,
+            interpolate_pos_encoding,
+            depth_draws=depth_draws,
+            read=1,
+            trace=trace,
+        )
         logits = note(trace, "logits", self.classifier(out.last_hidden_state[:, 0]))
         loss = None if labels is None else classification_loss(logits, labels, self.config)
-        return _result(self, return_dict, ImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions))
+        return _result(
+            self,
+            return_dict,
+            ImageClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions),
+        )
 
 
 class DeiTForImageClassificationWithTeacher(_WithHead):
@@ -436,20 +556,31 @@ class DeiTForImageClassificationWithTeacher(_WithHead):
 
     def __init__(self, config: DeiTConfig):
         if not config.distillation_token:
-            raise ValueError("a model with teacher needs a distillation token, found distillation_token=False in the "
-                             "config; use DeiTForImageClassification, or config.replace(distillation_token=True)")
+            raise ValueError(
+                "a model with teacher needs a distillation token, found distillation_token=False in the "
+                "config; use DeiTForImageClassification, or config.replace(distillation_token=True)"
+            )
         super().__init__(config)
         self.cls_classifier = _classifier(config)
         self.distillation_classifier = _classifier(config)
 
-    def forward(self, pixel_values: Tensor | None = None, head_mask: Tensor | None = None,
-                output_attentions: bool | None = None, output_hidden_states: bool | None = None,
-                return_dict: bool | None = None, interpolate_pos_encoding: bool = False, *,
-                labels: Tensor | None = None, teacher_logits: Tensor | None = None,
-                distillation: Distillation = "hard", distillation_weight: float | None = None,
-                temperature: float | None = None, depth_draws: Tensor | None = None,
-                trace: Trace | None = None,
-                ) -> DeiTForImageClassificationWithTeacherOutput | tuple[Any, ...]:
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        *,
+        labels: Tensor | None = None,
+        teacher_logits: Tensor | None = None,
+        distillation: Distillation = "hard",
+        distillation_weight: float | None = None,
+        temperature: float | None = None,
+        depth_draws: Tensor | None = None,
+        trace: Trace | None = None,
+    ) -> DeiTForImageClassificationWithTeacherOutput | tuple[Any, ...]:
         """As `DeiTModel.forward`, and the loss:
 
         Args:
@@ -458,25 +589,54 @@ class DeiTForImageClassificationWithTeacher(_WithHead):
                 `losses.distillation_loss` (hard, or soft with `distillation_weight` and `temperature`). With labels
                 alone it is the loss of the fused logits, in evaluation only: training so would ignore the teacher.
         """
-        out = self.deit(pixel_values, None, head_mask, output_attentions, output_hidden_states, True,
-                        interpolate_pos_encoding, depth_draws=depth_draws, read=2, trace=trace)
+        out = self.deit(
+            pixel_values,
+            None,
+            head_mask,
+            output_attentions,
+            output_hidden_states,
+            True,
+            interpolate_pos_encoding,
+            depth_draws=depth_draws,
+            read=2,
+            trace=trace,
+        )
         cls_logits = note(trace, "cls_logits", self.cls_classifier(out.last_hidden_state[:, 0]))
-        distillation_logits = note(trace, "distillation_logits",
-                                   self.distillation_classifier(out.last_hidden_state[:, 1]))
+        distillation_logits = note(
+            trace, "distillation_logits", self.distillation_classifier(out.last_hidden_state[:, 1])
+        )
         logits = (cls_logits + distillation_logits) / 2
         loss = None
         if labels is not None and teacher_logits is not None:
-            loss = distillation_loss(cls_logits, distillation_logits, labels, teacher_logits, kind=distillation,
-                                     weight=distillation_weight, temperature=temperature)
+            loss = distillation_loss(
+                cls_logits,
+                distillation_logits,
+                labels,
+                teacher_logits,
+                kind=distillation,
+                weight=distillation_weight,
+                temperature=temperature,
+            )
         elif labels is not None and not self.training:
             loss = classification_loss(logits, labels, self.config)
         elif (labels is None) != (teacher_logits is None):
-            raise ValueError("distillation trains on labels and teacher_logits together, found only "
-                             f"{'labels' if teacher_logits is None else 'teacher_logits'}; pass both, or train "
-                             "DeiTForImageClassification")
-        return _result(self, return_dict, DeiTForImageClassificationWithTeacherOutput(
-            loss=loss, logits=logits, cls_logits=cls_logits, distillation_logits=distillation_logits,
-            hidden_states=out.hidden_states, attentions=out.attentions))
+            raise ValueError(
+                "distillation trains on labels and teacher_logits together, found only "
+                f"{'labels' if teacher_logits is None else 'teacher_logits'}; pass both, or train "
+                "DeiTForImageClassification"
+            )
+        return _result(
+            self,
+            return_dict,
+            DeiTForImageClassificationWithTeacherOutput(
+                loss=loss,
+                logits=logits,
+                cls_logits=cls_logits,
+                distillation_logits=distillation_logits,
+                hidden_states=out.hidden_states,
+                attentions=out.attentions,
+            ),
+        )
 
 
 def fuse_heads(cls_logits: Tensor, distillation_logits: Tensor, head: Head = "fused") -> Tensor:
@@ -535,14 +695,27 @@ class ViTForImageClassification(DeiTForImageClassification):
 
 def _refuse_distillation_token(config: DeiTConfig) -> None:
     if config.distillation_token:
-        raise ValueError("a ViT has no distillation token, found distillation_token=True in the config; use the DeiT "
-                         "class, or ViTConfig")
+        raise ValueError(
+            "a ViT has no distillation token, found distillation_token=True in the config; use the DeiT "
+            "class, or ViTConfig"
+        )
 
 
 def _as_pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else value
 
 
-__all__ = ["Attention", "Block", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher",
-           "DeiTForMaskedImageModeling", "DeiTModel", "PreTrained", "ViTConfig", "ViTForImageClassification",
-           "ViTModel", "fuse_heads", "head_probabilities"]
+__all__ = [
+    "Attention",
+    "Block",
+    "DeiTForImageClassification",
+    "DeiTForImageClassificationWithTeacher",
+    "DeiTForMaskedImageModeling",
+    "DeiTModel",
+    "PreTrained",
+    "ViTConfig",
+    "ViTForImageClassification",
+    "ViTModel",
+    "fuse_heads",
+    "head_probabilities",
+]

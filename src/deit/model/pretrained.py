@@ -75,8 +75,9 @@ class PreTrained(nn.Module):
         self.backbone.resize_grid(self.config.replace(image_size=image_size))
         return self
 
-    def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "5GB",
-                        push_to_hub: bool = False, **push: Any) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, max_shard_size: int | str = "5GB", push_to_hub: bool = False, **push: Any
+    ) -> None:
         """Writes `config.json` and `model.safetensors` (or shards) as Hugging Face names them; `transformers` reads
         them."""
         hub.write_checkpoint(Path(folder), self.config, self._tensors(), max_shard_size=max_shard_size)
@@ -93,12 +94,22 @@ class PreTrained(nn.Module):
         return {base + name: tensor.detach() for name, tensor in self.state_dict().items()}
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, *, config: DeiTConfig | None = None,
-                        revision: str | None = None, subfolder: str = "", cache_dir: str | Path | None = None,
-                        local_files_only: bool = False, token: str | bool | None = None,
-                        dtype: torch.dtype | str | None = None, ignore_mismatched_sizes: bool = False,
-                        output_loading_info: bool = False, attn_implementation: AttnImplementation = "auto",
-                        **overrides: Any) -> Any:
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        *,
+        config: DeiTConfig | None = None,
+        revision: str | None = None,
+        subfolder: str = "",
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        dtype: torch.dtype | str | None = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        attn_implementation: AttnImplementation = "auto",
+        **overrides: Any,
+    ) -> Any:
         """A model in evaluation mode from a folder, a weight file, or a hub repository, in any known dialect.
 
         Args:
@@ -117,17 +128,34 @@ class PreTrained(nn.Module):
             FileNotFoundError: nothing there, or not reachable.
             CheckpointError, ValueError: truncated, corrupt, unsafe, unknown or ill-fitting; nothing is half-loaded.
         """
-        where: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "cache_dir": cache_dir,
-                                 "local_files_only": local_files_only, "token": token}
+        where: dict[str, Any] = {
+            "revision": revision,
+            "subfolder": subfolder,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "token": token,
+        }
         found = hub.read_checkpoint(name_or_folder, config=config, **where)
-        return cls.from_checkpoint(found, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes,
-                                   output_loading_info=output_loading_info, attn_implementation=attn_implementation,
-                                   **overrides)
+        return cls.from_checkpoint(
+            found,
+            dtype=dtype,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            output_loading_info=output_loading_info,
+            attn_implementation=attn_implementation,
+            **overrides,
+        )
 
     @classmethod
-    def from_checkpoint(cls, found: hub.Checkpoint, *, dtype: torch.dtype | str | None = None,
-                        ignore_mismatched_sizes: bool = False, output_loading_info: bool = False,
-                        attn_implementation: AttnImplementation = "auto", **overrides: Any) -> Any:
+    def from_checkpoint(
+        cls,
+        found: hub.Checkpoint,
+        *,
+        dtype: torch.dtype | str | None = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        attn_implementation: AttnImplementation = "auto",
+        **overrides: Any,
+    ) -> Any:
         """`from_pretrained` of a checkpoint that is read already."""
         image_size = overrides.pop("image_size", None)
         settings = found.config_for(cls.kind, cls.config_class, overrides)

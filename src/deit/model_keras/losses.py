@@ -54,9 +54,18 @@ def classification_loss(logits: Any, labels: Any, config: DeiTConfig) -> Any:
     return ops.mean(ops.softplus(logits) - logits * labels)  # binary cross-entropy
 
 
-def distillation_loss(cls_logits: Any, distillation_logits: Any, labels: Any, teacher: Any, *,
-                      kind: Distillation = "hard", weight: float | None = None, temperature: float | None = None,
-                      normalisation: Normalisation = "images", smoothing: float = 0.0) -> Any:
+def distillation_loss(
+    cls_logits: Any,
+    distillation_logits: Any,
+    labels: Any,
+    teacher: Any,
+    *,
+    kind: Distillation = "hard",
+    weight: float | None = None,
+    temperature: float | None = None,
+    normalisation: Normalisation = "images",
+    smoothing: float = 0.0,
+) -> Any:
     """The student's loss under a teacher (Touvron et al. 2020, eq. 2 and 3); arguments as in `losses`."""
     weight, tau = distillation_settings(kind, weight, temperature)
     truth = cross_entropy(cls_logits, labels, smoothing)

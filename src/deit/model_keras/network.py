@@ -35,9 +35,16 @@ def _gelu_tanh(x: Any) -> Any:
 
 
 _ACTIVATION: dict[str, Callable[[Any], Any]] = {
-    "gelu": lambda x: ops.gelu(x, approximate=False), "gelu_new": _gelu_tanh, "gelu_pytorch_tanh": _gelu_tanh,
-    "quick_gelu": lambda x: x * ops.sigmoid(1.702 * x), "relu": ops.relu, "silu": ops.silu, "swish": ops.silu,
-    "tanh": ops.tanh, "sigmoid": ops.sigmoid, "linear": lambda x: x,
+    "gelu": lambda x: ops.gelu(x, approximate=False),
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "quick_gelu": lambda x: x * ops.sigmoid(1.702 * x),
+    "relu": ops.relu,
+    "silu": ops.silu,
+    "swish": ops.silu,
+    "tanh": ops.tanh,
+    "sigmoid": ops.sigmoid,
+    "linear": lambda x: x,
 }
 
 
@@ -115,8 +122,9 @@ class Block(keras.layers.Layer):
     def _scale(self, name: str, width: int, value: float) -> keras.Variable:
         return self.add_weight(shape=(width,), initializer=keras.initializers.Constant(value), name=name)
 
-    def call(self, x: Any, head_mask: Any = None, keep: Any = None, read: int | None = None,
-             training: bool = False) -> tuple[Any, Any]:
+    def call(
+        self, x: Any, head_mask: Any = None, keep: Any = None, read: int | None = None, training: bool = False
+    ) -> tuple[Any, Any]:
         first, second = (None, None) if keep is None else (keep[0], keep[1])
         y, attention = self.attention(self.norm1(x), head_mask, read=read, training=training)
         x = x[:, :read] + self._branch(y, self.scale1, first, training)
@@ -146,16 +154,24 @@ class TFDeiTModel(PreTrainedKeras):
     kind = "backbone"
     answer = "last_hidden_state"
 
-    def __init__(self, config: DeiTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False, *,
-                 name: str | None = None, dtype: Any = None):
+    def __init__(
+        self,
+        config: DeiTConfig,
+        add_pooling_layer: bool = True,
+        use_mask_token: bool = False,
+        *,
+        name: str | None = None,
+        dtype: Any = None,
+    ):
         super().__init__(config, name=name, dtype=dtype)
         width, policy = config.hidden_size, self.dtype_policy
         self.cls_token = self._token("cls_token")
         self.distillation_token = self._token("distillation_token") if config.distillation_token else None
         self.mask_token = self._token("mask_token") if use_mask_token else None
         self.position = self._token("position", config.num_prefix_positions + config.num_patches)
-        self.patch = keras.layers.Dense(width, kernel_initializer=initial_patch(config),
-                                        bias_initializer=initial_patch(config), dtype=policy)
+        self.patch = keras.layers.Dense(
+            width, kernel_initializer=initial_patch(config), bias_initializer=initial_patch(config), dtype=policy
+        )
         self.patch.build((None, config.num_channels * math.prod(config.patch_hw)))
         self.dropout = keras.layers.Dropout(config.hidden_dropout_prob, dtype=policy)
         self.blocks = [Block(config, policy, f"block{i:02}") for i in range(config.num_hidden_layers)]
@@ -168,22 +184,32 @@ class TFDeiTModel(PreTrainedKeras):
         return self.add_weight(shape=(1, count, self.config.hidden_size), initializer=initial(self.config), name=name)
 
     @by_name
-    def call(self, pixel_values: Any = None, bool_masked_pos: Any = None, head_mask: Any = None,
-             output_attentions: bool | None = None, output_hidden_states: bool | None = None,
-             return_dict: bool | None = None, interpolate_pos_encoding: bool = False, training: bool = False,
-             depth_draws: Any = None, read: int | None = None, trace: Trace | None = None) -> Any:
+    def call(
+        self,
+        pixel_values: Any = None,
+        bool_masked_pos: Any = None,
+        head_mask: Any = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        training: bool = False,
+        depth_draws: Any = None,
+        read: int | None = None,
+        trace: Trace | None = None,
+    ) -> Any:
         """Args:
-            pixel_values: (B, channels, height, width), normalised; or a dictionary of all tensors by name.
-            bool_masked_pos: (B, patches), true where a patch is replaced by the mask token.
-            head_mask: (H,) or (blocks, H), a factor for each head's attention weights, 0 to 1.
-            output_attentions, output_hidden_states, return_dict: None takes the config's.
-            interpolate_pos_encoding: accept images of another size than `config.image_size`.
-            training: stochastic depth and dropout act.
-            depth_draws: (B, blocks, 2), uniform in [0, 1): stochastic depth in training drops a branch for an image
-                where its number is below the block's rate. None draws them here.
-            read: only so many of the first tokens are wanted of `last_hidden_state`: the last block then computes no
-                others. Where hidden states, attentions or a trace are asked for, it gives all.
-            trace: a dict to fill with every intermediate by name.
+        pixel_values: (B, channels, height, width), normalised; or a dictionary of all tensors by name.
+        bool_masked_pos: (B, patches), true where a patch is replaced by the mask token.
+        head_mask: (H,) or (blocks, H), a factor for each head's attention weights, 0 to 1.
+        output_attentions, output_hidden_states, return_dict: None takes the config's.
+        interpolate_pos_encoding: accept images of another size than `config.image_size`.
+        training: stochastic depth and dropout act.
+        depth_draws: (B, blocks, 2), uniform in [0, 1): stochastic depth in training drops a branch for an image
+            where its number is below the block's rate. None draws them here.
+        read: only so many of the first tokens are wanted of `last_hidden_state`: the last block then computes no
+            others. Where hidden states, attentions or a trace are asked for, it gives all.
+        trace: a dict to fill with every intermediate by name.
         """
         config = self.config
         need_weights = config.output_attentions if output_attentions is None else output_attentions
@@ -202,17 +228,24 @@ class TFDeiTModel(PreTrainedKeras):
             attentions.append(attention)
         x = note(trace, "norm", self.norm(x))
         pooled = None if self.pooler is None else note(trace, "pooler", self.pooler_activation(self.pooler(x[:, 0])))
-        return self._result(return_dict, BaseModelOutputWithPooling(
-            last_hidden_state=x, pooler_output=pooled, hidden_states=tuple(states) if keep_states else None,
-            attentions=tuple(attentions) if need_weights else None))
+        return self._result(
+            return_dict,
+            BaseModelOutputWithPooling(
+                last_hidden_state=x,
+                pooler_output=pooled,
+                hidden_states=tuple(states) if keep_states else None,
+                attentions=tuple(attentions) if need_weights else None,
+            ),
+        )
 
     def _keeps(self, x: Any, draws: Any, training: bool) -> Sequence[Any]:
         """For each block the factors (2, B) of its branches, 0 or 1 / (1 - rate): the expectation stays."""
         config = self.config
         shape = (x.shape[0], config.num_hidden_layers, 2)
         if draws is not None and not same_shape(draws.shape, shape):
-            raise ValueError(f"depth_draws must be {shape}: two for each block of each image; found "
-                             f"{tuple(draws.shape)}")
+            raise ValueError(
+                f"depth_draws must be {shape}: two for each block of each image; found {tuple(draws.shape)}"
+            )
         if not training or config.drop_path_rate == 0.0:
             return [None] * config.num_hidden_layers
         if draws is None:
@@ -227,47 +260,67 @@ class TFDeiTModel(PreTrainedKeras):
         if pixels is None:
             raise ValueError("pixel_values are missing; pass a tensor (images, channels, height, width)")
         if len(pixels.shape) != 4 or pixels.shape[1] != config.num_channels:
-            raise ValueError(f"pixel_values must be (images, {config.num_channels}, height, width), found "
-                             f"{tuple(pixels.shape)}; DeiTImageProcessor makes them")
+            raise ValueError(
+                f"pixel_values must be (images, {config.num_channels}, height, width), found "
+                f"{tuple(pixels.shape)}; DeiTImageProcessor makes them"
+            )
         if not keras.backend.is_float_dtype(pixels.dtype):
-            raise ValueError(f"pixel_values must be normalised floats, found "
-                             f"{keras.backend.standardize_dtype(pixels.dtype)}; DeiTImageProcessor makes them")
+            raise ValueError(
+                f"pixel_values must be normalised floats, found "
+                f"{keras.backend.standardize_dtype(pixels.dtype)}; DeiTImageProcessor makes them"
+            )
         height, width = pixels.shape[2:]
         if height is None or width is None:
-            raise ValueError(f"pixel_values must have a known height and width, found {tuple(pixels.shape)}; a graph "
-                             "is made for one size of images")
+            raise ValueError(
+                f"pixel_values must have a known height and width, found {tuple(pixels.shape)}; a graph "
+                "is made for one size of images"
+            )
         if not interpolate and (height, width) != config.image_hw:
-            raise ValueError(f"images are {height}x{width}, this model takes {config.image_hw[0]}x"
-                             f"{config.image_hw[1]}; resize them, pass interpolate_pos_encoding=True, or load the "
-                             "model with image_size=")
+            raise ValueError(
+                f"images are {height}x{width}, this model takes {config.image_hw[0]}x"
+                f"{config.image_hw[1]}; resize them, pass interpolate_pos_encoding=True, or load the "
+                "model with image_size="
+            )
         rows, columns = config.grid_of(height, width)
         if not rows or not columns:
             raise ValueError(f"images of {height}x{width} hold no patch of {patch_height}x{patch_width}")
-        pixels = ops.cast(pixels[:, :, :rows * patch_height, :columns * patch_width], self.compute_dtype)
+        pixels = ops.cast(pixels[:, :, : rows * patch_height, : columns * patch_width], self.compute_dtype)
         # A convolution whose patches don't overlap is a matrix product, which every back end has in this layout.
         patches = ops.reshape(pixels, (-1, config.num_channels, rows, patch_height, columns, patch_width))
-        patches = ops.reshape(ops.transpose(patches, (0, 2, 4, 1, 3, 5)),
-                              (-1, rows * columns, config.num_channels * patch_height * patch_width))
+        patches = ops.reshape(
+            ops.transpose(patches, (0, 2, 4, 1, 3, 5)),
+            (-1, rows * columns, config.num_channels * patch_height * patch_width),
+        )
         patches = self.patch(patches)  # (B, R * S, D)
         if mask is not None:
             hidden = self._mask(mask, patches.shape[0], rows, columns)
             patches = ops.where(hidden, ops.cast(self.mask_token, patches.dtype), patches)
-        prefix = ops.concatenate([ops.cast(token, patches.dtype) for token in (self.cls_token, self.distillation_token)
-                                  if token is not None], axis=1)
+        prefix = ops.concatenate(
+            [
+                ops.cast(token, patches.dtype)
+                for token in (self.cls_token, self.distillation_token)
+                if token is not None
+            ],
+            axis=1,
+        )
         position = ops.cast(self._positions(rows, columns), patches.dtype)
         if config.position_on_class_token:
-            prefix = prefix + position[:, :config.num_prefix_tokens]
-        patches = patches + position[:, config.num_prefix_positions:]
+            prefix = prefix + position[:, : config.num_prefix_tokens]
+        patches = patches + position[:, config.num_prefix_positions :]
         prefix = ops.broadcast_to(prefix, (ops.shape(patches)[0], *prefix.shape[1:]))
         return self.dropout(ops.concatenate([prefix, patches], axis=1), training=training)
 
     def _mask(self, mask: Any, batch: int | None, rows: int, columns: int) -> Any:
         if self.mask_token is None:
-            raise ValueError("bool_masked_pos needs a mask token; build TFDeiTModel(config, use_mask_token=True) or "
-                             "TFDeiTForMaskedImageModeling")
+            raise ValueError(
+                "bool_masked_pos needs a mask token; build TFDeiTModel(config, use_mask_token=True) or "
+                "TFDeiTForMaskedImageModeling"
+            )
         if not same_shape(mask.shape, (batch, rows * columns)):
-            raise ValueError(f"bool_masked_pos must be ({batch}, {rows * columns}): {rows}x{columns} patches for each "
-                             f"of {batch} images; found {tuple(mask.shape)}")
+            raise ValueError(
+                f"bool_masked_pos must be ({batch}, {rows * columns}): {rows}x{columns} patches for each "
+                f"of {batch} images; found {tuple(mask.shape)}"
+            )
         return ops.cast(mask, "bool")[:, :, None]  # (B, R * S, 1)
 
     def _positions(self, rows: int, columns: int) -> Any:
@@ -277,8 +330,9 @@ class TFDeiTModel(PreTrainedKeras):
             return self.position
         # Float32 whatever the weights' type: a weighted sum of 16 neighbours.
         grid = ops.reshape(ops.cast(self.position[:, prefix:], "float32"), (*config.grid, config.hidden_size))
-        down, across = (weights.resize_matrix(*sizes).astype("float32")
-                        for sizes in zip(config.grid, (rows, columns), strict=True))
+        down, across = (
+            weights.resize_matrix(*sizes).astype("float32") for sizes in zip(config.grid, (rows, columns), strict=True)
+        )
         grid = ops.matmul(down, ops.reshape(grid, (config.grid[0], -1)))  # (new R, S * D)
         grid = ops.matmul(across, ops.reshape(grid, (rows, config.grid[1], config.hidden_size)))
         grid = ops.reshape(grid, (1, rows * columns, config.hidden_size))
@@ -302,8 +356,11 @@ class _WithHead(PreTrainedKeras):
 
     def _classifier(self) -> keras.layers.Layer:
         config = self.config
-        return (_linear(config, config.hidden_size, config.num_labels, self.dtype_policy) if config.num_labels else
-                keras.layers.Identity(dtype=self.dtype_policy))
+        return (
+            _linear(config, config.hidden_size, config.num_labels, self.dtype_policy)
+            if config.num_labels
+            else keras.layers.Identity(dtype=self.dtype_policy)
+        )
 
 
 @keras.saving.register_keras_serializable("deit")
@@ -320,39 +377,66 @@ class TFDeiTForMaskedImageModeling(_WithHead):
     def __init__(self, config: DeiTConfig, *, name: str | None = None, dtype: Any = None):
         stride = config.encoder_stride
         if config.patch_hw != ((stride, stride) if isinstance(stride, int) else stride):
-            raise ValueError(f"the decoder paints a patch from its token: encoder_stride={stride} must equal "
-                             f"patch_size={config.patch_size}; use config.replace(encoder_stride=...)")
+            raise ValueError(
+                f"the decoder paints a patch from its token: encoder_stride={stride} must equal "
+                f"patch_size={config.patch_size}; use config.replace(encoder_stride=...)"
+            )
         super().__init__(config, name=name, dtype=dtype, use_mask_token=True)
-        self.decoder = _linear(config, config.hidden_size, math.prod(config.patch_hw) * config.num_channels,
-                               self.dtype_policy)
+        self.decoder = _linear(
+            config, config.hidden_size, math.prod(config.patch_hw) * config.num_channels, self.dtype_policy
+        )
 
     @by_name
-    def call(self, pixel_values: Any = None, bool_masked_pos: Any = None, head_mask: Any = None,
-             output_attentions: bool | None = None, output_hidden_states: bool | None = None,
-             return_dict: bool | None = None, interpolate_pos_encoding: bool = False, training: bool = False,
-             depth_draws: Any = None, trace: Trace | None = None) -> Any:
+    def call(
+        self,
+        pixel_values: Any = None,
+        bool_masked_pos: Any = None,
+        head_mask: Any = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        training: bool = False,
+        depth_draws: Any = None,
+        trace: Trace | None = None,
+    ) -> Any:
         """As `TFDeiTModel.call`; with `bool_masked_pos` the output has the `loss` on the hidden patches."""
         config, (height, width) = self.config, self.config.patch_hw
-        out = self.deit.call(pixel_values, bool_masked_pos, head_mask, output_attentions, output_hidden_states, True,
-                             interpolate_pos_encoding, training, depth_draws, trace=trace)
+        out = self.deit.call(
+            pixel_values,
+            bool_masked_pos,
+            head_mask,
+            output_attentions,
+            output_hidden_states,
+            True,
+            interpolate_pos_encoding,
+            training,
+            depth_draws,
+            trace=trace,
+        )
         rows, columns = config.grid_of(*pixel_values.shape[2:])
-        painted = self.decoder(out.last_hidden_state[:, config.num_prefix_tokens:])  # (B, R * S, channels * P * Q)
+        painted = self.decoder(out.last_hidden_state[:, config.num_prefix_tokens :])  # (B, R * S, channels * P * Q)
         painted = ops.reshape(painted, (-1, rows, columns, config.num_channels, height, width))
         painted = ops.transpose(painted, (0, 3, 1, 4, 2, 5))
-        painted = note(trace, "reconstruction", ops.reshape(
-            painted, (-1, config.num_channels, rows * height, columns * width)))
-        found = MaskedImageModelingOutput(reconstruction=painted, hidden_states=out.hidden_states,
-                                          attentions=out.attentions)
+        painted = note(
+            trace, "reconstruction", ops.reshape(painted, (-1, config.num_channels, rows * height, columns * width))
+        )
+        found = MaskedImageModelingOutput(
+            reconstruction=painted, hidden_states=out.hidden_states, attentions=out.attentions
+        )
         if bool_masked_pos is not None:
-            found.loss = self.own_loss(found, {"pixel_values": pixel_values, "bool_masked_pos": bool_masked_pos},
-                                       training)
+            found.loss = self.own_loss(
+                found, {"pixel_values": pixel_values, "bool_masked_pos": bool_masked_pos}, training
+            )
         return self._result(return_dict, found)
 
     def own_loss(self, output: Any, given: Mapping[str, Any], training: bool) -> Any:
         mask = given.get("bool_masked_pos")
         if mask is None:
-            raise ValueError("masked image modelling trains on pixel_values and bool_masked_pos, found no mask; give "
-                             "fit a dictionary with both")
+            raise ValueError(
+                "masked image modelling trains on pixel_values and bool_masked_pos, found no mask; give "
+                "fit a dictionary with both"
+            )
         pixels, (height, width) = given["pixel_values"], self.config.patch_hw
         rows, columns = output.reconstruction.shape[2] // height, output.reconstruction.shape[3] // width
         return masked_image_loss(pixels, output.reconstruction, ops.reshape(mask, (-1, rows, columns)))
@@ -372,17 +456,39 @@ class TFDeiTForImageClassification(_WithHead):
         self.classifier = self._classifier()
 
     @by_name
-    def call(self, pixel_values: Any = None, head_mask: Any = None, labels: Any = None,
-             output_attentions: bool | None = None, output_hidden_states: bool | None = None,
-             return_dict: bool | None = None, interpolate_pos_encoding: bool = False, training: bool = False,
-             depth_draws: Any = None, trace: Trace | None = None) -> Any:
+    def call(
+        self,
+        pixel_values: Any = None,
+        head_mask: Any = None,
+        labels: Any = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        training: bool = False,
+        depth_draws: Any = None,
+        trace: Trace | None = None,
+    ) -> Any:
         """As `TFDeiTModel.call`; `labels` give the loss: (B,) class indices, or (B, C) multi-label or regression."""
-        out = self.deit.call(pixel_values, None, head_mask, output_attentions, output_hidden_states, True,
-                             interpolate_pos_encoding, training, depth_draws, 1, trace)
+        out = self.deit.call(
+            pixel_values,
+            None,
+            head_mask,
+            output_attentions,
+            output_hidden_states,
+            True,
+            interpolate_pos_encoding,
+            training,
+            depth_draws,
+            1,
+            trace,
+        )
         logits = note(trace, "logits", self.classifier(out.last_hidden_state[:, 0]))
         loss = None if labels is None else classification_loss(logits, labels, self.config)
-        return self._result(return_dict, ImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions))
+        return self._result(
+            return_dict,
+            ImageClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions),
+        )
 
     def own_loss(self, output: Any, given: Mapping[str, Any], training: bool) -> Any:
         if given.get("labels") is None:
@@ -403,18 +509,30 @@ class TFDeiTForImageClassificationWithTeacher(_WithHead):
 
     def __init__(self, config: DeiTConfig, *, name: str | None = None, dtype: Any = None):
         if not config.distillation_token:
-            raise ValueError("a model with teacher needs a distillation token, found distillation_token=False in the "
-                             "config; use TFDeiTForImageClassification, or config.replace(distillation_token=True)")
+            raise ValueError(
+                "a model with teacher needs a distillation token, found distillation_token=False in the "
+                "config; use TFDeiTForImageClassification, or config.replace(distillation_token=True)"
+            )
         super().__init__(config, name=name, dtype=dtype)
         self.cls_classifier = self._classifier()
         self.distillation_classifier = self._classifier()
         self._distillation: dict[str, Any] = {}
 
     @by_name
-    def call(self, pixel_values: Any = None, head_mask: Any = None, output_attentions: bool | None = None,
-             output_hidden_states: bool | None = None, return_dict: bool | None = None,
-             interpolate_pos_encoding: bool = False, training: bool = False, labels: Any = None,
-             teacher_logits: Any = None, depth_draws: Any = None, trace: Trace | None = None) -> Any:
+    def call(
+        self,
+        pixel_values: Any = None,
+        head_mask: Any = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        training: bool = False,
+        labels: Any = None,
+        teacher_logits: Any = None,
+        depth_draws: Any = None,
+        trace: Trace | None = None,
+    ) -> Any:
         """As `TFDeiTModel.call`, and the loss:
 
         Args:
@@ -423,14 +541,30 @@ class TFDeiTForImageClassificationWithTeacher(_WithHead):
                 `losses.distillation_loss`, hard or as `compile` says. With labels alone it is the loss of the fused
                 logits, in evaluation only: training so would ignore the teacher.
         """
-        out = self.deit.call(pixel_values, None, head_mask, output_attentions, output_hidden_states, True,
-                             interpolate_pos_encoding, training, depth_draws, 2, trace)
+        out = self.deit.call(
+            pixel_values,
+            None,
+            head_mask,
+            output_attentions,
+            output_hidden_states,
+            True,
+            interpolate_pos_encoding,
+            training,
+            depth_draws,
+            2,
+            trace,
+        )
         cls_logits = note(trace, "cls_logits", self.cls_classifier(out.last_hidden_state[:, 0]))
-        distillation_logits = note(trace, "distillation_logits",
-                                   self.distillation_classifier(out.last_hidden_state[:, 1]))
+        distillation_logits = note(
+            trace, "distillation_logits", self.distillation_classifier(out.last_hidden_state[:, 1])
+        )
         found = DeiTForImageClassificationWithTeacherOutput(
-            logits=(cls_logits + distillation_logits) / 2, cls_logits=cls_logits,
-            distillation_logits=distillation_logits, hidden_states=out.hidden_states, attentions=out.attentions)
+            logits=(cls_logits + distillation_logits) / 2,
+            cls_logits=cls_logits,
+            distillation_logits=distillation_logits,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
         # A teacher's logits alone: the labels are `fit`'s targets, which `own_loss` gets to see.
         if labels is not None:
             found.loss = self.own_loss(found, {"labels": labels, "teacher_logits": teacher_logits}, training)
@@ -439,16 +573,25 @@ class TFDeiTForImageClassificationWithTeacher(_WithHead):
     def own_loss(self, output: Any, given: Mapping[str, Any], training: bool) -> Any:
         labels, teacher_logits = given.get("labels"), given.get("teacher_logits")
         if labels is not None and teacher_logits is not None:
-            return distillation_loss(output.cls_logits, output.distillation_logits, labels, teacher_logits,
-                                     **self._distillation)
+            return distillation_loss(
+                output.cls_logits, output.distillation_logits, labels, teacher_logits, **self._distillation
+            )
         if labels is not None and not training:
             return classification_loss(output.logits, labels, self.config)
-        raise ValueError("distillation trains on labels and teacher_logits together, found only "
-                         f"{'images' if labels is None else 'labels'}; pass both, or train "
-                         "TFDeiTForImageClassification")
+        raise ValueError(
+            "distillation trains on labels and teacher_logits together, found only "
+            f"{'images' if labels is None else 'labels'}; pass both, or train "
+            "TFDeiTForImageClassification"
+        )
 
-    def compile(self, *args: Any, distillation: Distillation = "hard", distillation_weight: float | None = None,
-                temperature: float | None = None, **options: Any) -> None:
+    def compile(
+        self,
+        *args: Any,
+        distillation: Distillation = "hard",
+        distillation_weight: float | None = None,
+        temperature: float | None = None,
+        **options: Any,
+    ) -> None:
         """Keras' `compile`, and how the teacher teaches: hard (eq. 3) or soft (eq. 2), its share of the loss and the
         temperature; None takes the paper's."""
         distillation_settings(distillation, distillation_weight, temperature)
@@ -484,8 +627,15 @@ class TFViTModel(TFDeiTModel):
 
     config_class = ViTConfig
 
-    def __init__(self, config: DeiTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False, *,
-                 name: str | None = None, dtype: Any = None):
+    def __init__(
+        self,
+        config: DeiTConfig,
+        add_pooling_layer: bool = True,
+        use_mask_token: bool = False,
+        *,
+        name: str | None = None,
+        dtype: Any = None,
+    ):
         _refuse_distillation_token(config)
         super().__init__(config, add_pooling_layer, use_mask_token, name=name, dtype=dtype)
 
@@ -507,5 +657,7 @@ class TFViTForImageClassification(TFDeiTForImageClassification):
 
 def _refuse_distillation_token(config: DeiTConfig) -> None:
     if config.distillation_token:
-        raise ValueError("a ViT has no distillation token, found distillation_token=True in the config; use the DeiT "
-                         "class, or ViTConfig")
+        raise ValueError(
+            "a ViT has no distillation token, found distillation_token=True in the config; use the DeiT "
+            "class, or ViTConfig"
+        )

@@ -28,8 +28,9 @@ try:
     import keras
     from keras import ops
 except ImportError as error:
-    raise host.missing("the Keras classes need Keras 3 and one of its back ends, which KERAS_BACKEND names "
-                       f"({error})", "keras") from None
+    raise host.missing(
+        f"the Keras classes need Keras 3 and one of its back ends, which KERAS_BACKEND names ({error})", "keras"
+    ) from None
 
 from deit import weights
 from deit.config import DeiTConfig
@@ -42,6 +43,7 @@ from deit.weights import hub
 
 def _register(cls: type[outputs.ModelOutput]) -> None:
     """Teaches Keras, TensorFlow or JAX to look into an output as they look into a dictionary."""
+
     def flatten(output: outputs.ModelOutput) -> tuple[tuple[Any, ...], tuple[str, ...]]:
         return output.to_tuple(), tuple(output.keys())
 
@@ -60,8 +62,12 @@ def _register(cls: type[outputs.ModelOutput]) -> None:
         cls.__tf_unflatten__ = classmethod(lambda _, names, values: unflatten(names, values))  # type: ignore[attr-defined]
 
 
-for _output in (outputs.BaseModelOutputWithPooling, outputs.MaskedImageModelingOutput, outputs.ImageClassifierOutput,
-                outputs.DeiTForImageClassificationWithTeacherOutput):
+for _output in (
+    outputs.BaseModelOutputWithPooling,
+    outputs.MaskedImageModelingOutput,
+    outputs.ImageClassifierOutput,
+    outputs.DeiTForImageClassificationWithTeacherOutput,
+):
     _register(_output)
 
 
@@ -84,6 +90,7 @@ def note(trace: Trace | None, name: str, value: Any) -> Any:
 
 def by_name(call: Callable[..., Any]) -> Callable[..., Any]:
     """Lets `call` take its tensors as one dictionary in the place of the first, as `fit` passes them."""
+
     @wraps(call)
     def called(self: Any, pixel_values: Any = None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(pixel_values, Mapping):
@@ -126,8 +133,9 @@ class PreTrainedKeras(keras.Model):
 
     # ---- files
 
-    def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "5GB",
-                        push_to_hub: bool = False, **push: Any) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, max_shard_size: int | str = "5GB", push_to_hub: bool = False, **push: Any
+    ) -> None:
         """Writes `config.json` and `model.safetensors` (or shards): the files that the PyTorch classes and
         `transformers` read."""
         hub.write_checkpoint(Path(folder), self.config, self.tensors(), max_shard_size=max_shard_size)
@@ -141,24 +149,37 @@ class PreTrainedKeras(keras.Model):
     def tensors(self) -> dict[str, np.ndarray]:
         """The weights under the names of `weights.manifest` and in its shapes, which are PyTorch's."""
         shapes = self._manifest()
-        return {name: _to_disk(ops.convert_to_numpy(variable), name, shapes[name])
-                for name, variable in self._variables().items()}
+        return {
+            name: _to_disk(ops.convert_to_numpy(variable), name, shapes[name])
+            for name, variable in self._variables().items()
+        }
 
     def _manifest(self) -> dict[str, tuple[int, ...]]:
         backbone = _backbone(self)
-        return weights.manifest(self.config, self.kind, pooler=backbone.pooler is not None,
-                                mask_token=backbone.mask_token is not None)
+        return weights.manifest(
+            self.config, self.kind, pooler=backbone.pooler is not None, mask_token=backbone.mask_token is not None
+        )
 
     def _variables(self) -> dict[str, keras.Variable]:
         base = len(weights.BASE) if self.kind == "backbone" else 0
         return {name: _variable(self, name[base:]) for name in self._manifest()}
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, *, config: DeiTConfig | None = None,
-                        revision: str | None = None, subfolder: str = "", cache_dir: str | Path | None = None,
-                        local_files_only: bool = False, token: str | bool | None = None, dtype: Any = None,
-                        ignore_mismatched_sizes: bool = False, output_loading_info: bool = False,
-                        **overrides: Any) -> Any:
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        *,
+        config: DeiTConfig | None = None,
+        revision: str | None = None,
+        subfolder: str = "",
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        dtype: Any = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **overrides: Any,
+    ) -> Any:
         """A model from a folder, a weight file or a hub repository, in any dialect that the PyTorch classes read, and
         `tf_model.h5` of `transformers` 4. PyTorch itself is needed for `.bin` and `.pth` only.
 
@@ -178,21 +199,42 @@ class PreTrainedKeras(keras.Model):
             FileNotFoundError: nothing there, or not reachable.
             CheckpointError, ValueError: truncated, corrupt, unsafe, unknown or ill-fitting; nothing is half-loaded.
         """
-        where: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "cache_dir": cache_dir,
-                                 "local_files_only": local_files_only, "token": token}
+        where: dict[str, Any] = {
+            "revision": revision,
+            "subfolder": subfolder,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "token": token,
+        }
         found = hub.read_checkpoint(name_or_folder, config=config, arrays="numpy", **where)
-        return cls.from_checkpoint(found, dtype=dtype, ignore_mismatched_sizes=ignore_mismatched_sizes,
-                                   output_loading_info=output_loading_info, **overrides)
+        return cls.from_checkpoint(
+            found,
+            dtype=dtype,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            output_loading_info=output_loading_info,
+            **overrides,
+        )
 
     @classmethod
-    def from_checkpoint(cls, found: hub.Checkpoint, *, dtype: Any = None, ignore_mismatched_sizes: bool = False,
-                        output_loading_info: bool = False, **overrides: Any) -> Any:
+    def from_checkpoint(
+        cls,
+        found: hub.Checkpoint,
+        *,
+        dtype: Any = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **overrides: Any,
+    ) -> Any:
         """`from_pretrained` of a checkpoint that is read already, in NumPy arrays."""
         image_size = overrides.pop("image_size", None)
         config = found.config_for(cls.kind, cls.config_class, overrides)
         options: dict[str, Any] = found.options_for(cls.kind)
-        expected = weights.manifest(config, cls.kind, pooler=options.get("add_pooling_layer", False),
-                                    mask_token=options.get("use_mask_token", False))
+        expected = weights.manifest(
+            config,
+            cls.kind,
+            pooler=options.get("add_pooling_layer", False),
+            mask_token=options.get("use_mask_token", False),
+        )
         fitted = found.fit(expected, ignore_mismatched_sizes)
         if image_size is not None:
             resized = config.replace(image_size=tuple(image_size) if isinstance(image_size, list) else image_size)
@@ -213,10 +255,17 @@ class PreTrainedKeras(keras.Model):
 
     def get_config(self) -> dict[str, Any]:
         backbone = _backbone(self)
-        options = {"add_pooling_layer": backbone.pooler is not None,
-                   "use_mask_token": backbone.mask_token is not None} if self.kind == "backbone" else {}
-        return {"name": self.name, "dtype": keras.saving.serialize_keras_object(self.dtype_policy),
-                "config": self.config.to_dict(), **options}
+        options = (
+            {"add_pooling_layer": backbone.pooler is not None, "use_mask_token": backbone.mask_token is not None}
+            if self.kind == "backbone"
+            else {}
+        )
+        return {
+            "name": self.name,
+            "dtype": keras.saving.serialize_keras_object(self.dtype_policy),
+            "config": self.config.to_dict(),
+            **options,
+        }
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
@@ -241,14 +290,17 @@ class PreTrainedKeras(keras.Model):
         self.compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
 
-    def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None,
-                     training: bool = True) -> Any:
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> Any:
         """Keras' hook: a compiled loss judges `answer`, without one the model's own loss counts."""
         if self._compile_loss is not None:
             return super().compute_loss(x, self._labels(x, y), y_pred[self.answer], sample_weight, training)
         if sample_weight is not None:
-            raise ValueError("the model's own loss weighs all images alike, found sample or class weights; leave them "
-                             "out, or give compile() a loss")
+            raise ValueError(
+                "the model's own loss weighs all images alike, found sample or class weights; leave them "
+                "out, or give compile() a loss"
+            )
         return self.own_loss(y_pred, _named("pixel_values", x) | _named("labels", y), training)
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
@@ -264,8 +316,14 @@ class PreTrainedKeras(keras.Model):
 
     # ---- export
 
-    def export(self, filepath: str | Path, format: saved_model.ExportFormat = "tf_saved_model", *,
-               tolerance: float = 1e-4, batch: int | None = None) -> Path:
+    def export(
+        self,
+        filepath: str | Path,
+        format: saved_model.ExportFormat = "tf_saved_model",
+        *,
+        tolerance: float = 1e-4,
+        batch: int | None = None,
+    ) -> Path:
         """Writes the model for another runtime, runs what was written, and returns its path if it answers alike.
 
         Args:

@@ -35,8 +35,10 @@ def export(model: Exportable, path: Path, format: ExportFormat, tolerance: float
         raise ValueError(f"format={format!r} is not written from Keras; choose {' or '.join(get_args(ExportFormat))}")
     backend = keras.backend.backend()
     if backend not in ("tensorflow", "jax") or (format == "litert" and backend != "tensorflow"):
-        raise ValueError(f"{format} can't be written with Keras on {backend}; start Python with "
-                         "KERAS_BACKEND=tensorflow and load the model there")
+        raise ValueError(
+            f"{format} can't be written with Keras on {backend}; start Python with "
+            "KERAS_BACKEND=tensorflow and load the model there"
+        )
     if format == "litert" and path.suffix != ".tflite":
         raise ValueError(f"a LiteRT model is a .tflite file, found {path}; give such a name")
     if path.exists():
@@ -51,9 +53,11 @@ def export(model: Exportable, path: Path, format: ExportFormat, tolerance: float
             written.write_bytes(_converted(saved))
         difference = _largest_difference(model, runtime(written), (batch,) if batch else _CHECKED_BATCHES)
         if not difference <= tolerance:
-            raise ValueError(f"{path} was not kept: on random images its outputs differ from the model's by "
-                             f"{difference:.2g}, more than tolerance={tolerance:.2g}; raise that if the model computes "
-                             "in half precision, otherwise please report it")
+            raise ValueError(
+                f"{path} was not kept: on random images its outputs differ from the model's by "
+                f"{difference:.2g}, more than tolerance={tolerance:.2g}; raise that if the model computes "
+                "in half precision, otherwise please report it"
+            )
         shutil.move(written, path)
     return path
 
@@ -63,8 +67,11 @@ def _write_saved_model(model: Exportable, path: Path, batch: int | None) -> None
     shape = (batch, config.num_channels, *config.image_hw)
     archive = keras.export.ExportArchive()
     archive.track(model)
-    archive.add_endpoint("serve", lambda pixel_values: dict(model(pixel_values, training=False).items()),
-                         input_signature=[keras.InputSpec(shape=shape, dtype="float32", name="pixel_values")])
+    archive.add_endpoint(
+        "serve",
+        lambda pixel_values: dict(model(pixel_values, training=False).items()),
+        input_signature=[keras.InputSpec(shape=shape, dtype="float32", name="pixel_values")],
+    )
     archive.write_out(str(path), verbose=False)
 
 
@@ -104,8 +111,9 @@ def _largest_difference(model: Exportable, runtime: Runtime, batches: tuple[int,
         pixels = random.standard_normal((batch, model.config.num_channels, *model.config.image_hw)).astype("float32")
         expected, found = model(pixels, training=False), runtime(pixels)
         if sorted(expected.keys()) != sorted(found):
-            raise ValueError(f"the exported model answers {', '.join(sorted(found))}, expected "
-                             f"{', '.join(sorted(expected.keys()))}")
+            raise ValueError(
+                f"the exported model answers {', '.join(sorted(found))}, expected {', '.join(sorted(expected.keys()))}"
+            )
         for name, value in expected.items():
             difference = found[name].astype("float32") - keras.ops.convert_to_numpy(value).astype("float32")
             differences.append(np.abs(difference).max())

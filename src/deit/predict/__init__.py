@@ -9,7 +9,10 @@ if TYPE_CHECKING:
     from deit.predict.predictor import Answer as Answer
     from deit.predict.predictor import Predictor as Predictor
 
-__getattr__, __dir__ = offer(__name__, {
-    "deit.predict.pipelines": ("pipeline",),
-    "deit.predict.predictor": ("Answer", "Predictor"),
-})
+__getattr__, __dir__ = offer(
+    __name__,
+    {
+        "deit.predict.pipelines": ("pipeline",),
+        "deit.predict.predictor": ("Answer", "Predictor"),
+    },
+)

@@ -99,8 +99,10 @@ class Results:
         if (begun := self.folder / "job.json").exists():
             if (other := files.read_json(begun)) != described:
                 differing = [key for key in described if described[key] != other.get(key)]
-                raise ValueError(f"{self.folder} holds parts of other work ({', '.join(differing)} differ); finish "
-                                 "that with its own command, or remove the folder to start anew")
+                raise ValueError(
+                    f"{self.folder} holds parts of other work ({', '.join(differing)} differ); finish "
+                    "that with its own command, or remove the folder to start anew"
+                )
         else:
             files.write_json(begun, described)
         self.parts = sorted(self.folder.glob("*.jsonl"))
@@ -120,8 +122,9 @@ class Results:
                 done = list(map(json.loads, rows))
             self.unreadable += sum("error" in row for row in done)
             if [row["image"] for row in done] != list(islice(iterator, PART)):
-                raise ValueError(f"the images have changed since {part} was written; remove {self.folder} to start "
-                                 "anew")
+                raise ValueError(
+                    f"the images have changed since {part} was written; remove {self.folder} to start anew"
+                )
         return iterator
 
     def write(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -176,18 +179,35 @@ def _write_csv(path: Path, rows: Iterable[dict[str, Any]], top_k: int) -> None:
 
 def _write_parquet(path: Path, rows: Iterable[dict[str, Any]], top_k: int) -> None:
     arrow = _pyarrow()
-    schema = arrow.schema([("image", arrow.string()), ("labels", arrow.list_(arrow.string())),
-                           ("scores", arrow.list_(arrow.float64())), ("sure", arrow.bool_()),
-                           ("error", arrow.string())])
+    schema = arrow.schema(
+        [
+            ("image", arrow.string()),
+            ("labels", arrow.list_(arrow.string())),
+            ("scores", arrow.list_(arrow.float64())),
+            ("sure", arrow.bool_()),
+            ("error", arrow.string()),
+        ]
+    )
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
         iterator = iter(rows)
         while chunk := list(islice(iterator, PART)):
-            writer.write_batch(arrow.RecordBatch.from_pylist([
-                {"image": _utf8(row["image"]), "labels": [each["label"] for each in row["labels"]],
-                 "scores": [each["score"] for each in row["labels"]], "sure": row.get("sure"),
-                 "error": _utf8(row.get("error"))} for row in chunk], schema=schema))
+            writer.write_batch(
+                arrow.RecordBatch.from_pylist(
+                    [
+                        {
+                            "image": _utf8(row["image"]),
+                            "labels": [each["label"] for each in row["labels"]],
+                            "scores": [each["score"] for each in row["labels"]],
+                            "sure": row.get("sure"),
+                            "error": _utf8(row.get("error")),
+                        }
+                        for row in chunk
+                    ],
+                    schema=schema,
+                )
+            )
 
 
 def _utf8(text: str | None) -> str | None:

@@ -22,8 +22,15 @@ _BATCH = 64
 
 
 @torch.inference_mode()
-def calibrate(folder: str | Path, data: str | Path, *, split: str | None = None, error_rate: float = 0.05,
-              device: str = "auto", console: Console | None = None) -> Calibration:
+def calibrate(
+    folder: str | Path,
+    data: str | Path,
+    *,
+    split: str | None = None,
+    error_rate: float = 0.05,
+    device: str = "auto",
+    console: Console | None = None,
+) -> Calibration:
     """Fits every head's temperature and threshold and stores them as `calibration.json` in the model's folder.
 
     Args:
@@ -35,8 +42,9 @@ def calibrate(folder: str | Path, data: str | Path, *, split: str | None = None,
     Raises `ValueError` where images and model don't fit or the images are too few; then nothing is stored.
     """
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder} is no folder here, and a calibration is stored beside the model; save the "
-                                "model first")
+        raise FileNotFoundError(
+            f"{folder} is no folder here, and a calibration is stored beside the model; save the model first"
+        )
     console = console or Console(stderr=True)
     predictor = Predictor(folder, device=resolve_device(device))
     if split is None and has_split(data, "val"):
@@ -61,7 +69,8 @@ def calibrate(folder: str | Path, data: str | Path, *, split: str | None = None,
     truth = np.concatenate(labels)
     heads: dict[str, HeadCalibration] = {
         head: fit(lambda t, head=head: head_probabilities(output, t)[head].numpy(), truth, error_rate)
-        for head in head_probabilities(output)}
+        for head in head_probabilities(output)
+    }
     calibration = Calibration(error_rate=error_rate, images=len(truth), data=fingerprint(examples), heads=heads)
     calibration.save(Path(folder))
     return calibration

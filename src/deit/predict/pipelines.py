@@ -37,10 +37,14 @@ def pipeline(task: Task | None = None, model: str | Path | None = None, **option
         options: those of the class.
     """
     if model is None:
-        raise ValueError("pipeline needs a model: a trained folder, or a hub name like "
-                         "facebook/deit-tiny-distilled-patch16-224")
-    classes: dict[Any, Any] = {None: ImageClassificationPipeline, "image-classification": ImageClassificationPipeline,
-                               "image-feature-extraction": ImageFeatureExtractionPipeline}
+        raise ValueError(
+            "pipeline needs a model: a trained folder, or a hub name like facebook/deit-tiny-distilled-patch16-224"
+        )
+    classes: dict[Any, Any] = {
+        None: ImageClassificationPipeline,
+        "image-classification": ImageClassificationPipeline,
+        "image-feature-extraction": ImageFeatureExtractionPipeline,
+    }
     if task not in classes:
         raise ValueError(f"there is no pipeline {task!r}; choose image-classification or image-feature-extraction")
     return classes[task](model, **options)
@@ -62,15 +66,32 @@ class ImageClassificationPipeline:
         timeout: seconds to wait for such an address.
     """
 
-    def __init__(self, model: str | Path, *, head: Head = "fused", top_k: int = 5,
-                 function_to_apply: Function | None = None, batch_size: int = 1, device: Device = None,
-                 engine: Runtime | None = None, allow_urls: bool = False, timeout: float | None = 10.0):
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        head: Head = "fused",
+        top_k: int = 5,
+        function_to_apply: Function | None = None,
+        batch_size: int = 1,
+        device: Device = None,
+        engine: Runtime | None = None,
+        allow_urls: bool = False,
+        timeout: float | None = 10.0,
+    ):
         self.predictor = Predictor(model, head=head, device=_device(device), engine=engine)
         self.top_k, self.batch_size = top_k, batch_size
         self.function_to_apply, self.allow_urls, self.timeout = function_to_apply, allow_urls, timeout
 
-    def __call__(self, inputs: Any, *, top_k: int | None = None, function_to_apply: Function | None = None,
-                 batch_size: int | None = None, timeout: float | None = None) -> Any:
+    def __call__(
+        self,
+        inputs: Any,
+        *,
+        top_k: int | None = None,
+        function_to_apply: Function | None = None,
+        batch_size: int | None = None,
+        timeout: float | None = None,
+    ) -> Any:
         """Answers for `inputs`: a path, an address, the bytes of a file, a Pillow image or an array (H, W, C) or
         (C, H, W) gives one list; a list of these gives a list of lists; any other iterable gives an iterator, which
         reads as it is asked.
@@ -85,8 +106,10 @@ class ImageClassificationPipeline:
         def answer(images: list[Any]) -> list[Any]:
             rows = score(np.stack([self.predictor.prepared(image) for image in images]))  # (B, C)
             best = np.argsort(-rows, axis=1, kind="stable")[:, :count]
-            return [[{"label": self.predictor.labels[i], "score": float(row[i])} for i in indices]
-                    for row, indices in zip(rows, best, strict=True)]
+            return [
+                [{"label": self.predictor.labels[i], "score": float(row[i])} for i in indices]
+                for row, indices in zip(rows, best, strict=True)
+            ]
 
         fetched = _fetching(self.allow_urls, self.timeout if timeout is None else timeout)
         return _like_the_input(inputs, fetched, answer, batch_size or self.batch_size)
@@ -95,8 +118,13 @@ class ImageClassificationPipeline:
         config = self.predictor.config
         if function == "default":
             problem = getattr(config, "problem_type", None)
-            function = ("none" if problem == "regression" else
-                        "sigmoid" if problem == "multi_label_classification" or config.num_labels == 1 else "softmax")
+            function = (
+                "none"
+                if problem == "regression"
+                else "sigmoid"
+                if problem == "multi_label_classification" or config.num_labels == 1
+                else "softmax"
+            )
         if function == "softmax":
             return self.predictor.probabilities
         if function == "sigmoid":
@@ -116,8 +144,17 @@ class ImageFeatureExtractionPipeline:
         batch_size, device, allow_urls, timeout: as for classification.
     """
 
-    def __init__(self, model: str | Path, *, pool: bool = False, return_tensors: bool = False, batch_size: int = 1,
-                 device: Device = None, allow_urls: bool = False, timeout: float | None = 10.0):
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        pool: bool = False,
+        return_tensors: bool = False,
+        batch_size: int = 1,
+        device: Device = None,
+        allow_urls: bool = False,
+        timeout: float | None = 10.0,
+    ):
         self.device = torch.device(_device(device))
         self.model = DeiTModel.from_pretrained(model).to(self.device)
         self.processor = DeiTImageProcessor.of_model(model, self.model.config)
@@ -139,15 +176,18 @@ class ImageFeatureExtractionPipeline:
         return [each[None] if self.return_tensors else each[None].tolist() for each in found]
 
 
-def _like_the_input(inputs: Any, fetched: Callable[[Any], Any], answer: Callable[[list[Any]], list[Any]],
-                    batch_size: int) -> Any:
+def _like_the_input(
+    inputs: Any, fetched: Callable[[Any], Any], answer: Callable[[list[Any]], list[Any]], batch_size: int
+) -> Any:
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, found {batch_size}")
     if isinstance(inputs, str | Path | bytes | Image.Image | np.ndarray | Tensor):
         return answer([fetched(inputs)])[0]
     if not isinstance(inputs, Iterable):
-        raise ValueError(f"an image is a path, bytes, a Pillow image or an array, found {type(inputs).__name__}; give "
-                         "one, a list of them, or an iterable")
+        raise ValueError(
+            f"an image is a path, bytes, a Pillow image or an array, found {type(inputs).__name__}; give "
+            "one, a list of them, or an iterable"
+        )
 
     def answers() -> Iterator[Any]:
         iterator = iter(inputs)
@@ -170,8 +210,9 @@ def _fetching(allowed: bool, timeout: float | None) -> Callable[[Any], Any]:
             with urlopen(image, timeout=timeout) as response:  # http and https only, redirects too
                 content: bytes = response.read(MAX_DOWNLOAD + 1)
         except (URLError, TimeoutError, OSError) as error:
-            raise ValueError(f"{image} can't be fetched ({error}); check the address, or save the image and pass its "
-                             "path") from None
+            raise ValueError(
+                f"{image} can't be fetched ({error}); check the address, or save the image and pass its path"
+            ) from None
         if len(content) > MAX_DOWNLOAD:
             raise ValueError(f"{image} is larger than {MAX_DOWNLOAD // 2**20} MiB; save it and pass its path")
         return content

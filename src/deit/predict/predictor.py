@@ -75,8 +75,14 @@ class Predictor:
     engine: str
     """What computes: `torch`, or the name of a runtime and the precision it has chosen."""
 
-    def __init__(self, name_or_folder: str | Path, *, head: Head = "fused", device: str | torch.device = "cpu",
-                 engine: Runtime | None = None):
+    def __init__(
+        self,
+        name_or_folder: str | Path,
+        *,
+        head: Head = "fused",
+        device: str | torch.device = "cpu",
+        engine: Runtime | None = None,
+    ):
         self.head, self.device = head, torch.device(device)
         if engine not in (None, *get_args(Runtime)):
             raise ValueError(f"engine is {engine!r}, expected one of {', '.join(get_args(Runtime))}")
@@ -93,8 +99,9 @@ class Predictor:
             runtime = self._chosen(engine, str(name_or_folder))
             self.model.to(self.device)
         self.engine = "torch" if runtime is None else str(runtime)
-        self._output: Callable[[np.ndarray], ModelOutput] = _outputs_of(runtime) if runtime else (
-            lambda pixels: self.model(torch.from_numpy(pixels).to(self.device)))
+        self._output: Callable[[np.ndarray], ModelOutput] = (
+            _outputs_of(runtime) if runtime else (lambda pixels: self.model(torch.from_numpy(pixels).to(self.device)))
+        )
         self.calibration = Calibration.of_model(name_or_folder)
         self.labels = list(self.config.id2label.values())  # type: ignore[union-attr]
 
@@ -143,8 +150,11 @@ class Predictor:
             if error is not None and not isinstance(error, ImageError):
                 raise error
         read = [(source, future.result()) for i, (source, future) in enumerate(chunk) if errors[i] is None]
-        answers = iter(self.answers([source for source, _ in read], np.stack([pixels for _, pixels in read]), top_k)
-                       if read else [])
+        answers = iter(
+            self.answers([source for source, _ in read], np.stack([pixels for _, pixels in read]), top_k)
+            if read
+            else []
+        )
         for i, (source, _) in enumerate(chunk):
             yield next(answers) if errors[i] is None else Answer(source=source, labels=[], error=str(errors[i]))
 
@@ -157,9 +167,12 @@ class Predictor:
         probabilities = self.probabilities(pixels)
         best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]  # (B, top_k)
         sure = [None] * len(sources) if self.calibration is None else self.calibration.sure(probabilities, self.head)
-        return [Answer(source=source, sure=certain, labels=[
-            {"label": self.labels[i], "score": float(row[i])} for i in indices])
-            for source, certain, row, indices in zip(sources, sure, probabilities, best, strict=True)]
+        return [
+            Answer(
+                source=source, sure=certain, labels=[{"label": self.labels[i], "score": float(row[i])} for i in indices]
+            )
+            for source, certain, row, indices in zip(sources, sure, probabilities, best, strict=True)
+        ]
 
     def probabilities(self, pixels: np.ndarray) -> np.ndarray:
         """Of every class (B, C), by the head, calibrated where the model is; pixels (B, channels, height, width)."""
@@ -172,11 +185,16 @@ class Predictor:
     def head_logits(self, pixels: np.ndarray) -> np.ndarray:
         """Of every class (B, C), by the head; `softmax`, which fuses probabilities, has none."""
         found = self.logits(pixels)
-        name = {"fused": "logits", "class": "cls_logits" if "cls_logits" in found else "logits",
-                "distillation": "distillation_logits"}.get(self.head)
+        name = {
+            "fused": "logits",
+            "class": "cls_logits" if "cls_logits" in found else "logits",
+            "distillation": "distillation_logits",
+        }.get(self.head)
         if name is None or name not in found:
-            raise ValueError(f"head {self.head!r} has no logits of its own here; choose fused or class, or softmax as "
-                             "function_to_apply")
+            raise ValueError(
+                f"head {self.head!r} has no logits of its own here; choose fused or class, or softmax as "
+                "function_to_apply"
+            )
         return found[name].float().cpu().numpy()
 
     @torch.inference_mode()
@@ -192,12 +210,15 @@ def _config_of(folder: Path) -> DeiTConfig | ConvNetConfig:
 
 def _exported(folder: Path, device: torch.device, engine: Runtime | None) -> Engine:
     if device.type != "cpu":
-        raise ValueError(f"{folder} is an exported model, which runs on the CPU here, and device is {device}; leave it "
-                         "out, or give the model itself")
+        raise ValueError(
+            f"{folder} is an exported model, which runs on the CPU here, and device is {device}; leave it "
+            "out, or give the model itself"
+        )
     own = read_record(folder)["format"]
     if engine not in (None, "auto", own.partition("-")[0]):
-        raise ValueError(f"{folder} is exported for {own}, and engine is {engine}; leave it out, or give the model "
-                         "itself")
+        raise ValueError(
+            f"{folder} is exported for {own}, and engine is {engine}; leave it out, or give the model itself"
+        )
     return load_engine(folder)
 
 

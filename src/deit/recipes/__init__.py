@@ -18,8 +18,11 @@ from deit.recipe import Recipe
 
 def shipped() -> dict[str, Callable[..., Recipe]]:
     """Every recipe of this package by name: file by file, each in the order that it is written in."""
-    return {name: function for found in pkgutil.iter_modules(__path__)
-            for name, function in _recipes_of(importlib.import_module(f"{__name__}.{found.name}")).items()}
+    return {
+        name: function
+        for found in pkgutil.iter_modules(__path__)
+        for name, function in _recipes_of(importlib.import_module(f"{__name__}.{found.name}")).items()
+    }
 
 
 def summary(function: Callable[..., Recipe]) -> str:
@@ -47,15 +50,23 @@ def find(name: str) -> Recipe:
     if place.suffix == ".json" or place.is_dir():
         return _read(place / "recipe.json" if place.is_dir() else place)
     close = difflib.get_close_matches(name, recipes, 3)
-    raise ValueError(f"there is no recipe {name!r}; " + (f"did you mean {' or '.join(close)}? " if close else "") +
-                     "`deit recipes` lists them, and FILE.py:FUNCTION or a recipe.json is taken too")
+    raise ValueError(
+        f"there is no recipe {name!r}; "
+        + (f"did you mean {' or '.join(close)}? " if close else "")
+        + "`deit recipes` lists them, and FILE.py:FUNCTION or a recipe.json is taken too"
+    )
 
 
 def _recipes_of(module: ModuleType) -> dict[str, Callable[..., Recipe]]:
     """The module's own public functions that are declared to return a `Recipe`."""
-    return {name: function for name, function in vars(module).items()
-            if inspect.isfunction(function) and function.__module__ == module.__name__ and not name.startswith("_")
-            and function.__annotations__.get("return") in (Recipe, "Recipe")}
+    return {
+        name: function
+        for name, function in vars(module).items()
+        if inspect.isfunction(function)
+        and function.__module__ == module.__name__
+        and not name.startswith("_")
+        and function.__annotations__.get("return") in (Recipe, "Recipe")
+    }
 
 
 def _call(file: Path, name: str) -> Recipe:

@@ -29,9 +29,18 @@ _LONG = replace(_SHIFTED, policy=RandAugment(magnitude=9, std=0.5, layers=2), mi
 
 def _student(depth: int, drop_path: float, *, token: bool = True, patch: int = 4) -> DeiTConfig:
     """DeiT-Ti's width."""
-    return DeiTConfig(hidden_size=192, num_hidden_layers=depth, num_attention_heads=3, intermediate_size=768,
-                      layer_norm_eps=1e-6, image_size=32, patch_size=patch, encoder_stride=patch,
-                      distillation_token=token, drop_path_rate=drop_path)
+    return DeiTConfig(
+        hidden_size=192,
+        num_hidden_layers=depth,
+        num_attention_heads=3,
+        intermediate_size=768,
+        layer_norm_eps=1e-6,
+        image_size=32,
+        patch_size=patch,
+        encoder_stride=patch,
+        distillation_token=token,
+        drop_path_rate=drop_path,
+    )
 
 
 def _muon(lr: float) -> Muon:

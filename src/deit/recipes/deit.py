@@ -28,8 +28,13 @@ from deit.recipe import (
 
 Size = Literal["tiny", "small", "base"]
 
-AUGMENT = Augment(crop=ResizedCrop(), flip=0.5, policy=RandAugment(magnitude=9, std=0.5, layers=2),
-                  erase=Erase(probability=0.25), mix=Mix(mixup=0.8, cutmix=1.0))
+AUGMENT = Augment(
+    crop=ResizedCrop(),
+    flip=0.5,
+    policy=RandAugment(magnitude=9, std=0.5, layers=2),
+    erase=Erase(probability=0.25),
+    mix=Mix(mixup=0.8, cutmix=1.0),
+)
 """Table 9."""
 SMOOTHING = 0.1
 DROP_PATH = 0.1

@@ -27,8 +27,13 @@ from deit.recipes.deit import AUGMENT, REPEATS, SMOOTHING, WARMUP
 
 Size = Literal["small", "medium", "base", "large", "huge"]
 
-_THREE = Augment(crop=ResizedCrop(), flip=0.5, policy=ThreeAugment(),
-                 jitter=Jitter(brightness=0.3, contrast=0.3, saturation=0.3), mix=Mix(mixup=0.8, cutmix=1.0))
+_THREE = Augment(
+    crop=ResizedCrop(),
+    flip=0.5,
+    policy=ThreeAugment(),
+    jitter=Jitter(brightness=0.3, contrast=0.3, saturation=0.3),
+    mix=Mix(mixup=0.8, cutmix=1.0),
+)
 
 
 def _model(size: Size, pixels: int, drop_path: float) -> DeiTConfig:
@@ -36,8 +41,9 @@ def _model(size: Size, pixels: int, drop_path: float) -> DeiTConfig:
     return VARIANTS[f"deit3-{size}-patch{patch}-224"].replace(num_labels=2, image_size=pixels, drop_path_rate=drop_path)
 
 
-def _pretrain(name: str, size: Size, pixels: int, lr: float, drop_path: float, *, length: int = 800,
-              weight_decay: float = 0.05) -> Recipe:
+def _pretrain(
+    name: str, size: Size, pixels: int, lr: float, drop_path: float, *, length: int = 800, weight_decay: float = 0.05
+) -> Recipe:
     return Recipe(
         name=name,
         model=_model(size, pixels, drop_path),
@@ -66,8 +72,12 @@ def _short(name: str, size: Size, pixels: int, drop_path: float, start: str) -> 
 def _labels_of_21k(name: str, drop_path: float, lr: float, length: int) -> Recipe:
     """Cross-entropy, CutMix alone, simple crops, no repeated augmentation; the same for both stages."""
     recipe = _pretrain(name, "base", 224, lr, drop_path, length=length, weight_decay=0.02)
-    return replace(recipe, data=replace(recipe.data, repeats=1), objective=Supervised(smoothing=SMOOTHING),
-                   augment=replace(_THREE, crop=SimpleCrop(padding=4), mix=Mix(cutmix=1.0)))
+    return replace(
+        recipe,
+        data=replace(recipe.data, repeats=1),
+        objective=Supervised(smoothing=SMOOTHING),
+        augment=replace(_THREE, crop=SimpleCrop(padding=4), mix=Mix(cutmix=1.0)),
+    )
 
 
 def deit3_small() -> Recipe:

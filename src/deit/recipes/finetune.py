@@ -27,8 +27,12 @@ def _finetune(name: str, variant: str, objective: Objective) -> Recipe:
         model=VARIANTS[variant].replace(num_labels=2, drop_path_rate=0.1),
         data=Data(batch=64),
         # Milder than pre-training's: in a few thousand updates the model must not unlearn what whole photos look like.
-        augment=Augment(crop=ResizedCrop(scale=(0.35, 1.0)), flip=0.5, policy=RandAugment(magnitude=7, std=0.5),
-                        mix=Mix(mixup=0.2, cutmix=1.0, probability=0.5)),
+        augment=Augment(
+            crop=ResizedCrop(scale=(0.35, 1.0)),
+            flip=0.5,
+            policy=RandAugment(magnitude=7, std=0.5),
+            mix=Mix(mixup=0.2, cutmix=1.0, probability=0.5),
+        ),
         objective=objective,
         optim=AdamW(lr=2.5e-4, per_images=64, weight_decay=0.05, layer_decay=0.75, clip=1.0),
         schedule=Cosine(total=epochs(30), warmup=epochs(2), floor=1e-6, start=1e-6),

@@ -33,8 +33,13 @@ def _issue_45(name: str) -> Recipe:
 
 def _issue_105(name: str) -> Recipe:
     # The rate is meant after scaling (issue 141 there).
-    return _transfer(name, AdamW(lr=7.5e-5, per_images=768, weight_decay=0.05), 360, erase=Erase(probability=0.1),
-                     drop_path=DROP_PATH)
+    return _transfer(
+        name,
+        AdamW(lr=7.5e-5, per_images=768, weight_decay=0.05),
+        360,
+        erase=Erase(probability=0.1),
+        drop_path=DROP_PATH,
+    )
 
 
 def transfer_cifar10() -> Recipe:

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from deit.report.maps import Maps as Maps
     from deit.report.maps import explained as explained
 
-__getattr__, __dir__ = offer(__name__, {
-    "deit.report.document": ("FILE", "of_evaluation", "of_run", "of_training", "page", "write"),
-    "deit.report.maps": ("Maps", "explained"),
-})
+__getattr__, __dir__ = offer(
+    __name__,
+    {
+        "deit.report.document": ("FILE", "of_evaluation", "of_run", "of_training", "page", "write"),
+        "deit.report.maps": ("Maps", "explained"),
+    },
+)

@@ -37,8 +37,14 @@ Figure = tuple[str, Image.Image]
 """A caption and a picture."""
 
 
-def page(record: Record | None, evaluation: Evaluation | None, *, maps: Maps | None = None,
-         figures: Sequence[Figure] = (), missing: str = "") -> str:
+def page(
+    record: Record | None,
+    evaluation: Evaluation | None,
+    *,
+    maps: Maps | None = None,
+    figures: Sequence[Figure] = (),
+    missing: str = "",
+) -> str:
     """The document.
 
     Args:
@@ -66,33 +72,70 @@ def page(record: Record | None, evaluation: Evaluation | None, *, maps: Maps | N
     if record:
         parts.append(report_run.machine(record))
     if figures:
-        parts.append(Section("pictures", "Pictures", element("div", *(
-            picture(image, isolated(caption), element("p", named(caption)), 640) for caption, image in figures),
-            class_="figures")))
+        parts.append(
+            Section(
+                "pictures",
+                "Pictures",
+                element(
+                    "div",
+                    *(
+                        picture(image, isolated(caption), element("p", named(caption)), 640)
+                        for caption, image in figures
+                    ),
+                    class_="figures",
+                ),
+            )
+        )
     parts.append(_repeat(record, evaluation))
     shown = [part for part in parts if part.body]
     style = resources.files("deit.report").joinpath("report.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     title = f"Report: {shortened(_name(record, evaluation))}"
     head = element(
-        "head", element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; img-src data:; style-src "
-                f"'sha256-{digest}'; base-uri 'none'; form-action 'none'"),
+        "head",
+        element("meta", charset="utf-8"),
+        element(
+            "meta",
+            http_equiv="Content-Security-Policy",
+            content="default-src 'none'; img-src data:; style-src "
+            f"'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+        ),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"), element("title", title),
-        element("style", Html(style)))
-    contents = element("nav", element("ul", *(
-        element("li", element("a", part.title, href=f"#{part.key}")) for part in shown)), aria_label="Contents")
-    body = element("body", element("a", "To the content", href="#content", class_="skip"),
-                   _header(record, evaluation, contents),
-                   element("main", *(part.html for part in shown), id="content"),
-                   element("footer", element("p", f"Written {date(datetime.now(UTC).isoformat())} by deit "
-                                             f"{host.VERSION}. Intervals are Wilson's, at 95 %.")))
+        element("meta", name="color-scheme", content="light dark"),
+        element("title", title),
+        element("style", Html(style)),
+    )
+    contents = element(
+        "nav",
+        element("ul", *(element("li", element("a", part.title, href=f"#{part.key}")) for part in shown)),
+        aria_label="Contents",
+    )
+    body = element(
+        "body",
+        element("a", "To the content", href="#content", class_="skip"),
+        _header(record, evaluation, contents),
+        element("main", *(part.html for part in shown), id="content"),
+        element(
+            "footer",
+            element(
+                "p",
+                f"Written {date(datetime.now(UTC).isoformat())} by deit "
+                f"{host.VERSION}. Intervals are Wilson's, at 95 %.",
+            ),
+        ),
+    )
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
 
 
-def write(file: str | Path, record: Record | None, evaluation: Evaluation | None, *, maps: Maps | None = None,
-          figures: Sequence[Figure] = (), missing: str = "") -> Path:
+def write(
+    file: str | Path,
+    record: Record | None,
+    evaluation: Evaluation | None,
+    *,
+    maps: Maps | None = None,
+    figures: Sequence[Figure] = (),
+    missing: str = "",
+) -> Path:
     """Writes the document, whole or not at all; arguments as for `page`."""
     files.write_text(Path(file), page(record, evaluation, maps=maps, figures=figures, missing=missing))
     return Path(file)
@@ -104,17 +147,26 @@ def of_training(run: str | Path, val_split: Split, *, device: str = "auto") -> P
     The model is examined on the validation images where that costs little beside the training."""
     record, evaluation, missing = Record.read(run), None, ""
     if record.labelled and len(val_split) > _SHARE * (record.last("images") or 0):
-        missing = (f"The training showed so few views that its {len(val_split):,} validation images were not looked at "
-                   "once more, one by one.")
+        missing = (
+            f"The training showed so few views that its {len(val_split):,} validation images were not looked at "
+            "once more, one by one."
+        )
     elif record.labelled:
         folder = record.about.data if record.about else ""
         evaluation, missing = _examined(record, lambda: (val_split, folder), device, Console(quiet=True))
-    return write(record.folder / FILE, record, evaluation, maps=_explained(evaluation, device),
-                 figures=_reconstruction(record), missing=missing)
+    return write(
+        record.folder / FILE,
+        record,
+        evaluation,
+        maps=_explained(evaluation, device),
+        figures=_reconstruction(record),
+        missing=missing,
+    )
 
 
-def of_run(run: str | Path, data: str | Path | None = None, *, device: str = "auto",
-           console: Console | None = None) -> Path:
+def of_run(
+    run: str | Path, data: str | Path | None = None, *, device: str = "auto", console: Console | None = None
+) -> Path:
     """Writes `RUN/report.html` anew.
 
     `data` is what the model is judged by, as for `deit eval`; None takes the run's own validation images, where they
@@ -125,12 +177,19 @@ def of_run(run: str | Path, data: str | Path | None = None, *, device: str = "au
         evaluation = examine_files(record.folder / MODEL, data, device=device, console=console)
     elif record.labelled:
         evaluation, missing = _examined(record, lambda: _validation(record), device, console)
-    return write(record.folder / FILE, record, evaluation, maps=_explained(evaluation, device),
-                 figures=_reconstruction(record), missing=missing)
+    return write(
+        record.folder / FILE,
+        record,
+        evaluation,
+        maps=_explained(evaluation, device),
+        figures=_reconstruction(record),
+        missing=missing,
+    )
 
 
-def _examined(record: Record, images: Callable[[], tuple[Split, str]], device: str,
-              console: Console | None) -> tuple[Evaluation | None, str]:
+def _examined(
+    record: Record, images: Callable[[], tuple[Split, str]], device: str, console: Console | None
+) -> tuple[Evaluation | None, str]:
     """The run's model on its validation images, or a sentence on why that can't be had."""
     try:
         split, folder = images()
@@ -176,8 +235,13 @@ def _reconstruction(record: Record) -> list[Figure]:
     """The latest picture that a run of masked images painted."""
     for path in sorted((record.folder / "reconstructions").glob("update-*.png"), reverse=True):
         try:
-            return [("Validation images, what the model saw of them, and what it made of the hidden patches "
-                     f"({path.name})", load_image(path))]
+            return [
+                (
+                    "Validation images, what the model saw of them, and what it made of the hidden patches "
+                    f"({path.name})",
+                    load_image(path),
+                )
+            ]
         except ValueError:
             continue
     return []
@@ -191,8 +255,14 @@ def _header(record: Record | None, evaluation: Evaluation | None, contents: Html
         lines.append(_judged(evaluation))
     about = record.about if record else None
     when = [element("p", f"Trained {date(about.began)}", class_="when")] if about else []
-    return element("header", *when, element("h1", named(_name(record, evaluation))),
-                   *(element("p", line, class_="lead") for line in lines), _headline(record, evaluation), contents)
+    return element(
+        "header",
+        *when,
+        element("h1", named(_name(record, evaluation))),
+        *(element("p", line, class_="lead") for line in lines),
+        _headline(record, evaluation),
+        contents,
+    )
 
 
 def _name(record: Record | None, evaluation: Evaluation | None) -> str:
@@ -220,12 +290,21 @@ def _judged(evaluation: Evaluation) -> Html:
     main, report = evaluation.main, evaluation.main.report
     height, width = main.image_size
     shown = sum(each.support > 0 for each in report.by_class)
-    kinds = f"{len(report.classes):,}" if shown == len(report.classes) else (
-        f"{shown:,} of the model's {len(report.classes):,}")
-    return joined([
-        f"Judged by {report.images:,} ", images_of(evaluation), f" of {kinds} classes, at {height} by {width} pixels",
-        "" if main.crop_ratio is None else f" and crop ratio {main.crop_ratio:.4g}", ".",
-        f" {len(report.unreadable):,} more can't be read and are left out." if report.unreadable else ""])
+    kinds = (
+        f"{len(report.classes):,}"
+        if shown == len(report.classes)
+        else (f"{shown:,} of the model's {len(report.classes):,}")
+    )
+    return joined(
+        [
+            f"Judged by {report.images:,} ",
+            images_of(evaluation),
+            f" of {kinds} classes, at {height} by {width} pixels",
+            "" if main.crop_ratio is None else f" and crop ratio {main.crop_ratio:.4g}",
+            ".",
+            f" {len(report.unreadable):,} more can't be read and are left out." if report.unreadable else "",
+        ]
+    )
 
 
 def _headline(record: Record | None, evaluation: Evaluation | None) -> Html:
@@ -236,8 +315,9 @@ def _headline(record: Record | None, evaluation: Evaluation | None) -> Html:
         tiles.append(_accuracy_tile("accuracy" + f", {which}" * (which != "model"), report.accuracy()))
         if len(report.classes) > 5:
             tiles.append(_accuracy_tile("among the first five", report.accuracy(top=5)))
-        tiles.append(("calibration error", f"{report.calibration_error:.3f}",
-                      [f"negative log likelihood {report.nll:.3f}"]))
+        tiles.append(
+            ("calibration error", f"{report.calibration_error:.3f}", [f"negative log likelihood {report.nll:.3f}"])
+        )
     elif record and (best := record.best):
         after = [f"after update {best['step']:,}"]
         if is_number(best.get("val_loss")):
@@ -251,8 +331,14 @@ def _headline(record: Record | None, evaluation: Evaluation | None) -> Html:
         tiles.append(("training time", span(seconds), [f"{memory / 2**30:.1f} GiB at most"] if memory else []))
     if record and (rate := record.last("images_per_second")):
         tiles.append(("images/s in training", f"{rate:,.0f}", [record.about.device] if record.about else []))
-    shown = (element("div", element("dt", name), element("dd", element("strong", value), *(
-        element("small", note) for note in notes))) for name, value, notes in tiles)
+    shown = (
+        element(
+            "div",
+            element("dt", name),
+            element("dd", element("strong", value), *(element("small", note) for note in notes)),
+        )
+        for name, value, notes in tiles
+    )
     return element("dl", *shown, class_="tiles") if tiles else Html()
 
 
@@ -267,16 +353,36 @@ def _repeat(record: Record | None, evaluation: Evaluation | None) -> Section:
     lines, about = [], record.about if record else None
     own = evaluation is not None and about is not None and (evaluation.data, evaluation.split) == (about.data, "val")
     if record:
-        start = ["deit"] if about is None or about.processes == 1 else [
-            "torchrun", "--nproc-per-node", str(about.processes), "-m", "deit"]
+        start = (
+            ["deit"]
+            if about is None or about.processes == 1
+            else ["torchrun", "--nproc-per-node", str(about.processes), "-m", "deit"]
+        )
         data = about.data if about and about.data else "DATA"
-        lines = [[*start, "train", str(record.folder / RECIPE), "--data", data, "--out", "AGAIN"],
-                 ["deit", "report", str(record.folder),
-                  *(["--data", evaluation.data] if evaluation and not own and evaluation.data else [])]]
+        lines = [
+            [*start, "train", str(record.folder / RECIPE), "--data", data, "--out", "AGAIN"],
+            [
+                "deit",
+                "report",
+                str(record.folder),
+                *(["--data", evaluation.data] if evaluation and not own and evaluation.data else []),
+            ],
+        ]
     if evaluation and not (own and evaluation.main.report.head == "fused" and evaluation.other is None):
-        lines.append(["deit", "eval", evaluation.main.model, "--data", evaluation.data or "DATA",
-                      *(["--split", evaluation.split] if evaluation.split else []),
-                      *(["--head", evaluation.main.report.head] if evaluation.main.report.head != "fused" else []),
-                      *(["--compare", evaluation.other.model] if evaluation.other else [])])
-    return Section("repeat", "How to repeat it", scrolled("Commands", element("pre", element(
-        "code", "\n".join(map(shlex.join, lines))))))
+        lines.append(
+            [
+                "deit",
+                "eval",
+                evaluation.main.model,
+                "--data",
+                evaluation.data or "DATA",
+                *(["--split", evaluation.split] if evaluation.split else []),
+                *(["--head", evaluation.main.report.head] if evaluation.main.report.head != "fused" else []),
+                *(["--compare", evaluation.other.model] if evaluation.other else []),
+            ]
+        )
+    return Section(
+        "repeat",
+        "How to repeat it",
+        scrolled("Commands", element("pre", element("code", "\n".join(map(shlex.join, lines))))),
+    )

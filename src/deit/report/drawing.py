@@ -27,8 +27,14 @@ class Line:
     """0 to 5: which colour, dashes and shape it has."""
 
 
-def curves(key: str, title: str, lines: Sequence[Line], *, epoch: float | None = None,
-           within: tuple[float, float] = (-math.inf, math.inf)) -> Html:
+def curves(
+    key: str,
+    title: str,
+    lines: Sequence[Line],
+    *,
+    epoch: float | None = None,
+    within: tuple[float, float] = (-math.inf, math.inf),
+) -> Html:
     """Lines over updates, and over epochs where `epoch`, the updates of one, is known.
 
     `within` holds the axis of the values to what they can be. Raises `ValueError` where no point is finite.
@@ -44,25 +50,41 @@ def curves(key: str, title: str, lines: Sequence[Line], *, epoch: float | None =
         low = high - step
     across = _Axis(0, right, _LEFT, _WIDTH - _RIGHT)
     up = _Axis(low, high, _HEIGHT - _BOTTOM, _TOP)
-    parts = [_grid(up, _LEFT, _WIDTH - _RIGHT),
-             joined(_label(across(x), _HEIGHT - _BOTTOM + 17, f"{x:,.6g}", "middle") for x in across.ticks()),
-             _label((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, "updates", "middle", "soft")]
+    parts = [
+        _grid(up, _LEFT, _WIDTH - _RIGHT),
+        joined(_label(across(x), _HEIGHT - _BOTTOM + 17, f"{x:,.6g}", "middle") for x in across.ticks()),
+        _label((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, "updates", "middle", "soft"),
+    ]
     if epoch:
         epochs = _Axis(0, right / epoch, _LEFT, _WIDTH - _RIGHT)
-        parts += [joined(joined([_tick(epochs(x), _TOP), _label(epochs(x), _TOP - 8, f"{x:,.6g}", "middle", "soft")])
-                         for x in epochs.ticks() if x),
-                  _label(_LEFT, _TOP - 8, "epochs", "start", "soft")]
+        parts += [
+            joined(
+                joined([_tick(epochs(x), _TOP), _label(epochs(x), _TOP - 8, f"{x:,.6g}", "middle", "soft")])
+                for x in epochs.ticks()
+                if x
+            ),
+            _label(_LEFT, _TOP - 8, "epochs", "start", "soft"),
+        ]
     parts += [_drawn(line, across, up) for line in lines]
-    ends = (f"{line.name} from {known[0]:.4g} to {known[-1]:.4g}" for line in lines
-            if (known := [y for _, y in line.points if math.isfinite(y)]))
+    ends = (
+        f"{line.name} from {known[0]:.4g} to {known[-1]:.4g}"
+        for line in lines
+        if (known := [y for _, y in line.points if math.isfinite(y)])
+    )
     return _figure(key, title, "; ".join(ends) + f", over {right:,.6g} updates", _HEIGHT, parts)
 
 
 def swatch(style: int) -> Html:
     """A piece of a line, for a legend."""
     line = Line("", [(0, 0), (1, 0), (2, 0)], style)
-    return element("svg", _path(line.points, _Axis(0, 2, 1, 31), _Axis(0, 1, 6, 0), style), _mark(16, 6, style),
-                   viewBox="0 0 32 12", class_="swatch", aria_hidden="true")
+    return element(
+        "svg",
+        _path(line.points, _Axis(0, 2, 1, 31), _Axis(0, 1, 6, 0), style),
+        _mark(16, 6, style),
+        viewBox="0 0 32 12",
+        class_="swatch",
+        aria_hidden="true",
+    )
 
 
 def intervals(key: str, title: str, rows: Sequence[tuple[str, Accuracy]]) -> Html:
@@ -71,17 +93,29 @@ def intervals(key: str, title: str, rows: Sequence[tuple[str, Accuracy]]) -> Htm
     step = _step(max(1 - low, 0.01))
     across = _Axis(max(0.0, math.floor(low / step + 1e-9) * step), 1.0, 112, _WIDTH - 18)
     bottom = 10 + 30 * len(rows)
-    parts = [joined(joined([element("path", d=f"M{across(x)} 6V{bottom}", class_="grid"),
-                            _label(across(x), bottom + 17, f"{x:.6g}", "middle")]) for x in across.ticks())]
+    parts = [
+        joined(
+            joined(
+                [
+                    element("path", d=f"M{across(x)} 6V{bottom}", class_="grid"),
+                    _label(across(x), bottom + 17, f"{x:.6g}", "middle"),
+                ]
+            )
+            for x in across.ticks()
+        )
+    ]
     for i, (name, accuracy) in enumerate(rows):
         y = 24 + 30 * i
         left, right = map(across, accuracy.interval)
-        parts += [_label(102, y + 4, shortened(name, 16), "end"),
-                  element("path", d=f"M{left} {y}H{right}M{left} {y - 5}v10M{right} {y - 5}v10",
-                          class_=f"whisker s{i % 6}"),
-                  _mark(across(accuracy.value), y, i)]
-    told = "; ".join(f"{name} {accuracy.value:.3f}, 95 % interval {accuracy.interval[0]:.3f} to "
-                     f"{accuracy.interval[1]:.3f}" for name, accuracy in rows)
+        parts += [
+            _label(102, y + 4, shortened(name, 16), "end"),
+            element("path", d=f"M{left} {y}H{right}M{left} {y - 5}v10M{right} {y - 5}v10", class_=f"whisker s{i % 6}"),
+            _mark(across(accuracy.value), y, i),
+        ]
+    told = "; ".join(
+        f"{name} {accuracy.value:.3f}, 95 % interval {accuracy.interval[0]:.3f} to {accuracy.interval[1]:.3f}"
+        for name, accuracy in rows
+    )
     return _figure(key, title, told, bottom + 26, parts)
 
 
@@ -91,35 +125,54 @@ def reliability(key: str, title: str, bins: Sequence[Bin]) -> Html:
     top, bottom, floor, height = 12, 232, 322, 60
     across, up = _Axis(0, 1, _LEFT, _WIDTH - _RIGHT), _Axis(0, 1, bottom, top)
     most = max(each.count for each in bins)
-    parts = [_grid(up, _LEFT, _WIDTH - _RIGHT),
-             element("path", d=f"M{across(0)} {up(0)}L{across(1)} {up(1)}", class_="ideal")]
+    parts = [
+        _grid(up, _LEFT, _WIDTH - _RIGHT),
+        element("path", d=f"M{across(0)} {up(0)}L{across(1)} {up(1)}", class_="ideal"),
+    ]
     found: list[tuple[float, float]] = []
     for each in bins:
         left, right = across(each.low) + 1, across(each.high) - 1
         tall = round(height * each.count / most, 1)
         if each.count:
-            parts += [element("rect", x=left, y=floor - max(tall, 1), width=round(right - left, 1), height=max(tall, 1),
-                              class_="bar"),
-                      _label((left + right) / 2, floor - max(tall, 1) - 4, _short(each.count), "middle", "small")]
+            parts += [
+                element(
+                    "rect",
+                    x=left,
+                    y=floor - max(tall, 1),
+                    width=round(right - left, 1),
+                    height=max(tall, 1),
+                    class_="bar",
+                ),
+                _label((left + right) / 2, floor - max(tall, 1) - 4, _short(each.count), "middle", "small"),
+            ]
         if each.confidence is not None and each.accuracy is not None:
             low, high = Accuracy(round(each.accuracy * each.count), each.count).interval
             x = across(each.confidence)
             parts.append(element("path", d=f"M{x} {up(low)}V{up(high)}", class_="whisker s0"))
             found.append((each.confidence, each.accuracy))
-    parts += [_path(found, across, up, 0), joined(_mark(across(x), up(y), 0) for x, y in found),
-              element("path", d=f"M{_LEFT} {floor}H{_WIDTH - _RIGHT}", class_="grid"),
-              joined(_label(across(x), floor + 17, f"{x:.6g}", "middle") for x in across.ticks()),
-              _label((_LEFT + _WIDTH - _RIGHT) / 2, floor + 34, "confidence", "middle", "soft"),
-              _turned(12, (top + bottom) / 2, "accuracy"), _turned(12, floor - height / 2, "images")]
+    parts += [
+        _path(found, across, up, 0),
+        joined(_mark(across(x), up(y), 0) for x, y in found),
+        element("path", d=f"M{_LEFT} {floor}H{_WIDTH - _RIGHT}", class_="grid"),
+        joined(_label(across(x), floor + 17, f"{x:.6g}", "middle") for x in across.ticks()),
+        _label((_LEFT + _WIDTH - _RIGHT) / 2, floor + 34, "confidence", "middle", "soft"),
+        _turned(12, (top + bottom) / 2, "accuracy"),
+        _turned(12, floor - height / 2, "images"),
+    ]
     told = "; ".join(f"confidence {x:.2f}, accuracy {y:.2f}" for x, y in found)
     return _figure(key, title, told, floor + 40, parts)
 
 
 def bar(share: float) -> Html:
     """A small bar inside a table, beside the number that it shows."""
-    return element("svg", element("rect", x=0, y=0, width=40, height=6, class_="track"),
-                   element("rect", x=0, y=0, width=round(40 * share, 1), height=6, class_="bar"),
-                   viewBox="0 0 40 6", class_="share", aria_hidden="true")
+    return element(
+        "svg",
+        element("rect", x=0, y=0, width=40, height=6, class_="track"),
+        element("rect", x=0, y=0, width=round(40 * share, 1), height=6, class_="bar"),
+        viewBox="0 0 40 6",
+        class_="share",
+        aria_hidden="true",
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
@@ -144,14 +197,29 @@ class _Axis:
 
 
 def _figure(key: str, title: str, description: str, height: float, parts: Sequence[Html]) -> Html:
-    return element("svg", element("title", title, id=f"{key}-title"), element("desc", description, id=f"{key}-desc"),
-                   *parts, xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {_WIDTH} {height:g}", role="img",
-                   aria_labelledby=f"{key}-title {key}-desc", class_="diagram")
+    return element(
+        "svg",
+        element("title", title, id=f"{key}-title"),
+        element("desc", description, id=f"{key}-desc"),
+        *parts,
+        xmlns="http://www.w3.org/2000/svg",
+        viewBox=f"0 0 {_WIDTH} {height:g}",
+        role="img",
+        aria_labelledby=f"{key}-title {key}-desc",
+        class_="diagram",
+    )
 
 
 def _grid(up: _Axis, left: float, right: float) -> Html:
-    return joined(joined([element("path", d=f"M{left} {up(y)}H{right}", class_="grid"),
-                          _label(left - 8, up(y) + 4, f"{y:.6g}", "end")]) for y in up.ticks())
+    return joined(
+        joined(
+            [
+                element("path", d=f"M{left} {up(y)}H{right}", class_="grid"),
+                _label(left - 8, up(y) + 4, f"{y:.6g}", "end"),
+            ]
+        )
+        for y in up.ticks()
+    )
 
 
 def _tick(x: float, y: float) -> Html:
@@ -167,7 +235,7 @@ def _turned(x: float, y: float, text: str) -> Html:
 
 
 def _drawn(line: Line, across: _Axis, up: _Axis) -> Html:
-    points = line.points[::math.ceil(len(line.points) / _POINTS)] if line.points else []
+    points = line.points[:: math.ceil(len(line.points) / _POINTS)] if line.points else []
     if points and points[-1] != line.points[-1]:
         points = [*points, line.points[-1]]
     finite = [point for point in points if math.isfinite(point[1])]
@@ -187,8 +255,14 @@ def _path(points: Sequence[tuple[float, float]], across: _Axis, up: _Axis, style
 
 def _mark(x: float, y: float, style: int) -> Html:
     """A circle, square, triangle, diamond, cross or ring: the shape tells what the colour tells."""
-    shape = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "M-3.6-3.6h7.2v7.2h-7.2z", "M0-4.6L4.4 3.4H-4.4z",
-             "M0-5L5 0L0 5L-5 0z", "M-4-4L4 4M4-4L-4 4", "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z")[style % 6]
+    shape = (
+        "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0",
+        "M-3.6-3.6h7.2v7.2h-7.2z",
+        "M0-4.6L4.4 3.4H-4.4z",
+        "M0-5L5 0L0 5L-5 0z",
+        "M-4-4L4 4M4-4L-4 4",
+        "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
+    )[style % 6]
     return element("path", d=shape, transform=f"translate({round(x, 1)} {round(y, 1)})", class_=f"mark s{style % 6}")
 
 

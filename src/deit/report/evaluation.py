@@ -48,19 +48,28 @@ def accuracy(report: Report) -> Section:
     if len(report.classes) > 5:
         columns += ["top-5", "95 % interval"]
         rows = [[*row, *with_interval(report.accuracy(head, 5))[:2]] for head, row in zip(heads, rows, strict=True)]
-    return Section("accuracy", "Accuracy", beside(
-        heads_drawn([(head, report.accuracy(head)) for head in heads]),
-        table("Accuracy of each head", columns, rows, hidden=True)))
+    return Section(
+        "accuracy",
+        "Accuracy",
+        beside(
+            heads_drawn([(head, report.accuracy(head)) for head in heads]),
+            table("Accuracy of each head", columns, rows, hidden=True),
+        ),
+    )
 
 
 def heads_drawn(rows: Sequence[tuple[str, Accuracy]]) -> Html:
-    return element("figure", element("figcaption", "Accuracy of each head, with 95 % intervals"),
-                   drawing.intervals("heads", "Accuracy of each head with its 95 % interval", rows))
+    return element(
+        "figure",
+        element("figcaption", "Accuracy of each head, with 95 % intervals"),
+        drawing.intervals("heads", "Accuracy of each head with its 95 % interval", rows),
+    )
 
 
 def heads_table(rows: Sequence[tuple[str, Accuracy]]) -> tuple[list[str], list[list[object]]]:
     return ["head", "top-1", "95 % interval", "correct"], [
-        [head, *with_interval(found), found.correct] for head, found in rows]
+        [head, *with_interval(found), found.correct] for head, found in rows
+    ]
 
 
 def with_interval(accuracy: Accuracy) -> tuple[float, str]:
@@ -82,30 +91,58 @@ def comparison(main: Examined, other: Examined, evaluation: Evaluation) -> Secti
     found = evaluation.comparison
     assert found is not None
     low, high = found.interval
-    return Section("comparison", "Comparison", joined([
-        sentence(f"Two models on the {found.images:,} images that both could read; their {main.report.head} heads."),
-        table("Two models on the same images", ["model", "top-1", "95 % interval", "correct", "right alone"], [
-            [named(main.model), *with_interval(found.first), found.first.correct, found.only_first],
-            [named(other.model), *with_interval(found.second), found.second.correct, found.only_second]]),
-        sentence(f"Difference {found.difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f} (Newcombe's, for "
-                  f"paired proportions); McNemar's exact test: p = {found.p_value:.3g}.")]))
+    return Section(
+        "comparison",
+        "Comparison",
+        joined(
+            [
+                sentence(
+                    f"Two models on the {found.images:,} images that both could read; their {main.report.head} heads."
+                ),
+                table(
+                    "Two models on the same images",
+                    ["model", "top-1", "95 % interval", "correct", "right alone"],
+                    [
+                        [named(main.model), *with_interval(found.first), found.first.correct, found.only_first],
+                        [named(other.model), *with_interval(found.second), found.second.correct, found.only_second],
+                    ],
+                ),
+                sentence(
+                    f"Difference {found.difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f} (Newcombe's, for "
+                    f"paired proportions); McNemar's exact test: p = {found.p_value:.3g}."
+                ),
+            ]
+        ),
+    )
 
 
 def _calibration(report: Report) -> Section:
-    rows = [[f"{each.low:.2f} to {each.high:.2f}", each.count, each.confidence, each.accuracy]
-            for each in report.bins if each.count]
-    figure = element("figure", element("figcaption", "Accuracy over confidence, with 95 % intervals; below, the images "
-                                       "of each bin"),
-                     drawing.reliability("reliability", "Accuracy over confidence, and the images of each bin",
-                                         report.bins))
-    told = sentence(f"Confidence is the largest probability of the {deciding(report)}. On the dashed line it equals "
-                    "the accuracy; above it the model is too modest, below it too sure.")
-    scores = facts([("expected calibration error", f"{report.calibration_error:.4f}"),
-                     ("Brier score", f"{report.brier:.4f}"), ("negative log likelihood", f"{report.nll:.4f}")])
-    numbers = folded("The numbers of the diagram", table(
-        "Calibration", ["confidence", "images", "mean confidence", "accuracy"], rows, hidden=True))
-    return Section("calibration", "Calibration", beside(
-        figure, element("div", told, scores, numbers)))
+    rows = [
+        [f"{each.low:.2f} to {each.high:.2f}", each.count, each.confidence, each.accuracy]
+        for each in report.bins
+        if each.count
+    ]
+    figure = element(
+        "figure",
+        element("figcaption", "Accuracy over confidence, with 95 % intervals; below, the images of each bin"),
+        drawing.reliability("reliability", "Accuracy over confidence, and the images of each bin", report.bins),
+    )
+    told = sentence(
+        f"Confidence is the largest probability of the {deciding(report)}. On the dashed line it equals "
+        "the accuracy; above it the model is too modest, below it too sure."
+    )
+    scores = facts(
+        [
+            ("expected calibration error", f"{report.calibration_error:.4f}"),
+            ("Brier score", f"{report.brier:.4f}"),
+            ("negative log likelihood", f"{report.nll:.4f}"),
+        ]
+    )
+    numbers = folded(
+        "The numbers of the diagram",
+        table("Calibration", ["confidence", "images", "mean confidence", "accuracy"], rows, hidden=True),
+    )
+    return Section("calibration", "Calibration", beside(figure, element("div", told, scores, numbers)))
 
 
 def deciding(report: Report) -> str:
@@ -118,7 +155,8 @@ def _heads(report: Report) -> int:
 
 def images_of(evaluation: Evaluation) -> Html:
     kind = {"val": "validation images", "train": "training images", "test": "test images"}.get(
-        evaluation.split or "", "images")
+        evaluation.split or "", "images"
+    )
     return joined([kind, " in ", element("code", named(evaluation.data))]) if evaluation.data else escaped(kind)
 
 
@@ -134,21 +172,42 @@ def _confusions(report: Report) -> Html:
         for label, answer, count in wrong:
             weight[label] = weight.get(label, 0) + count
             weight[answer] = weight.get(answer, 0) + count
-        chosen = sorted(sorted(used, key=lambda place: -weight.get(place, 0))[:_ROWS - 1])
+        chosen = sorted(sorted(used, key=lambda place: -weight.get(place, 0))[: _ROWS - 1])
         rest = len(used) - len(chosen)
-        parts.append(sentence(f"The {len(chosen)} classes with most confusions, and the {rest:,} others together; "
-                               "among these, what is shown as right may still be one taken for another."))
+        parts.append(
+            sentence(
+                f"The {len(chosen)} classes with most confusions, and the {rest:,} others together; "
+                "among these, what is shown as right may still be one taken for another."
+            )
+        )
         names = [report.classes[place] for place in chosen] + [f"{rest:,} others"]
     else:
         chosen, names = used, [report.classes[place] for place in used]
     if absent := len(report.classes) - len(used):
-        parts.append(sentence(f"{plural(absent, 'class', 'classes')} of the model {'is' if absent == 1 else 'are'} "
-                               "neither shown nor answered, and left out."))
-    parts += [beside(
-        _matrix(names, _counts(cells, chosen, len(names))),
-        table("Most common confusions", ["class", "taken for", "images", "of the class"], [
-            [named(report.classes[label], _NAME), named(report.classes[answer], _NAME), count,
-             count / report.by_class[label].support] for label, answer, count in wrong[:_FEW]]))]
+        parts.append(
+            sentence(
+                f"{plural(absent, 'class', 'classes')} of the model {'is' if absent == 1 else 'are'} "
+                "neither shown nor answered, and left out."
+            )
+        )
+    parts += [
+        beside(
+            _matrix(names, _counts(cells, chosen, len(names))),
+            table(
+                "Most common confusions",
+                ["class", "taken for", "images", "of the class"],
+                [
+                    [
+                        named(report.classes[label], _NAME),
+                        named(report.classes[answer], _NAME),
+                        count,
+                        count / report.by_class[label].support,
+                    ]
+                    for label, answer, count in wrong[:_FEW]
+                ],
+            ),
+        )
+    ]
     return joined(parts)
 
 
@@ -171,31 +230,65 @@ def _matrix(names: Sequence[str], counts: np.ndarray) -> Html:
             kind = f"{'right' if i == j else 'wrong'} l{level}"
             row.append(element("td", f"{count:,}", class_=kind) if count else element("td"))
         rows.append(element("tr", element("th", named(name, 40), scope="row"), *row))
-    head = element("tr", element("th", "shown ↓ answered →", scope="col"), *(
-        element("th", element("span", named(name, 40)), scope="col") for name in names))
-    return scrolled("Confusion matrix", element(
-        "table", element("caption", "Images by true class (rows) and answer (columns)"), element("thead", head),
-        element("tbody", *rows),
-        class_="matrix long" if max(map(len, names)) > 4 else "matrix"))
+    head = element(
+        "tr",
+        element("th", "shown ↓ answered →", scope="col"),
+        *(element("th", element("span", named(name, 40)), scope="col") for name in names),
+    )
+    return scrolled(
+        "Confusion matrix",
+        element(
+            "table",
+            element("caption", "Images by true class (rows) and answer (columns)"),
+            element("thead", head),
+            element("tbody", *rows),
+            class_="matrix long" if max(map(len, names)) > 4 else "matrix",
+        ),
+    )
 
 
 def _classes(report: Report) -> Html:
     shown = [each for each in report.by_class if each.support or each.predicted]
     left_out = len(report.classes) - len(shown)
-    note = [sentence(f"{plural(left_out, 'class', 'classes')} without images and never answered "
-                      f"{'is' if left_out == 1 else 'are'} left out.")] if left_out else []
+    note = (
+        [
+            sentence(
+                f"{plural(left_out, 'class', 'classes')} without images and never answered "
+                f"{'is' if left_out == 1 else 'are'} left out."
+            )
+        ]
+        if left_out
+        else []
+    )
     if len(shown) <= _ROWS:
         return joined([*note, _class_table("Classes", shown, hidden=True)])
     worst = sorted((each for each in shown if each.support), key=lambda each: (each.recall, each.f1))[:_FEW]
-    return joined([*note, _class_table("Worst classes", worst),
-                   folded(f"All {len(shown):,} classes", _class_table("All classes", shown, hidden=True))])
+    return joined(
+        [
+            *note,
+            _class_table("Worst classes", worst),
+            folded(f"All {len(shown):,} classes", _class_table("All classes", shown, hidden=True)),
+        ]
+    )
 
 
 def _class_table(title: str, rows: Iterable[ClassScore], *, hidden: bool = False) -> Html:
-    return table(title, ["class", "images", "answered", "precision", "recall", "F1"], (
-        [named(each.name, _NAME), each.support, each.predicted, each.precision,
-         None if each.recall is None else joined([drawing.bar(each.recall), f" {each.recall:.3f}"]), each.f1]
-        for each in rows), hidden=hidden)
+    return table(
+        title,
+        ["class", "images", "answered", "precision", "recall", "F1"],
+        (
+            [
+                named(each.name, _NAME),
+                each.support,
+                each.predicted,
+                each.precision,
+                None if each.recall is None else joined([drawing.bar(each.recall), f" {each.recall:.3f}"]),
+                each.f1,
+            ]
+            for each in rows
+        ),
+        hidden=hidden,
+    )
 
 
 def wrong_and_doubtful(report: Report) -> tuple[np.ndarray, np.ndarray]:
@@ -213,12 +306,21 @@ def _wrong_and_doubtful(evaluation: Evaluation) -> Html:
         return sentence("The files of the images are not known, so none is shown.")
     wrong, doubtful = wrong_and_doubtful(report)
     parts = []
-    for title, rows, none in (("Most wrong", wrong, "No answer is wrong."),
-                              ("Most doubtful", doubtful, "There is no other image.")):
-        about = ("Wrong answers of the highest confidence: hard images, or wrong labels."
-                 if rows is wrong else "Answers of the lowest confidence, right or wrong.")
-        parts += [element("h3", title), sentence(about) + element("div", *(
-            _example(evaluation, int(row)) for row in rows), class_="gallery") if len(rows) else sentence(none)]
+    for title, rows, none in (
+        ("Most wrong", wrong, "No answer is wrong."),
+        ("Most doubtful", doubtful, "There is no other image."),
+    ):
+        about = (
+            "Wrong answers of the highest confidence: hard images, or wrong labels."
+            if rows is wrong
+            else "Answers of the lowest confidence, right or wrong."
+        )
+        parts += [
+            element("h3", title),
+            sentence(about) + element("div", *(_example(evaluation, int(row)) for row in rows), class_="gallery")
+            if len(rows)
+            else sentence(none),
+        ]
     return joined(parts)
 
 
@@ -228,26 +330,39 @@ def _example(evaluation: Evaluation, row: int) -> Html:
     try:
         image = load_image(file, min_side=_SIDE)
     except (ValueError, OSError, MemoryError):
-        return element("figure", element("p", "This image can't be read any more.", class_="gone"),
-                       element("figcaption", caption))
+        return element(
+            "figure", element("p", "This image can't be read any more.", class_="gone"), element("figcaption", caption)
+        )
     return picture(image, told(report, row), caption, _SIDE)
 
 
 def told(report: Report, row: int) -> str:
     """An image and its answer in a sentence, for those who don't see it."""
     label, answer = (report.classes[int(each[row])] for each in (report.labels, report.predicted))
-    return (f"True label {isolated(label)}; predicted {isolated(answer)} with probability "
-            f"{report.confidence[row]:.2f}")
+    return f"True label {isolated(label)}; predicted {isolated(answer)} with probability {report.confidence[row]:.2f}"
 
 
 def answered(report: Report, row: int) -> Html:
     """The answer to an image, and the truth where that is another one."""
     label, answer = int(report.labels[row]), int(report.predicted[row])
-    found = joined([element("span", "answered ", class_="soft"), element("b", named(report.classes[answer], _NAME)),
-                    f" ({report.confidence[row]:.2f})"])
-    return element("p", found, ", rightly") if label == answer else element("p", found) + element(
-        "p", element("span", "true ", class_="soft"), element("b", named(report.classes[label], _NAME)),
-        f" ({report.probability[row]:.2f})")
+    found = joined(
+        [
+            element("span", "answered ", class_="soft"),
+            element("b", named(report.classes[answer], _NAME)),
+            f" ({report.confidence[row]:.2f})",
+        ]
+    )
+    return (
+        element("p", found, ", rightly")
+        if label == answer
+        else element("p", found)
+        + element(
+            "p",
+            element("span", "true ", class_="soft"),
+            element("b", named(report.classes[label], _NAME)),
+            f" ({report.probability[row]:.2f})",
+        )
+    )
 
 
 def picture(image: Image.Image, alt: str, caption: Html, side: int) -> Html:

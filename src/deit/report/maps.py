@@ -78,12 +78,16 @@ def section(evaluation: Evaluation, maps: Maps) -> Section:
         return Section("maps", _TITLE, sentence(maps.missing) if maps.missing else Html())
     two = any(len(explanation.answers) > 1 for explanation in maps.found.values())
     about = element(
-        "p", "Gradient-weighted relevance (", element("a", "Chefer, Gur and Wolf 2021",
-                                                      href="https://arxiv.org/abs/2103.15679"),
-        "): attention, as far as it speaks for the answer of ", "each token\u2019s own head" if two else "the model",
+        "p",
+        "Gradient-weighted relevance (",
+        element("a", "Chefer, Gur and Wolf 2021", href="https://arxiv.org/abs/2103.15679"),
+        "): attention, as far as it speaks for the answer of ",
+        "each token\u2019s own head" if two else "the model",
         ", followed through all blocks. The maps lie over the image, as the model saw it, in grey; their colours "
-        "compare within a map, not between maps. ", element("code", "deit explain"), " draws other methods too, and "
-        "scores them.")
+        "compare within a map, not between maps. ",
+        element("code", "deit explain"),
+        " draws other methods too, and scores them.",
+    )
     scale = element("span", class_="scale", role="img", aria_label="from violet to yellow")
     legend = element("p", "counts least ", scale, " counts most", class_="soft")
     return Section("maps", _TITLE, joined([about, legend, *parts]))
@@ -92,13 +96,26 @@ def section(evaluation: Evaluation, maps: Maps) -> Section:
 def _example(evaluation: Evaluation, row: int, explanation: Explanation) -> Html:
     report = evaluation.main.report
     seen = fitted(explanation.seen, _SIDE)
-    cells = [element("figure", pictured(seen, told(report, row)), element("figcaption", element(
-        "p", "as the model saw it", class_="soft")))]
+    cells = [
+        element(
+            "figure",
+            pictured(seen, told(report, row)),
+            element("figcaption", element("p", "as the model saw it", class_="soft")),
+        )
+    ]
     for answer in explanation.answers:
         for each in explanation.of(answer.token):
             alt = f"Map of the {each.token} token, which answers {isolated(answer.label)}: strongest {each.strongest}"
-            cells.append(element("figure", pictured(overlay(seen, each.values), alt), element(
-                "figcaption", element("p", f"{each.token} token", class_="soft"),
-                element("p", element("b", named(answer.label, 40)), f" ({answer.probability:.2f})"))))
+            cells.append(
+                element(
+                    "figure",
+                    pictured(overlay(seen, each.values), alt),
+                    element(
+                        "figcaption",
+                        element("p", f"{each.token} token", class_="soft"),
+                        element("p", element("b", named(answer.label, 40)), f" ({answer.probability:.2f})"),
+                    ),
+                )
+            )
     file = element("p", named(evaluation.files[row].name, 48), class_="file")
     return element("figure", element("figcaption", answered(report, row), file), element("div", *cells, class_="maps"))

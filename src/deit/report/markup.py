@@ -51,8 +51,11 @@ def joined(parts: Iterable[object], between: str = "") -> Html:
 
 def element(name: str, /, *children: object, **attributes: object) -> Html:
     """An element. Attributes that are None are left out; `class_` is class, `aria_label` is aria-label."""
-    given = "".join(f' {key.rstrip("_").replace("_", "-")}="{escaped(value)}"' for key, value in attributes.items()
-                    if value is not None)
+    given = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{escaped(value)}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
     return Html(f"<{name}{given}>" if name in _VOID else f"<{name}{given}>{joined(children)}</{name}>")
 
 
@@ -62,7 +65,7 @@ def shortened(name: object, longest: int = LONGEST) -> str:
     if len(text) <= longest:
         return text
     tail = longest // 3
-    return f"{text[:longest - tail - 1]}…{text[-tail:]}"
+    return f"{text[: longest - tail - 1]}…{text[-tail:]}"
 
 
 def isolated(name: object) -> str:
@@ -102,8 +105,9 @@ def folded(summary: str, body: Html) -> Html:
 
 
 def facts(facts: Iterable[tuple[str, object]]) -> Html:
-    return element("dl", *(element("div", element("dt", name), element("dd", value)) for name, value in facts),
-                   class_="facts")
+    return element(
+        "dl", *(element("div", element("dt", name), element("dd", value)) for name, value in facts), class_="facts"
+    )
 
 
 def scrolled(label: str, body: Html) -> Html:
@@ -116,10 +120,25 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
     kept = [list(row) for row in rows]
     right = ["n" if all(_is_numeric(row[i]) for row in kept) else None for i in range(len(columns))]
     head = element("tr", *(element("th", name, scope="col", class_=right[i]) for i, name in enumerate(columns)))
-    body = (element("tr", *(element("td" if i else "th", _cell(cell), scope=None if i else "row", class_=right[i])
-                            for i, cell in enumerate(row))) for row in kept)
-    return scrolled(title, element("table", element("caption", title, class_="hidden" if hidden else None),
-                                    element("thead", head), element("tbody", *body)))
+    body = (
+        element(
+            "tr",
+            *(
+                element("td" if i else "th", _cell(cell), scope=None if i else "row", class_=right[i])
+                for i, cell in enumerate(row)
+            ),
+        )
+        for row in kept
+    )
+    return scrolled(
+        title,
+        element(
+            "table",
+            element("caption", title, class_="hidden" if hidden else None),
+            element("thead", head),
+            element("tbody", *body),
+        ),
+    )
 
 
 def _is_numeric(cell: object) -> bool:
@@ -147,8 +166,14 @@ def data_uri(picture: Image.Image, *, crisp: bool = False) -> str:
 
 def pictured(picture: Image.Image, alt: str, *, crisp: bool = False) -> Html:
     """A picture within the page; a crisp one that is enlarged shows its pixels as squares."""
-    return element("img", src=data_uri(picture, crisp=crisp), alt=alt, width=picture.width, height=picture.height,
-                   class_="pixels" if crisp else None)
+    return element(
+        "img",
+        src=data_uri(picture, crisp=crisp),
+        alt=alt,
+        width=picture.width,
+        height=picture.height,
+        class_="pixels" if crisp else None,
+    )
 
 
 def plural(number: int, one: str, many: str) -> str:

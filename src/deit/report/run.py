@@ -36,31 +36,51 @@ _FAULTS = 200
 """Unreadable images that are named."""
 _CURVES = (
     ("loss", "Loss", ("loss", "val_loss"), (0.0, math.inf)),
-    ("accuracy-curve", "Accuracy", ("accuracy", "val_accuracy", "val_accuracy_class", "val_accuracy_distillation",
-                                    "agreement"), (0.0, 1.0)),
+    (
+        "accuracy-curve",
+        "Accuracy",
+        ("accuracy", "val_accuracy", "val_accuracy_class", "val_accuracy_distillation", "agreement"),
+        (0.0, 1.0),
+    ),
     ("rate", "Learning rate", ("lr",), (0.0, math.inf)),
 )
-_CALLED = {"loss": "training", "val_loss": "validation", "accuracy": "training views",
-           "agreement": "agreement with the teacher", "val_accuracy": "validation, fused heads",
-           "val_accuracy_class": "validation, class head",
-           "val_accuracy_distillation": "validation, distillation head", "lr": "learning rate"}
+_CALLED = {
+    "loss": "training",
+    "val_loss": "validation",
+    "accuracy": "training views",
+    "agreement": "agreement with the teacher",
+    "val_accuracy": "validation, fused heads",
+    "val_accuracy_class": "validation, class head",
+    "val_accuracy_distillation": "validation, distillation head",
+    "lr": "learning rate",
+}
 
 
 def unevaluated(record: Record, missing: str) -> Section:
     """What the metrics alone say of the model that was kept."""
     if not record.labelled:
-        return Section("accuracy", "Evaluation", sentence(
-            "The model learnt to paint hidden patches and has no classes to judge. Its loss is drawn below."))
+        return Section(
+            "accuracy",
+            "Evaluation",
+            sentence("The model learnt to paint hidden patches and has no classes to judge. Its loss is drawn below."),
+        )
     best, parts = record.best, []
     rows: list[tuple[str, Accuracy | float]] = []
-    for key, head in (("val_accuracy", "fused"), ("val_accuracy_class", "class"),
-                      ("val_accuracy_distillation", "distillation")):
+    for key, head in (
+        ("val_accuracy", "fused"),
+        ("val_accuracy_class", "class"),
+        ("val_accuracy_distillation", "distillation"),
+    ):
         if best and is_number(best.get(key)):
             rows.append((head, counted(record, best[key]) or float(best[key])))
     if best and rows:
-        parts.append(sentence(f"Accuracy on the validation images of the model that was kept, after update "
-                              f"{best['step']:,.0f}. It was chosen by the first of these numbers, so they flatter it; "
-                              "test images do not."))
+        parts.append(
+            sentence(
+                f"Accuracy on the validation images of the model that was kept, after update "
+                f"{best['step']:,.0f}. It was chosen by the first of these numbers, so they flatter it; "
+                "test images do not."
+            )
+        )
         whole = [(head, found) for head, found in rows if isinstance(found, Accuracy)]
         if len(whole) == len(rows):
             parts.append(beside(heads_drawn(whole), table("Accuracy of each head", *heads_table(whole), hidden=True)))
@@ -68,9 +88,16 @@ def unevaluated(record: Record, missing: str) -> Section:
             parts.append(table("Accuracy of each head", ["head", "accuracy"], rows))
     else:
         parts.append(sentence("The run has no evaluation yet."))
-    parts.append(element("p", missing, " " if missing else "", "Calibration, confusions, classes and single images "
-                         "appear here after ",
-                         element("code", shlex.join(["deit", "report", str(record.folder), "--data", "DATA"])), "."))
+    parts.append(
+        element(
+            "p",
+            missing,
+            " " if missing else "",
+            "Calibration, confusions, classes and single images appear here after ",
+            element("code", shlex.join(["deit", "report", str(record.folder), "--data", "DATA"])),
+            ".",
+        )
+    )
     return Section("accuracy", "Accuracy", joined(parts))
 
 
@@ -84,28 +111,51 @@ def counted(record: Record, value: float) -> Accuracy | None:
 
 def training(record: Record) -> Section:
     if not record.rows:
-        return Section("training", "Training", joined(sentence(f"{gap}.") for gap in record.gaps if "metrics" in gap)
-                       or sentence("The run has not written any metrics."))
+        return Section(
+            "training",
+            "Training",
+            joined(sentence(f"{gap}.") for gap in record.gaps if "metrics" in gap)
+            or sentence("The run has not written any metrics."),
+        )
     figures = []
     two = any("val_accuracy_class" in row for row in record.rows)
     for key, title, names, within in _CURVES:
         lines = []
         for style, name in enumerate(names):
-            points = [(float(row["step"]), float(row[name]) if is_number(row[name]) else math.nan)
-                      for row in record.rows if name in row]
+            points = [
+                (float(row["step"]), float(row[name]) if is_number(row[name]) else math.nan)
+                for row in record.rows
+                if name in row
+            ]
             if any(math.isfinite(y) for _, y in points):
                 called = "validation" if name == "val_accuracy" and not two else _CALLED[name]
                 lines.append(Line(called, points, style))
         if lines:
-            legend = element("ul", *(element("li", drawing.swatch(line.style), line.name) for line in lines),
-                             class_="legend") if len(lines) > 1 else Html()
-            figures.append(element("figure", element("figcaption", title), drawing.curves(
-                key, f"{title} over updates", lines, epoch=_per_epoch(record), within=within), legend))
+            legend = (
+                element(
+                    "ul", *(element("li", drawing.swatch(line.style), line.name) for line in lines), class_="legend"
+                )
+                if len(lines) > 1
+                else Html()
+            )
+            figures.append(
+                element(
+                    "figure",
+                    element("figcaption", title),
+                    drawing.curves(key, f"{title} over updates", lines, epoch=_per_epoch(record), within=within),
+                    legend,
+                )
+            )
         elif key != "accuracy-curve" or record.labelled:
             figures.append(sentence(f"{title}: the metrics hold no number that could be drawn."))
     gaps = joined(sentence(f"{gap}.") for gap in record.gaps if "metrics" in gap)
-    return Section("training", "Training", joined([
-        gaps, element("div", *figures, class_="curves"), folded("The numbers of the curves", _metrics(record))]))
+    return Section(
+        "training",
+        "Training",
+        joined(
+            [gaps, element("div", *figures, class_="curves"), folded("The numbers of the curves", _metrics(record))]
+        ),
+    )
 
 
 def _per_epoch(record: Record) -> float | None:
@@ -119,10 +169,21 @@ def _metrics(record: Record) -> Html:
     every = math.ceil(len(rows) / _METRICS)
     kept = rows[::-1][::every][::-1]
     keys = [key for key in ("step", "epoch", *_CALLED) if any(key in row for row in kept)]
-    note = "" if len(kept) == len(record.rows) else (
-        f"{len(kept):,} of {len(record.rows):,} rows; metrics.jsonl holds all.")
-    return joined([sentence(note) if note else Html(), table("Metrics", [key.replace("_", " ") for key in keys], (
-        [_metric(key, row.get(key)) for key in keys] for row in kept))])
+    note = (
+        ""
+        if len(kept) == len(record.rows)
+        else (f"{len(kept):,} of {len(record.rows):,} rows; metrics.jsonl holds all.")
+    )
+    return joined(
+        [
+            sentence(note) if note else Html(),
+            table(
+                "Metrics",
+                [key.replace("_", " ") for key in keys],
+                ([_metric(key, row.get(key)) for key in keys] for row in kept),
+            ),
+        ]
+    )
 
 
 def _metric(key: str, value: object) -> str | None:
@@ -143,17 +204,25 @@ def recipe(record: Record) -> Section:
         parts.append(sentence("No shipped recipe has this name, so there is none to compare with."))
     else:
         theirs = _flat(shipped().to_dict())
-        changed = [[element("code", key), named(_setting(theirs.get(key))), named(_setting(ours.get(key)))]
-                   for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
-        parts.append(table("Changed from the shipped recipe of this name", ["field", "shipped", "here"], changed)
-                     if changed else sentence("The shipped recipe of this name, unchanged."))
+        changed = [
+            [element("code", key), named(_setting(theirs.get(key))), named(_setting(ours.get(key)))]
+            for key in {**theirs, **ours}
+            if theirs.get(key) != ours.get(key)
+        ]
+        parts.append(
+            table("Changed from the shipped recipe of this name", ["field", "shipped", "here"], changed)
+            if changed
+            else sentence("The shipped recipe of this name, unchanged.")
+        )
     groups: dict[str, list[list[object]]] = {}
     for key, value in ours.items():
         group, _, field = key.partition(".")
         name, shown = (group, field) if field else ("run", group)
         groups.setdefault(name, []).append([element("code", shown), named(_setting(value))])
-    blocks = (element("div", element("h3", name), table(f"Recipe: {name}", ["field", "value"], rows, hidden=True))
-              for name, rows in groups.items())
+    blocks = (
+        element("div", element("h3", name), table(f"Recipe: {name}", ["field", "value"], rows, hidden=True))
+        for name, rows in groups.items()
+    )
     parts.append(folded("The whole recipe", element("div", *blocks, class_="groups")))
     return Section("recipe", "Recipe", joined(parts))
 
@@ -186,43 +255,76 @@ def data(record: Record | None, evaluation: Evaluation | None) -> Section:
     parts: list[Html] = []
     about = record.about if record else None
     if record and about:
-        known += [("folder", element("code", named(about.data)) if about.data else "none that all images share"),
-                  ("training images", f"{sum(about.train):,}"), ("validation images", f"{sum(about.val):,}"),
-                  *([("classes", f"{len(about.classes):,}")] if record.labelled else []),
-                  ("fingerprint of training", element("code", about.fingerprint))]
+        known += [
+            ("folder", element("code", named(about.data)) if about.data else "none that all images share"),
+            ("training images", f"{sum(about.train):,}"),
+            ("validation images", f"{sum(about.val):,}"),
+            *([("classes", f"{len(about.classes):,}")] if record.labelled else []),
+            ("fingerprint of training", element("code", about.fingerprint)),
+        ]
     elif record:
-        parts += [sentence(f"What the run was trained on is not known: {gap}.") for gap in record.gaps
-                  if "about" in gap]
+        parts += [
+            sentence(f"What the run was trained on is not known: {gap}.") for gap in record.gaps if "about" in gap
+        ]
     if evaluation:
-        known += [("evaluated", f"{evaluation.main.report.images:,} " + images_of(evaluation)),
-                  ("fingerprint of these", element("code", evaluation.fingerprint))]
+        known += [
+            ("evaluated", f"{evaluation.main.report.images:,} " + images_of(evaluation)),
+            ("fingerprint of these", element("code", evaluation.fingerprint)),
+        ]
     if known:
         parts.append(facts(known))
     if record and about and record.labelled:
         smallest, largest = min(about.train, default=0), max(about.train, default=0)
-        parts.append(folded(f"Images of each class: {smallest:,} to {largest:,} in training", table(
-            "Images of each class", ["class", "training", "validation"], (
-                [named(name, 60), train, val]
-                for name, train, val in zip(about.classes, about.train, about.val, strict=True)), hidden=True)))
+        parts.append(
+            folded(
+                f"Images of each class: {smallest:,} to {largest:,} in training",
+                table(
+                    "Images of each class",
+                    ["class", "training", "validation"],
+                    (
+                        [named(name, 60), train, val]
+                        for name, train, val in zip(about.classes, about.train, about.val, strict=True)
+                    ),
+                    hidden=True,
+                ),
+            )
+        )
     if evaluation and (faults := evaluation.main.report.unreadable):
-        parts.append(folded(plural(len(faults), "image that can't be read", "images that can't be read"), table(
-            "Images that can't be read", ["file", "reason"],
-            [[named(file), shortened(reason)] for file, reason in faults[:_FAULTS]], hidden=True)))
+        parts.append(
+            folded(
+                plural(len(faults), "image that can't be read", "images that can't be read"),
+                table(
+                    "Images that can't be read",
+                    ["file", "reason"],
+                    [[named(file), shortened(reason)] for file, reason in faults[:_FAULTS]],
+                    hidden=True,
+                ),
+            )
+        )
     return Section("data", "Data", joined(parts))
 
 
 def machine(record: Record) -> Section:
     known: list[tuple[str, object]] = []
     if about := record.about:
-        known += [("device", about.device), ("processes", about.processes), ("precision", about.precision),
-                  *((name, version) for name, version in about.versions.items())]
-    for key, name, form in (("images_per_second", "rate of recent updates", "{:,.1f} images/s"),
-                            ("images", "views shown", "{:,.0f}")):
+        known += [
+            ("device", about.device),
+            ("processes", about.processes),
+            ("precision", about.precision),
+            *((name, version) for name, version in about.versions.items()),
+        ]
+    for key, name, form in (
+        ("images_per_second", "rate of recent updates", "{:,.1f} images/s"),
+        ("images", "views shown", "{:,.0f}"),
+    ):
         if (value := record.last(key)) is not None:
             known.append((name, form.format(value)))
     if (seconds := record.last("seconds")) is not None:
         known.append(("training time", span(seconds)))
     if memory := record.last("memory"):
         known.append(("memory at most", f"{memory / 2**30:.2f} GiB"))
-    return Section("machine", "Speed and machine", facts(known) if known else sentence(
-        "Neither the metrics nor about.json say how fast the run was, and where."))
+    return Section(
+        "machine",
+        "Speed and machine",
+        facts(known) if known else sentence("Neither the metrics nor about.json say how fast the run was, and where."),
+    )

@@ -67,18 +67,30 @@ MAX_PIXELS = 50_000_000
 _GONE = 499  # nobody reads it; for the metrics
 _SIDE = 224  # pixels of the longer side of a picture in an answer, at least
 
-_HEADERS = [(name.lower().encode(), value.encode()) for name, value in {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
-                               "connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-}.items()]
+_HEADERS = [
+    (name.lower().encode(), value.encode())
+    for name, value in {
+        "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+        "img-src 'self' blob: data:; connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-store",
+    }.items()
+]
 
 _HERE = Path(__file__).parent
-_PAGES = {"/": (_HERE / "page.html", "text/html"),
-          **{f"/{path.name}": (path, {".js": "text/javascript", ".css": "text/css"}[path.suffix]) for path in (
-              _HERE / "page.js", _HERE / "page.css", _HERE.parent / "web/shown.js", _HERE.parent / "web/shown.css")}}
+_PAGES = {
+    "/": (_HERE / "page.html", "text/html"),
+    **{
+        f"/{path.name}": (path, {".js": "text/javascript", ".css": "text/css"}[path.suffix])
+        for path in (
+            _HERE / "page.js",
+            _HERE / "page.css",
+            _HERE.parent / "web/shown.js",
+            _HERE.parent / "web/shown.css",
+        )
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +117,17 @@ class Service:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
         if self.max_pixels > decode.MAX_PIXELS:
-            raise ValueError(f"max_pixels must be at most {decode.MAX_PIXELS}, where Pillow refuses an image itself, "
-                             f"found {self.max_pixels}")
+            raise ValueError(
+                f"max_pixels must be at most {decode.MAX_PIXELS}, where Pillow refuses an image itself, "
+                f"found {self.max_pixels}"
+            )
         if self.max_wait_ms < 0:
             raise ValueError(f"max_wait_ms must be at least 0, found {self.max_wait_ms:g}")
         if self.queue < self.max_batch:
-            raise ValueError(f"a queue of {self.queue} images can't fill a batch of {self.max_batch}; give a queue of "
-                             "at least max_batch")
+            raise ValueError(
+                f"a queue of {self.queue} images can't fill a batch of {self.max_batch}; give a queue of "
+                "at least max_batch"
+            )
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
@@ -203,9 +219,14 @@ class ModelCard(BaseModel):
 
 
 _SAID = {
-    400: "The request is malformed.", 401: "An API key is needed.", 408: "The body came too slowly.",
-    413: "The body is too large, or holds too many images.", 415: "The body is of another type.",
-    422: "No image can be read.", 503: "No room; try again after Retry-After seconds.", 504: "Not answered in time.",
+    400: "The request is malformed.",
+    401: "An API key is needed.",
+    408: "The body came too slowly.",
+    413: "The body is too large, or holds too many images.",
+    415: "The body is of another type.",
+    422: "No image can be read.",
+    503: "No room; try again after Retry-After seconds.",
+    504: "Not answered in time.",
 }
 _NOT_EXPLAINED = {**_SAID, 501: "The model served can't be explained (GET /model says so)."}
 
@@ -213,27 +234,53 @@ _NOT_EXPLAINED = {**_SAID, 501: "The model served can't be explained (GET /model
 def _described(most: int | None, fields: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """A request of at most so many images, and of fields, which may also stand in the query, in OpenAPI."""
     images: dict[str, Any] = {"type": "array", "minItems": 1, **({} if most is None else {"maxItems": most})}
-    schemas = {name: {key: value for key, value in field.items() if key != "description"}
-               for name, field in fields.items()}
+    schemas = {
+        name: {key: value for key, value in field.items() if key != "description"} for name, field in fields.items()
+    }
     return {
-        "requestBody": {"required": True, "content": {
-            "application/json": {"schema": {
-                "type": "object", "required": ["images"], "additionalProperties": False,
-                "properties": {"images": {**images, "items": {"type": "string", "format": "byte"}}, **schemas}}},
-            "multipart/form-data": {"schema": {
-                "type": "object",
-                "properties": {"image": {**images, "items": {"type": "string", "format": "binary"}}, **schemas}}},
-            **{kind: {"schema": {"type": "string", "format": "binary"}}
-               for kind in ("image/*", "application/octet-stream")}}},
-        "parameters": [{"name": name, "in": "query", "description": field["description"], "schema": schemas[name]}
-                       for name, field in fields.items()]}
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {
+                    "schema": {
+                        "type": "object",
+                        "required": ["images"],
+                        "additionalProperties": False,
+                        "properties": {"images": {**images, "items": {"type": "string", "format": "byte"}}, **schemas},
+                    }
+                },
+                "multipart/form-data": {
+                    "schema": {
+                        "type": "object",
+                        "properties": {"image": {**images, "items": {"type": "string", "format": "binary"}}, **schemas},
+                    }
+                },
+                **{
+                    kind: {"schema": {"type": "string", "format": "binary"}}
+                    for kind in ("image/*", "application/octet-stream")
+                },
+            },
+        },
+        "parameters": [
+            {"name": name, "in": "query", "description": field["description"], "schema": schemas[name]}
+            for name, field in fields.items()
+        ],
+    }
 
 
-_CLASSIFY = _described(None, {"top_k": {
-    "type": "integer", "minimum": 1, "default": TOP_K, "description": "Labels for each image."}})
-_EXPLAIN = _described(1, {
-    "method": {"type": "string", "enum": list(METHODS), "default": METHOD, "description": "How the maps are made."},
-    "target": {"type": "string", "description": "Label to explain; without it what each token\u2019s head decides."}})
+_CLASSIFY = _described(
+    None, {"top_k": {"type": "integer", "minimum": 1, "default": TOP_K, "description": "Labels for each image."}}
+)
+_EXPLAIN = _described(
+    1,
+    {
+        "method": {"type": "string", "enum": list(METHODS), "default": METHOD, "description": "How the maps are made."},
+        "target": {
+            "type": "string",
+            "description": "Label to explain; without it what each token\u2019s head decides.",
+        },
+    },
+)
 
 
 class _Json(Response):
@@ -251,18 +298,29 @@ class _Json(Response):
 class _Metrics:
     def __init__(self, service: Service, waiting: Callable[[], int]):
         self.registry = prometheus.CollectorRegistry()
-        self.requests = prometheus.Counter("deit_requests", "Requests by route and status (499: the client had gone).",
-                                           ["route", "status"], registry=self.registry)
+        self.requests = prometheus.Counter(
+            "deit_requests",
+            "Requests by route and status (499: the client had gone).",
+            ["route", "status"],
+            registry=self.registry,
+        )
         self.seconds = prometheus.Histogram(
-            "deit_request_seconds", "From a request's head to its whole answer, of /v1/*.", ["route"],
-            registry=self.registry, buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60))
+            "deit_request_seconds",
+            "From a request's head to its whole answer, of /v1/*.",
+            ["route"],
+            registry=self.registry,
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+        )
         sizes = [2**i for i in range(16) if 2**i < service.max_batch] + [service.max_batch]
-        self.batches = prometheus.Histogram("deit_batch_images", "Images computed together.", registry=self.registry,
-                                            buckets=sizes)
-        self.images = prometheus.Counter("deit_images", "Images of answered requests.", ["result"],
-                                         registry=self.registry)
-        prometheus.Gauge("deit_queue_images", "Images decoding or waiting for the model.",
-                         registry=self.registry).set_function(waiting)
+        self.batches = prometheus.Histogram(
+            "deit_batch_images", "Images computed together.", registry=self.registry, buckets=sizes
+        )
+        self.images = prometheus.Counter(
+            "deit_images", "Images of answered requests.", ["result"], registry=self.registry
+        )
+        prometheus.Gauge(
+            "deit_queue_images", "Images decoding or waiting for the model.", registry=self.registry
+        ).set_function(waiting)
 
 
 class _Outermost:
@@ -298,8 +356,14 @@ class _Routes:
 
     def __init__(self, predictor: Predictor, service: Service, name: str):
         self.predictor, self.service, self.name = predictor, service, name
-        self.batcher = Batcher(predictor, max_batch=service.max_batch, max_wait=service.max_wait_ms / 1000,
-                               queue_size=service.queue, max_pixels=service.max_pixels, computed=self._computed)
+        self.batcher = Batcher(
+            predictor,
+            max_batch=service.max_batch,
+            max_wait=service.max_wait_ms / 1000,
+            queue_size=service.queue,
+            max_pixels=service.max_pixels,
+            computed=self._computed,
+        )
         self.unexplained = _unexplained(predictor)
         self.metrics = _Metrics(service, lambda: self.batcher.waiting)
         self.bodies = Bodies(service.max_bytes, service.timeout)
@@ -326,15 +390,15 @@ class _Routes:
             refuse(401, "this needs a key; send it as Authorization: Bearer KEY", **{"WWW-Authenticate": "Bearer"})
 
     @asynccontextmanager
-    async def _asked(self, request: Request, question: Question,
-                     read: Callable[[Mapping[str, Any]], _Read]) -> AsyncIterator[tuple[list[bytes], _Read]]:
+    async def _asked(
+        self, request: Request, question: Question, read: Callable[[Mapping[str, Any]], _Read]
+    ) -> AsyncIterator[tuple[list[bytes], _Read]]:
         """The images of a request, and what `read` makes of its fields; its body has room until the block ends."""
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             refuse(415, "the body is compressed; send it as it is")
 
         def parsed(body: bytes) -> tuple[list[bytes], _Read]:
-            images, fields = read_request(body, request.headers.get("content-type", ""), request.query_params,
-                                          question)
+            images, fields = read_request(body, request.headers.get("content-type", ""), request.query_params, question)
             return images, read(fields)
 
         with self.bodies.room() as body:
@@ -371,8 +435,10 @@ class _Routes:
         self._check_key(request)
         if self.unexplained:
             refuse(501, self.unexplained)
-        async with self._asked(request, EXPLANATION, partial(
-                explanation_asked, labels=self.predictor.labels)) as ([image], why):
+        async with self._asked(request, EXPLANATION, partial(explanation_asked, labels=self.predictor.labels)) as (
+            [image],
+            why,
+        ):
             future = self.batcher.explain(image, why)
             del image
             await self._done(request, [future])
@@ -414,15 +480,26 @@ class _Routes:
     async def model(self) -> Response:
         """What is served, and its limits."""
         calibration, head, limits = self.predictor.calibration, self.predictor.head, self.service
-        return _Json({
-            "model": self.name, "labels": self.predictor.labels, "head": head,
-            "image_size": list(self.predictor.config.image_hw),
-            "calibration": None if calibration is None else {
-                "error_rate": calibration.error_rate, "images": calibration.images,
-                "temperature": calibration.heads[head].temperature, "threshold": calibration.heads[head].threshold},
-            "limits": {"images": limits.max_batch, "bytes": limits.max_bytes, "pixels": limits.max_pixels},
-            "formats": list(dict.fromkeys(FORMATS.values())), "key": bool(self.keys),
-            "explain": not self.unexplained})
+        return _Json(
+            {
+                "model": self.name,
+                "labels": self.predictor.labels,
+                "head": head,
+                "image_size": list(self.predictor.config.image_hw),
+                "calibration": None
+                if calibration is None
+                else {
+                    "error_rate": calibration.error_rate,
+                    "images": calibration.images,
+                    "temperature": calibration.heads[head].temperature,
+                    "threshold": calibration.heads[head].threshold,
+                },
+                "limits": {"images": limits.max_batch, "bytes": limits.max_bytes, "pixels": limits.max_pixels},
+                "formats": list(dict.fromkeys(FORMATS.values())),
+                "key": bool(self.keys),
+                "explain": not self.unexplained,
+            }
+        )
 
     async def healthz(self) -> Response:
         """200 while the process lives."""
@@ -452,8 +529,13 @@ def _explained(found: Explanation, model: str) -> dict[str, Any]:
     """As JSON types, with pictures of what the model saw, enlarged where that is small, and of each map over it."""
     seen = fitted(found.seen, max(_SIDE, *found.seen.size))
     known = found.to_dict()
-    return {"model": model, "image_size": known["image_size"], "seen": data_uri(seen), "answers": known["answers"],
-            "maps": [{**each.to_dict(), "overlay": data_uri(overlay(seen, each.values))} for each in found.maps]}
+    return {
+        "model": model,
+        "image_size": known["image_size"],
+        "seen": data_uri(seen),
+        "answers": known["answers"],
+        "maps": [{**each.to_dict(), "overlay": data_uri(overlay(seen, each.values))} for each in found.maps],
+    }
 
 
 def _figure(found: Explanation, model: str) -> bytes:
@@ -467,24 +549,34 @@ async def _gone(_: Request, __: Exception) -> Response:
 
 
 async def _refused(_: Request, error: HTTPException) -> Response:
-    sentence = {404: "there is nothing here; / is a page to try, /api lists what there is",
-                405: "this method is not for this address; /api lists what there is"}
+    sentence = {
+        404: "there is nothing here; / is a page to try, /api lists what there is",
+        405: "this method is not for this address; /api lists what there is",
+    }
     return _Json({"error": sentence.get(error.status_code, str(error.detail))}, error.status_code, error.headers)
 
 
 def create_app(predictor: Predictor, service: Service, name: str) -> FastAPI:
     """The application. `name` is what answers call the model; `app.state.routes.batcher` makes the batches."""
     routes = _Routes(predictor, service, name)
-    app = FastAPI(title="deit", version=host.VERSION, description="Labels for images, and what they rest on.",
-                  docs_url=None, redoc_url=None, lifespan=routes.life,
-                  exception_handlers={HTTPException: _refused, ClientDisconnect: _gone})
+    app = FastAPI(
+        title="deit",
+        version=host.VERSION,
+        description="Labels for images, and what they rest on.",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=routes.life,
+        exception_handlers={HTTPException: _refused, ClientDisconnect: _gone},
+    )
     app.state.routes = routes
     app.add_middleware(_Outermost, metrics=routes.metrics)
     app.post("/v1/classify", response_model=Answers, responses=_failures(_SAID), openapi_extra=_CLASSIFY)(
-        routes.classify)
+        routes.classify
+    )
     picture: dict[int | str, Any] = {200: {"content": {"image/png": {}}}}
-    app.post("/v1/explain", response_model=Explained, responses=picture | _failures(_NOT_EXPLAINED),
-             openapi_extra=_EXPLAIN)(routes.explain)
+    app.post(
+        "/v1/explain", response_model=Explained, responses=picture | _failures(_NOT_EXPLAINED), openapi_extra=_EXPLAIN
+    )(routes.explain)
     app.get("/model", response_model=ModelCard)(routes.model)
     app.get("/healthz")(routes.healthz)
     app.get("/readyz", responses={503: {"model": Failure}})(routes.readyz)
@@ -511,17 +603,24 @@ def _api_page(described: dict[str, Any]) -> str:
     for path, methods in described["paths"].items():
         for method, operation in methods.items():
             kinds = ", ".join(operation.get("requestBody", {}).get("content", {}))
-            said = "".join(f"<li>{status}: {html.escape(answer['description'])}</li>"
-                           for status, answer in operation["responses"].items())
-            rows.append(f"<h2><code>{method.upper()} {html.escape(path)}</code></h2>"
-                        f"<p>{html.escape(operation.get('description', ''))}</p>"
-                        + (f"<p>Takes {html.escape(kinds)}.</p>" if kinds else "") + f"<ul>{said}</ul>")
-    return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><title>deit: the API</title>'
-            '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-            '<link rel="stylesheet" href="/shown.css"><link rel="stylesheet" href="/page.css"></head><body><main>'
-            '<h1>The API</h1>'
-            '<p>In full: <a href="/openapi.json">openapi.json</a>. To try it: <a href="/">the page</a>.</p>'
-            f'{"".join(rows)}</main></body></html>')
+            said = "".join(
+                f"<li>{status}: {html.escape(answer['description'])}</li>"
+                for status, answer in operation["responses"].items()
+            )
+            rows.append(
+                f"<h2><code>{method.upper()} {html.escape(path)}</code></h2>"
+                f"<p>{html.escape(operation.get('description', ''))}</p>"
+                + (f"<p>Takes {html.escape(kinds)}.</p>" if kinds else "")
+                + f"<ul>{said}</ul>"
+            )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>deit: the API</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        '<link rel="stylesheet" href="/shown.css"><link rel="stylesheet" href="/page.css"></head><body><main>'
+        "<h1>The API</h1>"
+        '<p>In full: <a href="/openapi.json">openapi.json</a>. To try it: <a href="/">the page</a>.</p>'
+        f"{''.join(rows)}</main></body></html>"
+    )
 
 
 # ---- the server --------------------------------------------------------------------------------------------------
@@ -558,8 +657,9 @@ def _prompt(seconds: float) -> type[H11Protocol]:
     return Connection
 
 
-def serve(predictor: Predictor, service: Service, name: str, *, host: str, port: int,
-          listening: Callable[[str], object]) -> None:
+def serve(
+    predictor: Predictor, service: Service, name: str, *, host: str, port: int, listening: Callable[[str], object]
+) -> None:
     """Serves until SIGTERM or Ctrl-C, then takes no more connections, finishes what came, and returns.
 
     `listening` is told the address once connections are taken. Port 0: any free one. Raises `OSError` where the
@@ -567,14 +667,23 @@ def serve(predictor: Predictor, service: Service, name: str, *, host: str, port:
     """
     height, width = predictor.config.image_hw
     predictor([Image.new("RGB", (width, height))])  # the first takes longest, and fails for a head that isn't there
-    with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET,
-                              backlog=2048) as listener:
+    with socket.create_server(
+        (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+    ) as listener:
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
         logging.getLogger("uvicorn").setLevel(logging.ERROR)  # below that it tells of every client's mistake
-        server = uvicorn.Server(uvicorn.Config(
-            create_app(predictor, service, name), http=_prompt(service.timeout), ws="none", log_config=None,
-            access_log=False, server_header=False, proxy_headers=False,
-            timeout_graceful_shutdown=int(2 * service.timeout) + 1))
+        server = uvicorn.Server(
+            uvicorn.Config(
+                create_app(predictor, service, name),
+                http=_prompt(service.timeout),
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=int(2 * service.timeout) + 1,
+            )
+        )
         # uvicorn raises the signal again after its end; this makes that end the exit status 0.
         signal.signal(signal.SIGTERM, lambda *_: None)
         shown = f"[{host}]" if ":" in host else host

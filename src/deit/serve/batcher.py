@@ -86,8 +86,16 @@ class Batcher:
         computed: told the number of images of each batch.
     """
 
-    def __init__(self, predictor: Predictor, *, max_batch: int, max_wait: float, queue_size: int, max_pixels: int,
-                 computed: Callable[[int], object] = lambda images: None):
+    def __init__(
+        self,
+        predictor: Predictor,
+        *,
+        max_batch: int,
+        max_wait: float,
+        queue_size: int,
+        max_pixels: int,
+        computed: Callable[[int], object] = lambda images: None,
+    ):
         self.predictor, self.max_batch, self.max_wait = predictor, max_batch, max_wait
         self.queue_size, self.max_pixels, self.computed = queue_size, max_pixels, computed
         height, width = predictor.config.image_hw
@@ -127,10 +135,18 @@ class Batcher:
     def _enter(self, jobs: list[_Job]) -> list[Future[Any]]:
         explanations = sum(job.why is not None for job in jobs)
         with self._lock:
-            if (self._waiting + len(jobs) > self.queue_size
-                    or self._unexplained + explanations > max(1, self.queue_size // _EXPLAINED)):
-                raise Full(max(1, math.ceil((self._waiting - self._unexplained) * self._seconds_per_image
-                                            + self._unexplained * self._seconds_per_explanation)))
+            if self._waiting + len(jobs) > self.queue_size or self._unexplained + explanations > max(
+                1, self.queue_size // _EXPLAINED
+            ):
+                raise Full(
+                    max(
+                        1,
+                        math.ceil(
+                            (self._waiting - self._unexplained) * self._seconds_per_image
+                            + self._unexplained * self._seconds_per_explanation
+                        ),
+                    )
+                )
             self._waiting += len(jobs)
             self._unexplained += explanations
         for job in jobs:
@@ -225,8 +241,7 @@ class Batcher:
         self._seconds_per_image = _recent(self._seconds_per_image, (time.monotonic() - began) / len(batch))
         self.computed(len(batch))
         for job, answer in zip(batch, answers, strict=True):
-            job.answer.set_result(Answer(source=b"", labels=answer.labels[:job.top_k], sure=answer.sure))
-
+            job.answer.set_result(Answer(source=b"", labels=answer.labels[: job.top_k], sure=answer.sure))
 
     def _explain(self, job: _Job) -> None:
         began = time.monotonic()
@@ -234,8 +249,13 @@ class Batcher:
             assert job.pixels is not None
             assert job.why is not None
             pixels = torch.from_numpy(job.pixels).unsqueeze(0).to(self.predictor.device)
-            found = explain_pixels(explained_model(self.predictor), self.predictor.processor, pixels,
-                                   methods=[job.why.method], target=job.why.target)
+            found = explain_pixels(
+                explained_model(self.predictor),
+                self.predictor.processor,
+                pixels,
+                methods=[job.why.method],
+                target=job.why.target,
+            )
         except Exception as error:
             _log.exception("the model failed on an explanation")
             job.answer.set_exception(ModelFailed(f"the model failed ({type(error).__name__}); try again"))

@@ -64,8 +64,11 @@ class Bodies:
             async with asyncio.timeout(self.timeout):
                 await self._read(request, body)
         except TimeoutError:
-            refuse(408, f"the body did not arrive within {self.timeout:g} s; send it faster, or a smaller image",
-                   Connection="close")
+            refuse(
+                408,
+                f"the body did not arrive within {self.timeout:g} s; send it faster, or a smaller image",
+                Connection="close",
+            )
 
     async def _read(self, request: Request, body: bytearray) -> None:
         too_large = f"the body has more than the {self.limit} bytes allowed; send a smaller image, or fewer"
@@ -105,12 +108,15 @@ class Question:
     """Images."""
 
     def too_many(self) -> NoReturn:
-        refuse(413, f"a request may hold at most {self.most} image{'s' * (self.most > 1)} here; send the others in "
-                     "another one")
+        refuse(
+            413,
+            f"a request may hold at most {self.most} image{'s' * (self.most > 1)} here; send the others in another one",
+        )
 
 
-def read_request(body: bytes, content_type: str, query: Mapping[str, str],
-                 question: Question) -> tuple[list[bytes], dict[str, Any]]:
+def read_request(
+    body: bytes, content_type: str, query: Mapping[str, str], question: Question
+) -> tuple[list[bytes], dict[str, Any]]:
     """The images of a body, and the fields that it or the query holds, as they are; refuses what is neither."""
     message = _content_type(content_type)
     kind = message.get_content_type() if content_type.strip() else "none"
@@ -122,8 +128,11 @@ def read_request(body: bytes, content_type: str, query: Mapping[str, str],
     elif kind.startswith("image/") or kind == "application/octet-stream":
         images = [body]
     else:
-        refuse(415, "expected Content-Type image/*, application/octet-stream, multipart/form-data or "
-                     f"application/json, found {kind[:80]!r}; send one of them")
+        refuse(
+            415,
+            "expected Content-Type image/*, application/octet-stream, multipart/form-data or "
+            f"application/json, found {kind[:80]!r}; send one of them",
+        )
     if not images:
         refuse(400, "the request holds no image; send at least one")
     for image in images:
@@ -179,8 +188,9 @@ def _from_form(body: bytes, boundary: Any, fields: dict[str, Any], question: Que
         elif field and (name := field[1].decode().lower()) in question.fields:
             fields[name] = content.decode("utf-8", "replace")
         else:
-            refuse(400, f"a field of the form is neither a file nor {' or '.join(question.fields)}; send images as "
-                         "files")
+            refuse(
+                400, f"a field of the form is neither a file nor {' or '.join(question.fields)}; send images as files"
+            )
     refuse(400, damaged)
 
 

@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     from deit.train.records import Record as Record
     from deit.train.teacher import Teacher as Teacher
 
-__getattr__, __dir__ = offer(__name__, {
-    "deit.train.labels": ("LabelCache", "teach"),
-    "deit.train.loop": ("Diverged", "Run", "Stopped", "train"),
-    "deit.train.records": ("Record",),
-    "deit.train.teacher": ("Teacher",),
-})
+__getattr__, __dir__ = offer(
+    __name__,
+    {
+        "deit.train.labels": ("LabelCache", "teach"),
+        "deit.train.loop": ("Diverged", "Run", "Stopped", "train"),
+        "deit.train.records": ("Record",),
+        "deit.train.teacher": ("Teacher",),
+    },
+)

@@ -19,8 +19,16 @@ from deit.model.network import (
 from deit.recipe import Distilled, MaskedImage, Recipe
 from deit.weights import hub
 
-_SAME = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
-         "num_channels", "qkv_bias", "position_on_class_token")
+_SAME = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "num_channels",
+    "qkv_bias",
+    "position_on_class_token",
+)
 """Fields in which a model and the weights it starts from must agree."""
 _HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.")
 
@@ -59,8 +67,10 @@ def _start_from(model: PreTrained, found: hub.Checkpoint, classes: Sequence[str]
         if name == "layer_scale_init_value":  # its value matters to a fresh model only
             mine, other = mine is not None, other is not None
         if mine != other:
-            raise ValueError(f"start {found.file} has {name}={getattr(theirs, name)}, the recipe's model has "
-                             f"{getattr(ours, name)}; set model.{name}, or choose another start")
+            raise ValueError(
+                f"start {found.file} has {name}={getattr(theirs, name)}, the recipe's model has "
+                f"{getattr(ours, name)}; set model.{name}, or choose another start"
+            )
     same_labels = list((theirs.id2label or {}).values()) == list(classes)
     missing = []
     for name, tensor in model._tensors().items():
@@ -74,18 +84,22 @@ def _start_from(model: PreTrained, found: hub.Checkpoint, classes: Sequence[str]
         elif not name.startswith((*_HEADS, "decoder.", "deit.mask_token", "deit.distillation_token")):
             missing.append(name)
     if missing:
-        raise files.CheckpointError(f"start {found.file} lacks {missing[0]}, which the recipe's model needs; the file "
-                                    "is incomplete, or another model's")
+        raise files.CheckpointError(
+            f"start {found.file} lacks {missing[0]}, which the recipe's model needs; the file "
+            "is incomplete, or another model's"
+        )
 
 
 def _positions(given: Tensor, theirs: DeiTConfig, ours: DeiTConfig, fresh: Tensor) -> Tensor:
     """(1, prefix + patches, D): the start's, resized to our grid; the place of a token it lacks stays fresh."""
     prefix, grid = given.float().tensor_split([theirs.num_prefix_positions], dim=1)
     if theirs.grid != ours.grid:
-        down, across = (torch.from_numpy(weights.resize_matrix(old, new)).float()
-                        for old, new in zip(theirs.grid, ours.grid, strict=True))
+        down, across = (
+            torch.from_numpy(weights.resize_matrix(old, new)).float()
+            for old, new in zip(theirs.grid, ours.grid, strict=True)
+        )
         grid = torch.einsum("rR,sS,bRSd->brsd", down, across, grid.unflatten(1, theirs.grid)).flatten(1, 2)
-    front = fresh[:, :ours.num_prefix_positions].clone()
+    front = fresh[:, : ours.num_prefix_positions].clone()
     shared = min(ours.num_prefix_positions, theirs.num_prefix_positions)
     front[:, :shared] = prefix[:, :shared]
     return torch.cat([front, grid], dim=1)

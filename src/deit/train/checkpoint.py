@@ -42,8 +42,11 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
             save_file(tensors, temporary, {"state": header, "crc32": str(_checksum(tensors, header))})
     except (SafetensorError, OSError) as error:
         left = saved(folder)
-        raise OSError(f"{path} can't be written ({error}); " + (f"{left[-1].name} is untouched: " if left else "")
-                      + "free space, then go on with --resume") from None
+        raise OSError(
+            f"{path} can't be written ({error}); "
+            + (f"{left[-1].name} is untouched: " if left else "")
+            + "free space, then go on with --resume"
+        ) from None
     for old in saved(folder)[:-KEPT]:
         old.unlink(missing_ok=True)
     return path
@@ -61,8 +64,9 @@ def restore(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]
         except files.CheckpointError as error:
             problems.append(str(error))
     if problems:
-        raise files.CheckpointError(f"{'; '.join(problems)}; no good checkpoint is left: start the run anew in another "
-                                    "folder")
+        raise files.CheckpointError(
+            f"{'; '.join(problems)}; no good checkpoint is left: start the run anew in another folder"
+        )
     return None
 
 

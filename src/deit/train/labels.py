@@ -73,8 +73,9 @@ class _Layout:
     def tensors(self, updates: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
         """Type and shape of what a part of so many updates holds; classes in the narrowest integers that hold them."""
         rows = (updates, self.batch)
-        index = np.dtype(next((kind for kind in (np.uint8, np.uint16) if self.classes <= np.iinfo(kind).max + 1),
-                              np.int32))
+        index = np.dtype(
+            next((kind for kind in (np.uint8, np.uint16) if self.classes <= np.iinfo(kind).max + 1), np.int32)
+        )
         if self.kind == "hard":
             return {"hard": (index, rows)}
         if self.top_k is None:
@@ -96,8 +97,17 @@ def _layout(recipe: Recipe, split: Split, steps: int) -> _Layout:
     return _Layout(steps, max(1, most), recipe.data.batch, classes, objective.kind, top_k)
 
 
-def teach(recipe: Recipe, split: Split, out: str | Path, *, epochs: float, device: str = "auto",
-          console: Console | None = None, rank: int = 0, world: int = 1) -> Path:
+def teach(
+    recipe: Recipe,
+    split: Split,
+    out: str | Path,
+    *,
+    epochs: float,
+    device: str = "auto",
+    console: Console | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> Path:
     """Writes the answers of the recipe's teacher to the views of `epochs` epochs into the folder `out`.
 
     Training with `objective.cache` set to it goes through these views, and after them begins anew. A run that was
@@ -115,8 +125,10 @@ def teach(recipe: Recipe, split: Split, out: str | Path, *, epochs: float, devic
     out, place = Path(out), resolve_device(device)
     objective = recipe.objective
     if not isinstance(objective, Distilled) or not objective.teacher:
-        raise ValueError(f"recipe {recipe.name} names no teacher; --set objective.teacher=timm:NAME, a trained model's "
-                         "folder or FILE.py:FUNCTION")
+        raise ValueError(
+            f"recipe {recipe.name} names no teacher; --set objective.teacher=timm:NAME, a trained model's "
+            "folder or FILE.py:FUNCTION"
+        )
     if not epochs > 0:
         raise ValueError(f"epochs must be positive, found {epochs}")
     teacher = Teacher.load(objective.teacher, split.classes, recipe).to(place)
@@ -165,9 +177,15 @@ def _write_parts(work: _Work, out: Path, todo: list[int], prints: Mapping[str, s
     total = layout.batch * sum(len(layout.updates(part)) for part in todo)
     done, began = 0, time.perf_counter()
     kept: dict[str, Tensor] = {}  # of one part, on the device: fetched once
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                  TextColumn("{task.fields[rate]:.0f} images/s"), console=console,
-                  disable=not console.is_terminal) as progress:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[rate]:.0f} images/s"),
+        console=console,
+        disable=not console.is_terminal,
+    ) as progress:
         bar = progress.add_task(work.teacher.name, total=total, rate=0.0)
         for part, row, batch in _updates(batches, layout, todo):
             for file, reason in faults.add(batch.faults):
@@ -185,8 +203,11 @@ def _write_parts(work: _Work, out: Path, todo: list[int], prints: Mapping[str, s
             if row == rows - 1:
                 _write(out, layout, part, prints, kept)
                 if not console.is_terminal:
-                    _say(console, f"part {part + 1} of {layout.parts}: {rate:.0f} images/s, "
-                         f"{(total - done) / rate / 60:.0f} min left")
+                    _say(
+                        console,
+                        f"part {part + 1} of {layout.parts}: {rate:.0f} images/s, "
+                        f"{(total - done) / rate / 60:.0f} min left",
+                    )
 
 
 def _updates(batches: TrainingBatches, layout: _Layout, parts: list[int]) -> Iterator[tuple[int, int, Batch]]:
@@ -224,8 +245,10 @@ class LabelCache:
         layout = replace(_layout(recipe, split, record["steps"]), steps_per_part=record["steps_per_part"])
         whole = sum(_is_whole(folder, layout, part) for part in range(layout.parts))
         if whole < layout.parts:
-            raise ValueError(f"{folder} holds {whole} of {layout.parts} parts; run the same deit teach again, it makes "
-                             "those that are missing")
+            raise ValueError(
+                f"{folder} holds {whole} of {layout.parts} parts; run the same deit teach again, it makes "
+                "those that are missing"
+            )
         return cls(folder, layout, record["fingerprints"])
 
     def labels(self, step: int, positions: Tensor) -> Tensor:
@@ -240,8 +263,10 @@ class LabelCache:
             self.part = part
             self.verified.add(part)
         rows = positions.numpy()
-        taken = {name: torch.from_numpy(array[row][rows].astype(np.int64 if array.dtype.kind in "iu" else array.dtype))
-                 for name, array in self.kept.items()}
+        taken = {
+            name: torch.from_numpy(array[row][rows].astype(np.int64 if array.dtype.kind in "iu" else array.dtype))
+            for name, array in self.kept.items()
+        }
         return expand(taken, self.layout.classes)
 
 
@@ -252,9 +277,13 @@ def views(recipe: Recipe) -> dict[str, Any]:
     """Everything that decides what the teacher sees and what of its answers is kept, as JSON types."""
     record = recipe.to_dict()
     chosen = {"data": ("batch", "repeats", "crop_ratio", "mean", "std"), "objective": ("kind", "top_k", "resolution")}
-    return {"version": VIEWS_VERSION, "seed": recipe.seed, "augment": record["augment"],
-            "model": {"image_size": list(recipe.model.image_hw), "num_channels": recipe.model.num_channels},
-            **{part: {name: record[part][name] for name in names} for part, names in chosen.items()}}
+    return {
+        "version": VIEWS_VERSION,
+        "seed": recipe.seed,
+        "augment": record["augment"],
+        "model": {"image_size": list(recipe.model.image_hw), "num_channels": recipe.model.num_channels},
+        **{part: {name: record[part][name] for name in names} for part, names in chosen.items()},
+    }
 
 
 def _hash(content: Any) -> str:
@@ -271,8 +300,10 @@ def _record(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} holds no cache.json; expected a folder that deit teach wrote")
     record = files.read_json(path)
     if record.get("version") != VERSION:
-        raise ValueError(f"{path} has version {record.get('version')!r}, this package reads {VERSION}; run deit teach "
-                         "into another folder")
+        raise ValueError(
+            f"{path} has version {record.get('version')!r}, this package reads {VERSION}; run deit teach "
+            "into another folder"
+        )
     if missing := [name for name in _KEYS if name not in record]:
         raise files.CheckpointError(f"{path} lacks {missing[0]!r}; it is damaged, run deit teach into another folder")
     return record
@@ -285,17 +316,25 @@ def _compare(folder: Path, record: Mapping[str, Any], recipe: Recipe, split: Spl
         return
     name = differing[0]
     if name == "data":
-        reason = (f"{record['images']} images there, {len(split)} here" if record["images"] != len(split) else
-                  "names, classes or contents of its files differ")
+        reason = (
+            f"{record['images']} images there, {len(split)} here"
+            if record["images"] != len(split)
+            else "names, classes or contents of its files differ"
+        )
     elif name == "views":
         then, now = record["views"], views(recipe)
-        reason = (difference(then, now) if then.get("version") == now["version"] else "the code of augmentation has "
-                  f"changed since (version {then.get('version')} there, {now['version']} here)")
+        reason = (
+            difference(then, now)
+            if then.get("version") == now["version"]
+            else "the code of augmentation has "
+            f"changed since (version {then.get('version')} there, {now['version']} here)"
+        )
     else:
-        reason = (f"its weights, classes or preprocessing differ from those of {record['teacher']} then")
+        reason = f"its weights, classes or preprocessing differ from those of {record['teacher']} then"
     moves = {"data": "bring that data back", "views": "set it back", "teacher": "take that teacher"}
-    raise ValueError(f"{folder} was taught with other {name}: {reason}; {moves[name]}, or run deit teach into another "
-                     "folder")
+    raise ValueError(
+        f"{folder} was taught with other {name}: {reason}; {moves[name]}, or run deit teach into another folder"
+    )
 
 
 def _claim(out: Path, recipe: Recipe, split: Split, layout: _Layout, prints: Mapping[str, str]) -> _Layout:
@@ -307,21 +346,34 @@ def _claim(out: Path, recipe: Recipe, split: Split, layout: _Layout, prints: Map
         raise ValueError(f"{out} holds {foreign[0]}, which is no part of a label cache; choose an empty or new folder")
     objective = recipe.objective
     assert isinstance(objective, Distilled)
-    record = {"version": VERSION, "fingerprints": dict(prints), "teacher": objective.teacher, "kind": layout.kind,
-              "top_k": layout.top_k, "classes": layout.classes, "batch": layout.batch, "steps": layout.steps,
-              "steps_per_part": layout.steps_per_part, "images": len(split), "views": views(recipe),
-              "deit": host.VERSION}
+    record = {
+        "version": VERSION,
+        "fingerprints": dict(prints),
+        "teacher": objective.teacher,
+        "kind": layout.kind,
+        "top_k": layout.top_k,
+        "classes": layout.classes,
+        "batch": layout.batch,
+        "steps": layout.steps,
+        "steps_per_part": layout.steps_per_part,
+        "images": len(split),
+        "views": views(recipe),
+        "deit": host.VERSION,
+    }
     if "cache.json" in names:
         found = _record(out)
         _compare(out, found, recipe, split, prints)
         if found["steps"] > layout.steps:
-            raise ValueError(f"{out} is a cache of {found['steps']} updates, {layout.steps} are asked for; ask for as "
-                             "many epochs or more, or choose another folder")
+            raise ValueError(
+                f"{out} is a cache of {found['steps']} updates, {layout.steps} are asked for; ask for as "
+                "many epochs or more, or choose another folder"
+            )
         layout = replace(layout, steps_per_part=found["steps_per_part"])
         record |= {"steps_per_part": layout.steps_per_part, "deit": found["deit"]}
     elif names:
-        raise ValueError(f"{out} holds {min(names)} but no cache.json that says what it is of; choose an empty or new "
-                         "folder")
+        raise ValueError(
+            f"{out} holds {min(names)} but no cache.json that says what it is of; choose an empty or new folder"
+        )
     files.write_json(out / "cache.json", record)
     return layout
 
@@ -360,20 +412,24 @@ def _write(folder: Path, layout: _Layout, part: int, prints: Mapping[str, str], 
         save_file(arrays, temporary, {"sha256": _checksum(arrays, part, prints)})
 
 
-def _read(folder: Path, layout: _Layout, part: int, prints: Mapping[str, str], *,
-          verify: bool = True) -> dict[str, np.ndarray]:
+def _read(
+    folder: Path, layout: _Layout, part: int, prints: Mapping[str, str], *, verify: bool = True
+) -> dict[str, np.ndarray]:
     path, expected = _path(folder, part), layout.tensors(len(layout.updates(part)))
     try:
         with safe_open(path, "np") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
             checksum = (file.metadata() or {}).get("sha256")
     except (SafetensorError, OSError) as error:
-        raise files.CheckpointError(f"{path} is truncated or corrupt ({error}); the same deit teach makes it "
-                                    "anew") from None
+        raise files.CheckpointError(
+            f"{path} is truncated or corrupt ({error}); the same deit teach makes it anew"
+        ) from None
     found = {name: (array.dtype, array.shape) for name, array in arrays.items()}
     if found != expected or (verify and checksum != _checksum(arrays, part, prints)):
-        raise files.CheckpointError(f"{path} is damaged, or a part of another cache (its checksum or shapes are "
-                                    "wrong); the same deit teach makes it anew")
+        raise files.CheckpointError(
+            f"{path} is damaged, or a part of another cache (its checksum or shapes are "
+            "wrong); the same deit teach makes it anew"
+        )
     return arrays
 
 
@@ -384,8 +440,10 @@ def _undisturbed() -> Iterator[None]:
         yield
         return
     caught: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: caught.append(number))
-              for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, lambda number, _: caught.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:

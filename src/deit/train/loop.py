@@ -65,8 +65,17 @@ class Stopped(SystemExit):
     130."""
 
 
-def train(recipe: Recipe, train_split: Split, val_split: Split, out: str | Path, *, device: str = "auto",
-          console: Console | None = None, resume: bool = False, minutes: float | None = None) -> Run:
+def train(
+    recipe: Recipe,
+    train_split: Split,
+    val_split: Split,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    console: Console | None = None,
+    resume: bool = False,
+    minutes: float | None = None,
+) -> Run:
     """Trains a recipe on images; under torchrun, together with the other processes.
 
     Leaves in `out`: `recipe.json`, `about.json`, `metrics.jsonl`, the best model in `model/`, and the run's state in
@@ -94,8 +103,16 @@ def train(recipe: Recipe, train_split: Split, val_split: Split, out: str | Path,
         return _train(recipe, (train_split, val_split), Path(out), us, signals, console, resume, end)
 
 
-def _train(recipe: Recipe, splits: tuple[Split, Split], out: Path, us: Processes, signals: _Signals,
-           console: Console | None, resume: bool, end: float) -> Run:
+def _train(
+    recipe: Recipe,
+    splits: tuple[Split, Split],
+    out: Path,
+    us: Processes,
+    signals: _Signals,
+    console: Console | None,
+    resume: bool,
+    end: float,
+) -> Run:
     """`end` is when it should end, by `time.perf_counter`. Holds nothing of the run any more when it returns."""
     found = runs.find(out, recipe, resume, planned=end < math.inf)
     us.wait()  # nobody writes before all have looked
@@ -136,9 +153,11 @@ class _Session:
     def wishes(self) -> tuple[bool, bool, bool]:
         """Whether to stop, to save and to end early. The main process has the clock; any may be told to stop."""
         now, main = time.perf_counter(), self.work.us.main
-        return (self.signals.caught != 0,
-                main and now - self.last_saved >= 60 * self.work.recipe.compute.save_minutes,
-                main and now + 1.5 * self.judging >= self.deadline)
+        return (
+            self.signals.caught != 0,
+            main and now - self.last_saved >= 60 * self.work.recipe.compute.save_minutes,
+            main and now + 1.5 * self.judging >= self.deadline,
+        )
 
     def save(self) -> None:
         self.state.seconds, self.state.written = self.seconds, self.reporter.written
@@ -148,8 +167,10 @@ class _Session:
 
     def stop(self) -> NoReturn:
         self.save()
-        self.reporter.say(f"stopped by {self.signals.name} after update {self.state.step} of {self.work.total}; the "
-                          "state is saved, --resume goes on")
+        self.reporter.say(
+            f"stopped by {self.signals.name} after update {self.state.step} of {self.work.total}; the "
+            "state is saved, --resume goes on"
+        )
         raise Stopped(128 + (self.signals.caught or signal.SIGTERM))
 
     def judge(self) -> None:
@@ -175,10 +196,19 @@ class _Session:
         for theirs in work.us.gather(self.faults.state()):
             self.tell(theirs.items())
         means = {name: total / state.counted for name, total in state.sums.items()} if state.counted else {}
-        self.reporter.row({"step": state.step, "epoch": state.step / work.batches.steps_per_epoch,
-                           "images": state.step * work.recipe.data.batch, "lr": work.lr(state.step - 1), **means,
-                           **numbers, "skipped": state.skipped, "bad_images": len(self.faults),
-                           "seconds": round(self.seconds, 3)})
+        self.reporter.row(
+            {
+                "step": state.step,
+                "epoch": state.step / work.batches.steps_per_epoch,
+                "images": state.step * work.recipe.data.batch,
+                "lr": work.lr(state.step - 1),
+                **means,
+                **numbers,
+                "skipped": state.skipped,
+                "bad_images": len(self.faults),
+                "seconds": round(self.seconds, 3),
+            }
+        )
         state.sums, state.counted = {}, 0
 
     def tell(self, faults: Iterable[tuple[str, str]]) -> None:
@@ -230,15 +260,21 @@ def _loop(session: _Session) -> None:
     session.save()
 
 
-def _update(work: Work, state: State, batch: Batch, wishes: tuple[bool, ...],
-            say: Callable[[str], None]) -> tuple[dict[str, float], list[bool]]:
+def _update(
+    work: Work, state: State, batch: Batch, wishes: tuple[bool, ...], say: Callable[[str], None]
+) -> tuple[dict[str, float], list[bool]]:
     """One update of the weights, or none where loss or gradient is not finite; whether any process wishes for what
     `wishes` holds."""
     buffers = [buffer.clone() for buffer in work.model.buffers()]  # running statistics change in the forward pass
     names, means = _gradients(work, state, batch, buffers, say)
     norm = optim.clip_gradients(work.model.parameters(), work.recipe.optim.clip)
-    values = torch.cat([means, norm.detach().float().reshape(1) / work.us.world,
-                        torch.tensor(wishes, dtype=torch.float32).to(work.us.device)])
+    values = torch.cat(
+        [
+            means,
+            norm.detach().float().reshape(1) / work.us.world,
+            torch.tensor(wishes, dtype=torch.float32).to(work.us.device),
+        ]
+    )
     found = work.us.sum(values).tolist()  # the one host-device synchronisation of an update
     numbers = dict(zip([*names, "gradient_norm"], found, strict=False))
     state.step += 1
@@ -258,15 +294,18 @@ def _update(work: Work, state: State, batch: Batch, wishes: tuple[bool, ...],
         say(f"update {state.step} is skipped: loss {numbers['loss']}, norm of the gradient {numbers['gradient_norm']}")
         if state.skipped_in_a_row >= _MOST_SKIPPED:
             optimizer = work.recipe.optim
-            raise Diverged(f"{work.recipe.name}: the loss or its gradient was not finite in {_MOST_SKIPPED} updates in "
-                           f"a row, up to {state.step}; the last good checkpoint and model are kept. Lower optim.lr "
-                           f"(now {optimizer.lr}), set optim.clip (now {optimizer.clip}), lengthen schedule.warmup, or "
-                           "set compute.precision=float32")
-    return numbers, [wish > 0 for wish in found[-len(wishes):]]
+            raise Diverged(
+                f"{work.recipe.name}: the loss or its gradient was not finite in {_MOST_SKIPPED} updates in "
+                f"a row, up to {state.step}; the last good checkpoint and model are kept. Lower optim.lr "
+                f"(now {optimizer.lr}), set optim.clip (now {optimizer.clip}), lengthen schedule.warmup, or "
+                "set compute.precision=float32"
+            )
+    return numbers, [wish > 0 for wish in found[-len(wishes) :]]
 
 
-def _gradients(work: Work, state: State, batch: Batch, buffers: list[Tensor],
-               say: Callable[[str], None]) -> tuple[list[str], Tensor]:
+def _gradients(
+    work: Work, state: State, batch: Batch, buffers: list[Tensor], say: Callable[[str], None]
+) -> tuple[list[str], Tensor]:
     """Gradients of the mean loss over the global batch, and this process's share of all logged means.
 
     Out of memory, the micro-batches are halved and the batch is computed again.
@@ -312,9 +351,11 @@ def _halve(work: Work, batch: Batch, say: Callable[[str], None]) -> None:
 
 
 def _too_large(work: Work, batch: Batch) -> RuntimeError:
-    return RuntimeError(f"out of memory with micro-batches of {len(batch.parts(work.accumulate)[0])} images; set "
-                        f"compute.accumulate above {work.accumulate}, compute.checkpoint_blocks=True, or a smaller "
-                        "model")
+    return RuntimeError(
+        f"out of memory with micro-batches of {len(batch.parts(work.accumulate)[0])} images; set "
+        f"compute.accumulate above {work.accumulate}, compute.checkpoint_blocks=True, or a smaller "
+        "model"
+    )
 
 
 def _undo(work: Work, buffers: list[Tensor]) -> None:
@@ -369,15 +410,19 @@ def _judge(work: Work, state: State, out: Path, validation: Iterable[Batch]) -> 
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    return (isinstance(error, MemoryError | torch.OutOfMemoryError)
-            or "not enough memory" in str(error) or "can't allocate memory" in str(error))
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or "not enough memory" in str(error)
+        or "can't allocate memory" in str(error)
+    )
 
 
 # ------------------------------------------------------------------------------------------------- time, interruptions
 
 
-def _plan(recipe: Recipe, train_split: Split, val_split: Split, us: Processes, seconds: float,
-          console: Console | None) -> Recipe:
+def _plan(
+    recipe: Recipe, train_split: Split, val_split: Split, us: Processes, seconds: float, console: Console | None
+) -> Recipe:
     """The recipe with a schedule that ends within `seconds`: updates and evaluation are timed on a model that is then
     thrown away, so that the record of the run stays complete. Never longer than the recipe's own."""
     began = time.perf_counter()
@@ -404,11 +449,14 @@ def _plan(recipe: Recipe, train_split: Split, val_split: Split, us: Processes, s
     left = 0.9 * (seconds - (time.perf_counter() - began)) - judging
     total = int(by_main(left / (per_update + judging / work.every)))
     if total < 1:
-        raise ValueError(f"an update takes about {per_update:.1f} s and an evaluation {judging:.1f} s: none fits into "
-                         f"the {seconds:.0f} s that are left; give more time, or a smaller model")
+        raise ValueError(
+            f"an update takes about {per_update:.1f} s and an evaluation {judging:.1f} s: none fits into "
+            f"the {seconds:.0f} s that are left; give more time, or a smaller model"
+        )
     if us.main:
         (console or Console(stderr=True)).print(
-            f"{min(total, work.total)} of the recipe's {work.total} updates fit into the time", highlight=False)
+            f"{min(total, work.total)} of the recipe's {work.total} updates fit into the time", highlight=False
+        )
     if total >= work.total:
         return recipe
     shorter = replace(recipe.schedule, total=steps(total), warmup=steps(round(work.warmup * total / work.total)))

@@ -80,8 +80,14 @@ class _Classification:
     cycle: int | None = None
 
     def validation(self, split: Split, us: Processes) -> EvaluationBatches:
-        return EvaluationBatches(split, processor_for(self.recipe), -(-self.recipe.data.batch // us.world),
-                                 rank=us.rank, world=us.world, workers=self.recipe.compute.workers)
+        return EvaluationBatches(
+            split,
+            processor_for(self.recipe),
+            -(-self.recipe.data.batch // us.world),
+            rank=us.rank,
+            world=us.world,
+            workers=self.recipe.compute.workers,
+        )
 
     def judge(self, model: nn.Module, batches: Iterable[Batch], us: Processes, precision: torch.dtype) -> Verdict:
         heads = evaluate(model, batches, us, precision)
@@ -106,8 +112,7 @@ class Supervised(_Classification):
             loss = cosub_loss(one, other, batch.labels, binary=binary, smoothing=smoothing)
         else:
             one = logits
-            loss = (binary_cross_entropy(one, batch.labels) if binary
-                    else cross_entropy(one, batch.labels, smoothing))
+            loss = binary_cross_entropy(one, batch.labels) if binary else cross_entropy(one, batch.labels, smoothing)
         return {"loss": loss, "accuracy": _agreement(one, batch.labels)}
 
 
@@ -138,12 +143,23 @@ class Distilled(_Classification):
         out = _forward(model, batch.pixels, depth_draws)
         student = out.distillation_logits if given.token == "distillation" else out.logits
         own = out.cls_logits if given.token == "distillation" else out.logits
-        loss = distillation_loss(own.float(), student.float(), batch.labels, taught, kind=given.kind,
-                                 weight=given.weight, temperature=given.temperature,
-                                 normalisation=given.normalisation, smoothing=given.smoothing)
+        loss = distillation_loss(
+            own.float(),
+            student.float(),
+            batch.labels,
+            taught,
+            kind=given.kind,
+            weight=given.weight,
+            temperature=given.temperature,
+            normalisation=given.normalisation,
+            smoothing=given.smoothing,
+        )
         decided = taught if given.kind == "hard" else taught.argmax(-1)
-        return {"loss": loss, "accuracy": _agreement(out.logits, batch.labels),
-                "agreement": _agreement(student, decided)}
+        return {
+            "loss": loss,
+            "accuracy": _agreement(out.logits, batch.labels),
+            "agreement": _agreement(student, decided),
+        }
 
 
 @dataclass
@@ -162,9 +178,15 @@ class MaskedImage:
         return {"loss": model(batch.pixels, batch.mask, **options).loss}
 
     def validation(self, split: Split, us: Processes) -> EvaluationBatches:
-        return EvaluationBatches(split, processor_for(self.recipe), -(-self.recipe.data.batch // us.world),
-                                 rank=us.rank, world=us.world, workers=self.recipe.compute.workers,
-                                 masks=self._mask)
+        return EvaluationBatches(
+            split,
+            processor_for(self.recipe),
+            -(-self.recipe.data.batch // us.world),
+            rank=us.rank,
+            world=us.world,
+            workers=self.recipe.compute.workers,
+            masks=self._mask,
+        )
 
     def _mask(self, index: int) -> np.ndarray:
         return hidden_patches(self.recipe, draws(self.recipe.seed, 0, index, 0, stream=7))
@@ -185,8 +207,9 @@ class MaskedImage:
             if real.any():
                 rows = real.nonzero().squeeze(1).to(us.device)
                 hidden = batch.mask[rows]  # type: ignore[index]
-                loss = masked_image_loss(batch.pixels[rows], out.reconstruction[rows].float(),
-                                         hidden.unflatten(1, self.recipe.model.grid))  # type: ignore[union-attr]
+                loss = masked_image_loss(
+                    batch.pixels[rows], out.reconstruction[rows].float(), hidden.unflatten(1, self.recipe.model.grid)
+                )  # type: ignore[union-attr]
                 totals += torch.tensor([float(loss) * len(rows), len(rows)])
         model.train(training)
         total, count = us.sum(totals.to(us.device)).tolist()
@@ -223,5 +246,7 @@ def build(recipe: r.Recipe, split: Split, device: torch.device) -> Objective:
             return Distilled(recipe, cache=LabelCache.open(cache, split, recipe))
         case r.Distilled(teacher=teacher) if teacher:
             return Distilled(recipe, teacher=Teacher.load(teacher, split.classes, recipe).to(device))
-    raise ValueError(f"recipe {recipe.name} distils without naming a teacher; --set objective.teacher=timm:NAME, a "
-                     "trained model's folder or FILE.py:FUNCTION, or objective.cache to what deit teach wrote")
+    raise ValueError(
+        f"recipe {recipe.name} distils without naming a teacher; --set objective.teacher=timm:NAME, a "
+        "trained model's folder or FILE.py:FUNCTION, or objective.cache to what deit teach wrote"
+    )

@@ -49,8 +49,10 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 def _groups(model: nn.Module, recipe: Optimizer, chosen: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     last = 1 + len({found[1] for name, _ in model.named_parameters() if (found := _BLOCK.search(name))})
     if recipe.layer_decay < 1 and last == 1:
-        raise ValueError(f"layer_decay={recipe.layer_decay} needs a model with blocks, {type(model).__name__} has "
-                         "none; set optim.layer_decay=1")
+        raise ValueError(
+            f"layer_decay={recipe.layer_decay} needs a model with blocks, {type(model).__name__} has "
+            "none; set optim.layer_decay=1"
+        )
     free = _NEVER_DECAYED | (set() if recipe.decay_distillation_token else {"distillation_token"})
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in chosen.items():
@@ -107,8 +109,12 @@ class Optimizers:
         _fill(self._state(), state, "the optimizer's state")
 
     def _state(self) -> dict[str, Tensor]:
-        return {f"{self._names[parameter]}.{what}": value for optimizer in self.optimizers
-                for parameter, remembered in optimizer.state.items() for what, value in remembered.items()}
+        return {
+            f"{self._names[parameter]}.{what}": value
+            for optimizer in self.optimizers
+            for parameter, remembered in optimizer.state.items()
+            for what, value in remembered.items()
+        }
 
 
 def build(model: nn.Module, recipe: Optimizer) -> Optimizers:
@@ -123,8 +129,9 @@ def build(model: nn.Module, recipe: Optimizer) -> Optimizers:
     trained = _trained(model)
     if not trained:
         raise ValueError(f"every parameter of {type(model).__name__} is frozen; set requires_grad of those to train")
-    matrices = {name: p for name, p in trained.items() if isinstance(recipe, Muon) and p.ndim == 2
-                and _BLOCK.search(name)}
+    matrices = {
+        name: p for name, p in trained.items() if isinstance(recipe, Muon) and p.ndim == 2 and _BLOCK.search(name)
+    }
     others = _groups(model, recipe, {name: p for name, p in trained.items() if name not in matrices})
     fused = True if next(iter(trained.values())).device.type in _FUSED_ON else None
     made: list[torch.optim.Optimizer] = []
@@ -140,8 +147,9 @@ def build(model: nn.Module, recipe: Optimizer) -> Optimizers:
             for group in others:
                 group["lr_scale"] *= recipe.others_lr / recipe.lr
             if others:
-                made.append(torch.optim.AdamW(others, lr=recipe.others_lr, betas=recipe.betas, eps=recipe.eps,
-                                              fused=fused))
+                made.append(
+                    torch.optim.AdamW(others, lr=recipe.others_lr, betas=recipe.betas, eps=recipe.eps, fused=fused)
+                )
     for optimizer in made:
         _begin(optimizer)
     optimizers = Optimizers(model, made)
@@ -151,12 +159,14 @@ def build(model: nn.Module, recipe: Optimizer) -> Optimizers:
 
 def _muon(model: nn.Module, recipe: Muon, matrices: Mapping[str, Tensor]) -> torch.optim.Optimizer:
     if not matrices:
-        raise ValueError(f"Muon is for the matrices of a transformer's blocks, {type(model).__name__} trains none; "
-                         "choose AdamW")
+        raise ValueError(
+            f"Muon is for the matrices of a transformer's blocks, {type(model).__name__} trains none; choose AdamW"
+        )
     if not hasattr(torch.optim, "Muon"):
         raise ValueError(f"Muon needs PyTorch 2.9 or newer, found {torch.__version__}; update it, or choose AdamW")
-    return torch.optim.Muon(_groups(model, recipe, matrices), lr=recipe.lr, momentum=recipe.momentum,
-                            adjust_lr_fn="match_rms_adamw")
+    return torch.optim.Muon(
+        _groups(model, recipe, matrices), lr=recipe.lr, momentum=recipe.momentum, adjust_lr_fn="match_rms_adamw"
+    )
 
 
 def _begin(optimizer: torch.optim.Optimizer) -> None:
@@ -344,12 +354,16 @@ def _fill(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str)
     for problem, names in (("lacks", tensors.keys() - state.keys()), ("knows no", state.keys() - tensors.keys())):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise ValueError(f"{what} {problem} {min(names)}{more}; it was saved for another model or optimizer: "
-                             "resume with the recipe that it was saved from")
+            raise ValueError(
+                f"{what} {problem} {min(names)}{more}; it was saved for another model or optimizer: "
+                "resume with the recipe that it was saved from"
+            )
     for name, tensor in tensors.items():
         if tensor.shape != state[name].shape:
-            raise ValueError(f"{what} has {name} as {tuple(state[name].shape)}, expected {tuple(tensor.shape)}; resume "
-                             "with the recipe that it was saved from")
+            raise ValueError(
+                f"{what} has {name} as {tuple(state[name].shape)}, expected {tuple(tensor.shape)}; resume "
+                "with the recipe that it was saved from"
+            )
     for name, tensor in tensors.items():
         value = state[name].to(tensor.device)
         if _is_sharded(tensor):

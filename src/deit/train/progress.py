@@ -32,17 +32,24 @@ class Reporter:
             checkpoint is cut off, and written again.
     """
 
-    def __init__(self, out: Path, recipe: Recipe, us: Processes, console: Console | None, *, done: int, total: int,
-                 written: int):
+    def __init__(
+        self, out: Path, recipe: Recipe, us: Processes, console: Console | None, *, done: int, total: int, written: int
+    ):
         self.recipe, self.us, self.total = recipe, us, total
         self.console = (console or Console(stderr=True)) if us.main else Console(quiet=True)
         self.first, self.rate = done, 0.0
         self.durations: deque[float] = deque(maxlen=_RECENT)
         self.latest: dict[str, float] = {}
         self.board = None
-        self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                            TextColumn("{task.fields[note]}"), console=self.console,
-                            disable=not self.console.is_terminal)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
         self.task = self.bar.add_task(recipe.name, total=total, completed=done, note="")
         if us.main:
             self.metrics = open(out / "metrics.jsonl", "a+b")  # noqa: SIM115 (closed by __exit__)
@@ -79,8 +86,10 @@ class Reporter:
         self.latest |= numbers
         if since == _SETTLED and self.total > 2 * _SETTLED:
             left = (self.total - step) * self.recipe.data.batch / self.rate
-            self.say(f"{self.total - step} updates of {self.recipe.data.batch} images to go: about {_span(left)} at "
-                     f"{self.rate:.0f} images/s, evaluation not counted")
+            self.say(
+                f"{self.total - step} updates of {self.recipe.data.batch} images to go: about {_span(left)} at "
+                f"{self.rate:.0f} images/s, evaluation not counted"
+            )
         self.bar.update(self.task, completed=step, note=self._note())
 
     def row(self, row: dict[str, Any]) -> None:
@@ -96,12 +105,16 @@ class Reporter:
                 self.board.add_scalar(name, value, row["step"])
             self.board.flush()
         if not self.console.is_terminal and any(name.startswith("val_") for name in row):
-            self.say(f"{self.recipe.name}: epoch {row['epoch']:.4g}, update {row['step']} of {self.total}: "
-                     f"{self._note()}")
+            self.say(
+                f"{self.recipe.name}: epoch {row['epoch']:.4g}, update {row['step']} of {self.total}: {self._note()}"
+            )
 
     def _note(self) -> str:
-        shown = [f"{name.replace('val_accuracy', 'val').replace('_', ' ')} {self.latest[name]:.3f}"
-                 for name in ("loss", "accuracy", "agreement", "val_accuracy", "val_loss") if name in self.latest]
+        shown = [
+            f"{name.replace('val_accuracy', 'val').replace('_', ' ')} {self.latest[name]:.3f}"
+            for name in ("loss", "accuracy", "agreement", "val_accuracy", "val_loss")
+            if name in self.latest
+        ]
         return "  ".join([*shown, f"{self.rate:.0f} images/s", f"{peak_memory(self.us.device) / 2**30:.1f} GiB"])
 
 

@@ -79,8 +79,9 @@ class Record:
         """Raises `FileNotFoundError` where there is no run at all."""
         folder = Path(folder)
         if not any((folder / name).exists() for name in (RECIPE, METRICS)):
-            raise FileNotFoundError(f"{folder} holds no run (neither {RECIPE} nor {METRICS}); give the folder that "
-                                    "`deit train --out` wrote")
+            raise FileNotFoundError(
+                f"{folder} holds no run (neither {RECIPE} nor {METRICS}); give the folder that `deit train --out` wrote"
+            )
         gaps: list[str] = []
         recipe = _object(folder / RECIPE, gaps)
         about = None
@@ -104,9 +105,11 @@ class Record:
     def best(self) -> Mapping[str, Any] | None:
         """The row whose model was kept: of the highest accuracy, or the lowest loss on validation images; of equal
         ones the last."""
-        scored = [(-row["val_loss"] if "val_loss" in row else row["val_accuracy"], place)
-                  for place, row in enumerate(self.rows)
-                  if is_number(row.get("val_loss", row.get("val_accuracy")))]
+        scored = [
+            (-row["val_loss"] if "val_loss" in row else row["val_accuracy"], place)
+            for place, row in enumerate(self.rows)
+            if is_number(row.get("val_loss", row.get("val_accuracy")))
+        ]
         return self.rows[max(scored)[1]] if scored else None
 
     def last(self, key: str) -> float | None:
@@ -148,6 +151,8 @@ def _rows(path: Path, gaps: list[str]) -> tuple[dict[str, Any], ...]:
         else:
             damaged += 1
     if damaged:
-        gaps.append(f"{damaged} of the {len(lines)} lines of {path.name} can't be read and "
-                    f"{'is' if damaged == 1 else 'are'} left out")
+        gaps.append(
+            f"{damaged} of the {len(lines)} lines of {path.name} can't be read and "
+            f"{'is' if damaged == 1 else 'are'} left out"
+        )
     return tuple(rows)

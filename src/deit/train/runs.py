@@ -91,19 +91,24 @@ def find(out: Path, recipe: Recipe, resume: bool, planned: bool) -> tuple[Any, A
     theirs = Recipe.from_dict(files.read_json(out / "recipe.json"))
     same = replace(recipe, compute=theirs.compute, schedule=theirs.schedule if planned else recipe.schedule)
     if changed := difference(theirs.to_dict(), same.to_dict()):
-        raise ValueError(f"{out} holds a run of another recipe: {changed}; go on with its own recipe "
-                         f"({out / 'recipe.json'}), or choose another --out")
+        raise ValueError(
+            f"{out} holds a run of another recipe: {changed}; go on with its own recipe "
+            f"({out / 'recipe.json'}), or choose another --out"
+        )
     return (tensors, State(**values)), theirs.schedule, problems
 
 
-def prepare(recipe: Recipe, train_split: Split, val_split: Split, us: Processes,
-            found: tuple[dict[str, Tensor], State] | None) -> tuple[Work, State]:
+def prepare(
+    recipe: Recipe, train_split: Split, val_split: Split, us: Processes, found: tuple[dict[str, Tensor], State] | None
+) -> tuple[Work, State]:
     """Builds a run's parts and, in this order, gives them the state that was found."""
     data = fingerprint(train_split)
     tensors, state = found if found else ({}, State(data=data))
     if state.data != data:
-        raise ValueError("the training images are not those that the run began with (names, sizes or contents differ); "
-                         "bring them back, or choose another --out")
+        raise ValueError(
+            "the training images are not those that the run began with (names, sizes or contents differ); "
+            "bring them back, or choose another --out"
+        )
     # 1. The model, before it is spread over processes.
     model = build_model(recipe if not found else replace(recipe, start=""), train_split.classes).to(us.device)
     if found:
@@ -127,10 +132,23 @@ def prepare(recipe: Recipe, train_split: Split, val_split: Split, us: Processes,
     per_epoch = batches.steps_per_epoch
     total = max(1, recipe.schedule.total.in_steps(per_epoch))
     every = max(1.0, recipe.evaluate.amount * (per_epoch if recipe.evaluate.unit == "epochs" else 1))
-    return Work(recipe, us, model, computing, objective, optimizers, average, batches,
-                 objective.validation(val_split, us), processor_for(recipe),
-                 resolve_precision(recipe.compute.precision, us.device), total,
-                 recipe.schedule.warmup.in_steps(per_epoch), every, recipe.compute.accumulate), state
+    return Work(
+        recipe,
+        us,
+        model,
+        computing,
+        objective,
+        optimizers,
+        average,
+        batches,
+        objective.validation(val_split, us),
+        processor_for(recipe),
+        resolve_precision(recipe.compute.precision, us.device),
+        total,
+        recipe.schedule.warmup.in_steps(per_epoch),
+        every,
+        recipe.compute.accumulate,
+    ), state
 
 
 def write_about(work: Work, state: State, train_split: Split, val_split: Split, out: Path) -> None:
@@ -139,19 +157,33 @@ def write_about(work: Work, state: State, train_split: Split, val_split: Split, 
         began = About.from_dict(files.read_json(out / ABOUT)).began if state.step else ""
     except (OSError, ValueError):
         began = ""
-    counts = [np.bincount(split.labels, minlength=len(train_split.classes)).tolist()
-              for split in (train_split, val_split)]
+    counts = [
+        np.bincount(split.labels, minlength=len(train_split.classes)).tolist() for split in (train_split, val_split)
+    ]
     try:
-        folder = os.path.commonpath({os.path.dirname(file) for split in (train_split, val_split)
-                                     for file in split.files}) or os.curdir
+        folder = (
+            os.path.commonpath({os.path.dirname(file) for split in (train_split, val_split) for file in split.files})
+            or os.curdir
+        )
     except ValueError:  # relative and absolute paths, or two drives
         folder = ""
     about = About(
-        began=began or datetime.now(UTC).isoformat(timespec="seconds"), data=folder, fingerprint=state.data,
-        classes=train_split.classes, train=tuple(counts[0]), val=tuple(counts[1]),
-        device=described(work.us.device), processes=work.us.world, precision=str(work.precision).removeprefix("torch."),
-        versions={"deit": host.VERSION, "Python": platform.python_version(), "PyTorch": str(torch.__version__),
-                  "system": platform.platform()})
+        began=began or datetime.now(UTC).isoformat(timespec="seconds"),
+        data=folder,
+        fingerprint=state.data,
+        classes=train_split.classes,
+        train=tuple(counts[0]),
+        val=tuple(counts[1]),
+        device=described(work.us.device),
+        processes=work.us.world,
+        precision=str(work.precision).removeprefix("torch."),
+        versions={
+            "deit": host.VERSION,
+            "Python": platform.python_version(),
+            "PyTorch": str(torch.__version__),
+            "system": platform.platform(),
+        },
+    )
     files.write_json(out / ABOUT, about.to_dict())
 
 

@@ -38,9 +38,18 @@ class Teacher:
     `classes` are the names its answers are in the order of: the data's.
     """
 
-    def __init__(self, model: nn.Module, classes: Sequence[str], recipe: Recipe, *, name: str,
-                 vocabularies: Sequence[Sequence[str]], mean: Sequence[float], std: Sequence[float],
-                 size: tuple[int, int]):
+    def __init__(
+        self,
+        model: nn.Module,
+        classes: Sequence[str],
+        recipe: Recipe,
+        *,
+        name: str,
+        vocabularies: Sequence[Sequence[str]],
+        mean: Sequence[float],
+        std: Sequence[float],
+        size: tuple[int, int],
+    ):
         """`Teacher.load` and `Teacher.of` find these out. `vocabularies`: lists of names of the model's outputs, any of
         which the data may use; none where nothing is known."""
         self.name, self.classes, self.size = name, tuple(classes), size
@@ -51,15 +60,21 @@ class Teacher:
         self.options = {} if self.resizes or not isinstance(model, PreTrained) else {"interpolate_pos_encoding": True}
         self.mean, self.std = list(map(float, mean)), list(map(float, std))
         if len(self.mean) != len(self.std) or min(self.std) <= 0:
-            raise ValueError(f"teacher {name} states mean={self.mean} and std={self.std}; expected one entry for each "
-                             "of its channels in both, std positive")
+            raise ValueError(
+                f"teacher {name} states mean={self.mean} and std={self.std}; expected one entry for each "
+                "of its channels in both, std positive"
+            )
         channels = len(self.student["mean"])
         if len(self.mean) != channels and channels != 1:
-            raise ValueError(f"teacher {name} takes {len(self.mean)} channels, the student's images have {channels}; "
-                             "choose a teacher for such images")
+            raise ValueError(
+                f"teacher {name} takes {len(self.mean)} channels, the student's images have {channels}; "
+                "choose a teacher for such images"
+            )
         place = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
-        ours, theirs = (torch.tensor([stats["mean"], stats["std"]], dtype=torch.float64)
-                        for stats in (self.student, {"mean": self.mean, "std": self.std}))
+        ours, theirs = (
+            torch.tensor([stats["mean"], stats["std"]], dtype=torch.float64)
+            for stats in (self.student, {"mean": self.mean, "std": self.std})
+        )
         self.gain = (ours[1] / theirs[1]).float().view(-1, 1, 1).to(place)
         self.shift = ((ours[0] - theirs[0]) / theirs[1]).float().view(-1, 1, 1).to(place)
         self.order: Tensor | None = None
@@ -91,17 +106,28 @@ class Teacher:
         made = _call(name)
         if isinstance(made, Teacher):
             if (made.classes, made.student) != (tuple(classes), _student(recipe)):
-                raise ValueError(f"{name} returned a Teacher made for other classes, or for a student of other "
-                                 "image size, mean, std or resolution; return the module, which is then adapted")
+                raise ValueError(
+                    f"{name} returned a Teacher made for other classes, or for a student of other "
+                    "image size, mean, std or resolution; return the module, which is then adapted"
+                )
             return made
         if not isinstance(made, nn.Module):
             raise ValueError(f"{name} returned {type(made).__name__}, expected a torch.nn.Module or a Teacher")
         return cls.of(made, classes, recipe, name=name)
 
     @classmethod
-    def of(cls, module: nn.Module, classes: Sequence[str], recipe: Recipe, *, labels: Sequence[str] | None = None,
-           mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
-           image_size: int | tuple[int, int] | None = None, name: str = "") -> Teacher:
+    def of(
+        cls,
+        module: nn.Module,
+        classes: Sequence[str],
+        recipe: Recipe,
+        *,
+        labels: Sequence[str] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        name: str = "",
+    ) -> Teacher:
         """Any module that maps images (B, channels, height, width) to logits (B, outputs), which it freezes.
 
         It may also return a tuple that starts with them, or an object or mapping with `logits`. `labels` names its
@@ -115,10 +141,22 @@ class Teacher:
         name = name or type(module).__name__
         if names is not None and (isinstance(names, str) or not isinstance(names, Sequence)):
             raise ValueError(f"teacher {name} has classes={names!r}, expected a list of names, one for each output")
-        mean_std = [torch.as_tensor(student[key] if stated[key] is None else stated[key], dtype=torch.float64)
-                    .flatten().tolist() for key in ("mean", "std")]
-        return cls(module, classes, recipe, name=name, vocabularies=[] if names is None else [list(map(str, names))],
-                   mean=mean_std[0], std=mean_std[1], size=_pair(size or student["size"]))
+        mean_std = [
+            torch.as_tensor(student[key] if stated[key] is None else stated[key], dtype=torch.float64)
+            .flatten()
+            .tolist()
+            for key in ("mean", "std")
+        ]
+        return cls(
+            module,
+            classes,
+            recipe,
+            name=name,
+            vocabularies=[] if names is None else [list(map(str, names))],
+            mean=mean_std[0],
+            std=mean_std[1],
+            size=_pair(size or student["size"]),
+        )
 
     def to(self, device: torch.device | str) -> Self:
         self.model.to(device)
@@ -152,15 +190,22 @@ class Teacher:
             logits = self._logits(torch.zeros(shape, device=place))
         except Exception as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            move = ("state its mean, std and image_size" if self.resizes else "set objective.resolution=teacher if it "
-                    "only takes images of its own size")
-            raise ValueError(f"teacher {self.name} can't answer to the student's images of {shape[1:]} as "
-                             f"{len(self.mean)} channels of {self.size if self.resizes else shape[2:]} "
-                             f"({reason}); {move}") from error
+            move = (
+                "state its mean, std and image_size"
+                if self.resizes
+                else "set objective.resolution=teacher if it only takes images of its own size"
+            )
+            raise ValueError(
+                f"teacher {self.name} can't answer to the student's images of {shape[1:]} as "
+                f"{len(self.mean)} channels of {self.size if self.resizes else shape[2:]} "
+                f"({reason}); {move}"
+            ) from error
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 1 or not logits.shape[1]:
             found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"teacher {self.name} answers to one image with {found}, expected logits (1, classes); "
-                             "choose a classifier")
+            raise ValueError(
+                f"teacher {self.name} answers to one image with {found}, expected logits (1, classes); "
+                "choose a classifier"
+            )
         return logits.shape[1]
 
     def fingerprint(self) -> str:
@@ -224,10 +269,16 @@ def answers(logits: Tensor, recipe: Distilled) -> Tensor:
 def _student(recipe: Recipe) -> dict[str, Any]:
     """What of the student decides on how a teacher is adapted."""
     if not isinstance(recipe.objective, Distilled):
-        raise ValueError(f"recipe {recipe.name} has no use for a teacher: its objective is "
-                         f"{type(recipe.objective).__name__}; set objective=Distilled()")
-    return {"mean": list(recipe.data.mean), "std": list(recipe.data.std), "size": list(recipe.model.image_hw),
-            "resolution": recipe.objective.resolution}
+        raise ValueError(
+            f"recipe {recipe.name} has no use for a teacher: its objective is "
+            f"{type(recipe.objective).__name__}; set objective=Distilled()"
+        )
+    return {
+        "mean": list(recipe.data.mean),
+        "std": list(recipe.data.std),
+        "size": list(recipe.model.image_hw),
+        "resolution": recipe.objective.resolution,
+    }
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -242,22 +293,31 @@ def _order(name: str, vocabularies: Sequence[Sequence[str]], classes: Sequence[s
             raise ValueError(f"teacher {name} has {outputs} outputs and {len(names)} class names; name each output")
     if not vocabularies:
         if outputs != len(classes):
-            raise ValueError(f"teacher {name} has {outputs} outputs without names, the data has {len(classes)} classes;"
-                             " choose a teacher that names its classes (a module may have an attribute `classes`)")
-        warnings.warn(f"teacher {name} does not name its {outputs} outputs: they are taken to be the data's classes in "
-                      "the order of their names, which can't be checked", stacklevel=2)
+            raise ValueError(
+                f"teacher {name} has {outputs} outputs without names, the data has {len(classes)} classes;"
+                " choose a teacher that names its classes (a module may have an attribute `classes`)"
+            )
+        warnings.warn(
+            f"teacher {name} does not name its {outputs} outputs: they are taken to be the data's classes in "
+            "the order of their names, which can't be checked",
+            stacklevel=2,
+        )
         return None
     names = min(vocabularies, key=lambda names: len(set(classes).difference(names)))
     place = {one: i for i, one in enumerate(names)}
     if missing := [one for one in classes if one not in place]:
-        raise ValueError(f"teacher {name} does not know the data's class {missing[0]!r} ({len(missing)} of "
-                         f"{len(classes)} are missing); it knows {', '.join(map(repr, names[:5]))}"
-                         f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}; choose a teacher of these "
-                         "classes")
+        raise ValueError(
+            f"teacher {name} does not know the data's class {missing[0]!r} ({len(missing)} of "
+            f"{len(classes)} are missing); it knows {', '.join(map(repr, names[:5]))}"
+            f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}; choose a teacher of these "
+            "classes"
+        )
     counts = Counter(names)
     if repeated := [one for one in classes if counts[one] > 1]:
-        raise ValueError(f"teacher {name} gives the name {repeated[0]!r} to {counts[repeated[0]]} of its classes, so "
-                         "which one is meant is not known; choose a teacher whose names differ")
+        raise ValueError(
+            f"teacher {name} gives the name {repeated[0]!r} to {counts[repeated[0]]} of its classes, so "
+            "which one is meant is not known; choose a teacher whose names differ"
+        )
     return None if list(names) == list(classes) else [place[one] for one in classes]
 
 
@@ -273,10 +333,20 @@ def _from_folder(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
     # The processor computes (levels * factor - mean) / std of levels 0 to 255.
     factor = 255 * processor.rescale_factor if processor.do_rescale else 255.0
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
-    spread = [[value / factor for value in ([stated] * config.num_channels if isinstance(stated, int | float)
-                                            else stated)] for stated in (mean, std)]
-    return Teacher(model, classes, recipe, name=name, vocabularies=[list((config.id2label or {}).values())],
-                   mean=spread[0], std=spread[1], size=config.image_hw)
+    spread = [
+        [value / factor for value in ([stated] * config.num_channels if isinstance(stated, int | float) else stated)]
+        for stated in (mean, std)
+    ]
+    return Teacher(
+        model,
+        classes,
+        recipe,
+        name=name,
+        vocabularies=[list((config.id2label or {}).values())],
+        mean=spread[0],
+        std=spread[1],
+        size=config.image_hw,
+    )
 
 
 def _call(name: str) -> Any:
@@ -307,33 +377,41 @@ def _from_timm(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
         count = files.read_json(files.find_file(folder, "config.json")).get("num_classes")
         path = next((folder / file for file in hub.WEIGHT_FILES if (folder / file).is_file()), None)
         if path is None:
-            raise FileNotFoundError(f"teacher {name}: {folder} holds no weights; expected one of "
-                                    f"{', '.join(hub.WEIGHT_FILES)}")
+            raise FileNotFoundError(
+                f"teacher {name}: {folder} holds no weights; expected one of {', '.join(hub.WEIGHT_FILES)}"
+            )
         model = _timm_model(f"local-dir:{folder}", path, hub.read_tensors(path), count)
         return _of_timm(name, model, classes, recipe, own=True)
     elsewhere = re.match("hf[-_]hub:", given)  # hf-hub:USER/MODEL is one name to timm
     architecture, _, file = (given, "", "") if elsewhere else given.partition(":")
     if not elsewhere and not timm.is_model(architecture):
-        raise ValueError(f"teacher {name}: {architecture!r} is neither a timm model nor a folder; "
-                         f"timm.list_models('*{architecture[:4]}*') lists names")
+        raise ValueError(
+            f"teacher {name}: {architecture!r} is neither a timm model nor a folder; "
+            f"timm.list_models('*{architecture[:4]}*') lists names"
+        )
     if not file:
         try:
             model = timm.create_model(architecture, pretrained=True)
         except Exception as error:  # of the network, the hub, the cache or the file
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise OSError(f"teacher {name} could not be fetched ({reason}); connect to the network, or give its "
-                          f"weights as timm:{architecture}:WEIGHT_FILE") from error
+            raise OSError(
+                f"teacher {name} could not be fetched ({reason}); connect to the network, or give its "
+                f"weights as timm:{architecture}:WEIGHT_FILE"
+            ) from error
         return _of_timm(name, model, classes, recipe, own=True)
     path = Path(file).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"teacher {name}: there is no file {path}; give timm:NAME:WEIGHT_FILE")
-    tensors = {key.removeprefix("_orig_mod.").removeprefix("module."): tensor
-               for key, tensor in hub.read_tensors(path).items()}
+    tensors = {
+        key.removeprefix("_orig_mod.").removeprefix("module."): tensor for key, tensor in hub.read_tensors(path).items()
+    }
     head = getattr(timm.get_pretrained_cfg(architecture), "classifier", None)
     head = head if isinstance(head, str) else next(iter(head or ()), None)
     if f"{head}.weight" not in tensors:
-        raise files.CheckpointError(f"{path} has no {head}.weight, the classifier of timm's {architecture}; give a "
-                                    "file of that architecture's weights")
+        raise files.CheckpointError(
+            f"{path} has no {head}.weight, the classifier of timm's {architecture}; give a "
+            "file of that architecture's weights"
+        )
     model = _timm_model(architecture, path, tensors, len(tensors[f"{head}.weight"]))
     return _of_timm(name, model, classes, recipe, own=False)
 
@@ -345,8 +423,10 @@ def _timm_model(architecture: str, path: Path, tensors: Mapping[str, Tensor], co
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise files.CheckpointError(f"{path} does not fit timm's {architecture}: {' '.join(str(error).split())[:300]}; "
-                                    "give a file of that architecture's weights") from None
+        raise files.CheckpointError(
+            f"{path} does not fit timm's {architecture}: {' '.join(str(error).split())[:300]}; "
+            "give a file of that architecture's weights"
+        ) from None
     return model
 
 
@@ -354,10 +434,20 @@ def _of_timm(name: str, model: nn.Module, classes: Sequence[str], recipe: Recipe
     """`own`: the weights are those that the model's `pretrained_cfg` describes."""
     stated: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     channels, height, width = stated["input_size"]
-    mean, std = ((list(stated[key]) * channels)[:channels] if len(stated[key]) == 1 else list(stated[key])
-                 for key in ("mean", "std"))
-    return Teacher(model, classes, recipe, name=name, vocabularies=_timm_names(model, stated, classes, own),
-                   mean=mean, std=std, size=(height, width))
+    mean, std = (
+        (list(stated[key]) * channels)[:channels] if len(stated[key]) == 1 else list(stated[key])
+        for key in ("mean", "std")
+    )
+    return Teacher(
+        model,
+        classes,
+        recipe,
+        name=name,
+        vocabularies=_timm_names(model, stated, classes, own),
+        mean=mean,
+        std=std,
+        size=(height, width),
+    )
 
 
 def _timm_names(model: Any, stated: Mapping[str, Any], classes: Sequence[str], own: bool) -> list[list[str]]:

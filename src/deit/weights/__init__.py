@@ -23,10 +23,23 @@ if TYPE_CHECKING:
     from deit.weights.names import resize_positions as resize_positions
     from deit.weights.names import to_ours as to_ours
 
-__getattr__, __dir__ = offer(__name__, {
-    "deit.weights.hub": ("Checkpoint", "read_checkpoint"),
-    "deit.weights.names": (
-        "BASE", "DIALECTS", "Kind", "from_ours", "from_tensorflow", "infer_config", "kind_of", "manifest",
-        "resize_kernel", "resize_matrix", "resize_positions", "to_ours",
-    ),
-})
+__getattr__, __dir__ = offer(
+    __name__,
+    {
+        "deit.weights.hub": ("Checkpoint", "read_checkpoint"),
+        "deit.weights.names": (
+            "BASE",
+            "DIALECTS",
+            "Kind",
+            "from_ours",
+            "from_tensorflow",
+            "infer_config",
+            "kind_of",
+            "manifest",
+            "resize_kernel",
+            "resize_matrix",
+            "resize_positions",
+            "to_ours",
+        ),
+    },
+)

@@ -26,8 +26,13 @@ from deit.weights import names as weights
 
 Arrays = Literal["torch", "numpy"]
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-                "pytorch_model.bin.index.json", "tf_model.h5")
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "tf_model.h5",
+)
 """Looked for in this order."""
 
 
@@ -55,8 +60,9 @@ def _find_weights(name_or_folder: str | Path, **where: Any) -> list[Path]:
         try:
             return [find_file(name_or_folder, shard, **where) for shard in sorted(set(shards.values()))]
         except FileNotFoundError as error:
-            raise CheckpointError(f"{path} lists a shard that is missing ({error}); fetch the checkpoint "
-                                  "again") from None
+            raise CheckpointError(
+                f"{path} lists a shard that is missing ({error}); fetch the checkpoint again"
+            ) from None
     if place.is_dir():
         place = place / where.get("subfolder", "")
         loose = sorted(place.glob("*.pth"))
@@ -78,8 +84,9 @@ class Checkpoint:
     file: str
     """The weight file (the first of the shards), for messages."""
 
-    def config_for(self, kind: weights.Kind, config_class: type[DeiTConfig],
-                   overrides: Mapping[str, Any]) -> DeiTConfig:
+    def config_for(
+        self, kind: weights.Kind, config_class: type[DeiTConfig], overrides: Mapping[str, Any]
+    ) -> DeiTConfig:
         """The config of a model of this kind that takes these tensors."""
         config = config_class.from_dict(self.config.to_dict(), **overrides)
         if kind == "masked_image" and "encoder_stride" not in overrides:
@@ -88,8 +95,14 @@ class Checkpoint:
 
     def options_for(self, kind: weights.Kind) -> dict[str, bool]:
         """Which optional parts of a backbone these tensors hold."""
-        return {"add_pooling_layer": any(name.startswith("deit.pooler.") for name in self.tensors),
-                "use_mask_token": "deit.mask_token" in self.tensors} if kind == "backbone" else {}
+        return (
+            {
+                "add_pooling_layer": any(name.startswith("deit.pooler.") for name in self.tensors),
+                "use_mask_token": "deit.mask_token" in self.tensors,
+            }
+            if kind == "backbone"
+            else {}
+        )
 
     def fit(self, expected: Mapping[str, tuple[int, ...]], ignore_mismatched_sizes: bool) -> Fitted:
         """The tensors for a model that expects these names and shapes; warns of what has to start anew.
@@ -103,18 +116,29 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.file}: {name} has shape {tuple(given[name].shape)}, this model expects {expected[name]}"
                 f"{_others(mismatched)}; pass a config that fits the file, or ignore_mismatched_sizes=True to start "
-                "such tensors anew")
+                "such tensors anew"
+            )
         missing = [name for name in expected if name not in given]
         broken = [name for name in missing if not name.startswith(_MAY_BE_MISSING)]
         if broken:
-            raise CheckpointError(f"{self.file} lacks {broken[0]}{_others(broken)}, which this model's config asks "
-                                  "for; the file is incomplete, or the config is another model's")
+            raise CheckpointError(
+                f"{self.file} lacks {broken[0]}{_others(broken)}, which this model's config asks "
+                "for; the file is incomplete, or the config is another model's"
+            )
         if fresh := [*missing, *mismatched]:
-            warnings.warn(f"{self.file} does not give {', '.join(fresh)}: initialised anew, train before use",
-                          stacklevel=5)
-        return Fitted({name: given[name] for name in given if name not in mismatched}, fresh, {
-            "missing_keys": missing, "mismatched_keys": mismatched, "error_msgs": [],
-            "unexpected_keys": sorted(self.tensors.keys() - expected.keys())})
+            warnings.warn(
+                f"{self.file} does not give {', '.join(fresh)}: initialised anew, train before use", stacklevel=5
+            )
+        return Fitted(
+            {name: given[name] for name in given if name not in mismatched},
+            fresh,
+            {
+                "missing_keys": missing,
+                "mismatched_keys": mismatched,
+                "error_msgs": [],
+                "unexpected_keys": sorted(self.tensors.keys() - expected.keys()),
+            },
+        )
 
 
 @dataclass(frozen=True)
@@ -128,16 +152,23 @@ class Fitted:
     """The loading info that `transformers` returns."""
 
 
-_MAY_BE_MISSING = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder.", "deit.pooler.",
-                   "deit.mask_token")
+_MAY_BE_MISSING = (
+    "classifier.",
+    "cls_classifier.",
+    "distillation_classifier.",
+    "decoder.",
+    "deit.pooler.",
+    "deit.mask_token",
+)
 
 
 def _others(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def read_checkpoint(name_or_folder: str | Path, *, config: DeiTConfig | None = None, arrays: Arrays = "torch",
-                    **where: Any) -> Checkpoint:
+def read_checkpoint(
+    name_or_folder: str | Path, *, config: DeiTConfig | None = None, arrays: Arrays = "torch", **where: Any
+) -> Checkpoint:
     """Reads a folder, a hub repository or a weight file, in any dialect; `where` as in `find_file`.
 
     Without `config` and without a `config.json`, the architecture is told from the tensors' shapes.
@@ -195,8 +226,10 @@ def _as(arrays: Arrays, tensors: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value if isinstance(value, np.ndarray) else _to_numpy(value) for name, value in tensors.items()}
     import torch
 
-    return {name: torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
-            for name, value in tensors.items()}
+    return {
+        name: torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
+        for name, value in tensors.items()
+    }
 
 
 def _to_numpy(tensor: Any) -> np.ndarray:
@@ -218,8 +251,9 @@ def _read_h5(path: Path) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     try:
         with h5py.File(path) as file:
-            file.visititems(lambda name, node: tensors.update({name: node[()]})
-                            if isinstance(node, h5py.Dataset) else None)
+            file.visititems(
+                lambda name, node: tensors.update({name: node[()]}) if isinstance(node, h5py.Dataset) else None
+            )
     except OSError as error:
         raise CheckpointError(f"{path} is truncated, corrupt or no HDF5 file ({error}); fetch it again") from None
     return tensors
@@ -237,8 +271,9 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     try:
         import torch
     except ImportError:
-        raise ImportError(f"{path} is a PyTorch file, and reading it needs PyTorch: pip install torch, or ask for a "
-                          "safetensors file") from None
+        raise ImportError(
+            f"{path} is a PyTorch file, and reading it needs PyTorch: pip install torch, or ask for a safetensors file"
+        ) from None
     try:
         with torch.serialization.safe_globals([(_Refused, "argparse.Namespace")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -246,21 +281,26 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # on damaged bytes the unpickler raises nearly anything
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            raise CheckpointError(f"{path} holds more than tensors: a pickle that would run code when loaded. Nothing "
-                                  f"was executed or loaded ({_culprit(str(error))}). Ask for a safetensors "
-                                  "file") from None
+            raise CheckpointError(
+                f"{path} holds more than tensors: a pickle that would run code when loaded. Nothing "
+                f"was executed or loaded ({_culprit(str(error))}). Ask for a safetensors "
+                "file"
+            ) from None
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} is truncated, corrupt or no PyTorch file ({reason}); fetch it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} should hold a dictionary of tensors, found {type(content).__name__}")
     refused = [str(name) for name, value in content.items() if isinstance(value, _Refused | argparse.Namespace)]
     if refused:
-        warnings.warn(f"{path}: {', '.join(refused)} is a pickled object and was not read; the weights are",
-                      stacklevel=2)
+        warnings.warn(
+            f"{path}: {', '.join(refused)} is a pickled object and was not read; the weights are", stacklevel=2
+        )
     tensors = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
     if other := [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]:
-        raise CheckpointError(f"{path}: {other[0]!r} is {type(tensors[other[0]]).__name__}, expected tensors only, or "
-                              'a dictionary with them under "model"')
+        raise CheckpointError(
+            f"{path}: {other[0]!r} is {type(tensors[other[0]]).__name__}, expected tensors only, or "
+            'a dictionary with them under "model"'
+        )
     return dict(tensors)
 
 
@@ -283,8 +323,10 @@ def write_tensors(folder: Path, tensors: Mapping[str, Any], *, max_shard_size: i
             _save_file(shard, temporary)
     index = folder / "model.safetensors.index.json"
     if len(shards) > 1:
-        content = {"metadata": {"total_size": sum(value.nbytes for value in tensors.values())},
-                   "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard}}
+        content = {
+            "metadata": {"total_size": sum(value.nbytes for value in tensors.values())},
+            "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
+        }
         write_json(index, content)
     else:
         index.unlink(missing_ok=True)
@@ -325,21 +367,25 @@ def _bytes(size: int | str) -> int:
         return size
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     for unit, factor in sorted(units.items(), key=lambda item: -len(item[0])):
-        if size.upper().endswith(unit) and size[:-len(unit)].strip().isdigit():
-            return int(size[:-len(unit)]) * factor
+        if size.upper().endswith(unit) and size[: -len(unit)].strip().isdigit():
+            return int(size[: -len(unit)]) * factor
     raise ValueError(f"max_shard_size={size!r} is not understood; give bytes, or a size like 500MB or 5GB")
 
 
-def write_checkpoint(folder: Path, config: DeiTConfig, tensors: Mapping[str, Any], *,
-                     max_shard_size: int | str = "5GB") -> None:
+def write_checkpoint(
+    folder: Path, config: DeiTConfig, tensors: Mapping[str, Any], *, max_shard_size: int | str = "5GB"
+) -> None:
     """Writes `config.json` and weights as Hugging Face names them; `transformers` reads the folder."""
     kind = weights.kind_of(tensors)
     family = "ViT" if config.model_type == "vit" else "DeiT"
     prefix = "" if kind == "backbone" else f"{family.lower()}."
     named = weights.from_ours(tensors, "hf", prefix=prefix)
-    architecture = {"backbone": "Model", "masked_image": "ForMaskedImageModeling",
-                    "classification": "ForImageClassification",
-                    "with_teacher": "ForImageClassificationWithTeacher"}[kind]
+    architecture = {
+        "backbone": "Model",
+        "masked_image": "ForMaskedImageModeling",
+        "classification": "ForImageClassification",
+        "with_teacher": "ForImageClassificationWithTeacher",
+    }[kind]
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     config = config.replace(extra={**config.extra, "architectures": [family + architecture], "dtype": dtype})
     write_tensors(folder, named, max_shard_size=max_shard_size)
@@ -349,8 +395,15 @@ def write_checkpoint(folder: Path, config: DeiTConfig, tensors: Mapping[str, Any
 # ---------------------------------------------------------------------------------------------------------- sharing
 
 
-def push_folder(folder: Path, repo_id: str, *, token: str | bool | None = None, private: bool | None = None,
-                revision: str | None = None, commit_message: str = "Upload model") -> str:
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload model",
+) -> str:
     """Uploads a saved folder to the hub, making the repository where it is missing; returns the commit's address."""
     try:
         from huggingface_hub import HfApi
@@ -361,8 +414,7 @@ def push_folder(folder: Path, repo_id: str, *, token: str | bool | None = None, 
         write_text(card, model_card(DeiTConfig.from_pretrained(folder), repo_id))
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision,
-                                 commit_message=commit_message))
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message))
 
 
 def push_saved(save: Callable[[Path], object], repo_id: str, **options: Any) -> str:
@@ -379,7 +431,8 @@ def model_card(config: DeiTConfig, name: str) -> str:
     """
     architecture = config.extra["architectures"][0]
     task = {"Model": "image-feature-extraction", "ForMaskedImageModeling": "image-feature-extraction"}.get(
-        architecture.removeprefix("DeiT").removeprefix("ViT"), "image-classification")
+        architecture.removeprefix("DeiT").removeprefix("ViT"), "image-classification"
+    )
     labels: Sequence[str] = list((config.id2label or {}).values())
     shown = ", ".join(labels[:20]) + (f" and {len(labels) - 20} more" if len(labels) > 20 else "")
     classes = f"\nClasses: {shown}.\n" if task == "image-classification" else ""

@@ -22,13 +22,15 @@ Table = dict[str, str | tuple[str, str, str] | None]
 BASE = "deit."
 
 
-def manifest(config: DeiTConfig, kind: Kind, *, pooler: bool = False,
-             mask_token: bool = False) -> dict[str, tuple[int, ...]]:
+def manifest(
+    config: DeiTConfig, kind: Kind, *, pooler: bool = False, mask_token: bool = False
+) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a model. The sum of their sizes is the published parameter count."""
     width, hidden, channels = config.hidden_size, config.intermediate_size, config.num_channels
     block: dict[str, tuple[int, ...]] = {"norm1.weight": (width,), "norm1.bias": (width,)}
-    block |= {"attention.qkv.weight": (3 * width, width)} | ({"attention.qkv.bias": (3 * width,)} if config.qkv_bias
-                                                             else {})
+    block |= {"attention.qkv.weight": (3 * width, width)} | (
+        {"attention.qkv.bias": (3 * width,)} if config.qkv_bias else {}
+    )
     block |= {"attention.out.weight": (width, width), "attention.out.bias": (width,)}
     scaled = config.layer_scale_init_value is not None
     block |= {"scale1": (width,)} if scaled else {}
@@ -58,13 +60,16 @@ def manifest(config: DeiTConfig, kind: Kind, *, pooler: bool = False,
 
 def _linear_pairs(pairs: Mapping[str, str | None]) -> Table:
     """Both tensors, weight and bias, of modules named on each side."""
-    return {f"{ours}.{leaf}": theirs and f"{theirs}.{leaf}" for ours, theirs in pairs.items()
-            for leaf in ("weight", "bias")}
+    return {
+        f"{ours}.{leaf}": theirs and f"{theirs}.{leaf}" for ours, theirs in pairs.items() for leaf in ("weight", "bias")
+    }
 
 
 def _qkv(template: str, names: tuple[str, str, str]) -> Table:
-    return {f"{BASE}blocks.{{}}.attention.qkv.{leaf}": tuple(f"{template}.{name}.{leaf}" for name in names)  # type: ignore[misc]
-            for leaf in ("weight", "bias")}
+    return {
+        f"{BASE}blocks.{{}}.attention.qkv.{leaf}": tuple(f"{template}.{name}.{leaf}" for name in names)  # type: ignore[misc]
+        for leaf in ("weight", "bias")
+    }
 
 
 # Hugging Face on disk, all versions of transformers (5.x renamed modules in memory and still writes these).
@@ -74,20 +79,22 @@ HF: Table = {
     "deit.distillation_token": "deit.embeddings.distillation_token",
     "deit.mask_token": "deit.embeddings.mask_token",
     "deit.position": "deit.embeddings.position_embeddings",
-    **_linear_pairs({
-        "deit.patch": "deit.embeddings.patch_embeddings.projection",
-        "deit.blocks.{}.norm1": "deit.encoder.layer.{}.layernorm_before",
-        "deit.blocks.{}.attention.out": "deit.encoder.layer.{}.attention.output.dense",
-        "deit.blocks.{}.norm2": "deit.encoder.layer.{}.layernorm_after",
-        "deit.blocks.{}.mlp.fc1": "deit.encoder.layer.{}.intermediate.dense",
-        "deit.blocks.{}.mlp.fc2": "deit.encoder.layer.{}.output.dense",
-        "deit.norm": "deit.layernorm",
-        "deit.pooler": "deit.pooler.dense",
-        "classifier": "classifier",
-        "cls_classifier": "cls_classifier",
-        "distillation_classifier": "distillation_classifier",
-        "decoder": "decoder.0",
-    }),
+    **_linear_pairs(
+        {
+            "deit.patch": "deit.embeddings.patch_embeddings.projection",
+            "deit.blocks.{}.norm1": "deit.encoder.layer.{}.layernorm_before",
+            "deit.blocks.{}.attention.out": "deit.encoder.layer.{}.attention.output.dense",
+            "deit.blocks.{}.norm2": "deit.encoder.layer.{}.layernorm_after",
+            "deit.blocks.{}.mlp.fc1": "deit.encoder.layer.{}.intermediate.dense",
+            "deit.blocks.{}.mlp.fc2": "deit.encoder.layer.{}.output.dense",
+            "deit.norm": "deit.layernorm",
+            "deit.pooler": "deit.pooler.dense",
+            "classifier": "classifier",
+            "cls_classifier": "cls_classifier",
+            "distillation_classifier": "distillation_classifier",
+            "decoder": "decoder.0",
+        }
+    ),
     **_qkv("deit.encoder.layer.{}.attention.attention", ("query", "key", "value")),
     "deit.blocks.{}.scale1": "deit.encoder.layer.{}.layer_scale1.lambda1",  # as transformers names it in DINOv2
     "deit.blocks.{}.scale2": "deit.encoder.layer.{}.layer_scale2.lambda1",
@@ -96,13 +103,15 @@ HF: Table = {
 # The state_dict() of transformers 5 in memory, as people save it with torch.save.
 HF5: Table = {
     **HF,
-    **_linear_pairs({
-        "deit.blocks.{}.norm1": "deit.layers.{}.layernorm_before",
-        "deit.blocks.{}.attention.out": "deit.layers.{}.attention.o_proj",
-        "deit.blocks.{}.norm2": "deit.layers.{}.layernorm_after",
-        "deit.blocks.{}.mlp.fc1": "deit.layers.{}.mlp.fc1",
-        "deit.blocks.{}.mlp.fc2": "deit.layers.{}.mlp.fc2",
-    }),
+    **_linear_pairs(
+        {
+            "deit.blocks.{}.norm1": "deit.layers.{}.layernorm_before",
+            "deit.blocks.{}.attention.out": "deit.layers.{}.attention.o_proj",
+            "deit.blocks.{}.norm2": "deit.layers.{}.layernorm_after",
+            "deit.blocks.{}.mlp.fc1": "deit.layers.{}.mlp.fc1",
+            "deit.blocks.{}.mlp.fc2": "deit.layers.{}.mlp.fc2",
+        }
+    ),
     **_qkv("deit.layers.{}.attention", ("q_proj", "k_proj", "v_proj")),
     "deit.blocks.{}.scale1": "deit.layers.{}.layer_scale1.lambda1",
     "deit.blocks.{}.scale2": "deit.layers.{}.layer_scale2.lambda1",
@@ -113,21 +122,23 @@ TIMM: Table = {
     "deit.distillation_token": "dist_token",
     "deit.mask_token": None,
     "deit.position": "pos_embed",
-    **_linear_pairs({
-        "deit.patch": "patch_embed.proj",
-        "deit.blocks.{}.norm1": "blocks.{}.norm1",
-        "deit.blocks.{}.attention.qkv": "blocks.{}.attn.qkv",
-        "deit.blocks.{}.attention.out": "blocks.{}.attn.proj",
-        "deit.blocks.{}.norm2": "blocks.{}.norm2",
-        "deit.blocks.{}.mlp.fc1": "blocks.{}.mlp.fc1",
-        "deit.blocks.{}.mlp.fc2": "blocks.{}.mlp.fc2",
-        "deit.norm": "norm",
-        "deit.pooler": None,
-        "classifier": "head",
-        "cls_classifier": "head",  # one name for two of ours: told apart by the presence of head_dist
-        "distillation_classifier": "head_dist",
-        "decoder": None,
-    }),
+    **_linear_pairs(
+        {
+            "deit.patch": "patch_embed.proj",
+            "deit.blocks.{}.norm1": "blocks.{}.norm1",
+            "deit.blocks.{}.attention.qkv": "blocks.{}.attn.qkv",
+            "deit.blocks.{}.attention.out": "blocks.{}.attn.proj",
+            "deit.blocks.{}.norm2": "blocks.{}.norm2",
+            "deit.blocks.{}.mlp.fc1": "blocks.{}.mlp.fc1",
+            "deit.blocks.{}.mlp.fc2": "blocks.{}.mlp.fc2",
+            "deit.norm": "norm",
+            "deit.pooler": None,
+            "classifier": "head",
+            "cls_classifier": "head",  # one name for two of ours: told apart by the presence of head_dist
+            "distillation_classifier": "head_dist",
+            "decoder": None,
+        }
+    ),
     "deit.blocks.{}.scale1": "blocks.{}.ls1.gamma",
     "deit.blocks.{}.scale2": "blocks.{}.ls2.gamma",
 }
@@ -160,8 +171,10 @@ def detect(names: Iterable[str]) -> str:
         return "hf5" if any(".q_proj." in name for name in names) else "hf"
     if any(marks["timm"] in name for name in names):
         return "original" if any(name.endswith(".gamma_1") for name in names) else "timm"
-    raise ValueError(f"no DeiT or ViT checkpoint known to this package names its tensors like {names[:3]}; expected "
-                     "Hugging Face's, timm's or facebookresearch/deit's names")
+    raise ValueError(
+        f"no DeiT or ViT checkpoint known to this package names its tensors like {names[:3]}; expected "
+        "Hugging Face's, timm's or facebookresearch/deit's names"
+    )
 
 
 def _unwrap(name: str) -> str:
@@ -194,8 +207,10 @@ def to_ours(tensors: Mapping[str, Any], *, join: Callable[[Sequence[Any]], Any],
     for name, value in tensors.items():
         folded, number = _fold(_add_base(name) if dialect in ("hf", "hf5") else name)
         if folded not in rules:
-            raise ValueError(f"{file}: no rule for tensor {name!r} (read as {dialect} names); this package can't place "
-                             "it, so nothing was loaded. If it is no part of the model, save the file without it")
+            raise ValueError(
+                f"{file}: no rule for tensor {name!r} (read as {dialect} names); this package can't place "
+                "it, so nothing was loaded. If it is no part of the model, save the file without it"
+            )
         ours, part = rules[folded]
         ours = ours if number is None else ours.replace("{}", number)
         if part is None:
@@ -204,14 +219,18 @@ def to_ours(tensors: Mapping[str, Any], *, join: Callable[[Sequence[Any]], Any],
             parts.setdefault(ours, {})[part] = value
     for ours, three in parts.items():
         if len(three) < 3:
-            raise ValueError(f"{file}: {ours} is made of query, key and value, and the file has only {len(three)} of "
-                             "the three; it is incomplete, fetch it again")
+            raise ValueError(
+                f"{file}: {ours} is made of query, key and value, and the file has only {len(three)} of "
+                "the three; it is incomplete, fetch it again"
+            )
         found[ours] = join([three[i] for i in range(3)])
     return found
 
 
-_TF_NAME = re.compile(r"(?:.*/)?((?:embeddings|encoder|layernorm|pooler|classifier|cls_classifier|"
-                      r"distillation_classifier|decoder)/.+?)(?::0)?")
+_TF_NAME = re.compile(
+    r"(?:.*/)?((?:embeddings|encoder|layernorm|pooler|classifier|cls_classifier|"
+    r"distillation_classifier|decoder)/.+?)(?::0)?"
+)
 _TF_LEAF = {"kernel": "weight", "gamma": "weight", "beta": "bias"}
 
 
@@ -228,8 +247,10 @@ def from_tensorflow(tensors: Mapping[str, np.ndarray], *, file: str) -> dict[str
         leaf = name.removesuffix(":0").rpartition("/")[2]
         axes = {2: (1, 0), 4: (3, 2, 0, 1)}.get(np.ndim(value)) if leaf == "kernel" else tuple(range(np.ndim(value)))
         if match is None or axes is None:
-            raise ValueError(f"{file}: {name!r} is no tensor of the TensorFlow classes of transformers; expected names "
-                             "like .../encoder/layer_._0/attention/attention/query/kernel:0")
+            raise ValueError(
+                f"{file}: {name!r} is no tensor of the TensorFlow classes of transformers; expected names "
+                "like .../encoder/layer_._0/attention/attention/query/kernel:0"
+            )
         path = match.group(1).replace("layer_._", "layer/").split("/")[:-1]
         found[".".join([*path, _TF_LEAF.get(leaf, leaf)])] = np.ascontiguousarray(np.transpose(value, axes))
     return found
@@ -263,7 +284,7 @@ def from_ours(tensors: Mapping[str, Any], dialect: str, *, prefix: str = BASE) -
                 name = prefix + name.removeprefix(BASE)
             if isinstance(theirs, tuple):
                 third = value.shape[0] // 3
-                named[name] = value[i * third:(i + 1) * third]
+                named[name] = value[i * third : (i + 1) * third]
             else:
                 named[name] = value
     return named
@@ -299,20 +320,31 @@ def infer_config(tensors: Mapping[str, Any], *, file: str) -> DeiTConfig:
     if not on_class and side * side != positions:
         raise ValueError(f"{file}: {positions} positions are not a square grid of patches; pass the model's config")
     head = next((tensors[h] for h in ("classifier.weight", "cls_classifier.weight") if h in tensors), None)
-    known = [v.num_attention_heads for v in VARIANTS.values()
-             if (v.hidden_size, v.num_hidden_layers) == (width, depth)]
+    known = [v.num_attention_heads for v in VARIANTS.values() if (v.hidden_size, v.num_hidden_layers) == (width, depth)]
     if not known and width % 64:
-        raise ValueError(f"{file}: shapes don't tell the number of attention heads of a model of width {width}; pass "
-                         "the model's config")
+        raise ValueError(
+            f"{file}: shapes don't tell the number of attention heads of a model of width {width}; pass "
+            "the model's config"
+        )
     pixels = (side * patch[0], side * patch[1])
     square = patch[0] == patch[1]
     return DeiTConfig(
-        hidden_size=width, num_hidden_layers=depth, num_attention_heads=known[0] if known else width // 64,
-        intermediate_size=hidden, layer_norm_eps=1e-6, num_channels=channels,
-        image_size=pixels[0] if square else pixels, patch_size=patch[0] if square else tuple(patch),
-        encoder_stride=patch[0] if square else 16, qkv_bias="deit.blocks.0.attention.qkv.bias" in tensors,
-        num_labels=0 if head is None else head.shape[0], distillation_token=distilled, position_on_class_token=on_class,
-        layer_scale_init_value=1e-4 if scaled else None, drop_path_schedule="constant" if scaled else "linear")
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=known[0] if known else width // 64,
+        intermediate_size=hidden,
+        layer_norm_eps=1e-6,
+        num_channels=channels,
+        image_size=pixels[0] if square else pixels,
+        patch_size=patch[0] if square else tuple(patch),
+        encoder_stride=patch[0] if square else 16,
+        qkv_bias="deit.blocks.0.attention.qkv.bias" in tensors,
+        num_labels=0 if head is None else head.shape[0],
+        distillation_token=distilled,
+        position_on_class_token=on_class,
+        layer_scale_init_value=1e-4 if scaled else None,
+        drop_path_schedule="constant" if scaled else "linear",
+    )
 
 
 def resize_matrix(old: int, new: int) -> np.ndarray:
