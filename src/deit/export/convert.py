@@ -145,8 +145,8 @@ def _timm_config(config: DeiTConfig, processor: DeiTImageProcessor) -> dict[str,
         "first_conv": "patch_embed.proj",
         **processor.to_timm(),
         "classifier": ["head", "head_dist"] if config.distillation_token else "head",
-        "label_names": list(config.id2label.values()),
-    }  # type: ignore[union-attr]
+        "label_names": list(config.id2label.values()),  # type: ignore[union-attr]
+    }
     return {
         "architecture": name.replace("-", "_"),
         "num_classes": config.num_labels,

@@ -488,8 +488,8 @@ class DeiTForMaskedImageModeling(_WithHead):
         loss = None
         if bool_masked_pos is not None:
             loss = masked_image_loss(
-                pixel_values,
-                painted,  # type: ignore[arg-type]
+                pixel_values,  # type: ignore[arg-type]
+                painted,
                 bool_masked_pos.unflatten(1, (rows, columns)),
             )
         return _result(

@@ -207,9 +207,8 @@ class MaskedImage:
             if real.any():
                 rows = real.nonzero().squeeze(1).to(us.device)
                 hidden = batch.mask[rows]  # type: ignore[index]
-                loss = masked_image_loss(
-                    batch.pixels[rows], out.reconstruction[rows].float(), hidden.unflatten(1, self.recipe.model.grid)
-                )  # type: ignore[union-attr]
+                hidden = hidden.unflatten(1, self.recipe.model.grid)  # type: ignore[union-attr]
+                loss = masked_image_loss(batch.pixels[rows], out.reconstruction[rows].float(), hidden)
                 totals += torch.tensor([float(loss) * len(rows), len(rows)])
         model.train(training)
         total, count = us.sum(totals.to(us.device)).tolist()
