@@ -1,6 +1,7 @@
 """Writes what the version before the package had rooms wrote; `tests/test_written_before.py` still opens it.
 
-Run with that version on the path, in this folder: `python write.py`, then `KERAS_BACKEND=tensorflow python write.py keras`.
+Run with that version on the path, in this folder: `python write.py`, then
+`KERAS_BACKEND=tensorflow python write.py keras`.
 """
 
 import shutil
