@@ -5,7 +5,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup quickstart format lint test test-slow bench
+.PHONY: setup quickstart format lint test coverage test-slow bench
 
 setup: .venv/installed            ## an environment with the package
 
@@ -36,6 +36,9 @@ apart:
 	$(BIN)/python -m pytest -m "not slow" tests/runtimes
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -m "not slow" tests/twin
 	KERAS_BACKEND=jax $(BIN)/python -m pytest -m "not slow" tests/twin
+
+coverage: .venv/installed-test    ## the lines of the package that the suite runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --cov --cov-report=term --no-cov-on-fail
 
 test-slow: .venv/installed-test   ## the checks that take minutes each
 	$(BIN)/python -m pytest -m slow
