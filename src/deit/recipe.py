@@ -139,7 +139,7 @@ class RandAugment:
     layers: int = 2
     """Operations drawn for each image, with replacement."""
     probability: float = 0.5
-    """Of applying each operation that was drawn."""
+    """Probability that a drawn operation is applied."""
     increasing: bool = True
     """Operations whose effect grows with the strength (timm's `inc1`)."""
 
@@ -204,7 +204,7 @@ class Mix:
     cutmix: float = 0.0
     """alpha of the Beta distribution that CutMix's area is drawn from; 0 is no CutMix."""
     probability: float = 1.0
-    """Of mixing at all."""
+    """Probability that a batch is mixed at all."""
     switch: float = 0.5
     """Probability of CutMix where both are on."""
     mode: Literal["batch", "pair", "element"] = "batch"
@@ -276,13 +276,13 @@ class Distilled:
     weight: float | None = None
     """The teacher's share of the loss, 0 to 1; None is the paper's for this kind."""
     temperature: float | None = None
-    """Of soft distillation; None is the paper's."""
+    """Temperature of soft distillation; None is the paper's."""
     normalisation: Literal["images", "elements"] = "images"
-    """Of soft distillation: the mean over images, or over images and classes, as in the original code, where the
-    teacher counts for as many times less as there are classes."""
+    """What soft distillation takes the mean over: images, or images and classes as in the original code. With the
+    second, the teacher's share is smaller by a factor of the number of classes."""
     top_k: int | None = None
-    """Of soft distillation: the teacher's k most likely classes are kept, and the rest of its certainty is spread
-    evenly over the others; None keeps all."""
+    """Number of the teacher's most likely classes that soft distillation keeps; None keeps all. The remaining
+    probability is spread evenly over the other classes."""
     smoothing: float = 0.0
     """Smoothing of the labels, 0 to <1; the teacher's decisions are never smoothed."""
     resolution: Literal["teacher", "student"] = "teacher"
@@ -405,7 +405,8 @@ class Compute:
     """How the machine does the work. But for rounding, none of it changes the result."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the forward and backward pass; auto is bfloat16 where the hardware computes with it, else float32."""
+    """Number format of the forward and backward pass. `auto` is bfloat16 where the hardware computes with it, else
+    float32."""
     accumulate: int = 1
     """Parts that a process computes its share of a batch in; doubled when memory runs out."""
     checkpoint_blocks: bool = False

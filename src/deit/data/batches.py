@@ -286,7 +286,7 @@ def hidden_patches(recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
 
 
 def _sides(file: Path) -> tuple[int, int] | None:
-    """Of an image, from its header; None where that can't be read: decoding it says why."""
+    """Width and height of an image, from its header; None where that can't be read, which decoding will explain."""
     try:
         with Image.open(file) as image:
             return image.size

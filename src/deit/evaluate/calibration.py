@@ -36,7 +36,7 @@ class Calibration:
     """A model's `calibration.json`."""
 
     error_rate: float
-    """Of new images like those it comes from, at most this share gets a single label that is sure and wrong."""
+    """Largest share of new images that get a single label which is sure and wrong, for images like these."""
     images: int
     """N."""
     data: str

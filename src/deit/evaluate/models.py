@@ -214,7 +214,7 @@ class Evaluation:
     main: Examined
     other: Examined | None = None
     files: tuple[Path, ...] = ()
-    """Of every image, in the order of the reports' rows."""
+    """The file of every image, in the order of the reports' rows."""
 
     @property
     def comparison(self) -> Comparison | None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 BINS = 15
-"""Of the calibration error, as in Guo et al. 2017."""
+"""Number of bins of the calibration error, as in Guo et al. 2017."""
 LEAST = float(np.finfo(np.float32).tiny)
 """1.2e-38, in place of a probability that float32 rounds to 0, so that one image adds at most 87.3 to the sum of logs.
 """

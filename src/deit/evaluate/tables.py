@@ -13,7 +13,7 @@ from deit.evaluate.models import Evaluation, Examined
 from deit.evaluate.scores import Accuracy, Comparison, Report
 
 _LINES = 10
-"""Of the worst classes, and of the confusions."""
+"""Number of worst classes, and of confusions, that are shown."""
 
 
 def show(evaluation: Evaluation, console: Console) -> None:

@@ -31,7 +31,7 @@ Target = int | Tensor | None
 METHODS: tuple[Method, ...] = get_args(Method)
 _BATCH = 32
 _STEPS = 32
-"""Into which the way from a whole image to none is divided; fewer where the grid has fewer patches."""
+"""Number of steps from a whole image to an empty one; fewer where the grid has fewer patches."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- maps
@@ -272,7 +272,7 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """Of one head."""
+    """What one head says about the image."""
 
     token: Token
     label: str
@@ -282,7 +282,7 @@ class Answer:
     """What is explained, and its probability; the decision where nothing else was asked for."""
     target_probability: float
     chance: Score | None = None
-    """Of random orders: what a map should better. None where maps are not scored."""
+    """Score of random orders, which a map should beat; None where maps are not scored."""
 
     def to_dict(self) -> dict[str, Any]:
         return _flat(vars(self), "chance")
@@ -290,7 +290,7 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class Map:
-    """Of one token by one method, over the patches of one image."""
+    """One token's map by one method, over the patches of one image."""
 
     token: Token
     method: Method | Literal["occlusion"]
@@ -331,7 +331,7 @@ def _flat(fields: Mapping[str, Any], score: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """Of one image: every head's answer, and the maps, token by token."""
+    """Every head's answer to one image, and the maps, token by token."""
 
     model: str
     image: str
@@ -421,7 +421,7 @@ def explain_file(
 
 
 def _score(areas: Faithfulness) -> Score:
-    """Of the one image."""
+    """The score of the only image."""
     return Score(float(areas.deletion), float(areas.insertion))
 
 
@@ -466,7 +466,10 @@ def explain_pixels(
 
 
 def class_number(name: str, labels: Sequence[str]) -> int:
-    """Of the class called `name`. Raises `ValueError` for one that the model doesn't know, or calls several."""
+    """Number of the class called `name`.
+
+    Raises `ValueError` for a name that the model doesn't know, or that several classes have.
+    """
     if name not in labels:
         raise ValueError(f"the model knows no class {name!r}; {near(name, labels)}; give one of its labels")
     if labels.count(name) > 1:

@@ -36,7 +36,7 @@ class Engine(ABC):
     """
 
     name: ClassVar[str]
-    """Of the runtime."""
+    """Name of the runtime."""
 
     def __init__(
         self, folder: Path, record: Mapping[str, Any], *, hint: Hint = "latency", precision: Precision = "auto"
@@ -186,7 +186,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
+    """SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

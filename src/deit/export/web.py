@@ -29,9 +29,9 @@ from deit.export.engines import Engine
 from deit.image.processor import DeiTImageProcessor
 
 VERSION = "1.30.0"
-"""Of onnxruntime-web."""
+"""The version of onnxruntime-web that pages get."""
 INTEGRITY = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
-"""Of its package, as `npm view onnxruntime-web@VERSION dist.integrity` says."""
+"""Hash of that package, as `npm view onnxruntime-web@VERSION dist.integrity` says."""
 TOLERANCE = 1e-6
 """Largest difference of a pixel value from the Python preprocessing's that the page's may have."""
 

@@ -61,11 +61,11 @@ LOSS = 0.005
 _CHECKED = {"random": 16, "real": 64}
 """Images of the check."""
 _SIZES = (1, 3)
-"""Of its batches, in turn."""
+"""Sizes of the batches that the check uses, in turn."""
 _CALIBRATED = 300
 """Images that the ranges of int8 are taken from, at most."""
 _SHARES = (0.0, 1 / 8, 1 / 4, 1 / 2)
-"""Of the layers that stay in float, one after the other, until int8 is accurate enough."""
+"""Shares of the layers that stay in float, tried in this order until int8 is accurate enough."""
 _JUDGED_BATCH = 16
 
 _BESIDE = {"config.json", FILE_NAME, CALIBRATION, RECORD}
@@ -209,7 +209,7 @@ _KEPT = 30 * 24 * 60 * 60
 
 
 def _digest(model: Any, to: Format) -> str:
-    """Of all that decides what the exported file is."""
+    """Hash of everything that decides what the exported file holds."""
     found = hashlib.sha256(json.dumps([_versions(to), model.config.to_dict()], sort_keys=True).encode())
     for name, tensor in model.state_dict().items():
         found.update(name.encode())
@@ -287,7 +287,7 @@ class _Classifier:
 
     @property
     def bytes(self) -> int:
-        """Of its weights."""
+        """Size of the weights, in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.logits.state_dict().values())
 
     def layers(self) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -343,7 +343,7 @@ class _Examples:
         ]
 
     def batches(self) -> EvaluationBatches:
-        """Of the images to be judged by; can be gone through again and again."""
+        """Batches of the images that judge int8; they can be iterated any number of times."""
         return EvaluationBatches(self.judged, self.processor, _JUDGED_BATCH)
 
 
@@ -436,7 +436,7 @@ def _probabilities(logits: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _accuracy(answer: Callable[[np.ndarray], Mapping[str, np.ndarray]], batches: Iterable[Batch]) -> Accuracy:
-    """Of the fused heads."""
+    """Accuracy of the fused heads."""
     correct = total = 0
     for batch in batches:
         known = batch.labels.numpy() >= 0

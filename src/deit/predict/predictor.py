@@ -42,7 +42,7 @@ class Answer:
     labels: list[dict[str, Any]]
     """`{"label": name, "score": probability}`, best first."""
     sure: bool | None = None
-    """Of a calibrated model: whether the one best label can be told at the stated error rate. None: not calibrated."""
+    """Whether the best label holds at the stated error rate; None where the model is not calibrated."""
     error: str | None = None
     """Why the image could not be read; then there are no labels."""
 
@@ -163,7 +163,7 @@ class Predictor:
         return self.processor([source]).pixel_values[0]
 
     def answers(self, sources: Sequence[Source], pixels: np.ndarray, top_k: int) -> list[Answer]:
-        """Of images that are `prepared`: pixels (B, channels, height, width)."""
+        """Answers for images that are `prepared`: pixels (B, channels, height, width)."""
         probabilities = self.probabilities(pixels)
         best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]  # (B, top_k)
         sure = [None] * len(sources) if self.calibration is None else self.calibration.sure(probabilities, self.head)
@@ -175,7 +175,7 @@ class Predictor:
         ]
 
     def probabilities(self, pixels: np.ndarray) -> np.ndarray:
-        """Of every class (B, C), by the head, calibrated where the model is; pixels (B, channels, height, width)."""
+        """Probabilities (B, C) by the head, calibrated where the model is; pixels (B, channels, height, width)."""
         temperature = 1.0 if self.calibration is None else self.calibration.temperature(self.head)
         by_head = head_probabilities(self.logits(pixels), temperature)
         if self.head not in by_head:
@@ -183,7 +183,7 @@ class Predictor:
         return by_head[self.head].cpu().numpy()
 
     def head_logits(self, pixels: np.ndarray) -> np.ndarray:
-        """Of every class (B, C), by the head; `softmax`, which fuses probabilities, has none."""
+        """Logits (B, C) by the head; the head `softmax` fuses probabilities, so it has no logits."""
         found = self.logits(pixels)
         name = {
             "fused": "logits",

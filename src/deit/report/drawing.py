@@ -12,7 +12,7 @@ from deit.report.markup import Html, element, joined, shortened
 _WIDTH, _HEIGHT = 480, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 30, 40
 _POINTS = 600
-"""Of a line; more can't be told apart on any screen."""
+"""Largest number of points of a line, because no screen shows more apart."""
 _MARKS = 16
 """Shapes along a line."""
 

@@ -31,7 +31,7 @@ from deit.report.markup import (
 )
 
 _ROWS = 30
-"""Of the confusion matrix, and of a table of classes that is shown unfolded."""
+"""Largest number of classes for a confusion matrix, and for a table of classes that is shown unfolded."""
 _FEW = 10
 """Worst classes and most common confusions."""
 _PICTURES = 12

@@ -18,7 +18,7 @@ from deit.report.evaluation import answered, told, wrong_and_doubtful
 from deit.report.markup import Html, Section, element, isolated, joined, named, pictured, sentence
 
 _METHOD: Method = "relevance"
-"""Of the methods that see inside, the one that scores best (docs/explain.md), and that tells classes apart."""
+"""The method of the maps: it scores best of those that see inside (docs/explain.md), and it tells classes apart."""
 _TITLE = "What answers rest on"
 _GROUPS = ("Most wrong", "Most doubtful", "Surest of what is right")
 _SIDE = 160

@@ -104,9 +104,9 @@ class Service:
     queue: int = 256
     """Images decoding or waiting; a request that doesn't fit is answered 503."""
     max_bytes: int = 20 * 2**20
-    """Of a request's body."""
+    """Largest body of a request, in bytes."""
     max_pixels: int = MAX_PIXELS
-    """Of an image, at most what Pillow takes."""
+    """Largest image, in pixels; Pillow sets a limit of its own."""
     timeout: float = 30.0
     """Seconds for a request's head to arrive, for its body (408), and for its answer (504)."""
     keys: tuple[str, ...] = ()

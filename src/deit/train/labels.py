@@ -40,7 +40,7 @@ from deit.recipe import Distilled, Recipe, difference
 from deit.train.teacher import Teacher, condense, expand
 
 VERSION = 1
-"""Of the files' layout."""
+"""Version of the files' layout."""
 VIEWS_VERSION = 1
 """To be raised whenever the code of `data` or `augment` draws or computes other views than before: older caches are
 then refused."""
@@ -60,7 +60,7 @@ class _Layout:
     classes: int
     kind: str
     top_k: int | None
-    """Of soft labels; None: all classes."""
+    """Number of classes that soft labels keep; None keeps all."""
 
     @property
     def parts(self) -> int:
@@ -291,7 +291,7 @@ def _hash(content: Any) -> str:
 
 
 _KEYS = ("fingerprints", "teacher", "steps", "steps_per_part", "images", "views", "deit")
-"""Of cache.json, needed to go on with it."""
+"""Keys of cache.json that adding to a cache needs."""
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -396,7 +396,7 @@ def _is_whole(folder: Path, layout: _Layout, part: int) -> bool:
 
 
 def _checksum(arrays: Mapping[str, np.ndarray], part: int, prints: Mapping[str, str]) -> str:
-    """Of the contents, and of whose and which part it is: parts that were exchanged are found out."""
+    """Hash of the contents, of whose part it is and of its number, so that exchanged parts are noticed."""
     digest = hashlib.sha256(json.dumps([part, prints], sort_keys=True).encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())

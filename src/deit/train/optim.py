@@ -255,13 +255,13 @@ def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Of all tensors together."""
+    """Norm of all tensors together."""
     return torch.linalg.vector_norm(_norms(tensors))
 
 
 @torch.no_grad()
 def _norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Of each tensor: (tensors,)."""
+    """Norm of each tensor, (tensors,)."""
     return whole(torch.stack(torch._foreach_norm(list(tensors))))
 
 

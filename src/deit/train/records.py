@@ -33,7 +33,7 @@ class About:
     """In words."""
     processes: int
     precision: str
-    """Of the forward and backward pass."""
+    """Number format of the forward and backward pass."""
     versions: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Record:
     recipe: Mapping[str, Any]
     """`recipe.json`, as JSON types."""
     rows: tuple[Mapping[str, Any], ...]
-    """Of `metrics.jsonl`; keys and units are in docs/evaluation.md."""
+    """Rows of `metrics.jsonl`; keys and units are in docs/evaluation.md."""
     about: About | None
     gaps: tuple[str, ...]
 

@@ -36,7 +36,7 @@ class State:
     skipped: int = 0
     skipped_in_a_row: int = 0
     sums: dict[str, float] = field(default_factory=dict)
-    """Of what the objective logs, over the `counted` updates since the last row of metrics."""
+    """Sums of what the objective logs, over the `counted` updates since the last row of metrics."""
     counted: int = 0
     written: int = 0
     """Bytes of metrics.jsonl."""
