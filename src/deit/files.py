@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,12 +109,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well: readers never see half a file."""
+def _make_parent(path: Path) -> None:
     if path.parent.exists() and not path.parent.is_dir():
         raise FileExistsError(f"{path.parent} is a file, expected a folder; choose another place")
     path.parent.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well: readers never see half a file."""
+    _make_parent(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         temporary.touch()
@@ -125,6 +130,35 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: Path, *, check: Callable[[Path], None]) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block ends well.
+
+    Readers see the former folder or the new one, whole. `check` is called right before, with the folder to be replaced,
+    and may refuse by raising.
+    """
+    _make_parent(folder)
+    temporary, former = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}") for _ in range(2))
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in temporary.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        check(folder)
+        if folder.exists():
+            folder.rename(former)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if former.exists():
+                former.rename(folder)
+            raise
+        shutil.rmtree(former, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

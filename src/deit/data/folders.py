@@ -40,6 +40,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.files)
 
+    def take(self, rows: Iterable[int]) -> Split:
+        """The images with these numbers, in this order."""
+        rows = list(rows)
+        return replace(self, files=tuple(self.files[i] for i in rows), labels=tuple(self.labels[i] for i in rows))
+
 
 def read_split(root: str | Path, split: str, classes: Sequence[str] | None = None) -> Split:
     """The image files of `root/SPLIT/CLASS/**`, classes in the order of their names, files in that of their paths.
@@ -275,11 +280,7 @@ def _hold_out(whole: Split, holdout: float, seed: int, folder: Path) -> tuple[Sp
             f"there is nothing to validate on: no folder val beside the training images, and {reason}, so "
             "none can be held out; add a folder val" + ("" if holdout > 0 else ", or set data.holdout")
         )
-    return _rows(whole, np.flatnonzero(~held)), _rows(whole, np.flatnonzero(held))
-
-
-def _rows(split: Split, rows: np.ndarray) -> Split:
-    return Split(tuple(split.files[i] for i in rows), tuple(split.labels[i] for i in rows), split.classes)
+    return whole.take(np.flatnonzero(~held)), whole.take(np.flatnonzero(held))
 
 
 def _read_list(file: Path) -> Split:

@@ -12,10 +12,9 @@ import os
 import shutil
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import version
@@ -146,7 +145,7 @@ def export(
         _refuse_for_the_web(classifier)
     examples = None if calibrate is None else _Examples(calibrate, classifier)
     checked = _Checked(classifier, examples)
-    with _replacing(folder) as temporary:
+    with files.replacing_folder(folder, check=_refuse_occupied) as temporary:
         files.write_json(temporary / "config.json", classifier.model.config.to_dict())
         classifier.processor.save_pretrained(temporary)
         if not to.endswith("int8") and (calibration := Calibration.of_model(source)) is not None:
@@ -188,7 +187,7 @@ def cached_engine(model: Any, processor: DeiTImageProcessor, to: Literal["onnx",
     classifier = _Classifier(model, processor, name)
     written: Engine | None = None
     try:
-        with _replacing(folder) as temporary:
+        with files.replacing_folder(folder, check=_refuse_occupied) as temporary:
             files.write_json(temporary / "config.json", model.config.to_dict())
             processor.save_pretrained(temporary)
             files.write_json(temporary / RECORD, _write_float(classifier, to, temporary, _Checked(classifier, None)))
@@ -328,7 +327,7 @@ class _Examples:
             self.judged, calibration = whole, matched(read_examples(data, "train")[0], classifier.classes)
             self.source = f"{data}, {found}"
         else:
-            calibration, self.judged = (_rows(whole, range(first, len(whole), 2)) for first in (0, 1))
+            calibration, self.judged = (whole.take(range(first, len(whole), 2)) for first in (0, 1))
             self.source = f"{data}, every other image" + (f" of {found}" if found else "")
         if not len(self.judged):
             raise ValueError(f"{data} has a single image; give at least two, better some hundreds")
@@ -347,14 +346,9 @@ class _Examples:
         return EvaluationBatches(self.judged, self.processor, _JUDGED_BATCH)
 
 
-def _rows(split: Split, rows: Iterable[int]) -> Split:
-    rows = list(rows)
-    return replace(split, files=tuple(split.files[i] for i in rows), labels=tuple(split.labels[i] for i in rows))
-
-
 def _spread(split: Split, count: int) -> Split:
     """At most `count` images, evenly spread."""
-    return _rows(split, np.unique(np.linspace(0, len(split) - 1, count).round().astype(int)).tolist())
+    return split.take(np.unique(np.linspace(0, len(split) - 1, count).round().astype(int)).tolist())
 
 
 def _pictures(count: int) -> list[Image.Image]:
@@ -631,31 +625,3 @@ def _refuse_occupied(folder: Path) -> None:
                 f"{folder} holds {', '.join(others[:3])}{' and more' if len(others) > 3 else ''}, "
                 "which no export wrote; give --out a new folder"
             )
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends well: readers see the former export
-    or the new one, whole."""
-    if folder.parent.exists() and not folder.parent.is_dir():
-        raise FileExistsError(f"{folder.parent} is a file, expected a folder; choose another place")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, former = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}") for _ in range(2))
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in temporary.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        _refuse_occupied(folder)
-        if folder.exists():
-            folder.rename(former)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if former.exists():
-                former.rename(folder)
-            raise
-        shutil.rmtree(former, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

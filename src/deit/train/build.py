@@ -92,13 +92,8 @@ def _start_from(model: PreTrained, found: hub.Checkpoint, classes: Sequence[str]
 
 def _positions(given: Tensor, theirs: DeiTConfig, ours: DeiTConfig, fresh: Tensor) -> Tensor:
     """(1, prefix + patches, D): the start's, resized to our grid; the place of a token it lacks stays fresh."""
-    prefix, grid = given.float().tensor_split([theirs.num_prefix_positions], dim=1)
-    if theirs.grid != ours.grid:
-        down, across = (
-            torch.from_numpy(weights.resize_matrix(old, new)).float()
-            for old, new in zip(theirs.grid, ours.grid, strict=True)
-        )
-        grid = torch.einsum("rR,sS,bRSd->brsd", down, across, grid.unflatten(1, theirs.grid)).flatten(1, 2)
+    resized = torch.from_numpy(weights.resize_positions(given.float().numpy(), theirs, ours))
+    prefix, grid = resized.tensor_split([theirs.num_prefix_positions], dim=1)
     front = fresh[:, : ours.num_prefix_positions].clone()
     shared = min(ours.num_prefix_positions, theirs.num_prefix_positions)
     front[:, :shared] = prefix[:, :shared]

@@ -370,6 +370,8 @@ def resize_matrix(old: int, new: int) -> np.ndarray:
 
 def resize_positions(position: np.ndarray, old: DeiTConfig, new: DeiTConfig) -> np.ndarray:
     """Position embeddings (1, positions, D) for the images of another config; those of prefix tokens stay."""
+    if old.grid == new.grid:
+        return position
     prefix, grid = np.split(position, [old.num_prefix_positions], axis=1)
     down, across = (resize_matrix(*sizes) for sizes in zip(old.grid, new.grid, strict=True))
     grid = grid.reshape(*old.grid, -1).astype(np.float64)
