@@ -117,16 +117,16 @@ def _train(
     found = runs.find(out, recipe, resume, planned=end < math.inf)
     us.wait()  # nobody writes before all have looked
     if found is not None:
-        recipe = replace(recipe, schedule=found[1])
+        recipe = replace(recipe, schedule=found.schedule)
     elif end < math.inf:
         recipe = _plan(recipe, *splits, us, end - time.perf_counter(), console)
     if us.main:
         files.write_json(out / "recipe.json", recipe.to_dict())
-    work, state = runs.prepare(recipe, *splits, us, found[0] if found else None)
+    work, state = runs.prepare(recipe, *splits, us, found)
     if us.main:
         runs.write_about(work, state, *splits, out)
     with Reporter(out, recipe, us, console, done=state.step, total=work.total, written=state.written) as reporter:
-        for problem in found[2] if found else []:
+        for problem in found.problems if found else []:
             reporter.say(f"{problem}: going on from an earlier one")
         _loop(_Session(work, state, out, reporter, signals, end))
     return Run(out / "model", state.best if state.best is not None else -math.inf, state.seconds)

@@ -18,7 +18,7 @@ from deit.data.batches import EvaluationBatches, TrainingBatches, processor_for
 from deit.data.folders import Split, fingerprint
 from deit.image.processor import DeiTImageProcessor
 from deit.machine import Processes, described, resolve_precision, whole
-from deit.recipe import Recipe, difference
+from deit.recipe import Cosine, Recipe, difference
 from deit.train import checkpoint, objectives, optim
 from deit.train.build import build_model
 from deit.train.records import ABOUT, About
@@ -77,8 +77,26 @@ class Work:
         return step == self.total or int(step / every) > int((step - 1) / every)
 
 
-def find(out: Path, recipe: Recipe, resume: bool, planned: bool) -> tuple[Any, Any, list[str]] | None:
-    """The checkpoint to go on from (tensors and state), its schedule, and problems with newer ones; None to begin."""
+@dataclass(frozen=True)
+class Stopped:
+    """A run that stopped, as its newest readable checkpoint has it."""
+
+    tensors: dict[str, Tensor]
+    """The tensors of the model, its average and the optimizers, each under the prefix of its part."""
+    state: State
+    schedule: Cosine
+    """The one the run began with, which a time budget may have shortened."""
+    problems: list[str]
+    """Why newer checkpoints could not be read, one sentence each."""
+
+
+def find(out: Path, recipe: Recipe, resume: bool, planned: bool) -> Stopped | None:
+    """The run in `out` that is to be resumed; None where there is none to resume, so that a new one begins.
+
+    `planned`: the schedule comes from a time budget, so that it may differ from the run's.
+
+    Raises `FileExistsError` for a run in `out` without `resume`, `ValueError` for the run of another recipe.
+    """
     folder = out / "checkpoints"
     if not resume:
         if checkpoint.saved(folder) or (out / "metrics.jsonl").exists():
@@ -95,15 +113,15 @@ def find(out: Path, recipe: Recipe, resume: bool, planned: bool) -> tuple[Any, A
             f"{out} holds a run of another recipe: {changed}; go on with its own recipe "
             f"({out / 'recipe.json'}), or choose another --out"
         )
-    return (tensors, State(**values)), theirs.schedule, problems
+    return Stopped(tensors, State(**values), theirs.schedule, problems)
 
 
 def prepare(
-    recipe: Recipe, train_split: Split, val_split: Split, us: Processes, found: tuple[dict[str, Tensor], State] | None
+    recipe: Recipe, train_split: Split, val_split: Split, us: Processes, found: Stopped | None
 ) -> tuple[Work, State]:
     """Builds a run's parts and, in this order, gives them the state that was found."""
     data = fingerprint(train_split)
-    tensors, state = found if found else ({}, State(data=data))
+    tensors, state = (found.tensors, found.state) if found else ({}, State(data=data))
     if state.data != data:
         raise ValueError(
             "the training images are not those that the run began with (names, sizes or contents differ); "
