@@ -1,8 +1,8 @@
 """A block's forward and backward pass in training on the CPU, by hand.
 
-The values are those of autograd on `Block`, the operations too; what goes is what autograd puts between them: copies
-between precisions, tensors of scores that are scaled in a pass of their own, gradients that are added in fresh memory.
-And an image whose branch stochastic depth drops is not computed. About a tenth of a step of DeiT-Ti (docs/log.md).
+The values and the operations are those of autograd on `Block`. What autograd puts between them is left out: copies
+between precisions, a pass of its own that scales the scores, gradients added in fresh memory. An image whose branch
+stochastic depth drops is not computed. This saves about a tenth of a step of DeiT-Ti (docs/log.md).
 
 B images, N tokens, D width, H heads, K head width; R of the images are kept by stochastic depth, and M, the first of
 the tokens, are what the caller reads: all of them but in a classifier's last block.
@@ -10,7 +10,7 @@ the tokens, are what the caller reads: all of them but in a classifier's last bl
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,41 @@ _aten = torch.ops.aten
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What matrices are multiplied in: autocast's type, or that of `x`."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+class _OfAttention(NamedTuple):
+    """One thing for each input of `AttentionBranch`, in their order: its gradient, or whether that is wanted."""
+
+    x: Any
+    keep: Any = None
+    read: Any = None
+    heads: Any = None
+    eps: Any = None
+    dtype: Any = None
+    norm_weight: Any = None
+    norm_bias: Any = None
+    qkv_weight: Any = None
+    qkv_bias: Any = None
+    out_weight: Any = None
+    out_bias: Any = None
+    scale: Any = None
+
+
+class _OfMLP(NamedTuple):
+    """One thing for each input of `MLPBranch`, in their order: its gradient, or whether that is wanted."""
+
+    x: Any
+    keep: Any = None
+    approximate: Any = None
+    eps: Any = None
+    dtype: Any = None
+    norm_weight: Any = None
+    norm_bias: Any = None
+    fc1_weight: Any = None
+    fc1_bias: Any = None
+    fc2_weight: Any = None
+    fc2_bias: Any = None
+    scale: Any = None
 
 
 class AttentionBranch(torch.autograd.Function):
@@ -83,7 +118,7 @@ class AttentionBranch(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> _OfAttention:
         (
             inside,
             mean,
@@ -105,7 +140,7 @@ class AttentionBranch(torch.autograd.Function):
         ) = ctx.saved_tensors
         (images, tokens, width), heads, read = inside.shape, ctx.heads, gradient.shape[1]
         head_width, dtype = width // heads, normed.dtype
-        wanted = ctx.needs_input_grad
+        wanted = _OfAttention(*ctx.needs_input_grad)
         d_branch, d_scale = _into_branch(gradient, branch, scale, rows, keep, dtype)  # (R * M, D)
         d_y = (d_branch @ out_weight).view(images, read, heads, head_width).transpose(1, 2)
         d_y = d_y.reshape(images * heads, read, head_width)
@@ -121,20 +156,15 @@ class AttentionBranch(torch.autograd.Function):
             d_qkv[:, : part.shape[1], i] = part.unflatten(0, (images, heads)).transpose(1, 2)
         d_qkv = d_qkv.view(images * tokens, 3 * width)
         d_x, d_norm_weight, d_norm_bias = _norm_backward(d_qkv @ qkv_weight, inside, mean, rstd, norm_weight, norm_bias)
-        return (
-            _through(d_x, gradient, rows, ctx.images),
-            None,
-            None,
-            None,
-            None,
-            None,
-            d_norm_weight,
-            d_norm_bias,
-            _outer(d_qkv, normed) if wanted[8] else None,
-            _summed(d_qkv) if ctx.has_bias and wanted[9] else None,
-            _outer(d_branch, y) if wanted[10] else None,
-            _summed(d_branch) if wanted[11] else None,
-            d_scale,
+        return _OfAttention(
+            x=_through(d_x, gradient, rows, ctx.images),
+            norm_weight=d_norm_weight,
+            norm_bias=d_norm_bias,
+            qkv_weight=_outer(d_qkv, normed) if wanted.qkv_weight else None,
+            qkv_bias=_summed(d_qkv) if ctx.has_bias and wanted.qkv_bias else None,
+            out_weight=_outer(d_branch, y) if wanted.out_weight else None,
+            out_bias=_summed(d_branch) if wanted.out_bias else None,
+            scale=d_scale,
         )
 
 
@@ -185,7 +215,7 @@ class MLPBranch(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> _OfMLP:
         (
             inside,
             mean,
@@ -202,25 +232,21 @@ class MLPBranch(torch.autograd.Function):
             rows,
             keep,
         ) = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
+        wanted = _OfMLP(*ctx.needs_input_grad)
         d_branch, d_scale = _into_branch(gradient, branch, scale, rows, keep, normed.dtype)
         d_before = _aten.gelu_backward(d_branch @ fc2_weight, before, approximate=ctx.approximate)
         d_x, d_norm_weight, d_norm_bias = _norm_backward(
             d_before @ fc1_weight, inside, mean, rstd, norm_weight, norm_bias
         )
-        return (
-            _through(d_x, gradient, rows, ctx.images),
-            None,
-            None,
-            None,
-            None,
-            d_norm_weight,
-            d_norm_bias,
-            _outer(d_before, normed) if wanted[7] else None,
-            _summed(d_before) if wanted[8] else None,
-            _outer(d_branch, after) if wanted[9] else None,
-            _summed(d_branch) if wanted[10] else None,
-            d_scale,
+        return _OfMLP(
+            x=_through(d_x, gradient, rows, ctx.images),
+            norm_weight=d_norm_weight,
+            norm_bias=d_norm_bias,
+            fc1_weight=_outer(d_before, normed) if wanted.fc1_weight else None,
+            fc1_bias=_summed(d_before) if wanted.fc1_bias else None,
+            fc2_weight=_outer(d_branch, after) if wanted.fc2_weight else None,
+            fc2_bias=_summed(d_branch) if wanted.fc2_bias else None,
+            scale=d_scale,
         )
 
 
