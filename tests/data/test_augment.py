@@ -14,7 +14,8 @@ from support.checks import raises_saying
 from torchvision.transforms import RandomCrop, Resize
 from torchvision.transforms import functional as reference
 
-from deit.data.augment import augment, crop, crop_box, draws, erase, patch_mask, random_affine
+from deit.data.augment import augment, crop, crop_box, erase, patch_mask, random_affine
+from deit.data.draws import draws
 from deit.data.mixing import Mixing, mix, mixing
 from deit.image.decode import ImageError, decode, load_image
 from deit.recipe import (

@@ -19,8 +19,9 @@ from support.checks import assert_close, raises_saying
 
 from deit.config import DeiTConfig
 from deit.data import batches as data
-from deit.data.augment import augment, crop, draws, erase, patch_mask
+from deit.data.augment import augment, crop, erase, patch_mask
 from deit.data.batches import BadImages, Batch, EvaluationBatches, Faults, LoaderDied, TrainingBatches, processor_for
+from deit.data.draws import draws
 from deit.data.folders import Split, read_split, write_digits
 from deit.data.mixing import mix, mixing
 from deit.image.decode import load_image

@@ -15,7 +15,8 @@ from timm.data import mixup as timm_mixup
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from deit.config import IMAGENET_MEAN, IMAGENET_STD
-from deit.data.augment import augment, crop, crop_box, draws, erase
+from deit.data.augment import augment, crop, crop_box, erase
+from deit.data.draws import draws
 from deit.data.mixing import mix, mixing
 from deit.data.policies import AUTO_AUGMENT, OPERATIONS, RAND_AUGMENT, RAND_AUGMENT_INCREASING
 from deit.recipe import Augment, AutoAugment, Erase, Mix, RandAugment, ResizedCrop

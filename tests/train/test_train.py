@@ -22,8 +22,8 @@ from support.runs import photos
 
 from deit import machine
 from deit.config import ConvNetConfig
-from deit.data.augment import draws
 from deit.data.batches import BadImages, EvaluationBatches, TrainingBatches, processor_for
+from deit.data.draws import draws
 from deit.data.folders import Split, read_data
 from deit.evaluate.models import evaluate
 from deit.image.processor import DeiTImageProcessor

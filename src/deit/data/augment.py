@@ -22,15 +22,6 @@ Source = Image.Image | str | Path | bytes
 _ATTEMPTS = 10  # of timm and torchvision, for crops and for erasing
 
 
-def draws(seed: int, epoch: int, index: int, repeat: int = 0, stream: int = 0) -> np.random.Generator:
-    """The random numbers of one appearance of one image, in one of several independent streams.
-
-    Philox (Salmon et al. 2011) counts in its first 64-bit word, which starts at 0; the others, and the key, name the
-    stream.
-    """
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, epoch, index, repeat]))
-
-
 # --------------------------------------------------------------------------------------------------------------- crops
 
 

@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from deit.config import DeiTConfig
-from deit.data.augment import augment, crop, draws, erase, patch_mask
+from deit.data.augment import augment, crop, erase, patch_mask
+from deit.data.draws import Stream, draws
 from deit.data.folders import Split
 from deit.data.mixing import mix, mixing
 from deit.host import cores
@@ -41,7 +42,6 @@ CACHE_BYTES = 2**30
 KEPT_PIXELS = 512 * 512
 """Under a random crop, larger images are not kept: they are decoded at the scale that each crop needs."""
 
-_ORDER, _MIXING, _MASKS, _STAND_INS = 1, 2, 3, 5  # streams of draws; 4, 6, 7 and 8 are others', 0 the views'
 _STAND_IN_ATTEMPTS = 100
 _PIXEL_BYTES = 4  # of an RGB image in Pillow's memory
 
@@ -219,7 +219,7 @@ class _Views(Dataset[Any]):
     def _candidates(self, epoch: int, index: int, repeat: int) -> Iterator[int]:
         """The image, and what stands in for it, one after the other."""
         yield index
-        others = draws(self.recipe.seed, epoch, index, repeat, _STAND_INS)
+        others = draws(self.recipe.seed, epoch, index, repeat, Stream.STAND_INS)
         for _ in range(_STAND_IN_ATTEMPTS - 1):
             yield int(others.integers(len(self.files)))
 
@@ -269,7 +269,7 @@ class _Views(Dataset[Any]):
         return torch.from_numpy(
             np.stack(
                 [
-                    hidden_patches(self.recipe, draws(self.recipe.seed, epoch, index, repeat, _MASKS))
+                    hidden_patches(self.recipe, draws(self.recipe.seed, epoch, index, repeat, Stream.MASKS))
                     for epoch, index, repeat in keys.tolist()
                 ]
             )
@@ -333,7 +333,7 @@ class TrainingBatches:
         self._orders = {
             cycle: self._orders[cycle]
             if cycle in self._orders
-            else draws(self.recipe.seed, cycle, 0, 0, _ORDER).permutation(images)
+            else draws(self.recipe.seed, cycle, 0, 0, Stream.ORDER).permutation(images)
             for cycle in range(first, last + 1)
         }
         chosen = np.concatenate(
@@ -363,7 +363,7 @@ class TrainingBatches:
             recipe,
             self.recipe.data.batch,
             self.recipe.model.image_hw,
-            draws(self.recipe.seed, self._drawn(batch.step), 0, 0, _MIXING),
+            draws(self.recipe.seed, self._drawn(batch.step), 0, 0, Stream.MIXING),
         )
         pixels, labels = mix(batch.pixels, batch.labels, len(self.split.classes), drawn.at(batch.positions.numpy()))
         return replace(batch, pixels=pixels, labels=labels)

@@ -19,14 +19,12 @@ import numpy as np
 from PIL import Image
 
 from deit import host
-from deit.data.augment import draws
+from deit.data.draws import Stream, draws
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 """Accepted folder names of each split."""
 LIST_SUFFIXES = (".csv", ".jsonl")
-
-_HOLDOUT = 8  # stream of draws; `data` has the others
 
 
 @dataclass(frozen=True)
@@ -273,7 +271,7 @@ def _hold_out(whole: Split, holdout: float, seed: int, folder: Path) -> tuple[Sp
     members = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
     for label, count in enumerate(counts.tolist()):
         taken = min(max(1, round(holdout * count)), count - 1) if holdout > 0 else 0
-        held[draws(seed, 0, label, 0, _HOLDOUT).permutation(members[label])[:taken]] = True
+        held[draws(seed, 0, label, 0, Stream.HOLDOUT).permutation(members[label])[:taken]] = True
     if not held.any():
         reason = f"no class of {folder} has two images" if holdout > 0 else f"data.holdout is {holdout:g}"
         raise ValueError(

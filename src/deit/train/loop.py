@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from deit import files
 from deit.config import DeiTConfig
-from deit.data.augment import draws
 from deit.data.batches import Batch, Faults, LoaderDied
+from deit.data.draws import Stream, draws
 from deit.data.folders import Split
 from deit.machine import Processes, keep_memory, processes, synchronised
 from deit.recipe import Recipe, steps
@@ -366,7 +366,7 @@ def _undo(work: Work, buffers: list[Tensor]) -> None:
 
 def _accumulated(work: Work, state: State, batch: Batch, computing: nn.Module) -> tuple[list[str], Tensor]:
     recipe, us = work.recipe, work.us
-    torch.manual_seed(int(draws(recipe.seed, state.step, us.rank, 0, stream=6).integers(2**62)))  # dropout
+    torch.manual_seed(int(draws(recipe.seed, state.step, us.rank, 0, stream=Stream.DROPOUT).integers(2**62)))
     depth = _depth_draws(recipe, state.step, work.objective.passes)
     parts = batch.parts(work.accumulate)
     totals: list[Tensor] = []
@@ -390,7 +390,7 @@ def _depth_draws(recipe: Recipe, step: int, passes: int) -> Tensor | None:
     if not isinstance(config, DeiTConfig) or not config.drop_path_rate:
         return None
     shape = (passes, recipe.data.batch, config.num_hidden_layers, 2)
-    return torch.from_numpy(draws(recipe.seed, step, 0, 0, stream=4).random(shape, dtype="float32"))
+    return torch.from_numpy(draws(recipe.seed, step, 0, 0, stream=Stream.DEPTH).random(shape, dtype="float32"))
 
 
 def _judge(work: Work, state: State, out: Path, validation: Iterable[Batch]) -> objectives.Verdict:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from deit import recipe as r
 from deit.config import DeiTConfig
-from deit.data.augment import draws
 from deit.data.batches import Batch, EvaluationBatches, hidden_patches, processor_for
+from deit.data.draws import Stream, draws
 from deit.data.folders import Split
 from deit.evaluate.models import evaluate
 from deit.machine import Processes
@@ -189,7 +189,7 @@ class MaskedImage:
         )
 
     def _mask(self, index: int) -> np.ndarray:
-        return hidden_patches(self.recipe, draws(self.recipe.seed, 0, index, 0, stream=7))
+        return hidden_patches(self.recipe, draws(self.recipe.seed, 0, index, 0, stream=Stream.JUDGED_MASKS))
 
     @torch.inference_mode()
     def judge(self, model: nn.Module, batches: Iterable[Batch], us: Processes, precision: torch.dtype) -> Verdict:
