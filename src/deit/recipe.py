@@ -7,26 +7,27 @@ and `from_dict` are the JSON of `recipe.json`; `override` is the command line's 
 from __future__ import annotations
 
 import ast
-import difflib
-import math
-import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, Literal
 
 from deit.config import IMAGENET_MEAN, IMAGENET_STD, ConvNetConfig, DeiTConfig
+from deit.plain import WHOLE, check, from_plain, known, to_plain
 
 
 @dataclass(frozen=True)
 class Duration:
     """A length of training with its unit; `epochs(5)` or `steps(500)` make one."""
 
+    WRITTEN: ClassVar[str] = "epochs(NUMBER) or steps(NUMBER)"
+    """How a person writes one."""
+
     amount: float
     unit: Literal["epochs", "steps"]
 
     def __post_init__(self) -> None:
-        _check(self.amount >= 0, f"a duration can't be negative, found {self.amount} {self.unit}")
+        check(self.amount >= 0, f"a duration can't be negative, found {self.amount} {self.unit}")
 
     def in_steps(self, steps_per_epoch: float) -> int:
         return round(self.amount * steps_per_epoch) if self.unit == "epochs" else round(self.amount)
@@ -42,16 +43,11 @@ def steps(amount: float) -> Duration:
     return Duration(float(amount), "steps")
 
 
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
-
-
 def _within(owner: object, low: float, high: float, *names: str) -> None:
     """Each field is from `low` to `high`, both included."""
     for name in names:
         value = getattr(owner, name)
-        _check(low <= value <= high, f"{name} must be from {low} to {high}, found {value}")
+        check(low <= value <= high, f"{name} must be from {low} to {high}, found {value}")
 
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -74,13 +70,13 @@ class Data:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             self.batch >= 1 and self.repeats >= 1,
             f"batch and repeats must be at least 1, found batch={self.batch}, repeats={self.repeats}",
         )
         _within(self, 0.0, 0.9, "holdout")
         _within(self, 0.01, 1.0, "crop_ratio")
-        _check(
+        check(
             len(self.mean) == len(self.std) and min(self.std) > 0,
             f"mean and std need one entry per channel and std must be positive, found mean={self.mean}, std={self.std}",
         )
@@ -99,8 +95,8 @@ class ResizedCrop:
     """Narrowest and widest width over height; drawn uniformly in the logarithm."""
 
     def __post_init__(self) -> None:
-        _check(0 < self.scale[0] <= self.scale[1] <= 1, f"scale must rise within 0 and 1, found {self.scale}")
-        _check(0 < self.ratio[0] <= self.ratio[1], f"ratio must be positive and rise, found {self.ratio}")
+        check(0 < self.scale[0] <= self.scale[1] <= 1, f"scale must rise within 0 and 1, found {self.scale}")
+        check(0 < self.ratio[0] <= self.ratio[1], f"ratio must be positive and rise, found {self.ratio}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +107,7 @@ class SimpleCrop:
     """Pixels on every side."""
 
     def __post_init__(self) -> None:
-        _check(self.padding >= 0, f"padding must be at least 0, found {self.padding}")
+        check(self.padding >= 0, f"padding must be at least 0, found {self.padding}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +142,7 @@ class RandAugment:
     def __post_init__(self) -> None:
         _within(self, 0.0, 10.0, "magnitude")
         _within(self, 0.0, 1.0, "probability")
-        _check(self.layers >= 0 and self.std >= 0, f"layers and std can't be negative, found {self}")
+        check(self.layers >= 0 and self.std >= 0, f"layers and std can't be negative, found {self}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +154,7 @@ class AutoAugment:
     """Standard deviation of each operation's strength, as for `RandAugment`."""
 
     def __post_init__(self) -> None:
-        _check(self.std >= 0, f"std can't be negative, found {self.std}")
+        check(self.std >= 0, f"std can't be negative, found {self.std}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,8 +187,8 @@ class Erase:
 
     def __post_init__(self) -> None:
         _within(self, 0.0, 1.0, "probability")
-        _check(0 < self.area[0] <= self.area[1] < 1, f"area must rise within 0 and 1, found {self.area}")
-        _check(0 < self.ratio[0] <= self.ratio[1], f"ratio must be positive and rise, found {self.ratio}")
+        check(0 < self.area[0] <= self.area[1] < 1, f"area must rise within 0 and 1, found {self.area}")
+        check(0 < self.ratio[0] <= self.ratio[1], f"ratio must be positive and rise, found {self.ratio}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +208,7 @@ class Mix:
 
     def __post_init__(self) -> None:
         _within(self, 0.0, 1.0, "probability", "switch")
-        _check(
+        check(
             min(self.mixup, self.cutmix) >= 0 and max(self.mixup, self.cutmix) > 0,
             "mixing needs a positive mixup "
             f"or cutmix alpha, found mixup={self.mixup}, cutmix={self.cutmix}; for none, leave augment.mix None",
@@ -254,7 +250,7 @@ class Supervised:
 
     def __post_init__(self) -> None:
         _within(self, 0.0, 0.999, "smoothing")
-        _check(
+        check(
             self.loss != "binary" or not self.smoothing,
             "smoothing makes every class a yes for the binary loss, "
             f"found smoothing={self.smoothing}; set it to 0, or loss='cross_entropy'",
@@ -294,14 +290,14 @@ class Distilled:
             _within(self, 0.0, 1.0, "weight")
         if self.kind == "hard":
             for name, default in (("temperature", None), ("top_k", None), ("normalisation", "images")):
-                _check(
+                check(
                     getattr(self, name) == default,
                     f"hard distillation has no {name}, found {getattr(self, name)!r}; leave it out, or set kind='soft'",
                 )
-        _check(
+        check(
             self.temperature is None or self.temperature > 0, f"temperature must be positive, found {self.temperature}"
         )
-        _check(self.top_k is None or self.top_k >= 1, f"top_k must be at least 1, found {self.top_k}")
+        check(self.top_k is None or self.top_k >= 1, f"top_k must be at least 1, found {self.top_k}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,13 +336,13 @@ class _Optimizer:
     """Largest norm of all gradients together; None does not clip."""
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             self.lr > 0 and self.per_images >= 1,
             f"lr and per_images must be positive, found lr={self.lr}, per_images={self.per_images}",
         )
-        _check(self.weight_decay >= 0, f"weight_decay can't be negative, found {self.weight_decay}")
-        _check(0 < self.layer_decay <= 1, f"layer_decay must be above 0 and at most 1, found {self.layer_decay}")
-        _check(self.clip is None or self.clip > 0, f"clip must be positive or None, found {self.clip}")
+        check(self.weight_decay >= 0, f"weight_decay can't be negative, found {self.weight_decay}")
+        check(0 < self.layer_decay <= 1, f"layer_decay must be above 0 and at most 1, found {self.layer_decay}")
+        check(self.clip is None or self.clip > 0, f"clip must be positive or None, found {self.clip}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -422,9 +418,9 @@ class Compute:
     """Time between checkpoints; a run that ends or is stopped writes one too."""
 
     def __post_init__(self) -> None:
-        _check(self.accumulate >= 1, f"accumulate must be at least 1, found {self.accumulate}")
-        _check(self.workers is None or self.workers >= 0, f"workers can't be negative, found {self.workers}")
-        _check(self.save_minutes >= 0, f"save_minutes can't be negative, found {self.save_minutes}")
+        check(self.accumulate >= 1, f"accumulate must be at least 1, found {self.accumulate}")
+        check(self.workers is None or self.workers >= 0, f"workers can't be negative, found {self.workers}")
+        check(self.save_minutes >= 0, f"save_minutes can't be negative, found {self.save_minutes}")
 
 
 # --------------------------------------------------------------------------------------------------------- the recipe
@@ -462,61 +458,61 @@ class Recipe:
         token = getattr(model, "distillation_token", False)
         if isinstance(objective, Distilled):
             if objective.token == "distillation":
-                _check(
+                check(
                     token,
                     "distillation through its own token needs a model with one; set "
                     "model.distillation_token=True, or objective.token=class",
                 )
             else:
-                _check(
+                check(
                     not token,
                     "with objective.token=class the distillation token would learn nothing; set "
                     "model.distillation_token=False",
                 )
         if isinstance(objective, MaskedImage):
-            _check(isinstance(model, DeiTConfig), "masked images need a DeiT or ViT model")
-            _check(
+            check(isinstance(model, DeiTConfig), "masked images need a DeiT or ViT model")
+            check(
                 self.augment.mix is None and self.augment.erase is None,
                 "masked images have no labels to mix and every pixel counts; set augment.mix and augment.erase to None",
             )
             rows, columns = model.patch_hw  # type: ignore[union-attr]
-            _check(
+            check(
                 objective.unit % rows == 0 and objective.unit % columns == 0,
                 f"objective.unit={objective.unit} must be a multiple of the patch size {rows}x{columns}",
             )
         if isinstance(objective, Supervised) and objective.cosub:
-            _check(
+            check(
                 getattr(model, "drop_path_rate", 0) > 0,
                 "co-training of submodels needs stochastic depth; set model.drop_path_rate above 0",
             )
-        _check(
+        check(
             model.num_channels in (1, 3), f"images have 1 or 3 channels, found model.num_channels={model.num_channels}"
         )
-        _check(
+        check(
             len(self.data.mean) == model.num_channels,
             f"data.mean has {len(self.data.mean)} entries for {model.num_channels} channels",
         )
-        _check(0.0 <= self.ema < 1.0, f"ema must be at least 0 and below 1, found {self.ema}")
-        _check(self.evaluate.amount > 0, "evaluate must be longer than nothing")
+        check(0.0 <= self.ema < 1.0, f"ema must be at least 0 and below 1, found {self.ema}")
+        check(self.evaluate.amount > 0, "evaluate must be longer than nothing")
         if isinstance(model, ConvNetConfig):
-            _check(
+            check(
                 not self.compute.checkpoint_blocks and not self.start,
                 "the built-in ConvNet has neither checkpoint_blocks nor a start",
             )
-            _check(
+            check(
                 isinstance(self.optim, AdamW | SGD | LAMB) and self.optim.layer_decay == 1,
                 "Muon and layer_decay know the blocks of a transformer; choose AdamW, SGD or LAMB for the ConvNet",
             )
-        _check(self.seed >= 0, f"seed can't be negative, found {self.seed}")
+        check(self.seed >= 0, f"seed can't be negative, found {self.seed}")
 
     def to_dict(self) -> dict[str, Any]:
         """The whole record as JSON types; where a field has alternatives, `kind_of` names the class."""
-        return _record(self)
+        return to_plain(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """The recipe of a `recipe.json`; unknown keys and values of another type are refused by name."""
-        return typing.cast(Recipe, _build(values, cls, "recipe"))
+        return typing.cast(Recipe, from_plain(values, cls, WHOLE))
 
 
 def difference(theirs: Any, ours: Any, path: str = "") -> str:
@@ -566,19 +562,19 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
     record = recipe.to_dict()
     for setting in settings:
         path, equals, text = setting.partition("=")
-        _check(bool(equals), f"--set {setting}: expected FIELD=VALUE, e.g. optim.lr=1e-3")
+        check(bool(equals), f"--set {setting}: expected FIELD=VALUE, e.g. optim.lr=1e-3")
         *owners, last = path.strip().split(".")
         place: Any = record
         for depth, name in enumerate([*owners, last]):
-            _check(
+            check(
                 isinstance(place, dict),
                 f"--set {setting}: {'.'.join(owners[:depth])} is {place!r} and has no "
                 f"field {name!r}; set it as a whole first, e.g. augment.erase=Erase()",
             )
             kind = f": {place['kind_of']}" if depth and "kind_of" in place else ""
-            _known(name, place.keys() - {"kind_of"}, f"--set {setting}{kind}")
+            known(name, place.keys() - {"kind_of"}, f"--set {setting}{kind}")
             place = place[name] if depth < len(owners) else place
-        place[last] = _record(_parse(text.strip(), setting))
+        place[last] = to_plain(_parse(text.strip(), setting))
     return Recipe.from_dict(record)
 
 
@@ -599,122 +595,12 @@ def _parse(text: str, setting: str) -> Any:
 def _called(node: ast.Call, setting: str) -> Any:
     """What a call of one of `_CALLS` makes; its arguments are checked as those of a `recipe.json`."""
     name, where = ast.unparse(node.func), f"--set {setting}"
-    _known(name, _CALLS, where)
+    known(name, _CALLS, where)
     arguments = [_parse(ast.unparse(value), setting) for value in node.args]
     named = {str(keyword.arg): _parse(ast.unparse(keyword.value), setting) for keyword in node.keywords}
     if not is_dataclass(_CALLS[name]):
-        _check(len(arguments) == 1 and not named, f"{where}: expected {name}(NUMBER), e.g. {name}(30)")
-        return _build({"amount": arguments[0], "unit": name}, Duration, f"{where}: {name}")
+        check(len(arguments) == 1 and not named, f"{where}: expected {name}(NUMBER), e.g. {name}(30)")
+        return from_plain({"amount": arguments[0], "unit": name}, Duration, f"{where}: {name}")
     own = [f"{f.name}=..." for f in fields(_CALLS[name])]
-    _check(not arguments, f"{where}: {name} takes its arguments by name: {name}({', '.join(own)})")
-    return _build({key: _record(value) for key, value in named.items()}, _CALLS[name], f"{where}: {name}")
-
-
-def _known(name: str, names: Iterable[str], where: str) -> None:
-    names = sorted(names)
-    if name not in names:
-        close = difflib.get_close_matches(name, names, 1)
-        raise ValueError(
-            f"{where}: there is no {name!r}; "
-            + (f"did you mean {close[0]!r}?" if close else f"there is {', '.join(names)}")
-        )
-
-
-def _record(value: Any, hint: Any = None) -> Any:
-    """A dataclass as JSON types."""
-    if isinstance(value, DeiTConfig | ConvNetConfig):
-        return {key: found for key, found in value.to_dict().items() if key not in ("id2label", "label2id")}
-    if is_dataclass(value):
-        hints = typing.get_type_hints(type(value))
-        record = {f.name: _record(getattr(value, f.name), hints[f.name]) for f in fields(value)}
-        # Without a hint the value is an override, which may change the kind.
-        return record if hint is not None and len(_classes(hint)) < 2 else {**record, "kind_of": type(value).__name__}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _classes(hint: Any) -> list[type]:
-    """The dataclasses among a hint's alternatives."""
-    return [
-        part
-        for part in (typing.get_args(hint) if _is_union(hint) else (hint,))
-        if isinstance(part, type) and is_dataclass(part)
-    ]
-
-
-def _is_union(hint: Any) -> bool:
-    return isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-
-
-def _build(value: Any, hint: Any, path: str) -> Any:
-    """The inverse of `_record`: `value` as `hint` says, or a `ValueError` that names `path`."""
-    if _is_union(hint):
-        if value is None and type(None) in typing.get_args(hint):
-            return None
-        if DeiTConfig in typing.get_args(hint) and isinstance(value, Mapping):
-            kind = ConvNetConfig if value.get("model_type") == ConvNetConfig.model_type else DeiTConfig
-            return _config(value, kind, path)
-        if isinstance(value, Mapping) and (classes := {cls.__name__: cls for cls in _classes(hint)}):
-            name = value.get("kind_of", next(iter(classes)) if len(classes) == 1 else None)
-            _check(name in classes, f"{path}: expected kind_of to be one of {', '.join(classes)}, found {name!r}")
-            return _build(value, classes[str(name)], path)
-        plain = [part for part in typing.get_args(hint) if part is not type(None) and not is_dataclass(part)]
-        _check(
-            len(plain) == 1, f"{path}: expected {' or '.join(cls.__name__ for cls in _classes(hint))}, found {value!r}"
-        )
-        return _build(value, plain[0], path)
-    if is_dataclass(hint):
-        expected = "epochs(NUMBER) or steps(NUMBER)" if hint is Duration else hint.__name__  # type: ignore[union-attr]
-        given = value.get("kind_of", hint.__name__) if isinstance(value, Mapping) else repr(value)  # type: ignore[union-attr]
-        _check(given == hint.__name__, f"{path}: expected {expected}, found {given}")  # type: ignore[union-attr]
-        hints = typing.get_type_hints(hint)
-        for name in value.keys() - {"kind_of"}:
-            _known(name, (f.name for f in fields(hint)), path)
-        missing = [
-            f.name
-            for f in fields(hint)
-            if f.name not in value and f.default is MISSING and f.default_factory is MISSING
-        ]
-        _check(not missing, f"{path}: {' and '.join(missing)} must be given")
-        arguments = {
-            name: _build(found, hints[name], f"{path}.{name}".removeprefix("recipe."))
-            for name, found in value.items()
-            if name != "kind_of"
-        }
-        try:
-            return hint(**arguments)  # type: ignore[operator]
-        except ValueError as error:
-            raise ValueError(str(error) if hint is Recipe else f"{path}: {error}") from None
-    return _plain(value, hint, path)
-
-
-def _config(value: Mapping[str, Any], kind: type[DeiTConfig] | type[ConvNetConfig], path: str) -> Any:
-    """A model's config, with the fields this package does not know refused: in a recipe they are mistakes."""
-    try:
-        config = kind.from_dict({**value, "id2label": {0: "LABEL_0", 1: "LABEL_1"}})
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    _check(not config.extra, f"{path}: there is no field {', '.join(map(repr, config.extra))}")
-    return config
-
-
-def _plain(value: Any, hint: Any, path: str) -> Any:
-    origin = typing.get_origin(hint)
-    if origin is Literal:
-        _check(
-            value in typing.get_args(hint),
-            f"{path}: expected {' or '.join(map(str, typing.get_args(hint)))}, found {value!r}",
-        )
-        return value
-    if origin is tuple:
-        parts = typing.get_args(hint)
-        _check(
-            isinstance(value, list | tuple) and (parts[-1] is Ellipsis or len(value) == len(parts)),
-            f"{path}: expected {'numbers' if parts[-1] is Ellipsis else f'{len(parts)} numbers'}, found {value!r}",
-        )
-        return tuple(_plain(entry, parts[0], path) for entry in value)
-    right = isinstance(value, int | float) if hint is float else isinstance(value, hint)
-    _check(
-        right and (hint is bool or not isinstance(value, bool)), f"{path}: expected {hint.__name__}, found {value!r}"
-    )
-    _check(hint is not float or math.isfinite(value), f"{path}: expected a finite number, found {value!r}")
-    return float(value) if hint is float else value
+    check(not arguments, f"{where}: {name} takes its arguments by name: {name}({', '.join(own)})")
+    return from_plain({key: to_plain(value) for key, value in named.items()}, _CALLS[name], f"{where}: {name}")

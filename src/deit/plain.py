@@ -1,0 +1,138 @@
+"""Frozen dataclasses as JSON types and back, by their type hints.
+
+What a `recipe.json` holds and what `--set` changes go through here, so both refuse the same mistakes by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, Literal
+
+from deit.config import ConvNetConfig, DeiTConfig
+
+WHOLE = "recipe"
+"""The path of the outermost dataclass, which messages leave out."""
+
+
+def check(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def known(name: str, names: Iterable[str], where: str) -> None:
+    """Refuses a name that is not among `names`, with the one that is nearest."""
+    names = sorted(names)
+    if name not in names:
+        close = difflib.get_close_matches(name, names, 1)
+        raise ValueError(
+            f"{where}: there is no {name!r}; "
+            + (f"did you mean {close[0]!r}?" if close else f"there is {', '.join(names)}")
+        )
+
+
+def to_plain(value: Any, hint: Any = None) -> Any:
+    """A dataclass as JSON types.
+
+    Without a `hint` every dataclass names its class under `kind_of`; with one, only where the hint has alternatives.
+    """
+    if isinstance(value, DeiTConfig | ConvNetConfig):
+        return {key: found for key, found in value.to_dict().items() if key not in ("id2label", "label2id")}
+    if is_dataclass(value):
+        hints = typing.get_type_hints(type(value))
+        record = {f.name: to_plain(getattr(value, f.name), hints[f.name]) for f in fields(value)}
+        return record if hint is not None and len(_classes(hint)) < 2 else {**record, "kind_of": type(value).__name__}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _classes(hint: Any) -> list[type]:
+    """The dataclasses among a hint's alternatives."""
+    return [
+        part
+        for part in (typing.get_args(hint) if _is_union(hint) else (hint,))
+        if isinstance(part, type) and is_dataclass(part)
+    ]
+
+
+def _is_union(hint: Any) -> bool:
+    return isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+
+
+def from_plain(value: Any, hint: Any, path: str) -> Any:
+    """The inverse of `to_plain`: what `value` stands for where `hint` is the type.
+
+    Raises `ValueError`, which names the field by its `path`, for what doesn't fit.
+    """
+    if _is_union(hint):
+        if value is None and type(None) in typing.get_args(hint):
+            return None
+        if DeiTConfig in typing.get_args(hint) and isinstance(value, Mapping):
+            kind = ConvNetConfig if value.get("model_type") == ConvNetConfig.model_type else DeiTConfig
+            return _config(value, kind, path)
+        if isinstance(value, Mapping) and (classes := {cls.__name__: cls for cls in _classes(hint)}):
+            name = value.get("kind_of", next(iter(classes)) if len(classes) == 1 else None)
+            check(name in classes, f"{path}: expected kind_of to be one of {', '.join(classes)}, found {name!r}")
+            return from_plain(value, classes[str(name)], path)
+        plain = [part for part in typing.get_args(hint) if part is not type(None) and not is_dataclass(part)]
+        check(
+            len(plain) == 1, f"{path}: expected {' or '.join(cls.__name__ for cls in _classes(hint))}, found {value!r}"
+        )
+        return from_plain(value, plain[0], path)
+    if is_dataclass(hint):
+        expected = getattr(hint, "WRITTEN", hint.__name__)  # type: ignore[union-attr]
+        given = value.get("kind_of", hint.__name__) if isinstance(value, Mapping) else repr(value)  # type: ignore[union-attr]
+        check(given == hint.__name__, f"{path}: expected {expected}, found {given}")  # type: ignore[union-attr]
+        hints = typing.get_type_hints(hint)
+        for name in value.keys() - {"kind_of"}:
+            known(name, (f.name for f in fields(hint)), path)
+        missing = [
+            f.name
+            for f in fields(hint)
+            if f.name not in value and f.default is MISSING and f.default_factory is MISSING
+        ]
+        check(not missing, f"{path}: {' and '.join(missing)} must be given")
+        arguments = {
+            name: from_plain(found, hints[name], f"{path}.{name}".removeprefix(f"{WHOLE}."))
+            for name, found in value.items()
+            if name != "kind_of"
+        }
+        try:
+            return hint(**arguments)  # type: ignore[operator]
+        except ValueError as error:
+            raise ValueError(str(error) if path == WHOLE else f"{path}: {error}") from None
+    return _plain(value, hint, path)
+
+
+def _config(value: Mapping[str, Any], kind: type[DeiTConfig] | type[ConvNetConfig], path: str) -> Any:
+    """A model's config, with the fields this package does not know refused: in a recipe they are mistakes."""
+    try:
+        config = kind.from_dict({**value, "id2label": {0: "LABEL_0", 1: "LABEL_1"}})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    check(not config.extra, f"{path}: there is no field {', '.join(map(repr, config.extra))}")
+    return config
+
+
+def _plain(value: Any, hint: Any, path: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        check(
+            value in typing.get_args(hint),
+            f"{path}: expected {' or '.join(map(str, typing.get_args(hint)))}, found {value!r}",
+        )
+        return value
+    if origin is tuple:
+        parts = typing.get_args(hint)
+        check(
+            isinstance(value, list | tuple) and (parts[-1] is Ellipsis or len(value) == len(parts)),
+            f"{path}: expected {'numbers' if parts[-1] is Ellipsis else f'{len(parts)} numbers'}, found {value!r}",
+        )
+        return tuple(_plain(entry, parts[0], path) for entry in value)
+    right = isinstance(value, int | float) if hint is float else isinstance(value, hint)
+    check(right and (hint is bool or not isinstance(value, bool)), f"{path}: expected {hint.__name__}, found {value!r}")
+    check(hint is not float or math.isfinite(value), f"{path}: expected a finite number, found {value!r}")
+    return float(value) if hint is float else value
