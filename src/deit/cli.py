@@ -585,7 +585,8 @@ def _calibrate(options: argparse.Namespace) -> None:
 def _serve(options: argparse.Namespace) -> None:
     from deit.machine import resolve_device
     from deit.predict.predictor import Predictor
-    from deit.serve.app import MAX_PIXELS, Service, read_keys, serve
+    from deit.serve.limits import MAX_PIXELS, Service, read_keys
+    from deit.serve.server import serve
 
     service = Service(
         max_batch=options.max_batch,

@@ -24,7 +24,8 @@ from deit.image.processor import DeiTImageProcessor
 from deit.model.load import load_model
 from deit.predict import predictor as predict
 from deit.predict.predictor import Predictor
-from deit.serve.app import Service, create_app
+from deit.serve.app import create_app
+from deit.serve.limits import Service
 
 PHOTOS = Path(__file__).parents[3] / "shared/data/imagenet_sample.tar"
 

@@ -40,7 +40,8 @@ pytest.importorskip("fastapi")
 
 from starlette.testclient import TestClient  # noqa: E402
 
-from deit.serve.app import Service, create_app, read_keys  # noqa: E402
+from deit.serve.app import create_app  # noqa: E402
+from deit.serve.limits import Service, read_keys  # noqa: E402
 
 RAW = {"Content-Type": "application/octet-stream"}
 

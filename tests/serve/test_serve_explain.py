@@ -42,8 +42,9 @@ from test_serve import (
     until,
 )
 
-from deit.serve.app import Service, create_app
+from deit.serve.app import create_app
 from deit.serve.batcher import Why
+from deit.serve.limits import Service
 
 EXPLAIN = "/v1/explain"
 

@@ -1,4 +1,4 @@
-"""The HTTP side: what a request is answered, and the life of the server.
+"""The application: what is answered where.
 
 Everything a stranger sends stays in memory, within limits, and ends as an answer or as one sentence:
 `{"error": …}` under a 4xx status, 503 when there is no room, 504 when there was no time.
@@ -8,61 +8,53 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import html
 import io
 import json
-import logging
-import signal
-import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from PIL import Image
+import prometheus_client as prometheus
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deit import host
-from deit.explain.maps import METHODS, Explanation, explained_model, figure, fitted, overlay
-from deit.image import decode
+from deit.explain.maps import Explanation, explained_model, figure, fitted, overlay
 from deit.image.decode import ImageError
 from deit.predict.predictor import Predictor
 from deit.report.markup import data_uri
 from deit.serve.batcher import FORMATS, Batcher, Full, ModelFailed
-
-try:
-    import h11
-    import prometheus_client as prometheus
-    import uvicorn
-    from fastapi import FastAPI, Request, Response
-    from pydantic import BaseModel
-    from starlette.exceptions import HTTPException
-    from starlette.requests import ClientDisconnect
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-
-    from deit.serve.question import (
-        EXPLANATION,
-        METHOD,
-        TOP_K,
-        Bodies,
-        Question,
-        explanation_asked,
-        labels_asked,
-        read_request,
-        refuse,
-        wants_picture,
-    )
-except ImportError as error:
-    raise host.missing(f"serving needs {error.name}", "serve") from None
+from deit.serve.described import (
+    CLASSIFY,
+    EXPLAIN,
+    NOT_EXPLAINED,
+    SAID,
+    Answers,
+    Explained,
+    Failure,
+    ModelCard,
+    api_page,
+)
+from deit.serve.limits import Service
+from deit.serve.question import (
+    EXPLANATION,
+    Bodies,
+    Question,
+    explanation_asked,
+    labels_asked,
+    read_request,
+    refuse,
+    wants_picture,
+)
 
 _Read = TypeVar("_Read")
-
-MAX_PIXELS = 50_000_000
-"""An RGB image of this size takes 150 MB while it is decoded, on each core."""
 
 _GONE = 499  # nobody reads it; for the metrics
 _SIDE = 224  # pixels of the longer side of a picture in an answer, at least
@@ -91,196 +83,6 @@ _PAGES = {
         )
     },
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Service:
-    """The limits of a server."""
-
-    max_batch: int = 32
-    """Images computed together, and images of one request, at most."""
-    max_wait_ms: float = 5.0
-    """Milliseconds that an image waits for others to be computed with."""
-    queue: int = 256
-    """Images decoding or waiting; a request that doesn't fit is answered 503."""
-    max_bytes: int = 20 * 2**20
-    """Largest body of a request, in bytes."""
-    max_pixels: int = MAX_PIXELS
-    """Largest image, in pixels; Pillow sets a limit of its own."""
-    timeout: float = 30.0
-    """Seconds for a request's head to arrive, for its body (408), and for its answer (504)."""
-    keys: tuple[str, ...] = ()
-    """Any of these opens /v1/*; none: open to all."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_batch", "queue", "max_bytes", "max_pixels", "timeout"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
-        if self.max_pixels > decode.MAX_PIXELS:
-            raise ValueError(
-                f"max_pixels must be at most {decode.MAX_PIXELS}, where Pillow refuses an image itself, "
-                f"found {self.max_pixels}"
-            )
-        if self.max_wait_ms < 0:
-            raise ValueError(f"max_wait_ms must be at least 0, found {self.max_wait_ms:g}")
-        if self.queue < self.max_batch:
-            raise ValueError(
-                f"a queue of {self.queue} images can't fill a batch of {self.max_batch}; give a queue of "
-                "at least max_batch"
-            )
-
-
-def read_keys(path: Path) -> tuple[str, ...]:
-    """API keys, one a line. Raises `ValueError` for a file that has none."""
-    keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    if not keys:
-        raise ValueError(f"{path} holds no key; write one on a line")
-    return keys
-
-
-# ---- what the API says, for /openapi.json ------------------------------------------------------------------------
-
-
-class Label(BaseModel):
-    label: str
-    score: float
-
-
-class Result(BaseModel):
-    """Labels, best first; or of one of many images why it has none."""
-
-    labels: list[Label] | None = None
-    sure: bool | None = None
-    error: str | None = None
-
-
-class Answers(BaseModel):
-    model: str
-    results: list[Result]
-
-
-class TokenAnswer(BaseModel):
-    """What a token's own head decides, and what of that is explained; probabilities are not calibrated."""
-
-    token: str
-    label: str
-    probability: float
-    target: str
-    target_probability: float
-
-
-class TokenMap(BaseModel):
-    """How much each patch counts for a token, in rows from the top left, as numbers, in words and as a picture."""
-
-    token: str
-    method: str
-    values: list[list[float]]
-    strongest: str
-    overlay: str
-
-
-class Explained(BaseModel):
-    """Pictures are data: URIs; image_size is the height and width of what the model saw, which the maps cover."""
-
-    model: str
-    image_size: list[int]
-    seen: str
-    answers: list[TokenAnswer]
-    maps: list[TokenMap]
-
-
-class Failure(BaseModel):
-    error: str
-
-
-class CalibrationCard(BaseModel):
-    error_rate: float
-    images: int
-    temperature: float
-    threshold: float
-
-
-class Limits(BaseModel):
-    images: int
-    bytes: int
-    pixels: int
-
-
-class ModelCard(BaseModel):
-    model: str
-    labels: list[str]
-    head: str
-    image_size: list[int]
-    calibration: CalibrationCard | None
-    limits: Limits
-    formats: list[str]
-    key: bool
-    explain: bool
-
-
-_SAID = {
-    400: "The request is malformed.",
-    401: "An API key is needed.",
-    408: "The body came too slowly.",
-    413: "The body is too large, or holds too many images.",
-    415: "The body is of another type.",
-    422: "No image can be read.",
-    503: "No room; try again after Retry-After seconds.",
-    504: "Not answered in time.",
-}
-_NOT_EXPLAINED = {**_SAID, 501: "The model served can't be explained (GET /model says so)."}
-
-
-def _described(most: int | None, fields: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """A request of at most so many images, and of fields, which may also stand in the query, in OpenAPI."""
-    images: dict[str, Any] = {"type": "array", "minItems": 1, **({} if most is None else {"maxItems": most})}
-    schemas = {
-        name: {key: value for key, value in field.items() if key != "description"} for name, field in fields.items()
-    }
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {
-                    "schema": {
-                        "type": "object",
-                        "required": ["images"],
-                        "additionalProperties": False,
-                        "properties": {"images": {**images, "items": {"type": "string", "format": "byte"}}, **schemas},
-                    }
-                },
-                "multipart/form-data": {
-                    "schema": {
-                        "type": "object",
-                        "properties": {"image": {**images, "items": {"type": "string", "format": "binary"}}, **schemas},
-                    }
-                },
-                **{
-                    kind: {"schema": {"type": "string", "format": "binary"}}
-                    for kind in ("image/*", "application/octet-stream")
-                },
-            },
-        },
-        "parameters": [
-            {"name": name, "in": "query", "description": field["description"], "schema": schemas[name]}
-            for name, field in fields.items()
-        ],
-    }
-
-
-_CLASSIFY = _described(
-    None, {"top_k": {"type": "integer", "minimum": 1, "default": TOP_K, "description": "Labels for each image."}}
-)
-_EXPLAIN = _described(
-    1,
-    {
-        "method": {"type": "string", "enum": list(METHODS), "default": METHOD, "description": "How the maps are made."},
-        "target": {
-            "type": "string",
-            "description": "Label to explain; without it what each token\u2019s head decides.",
-        },
-    },
-)
 
 
 class _Json(Response):
@@ -570,12 +372,10 @@ def create_app(predictor: Predictor, service: Service, name: str) -> FastAPI:
     )
     app.state.routes = routes
     app.add_middleware(_Outermost, metrics=routes.metrics)
-    app.post("/v1/classify", response_model=Answers, responses=_failures(_SAID), openapi_extra=_CLASSIFY)(
-        routes.classify
-    )
+    app.post("/v1/classify", response_model=Answers, responses=_failures(SAID), openapi_extra=CLASSIFY)(routes.classify)
     picture: dict[int | str, Any] = {200: {"content": {"image/png": {}}}}
     app.post(
-        "/v1/explain", response_model=Explained, responses=picture | _failures(_NOT_EXPLAINED), openapi_extra=_EXPLAIN
+        "/v1/explain", response_model=Explained, responses=picture | _failures(NOT_EXPLAINED), openapi_extra=EXPLAIN
     )(routes.explain)
     app.get("/model", response_model=ModelCard)(routes.model)
     app.get("/healthz")(routes.healthz)
@@ -583,7 +383,7 @@ def create_app(predictor: Predictor, service: Service, name: str) -> FastAPI:
     app.get("/metrics")(routes.metrics_text)
     for path, (file, kind) in _PAGES.items():
         app.get(path, include_in_schema=False)(_sends(file.read_bytes(), kind))
-    app.get("/api", include_in_schema=False)(_sends(_api_page(app.openapi()).encode(), "text/html"))
+    app.get("/api", include_in_schema=False)(_sends(api_page(app.openapi()).encode(), "text/html"))
     return app
 
 
@@ -596,96 +396,3 @@ def _sends(content: bytes, kind: str) -> Callable[[], Any]:
         return Response(content, media_type=kind)
 
     return send
-
-
-def _api_page(described: dict[str, Any]) -> str:
-    rows = []
-    for path, methods in described["paths"].items():
-        for method, operation in methods.items():
-            kinds = ", ".join(operation.get("requestBody", {}).get("content", {}))
-            said = "".join(
-                f"<li>{status}: {html.escape(answer['description'])}</li>"
-                for status, answer in operation["responses"].items()
-            )
-            rows.append(
-                f"<h2><code>{method.upper()} {html.escape(path)}</code></h2>"
-                f"<p>{html.escape(operation.get('description', ''))}</p>"
-                + (f"<p>Takes {html.escape(kinds)}.</p>" if kinds else "")
-                + f"<ul>{said}</ul>"
-            )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>deit: the API</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        '<link rel="stylesheet" href="/shown.css"><link rel="stylesheet" href="/page.css"></head><body><main>'
-        "<h1>The API</h1>"
-        '<p>In full: <a href="/openapi.json">openapi.json</a>. To try it: <a href="/">the page</a>.</p>'
-        f"{''.join(rows)}</main></body></html>"
-    )
-
-
-# ---- the server --------------------------------------------------------------------------------------------------
-
-
-def _prompt(seconds: float) -> type[H11Protocol]:
-    """Connections that end when the head of a request takes longer; uvicorn alone, which times only what is idle after
-    an answer, waits for ever."""
-
-    class Connection(H11Protocol):
-        late: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._time()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self._time()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            super().connection_lost(exc)
-            if self.late:
-                self.late.cancel()
-
-        def _time(self) -> None:
-            incomplete = self.conn.their_state is h11.IDLE
-            if incomplete and not self.late:
-                self.late = self.loop.call_later(seconds, self.transport.close)
-            elif not incomplete and self.late:
-                self.late.cancel()
-                self.late = None
-
-    return Connection
-
-
-def serve(
-    predictor: Predictor, service: Service, name: str, *, host: str, port: int, listening: Callable[[str], object]
-) -> None:
-    """Serves until SIGTERM or Ctrl-C, then takes no more connections, finishes what came, and returns.
-
-    `listening` is told the address once connections are taken. Port 0: any free one. Raises `OSError` where the
-    address is not to be had.
-    """
-    height, width = predictor.config.image_hw
-    predictor([Image.new("RGB", (width, height))])  # the first takes longest, and fails for a head that isn't there
-    with socket.create_server(
-        (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
-    ) as listener:
-        logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-        logging.getLogger("uvicorn").setLevel(logging.ERROR)  # below that it tells of every client's mistake
-        server = uvicorn.Server(
-            uvicorn.Config(
-                create_app(predictor, service, name),
-                http=_prompt(service.timeout),
-                ws="none",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_graceful_shutdown=int(2 * service.timeout) + 1,
-            )
-        )
-        # uvicorn raises the signal again after its end; this makes that end the exit status 0.
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        shown = f"[{host}]" if ":" in host else host
-        listening(f"http://{shown}:{listener.getsockname()[1]}")
-        server.run(sockets=[listener])

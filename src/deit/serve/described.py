@@ -1,0 +1,179 @@
+"""What the API says of itself: its answers and requests, for /openapi.json and for the page /api."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+from pydantic import BaseModel
+
+from deit.explain.maps import METHODS
+from deit.serve.question import METHOD, TOP_K
+
+
+class Label(BaseModel):
+    label: str
+    score: float
+
+
+class Result(BaseModel):
+    """Labels, best first; or of one of many images why it has none."""
+
+    labels: list[Label] | None = None
+    sure: bool | None = None
+    error: str | None = None
+
+
+class Answers(BaseModel):
+    model: str
+    results: list[Result]
+
+
+class TokenAnswer(BaseModel):
+    """What a token's own head decides, and what of that is explained; probabilities are not calibrated."""
+
+    token: str
+    label: str
+    probability: float
+    target: str
+    target_probability: float
+
+
+class TokenMap(BaseModel):
+    """How much each patch counts for a token, in rows from the top left, as numbers, in words and as a picture."""
+
+    token: str
+    method: str
+    values: list[list[float]]
+    strongest: str
+    overlay: str
+
+
+class Explained(BaseModel):
+    """Pictures are data: URIs; image_size is the height and width of what the model saw, which the maps cover."""
+
+    model: str
+    image_size: list[int]
+    seen: str
+    answers: list[TokenAnswer]
+    maps: list[TokenMap]
+
+
+class Failure(BaseModel):
+    error: str
+
+
+class CalibrationCard(BaseModel):
+    error_rate: float
+    images: int
+    temperature: float
+    threshold: float
+
+
+class Limits(BaseModel):
+    images: int
+    bytes: int
+    pixels: int
+
+
+class ModelCard(BaseModel):
+    model: str
+    labels: list[str]
+    head: str
+    image_size: list[int]
+    calibration: CalibrationCard | None
+    limits: Limits
+    formats: list[str]
+    key: bool
+    explain: bool
+
+
+SAID = {
+    400: "The request is malformed.",
+    401: "An API key is needed.",
+    408: "The body came too slowly.",
+    413: "The body is too large, or holds too many images.",
+    415: "The body is of another type.",
+    422: "No image can be read.",
+    503: "No room; try again after Retry-After seconds.",
+    504: "Not answered in time.",
+}
+NOT_EXPLAINED = {**SAID, 501: "The model served can't be explained (GET /model says so)."}
+
+
+def _described(most: int | None, fields: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A request of at most so many images, and of fields, which may also stand in the query, in OpenAPI."""
+    images: dict[str, Any] = {"type": "array", "minItems": 1, **({} if most is None else {"maxItems": most})}
+    schemas = {
+        name: {key: value for key, value in field.items() if key != "description"} for name, field in fields.items()
+    }
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {
+                    "schema": {
+                        "type": "object",
+                        "required": ["images"],
+                        "additionalProperties": False,
+                        "properties": {"images": {**images, "items": {"type": "string", "format": "byte"}}, **schemas},
+                    }
+                },
+                "multipart/form-data": {
+                    "schema": {
+                        "type": "object",
+                        "properties": {"image": {**images, "items": {"type": "string", "format": "binary"}}, **schemas},
+                    }
+                },
+                **{
+                    kind: {"schema": {"type": "string", "format": "binary"}}
+                    for kind in ("image/*", "application/octet-stream")
+                },
+            },
+        },
+        "parameters": [
+            {"name": name, "in": "query", "description": field["description"], "schema": schemas[name]}
+            for name, field in fields.items()
+        ],
+    }
+
+
+CLASSIFY = _described(
+    None, {"top_k": {"type": "integer", "minimum": 1, "default": TOP_K, "description": "Labels for each image."}}
+)
+EXPLAIN = _described(
+    1,
+    {
+        "method": {"type": "string", "enum": list(METHODS), "default": METHOD, "description": "How the maps are made."},
+        "target": {
+            "type": "string",
+            "description": "Label to explain; without it what each token\u2019s head decides.",
+        },
+    },
+)
+
+
+def api_page(described: dict[str, Any]) -> str:
+    """The page /api, from the OpenAPI description."""
+    rows = []
+    for path, methods in described["paths"].items():
+        for method, operation in methods.items():
+            kinds = ", ".join(operation.get("requestBody", {}).get("content", {}))
+            said = "".join(
+                f"<li>{status}: {html.escape(answer['description'])}</li>"
+                for status, answer in operation["responses"].items()
+            )
+            rows.append(
+                f"<h2><code>{method.upper()} {html.escape(path)}</code></h2>"
+                f"<p>{html.escape(operation.get('description', ''))}</p>"
+                + (f"<p>Takes {html.escape(kinds)}.</p>" if kinds else "")
+                + f"<ul>{said}</ul>"
+            )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>deit: the API</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        '<link rel="stylesheet" href="/shown.css"><link rel="stylesheet" href="/page.css"></head><body><main>'
+        "<h1>The API</h1>"
+        '<p>In full: <a href="/openapi.json">openapi.json</a>. To try it: <a href="/">the page</a>.</p>'
+        f"{''.join(rows)}</main></body></html>"
+    )

@@ -1,0 +1,56 @@
+"""What a server takes: the limits that its owner sets, and the keys that open it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from deit.image import decode
+
+MAX_PIXELS = 50_000_000
+"""An RGB image of this size takes 150 MB while it is decoded, on each core."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """The limits of a server."""
+
+    max_batch: int = 32
+    """Images computed together, and images of one request, at most."""
+    max_wait_ms: float = 5.0
+    """Milliseconds that an image waits for others to be computed with."""
+    queue: int = 256
+    """Images decoding or waiting; a request that doesn't fit is answered 503."""
+    max_bytes: int = 20 * 2**20
+    """Largest body of a request, in bytes."""
+    max_pixels: int = MAX_PIXELS
+    """Largest image, in pixels; Pillow sets a limit of its own."""
+    timeout: float = 30.0
+    """Seconds for a request's head to arrive, for its body (408), and for its answer (504)."""
+    keys: tuple[str, ...] = ()
+    """Any of these opens /v1/*; none: open to all."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "queue", "max_bytes", "max_pixels", "timeout"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
+        if self.max_pixels > decode.MAX_PIXELS:
+            raise ValueError(
+                f"max_pixels must be at most {decode.MAX_PIXELS}, where Pillow refuses an image itself, "
+                f"found {self.max_pixels}"
+            )
+        if self.max_wait_ms < 0:
+            raise ValueError(f"max_wait_ms must be at least 0, found {self.max_wait_ms:g}")
+        if self.queue < self.max_batch:
+            raise ValueError(
+                f"a queue of {self.queue} images can't fill a batch of {self.max_batch}; give a queue of "
+                "at least max_batch"
+            )
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """API keys, one a line. Raises `ValueError` for a file that has none."""
+    keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not keys:
+        raise ValueError(f"{path} holds no key; write one on a line")
+    return keys

@@ -1,0 +1,90 @@
+"""The life of a server: from the socket to the end of the last answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import h11
+import uvicorn
+from PIL import Image
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from deit.predict.predictor import Predictor
+from deit.serve.app import create_app
+from deit.serve.limits import Service
+
+
+def _prompt(seconds: float) -> type[H11Protocol]:
+    """Connections that end when the head of a request takes longer than `seconds`.
+
+    uvicorn alone would wait for ever: it times only connections that are idle after an answer.
+    """
+
+    class Connection(H11Protocol):
+        late: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._time()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._time()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            if self.late:
+                self.late.cancel()
+
+        def _time(self) -> None:
+            incomplete = self.conn.their_state is h11.IDLE
+            if incomplete and not self.late:
+                self.late = self.loop.call_later(seconds, self.transport.close)
+            elif not incomplete and self.late:
+                self.late.cancel()
+                self.late = None
+
+    return Connection
+
+
+def serve(
+    predictor: Predictor, service: Service, name: str, *, host: str, port: int, listening: Callable[[str], object]
+) -> None:
+    """Serves until SIGTERM or Ctrl-C, then takes no more connections, answers what came before, and returns.
+
+    Args:
+        predictor, service, name: as for `create_app`.
+        host, port: the address; port 0 is any free one.
+        listening: is called with the address once connections are taken.
+
+    Raises `OSError` if the address can't be used.
+    """
+    height, width = predictor.config.image_hw
+    predictor([Image.new("RGB", (width, height))])  # the first takes longest, and fails for a head that the model lacks
+    with socket.create_server(
+        (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+    ) as listener:
+        logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+        logging.getLogger("uvicorn").setLevel(logging.ERROR)  # below that it tells of every client's mistake
+        server = uvicorn.Server(
+            uvicorn.Config(
+                create_app(predictor, service, name),
+                http=_prompt(service.timeout),
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=int(2 * service.timeout) + 1,
+            )
+        )
+        # uvicorn raises the signal again after its end; this makes that end the exit status 0.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        shown = f"[{host}]" if ":" in host else host
+        listening(f"http://{shown}:{listener.getsockname()[1]}")
+        server.run(sockets=[listener])
