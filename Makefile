@@ -58,7 +58,8 @@ bench: .venv/installed-bench      ## speed beside timm, transformers and keras-h
 	touch $@
 
 .venv/installed-test: .venv/installed
-	$(INSTALL) --editable '.[test]'
+	$(INSTALL) --upgrade 'pip>=25.1'  # knows dependency groups
+	$(INSTALL) --editable '.[export,hub,keras,parquet,quickstart,serve,teachers]' --group dev
 	touch $@
 
 # keras-hub asks for tensorflow-text, which brings a second TensorFlow, and more that its DeiT works without.
