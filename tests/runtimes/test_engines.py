@@ -17,9 +17,10 @@ from deit.cli import main
 from deit.config import VARIANTS
 from deit.evaluate.calibration import Calibration, HeadCalibration
 from deit.explain.maps import explain, explain_file
-from deit.export import write as exporting
+from deit.export import cache as exporting
+from deit.export.cache import cached_engine
 from deit.export.engines import load_engine
-from deit.export.write import cached_engine, export
+from deit.export.write import export
 from deit.image.processor import DeiTImageProcessor
 from deit.model.load import load_model
 from deit.predict import predictor as predict
@@ -95,8 +96,8 @@ def test_engines_agree_on_a_trained_folder(distilled, photos, monkeypatch, engin
 
 def test_a_model_is_exported_once_and_again_where_it_changed(distilled, photos, cache, monkeypatch):
     written = []
-    write = exporting._write_float
-    monkeypatch.setattr(exporting, "_write_float", lambda *given: written.append(given[1]) or write(*given))
+    write = exporting.write_float
+    monkeypatch.setattr(exporting, "write_float", lambda *given: written.append(given[1]) or write(*given))
     first = Predictor(distilled, engine="onnx")(photos)
     assert Predictor(distilled, engine="onnx")(photos) == first
     assert written == ["onnx"]
@@ -119,20 +120,20 @@ def test_a_model_is_exported_once_and_again_where_it_changed(distilled, photos, 
 
 
 def test_two_that_export_at_once_both_have_their_engine(distilled, cache, monkeypatch):
-    write, calls = exporting._write_float, []
+    write, calls = exporting.write_float, []
 
     def late(*given):
         """Another process is quicker."""
         calls.append(given)
         if len(calls) == 1:
             cached_engine(model, processor, "onnx", "m")
-            monkeypatch.setattr(exporting, "_refuse_occupied", refuse)
+            monkeypatch.setattr(exporting, "refuse_occupied", refuse)
         return write(*given)
 
     def refuse(folder):
         raise FileExistsError(folder)
 
-    monkeypatch.setattr(exporting, "_write_float", late)
+    monkeypatch.setattr(exporting, "write_float", late)
     model = load_model(distilled)
     processor = DeiTImageProcessor.of_model(distilled, model.config)
     engine = cached_engine(model, processor, "onnx", "m")

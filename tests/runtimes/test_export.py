@@ -23,8 +23,11 @@ from deit import files
 from deit.cli import _parser, main
 from deit.config import VARIANTS, ConvNetConfig, DeiTConfig
 from deit.data.folders import write_digits
-from deit.export import engines, write
+from deit.export import checking, engines, formats, write
+from deit.export.checking import Examples
 from deit.export.engines import ENGINES, Engine, load_engine
+from deit.export.subject import Classifier
+from deit.export.web import Page
 from deit.image.processor import DeiTImageProcessor
 from deit.model.convnet import ConvNet
 from deit.model.load import load_model
@@ -39,12 +42,12 @@ OUTPUTS = {kind: ["logits", *(["cls_logits", "distillation_logits"] if kind == "
 
 
 def needs(to):
-    for package in write._PACKAGES[to]:
+    for package in formats._PACKAGES[to]:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{to} needs {package}, which is not installed")
     if to == "web":
         try:
-            write.Page()
+            Page()
         except FileNotFoundError as error:
             pytest.skip(str(error))
 
@@ -143,7 +146,7 @@ def test_every_format_answers_as_the_model(models, exported, to, kind):
     )
     assert done.record["input"]["shape"] == [None, 3, *model.config.image_hw]
     assert done.record["agreement"]["labels"] == 1.0
-    assert 0 <= done.record["agreement"]["difference"] <= write.TOLERANCE
+    assert 0 <= done.record["agreement"]["difference"] <= formats.TOLERANCE
 
 
 @pytest.mark.parametrize("to", FLOAT)
@@ -164,7 +167,7 @@ def test_the_folder_is_whole(models, tmp_path, to):
     assert DeiTImageProcessor.from_pretrained(folder) == DeiTImageProcessor.from_pretrained(models / "convnet")
     (folder.parent / "ordinary").mkdir()
     assert folder.stat().st_mode == (folder.parent / "ordinary").stat().st_mode  # not for its owner alone
-    assert set(done.record["versions"]) == {"deit", "torch", *write._PACKAGES[to]}
+    assert set(done.record["versions"]) == {"deit", "torch", *formats._PACKAGES[to]}
 
 
 def test_pictures_to_logits(models, exported):
@@ -186,9 +189,9 @@ def test_openvino_keeps_attention_in_one_operation(models, exported):
 
 def test_openvino_weights_are_halved_only_where_that_agrees(models, tmp_path, monkeypatch):
     needs("openvino")
-    monkeypatch.setattr(write, "TOLERANCE", 1.0)
+    monkeypatch.setattr(formats, "TOLERANCE", 1.0)
     loose = write.export(models / "convnet", "openvino", tmp_path / "loose")
-    monkeypatch.setattr(write, "TOLERANCE", 1e-6)
+    monkeypatch.setattr(formats, "TOLERANCE", 1e-6)
     strict = write.export(models / "convnet", "openvino", tmp_path / "strict")
     assert (loose.record["weights"], strict.record["weights"]) == ("float16", "float32")
     sizes = [(tmp_path / name / "model.bin").stat().st_size for name in ("loose", "strict")]
@@ -335,11 +338,11 @@ def test_preprocessing_that_does_not_fit_is_refused(tmp_path):
 
 @pytest.mark.parametrize("to", ["onnx", "openvino", *INT8])
 def test_a_missing_package_is_named(models, tmp_path, monkeypatch, to):
-    package = write._PACKAGES[to][-1]
+    package = formats._PACKAGES[to][-1]
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    for name in write._PACKAGES[to][:-1]:
+    for name in formats._PACKAGES[to][:-1]:
         monkeypatch.setitem(sys.modules, name, sys.modules.get(name) or type(sys)(name))
     with raises_saying(ImportError, package, 'pip install "deit[export]"'):
         write.export(models / "plain", to, tmp_path / "out", calibrate=tmp_path)
@@ -511,10 +514,10 @@ def test_int8_keeps_the_accuracy_and_reports_it(digits, tmp_path, to, kind):
 @pytest.mark.parametrize("to", INT8)
 def test_int8_that_costs_too_much_is_refused_with_the_layers_to_blame(digits, tmp_path, monkeypatch, to):
     needs(to)
-    monkeypatch.setattr(write, "LOSS", -1.0)
-    monkeypatch.setattr(write, "_CALIBRATED", 20)
-    monkeypatch.setattr(write, "_SHARES", (0.0, 0.5))
-    monkeypatch.setattr(write, "by_sensitivity", lambda *_: ["features.4", "classifier"])
+    monkeypatch.setattr(formats, "LOSS", -1.0)
+    monkeypatch.setattr(checking, "_CALIBRATED", 20)
+    monkeypatch.setattr(formats, "_SHARES", (0.0, 0.5))
+    monkeypatch.setattr(formats, "by_sensitivity", lambda *_: ["features.4", "classifier"])
     with raises_saying(
         ValueError,
         f"{to} was not kept",
@@ -533,18 +536,18 @@ def test_layers_that_8_bits_hurt_stay_in_float(digits, tmp_path, monkeypatch, to
     needs(to)
     name = "features.4"
     attempts = []
-    monkeypatch.setattr(write, "_CALIBRATED", 20)
-    monkeypatch.setattr(write, "by_sensitivity", lambda *_: [name, *(f"other{i}" for i in range(7))])
-    monkeypatch.setattr(write, "_SHARES", (0.0, 1 / 8))
-    monkeypatch.setattr(write, "LOSS", 0.05)
-    quantise = {"onnx-int8": "_quantised_onnx", "openvino-int8": "_quantised_openvino"}[to]
-    real = getattr(write, quantise)
+    monkeypatch.setattr(checking, "_CALIBRATED", 20)
+    monkeypatch.setattr(formats, "by_sensitivity", lambda *_: [name, *(f"other{i}" for i in range(7))])
+    monkeypatch.setattr(formats, "_SHARES", (0.0, 1 / 8))
+    monkeypatch.setattr(formats, "LOSS", 0.05)
+    quantise = {"onnx-int8": "_quantise_onnx", "openvino-int8": "_quantise_openvino"}[to]
+    real = getattr(formats, quantise)
 
     def counted(classifier, folder, calibration, kept):
         attempts.append(list(kept))
         real(classifier, folder, calibration, kept)
 
-    monkeypatch.setattr(write, quantise, counted)
+    monkeypatch.setattr(formats, quantise, counted)
     tampering(monkeypatch, lambda answers: answers if attempts[-1] else {k: -v for k, v in answers.items()})
     done = write.export(digits / "convnet", to, tmp_path / "out", calibrate=digits / "data")
     assert attempts == [[], [name]]
@@ -555,37 +558,37 @@ def test_layers_that_8_bits_hurt_stay_in_float(digits, tmp_path, monkeypatch, to
 
 
 def test_layers_are_ranked_by_what_8_bits_do_to_the_logits(digits):
-    classifier = write._Classifier.of(digits / "distilled")
-    examples = write._Examples(digits / "data", classifier)
-    calibration = examples.pixels(write._spread(examples.calibration, 8))
+    classifier = Classifier.of(digits / "distilled")
+    examples = Examples(digits / "data", classifier)
+    calibration = examples.pixels(checking._spread(examples.calibration, 8))
     model = classifier.model
     layers = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert sorted(write.by_sensitivity(classifier.logits, classifier.layers(), calibration)) == sorted(layers)
+    assert sorted(formats.by_sensitivity(classifier.logits, classifier.layers(), calibration)) == sorted(layers)
     with torch.no_grad():  # one input of the layer outweighs all others, and meets weights of zero
         block = model.deit.blocks[1]
         block.norm2.weight[0], block.norm2.bias[0], block.mlp.fc1.weight[:, 0] = 0.0, 1e4, 0.0
-    assert write.by_sensitivity(classifier.logits, classifier.layers(), calibration)[0] == "deit.blocks.1.mlp.fc1"
+    assert formats.by_sensitivity(classifier.logits, classifier.layers(), calibration)[0] == "deit.blocks.1.mlp.fc1"
     after = model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before if "blocks.1" not in name)
 
 
 def test_examples_without_splits_are_divided(models, tmp_path):
-    classifier = write._Classifier.of(models / "plain")
+    classifier = Classifier.of(models / "plain")
     photos(tmp_path, classes=("bee", "eel"), count=4, split="all")
-    examples = write._Examples(tmp_path / "all", classifier)
+    examples = Examples(tmp_path / "all", classifier)
     assert [path.name for path in examples.judged.files] == ["1.png", "3.png"] * 2
     assert [path.name for path in examples.calibration.files] == ["0.png", "2.png"] * 2
     assert examples.judged.labels == (1, 1, 4, 4)
     photos(tmp_path / "half", classes=("bee", "eel"), count=4)
-    halves = write._Examples(tmp_path / "half", classifier)
+    halves = Examples(tmp_path / "half", classifier)
     assert (len(halves.judged), len(halves.calibration)) == (4, 4)
     assert halves.source == f"{tmp_path / 'half'}, every other image of train"
     (tmp_path / "list.csv").write_text(f"path,label\n{tmp_path}/all/bee/0.png,bee\n")
     with raises_saying(ValueError, "single image"):
-        write._Examples(tmp_path / "list.csv", classifier)
+        Examples(tmp_path / "list.csv", classifier)
     with raises_saying(ValueError, "no class 'yak'"):
-        write._Examples(photos(tmp_path / "other", classes=("yak",), split="test"), classifier)
+        Examples(photos(tmp_path / "other", classes=("yak",), split="test"), classifier)
 
 
 # ------------------------------------------------------------------------------------------------------------- command
@@ -599,7 +602,7 @@ def test_the_command(models, tmp_path, capsys):
     assert "deit export: onnx-int8 needs images" in capsys.readouterr().err
     [verbs] = [action for action in _parser()._actions if action.dest == "verb"]
     [to] = [action for action in verbs.choices["export"]._actions if action.dest == "to"]
-    assert set(to.choices) == set(get_args(write.Format)) == set(ENGINES)
+    assert set(to.choices) == set(get_args(formats.Format)) == set(ENGINES)
 
 
 def keys_of(value, path=""):

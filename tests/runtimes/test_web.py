@@ -24,7 +24,7 @@ from test_export import KINDS, OUTPUTS, model_of, pixels_for, tampering
 import deit
 from deit import files
 from deit.evaluate.calibration import Calibration, HeadCalibration
-from deit.export import web
+from deit.export import formats, web
 from deit.export import write as export
 from deit.export.web import Page
 from deit.image.decode import load_image
@@ -113,7 +113,7 @@ def test_the_page_answers_as_the_model(page, models, exported, kind):
             for name, values in found.items():
                 torch.testing.assert_close(torch.from_numpy(values), expected[name], rtol=1e-5, atol=1e-5)
     assert done.record["agreement"]["labels"] == 1.0
-    assert 0 <= done.record["agreement"]["difference"] <= export.TOLERANCE
+    assert 0 <= done.record["agreement"]["difference"] <= formats.TOLERANCE
     assert done.record["preprocessing"] == {"images": 32, "difference": 0.0}
 
 
@@ -343,7 +343,7 @@ def test_options_that_the_page_does_not_do_are_refused(page, models, tmp_path, m
     with raises_saying(ValueError, "data_format is channels_last"):
         web.refuse_undone(DeiTImageProcessor(data_format="channels_last"))
     web.refuse_undone(DeiTImageProcessor(do_resize=False, resample="nearest"))
-    monkeypatch.setattr(export, "_ONNX_BYTES", 1000)
+    monkeypatch.setattr(formats, "_ONNX_BYTES", 1000)
     with raises_saying(ValueError, models / "convnet", "more than the 2 GiB"):
         export.export(models / "convnet", "web", tmp_path / "out")
     assert not (tmp_path / "out").exists()

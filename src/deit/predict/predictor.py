@@ -19,8 +19,8 @@ from PIL import Image
 from deit import files
 from deit.config import ConvNetConfig, DeiTConfig
 from deit.evaluate.calibration import Calibration
+from deit.export.cache import cached_engine
 from deit.export.engines import RECORD, Engine, load_engine, read_record
-from deit.export.write import cached_engine
 from deit.host import cores
 from deit.image.decode import ImageError
 from deit.image.processor import DeiTImageProcessor

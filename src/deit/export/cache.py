@@ -1,0 +1,78 @@
+"""Classifiers in another runtime, written the first time and kept in this user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from contextlib import suppress
+from typing import Any, Literal
+
+import torch
+
+from deit import files
+from deit.export.checking import Checked
+from deit.export.engines import RECORD, Engine, load_engine
+from deit.export.formats import import_packages, versions, write_float
+from deit.export.subject import Classifier
+from deit.export.write import refuse_occupied
+from deit.image.processor import DeiTImageProcessor
+
+_KEPT = 30 * 24 * 60 * 60
+"""Seconds that an unused folder of the cache stays."""
+
+
+def cached_engine(model: Any, processor: DeiTImageProcessor, to: Literal["onnx", "openvino"], name: str) -> Engine:
+    """A trained classifier in another runtime, in the precision that is the runtime's own.
+
+    The first time, it is written and checked as by `export`, into a folder of this user's cache that is named after the
+    content of the model. Folders that were not used for a month are removed then.
+
+    Args:
+        model, processor: of a trained folder, `load_model` and `DeiTImageProcessor.of_model`.
+        name: how messages call the model.
+
+    Raises as `export` does.
+    """
+    import_packages(to)
+    folder = files.cache_folder("engines") / f"{to}-{_digest(model, to)}"
+    try:
+        engine = load_engine(folder)
+    except FileNotFoundError:
+        pass
+    except files.CheckpointError:
+        shutil.rmtree(folder)
+    else:
+        with suppress(OSError):  # another user's, or read-only
+            os.utime(folder)
+        return engine
+    classifier = Classifier(model, processor, name)
+    written: Engine | None = None
+    try:
+        with files.replacing_folder(folder, check=refuse_occupied) as temporary:
+            files.write_json(temporary / "config.json", model.config.to_dict())
+            processor.save_pretrained(temporary)
+            files.write_json(
+                temporary / RECORD, write_float(classifier, to, temporary, Checked(classifier, None)).to_dict()
+            )
+            written = load_engine(temporary)
+    except OSError:
+        if written is None:
+            raise  # otherwise another process was quicker, and this one has what it needs
+    for other in folder.parent.iterdir():
+        if time.time() - other.stat().st_mtime > _KEPT:
+            shutil.rmtree(other, ignore_errors=True)
+    assert written is not None
+    written.folder = folder
+    return written
+
+
+def _digest(model: Any, to: Literal["onnx", "openvino"]) -> str:
+    """Hash of everything that decides what the exported file holds."""
+    found = hashlib.sha256(json.dumps([versions(to), model.config.to_dict()], sort_keys=True).encode())
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:32]

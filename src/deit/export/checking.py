@@ -1,0 +1,151 @@
+"""What a written file is held to: images, with the PyTorch model's answers to them.
+
+B images, C channels, H rows, W columns, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from deit.data.batches import Batch, EvaluationBatches
+from deit.data.folders import SPLITS, Split, matched, read_examples
+from deit.evaluate.scores import Accuracy
+from deit.export.engines import Engine
+from deit.export.subject import Classifier
+from deit.image.decode import ImageError, load_image
+
+_CHECKED = {"random": 16, "real": 64}
+"""Number of images of the check."""
+_SIZES = (1, 3)
+"""Sizes of the batches that the check uses, in turn."""
+_CALIBRATED = 300
+"""Largest number of images that the ranges of int8 are taken from."""
+_JUDGED_BATCH = 16
+
+
+class Examples:
+    """Labelled images: some for the ranges of int8, the others to be judged by."""
+
+    def __init__(self, data: str | Path, classifier: Classifier):
+        self.data, self.processor = data, classifier.processor
+        present = {split for split, names in SPLITS.items() if any((Path(data) / name).is_dir() for name in names)}
+        split = "train" if present == {"train"} else None
+        examples, found = read_examples(data, split)
+        whole = matched(examples, classifier.classes)
+        if "train" in present and split is None:
+            self.judged, calibration = whole, matched(read_examples(data, "train")[0], classifier.classes)
+            self.source = f"{data}, {found}"
+        else:
+            calibration, self.judged = (whole.take(range(first, len(whole), 2)) for first in (0, 1))
+            self.source = f"{data}, every other image" + (f" of {found}" if found else "")
+        if not len(self.judged):
+            raise ValueError(f"{data} has a single image; give at least two, better some hundreds")
+        self.calibration = _spread(calibration, _CALIBRATED)
+
+    def pixels(self, split: Split) -> list[np.ndarray]:
+        """(1, C, H, W) of each image that can be read."""
+        return [
+            batch.pixels.numpy()
+            for batch in EvaluationBatches(split, self.processor, 1, keep=False)
+            if batch.labels[0] >= 0
+        ]
+
+    def batches(self) -> EvaluationBatches:
+        """Batches of the images that judge int8; they can be iterated any number of times."""
+        return EvaluationBatches(self.judged, self.processor, _JUDGED_BATCH)
+
+
+def _spread(split: Split, count: int) -> Split:
+    """At most `count` images, evenly spread."""
+    return split.take(np.unique(np.linspace(0, len(split) - 1, count).round().astype(int)).tolist())
+
+
+def _pictures(count: int) -> list[Image.Image]:
+    """Random colours, coarse enough to survive the resize, in frames of several shapes."""
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(count):
+        rows, columns, height, width = (int(n) for n in random.integers((2, 2, 48, 48), (17, 17, 321, 321)))
+        colours = random.integers(0, 256, (rows, columns, 3)).astype(np.uint8)
+        found.append(Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC))
+    return found
+
+
+@dataclass(frozen=True)
+class Agreement:
+    images: int
+    labels: float
+    """Share of the images to which every output gives the same class."""
+    difference: float
+    """Largest difference of a probability."""
+
+
+class Checked:
+    """Images with the PyTorch model's answers, which a runtime's answers must equal."""
+
+    def __init__(self, classifier: Classifier, examples: Examples | None):
+        if examples is None:
+            self.source = "random pictures"
+            pixels = list(classifier.processor(_pictures(_CHECKED["random"])).pixel_values)
+        else:
+            self.source = examples.source
+            pixels = [one[0] for one in examples.pixels(_spread(examples.judged, _CHECKED["real"]))]
+            if not pixels:
+                raise ValueError(f"none of the images of {examples.source} can be read, so nothing can be checked")
+        self.images = len(pixels)
+        self.batches: list[np.ndarray] = []
+        while pixels:
+            size = _SIZES[len(self.batches) % len(_SIZES)]
+            self.batches.append(np.stack(pixels[:size]))
+            pixels = pixels[size:]
+        self.expected = [_probabilities(classifier(batch)) for batch in self.batches]
+        self._files = () if examples is None else _spread(examples.judged, _CHECKED["random"]).files
+
+    def pictures(self) -> Iterator[Image.Image]:
+        """Random ones, each also enlarged, so that a resize makes it smaller; and some of the real ones, if any."""
+        for picture in _pictures(_CHECKED["random"]):
+            yield from (picture, picture.resize((3 * picture.width, 4 * picture.height)))
+        for path in self._files:
+            with suppress(ImageError):
+                yield load_image(path)
+
+    def agreement(self, engine: Engine) -> Agreement:
+        alike, difference = 0, 0.0
+        for batch, expected in zip(self.batches, self.expected, strict=True):
+            found = _probabilities(engine(batch))
+            same = np.ones(len(batch), bool)
+            for name, reference in expected.items():
+                if found[name].shape != reference.shape:
+                    raise ValueError(
+                        f"{engine.name} answers {len(batch)} images with {name} of {found[name].shape}, "
+                        f"expected {reference.shape}; nothing was kept"
+                    )
+                same &= found[name].argmax(-1) == reference.argmax(-1)
+                difference = float(np.maximum(difference, np.abs(found[name] - reference).max()))  # NaN stays
+            alike += int(same.sum())
+        return Agreement(self.images, alike / self.images, difference)
+
+
+def _probabilities(logits: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """(B, K) float64 by the name of the output."""
+    found = {}
+    for name, values in logits.items():
+        powers = np.exp(values.astype(np.float64) - values.max(-1, keepdims=True))
+        found[name] = powers / powers.sum(-1, keepdims=True)
+    return found
+
+
+def accuracy_of(answer: Callable[[np.ndarray], Mapping[str, np.ndarray]], batches: Iterable[Batch]) -> Accuracy:
+    """Accuracy of the fused heads."""
+    correct = total = 0
+    for batch in batches:
+        known = batch.labels.numpy() >= 0
+        correct += int((answer(batch.pixels.numpy())["logits"].argmax(-1) == batch.labels.numpy())[known].sum())
+        total += int(known.sum())
+    return Accuracy(correct, total)

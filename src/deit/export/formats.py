@@ -1,0 +1,267 @@
+"""Each format: what it needs, how its files are written, and the record of what they are and how they were checked."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from deit import files
+from deit.evaluate.calibration import FILE as CALIBRATION
+from deit.export.checking import Agreement, Checked, Examples, accuracy_of
+from deit.export.engines import RECORD, Engine, OpenVINOEngine, import_openvino, load_engine, needed, sha256
+from deit.export.quantise import by_sensitivity, quantised_onnx, quantised_openvino
+from deit.export.subject import Classifier
+from deit.export.web import VERSION, NodeEngine, Page, refuse_undone
+from deit.image.processor import FILE_NAME
+
+Format = Literal["torch", "onnx", "openvino", "web", "onnx-int8", "openvino-int8"]
+
+TOLERANCE = 1e-4
+"""Largest difference of a probability from the PyTorch model's that a float format may have."""
+LOSS = 0.005
+"""Largest loss of accuracy that int8 may have."""
+BESIDE = {"config.json", FILE_NAME, CALIBRATION, RECORD}
+"""Files of an export that are not its `files`."""
+
+_SHARES = (0.0, 1 / 8, 1 / 4, 1 / 2)
+"""Shares of the layers that stay in float, tried in this order until int8 is accurate enough."""
+_ONNX_BYTES = 2**31 - 2**24
+"""An ONNX file can't be larger than 2 GiB, so the weights of a larger model lie in a file beside it."""
+_PACKAGES: dict[Format, tuple[str, ...]] = {
+    "torch": (),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino",),
+    "web": ("onnx", "onnxscript"),
+    "onnx-int8": ("onnx", "onnxscript", "onnxruntime", "nncf"),
+    "openvino-int8": ("openvino", "nncf"),
+}
+
+
+def import_packages(to: Format) -> None:
+    """Raises `ImportError` for the first package that a format needs and that is missing."""
+    for package in _PACKAGES[to]:
+        if package == "openvino":
+            import_openvino()
+        with needed(package):
+            import_module(package)
+
+
+def versions(to: Format) -> dict[str, str]:
+    """The version of everything that writes a format."""
+    return {name: version(name) for name in ("deit", "torch", *_PACKAGES[to])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """The content of `export.json`, whose keys are in docs/export.md; what does not apply is None, and left out."""
+
+    format: Format
+    files: Mapping[str, str]
+    input: Mapping[str, Any]
+    outputs: Sequence[str]
+    heads: Sequence[str]
+    versions: Mapping[str, str]
+    weights: str | None = None
+    agreement: Mapping[str, Any] | None = None
+    native: Mapping[str, Any] | None = None
+    preprocessing: Mapping[str, Any] | None = None
+    accuracy: Mapping[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def _described(classifier: Classifier, to: Format, folder: Path) -> Record:
+    """The record of files that are written but not checked yet; `load_engine` needs it in the folder, so it is."""
+    record = Record(
+        format=to,
+        files={path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name not in BESIDE},
+        input={"name": "pixel_values", "shape": [None, *classifier.shape], "type": "float32"},
+        outputs=list(classifier.logits.names),
+        heads=["fused", "class", *(["distillation", "softmax"] if len(classifier.logits.names) > 1 else [])],
+        versions=versions(to),
+    )
+    files.write_json(folder / RECORD, record.to_dict())
+    return record
+
+
+def _checked_record(record: Record, agreement: Agreement, checked: Checked, folder: Path) -> Record:
+    """The record with the agreement in float32, and for OpenVINO with that in the precision it chooses itself."""
+    record = replace(record, agreement={**vars(agreement), "source": checked.source})
+    if not record.format.startswith("openvino"):
+        return record
+    engine = load_engine(folder)
+    assert isinstance(engine, OpenVINOEngine)
+    return replace(record, native={"precision": engine.inference_precision, **vars(checked.agreement(engine))})
+
+
+# ------------------------------------------------------------------------------------------------------- float formats
+
+
+class _Attempt(NamedTuple):
+    """One way of writing a format; the next one is taken where its answers differ."""
+
+    save: Callable[[Classifier, Path], None]
+    weights: str | None = None
+    """Type of the weights, where a format has a choice."""
+
+
+def _save_torch(classifier: Classifier, folder: Path) -> None:
+    torch.export.save(classifier.program, folder / "model.pt2")
+
+
+def _save_onnx(classifier: Classifier, folder: Path) -> None:
+    torch.onnx.export(
+        classifier.program,
+        (),
+        folder / "model.onnx",
+        dynamo=True,
+        verbose=False,
+        input_names=["pixel_values"],
+        output_names=list(classifier.logits.names),
+        external_data=classifier.bytes > _ONNX_BYTES,
+    )
+
+
+def _save_openvino_float16(classifier: Classifier, folder: Path) -> None:
+    import_openvino().save_model(classifier.openvino_model, folder / "model.xml", compress_to_fp16=True)
+
+
+def _save_openvino_float32(classifier: Classifier, folder: Path) -> None:
+    import_openvino().save_model(classifier.openvino_model, folder / "model.xml", compress_to_fp16=False)
+
+
+_ATTEMPTS: dict[str, tuple[_Attempt, ...]] = {
+    "torch": (_Attempt(_save_torch),),
+    "onnx": (_Attempt(_save_onnx),),
+    "web": (_Attempt(_save_onnx),),
+    "openvino": (_Attempt(_save_openvino_float16, "float16"), _Attempt(_save_openvino_float32, "float32")),
+}
+
+
+def write_float(
+    classifier: Classifier,
+    to: Format,
+    folder: Path,
+    checked: Checked,
+    run: Callable[[Path, Mapping[str, Any]], AbstractContextManager[Engine]] | None = None,
+) -> Record:
+    """Writes the model's files in a float format.
+
+    `run` opens the folder in the runtime that the files are for, where that is not the one of `load_engine`.
+
+    Raises `ValueError` if every attempt answers otherwise than the PyTorch model.
+    """
+    run = run or (lambda folder, _: nullcontext(load_engine(folder, precision="float32")))
+    for attempt in _ATTEMPTS[to]:
+        attempt.save(classifier, folder)
+        record = _described(classifier, to, folder)
+        with run(folder, record.to_dict()) as engine:
+            agreement = checked.agreement(engine)
+        if agreement.labels == 1.0 and agreement.difference <= TOLERANCE:
+            return _checked_record(replace(record, weights=attempt.weights), agreement, checked, folder)
+    raise ValueError(
+        f"{to} was not kept: of {agreement.images} images ({checked.source}) "
+        f"{agreement.labels:.1%} are labelled as by the PyTorch model, and a probability differs by "
+        f"{agreement.difference:.2g}, where all and at most {TOLERANCE:g} are allowed; please report "
+        "it, and take another format"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- the web
+
+
+def refuse_for_the_web(classifier: Classifier) -> None:
+    """Raises `ValueError` for preprocessing that the page can't do, and for weights that no browser loads."""
+    refuse_undone(classifier.processor)
+    if classifier.bytes > _ONNX_BYTES:
+        raise ValueError(
+            f"the weights of {classifier.name} take {classifier.bytes / 2**30:.1f} GiB, more than the 2 "
+            "GiB that a file for a browser can have; take a smaller model"
+        )
+
+
+def write_web(classifier: Classifier, page: Page, folder: Path, checked: Checked) -> Record:
+    """Writes the model and the page around it, and runs both in Node."""
+    page.write(folder)
+    record = write_float(classifier, "web", folder, checked, page.running)
+    record = replace(record, versions={**record.versions, NodeEngine.name: VERSION})
+    with page.running(folder, record.to_dict()) as engine:
+        return replace(record, preprocessing=engine.check_pixels(checked.pictures(), classifier.processor))
+
+
+# --------------------------------------------------------------------------------------------------------------- int8
+
+
+def write_int8(classifier: Classifier, to: Format, folder: Path, examples: Examples, checked: Checked) -> Record:
+    """Writes the model's files with as few layers in float as the accuracy allows.
+
+    Raises `ValueError` if the accuracy falls by more than `LOSS` even with the largest share of layers in float.
+    """
+    batches, calibration = examples.batches(), examples.pixels(examples.calibration)
+    before = accuracy_of(classifier, batches)
+    quantise = {"onnx-int8": _quantise_onnx, "openvino-int8": _quantise_openvino}[to]
+    order: list[str] = []
+    for share in _SHARES:
+        if share and not order:
+            order = by_sensitivity(classifier.logits, classifier.layers(), calibration)
+        kept = order[: math.ceil(share * len(order))]
+        quantise(classifier, folder, calibration, kept)
+        record = _described(classifier, to, folder)
+        engine = load_engine(folder, precision="float32")
+        after = accuracy_of(engine, batches)
+        if before.correct - after.correct <= LOSS * before.total:
+            break
+    else:
+        raise ValueError(
+            f"{to} was not kept: on {before.total} images ({examples.source}) the accuracy is "
+            f"{after.value:.4f} after {before.value:.4f}, more than {LOSS:.1%} lower, even with "
+            f"{len(kept)} of {len(order)} layers in float; the ones that 8 bits hurt most are "
+            f"{', '.join(order[:5])}; take {to.removesuffix('-int8')}, or calibrate with more images"
+        )
+    weights = {name: layer.weight.numel() for name, layer in classifier.layers().items()}
+    quantised = 1 - sum(weights[name] for name in kept) / sum(weights.values())
+    accuracy = {
+        "images": before.total,
+        "source": examples.source,
+        "calibrated": len(calibration),
+        "float": before.to_dict(),
+        "int8": after.to_dict(),
+        "float_layers": kept,
+        "int8_weights": quantised,
+    }
+    return replace(_checked_record(record, checked.agreement(engine), checked, folder), accuracy=accuracy)
+
+
+def _quantise_onnx(
+    classifier: Classifier, folder: Path, calibration: Sequence[np.ndarray], kept: Sequence[str]
+) -> None:
+    import onnx
+
+    with tempfile.TemporaryDirectory() as scratch:
+        _save_onnx(classifier, Path(scratch))
+        model = onnx.load(Path(scratch) / "model.onnx")
+    onnx.save(
+        quantised_onnx(model, classifier.layers(), calibration, kept, transformer=classifier.transformer),
+        folder / "model.onnx",
+    )
+
+
+def _quantise_openvino(
+    classifier: Classifier, folder: Path, calibration: Sequence[np.ndarray], kept: Sequence[str]
+) -> None:
+    model = quantised_openvino(
+        classifier.openvino_model.clone(), classifier.layers(), calibration, kept, transformer=classifier.transformer
+    )
+    import_openvino().save_model(model, folder / "model.xml", compress_to_fp16=False)

@@ -1,0 +1,104 @@
+"""What is exported: a classifier with its preprocessing, as a graph that gives logits.
+
+B images, C channels, H rows, W columns, K classes.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from deit.export.engines import import_openvino
+from deit.image.processor import FILE_NAME, DeiTImageProcessor
+from deit.model.convnet import ConvNet
+from deit.model.load import load_model
+from deit.model.network import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, PreTrained
+
+
+class _Logits(nn.Module):
+    """A classifier that returns nothing but its logits, by name."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        both = isinstance(model, DeiTForImageClassificationWithTeacher)
+        self.names = ("logits", "cls_logits", "distillation_logits") if both else ("logits",)
+        self.options: dict[str, bool] = (
+            {}
+            if isinstance(model, ConvNet)
+            else {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+        )
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        out = self.model(pixel_values, **self.options)
+        return {name: out[name] for name in self.names}
+
+
+class Classifier:
+    """A classifier and its preprocessing, which fit each other and can be exported.
+
+    Raises `ValueError` for a model without classes, and for preprocessing that makes pixels of another shape.
+    """
+
+    def __init__(self, model: Any, processor: DeiTImageProcessor, name: str):
+        self.model, self.processor, self.name = model, processor, name
+        config, kinds = model.config, (DeiTForImageClassification, DeiTForImageClassificationWithTeacher, ConvNet)
+        if not isinstance(model, kinds) or not config.num_labels:
+            raise ValueError(
+                f"{name} holds a {type(model).__name__} without classes; expected a classifier, the only "
+                "kind of model that is exported"
+            )
+        self.transformer = isinstance(model, PreTrained)
+        if self.transformer:
+            self.model.set_attn_implementation("sdpa")  # one operation in the graph, which runtimes know as attention
+        self.logits = _Logits(self.model).eval()
+        self.shape = (config.num_channels, *config.image_hw)
+        self.classes = tuple(config.id2label.values())
+        [made] = self.processor([Image.new("RGB", (8, 8))]).pixel_values
+        if made.shape != self.shape:
+            raise ValueError(
+                f"the {FILE_NAME} of {name} makes pixels of {made.shape}, the model takes "
+                f"{self.shape}; correct size, crop_size or data_format there"
+            )
+
+    @classmethod
+    def of(cls, source: str | Path, **where: Any) -> Classifier:
+        model = load_model(source, **where)
+        return cls(model, DeiTImageProcessor.of_model(source, model.config, **where), str(source))
+
+    @torch.inference_mode()
+    def __call__(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """Logits (B, K) by name."""
+        return {name: value.numpy() for name, value in self.logits(torch.from_numpy(pixels)).items()}
+
+    @property
+    def bytes(self) -> int:
+        """Size of the weights, in bytes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.logits.state_dict().values())
+
+    def layers(self) -> dict[str, nn.Linear | nn.Conv2d]:
+        """The layers that multiply by weights, by name."""
+        return {name: layer for name, layer in self.model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+
+    @cached_property
+    def program(self) -> torch.export.ExportedProgram:
+        """The graph, for batches of any size."""
+        batch = torch.export.Dim("batch", min=1)
+        with torch.no_grad():
+            return torch.export.export(
+                self.logits, (torch.zeros(2, *self.shape),), dynamic_shapes={"pixel_values": {0: batch}}
+            )
+
+    @cached_property
+    def openvino_model(self) -> Any:
+        model = import_openvino().convert_model(self.program)
+        model.inputs[0].get_tensor().set_names({"pixel_values"})
+        for output, name in zip(model.outputs, self.logits.names, strict=True):
+            output.get_tensor().set_names({name})
+        return model
