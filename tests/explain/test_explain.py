@@ -710,7 +710,7 @@ def test_what_the_command_refuses(folder, capsys):
         (("m", photo, "--target", "Ant"), "the model knows no class 'Ant'; it knows 'ant'"),
         (("cranes", photo, "--target", "crane"), "the model calls 2 of its classes 'crane'"),
         (("convnet", photo), "a ConvNet can't be explained"),
-        (("backbone", photo), "a DeiTModel can't be explained"),
+        (("backbone", photo), "holds a DeiTModel without classes; expected a classifier"),
         (("m", folder / "bad.png"), f"{folder / 'bad.png'} is not an image"),
         (("m", folder / "none.png"), "none.png"),
         (("nothing", photo), "does not exist"),

@@ -22,7 +22,7 @@ from deit.export.cache import cached_engine
 from deit.export.engines import load_engine
 from deit.export.write import export
 from deit.image.processor import DeiTImageProcessor
-from deit.model.load import load_model
+from deit.model.load import load_classifier, load_model
 from deit.predict import predictor as predict
 from deit.predict.predictor import Predictor
 from deit.serve.app import create_app
@@ -126,7 +126,7 @@ def test_two_that_export_at_once_both_have_their_engine(distilled, cache, monkey
         """Another process is quicker."""
         calls.append(given)
         if len(calls) == 1:
-            cached_engine(model, processor, "onnx", "m")
+            cached_engine(classifier, "onnx")
             monkeypatch.setattr(exporting, "refuse_occupied", refuse)
         return write(*given)
 
@@ -134,9 +134,8 @@ def test_two_that_export_at_once_both_have_their_engine(distilled, cache, monkey
         raise FileExistsError(folder)
 
     monkeypatch.setattr(exporting, "write_float", late)
-    model = load_model(distilled)
-    processor = DeiTImageProcessor.of_model(distilled, model.config)
-    engine = cached_engine(model, processor, "onnx", "m")
+    classifier = load_classifier(distilled)
+    engine = cached_engine(classifier, "onnx")
     pixels = np.zeros((3, 3, 16, 16), np.float32)
     assert engine(pixels)["logits"].shape == (3, 5)
     assert len(list(cache.iterdir())) == 1
@@ -151,7 +150,7 @@ def test_auto_is_openvino_where_it_is_to_be_had(distilled, photos, monkeypatch, 
         assert Predictor(distilled, engine="auto").engine == "torch"
     with monkeypatch.context() as patch:  # no home that can be written to
         patch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-        with pytest.warns(UserWarning, match="PyTorch computes, for OpenVINO is not to be had"):
+        with pytest.warns(UserWarning, match="PyTorch computes because OpenVINO can.t"):
             predictor = Predictor(distilled, engine="auto")
         assert predictor.engine == "torch"
         assert predictor(photos) == Predictor(distilled)(photos)

@@ -26,11 +26,11 @@ from deit.data.folders import write_digits
 from deit.export import checking, engines, formats, write
 from deit.export.checking import Examples
 from deit.export.engines import ENGINES, Engine, load_engine
-from deit.export.subject import Classifier
+from deit.export.subject import Subject
 from deit.export.web import Page
 from deit.image.processor import DeiTImageProcessor
 from deit.model.convnet import ConvNet
-from deit.model.load import load_model
+from deit.model.load import load_classifier, load_model
 from deit.model.network import DeiTForImageClassificationWithTeacher
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
@@ -558,7 +558,7 @@ def test_layers_that_8_bits_hurt_stay_in_float(digits, tmp_path, monkeypatch, to
 
 
 def test_layers_are_ranked_by_what_8_bits_do_to_the_logits(digits):
-    classifier = Classifier.of(digits / "distilled")
+    classifier = Subject(load_classifier(digits / "distilled"))
     examples = Examples(digits / "data", classifier)
     calibration = examples.pixels(checking._spread(examples.calibration, 8))
     model = classifier.model
@@ -574,7 +574,7 @@ def test_layers_are_ranked_by_what_8_bits_do_to_the_logits(digits):
 
 
 def test_examples_without_splits_are_divided(models, tmp_path):
-    classifier = Classifier.of(models / "plain")
+    classifier = Subject(load_classifier(models / "plain"))
     photos(tmp_path, classes=("bee", "eel"), count=4, split="all")
     examples = Examples(tmp_path / "all", classifier)
     assert [path.name for path in examples.judged.files] == ["1.png", "3.png"] * 2

@@ -21,13 +21,9 @@ from torch import Tensor, nn
 from deit.data.batches import Batch, EvaluationBatches
 from deit.data.folders import Split, fingerprint, matched, read_examples
 from deit.evaluate.scores import Accuracy, Comparison, Report, compare
-from deit.image.processor import DeiTImageProcessor
 from deit.machine import Processes, resolve_device
-from deit.model.convnet import ConvNet
-from deit.model.load import load_model
+from deit.model.load import load_classifier, refuse_head
 from deit.model.network import (
-    DeiTForImageClassification,
-    DeiTForImageClassificationWithTeacher,
     Head,
     head_probabilities,
 )
@@ -162,7 +158,7 @@ def _ranks(probabilities: Tensor, true: Tensor) -> Tensor:
 
 def _check(by_head: dict[Head, Tensor], labels: Tensor, head: Head, classes: Sequence[str], done: int) -> None:
     """Refuses what can't be scored; `done` images came before."""
-    _check_head(by_head, head)
+    refuse_head(head, tuple(by_head))
     if (outputs := by_head[head].shape[1]) != len(classes):
         raise ValueError(
             f"the model gives {outputs} probabilities, for {len(classes)} class names; name each of its classes"
@@ -175,11 +171,6 @@ def _check(by_head: dict[Head, Tensor], labels: Tensor, head: Head, classes: Seq
             f"the model's answer to image {image} of the data is not a number, so it can't be scored; its "
             "weights are damaged or diverged: take another checkpoint"
         )
-
-
-def _check_head(by_head: dict[Head, Tensor], head: Head) -> None:
-    if head not in by_head:
-        raise ValueError(f"this model has no head {head!r}; it has {', '.join(by_head)}")
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -289,19 +280,15 @@ class _Subject:
 
     def __init__(self, name: str | Path, examples: Split, head: Head, crop_ratio: float | None, device: torch.device):
         self.name, self.head, self.device = str(name), head, device
-        self.model = load_model(name)
-        config, kinds = self.model.config, (DeiTForImageClassification, DeiTForImageClassificationWithTeacher, ConvNet)
-        if not isinstance(self.model, kinds) or not config.num_labels:
-            raise ValueError(f"{name} holds a {type(self.model).__name__} without classes; expected a classifier")
-        self.model.to(device)
-        processor = DeiTImageProcessor.of_model(name, config)
+        classifier = load_classifier(name)
+        refuse_head(head, classifier.heads)
+        self.model, processor, self.classes = classifier.model.to(device), classifier.processor, classifier.labels
         self.processor = processor if crop_ratio is None else processor.with_crop_ratio(crop_ratio)
-        self.classes = tuple(config.id2label.values())
         self.split = matched(examples, self.classes)
         blank = self.processor([Image.new("RGB", (8, 8))], return_tensors="pt").pixel_values
         self.image_size = (blank.shape[2], blank.shape[3])
         with torch.inference_mode():
-            _check_head(head_probabilities(self.model(blank.to(device))), head)
+            self.model(blank.to(device))  # fails before any image is read, if pixels and model don't fit
 
     def examine(self, console: Console, tell: bool) -> Examined:
         batches = EvaluationBatches(

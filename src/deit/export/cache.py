@@ -16,28 +16,24 @@ from deit import files
 from deit.export.checking import Checked
 from deit.export.engines import RECORD, Engine, load_engine
 from deit.export.formats import import_packages, versions, write_float
-from deit.export.subject import Classifier
+from deit.export.subject import Subject
 from deit.export.write import refuse_occupied
-from deit.image.processor import DeiTImageProcessor
+from deit.model.load import Classifier
 
 _KEPT = 30 * 24 * 60 * 60
 """Seconds that an unused folder of the cache stays."""
 
 
-def cached_engine(model: Any, processor: DeiTImageProcessor, to: Literal["onnx", "openvino"], name: str) -> Engine:
-    """A trained classifier in another runtime, in the precision that is the runtime's own.
+def cached_engine(classifier: Classifier, to: Literal["onnx", "openvino"]) -> Engine:
+    """A trained subject in another runtime, in the precision that is the runtime's own.
 
     The first time, it is written and checked as by `export`, into a folder of this user's cache that is named after the
     content of the model. Folders that were not used for a month are removed then.
 
-    Args:
-        model, processor: of a trained folder, `load_model` and `DeiTImageProcessor.of_model`.
-        name: how messages call the model.
-
     Raises as `export` does.
     """
     import_packages(to)
-    folder = files.cache_folder("engines") / f"{to}-{_digest(model, to)}"
+    folder = files.cache_folder("engines") / f"{to}-{_digest(classifier.model, to)}"
     try:
         engine = load_engine(folder)
     except FileNotFoundError:
@@ -48,15 +44,13 @@ def cached_engine(model: Any, processor: DeiTImageProcessor, to: Literal["onnx",
         with suppress(OSError):  # another user's, or read-only
             os.utime(folder)
         return engine
-    classifier = Classifier(model, processor, name)
+    subject = Subject(classifier)
     written: Engine | None = None
     try:
         with files.replacing_folder(folder, check=refuse_occupied) as temporary:
-            files.write_json(temporary / "config.json", model.config.to_dict())
-            processor.save_pretrained(temporary)
-            files.write_json(
-                temporary / RECORD, write_float(classifier, to, temporary, Checked(classifier, None)).to_dict()
-            )
+            files.write_json(temporary / "config.json", classifier.model.config.to_dict())
+            classifier.processor.save_pretrained(temporary)
+            files.write_json(temporary / RECORD, write_float(subject, to, temporary, Checked(subject, None)).to_dict())
             written = load_engine(temporary)
     except OSError:
         if written is None:

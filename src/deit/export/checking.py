@@ -17,7 +17,7 @@ from deit.data.batches import Batch, EvaluationBatches
 from deit.data.folders import SPLITS, Split, matched, read_examples
 from deit.evaluate.scores import Accuracy
 from deit.export.engines import Engine
-from deit.export.subject import Classifier
+from deit.export.subject import Subject
 from deit.image.decode import ImageError, load_image
 
 _CHECKED = {"random": 16, "real": 64}
@@ -32,14 +32,14 @@ _JUDGED_BATCH = 16
 class Examples:
     """Labelled images: some for the ranges of int8, the others to be judged by."""
 
-    def __init__(self, data: str | Path, classifier: Classifier):
-        self.data, self.processor = data, classifier.processor
+    def __init__(self, data: str | Path, subject: Subject):
+        self.data, self.processor = data, subject.processor
         present = {split for split, names in SPLITS.items() if any((Path(data) / name).is_dir() for name in names)}
         split = "train" if present == {"train"} else None
         examples, found = read_examples(data, split)
-        whole = matched(examples, classifier.classes)
+        whole = matched(examples, subject.classes)
         if "train" in present and split is None:
-            self.judged, calibration = whole, matched(read_examples(data, "train")[0], classifier.classes)
+            self.judged, calibration = whole, matched(read_examples(data, "train")[0], subject.classes)
             self.source = f"{data}, {found}"
         else:
             calibration, self.judged = (whole.take(range(first, len(whole), 2)) for first in (0, 1))
@@ -89,10 +89,10 @@ class Agreement:
 class Checked:
     """Images with the PyTorch model's answers, which a runtime's answers must equal."""
 
-    def __init__(self, classifier: Classifier, examples: Examples | None):
+    def __init__(self, subject: Subject, examples: Examples | None):
         if examples is None:
             self.source = "random pictures"
-            pixels = list(classifier.processor(_pictures(_CHECKED["random"])).pixel_values)
+            pixels = list(subject.processor(_pictures(_CHECKED["random"])).pixel_values)
         else:
             self.source = examples.source
             pixels = [one[0] for one in examples.pixels(_spread(examples.judged, _CHECKED["real"]))]
@@ -104,7 +104,7 @@ class Checked:
             size = _SIZES[len(self.batches) % len(_SIZES)]
             self.batches.append(np.stack(pixels[:size]))
             pixels = pixels[size:]
-        self.expected = [_probabilities(classifier(batch)) for batch in self.batches]
+        self.expected = [_probabilities(subject(batch)) for batch in self.batches]
         self._files = () if examples is None else _spread(examples.judged, _CHECKED["random"]).files
 
     def pictures(self) -> Iterator[Image.Image]:

@@ -20,7 +20,7 @@ from deit.evaluate.calibration import FILE as CALIBRATION
 from deit.export.checking import Agreement, Checked, Examples, accuracy_of
 from deit.export.engines import RECORD, Engine, OpenVINOEngine, import_openvino, load_engine, needed, sha256
 from deit.export.quantise import by_sensitivity, quantised_onnx, quantised_openvino
-from deit.export.subject import Classifier
+from deit.export.subject import Subject
 from deit.export.web import VERSION, NodeEngine, Page, refuse_undone
 from deit.image.processor import FILE_NAME
 
@@ -82,14 +82,14 @@ class Record:
         return {name: value for name, value in found.items() if value is not None}
 
 
-def _described(classifier: Classifier, to: Format, folder: Path) -> Record:
+def _described(subject: Subject, to: Format, folder: Path) -> Record:
     """The record of files that are written but not checked yet; `load_engine` needs it in the folder, so it is."""
     record = Record(
         format=to,
         files={path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name not in BESIDE},
-        input={"name": "pixel_values", "shape": [None, *classifier.shape], "type": "float32"},
-        outputs=list(classifier.logits.names),
-        heads=["fused", "class", *(["distillation", "softmax"] if len(classifier.logits.names) > 1 else [])],
+        input={"name": "pixel_values", "shape": [None, *subject.shape], "type": "float32"},
+        outputs=list(subject.logits.names),
+        heads=["fused", "class", *(["distillation", "softmax"] if len(subject.logits.names) > 1 else [])],
         versions=versions(to),
     )
     files.write_json(folder / RECORD, record.to_dict())
@@ -112,34 +112,34 @@ def _checked_record(record: Record, agreement: Agreement, checked: Checked, fold
 class _Attempt(NamedTuple):
     """One way of writing a format; the next one is taken where its answers differ."""
 
-    save: Callable[[Classifier, Path], None]
+    save: Callable[[Subject, Path], None]
     weights: str | None = None
     """Type of the weights, where a format has a choice."""
 
 
-def _save_torch(classifier: Classifier, folder: Path) -> None:
-    torch.export.save(classifier.program, folder / "model.pt2")
+def _save_torch(subject: Subject, folder: Path) -> None:
+    torch.export.save(subject.program, folder / "model.pt2")
 
 
-def _save_onnx(classifier: Classifier, folder: Path) -> None:
+def _save_onnx(subject: Subject, folder: Path) -> None:
     torch.onnx.export(
-        classifier.program,
+        subject.program,
         (),
         folder / "model.onnx",
         dynamo=True,
         verbose=False,
         input_names=["pixel_values"],
-        output_names=list(classifier.logits.names),
-        external_data=classifier.bytes > _ONNX_BYTES,
+        output_names=list(subject.logits.names),
+        external_data=subject.bytes > _ONNX_BYTES,
     )
 
 
-def _save_openvino_float16(classifier: Classifier, folder: Path) -> None:
-    import_openvino().save_model(classifier.openvino_model, folder / "model.xml", compress_to_fp16=True)
+def _save_openvino_float16(subject: Subject, folder: Path) -> None:
+    import_openvino().save_model(subject.openvino_model, folder / "model.xml", compress_to_fp16=True)
 
 
-def _save_openvino_float32(classifier: Classifier, folder: Path) -> None:
-    import_openvino().save_model(classifier.openvino_model, folder / "model.xml", compress_to_fp16=False)
+def _save_openvino_float32(subject: Subject, folder: Path) -> None:
+    import_openvino().save_model(subject.openvino_model, folder / "model.xml", compress_to_fp16=False)
 
 
 _ATTEMPTS: dict[str, tuple[_Attempt, ...]] = {
@@ -151,7 +151,7 @@ _ATTEMPTS: dict[str, tuple[_Attempt, ...]] = {
 
 
 def write_float(
-    classifier: Classifier,
+    subject: Subject,
     to: Format,
     folder: Path,
     checked: Checked,
@@ -165,8 +165,8 @@ def write_float(
     """
     run = run or (lambda folder, _: nullcontext(load_engine(folder, precision="float32")))
     for attempt in _ATTEMPTS[to]:
-        attempt.save(classifier, folder)
-        record = _described(classifier, to, folder)
+        attempt.save(subject, folder)
+        record = _described(subject, to, folder)
         with run(folder, record.to_dict()) as engine:
             agreement = checked.agreement(engine)
         if agreement.labels == 1.0 and agreement.difference <= TOLERANCE:
@@ -182,43 +182,43 @@ def write_float(
 # ------------------------------------------------------------------------------------------------------------- the web
 
 
-def refuse_for_the_web(classifier: Classifier) -> None:
+def refuse_for_the_web(subject: Subject) -> None:
     """Raises `ValueError` for preprocessing that the page can't do, and for weights that no browser loads."""
-    refuse_undone(classifier.processor)
-    if classifier.bytes > _ONNX_BYTES:
+    refuse_undone(subject.processor)
+    if subject.bytes > _ONNX_BYTES:
         raise ValueError(
-            f"the weights of {classifier.name} take {classifier.bytes / 2**30:.1f} GiB, more than the 2 "
+            f"the weights of {subject.name} take {subject.bytes / 2**30:.1f} GiB, more than the 2 "
             "GiB that a file for a browser can have; take a smaller model"
         )
 
 
-def write_web(classifier: Classifier, page: Page, folder: Path, checked: Checked) -> Record:
+def write_web(subject: Subject, page: Page, folder: Path, checked: Checked) -> Record:
     """Writes the model and the page around it, and runs both in Node."""
     page.write(folder)
-    record = write_float(classifier, "web", folder, checked, page.running)
+    record = write_float(subject, "web", folder, checked, page.running)
     record = replace(record, versions={**record.versions, NodeEngine.name: VERSION})
     with page.running(folder, record.to_dict()) as engine:
-        return replace(record, preprocessing=engine.check_pixels(checked.pictures(), classifier.processor))
+        return replace(record, preprocessing=engine.check_pixels(checked.pictures(), subject.processor))
 
 
 # --------------------------------------------------------------------------------------------------------------- int8
 
 
-def write_int8(classifier: Classifier, to: Format, folder: Path, examples: Examples, checked: Checked) -> Record:
+def write_int8(subject: Subject, to: Format, folder: Path, examples: Examples, checked: Checked) -> Record:
     """Writes the model's files with as few layers in float as the accuracy allows.
 
     Raises `ValueError` if the accuracy falls by more than `LOSS` even with the largest share of layers in float.
     """
     batches, calibration = examples.batches(), examples.pixels(examples.calibration)
-    before = accuracy_of(classifier, batches)
+    before = accuracy_of(subject, batches)
     quantise = {"onnx-int8": _quantise_onnx, "openvino-int8": _quantise_openvino}[to]
     order: list[str] = []
     for share in _SHARES:
         if share and not order:
-            order = by_sensitivity(classifier.logits, classifier.layers(), calibration)
+            order = by_sensitivity(subject.logits, subject.layers(), calibration)
         kept = order[: math.ceil(share * len(order))]
-        quantise(classifier, folder, calibration, kept)
-        record = _described(classifier, to, folder)
+        quantise(subject, folder, calibration, kept)
+        record = _described(subject, to, folder)
         engine = load_engine(folder, precision="float32")
         after = accuracy_of(engine, batches)
         if before.correct - after.correct <= LOSS * before.total:
@@ -230,7 +230,7 @@ def write_int8(classifier: Classifier, to: Format, folder: Path, examples: Examp
             f"{len(kept)} of {len(order)} layers in float; the ones that 8 bits hurt most are "
             f"{', '.join(order[:5])}; take {to.removesuffix('-int8')}, or calibrate with more images"
         )
-    weights = {name: layer.weight.numel() for name, layer in classifier.layers().items()}
+    weights = {name: layer.weight.numel() for name, layer in subject.layers().items()}
     quantised = 1 - sum(weights[name] for name in kept) / sum(weights.values())
     accuracy = {
         "images": before.total,
@@ -244,24 +244,20 @@ def write_int8(classifier: Classifier, to: Format, folder: Path, examples: Examp
     return replace(_checked_record(record, checked.agreement(engine), checked, folder), accuracy=accuracy)
 
 
-def _quantise_onnx(
-    classifier: Classifier, folder: Path, calibration: Sequence[np.ndarray], kept: Sequence[str]
-) -> None:
+def _quantise_onnx(subject: Subject, folder: Path, calibration: Sequence[np.ndarray], kept: Sequence[str]) -> None:
     import onnx
 
     with tempfile.TemporaryDirectory() as scratch:
-        _save_onnx(classifier, Path(scratch))
+        _save_onnx(subject, Path(scratch))
         model = onnx.load(Path(scratch) / "model.onnx")
     onnx.save(
-        quantised_onnx(model, classifier.layers(), calibration, kept, transformer=classifier.transformer),
+        quantised_onnx(model, subject.layers(), calibration, kept, transformer=subject.transformer),
         folder / "model.onnx",
     )
 
 
-def _quantise_openvino(
-    classifier: Classifier, folder: Path, calibration: Sequence[np.ndarray], kept: Sequence[str]
-) -> None:
+def _quantise_openvino(subject: Subject, folder: Path, calibration: Sequence[np.ndarray], kept: Sequence[str]) -> None:
     model = quantised_openvino(
-        classifier.openvino_model.clone(), classifier.layers(), calibration, kept, transformer=classifier.transformer
+        subject.openvino_model.clone(), subject.layers(), calibration, kept, transformer=subject.transformer
     )
     import_openvino().save_model(model, folder / "model.xml", compress_to_fp16=False)

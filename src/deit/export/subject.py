@@ -1,4 +1,4 @@
-"""What is exported: a classifier with its preprocessing, as a graph that gives logits.
+"""What is exported: a subject with its preprocessing, as a graph that gives logits.
 
 B images, C channels, H rows, W columns, K classes.
 """
@@ -6,7 +6,6 @@ B images, C channels, H rows, W columns, K classes.
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from deit.export.engines import import_openvino
-from deit.image.processor import FILE_NAME, DeiTImageProcessor
+from deit.image.processor import FILE_NAME
 from deit.model.convnet import ConvNet
-from deit.model.load import load_model
-from deit.model.network import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, PreTrained
+from deit.model.load import Classifier
+from deit.model.network import DeiTForImageClassificationWithTeacher, PreTrained
 
 
 class _Logits(nn.Module):
@@ -40,37 +39,26 @@ class _Logits(nn.Module):
         return {name: out[name] for name in self.names}
 
 
-class Classifier:
-    """A classifier and its preprocessing, which fit each other and can be exported.
+class Subject:
+    """A classifier that is exported.
 
-    Raises `ValueError` for a model without classes, and for preprocessing that makes pixels of another shape.
+    Raises `ValueError` if its preprocessing makes pixels of another shape than the model takes.
     """
 
-    def __init__(self, model: Any, processor: DeiTImageProcessor, name: str):
-        self.model, self.processor, self.name = model, processor, name
-        config, kinds = model.config, (DeiTForImageClassification, DeiTForImageClassificationWithTeacher, ConvNet)
-        if not isinstance(model, kinds) or not config.num_labels:
-            raise ValueError(
-                f"{name} holds a {type(model).__name__} without classes; expected a classifier, the only "
-                "kind of model that is exported"
-            )
-        self.transformer = isinstance(model, PreTrained)
+    def __init__(self, classifier: Classifier):
+        self.model, self.processor, self.name = classifier.model, classifier.processor, classifier.name
+        self.classes, config = classifier.labels, classifier.model.config
+        self.transformer = isinstance(self.model, PreTrained)
         if self.transformer:
             self.model.set_attn_implementation("sdpa")  # one operation in the graph, which runtimes know as attention
         self.logits = _Logits(self.model).eval()
         self.shape = (config.num_channels, *config.image_hw)
-        self.classes = tuple(config.id2label.values())
         [made] = self.processor([Image.new("RGB", (8, 8))]).pixel_values
         if made.shape != self.shape:
             raise ValueError(
-                f"the {FILE_NAME} of {name} makes pixels of {made.shape}, the model takes "
+                f"the {FILE_NAME} of {self.name} makes pixels of {made.shape}, the model takes "
                 f"{self.shape}; correct size, crop_size or data_format there"
             )
-
-    @classmethod
-    def of(cls, source: str | Path, **where: Any) -> Classifier:
-        model = load_model(source, **where)
-        return cls(model, DeiTImageProcessor.of_model(source, model.config, **where), str(source))
 
     @torch.inference_mode()
     def __call__(self, pixels: np.ndarray) -> dict[str, np.ndarray]:

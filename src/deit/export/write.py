@@ -20,8 +20,9 @@ from deit.export.formats import (
     write_int8,
     write_web,
 )
-from deit.export.subject import Classifier
+from deit.export.subject import Subject
 from deit.export.web import Page
+from deit.model.load import load_classifier
 
 
 @dataclass(frozen=True)
@@ -85,22 +86,22 @@ def export(
     refuse_occupied(folder)
     import_packages(to)
     page = Page() if to == "web" else None
-    classifier = Classifier.of(source, **where)
+    subject = Subject(load_classifier(source, **where))
     if page is not None:
-        refuse_for_the_web(classifier)
-    examples = None if calibrate is None else Examples(calibrate, classifier)
-    checked = Checked(classifier, examples)
+        refuse_for_the_web(subject)
+    examples = None if calibrate is None else Examples(calibrate, subject)
+    checked = Checked(subject, examples)
     with files.replacing_folder(folder, check=refuse_occupied) as temporary:
-        files.write_json(temporary / "config.json", classifier.model.config.to_dict())
-        classifier.processor.save_pretrained(temporary)
+        files.write_json(temporary / "config.json", subject.model.config.to_dict())
+        subject.processor.save_pretrained(temporary)
         if not to.endswith("int8") and (calibration := Calibration.of_model(source)) is not None:
             calibration.save(temporary)  # int8 answers differ by more: they want their own, of `deit calibrate DIR`
         if examples is not None and to.endswith("int8"):
-            record = write_int8(classifier, to, temporary, examples, checked)
+            record = write_int8(subject, to, temporary, examples, checked)
         elif page is not None:
-            record = write_web(classifier, page, temporary, checked)
+            record = write_web(subject, page, temporary, checked)
         else:
-            record = write_float(classifier, to, temporary, checked)
+            record = write_float(subject, to, temporary, checked)
         files.write_json(temporary / RECORD, record.to_dict())
     return Exported(Path(out), record.to_dict())
 

@@ -9,6 +9,7 @@ from deit.lazy import offer
 
 if TYPE_CHECKING:
     from deit.model.convnet import ConvNet as ConvNet
+    from deit.model.load import load_classifier as load_classifier
     from deit.model.load import load_model as load_model
     from deit.model.network import Attention as Attention
     from deit.model.network import Block as Block
@@ -26,7 +27,7 @@ __getattr__, __dir__ = offer(
     __name__,
     {
         "deit.model.convnet": ("ConvNet",),
-        "deit.model.load": ("load_model",),
+        "deit.model.load": ("load_classifier", "load_model"),
         "deit.model.network": (
             "Attention",
             "Block",

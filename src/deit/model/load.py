@@ -1,11 +1,13 @@
-"""A trained model from its files, of the class they are of."""
+"""A trained model from its files: alone, or as a classifier with its preprocessing and its labels."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from deit import files, weights
+from deit.image.processor import DeiTImageProcessor
 from deit.model.convnet import ConvNet
 from deit.model.network import (
     DeiTForImageClassification,
@@ -14,6 +16,7 @@ from deit.model.network import (
     DeiTModel,
     PreTrained,
 )
+from deit.model.outputs import Head
 from deit.weights import hub
 
 _CLASS: dict[str, type[PreTrained]] = {
@@ -44,3 +47,42 @@ def load_model(name_or_folder: str | Path, **options: Any) -> Any:
     found = hub.read_checkpoint(name_or_folder, config=options.pop("config", None), **where)
     others = {key: value for key, value in options.items() if key not in where}
     return _OF_KIND[weights.kind_of(found.tensors)].from_checkpoint(found, **others)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A trained classifier as its files have it."""
+
+    name: str
+    """What it was loaded from."""
+    model: Any
+    """In evaluation mode, on the CPU."""
+    processor: DeiTImageProcessor
+    labels: tuple[str, ...]
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """The heads that can decide: all of a distilled model's; a model with a single head is `fused` and `class`."""
+        both = isinstance(self.model, DeiTForImageClassificationWithTeacher)
+        return get_args(Head) if both else ("fused", "class")
+
+
+def load_classifier(name_or_folder: str | Path, **where: Any) -> Classifier:
+    """A classifier with its preprocessing and its labels; `where` as for `from_pretrained`.
+
+    Raises `ValueError` for a model without classes, and `FileNotFoundError` if the files don't say how images are
+    prepared.
+    """
+    model = load_model(name_or_folder, **where)
+    kinds = (DeiTForImageClassification, DeiTForImageClassificationWithTeacher, ConvNet)
+    if not isinstance(model, kinds) or not model.config.num_labels:
+        raise ValueError(f"{name_or_folder} holds a {type(model).__name__} without classes; expected a classifier")
+    processor = DeiTImageProcessor.of_model(name_or_folder, model.config, **where)  # type: ignore[arg-type]
+    labels: dict[int, str] = model.config.id2label  # type: ignore[assignment]
+    return Classifier(str(name_or_folder), model, processor, tuple(labels.values()))
+
+
+def refuse_head(head: str, heads: tuple[str, ...]) -> None:
+    """Raises `ValueError` for a head that is not among a model's."""
+    if head not in heads:
+        raise ValueError(f"this model has no head {head!r}; it has {', '.join(heads)}")

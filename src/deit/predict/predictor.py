@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -25,9 +25,9 @@ from deit.host import cores
 from deit.image.decode import ImageError
 from deit.image.processor import DeiTImageProcessor
 from deit.model.convnet import ConvNet
-from deit.model.load import load_model
+from deit.model.load import Classifier, load_classifier, refuse_head
 from deit.model.network import Head, head_probabilities
-from deit.model.outputs import DeiTForImageClassificationWithTeacherOutput, ImageClassifierOutput, ModelOutput
+from deit.predict.backends import Backend, EngineBackend, TorchBackend
 
 Runtime = Literal["auto", "torch", "openvino", "onnx"]
 Source = str | Path | bytes | Image.Image
@@ -66,8 +66,8 @@ class Predictor:
 
     A folder with a `calibration.json` (`deit calibrate`) has its temperature in every probability.
 
-    Raises `FileNotFoundError` where the files do not say how images are prepared, `ValueError` for an engine that can't
-    compute this model on this device.
+    Raises `FileNotFoundError` if the files don't say how images are prepared. Raises `ValueError` for a model without
+    classes, for a head that it doesn't have, and for an engine that can't compute it on this device.
     """
 
     model: Any
@@ -87,39 +87,20 @@ class Predictor:
         if engine not in (None, *get_args(Runtime)):
             raise ValueError(f"engine is {engine!r}, expected one of {', '.join(get_args(Runtime))}")
         self.config: DeiTConfig | ConvNetConfig
-        runtime: Engine | None = None
-        if (Path(name_or_folder) / RECORD).is_file():
-            self.model, self.config = None, _config_of(Path(name_or_folder))
-            runtime = _exported(Path(name_or_folder), self.device, engine)
+        self.model: Any = None
+        folder = Path(name_or_folder)
+        if (folder / RECORD).is_file():
+            self.config = _config_of(folder)
+            self.processor = DeiTImageProcessor.of_model(folder, self.config)  # type: ignore[arg-type]
+            self._backend: Backend = EngineBackend(_exported(folder, self.device, engine))
         else:
-            self.model = load_model(name_or_folder)
-            self.config = self.model.config
-        self.processor = DeiTImageProcessor.of_model(name_or_folder, self.config)  # type: ignore[arg-type]
-        if self.model is not None:
-            runtime = self._chosen(engine, str(name_or_folder))
-            self.model.to(self.device)
-        self.engine = "torch" if runtime is None else str(runtime)
-        self._output: Callable[[np.ndarray], ModelOutput] = (
-            _outputs_of(runtime) if runtime else (lambda pixels: self.model(torch.from_numpy(pixels).to(self.device)))
-        )
+            classifier = load_classifier(name_or_folder)
+            self.model, self.config, self.processor = classifier.model, classifier.model.config, classifier.processor
+            self._backend = _backend_for(classifier, self.device, engine)
+        refuse_head(head, self._backend.heads)
+        self.engine = str(self._backend)
         self.calibration = Calibration.of_model(name_or_folder)
         self.labels = list(self.config.id2label.values())  # type: ignore[union-attr]
-
-    def _chosen(self, engine: Runtime | None, name: str) -> Engine | None:
-        """The runtime for a trained model; None for PyTorch."""
-        if engine is None or engine == "torch":
-            return None
-        if engine != "auto":
-            if self.device.type != "cpu":
-                raise ValueError(f"{engine} computes on the CPU here, and device is {self.device}; leave one out")
-            return cached_engine(self.model, self.processor, engine, name)
-        if self.device.type != "cpu" or find_spec("openvino") is None:
-            return None
-        try:
-            return cached_engine(self.model, self.processor, "openvino", name)
-        except (ValueError, OSError, ImportError, RuntimeError) as error:
-            warnings.warn(f"PyTorch computes, for OpenVINO is not to be had: {error}", stacklevel=3)
-            return None
 
     def __call__(self, images: Sequence[Source], top_k: int = 5) -> list[list[dict[str, Any]]]:
         """For each image its `top_k` most likely labels: `{"label": name, "score": probability}`, best first.
@@ -177,10 +158,7 @@ class Predictor:
     def probabilities(self, pixels: np.ndarray) -> np.ndarray:
         """Probabilities (B, C) by the head, calibrated where the model is; pixels (B, channels, height, width)."""
         temperature = 1.0 if self.calibration is None else self.calibration.temperature(self.head)
-        by_head = head_probabilities(self.logits(pixels), temperature)
-        if self.head not in by_head:
-            raise ValueError(f"this model has no head {self.head!r}; it has {', '.join(by_head)}")
-        return by_head[self.head].cpu().numpy()
+        return head_probabilities(self.logits(pixels), temperature)[self.head].cpu().numpy()
 
     def head_logits(self, pixels: np.ndarray) -> np.ndarray:
         """Logits (B, C) by the head; the head `softmax` fuses probabilities, so it has no logits."""
@@ -197,10 +175,9 @@ class Predictor:
             )
         return found[name].float().cpu().numpy()
 
-    @torch.inference_mode()
     def logits(self, pixels: np.ndarray) -> Any:
         """The model's output for pixels (B, channels, height, width)."""
-        return self._output(pixels)
+        return self._backend(pixels)
 
 
 def _config_of(folder: Path) -> DeiTConfig | ConvNetConfig:
@@ -222,14 +199,20 @@ def _exported(folder: Path, device: torch.device, engine: Runtime | None) -> Eng
     return load_engine(folder)
 
 
-def _outputs_of(engine: Engine) -> Callable[[np.ndarray], ModelOutput]:
-    kind = DeiTForImageClassificationWithTeacherOutput if "cls_logits" in engine.outputs else ImageClassifierOutput
-
-    def output(pixels: np.ndarray) -> ModelOutput:
-        logits: dict[str, Any] = {name: torch.from_numpy(value) for name, value in engine(pixels).items()}
-        return kind(**logits)
-
-    return output
+def _backend_for(classifier: Classifier, device: torch.device, engine: Runtime | None) -> Backend:
+    """What computes a trained model."""
+    if engine is None or engine == "torch":
+        return TorchBackend(classifier, device)
+    if engine != "auto":
+        if device.type != "cpu":
+            raise ValueError(f"{engine} computes on the CPU here, and device is {device}; leave one out")
+        return EngineBackend(cached_engine(classifier, engine))
+    if device.type == "cpu" and find_spec("openvino") is not None:
+        try:
+            return EngineBackend(cached_engine(classifier, "openvino"))
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            warnings.warn(f"PyTorch computes because OpenVINO can't: {error}", stacklevel=3)
+    return TorchBackend(classifier, device)
 
 
 _AHEAD = 2

@@ -12,8 +12,7 @@ from deit.evaluate.models import Evaluation
 from deit.evaluate.scores import Report
 from deit.explain.maps import Explanation, Method, checked, explain_pixels, fitted, overlay
 from deit.image.decode import ImageError
-from deit.image.processor import DeiTImageProcessor
-from deit.model.load import load_model
+from deit.model.load import load_classifier
 from deit.report.evaluation import answered, told, wrong_and_doubtful
 from deit.report.markup import Html, Section, element, isolated, joined, named, pictured, sentence
 
@@ -39,7 +38,8 @@ def explained(evaluation: Evaluation, device: str | torch.device = "cpu") -> Map
     None for a model that can't be explained, and where the files of the images are not known.
     """
     main = evaluation.main
-    model = load_model(main.model)
+    classifier = load_classifier(main.model)
+    model, processor = classifier.model, classifier.processor
     try:
         checked(model)
     except ValueError:
@@ -47,7 +47,6 @@ def explained(evaluation: Evaluation, device: str | torch.device = "cpu") -> Map
     if len(evaluation.files) != len(main.report.labels):
         return None
     model.to(device)
-    processor = DeiTImageProcessor.of_model(main.model, model.config)
     if main.crop_ratio is not None and main.crop_ratio != processor.crop_ratio:
         processor = processor.with_crop_ratio(main.crop_ratio)
     found = {}

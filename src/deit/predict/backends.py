@@ -1,0 +1,61 @@
+"""What computes for a `Predictor`: a model in PyTorch, or an exported file in its runtime.
+
+B images, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, get_args
+
+import numpy as np
+import torch
+from torch import nn
+
+from deit.export.engines import Engine
+from deit.model.load import Classifier
+from deit.model.outputs import DeiTForImageClassificationWithTeacherOutput, Head, ImageClassifierOutput, ModelOutput
+
+
+class Backend(Protocol):
+    """A classifier, ready to compute."""
+
+    heads: tuple[Head, ...]
+    """The heads that can decide."""
+
+    def __call__(self, pixels: np.ndarray) -> ModelOutput:
+        """The model's output for pixels (B, C, H, W), in float32."""
+
+    def __str__(self) -> str:
+        """What computes, for people."""
+
+
+class TorchBackend:
+    """A classifier in PyTorch, on a device."""
+
+    def __init__(self, classifier: Classifier, device: torch.device):
+        self.model: nn.Module = classifier.model.to(device)
+        self.heads, self.device = classifier.heads, device
+
+    @torch.inference_mode()
+    def __call__(self, pixels: np.ndarray) -> ModelOutput:
+        return self.model(torch.from_numpy(pixels).to(self.device))
+
+    def __str__(self) -> str:
+        return "torch"
+
+
+class EngineBackend:
+    """An exported model in its runtime, on the CPU."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        both = "cls_logits" in engine.outputs
+        self.heads: tuple[Head, ...] = get_args(Head) if both else ("fused", "class")
+        self._kind = DeiTForImageClassificationWithTeacherOutput if both else ImageClassifierOutput
+
+    def __call__(self, pixels: np.ndarray) -> ModelOutput:
+        logits: dict[str, Any] = {name: torch.from_numpy(value) for name, value in self.engine(pixels).items()}
+        return self._kind(**logits)
+
+    def __str__(self) -> str:
+        return str(self.engine)
