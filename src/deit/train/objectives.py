@@ -21,6 +21,7 @@ from deit.data.batches import Batch, EvaluationBatches, hidden_patches, processo
 from deit.data.draws import Stream, draws
 from deit.data.folders import Split
 from deit.evaluate.models import evaluate
+from deit.image.pixels import Normalisation
 from deit.machine import Processes
 from deit.model.losses import binary_cross_entropy, cosub_loss, cross_entropy, distillation_loss, masked_image_loss
 from deit.train.labels import LabelCache
@@ -228,9 +229,8 @@ class MaskedImage:
         mask = mask.repeat_interleave(rows, 1).repeat_interleave(columns, 2).unsqueeze(1)
         filled = torch.where(mask, painted[:count], original)
         strips = torch.stack([original, original.masked_fill(mask, 0.0), filled], dim=1)  # (count, 3, channels, h, w)
-        mean, std = (torch.tensor(values, device=strips.device).view(-1, 1, 1) for values in (data.mean, data.std))
-        pixels = ((strips * std + mean) * 255).round().clamp(0, 255).byte()
-        grid = pixels.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).cpu().numpy()  # (count * h, 3 * w, channels)
+        painting = strips.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (count * h, 3 * w, channels)
+        grid = Normalisation(data.mean, data.std).undo(painting.cpu().numpy())
         return Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid)
 
 
