@@ -331,7 +331,7 @@ def test_a_head_without_weight_learns_nothing(given, weight, idle):
 def test_the_teacher_stays_in_evaluation_mode_while_the_student_trains(given):
     """timm: the task's train() would switch the teacher to training mode too. Here it is no part of the model."""
     now = case(given, taught_by(given))
-    teacher = now.objective.teacher.model
+    teacher = now.objective.source.model
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     grad_modes = []
     teacher.register_forward_hook(lambda module, *_: grad_modes.append((torch.is_grad_enabled(), module.training)))
@@ -532,7 +532,7 @@ def test_what_build_refuses(given, tmp_path):
     teach(recipe_for(taught_by(given)), split, tmp_path / "cache", epochs=1, device="cpu", console=QUIET)
     with raises_saying(ValueError, "was taught with other data"):
         build(Distilled(cache=str(tmp_path / "cache")), other)
-    assert isinstance(build(Distilled(cache=str(tmp_path / "cache"))).cache, LabelCache)
+    assert isinstance(build(Distilled(cache=str(tmp_path / "cache"))).source, LabelCache)
 
 
 def test_a_second_head_that_nobody_teaches_cannot_be(given):
@@ -651,13 +651,13 @@ def test_the_learning_rate_moves_with_every_update_of_the_first_epochs(given, tm
 def test_the_average_is_what_is_scored_and_it_is_resumed(given, tmp_path, monkeypatch):
     """facebookresearch/deit: the average of the weights was saved and never evaluated, and silently not resumed."""
     scored = []
-    judge = objectives.Supervised.judge
+    judge = objectives.SupervisedObjective.judge
 
     def watched(self, model, *rest):
         scored.append(model.classifier.weight.detach().clone())
         return judge(self, model, *rest)
 
-    monkeypatch.setattr(objectives.Supervised, "judge", watched)
+    monkeypatch.setattr(objectives.SupervisedObjective, "judge", watched)
     recipe = recipe_for(Supervised(), ema=0.8, evaluate=steps(3))
     tensors, _ = run(recipe, given[:2], tmp_path / "whole")
     assert torch.equal(scored[-1], tensors["ema.classifier.weight"])
