@@ -367,14 +367,14 @@ def test_what_a_run_says_of_itself(tmp_path):
     page = checked(document.page(run, None))
     page.sees(
         "Trained 2 January 2026, 03:04 UTC",
-        "200 updates, 2 epochs, on 150 images of 2 classes",
+        "200 steps, 2 epochs, on 150 images of 2 classes",
         "42 s",
         "a CPU, 2 cores",
         "bfloat16",
         "e" * 64,
         "123",
         f"deit train {tmp_path / 'run' / 'recipe.json'} --data photos --out AGAIN",
-        "after update 200. It was chosen by",
+        "after step 200. It was chosen by",
         "deit report",
         "No shipped recipe has this name",
     )
@@ -434,7 +434,7 @@ def test_numbers_that_are_none(tmp_path):
         "2 of the 4 lines of metrics.jsonl can't be read and are left out",
         "Loss: the metrics hold no number that could be drawn",
         "The run has no evaluation yet",
-        "2 updates were skipped",
+        "2 steps were skipped",
     )
     assert run.best is None
     third = Record.read(record(tmp_path, rows=[{"step": 1, "loss": 0.5, "val_accuracy": 1 / 3}]))
@@ -654,7 +654,7 @@ def test_training_ends_with_a_report(trained, capsys):
     about = json.loads((run / "about.json").read_text())
     assert (about["train"], about["val"], about["fingerprint"]) == ([11] * 3, [1] * 3, fingerprint(training))
     assert about["precision"] == "float32"
-    page.sees(f"Judged by 3 validation images in {trained / 'data'}", "15 updates", fingerprint(validation))
+    page.sees(f"Judged by 3 validation images in {trained / 'data'}", "15 steps", fingerprint(validation))
     assert len(page.all("img")) == 3 + 2 * 3  # and of each of the three what its one token looked at
     page.sees("What answers rest on", "as far as it speaks for the answer of the model")
     before = (run / document.FILE).read_text()
@@ -678,7 +678,7 @@ def test_eval_writes_one_with_the_record_of_the_run(trained, capsys, tmp_path):
     assert main([*plain, "--report", str(tmp_path / "new" / "page.html")]) == 0
     found = json.loads(capsys.readouterr().out)
     page = checked((tmp_path / "new" / "page.html").read_text())
-    page.sees("15 updates", f"{found['nll']:.4f}", "Learning rate", "Judged by 18 test images")
+    page.sees("15 steps", f"{found['nll']:.4f}", "Learning rate", "Judged by 18 test images")
     build(
         "classification", small(id2label=dict(enumerate("abc")), num_labels=None, distillation_token=False)
     ).save_pretrained(tmp_path / "model")

@@ -97,7 +97,7 @@ def recipe_for(objective, **changes):
 
 @dataclass
 class Case:
-    """A recipe's parts at one update: what the loop gives its objective."""
+    """A recipe's parts at one step: what the loop gives its objective."""
 
     recipe: Recipe
     objective: objectives.Objective
@@ -350,7 +350,7 @@ def test_the_teacher_stays_in_evaluation_mode_while_the_student_trains(given):
 
 @pytest.mark.parametrize("settings", [{}, {"kind": "soft"}, {"kind": "soft", "top_k": 2}], ids=str)
 def test_stored_labels_are_the_teachers_wherever_the_stream_begins(given, settings, tmp_path):
-    """TinyViT: a store depended on the epoch that training started at. Here update s has its labels whether the run
+    """TinyViT: a store depended on the epoch that training started at. Here step s has its labels whether the run
     began at 0, in the middle, or beyond the store, which then begins anew."""
     now = case(given, taught_by(given, **settings))
     teach(now.recipe, given[0], tmp_path / "cache", epochs=2, device="cpu", console=QUIET)
@@ -621,7 +621,7 @@ def test_everything_random_comes_from_the_recipes_seed(given, tmp_path):
 
 def test_the_learning_rate_moves_with_every_update_of_the_first_epochs(given, tmp_path, monkeypatch):
     """facebookresearch/deit: the rate was set by epoch, and after it: epochs 0 and 1 both ran at 1e-6. Here 2.625
-    updates are an epoch, two epochs warm up, and a resumed run takes the next rate."""
+    steps are an epoch, two epochs warm up, and a resumed run takes the next rate."""
     used: list[float] = []
     update = loop._update
 

@@ -1,11 +1,11 @@
 """A teacher's answers written once, and learnt from again and again. B images of a batch, C classes, k kept classes.
 
-Every view of a training image is a function of the recipe's seed and the update's number, so the answers to the views
+Every view of a training image is a function of the recipe's seed and the step's number, so the answers to the views
 of some epochs stand for the teacher in any run that sees the same views: the recipe's fields that decide them are kept
 with the answers, and compared.
 
 A cache is a folder: `cache.json` says what it holds, and each `labels-00000.safetensors` holds the same number of
-updates (the last one may hold fewer), a row of B for each.
+steps (the last one may hold fewer), a row of B for each.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ VIEWS_VERSION = 1
 """To be raised whenever the code of `data` or `augment` draws or computes other views than before: older caches are
 then refused."""
 PART_BYTES = 16 * 2**20
-"""Most that a part holds, but for a single update that is larger."""
+"""Most bytes that a part holds; a single step that is larger has a part of its own."""
 _FILE = re.compile(r"labels-(\d{5,})\.safetensors")
 
 
@@ -54,7 +54,7 @@ class _Layout:
     """What the parts of a cache hold."""
 
     steps: int
-    """Updates, in all parts."""
+    """Steps, in all parts."""
     steps_per_part: int
     batch: int
     classes: int
@@ -66,13 +66,13 @@ class _Layout:
     def parts(self) -> int:
         return -(-self.steps // self.steps_per_part)
 
-    def updates(self, part: int) -> range:
+    def steps_of(self, part: int) -> range:
         first = part * self.steps_per_part
         return range(first, min(first + self.steps_per_part, self.steps))
 
-    def tensors(self, updates: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-        """Type and shape of what a part of so many updates holds; classes in the narrowest integers that hold them."""
-        rows = (updates, self.batch)
+    def tensors(self, steps: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Type and shape of what a part of so many steps holds; classes in the narrowest integers that hold them."""
+        rows = (steps, self.batch)
         index = np.dtype(
             next((kind for kind in (np.uint8, np.uint16) if self.classes <= np.iinfo(kind).max + 1), np.int32)
         )
@@ -82,9 +82,9 @@ class _Layout:
             return {"log_probability": (np.dtype(np.float32), (*rows, self.classes))}
         return {"index": (index, (*rows, self.top_k)), "probability": (np.dtype(np.float16), (*rows, self.top_k))}
 
-    def size(self, updates: int) -> int:
-        """Bytes of the tensors of so many updates."""
-        return sum(kind.itemsize * math.prod(shape) for kind, shape in self.tensors(updates).values())
+    def size(self, steps: int) -> int:
+        """Bytes of the tensors of so many steps."""
+        return sum(kind.itemsize * math.prod(shape) for kind, shape in self.tensors(steps).values())
 
 
 def _layout(recipe: Recipe, split: Split, steps: int) -> _Layout:
@@ -174,7 +174,7 @@ def _write_parts(work: _Work, out: Path, todo: list[int], prints: Mapping[str, s
     layout = work.layout
     batches = TrainingBatches(work.split, work.recipe, cycle=layout.steps)
     faults = Faults(len(work.split))
-    total = layout.batch * sum(len(layout.updates(part)) for part in todo)
+    total = layout.batch * sum(len(layout.steps_of(part)) for part in todo)
     done, began = 0, time.perf_counter()
     kept: dict[str, Tensor] = {}  # of one part, on the device: fetched once
     with Progress(
@@ -190,7 +190,7 @@ def _write_parts(work: _Work, out: Path, todo: list[int], prints: Mapping[str, s
         for part, row, batch in _updates(batches, layout, todo):
             for file, reason in faults.add(batch.faults):
                 _say(console, f"{file} {reason}. Another image stands in for it")
-            rows = len(layout.updates(part))
+            rows = len(layout.steps_of(part))
             for positions, found in work.answers(batch, batches):
                 for name, value in found.items():
                     if row == 0 and (name not in kept or len(kept[name]) != rows):
@@ -215,12 +215,12 @@ def _updates(batches: TrainingBatches, layout: _Layout, parts: list[int]) -> Ite
     stream: Iterator[Batch] = iter(())
     at = -1
     for part in parts:
-        updates = layout.updates(part)
-        if at != updates.start:
-            stream = batches.from_step(updates.start)
-        for row, batch in enumerate(islice(stream, len(updates))):
+        steps = layout.steps_of(part)
+        if at != steps.start:
+            stream = batches.from_step(steps.start)
+        for row, batch in enumerate(islice(stream, len(steps))):
             yield part, row, batch
-        at = updates.stop
+        at = steps.stop
 
 
 def _say(console: Console, sentence: str) -> None:
@@ -228,7 +228,7 @@ def _say(console: Console, sentence: str) -> None:
 
 
 class LabelCache:
-    """The teacher's answers, from the folder that `teach` wrote; `steps` updates, after which they come again."""
+    """The teacher's answers, from the folder that `teach` wrote; `steps` steps, after which they come again."""
 
     def __init__(self, folder: Path, layout: _Layout, prints: Mapping[str, str]):
         self.folder, self.layout, self.steps, self.prints = folder, layout, layout.steps, dict(prints)
@@ -252,7 +252,7 @@ class LabelCache:
         return cls(folder, layout, record["fingerprints"])
 
     def labels(self, step: int, positions: Tensor) -> Tensor:
-        """What `answers` gave for `positions` (B,) of the global batch of update `step`: decisions (B,) int64 or
+        """What `answers` gave for `positions` (B,) of the global batch of step `step`: decisions (B,) int64 or
         log-probabilities (B, C) float32, on the CPU.
 
         Raises `CheckpointError` where the part is damaged.
@@ -365,7 +365,7 @@ def _claim(out: Path, recipe: Recipe, split: Split, layout: _Layout, prints: Map
         _compare(out, found, recipe, split, prints)
         if found["steps"] > layout.steps:
             raise ValueError(
-                f"{out} is a cache of {found['steps']} updates, {layout.steps} are asked for; ask for as "
+                f"{out} is a cache of {found['steps']} steps, {layout.steps} are asked for; ask for as "
                 "many epochs or more, or choose another folder"
             )
         layout = replace(layout, steps_per_part=found["steps_per_part"])
@@ -390,7 +390,7 @@ def _is_whole(folder: Path, layout: _Layout, part: int) -> bool:
     try:
         with open(_path(folder, part), "rb") as file:
             header = int.from_bytes(file.read(8), "little")
-            return file.seek(0, 2) == 8 + header + layout.size(len(layout.updates(part)))
+            return file.seek(0, 2) == 8 + header + layout.size(len(layout.steps_of(part)))
     except FileNotFoundError:
         return False
 
@@ -405,7 +405,7 @@ def _checksum(arrays: Mapping[str, np.ndarray], part: int, prints: Mapping[str, 
 
 
 def _write(folder: Path, layout: _Layout, part: int, prints: Mapping[str, str], kept: Mapping[str, Tensor]) -> None:
-    expected = layout.tensors(len(layout.updates(part)))
+    expected = layout.tensors(len(layout.steps_of(part)))
     arrays = {name: value.cpu().numpy().astype(expected[name][0]) for name, value in kept.items()}
     assert {name: (array.dtype, array.shape) for name, array in arrays.items()} == expected
     with _undisturbed(), files.replacing(_path(folder, part)) as temporary:
@@ -415,7 +415,7 @@ def _write(folder: Path, layout: _Layout, part: int, prints: Mapping[str, str], 
 def _read(
     folder: Path, layout: _Layout, part: int, prints: Mapping[str, str], *, verify: bool = True
 ) -> dict[str, np.ndarray]:
-    path, expected = _path(folder, part), layout.tensors(len(layout.updates(part)))
+    path, expected = _path(folder, part), layout.tensors(len(layout.steps_of(part)))
     try:
         with safe_open(path, "np") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)

@@ -134,7 +134,7 @@ def _object(path: Path, gaps: list[str]) -> dict[str, Any]:
 
 
 def _rows(path: Path, gaps: list[str]) -> tuple[dict[str, Any], ...]:
-    """Rows with a number of updates, which all have that are written whole."""
+    """Rows with a number of steps, which all have that are written whole."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
