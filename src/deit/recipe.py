@@ -1,4 +1,4 @@
-"""A recipe is the complete record of an experiment: model, data, augmentation, objective, optimisation, seed.
+"""A recipe is the complete description of an experiment: model, data, augmentation, objective, optimisation, seed.
 
 Frozen data and no behaviour but checks and arithmetic; the rooms that act on each part import it from here. `to_dict`
 and `from_dict` are the JSON of `recipe.json`; `override` is the command line's `--set`.
@@ -506,7 +506,7 @@ class Recipe:
         check(self.seed >= 0, f"seed can't be negative, found {self.seed}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole record as JSON types; where a field has alternatives, `kind_of` names the class."""
+        """The whole recipe as JSON types; where a field has alternatives, `kind_of` names the class."""
         return to_plain(self)
 
     @classmethod
@@ -516,7 +516,7 @@ class Recipe:
 
 
 def difference(theirs: Any, ours: Any, path: str = "") -> str:
-    """The first field in which two records differ, with both values; empty where none does."""
+    """The first field in which the JSON of two recipes differs, with both values; empty where none does."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         found = (
             difference(theirs.get(name), ours.get(name), f"{path}.{name}".lstrip(".")) for name in {**theirs, **ours}
@@ -559,12 +559,12 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
     `optim.lr=1e-3`, `schedule.total=epochs(30)`, `augment.mix=None`, `optim=LAMB(lr=5e-3, per_images=2048)`,
     `objective.teacher=timm:regnety_160`. All are applied before the whole is checked.
     """
-    record = recipe.to_dict()
+    values = recipe.to_dict()
     for setting in settings:
         path, equals, text = setting.partition("=")
         check(bool(equals), f"--set {setting}: expected FIELD=VALUE, e.g. optim.lr=1e-3")
         *owners, last = path.strip().split(".")
-        place: Any = record
+        place: Any = values
         for depth, name in enumerate([*owners, last]):
             check(
                 isinstance(place, dict),
@@ -575,7 +575,7 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
             known(name, place.keys() - {"kind_of"}, f"--set {setting}{kind}")
             place = place[name] if depth < len(owners) else place
         place[last] = to_plain(_parse(text.strip(), setting))
-    return Recipe.from_dict(record)
+    return Recipe.from_dict(values)
 
 
 def _parse(text: str, setting: str) -> Any:

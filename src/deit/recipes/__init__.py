@@ -101,6 +101,6 @@ def _read(file: Path) -> Recipe:
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no text ({error.reason}); expected the JSON of a recipe") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is no JSON ({error}); expected the record that `deit recipes NAME` prints") from None
+        raise ValueError(f"{file} is no JSON ({error}); expected what `deit recipes NAME` prints") from None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None

@@ -240,16 +240,16 @@ class LabelCache:
         """Raises `FileNotFoundError` where there is no cache, `ValueError` where it is not complete, or where it is of
         other images or other views than this recipe's."""
         folder = Path(folder)
-        record = _record(folder)
-        _compare(folder, record, recipe, split, {"data": fingerprint(split), "views": _hash(views(recipe))})
-        layout = replace(_layout(recipe, split, record["steps"]), steps_per_part=record["steps_per_part"])
+        description = _description(folder)
+        _compare(folder, description, recipe, split, {"data": fingerprint(split), "views": _hash(views(recipe))})
+        layout = replace(_layout(recipe, split, description["steps"]), steps_per_part=description["steps_per_part"])
         whole = sum(_is_whole(folder, layout, part) for part in range(layout.parts))
         if whole < layout.parts:
             raise ValueError(
                 f"{folder} holds {whole} of {layout.parts} parts; run the same deit teach again, it makes "
                 "those that are missing"
             )
-        return cls(folder, layout, record["fingerprints"])
+        return cls(folder, layout, description["fingerprints"])
 
     def labels(self, step: int, positions: Tensor) -> Tensor:
         """What `answers` gave for `positions` (B,) of the global batch of step `step`: decisions (B,) int64 or
@@ -275,14 +275,14 @@ class LabelCache:
 
 def views(recipe: Recipe) -> dict[str, Any]:
     """Everything that decides what the teacher sees and what of its answers is kept, as JSON types."""
-    record = recipe.to_dict()
+    description = recipe.to_dict()
     chosen = {"data": ("batch", "repeats", "crop_ratio", "mean", "std"), "objective": ("kind", "top_k", "resolution")}
     return {
         "version": VIEWS_VERSION,
         "seed": recipe.seed,
-        "augment": record["augment"],
+        "augment": description["augment"],
         "model": {"image_size": list(recipe.model.image_hw), "num_channels": recipe.model.num_channels},
-        **{part: {name: record[part][name] for name in names} for part, names in chosen.items()},
+        **{part: {name: description[part][name] for name in names} for part, names in chosen.items()},
     }
 
 
@@ -294,35 +294,37 @@ _KEYS = ("fingerprints", "teacher", "steps", "steps_per_part", "images", "views"
 """Keys of cache.json that adding to a cache needs."""
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def _description(folder: Path) -> dict[str, Any]:
     path = folder / "cache.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no cache.json; expected a folder that deit teach wrote")
-    record = files.read_json(path)
-    if record.get("version") != VERSION:
+    description = files.read_json(path)
+    if description.get("version") != VERSION:
         raise ValueError(
-            f"{path} has version {record.get('version')!r}, this package reads {VERSION}; run deit teach "
+            f"{path} has version {description.get('version')!r}, this package reads {VERSION}; run deit teach "
             "into another folder"
         )
-    if missing := [name for name in _KEYS if name not in record]:
+    if missing := [name for name in _KEYS if name not in description]:
         raise files.CheckpointError(f"{path} lacks {missing[0]!r}; it is damaged, run deit teach into another folder")
-    return record
+    return description
 
 
-def _compare(folder: Path, record: Mapping[str, Any], recipe: Recipe, split: Split, prints: Mapping[str, str]) -> None:
+def _compare(
+    folder: Path, description: Mapping[str, Any], recipe: Recipe, split: Split, prints: Mapping[str, str]
+) -> None:
     """Refuses a cache of other data, views or teacher, by name."""
-    differing = [name for name in prints if record["fingerprints"].get(name) != prints[name]]
+    differing = [name for name in prints if description["fingerprints"].get(name) != prints[name]]
     if not differing:
         return
     name = differing[0]
     if name == "data":
         reason = (
-            f"{record['images']} images there, {len(split)} here"
-            if record["images"] != len(split)
+            f"{description['images']} images there, {len(split)} here"
+            if description["images"] != len(split)
             else "names, classes or contents of its files differ"
         )
     elif name == "views":
-        then, now = record["views"], views(recipe)
+        then, now = description["views"], views(recipe)
         reason = (
             difference(then, now)
             if then.get("version") == now["version"]
@@ -330,7 +332,7 @@ def _compare(folder: Path, record: Mapping[str, Any], recipe: Recipe, split: Spl
             f"changed since (version {then.get('version')} there, {now['version']} here)"
         )
     else:
-        reason = f"its weights, classes or preprocessing differ from those of {record['teacher']} then"
+        reason = f"its weights, classes or preprocessing differ from those of {description['teacher']} then"
     moves = {"data": "bring that data back", "views": "set it back", "teacher": "take that teacher"}
     raise ValueError(
         f"{folder} was taught with other {name}: {reason}; {moves[name]}, or run deit teach into another folder"
@@ -346,7 +348,7 @@ def _claim(out: Path, recipe: Recipe, split: Split, layout: _Layout, prints: Map
         raise ValueError(f"{out} holds {foreign[0]}, which is no part of a label cache; choose an empty or new folder")
     objective = recipe.objective
     assert isinstance(objective, Distilled)
-    record = {
+    description = {
         "version": VERSION,
         "fingerprints": dict(prints),
         "teacher": objective.teacher,
@@ -361,7 +363,7 @@ def _claim(out: Path, recipe: Recipe, split: Split, layout: _Layout, prints: Map
         "deit": host.VERSION,
     }
     if "cache.json" in names:
-        found = _record(out)
+        found = _description(out)
         _compare(out, found, recipe, split, prints)
         if found["steps"] > layout.steps:
             raise ValueError(
@@ -369,12 +371,12 @@ def _claim(out: Path, recipe: Recipe, split: Split, layout: _Layout, prints: Map
                 "many epochs or more, or choose another folder"
             )
         layout = replace(layout, steps_per_part=found["steps_per_part"])
-        record |= {"steps_per_part": layout.steps_per_part, "deit": found["deit"]}
+        description |= {"steps_per_part": layout.steps_per_part, "deit": found["deit"]}
     elif names:
         raise ValueError(
             f"{out} holds {min(names)} but no cache.json that says what it is of; choose an empty or new folder"
         )
-    files.write_json(out / "cache.json", record)
+    files.write_json(out / "cache.json", description)
     return layout
 
 
