@@ -35,7 +35,7 @@ class Comparison:
     """The script's own name for `python -m`: each contender's process is started with it."""
     description: str | None
     records: Path
-    """File that a record of each case is appended to, as a line of JSON."""
+    """File that the record of each case is appended to, a line of JSON, when no other is given."""
     cases: Mapping[str, Mapping[str, Any]]
     """The settings of each case: arguments of `work`, and fields of the record."""
     contenders: Callable[[Mapping[str, Any]], Iterable[str]]
@@ -86,6 +86,9 @@ class Comparison:
         parser.add_argument(
             "--case", choices=tuple(self.cases), action="append", help="may be repeated; all when not given"
         )
+        parser.add_argument(
+            "--records", type=Path, default=self.records, help="append to this file (default: %(default)s)"
+        )
         parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
         options = parser.parse_args()
         if options.work:
@@ -93,7 +96,7 @@ class Comparison:
             return self.work(name, **self.cases[case])
         for case in options.case or self.cases:
             record = self.measure(case, options.rounds)
-            with self.records.open("a", encoding="utf-8") as file:
+            with options.records.open("a", encoding="utf-8") as file:
                 print(json.dumps(record), file=file)
             Console().print(self.table(record))
         return None
@@ -102,7 +105,7 @@ class Comparison:
         """A record to be read: a row for each contender."""
         table = Table(
             "contender",
-            title=f"{record['case']}, {record['rounds']} rounds, {record['machine']}",
+            title=f"{record['case']}, {record['rounds']} round{'s' * (record['rounds'] != 1)}, {record['machine']}",
             title_justify="left",
         )
         for heading in ("images/s", f"first {self.step}, s", "ours over it"):
@@ -188,7 +191,7 @@ def machine(*packages: str) -> dict[str, Any]:
     from deit.machine import described
 
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
     processor = described(torch.device("cpu")).rpartition(", ")[0]
     features = torch.cpu.get_capabilities()
@@ -196,7 +199,7 @@ def machine(*packages: str) -> dict[str, Any]:
         "machine": f"{cores()} cores of {processor}",
         "bfloat16": "AMX" if features.get("amx_bf16") else "AVX512" if features.get("avx512_bf16") else "none",
         **{name: importlib.import_module(name).__version__ for name in packages},
-        "commit": commit.stdout.strip(),
+        "commit": commit.stdout.strip() or "unknown",
         "date": time.strftime("%Y-%m-%d"),
     }
 
