@@ -95,8 +95,8 @@ def cifar10(start: str = "runs/cifar10_coarse/model", teacher: str = "runs/cifar
 
     Source: ours.
     Expected: nothing published for this network.
-    Ours: 0.789 of the 10,000 test images (fused heads; one run, bench/cifar10.jsonl), all three runs in 26 minutes on
-    2 cores of an AMD EPYC.
+    Ours: 0.789 of the 10,000 test images (fused heads; one run, bench/claims/cifar10.jsonl), all three runs in 26
+    minutes on 2 cores of an AMD EPYC.
     """
     return replace(
         cifar10_coarse(teacher),
