@@ -40,7 +40,7 @@ def epochs(amount: float) -> Duration:
 
 
 def steps(amount: float) -> Duration:
-    """A length of `amount` updates of the weights."""
+    """A length of `amount` steps of the weights."""
     return Duration(float(amount), "steps")
 
 
@@ -59,7 +59,7 @@ class Data:
     """How images become batches. The model sets the image size."""
 
     batch: int
-    """Number of images per update, over all processes together."""
+    """Number of images per step, over all processes together."""
     repeats: int = 1
     """Number of views of an image in one batch: repeated augmentation (Hoffer et al. 2020). An epoch keeps as many
     views as there are images, so it shows 1/repeats of the images, and `repeats` epochs show all of them."""
@@ -461,7 +461,7 @@ class Recipe:
     """Folder, weight file or hub name of the weights to fine-tune; empty to start from random weights. Positions and
     patches are resized, and a head for other labels is initialised anew."""
     ema: float = 0.0
-    """Decay per update of the exponential moving average of the weights, 0 to <1. The average is evaluated and saved; 0
+    """Decay per step of the exponential moving average of the weights, 0 to <1. The average is evaluated and saved; 0
     takes the weights themselves."""
     evaluate: Duration = field(default_factory=lambda: epochs(1))
     """Length of training between evaluations on the validation images. There is always one at the end."""

@@ -3,7 +3,7 @@
 The numbers are those of table 9. If the table leaves a number out, it is the default of main.py in
 facebookresearch/deit: the learning rate at the start of the warm-up, its floor, the variation of RandAugment's
 strength, and the average of the weights, which gives 0.1 points in table 8. The original computed that average but
-reported the weights themselves. Two differences are ours: the learning rate changes with every update, and images are
+reported the weights themselves. Two differences are ours: the learning rate changes with every step, and images are
 erased, mixed and drawn with random numbers that are computed from counters.
 """
 

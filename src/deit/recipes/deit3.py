@@ -165,7 +165,7 @@ def deit3_large_400() -> Recipe:
 
 
 def deit3_base_cosub() -> Recipe:
-    """`deit3_base` as two submodels that teach each other, with twice the computation for each update.
+    """`deit3_base` as two submodels that teach each other, with twice the computation for each step.
 
     Source: Touvron et al. 2022, "Co-training 2^L submodels for visual recognition". README_cosub.md of
         facebookresearch/deit gives no command, so we chose to change only the objective of `deit3_base`.

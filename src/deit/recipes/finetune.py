@@ -26,7 +26,7 @@ def _finetune(name: str, variant: str, objective: Objective) -> Recipe:
         name=name,
         model=VARIANTS[variant].replace(num_labels=2, drop_path_rate=0.1),
         data=Data(batch=64),
-        # Milder than in pre-training, because a few thousand updates must not make the model unlearn whole photos.
+        # Milder than in pre-training, because a few thousand steps must not make the model unlearn whole photos.
         augment=Augment(
             crop=ResizedCrop(scale=(0.35, 1.0)),
             flip=0.5,

@@ -3,7 +3,7 @@
 The paper gives results but no settings. The first author gave settings in issues of facebookresearch/deit: in issue 45
 for CIFAR-10 and Cars, and in issue 105 for iNaturalist. The issues leave out augmentation, warm-up and the floor of the
 learning rate, so these are as in pre-training. The recipes evaluate the weights themselves, because some of these data
-sets have too few updates for the slow average.
+sets have too few steps for the slow average.
 """
 
 from dataclasses import replace
