@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from deit import files
+from deit.choices import Format
 from deit.evaluate.calibration import Calibration
 from deit.export.checking import Checked, Examples
 from deit.export.engines import DESCRIPTION, read_description
 from deit.export.formats import (
     BESIDE,
-    Format,
     import_packages,
     refuse_for_the_web,
     write_float,
