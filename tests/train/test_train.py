@@ -45,7 +45,7 @@ from deit.recipe import (
     epochs,
     steps,
 )
-from deit.train import checkpoint, loop, objectives, optim, progress, runs
+from deit.train import checkpoint, loop, objectives, optim, progress, records, runs
 from deit.train.build import build_model
 from deit.train.loop import Diverged, train
 
@@ -525,9 +525,9 @@ def test_tensorboard_gets_the_rows(splits, tmp_path, monkeypatch):
     assert written[1:] == [(name, value, row["step"]) for row in rows(tmp_path) for name, value in row.items()]
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (300, "5 min"), (2 * 3600, "2.0 h")])
+@pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (89, "89 s"), (300, "5 min"), (2 * 3600, "2.0 h")])
 def test_spans(seconds, text):
-    assert progress._span(seconds) == text
+    assert records.span(seconds) == text
 
 
 def test_precision(monkeypatch):
