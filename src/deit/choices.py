@@ -6,6 +6,8 @@ from typing import Literal
 
 Head = Literal["fused", "class", "distillation", "softmax"]
 """Which head of a distilled model decides (`fuse_heads`)."""
+Scoring = Literal["softmax", "sigmoid", "none"]
+"""What turns a model's logits into scores (`DeiTConfig.scoring`)."""
 Method = Literal["rollout", "relevance", "attention"]
 """How a map is drawn from inside a model (`deit.explain.explain`)."""
 Runtime = Literal["auto", "torch", "openvino", "onnx"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from deit import files
+from deit.choices import Scoring
 
 Pair = int | tuple[int, int]
 
@@ -244,6 +245,11 @@ class DeiTConfig:
         return [self.drop_path_rate * i / last for i in range(self.num_hidden_layers)]
 
     @property
+    def scoring(self) -> Scoring:
+        """What turns logits into scores, as in the pipelines of `transformers`."""
+        return _scoring(self.problem_type, self.num_labels or 0)
+
+    @property
     def model_type(self) -> str:
         """`deit` with a distillation token, `vit` without, `deit3` for what neither class of `transformers` computes.
 
@@ -369,6 +375,11 @@ class ConvNetConfig:
         return len(self.id2label)
 
     @property
+    def scoring(self) -> Scoring:
+        """What turns logits into scores: softmax, or sigmoid for a single output."""
+        return _scoring(None, self.num_labels)
+
+    @property
     def image_hw(self) -> tuple[int, int]:
         return _pair(self.image_size)
 
@@ -397,6 +408,12 @@ def _pair_or_int(name: str, value: Any) -> Pair:
     if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, int) and v > 0 for v in value):
         return value[0], value[1]
     raise ValueError(f"{name} must be a positive number of pixels or a pair (height, width), found {value!r}")
+
+
+def _scoring(problem_type: str | None, outputs: int) -> Scoring:
+    if problem_type == "regression":
+        return "none"
+    return "sigmoid" if problem_type == "multi_label_classification" or outputs == 1 else "softmax"
 
 
 def _unnamed(count: int) -> dict[int, str]:

@@ -198,9 +198,9 @@ def test_engines_agree_on_photos_at_full_size(tmp_path, monkeypatch, capsys):
     float32(monkeypatch)
     first = Predictor(tmp_path / "m")
     pixels = np.stack([first.prepared(image) for image in images])
-    expected = first.probabilities(pixels)
+    expected = first.scores(pixels)
     for engine in ("openvino", "onnx"):
-        found = Predictor(tmp_path / "m", engine=engine).probabilities(pixels)
+        found = Predictor(tmp_path / "m", engine=engine).scores(pixels)
         with capsys.disabled():
             print(f"\n{engine}: {np.abs(found - expected).max():.1e} over {len(images)} photos")
         assert (found.argmax(1) == expected.argmax(1)).all()

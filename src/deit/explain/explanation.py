@@ -31,6 +31,7 @@ from deit.explain.maps import (
     random_order,
 )
 from deit.image.processor import DeiTImageProcessor
+from deit.model.load import refuse_not_finite
 from deit.predict.predictor import Predictor
 
 
@@ -221,14 +222,7 @@ def explain_pixels(
         for method in methods
         for token, values in explain(model, pixels, method, target).items()
     ]
-    if not (
-        all(scores.isfinite().all() for scores in probabilities.values())
-        and all(np.isfinite(each.values).all() for each in maps)
-    ):
-        raise ValueError(
-            "the model's answer is not a number, so there is nothing to explain; its weights are damaged "
-            "or diverged: take another checkpoint"
-        )
+    refuse_not_finite([*probabilities.values(), *(each.values for each in maps)])
     answers = []
     for token, [scores] in probabilities.items():
         best, chosen = int(scores.argmax()), int(targets[token])

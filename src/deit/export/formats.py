@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from deit import files
-from deit.choices import Format
+from deit.choices import Format, Scoring
 from deit.evaluate.calibration import FILE as CALIBRATION
 from deit.export.checking import Agreement, Checked, Examples, accuracy_of
 from deit.export.engines import DESCRIPTION, Engine, OpenVINOEngine, import_openvino, load_engine, needed, sha256
@@ -24,6 +24,7 @@ from deit.export.quantise import by_sensitivity, quantised_onnx, quantised_openv
 from deit.export.subject import Subject
 from deit.export.web import VERSION, NodeEngine, Page, refuse_undone
 from deit.image.processor import FILE_NAME
+from deit.model.load import heads_of
 
 TOLERANCE = 1e-4
 """Largest difference of a probability from the PyTorch model's that a float format may have."""
@@ -69,6 +70,7 @@ class Description:
     input: Mapping[str, Any]
     outputs: Sequence[str]
     heads: Sequence[str]
+    scoring: Scoring
     versions: Mapping[str, str]
     weights: str | None = None
     agreement: Mapping[str, Any] | None = None
@@ -88,7 +90,8 @@ def _described(subject: Subject, to: Format, folder: Path) -> Description:
         files={path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name not in BESIDE},
         input={"name": "pixel_values", "shape": [None, *subject.shape], "type": "float32"},
         outputs=list(subject.logits.names),
-        heads=["fused", "class", *(["distillation", "softmax"] if len(subject.logits.names) > 1 else [])],
+        heads=list(heads_of(len(subject.logits.names) > 1, subject.scoring)),
+        scoring=subject.scoring,
         versions=versions(to),
     )
     files.write_json(folder / DESCRIPTION, description.to_dict())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deit import weights
-from deit.choices import Head
+from deit.choices import Head, Scoring
 from deit.config import DeiTConfig, ViTConfig
 from deit.model import cpu_training
 from deit.model.loss_rules import Distillation
@@ -669,6 +669,22 @@ def head_probabilities(output: ModelOutput, temperature: float = 1.0) -> dict[He
     return {"fused": alone, "class": alone}
 
 
+def head_scores(output: ModelOutput, scoring: Scoring = "softmax", temperature: float = 1.0) -> dict[Head, Tensor]:
+    """Scores (B, C) by every head of a classifier's output.
+
+    `softmax`: the probabilities of classes that exclude each other (`head_probabilities`). `sigmoid`: the probability
+    of each label by itself. `none`: the logits. The last two have no head `softmax`, because they have no softmaxes
+    whose mean it could be.
+    """
+    if scoring == "softmax":
+        return head_probabilities(output, temperature)
+    fields = {"fused": "logits", "class": "logits"}
+    if isinstance(output, DeiTForImageClassificationWithTeacherOutput):
+        fields = {"fused": "logits", "class": "cls_logits", "distillation": "distillation_logits"}
+    logits: dict[Any, Tensor] = {head: output[name].float() / temperature for head, name in fields.items()}
+    return {head: scores.sigmoid() if scoring == "sigmoid" else scores for head, scores in logits.items()}
+
+
 class ViTModel(DeiTModel):
     """`DeiTModel` without distillation token."""
 
@@ -718,4 +734,5 @@ __all__ = [
     "ViTModel",
     "fuse_heads",
     "head_probabilities",
+    "head_scores",
 ]

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from deit import files
-from deit.choices import Head, Runtime
+from deit.choices import Head, Runtime, Scoring
 from deit.config import ConvNetConfig, DeiTConfig
 from deit.evaluate.calibration import Calibration
 from deit.export.cache import cached_engine
@@ -27,8 +27,8 @@ from deit.image.decode import ImageError
 from deit.image.processor import DeiTImageProcessor
 from deit.machine import resolve_device
 from deit.model.convnet import ConvNet
-from deit.model.load import Classifier, load_classifier, refuse_head
-from deit.model.network import head_probabilities
+from deit.model.load import Classifier, load_classifier, refuse_head, refuse_not_finite, refuse_other_scoring
+from deit.model.network import head_scores
 from deit.predict.backends import Backend, EngineBackend, TorchBackend
 
 Source = str | Path | bytes | Image.Image
@@ -97,7 +97,7 @@ class Predictor:
             self.device = torch.device(device)
             self.config = _config_of(folder)
             self.processor = DeiTImageProcessor.of_model(folder, self.config)  # type: ignore[arg-type]
-            self._backend: Backend = EngineBackend(_exported(folder, self.device, engine))
+            self._backend: Backend = EngineBackend(_exported(folder, self.device, engine), self.config.scoring)
         else:
             if engine in ("openvino", "onnx") and torch.device(device).type != "cpu":
                 raise ValueError(f"{engine} computes on the CPU here, and device is {device}; leave one out")
@@ -108,6 +108,8 @@ class Predictor:
         refuse_head(head, self._backend.heads)
         self.engine = str(self._backend)
         self.calibration = Calibration.of_model(name_or_folder)
+        if self.calibration is not None:
+            refuse_other_scoring(name_or_folder, self.config.scoring, "its calibration.json")
         self.labels = list(self.config.id2label.values())  # type: ignore[union-attr]
 
     def __call__(self, images: Sequence[Source], top_k: int = 5) -> list[list[dict[str, Any]]]:
@@ -153,39 +155,42 @@ class Predictor:
 
     def answers(self, sources: Sequence[Source], pixels: np.ndarray, top_k: int) -> list[Answer]:
         """Answers for images that are `prepared`: pixels (B, channels, height, width)."""
-        probabilities = self.probabilities(pixels)
-        best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]  # (B, top_k)
-        sure = [None] * len(sources) if self.calibration is None else self.calibration.sure(probabilities, self.head)
+        scores = self.scores(pixels)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]  # (B, top_k)
+        sure = [None] * len(sources) if self.calibration is None else self.calibration.sure(scores, self.head)
         return [
             Answer(
                 source=source, sure=certain, labels=[{"label": self.labels[i], "score": float(row[i])} for i in indices]
             )
-            for source, certain, row, indices in zip(sources, sure, probabilities, best, strict=True)
+            for source, certain, row, indices in zip(sources, sure, scores, best, strict=True)
         ]
 
-    def probabilities(self, pixels: np.ndarray) -> np.ndarray:
-        """Probabilities (B, C) by the head, calibrated where the model is; pixels (B, channels, height, width)."""
-        temperature = 1.0 if self.calibration is None else self.calibration.temperature(self.head)
-        return head_probabilities(self.logits(pixels), temperature)[self.head].cpu().numpy()
+    def scores(self, pixels: np.ndarray, scoring: Scoring | None = None) -> np.ndarray:
+        """Scores (B, C) by the head, calibrated if the model is, of pixels (B, channels, height, width).
 
-    def head_logits(self, pixels: np.ndarray) -> np.ndarray:
-        """Logits (B, C) by the head; the head `softmax` fuses probabilities, so it has no logits."""
-        found = self.logits(pixels)
-        name = {
-            "fused": "logits",
-            "class": "cls_logits" if "cls_logits" in found else "logits",
-            "distillation": "distillation_logits",
-        }.get(self.head)
-        if name is None or name not in found:
+        They are what the model's configuration says (`DeiTConfig.scoring`): probabilities of classes that exclude each
+        other, a probability for each label, or the outputs of a regression. `scoring` asks for others, which no
+        calibration applies to.
+
+        Raises `NotFinite` for answers that are not numbers.
+        """
+        scoring = scoring or self.config.scoring
+        temperature = 1.0
+        if self.calibration is not None and scoring == "softmax":
+            temperature = self.calibration.temperature(self.head)
+        found = head_scores(self.logits(pixels), scoring, temperature)
+        if self.head not in found:
             raise ValueError(
-                f"head {self.head!r} has no logits of its own here; choose fused or class, or softmax as "
-                "function_to_apply"
+                f"head {self.head!r} has no logits of its own, so no score by {scoring}; choose {', '.join(found)}, or "
+                "softmax as function_to_apply"
             )
-        return found[name].float().cpu().numpy()
+        return found[self.head].cpu().numpy()
 
     def logits(self, pixels: np.ndarray) -> Any:
-        """The model's output for pixels (B, channels, height, width)."""
-        return self._backend(pixels)
+        """The model's output for pixels (B, channels, height, width). Raises `NotFinite` if it is not finite."""
+        output = self._backend(pixels)
+        refuse_not_finite(output.values())
+        return output
 
 
 def _config_of(folder: Path) -> DeiTConfig | ConvNetConfig:
@@ -212,10 +217,10 @@ def _backend_for(classifier: Classifier, device: torch.device, engine: Runtime |
     if engine is None or engine == "torch":
         return TorchBackend(classifier, device)
     if engine != "auto":
-        return EngineBackend(cached_engine(classifier, engine))
+        return EngineBackend(cached_engine(classifier, engine), classifier.model.config.scoring)
     if device.type == "cpu" and find_spec("openvino") is not None:
         try:
-            return EngineBackend(cached_engine(classifier, "openvino"))
+            return EngineBackend(cached_engine(classifier, "openvino"), classifier.model.config.scoring)
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             warnings.warn(f"PyTorch computes because OpenVINO can't: {error}", stacklevel=3)
     return TorchBackend(classifier, device)
