@@ -29,8 +29,9 @@ from deit.export import write as export
 from deit.export.web import Page
 from deit.image.decode import load_image
 from deit.image.processor import DeiTImageProcessor
+from deit.model.load import load_model
 from deit.model.network import head_probabilities
-from deit.predict.predictor import Predictor, load_model
+from deit.predict.predictor import Predictor
 
 SOURCE = Path(deit.__file__).parent / "web"
 TARBALL = f"onnxruntime-web-{web.VERSION}.tgz"
