@@ -635,7 +635,9 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _explain(options: argparse.Namespace) -> None:
-    from deit.explain.maps import METHODS, explain_file, figure
+    from deit.explain.explanation import explain_file
+    from deit.explain.maps import METHODS
+    from deit.explain.picture import figure
     from deit.files import replacing
     from deit.machine import resolve_device
 

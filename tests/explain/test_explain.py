@@ -18,22 +18,9 @@ from torch import nn
 from deit import weights
 from deit.cli import main
 from deit.config import ConvNetConfig
-from deit.explain.maps import (
-    METHODS,
-    Explanation,
-    Map,
-    colours,
-    deletion_insertion,
-    explain,
-    explain_file,
-    explain_pixels,
-    explained_model,
-    figure,
-    occlusion,
-    overlay,
-    random_order,
-    seen_by,
-)
+from deit.explain.explanation import Explanation, Map, explain_file, explain_pixels, explained_model, seen_by
+from deit.explain.maps import METHODS, deletion_insertion, explain, occlusion, random_order
+from deit.explain.picture import colours, figure, overlay
 from deit.image.processor import DeiTImageProcessor
 from deit.model.convnet import ConvNet
 from deit.predict.predictor import Predictor

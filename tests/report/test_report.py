@@ -29,7 +29,9 @@ from deit.config import ConvNetConfig
 from deit.data.folders import fingerprint, read_data, read_split
 from deit.evaluate.models import Evaluation, Examined, examine_files
 from deit.evaluate.scores import Report
-from deit.explain.maps import Answer, Explanation, Map, explain, overlay, seen_by
+from deit.explain.explanation import Explanation, Map, TokenAnswer, seen_by
+from deit.explain.maps import explain
+from deit.explain.picture import overlay
 from deit.image.processor import DeiTImageProcessor
 from deit.model.convnet import ConvNet
 from deit.model.load import load_model
@@ -342,7 +344,7 @@ def test_names_are_hostile_input(tmp_path):
             "",
             "",
             Image.new("RGB", (8, 8)),
-            (Answer("class", name, 0.5, name, 0.5),),
+            (TokenAnswer("class", name, 0.5, name, 0.5),),
             (Map("class", "relevance", np.eye(2)),),
         )
         for i, name in enumerate(HOSTILE * 7)

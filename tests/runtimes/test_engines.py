@@ -16,7 +16,8 @@ from support.models import build
 from deit.cli import main
 from deit.config import VARIANTS
 from deit.evaluate.calibration import Calibration, HeadCalibration
-from deit.explain.maps import explain, explain_file
+from deit.explain.explanation import explain_file
+from deit.explain.maps import explain
 from deit.export import cache as exporting
 from deit.export.cache import cached_engine
 from deit.export.engines import load_engine

@@ -29,7 +29,8 @@ from deit import VARIANTS
 from deit.cli import main
 from deit.config import ConvNetConfig
 from deit.evaluate.calibration import Calibration, HeadCalibration
-from deit.explain.maps import explain_pixels, overlay
+from deit.explain.explanation import explain_pixels
+from deit.explain.picture import overlay
 from deit.image.processor import DeiTImageProcessor
 from deit.model.convnet import ConvNet
 from deit.predict.predictor import Predictor

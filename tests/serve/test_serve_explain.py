@@ -14,7 +14,9 @@ from PIL import Image
 from support.models import build, small
 
 from deit.config import ConvNetConfig
-from deit.explain.maps import METHODS, explain, explain_pixels, figure, overlay
+from deit.explain.explanation import explain_pixels
+from deit.explain.maps import METHODS, explain
+from deit.explain.picture import figure, overlay
 from deit.image.processor import DeiTImageProcessor
 from deit.model.convnet import ConvNet
 from deit.predict.predictor import Predictor

@@ -318,3 +318,14 @@ def test_without_keras_the_import_says_what_to_install():
     )
     assert 'pip install "deit[keras]"' in shown
     assert run_python("import sys; sys.modules['keras'] = None\nfrom deit import *\nprint(DeiTModel)")
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the clash is between TensorFlow and Triton")
+@pytest.mark.parametrize("first", ["keras", "deit.model_keras"])
+def test_pytorch_trains_beside_tensorflow_whichever_comes_first(first):
+    shown = run_python(
+        f"import {first}, keras, deit.model_keras, torch\n"
+        "weight = torch.ones(1, requires_grad=True)\nweight.sum().backward()\n"
+        "torch.optim.SGD([weight], lr=0.25).step()\nprint(weight.item())"
+    )
+    assert shown.endswith("0.75")

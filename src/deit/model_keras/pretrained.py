@@ -16,9 +16,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-if "tensorflow" not in sys.modules:
-    # PyTorch's compiler and TensorFlow each bring an LLVM. With TensorFlow's loaded first, Triton's aborts the process
-    # when it comes, e.g. with the first optimizer of torch.optim; the other way round both work.
+# PyTorch's compiler and TensorFlow each bring an LLVM. Triton's aborts the process if TensorFlow's was loaded before it,
+# as soon as an optimizer of torch.optim or transformers imports it; the other way round both work. So Triton comes
+# first; where TensorFlow is loaded already, PyTorch does without Triton.
+if "tensorflow" in sys.modules:
+    sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
+else:
     with suppress(ImportError):
         import triton  # noqa: F401
 

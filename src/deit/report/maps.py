@@ -10,7 +10,9 @@ import torch
 
 from deit.evaluate.models import Evaluation
 from deit.evaluate.scores import Report
-from deit.explain.maps import Explanation, Method, checked, explain_pixels, fitted, overlay
+from deit.explain.explanation import Explanation, explain_pixels
+from deit.explain.maps import Method, checked
+from deit.explain.picture import fitted, overlay
 from deit.image.decode import ImageError
 from deit.model.load import load_classifier
 from deit.report.evaluation import answered, told, wrong_and_doubtful

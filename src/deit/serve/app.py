@@ -26,7 +26,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deit import host
-from deit.explain.maps import Explanation, explained_model, figure, fitted, overlay
+from deit.explain.explanation import Explanation, explained_model
+from deit.explain.picture import figure, fitted, overlay
 from deit.image.decode import ImageError
 from deit.predict.predictor import Predictor
 from deit.report.markup import data_uri

@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 from fastapi import Request
 from starlette.exceptions import HTTPException
 
-from deit.explain.maps import METHODS, class_number
+from deit.explain.explanation import class_number
+from deit.explain.maps import METHODS
 from deit.serve.batcher import Why
 
 _HELD = 16

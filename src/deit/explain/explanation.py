@@ -1,0 +1,265 @@
+"""A model's answer to one image and the maps behind it, token by token: what `deit explain` shows.
+
+B images, C classes, R x S grid of patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from deit.config import DeiTConfig
+from deit.data.folders import near
+from deit.explain.maps import (
+    METHODS,
+    Faithfulness,
+    Method,
+    Token,
+    checked,
+    decided,
+    deletion_insertion,
+    evaluating,
+    explain,
+    occlusion,
+    random_order,
+)
+from deit.image.processor import DeiTImageProcessor
+from deit.predict.predictor import Predictor
+
+
+class Score(NamedTuple):
+    """As in `Faithfulness`, of one map, or the mean of random orders."""
+
+    deletion: float
+    insertion: float
+
+
+@dataclass(frozen=True)
+class TokenAnswer:
+    """What one head says about the image."""
+
+    token: Token
+    label: str
+    """What it decides, with which `probability`."""
+    probability: float
+    target: str
+    """What is explained, and its probability; the decision where nothing else was asked for."""
+    target_probability: float
+    chance: Score | None = None
+    """Score of random orders, which a map should beat; None where maps are not scored."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return _flat(vars(self), "chance")
+
+
+@dataclass(frozen=True, eq=False)
+class Map:
+    """One token's map by one method, over the patches of one image."""
+
+    token: Token
+    method: Method | Literal["occlusion"]
+    values: np.ndarray
+    """(R, S); 0 or more but for occlusion, where a patch may speak against the target."""
+    score: Score | None = None
+
+    @property
+    def strongest(self) -> str:
+        """Where its largest value is, in words for those who don't see it: of nine places, like `in the upper left`."""
+        if self.values.min() == self.values.max():
+            return "nowhere more than elsewhere"
+        middles = (
+            (place + 0.5) / side
+            for place, side in zip(
+                np.unravel_index(self.values.argmax(), self.values.shape), self.values.shape, strict=True
+            )
+        )
+        row, column = (int(3 * middle) for middle in middles)
+        return _PLACES[row][column]
+
+    def to_dict(self) -> dict[str, Any]:
+        return _flat({**vars(self), "values": self.values.tolist(), "strongest": self.strongest}, "score")
+
+
+_PLACES = (
+    ("in the upper left", "at the top", "in the upper right"),
+    ("on the left", "in the middle", "on the right"),
+    ("in the lower left", "at the bottom", "in the lower right"),
+)
+
+
+def _flat(fields: Mapping[str, Any], score: str) -> dict[str, Any]:
+    """The score's two numbers in its place, where there is one."""
+    rest = {key: value for key, value in fields.items() if key != score}
+    return rest if fields[score] is None else {**rest, **fields[score]._asdict()}
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """Every head's answer to one image, and the maps, token by token."""
+
+    model: str
+    image: str
+    seen: Image.Image
+    """The part of the image that the model saw, as it saw it (`seen_by`)."""
+    answers: tuple[TokenAnswer, ...]
+    maps: tuple[Map, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types; the keys are in docs/explain.md."""
+        return {
+            "model": self.model,
+            "image": self.image,
+            "image_size": [self.seen.height, self.seen.width],
+            "answers": [answer.to_dict() for answer in self.answers],
+            "maps": [each.to_dict() for each in self.maps],
+        }
+
+    def of(self, token: Token) -> list[Map]:
+        """A token's maps."""
+        return [each for each in self.maps if each.token == token]
+
+    def __str__(self) -> str:
+        """The answers, and a table of how the maps score, where they are scored."""
+        lines = [
+            f"{answer.token} token: {answer.label} {answer.probability:.3f}"
+            + (f"; explained: {answer.target} {answer.target_probability:.3f}" if answer.target != answer.label else "")
+            for answer in self.answers
+        ]
+        rows = [
+            (answer.token, name, score)
+            for answer in self.answers
+            for name, score in [
+                *((each.method, each.score) for each in self.of(answer.token)),
+                ("random order", answer.chance),
+            ]
+            if score
+        ]
+        if rows:
+            lines += ["", f"{'token':14}{'map':14}{'deletion':>10}{'insertion':>11}"]
+        lines += [f"{token:14}{name:14}{score.deletion:10.3f}{score.insertion:11.3f}" for token, name, score in rows]
+        return "\n".join(lines)
+
+
+def explained_model(predictor: Predictor) -> Any:
+    """The model whose inside is looked at, on the predictor's device. Raises `ValueError` where there is none, or none
+    that can be explained."""
+    if predictor.model is None:
+        raise ValueError(
+            "this is an exported model, whose inside can't be seen; explain the model that it was made from"
+        )
+    return checked(predictor.model)
+
+
+def explain_file(
+    name_or_folder: str | Path,
+    image: str | Path,
+    *,
+    methods: Sequence[Method] = METHODS,
+    target: str | None = None,
+    device: str | torch.device = "cpu",
+) -> Explanation:
+    """Explains a trained model's answer to one image file, prepared as the model's files say, and scores the maps.
+
+    Args:
+        name_or_folder: what `load_model` takes.
+        methods: of `explain`. Occlusion always stands beside them.
+        target: the name of the class to explain; None: what each head decides itself.
+
+    Raises `ImageError` for a file that can't be read, `FileNotFoundError` or `ValueError` for a model, a method or a
+    target that can't be explained.
+    """
+    predictor = Predictor(name_or_folder, device=device)
+    model = explained_model(predictor)
+    number = None if target is None else class_number(target, predictor.labels)
+    pixels = torch.from_numpy(predictor.prepared(image)).unsqueeze(0).to(device)
+    found = explain_pixels(model, predictor.processor, pixels, methods=methods, target=number)
+    hidden = occlusion(model, pixels, number)
+    maps = [*found.maps, *(Map(token, "occlusion", values[0].cpu().numpy()) for token, values in hidden.items())]
+    scored = []
+    for each in maps:
+        values = {each.token: torch.from_numpy(each.values).unsqueeze(0).to(device)}
+        scored.append(replace(each, score=_score(deletion_insertion(model, pixels, values, number)[each.token])))
+    chance = random_order(model, pixels, number)
+    answers = (replace(answer, chance=_score(chance[answer.token])) for answer in found.answers)
+    return replace(found, model=str(name_or_folder), image=str(image), answers=tuple(answers), maps=tuple(scored))
+
+
+def _score(areas: Faithfulness) -> Score:
+    """The score of the only image."""
+    return Score(float(areas.deletion), float(areas.insertion))
+
+
+def explain_pixels(
+    model: nn.Module,
+    processor: DeiTImageProcessor,
+    pixels: Tensor,
+    *,
+    methods: Sequence[Method],
+    target: int | None = None,
+) -> Explanation:
+    """Explains a model's answer to one image that its `processor` has prepared, without scores and without names.
+
+    Args:
+        pixels: (1, channels, height, width), on the model's device.
+        methods, target: as for `explain`.
+
+    Raises `ValueError` as `explain` does, and for answers and maps that are not finite.
+    """
+    config = checked(model).config
+    labels = list(config.id2label.values())
+    with torch.no_grad(), evaluating(model):
+        probabilities, targets = decided(model, pixels, target)
+    maps = [
+        Map(token, method, values[0].cpu().numpy())
+        for method in methods
+        for token, values in explain(model, pixels, method, target).items()
+    ]
+    if not (
+        all(scores.isfinite().all() for scores in probabilities.values())
+        and all(np.isfinite(each.values).all() for each in maps)
+    ):
+        raise ValueError(
+            "the model's answer is not a number, so there is nothing to explain; its weights are damaged "
+            "or diverged: take another checkpoint"
+        )
+    answers = []
+    for token, [scores] in probabilities.items():
+        best, chosen = int(scores.argmax()), int(targets[token])
+        answers.append(TokenAnswer(token, labels[best], float(scores[best]), labels[chosen], float(scores[chosen])))
+    return Explanation("", "", seen_by(config, pixels, processor)[0], tuple(answers), tuple(maps))
+
+
+def class_number(name: str, labels: Sequence[str]) -> int:
+    """Number of the class called `name`.
+
+    Raises `ValueError` for a name that the model doesn't know, or that several classes have.
+    """
+    if name not in labels:
+        raise ValueError(f"the model knows no class {name!r}; {near(name, labels)}; give one of its labels")
+    if labels.count(name) > 1:
+        raise ValueError(
+            f"the model calls {labels.count(name)} of its classes {name!r}, so which one is meant is not "
+            "known; make the names in id2label of the model's config.json differ"
+        )
+    return labels.index(name)
+
+
+def seen_by(config: DeiTConfig, pixels: Tensor, processor: DeiTImageProcessor) -> list[Image.Image]:
+    """What a model saw in `pixels` (B, channels, height, width): rescaling and normalisation undone, and without what
+    lies beyond the last whole patch, so that a map covers all of it."""
+    (rows, columns), (height, width) = config.grid, config.patch_hw
+    values = pixels[:, :, : rows * height, : columns * width].permute(0, 2, 3, 1).double().cpu().numpy()
+    if processor.do_normalize:
+        values = values * np.array(processor.image_std) + np.array(processor.image_mean)
+    if processor.do_rescale:
+        values = values / processor.rescale_factor
+    whole = values.round().clip(0, 255).astype(np.uint8)
+    # Beyond red, green and blue there may be more channels; fewer are shown by the first.
+    return [Image.fromarray(each[..., :3] if each.shape[-1] >= 3 else each[..., 0]).convert("RGB") for each in whole]
