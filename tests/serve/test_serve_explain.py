@@ -12,25 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from support.models import build, small
-
-from deit.config import ConvNetConfig
-from deit.explain.explanation import explain_pixels
-from deit.explain.maps import METHODS, explain
-from deit.explain.picture import figure, overlay
-from deit.image.processor import DeiTImageProcessor
-from deit.model.convnet import ConvNet
-from deit.predict.predictor import Predictor
-from deit.report.markup import data_uri
-
-pytest.importorskip("httpx")
-pytest.importorskip("fastapi")
-
-from starlette.testclient import TestClient
-from test_serve import (
+from support.serving import (
     FORM,
     RAW,
     TEXT,
     Gate,
+    TestClient,
     ask,
     assert_labels,
     assert_refused,
@@ -44,22 +31,19 @@ from test_serve import (
     until,
 )
 
+from deit.config import ConvNetConfig
+from deit.explain.explanation import explain_pixels
+from deit.explain.maps import METHODS, explain
+from deit.explain.picture import figure, overlay
+from deit.image.processor import DeiTImageProcessor
+from deit.model.convnet import ConvNet
+from deit.predict.predictor import Predictor
+from deit.report.markup import data_uri
 from deit.serve.app import create_app
 from deit.serve.batcher import Why
 from deit.serve.limits import Service
 
 EXPLAIN = "/v1/explain"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save(tmp_path_factory.mktemp("m"))
-
-
-@pytest.fixture(scope="module")
-def web(folder):
-    with client(folder) as found:
-        yield found
 
 
 def explained(predictor, image, method="relevance", target=None):

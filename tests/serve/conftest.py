@@ -1,0 +1,20 @@
+"""What the tests of the server share. They import the server themselves, and are skipped if it can't be."""
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder of a distilled model of five classes, a to e."""
+    from support.serving import save
+
+    return save(tmp_path_factory.mktemp("m"))
+
+
+@pytest.fixture(scope="module")
+def web(folder):
+    """A client of a server with its defaults."""
+    from support.serving import client
+
+    with client(folder) as found:
+        yield found
