@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.models import LABELS, build, small
 
 from deit.image.processor import DeiTImageProcessor
+
+pytest.register_assert_rewrite("support")  # so that a failing helper shows the values, as a test does
+
+from support.models import LABELS, build, small  # noqa: E402
 
 torch.set_num_threads(1)
 
