@@ -118,3 +118,10 @@ def loss_of(output: Any) -> torch.Tensor:
     ]
     generator = torch.Generator().manual_seed(3)
     return sum((t * torch.randn(t.shape, generator=generator)).mean() for t in tensors)
+
+
+def logits_of(out):
+    """By token, and the number of its row among all tokens."""
+    if "cls_logits" in out:
+        return {"class": (0, out.cls_logits), "distillation": (1, out.distillation_logits)}
+    return {"class": (0, out.logits)}
