@@ -9,9 +9,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from deit import host
+from deit import choices, host
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -124,7 +124,7 @@ def _add_shown(verbs: Any) -> None:
     verb.add_argument("--out", type=Path, required=True, metavar="PNG", help="file to write")
     verb.add_argument(
         "--method",
-        choices=("rollout", "relevance", "attention", "all"),
+        choices=(*get_args(choices.Method), "all"),
         default="all",
         help="how (default: all); occlusion is always drawn as a check",
     )
@@ -155,7 +155,7 @@ def _add_written(verbs: Any) -> None:
     """What another program reads."""
     verb = verbs.add_parser("convert", help="rewrite a checkpoint for another project")
     verb.add_argument("source", help="folder, weight file or hub name, in any known format")
-    verb.add_argument("--to", choices=("hf", "timm", "original", "keras"), required=True)
+    verb.add_argument("--to", choices=get_args(choices.Dialect), required=True)
     verb.add_argument("--out", type=Path, required=True, metavar="DIR")
     verb.set_defaults(run=_convert)
 
@@ -167,7 +167,7 @@ def _add_written(verbs: Any) -> None:
         "--calibrate, and is kept only if it costs no more than half a point of accuracy.",
     )
     _add_model(verb)
-    verb.add_argument("--to", choices=("torch", "onnx", "openvino", "web", "onnx-int8", "openvino-int8"), required=True)
+    verb.add_argument("--to", choices=get_args(choices.Format), required=True)
     verb.add_argument(
         "--calibrate",
         type=Path,
@@ -214,7 +214,7 @@ def _add_predict(verbs: Any) -> None:
     verb.add_argument("--batch", type=_count, default=32, metavar="B", help="images computed at once (default: 32)")
     verb.add_argument("--shard", metavar="i/N", help="only every N-th image from the i-th on, 1 to N")
     _add_device(verb)
-    _add_engine(verb, f"auto takes OpenVINO from {_MANY} images on, and for a list on standard input")
+    _add_engine(verb, "auto takes OpenVINO for many images, and for a list on standard input")
     verb.set_defaults(run=_predict)
 
     verb = verbs.add_parser(
@@ -226,7 +226,7 @@ def _add_predict(verbs: Any) -> None:
     )
     verb.add_argument("model", type=Path, metavar="MODEL", help="folder of a trained model")
     verb.add_argument("--data", type=Path, required=True, metavar="DATA", help="as for eval")
-    verb.add_argument("--split", choices=("train", "val", "test"), help="of a folder that has splits (default: val)")
+    verb.add_argument("--split", choices=get_args(choices.Part), help="of a folder that has splits (default: val)")
     verb.add_argument(
         "--error-rate",
         type=float,
@@ -325,7 +325,7 @@ def _add_eval(verbs: Any) -> None:
     verb.add_argument("--data", type=Path, required=True, metavar="DATA", help="folder or list of labelled images")
     verb.add_argument(
         "--split",
-        choices=("train", "val", "test"),
+        choices=get_args(choices.Part),
         help="of a folder that has splits (default: test, or where there is none val)",
     )
     _add_head(verb)
@@ -369,7 +369,7 @@ def _add_device(verb: argparse.ArgumentParser) -> None:
 def _add_engine(verb: argparse.ArgumentParser, auto: str) -> None:
     verb.add_argument(
         "--engine",
-        choices=("auto", "torch", "openvino", "onnx"),
+        choices=get_args(choices.Runtime),
         default="auto",
         help=f"what computes; on a CPU {auto}, where it is installed, otherwise PyTorch (default: auto)",
     )
@@ -382,7 +382,7 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
 def _add_head(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--head",
-        choices=("fused", "class", "distillation", "softmax"),
+        choices=get_args(choices.Head),
         default="fused",
         help="which head of a distilled model decides (default: fused)",
     )
@@ -468,99 +468,48 @@ def _recipes(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from deit.machine import resolve_device
-    from deit.predict.bulk import Job, Results, Tally, csv_lines, find_images, identity, parse_shard, peek, share
-    from deit.predict.predictor import Predictor
+    from deit.predict.bulk import parse_shard, predict_files
 
-    file = _file_of_results(options)
-    shard = parse_shard(options.shard) if options.shard else (1, 1)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
-    paths, engine = share(find_images(options.images, sys.stdin), shard), options.engine
-    if engine == "auto" and "-" not in options.images:  # a list may come slowly, and is not waited for
-        many, paths = peek(paths, _MANY)
-        engine = "auto" if many else None
-    predictor = Predictor(options.model, head=options.head, device=resolve_device(options.device), engine=engine)
-    if predictor.calibration is not None:
-        print(
-            f"calibrated on {predictor.calibration.images} images; sure means at most "
-            f"{predictor.calibration.error_rate:.3g} errors",
-            file=sys.stderr,
-        )
-    results = (
-        None
-        if file is None
-        else Results(
-            file,
-            Job(
-                model=options.model,
-                files=identity(options.model),
-                head=options.head,
-                engine=predictor.engine,
-                top_k=options.top_k,
-                inputs=tuple(options.images),
-                shard=shard,
-            ),
-        )
+    unreadable = predict_files(
+        options.model,
+        options.images,
+        _destination(options),
+        head=options.head,
+        top_k=options.top_k,
+        batch=options.batch,
+        shard=parse_shard(options.shard) if options.shard else (1, 1),
+        device=options.device,
+        engine=options.engine,
     )
-    if results is not None and results.done:
-        print(f"going on after {results.done} images", file=sys.stderr)
-    tally = Tally(sys.stderr, predictor.engine)
-    rows = tally.counted(
-        answer.to_dict()
-        for answer in predictor.stream(
-            paths if results is None else results.remaining(paths), top_k=options.top_k, batch=options.batch
-        )
-    )
-    if results is not None:
-        for _ in results.write(rows):
-            pass
-    elif options.json:
-        for row in rows:
-            print(json.dumps(row), flush=True)
-    elif options.csv:
-        for line in csv_lines(rows, options.top_k):
-            print(line, end="", flush=True)
-    else:
-        for row in rows:
-            if "error" not in row:
-                print(_line(row), flush=True)
-    tally.finish()
-    return 1 if tally.unreadable or (results and results.unreadable) else 0
+    return 1 if unreadable else 0
 
 
-_MANY = 256
-"""Images from which on it pays to prepare another engine: some seconds, the first time."""
-
-
-def _file_of_results(options: argparse.Namespace) -> Path | None:
-    """FILE of --json, --csv or --parquet."""
+def _destination(options: argparse.Namespace) -> Any:
+    """Where --json, --csv or --parquet put the rows: a file, or the name of a form for standard output."""
     chosen = [
         (name, suffix, value)
         for name, suffix, value in (
-            ("--json", ".jsonl", options.json),
-            ("--csv", ".csv", options.csv),
-            ("--parquet", ".parquet", options.parquet),
+            ("json", ".jsonl", options.json),
+            ("csv", ".csv", options.csv),
+            ("parquet", ".parquet", options.parquet),
         )
         if value
     ]
     if len(chosen) > 1:
-        raise ValueError(f"{' and '.join(name for name, _, _ in chosen)} exclude each other; choose one")
+        raise ValueError(f"{' and '.join(f'--{name}' for name, _, _ in chosen)} exclude each other; choose one")
     for name, suffix, value in chosen:
-        if value != "-":
-            if not value.endswith(suffix):
-                raise ValueError(
-                    f"expected a {suffix} file after {name}, found {value}; give such a name, or put "
-                    f"{name} last for standard output"
-                )
-            return Path(value)
-    return None
-
-
-def _line(row: dict[str, Any]) -> str:
-    labels = ", ".join(f"{found['label']} {found['score']:.3f}" for found in row["labels"])
-    return f"{row['image']}: " + (f"I don't know ({labels})" if row.get("sure") is False else labels)
+        if value == "-":
+            return name
+        if not value.endswith(suffix):
+            raise ValueError(
+                f"expected a {suffix} file after --{name}, found {value}; give such a name, or put "
+                f"--{name} last for standard output"
+            )
+        return Path(value)
+    return "text"
 
 
 def _calibrate(options: argparse.Namespace) -> None:
@@ -583,7 +532,6 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from deit.machine import resolve_device
     from deit.predict.predictor import Predictor
     from deit.serve.limits import MAX_PIXELS, Service, read_keys
     from deit.serve.server import serve
@@ -597,9 +545,7 @@ def _serve(options: argparse.Namespace) -> None:
         timeout=options.timeout,
         keys=read_keys(options.api_key_file) if options.api_key_file else (),
     )
-    predictor = Predictor(
-        options.model, head=options.head, device=resolve_device(options.device), engine=options.engine
-    )
+    predictor = Predictor(options.model, head=options.head, device=options.device, engine=options.engine)
     serve(
         predictor,
         service,
@@ -639,7 +585,6 @@ def _explain(options: argparse.Namespace) -> None:
     from deit.explain.maps import METHODS
     from deit.explain.picture import figure
     from deit.files import replacing
-    from deit.machine import resolve_device
 
     if options.out.suffix.lower() != ".png":
         raise ValueError(f"the figure is a PNG, found --out {options.out}; give a name that ends in .png")
@@ -649,7 +594,7 @@ def _explain(options: argparse.Namespace) -> None:
         options.model,
         options.image,
         target=options.target,
-        device=resolve_device(options.device),
+        device=options.device,
         methods=METHODS if options.method == "all" else (options.method,),
     )
     with replacing(options.out) as temporary:

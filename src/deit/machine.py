@@ -28,7 +28,7 @@ _PATIENCE = timedelta(minutes=30)
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
-def resolve_device(name: str = "auto") -> torch.device:
+def resolve_device(name: str | torch.device = "auto") -> torch.device:
     """`auto` is CUDA where there is one, else the CPU; under torchrun each process takes the GPU of its own number."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -165,7 +165,7 @@ def test_auto_is_openvino_where_it_is_to_be_had(distilled, photos, monkeypatch, 
 
 def test_the_command_prepares_an_engine_where_there_is_much_to_do(distilled, tmp_path, monkeypatch, capsys):
     pytest.importorskip("openvino")
-    monkeypatch.setattr("deit.cli._MANY", 4)
+    monkeypatch.setattr("deit.predict.bulk.MANY", 4)
     for i in range(4):
         Image.new("RGB", (20, 20), (60 * i, 9, 9)).save(tmp_path / f"{i}.png")
     names = [str(tmp_path / f"{i}.png") for i in range(4)]

@@ -148,7 +148,7 @@ class Lesson:
 @contextmanager
 def watched(monkeypatch):
     """Every lesson of the runs within."""
-    lessons, taught = [], objectives.Distilled.taught
+    lessons, taught = [], objectives.DistilledObjective.taught
 
     def watch(self, batch):
         found = taught(self, batch)
@@ -156,7 +156,7 @@ def watched(monkeypatch):
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(objectives.Distilled, "taught", watch)
+        patch.setattr(objectives.DistilledObjective, "taught", watch)
         yield lessons
 
 

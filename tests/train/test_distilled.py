@@ -120,7 +120,7 @@ def test_a_head_without_weight_learns_nothing(given, weight, idle):
 def test_the_teacher_stays_in_evaluation_mode_while_the_student_trains(given):
     """timm: the task's train() would switch the teacher to training mode too. Here it is no part of the model."""
     now = case(given, taught_by(given))
-    teacher = now.objective.teacher.model
+    teacher = now.objective.source.model
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     grad_modes = []
     teacher.register_forward_hook(lambda module, *_: grad_modes.append((torch.is_grad_enabled(), module.training)))

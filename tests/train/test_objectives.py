@@ -250,7 +250,7 @@ def test_what_build_refuses(given, tmp_path):
     teach(recipe_for(taught_by(given)), split, tmp_path / "cache", epochs=1, device="cpu", console=QUIET)
     with raises_saying(ValueError, "was taught with other data"):
         build(Distilled(cache=str(tmp_path / "cache")), other)
-    assert isinstance(build(Distilled(cache=str(tmp_path / "cache"))).cache, LabelCache)
+    assert isinstance(build(Distilled(cache=str(tmp_path / "cache"))).source, LabelCache)
 
 
 def test_a_second_head_that_nobody_teaches_cannot_be(given):

@@ -198,7 +198,9 @@ def test_the_best_is_kept_and_a_tie_goes_to_the_later(splits, tmp_path, monkeypa
     """Scores 1, 3, 2, 3: saved at the start, and after the first, second and fourth evaluation."""
     scores, saved = iter([1.0, 3.0, 2.0, 3.0]), []
     monkeypatch.setattr(
-        objectives.Supervised, "judge", lambda *_: objectives.Verdict((score := next(scores)), {"val_accuracy": score})
+        objectives.SupervisedObjective,
+        "judge",
+        lambda *_: objectives.Verdict((score := next(scores)), {"val_accuracy": score}),
     )
     save = runs.save_model
     monkeypatch.setattr(runs, "save_model", lambda work, folder: saved.append(1) or save(work, folder))
@@ -230,7 +232,7 @@ def test_masked_images_are_judged_by_their_loss_and_painted(splits, tmp_path):
     written = rows(tmp_path)
     assert done.score == -min(row["val_loss"] for row in written)
     model = load_model(done.model)
-    objective = objectives.MaskedImage(recipe)
+    objective = objectives.MaskedImageObjective(recipe)
     us = machine.Processes(torch.device("cpu"))
     [batch] = list(objective.validation(replace_split(splits[1]), us))[:1]
     batches = EvaluationBatches(splits[1], processor_for(recipe), 9)
@@ -263,7 +265,9 @@ def test_a_signal_saves_the_weights_and_not_their_average(when, splits, tmp_path
     """SIGTERM within an evaluation, when the model has the average for its weights, or within an update."""
     recipe = replace(PLAIN, ema=0.9, augment=Augment(erase=Erase(), mix=Mix(mixup=0.8)))
     run(recipe, splits, tmp_path / "whole")
-    owner, name = (EvaluationBatches, "__iter__") if when == "evaluation" else (objectives.Supervised, "__call__")
+    owner, name = (
+        (EvaluationBatches, "__iter__") if when == "evaluation" else (objectives.SupervisedObjective, "__call__")
+    )
     honest, calls = getattr(owner, name), []
 
     def signalled(*given):
@@ -288,13 +292,13 @@ def test_a_signal_saves_the_weights_and_not_their_average(when, splits, tmp_path
 
 def poisoned(monkeypatch, bad):
     """Makes the loss of some updates infinite."""
-    honest = objectives.Supervised.__call__
+    honest = objectives.SupervisedObjective.__call__
 
     def call(self, model, batch, rows):
         found = honest(self, model, batch, rows)
         return {**found, "loss": found["loss"] * (math.inf if batch.step in bad else 1.0)}
 
-    monkeypatch.setattr(objectives.Supervised, "__call__", call)
+    monkeypatch.setattr(objectives.SupervisedObjective, "__call__", call)
 
 
 def test_a_loss_that_is_not_finite_skips_its_update(splits, tmp_path, monkeypatch):
@@ -350,7 +354,7 @@ def test_out_of_memory_halves_the_parts_and_changes_nothing_else(error, splits, 
     """Of batches of 8, more than two images at once fail: from the third update on, four parts."""
     recipe = replace(PLAIN, optim=SGD(lr=0.1, per_images=16), augment=Augment(mix=Mix(cutmix=1.0)))
     run(recipe, splits, tmp_path / "whole")
-    honest, seen = objectives.Supervised.__call__, []
+    honest, seen = objectives.SupervisedObjective.__call__, []
 
     def limited(self, model, batch, rows):
         if batch.step >= 2 and len(batch) > 2:
@@ -358,7 +362,7 @@ def test_out_of_memory_halves_the_parts_and_changes_nothing_else(error, splits, 
         seen.append((batch.step, len(batch)))
         return honest(self, model, batch, rows)
 
-    monkeypatch.setattr(objectives.Supervised, "__call__", limited)
+    monkeypatch.setattr(objectives.SupervisedObjective, "__call__", limited)
     run(recipe, splits, tmp_path / "parts")
     assert seen[:6] == [(0, 8), (1, 8), (2, 2), (2, 2), (2, 2), (2, 2)]
     one, other = model_end(tmp_path / "whole"), model_end(tmp_path / "parts")
@@ -370,7 +374,7 @@ def test_out_of_memory_with_single_pairs_is_said(splits, tmp_path, monkeypatch):
     def fails(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(objectives.Supervised, "__call__", fails)
+    monkeypatch.setattr(objectives.SupervisedObjective, "__call__", fails)
     with raises_saying(RuntimeError, "out of memory with micro-batches of 2 images", "compute.checkpoint_blocks=True"):
         run(PLAIN, splits, tmp_path)
 
@@ -379,7 +383,7 @@ def test_other_errors_are_not_taken_for_lack_of_memory(splits, tmp_path, monkeyp
     def fails(*_):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(objectives.Supervised, "__call__", fails)
+    monkeypatch.setattr(objectives.SupervisedObjective, "__call__", fails)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         run(PLAIN, splits, tmp_path)
 
@@ -437,13 +441,13 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(splits, tmp_path, mo
 def test_the_schedule_is_planned_to_fit_the_time(splits, tmp_path, monkeypatch):
     """An update that takes 20 ms: of 10,000, about a hundred fit into three seconds, with as much of them warm-up as
     before, and the record repeats the run without the clock."""
-    honest = objectives.Supervised.__call__
+    honest = objectives.SupervisedObjective.__call__
 
     def slow(self, *given):
         loop.time.sleep(0.02)
         return honest(self, *given)
 
-    monkeypatch.setattr(objectives.Supervised, "__call__", slow)
+    monkeypatch.setattr(objectives.SupervisedObjective, "__call__", slow)
     recipe = replace(CONVNET, schedule=Cosine(total=steps(10_000), warmup=steps(1_000)), evaluate=steps(50))
     began = loop.time.perf_counter()
     run(recipe, splits, tmp_path / "planned", minutes=3 / 60)
@@ -455,7 +459,7 @@ def test_the_schedule_is_planned_to_fit_the_time(splits, tmp_path, monkeypatch):
     assert planned == replace(recipe, schedule=planned.schedule)
     assert rows(tmp_path / "planned")[-1]["step"] <= total
     if rows(tmp_path / "planned")[-1]["step"] == total:
-        monkeypatch.setattr(objectives.Supervised, "__call__", honest)
+        monkeypatch.setattr(objectives.SupervisedObjective, "__call__", honest)
         run(planned, splits, tmp_path / "again")
         one, other = end(tmp_path / "planned"), end(tmp_path / "again")
         assert all(torch.equal(one[name], other[name]) for name in other)

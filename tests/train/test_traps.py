@@ -126,13 +126,13 @@ def test_the_learning_rate_moves_with_every_update_of_the_first_epochs(given, tm
 def test_the_average_is_what_is_scored_and_it_is_resumed(given, tmp_path, monkeypatch):
     """facebookresearch/deit: the average of the weights was saved and never evaluated, and silently not resumed."""
     scored = []
-    judge = objectives.Supervised.judge
+    judge = objectives.SupervisedObjective.judge
 
     def watched(self, model, *rest):
         scored.append(model.classifier.weight.detach().clone())
         return judge(self, model, *rest)
 
-    monkeypatch.setattr(objectives.Supervised, "judge", watched)
+    monkeypatch.setattr(objectives.SupervisedObjective, "judge", watched)
     recipe = recipe_for(Supervised(), ema=0.8, evaluate=steps(3))
     tensors, _ = run(recipe, given[:2], tmp_path / "whole")
     assert torch.equal(scored[-1], tensors["ema.classifier.weight"])

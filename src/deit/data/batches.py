@@ -33,6 +33,7 @@ from deit.data.folders import Split
 from deit.data.mixing import mix, mixing
 from deit.host import cores
 from deit.image.decode import ImageError, load_image, name_of
+from deit.image.pixels import Normalisation
 from deit.image.processor import DeiTImageProcessor
 from deit.recipe import MaskedImage, Recipe
 
@@ -178,8 +179,7 @@ class _Views(Dataset[Any]):
     def __init__(self, split: Split, recipe: Recipe, budget: int):
         self.files, self.recipe, self.budget = _Files(split), recipe, budget
         self.processor = processor_for(recipe)
-        mean, std = (np.array(values, np.float64)[:, None, None] for values in (recipe.data.mean, recipe.data.std))
-        self.scale, self.shift = (1 / 255 / std).astype(np.float32), (-mean / std).astype(np.float32)
+        self.normalisation = Normalisation(recipe.data.mean, recipe.data.std)
         fill = [round(255 * value) for value in recipe.data.mean]
         self.fill = tuple(fill if len(fill) == 3 else fill * 3)
         self.small: dict[int, bool] = {}
@@ -233,8 +233,7 @@ class _Views(Dataset[Any]):
             image = crop(source, self.recipe.model.image_hw, recipe.crop, rng)
         image = augment(image, recipe, rng, self.fill)
         array = np.asarray(image if len(out) == 3 else image.convert("L"))
-        np.multiply(array.transpose(2, 0, 1) if array.ndim == 3 else array[None], self.scale, out=out)
-        out += self.shift
+        self.normalisation.apply(array if array.ndim == 3 else array[..., None], out)
         if recipe.erase is not None:
             erase(out, recipe.erase, rng)
 

@@ -18,13 +18,13 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from deit.choices import Head
 from deit.data.batches import Batch, EvaluationBatches
 from deit.data.folders import Split, fingerprint, matched, read_examples
 from deit.evaluate.scores import Accuracy, Comparison, Report, compare
 from deit.machine import Processes, resolve_device
 from deit.model.load import load_classifier, refuse_head
 from deit.model.network import (
-    Head,
     head_probabilities,
 )
 

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from deit.explain.explanation import explain_pixels as explain_pixels
     from deit.explain.maps import METHODS as METHODS
     from deit.explain.maps import Faithfulness as Faithfulness
-    from deit.explain.maps import Method as Method
     from deit.explain.maps import Target as Target
     from deit.explain.maps import Token as Token
     from deit.explain.maps import deletion_insertion as deletion_insertion
@@ -36,7 +35,6 @@ __getattr__, __dir__ = offer(
         "deit.explain.maps": (
             "METHODS",
             "Faithfulness",
-            "Method",
             "Target",
             "Token",
             "deletion_insertion",

@@ -178,13 +178,13 @@ def explain_file(
     predictor = Predictor(name_or_folder, device=device)
     model = explained_model(predictor)
     number = None if target is None else class_number(target, predictor.labels)
-    pixels = torch.from_numpy(predictor.prepared(image)).unsqueeze(0).to(device)
+    pixels = torch.from_numpy(predictor.prepared(image)).unsqueeze(0).to(predictor.device)
     found = explain_pixels(model, predictor.processor, pixels, methods=methods, target=number)
     hidden = occlusion(model, pixels, number)
     maps = [*found.maps, *(Map(token, "occlusion", values[0].cpu().numpy()) for token, values in hidden.items())]
     scored = []
     for each in maps:
-        values = {each.token: torch.from_numpy(each.values).unsqueeze(0).to(device)}
+        values = {each.token: torch.from_numpy(each.values).unsqueeze(0).to(predictor.device)}
         scored.append(replace(each, score=_score(deletion_insertion(model, pixels, values, number)[each.token])))
     chance = random_order(model, pixels, number)
     answers = (replace(answer, chance=_score(chance[answer.token])) for answer in found.answers)
@@ -255,11 +255,7 @@ def seen_by(config: DeiTConfig, pixels: Tensor, processor: DeiTImageProcessor) -
     """What a model saw in `pixels` (B, channels, height, width): rescaling and normalisation undone, and without what
     lies beyond the last whole patch, so that a map covers all of it."""
     (rows, columns), (height, width) = config.grid, config.patch_hw
-    values = pixels[:, :, : rows * height, : columns * width].permute(0, 2, 3, 1).double().cpu().numpy()
-    if processor.do_normalize:
-        values = values * np.array(processor.image_std) + np.array(processor.image_mean)
-    if processor.do_rescale:
-        values = values / processor.rescale_factor
-    whole = values.round().clip(0, 255).astype(np.uint8)
+    shown = pixels[:, :, : rows * height, : columns * width].permute(0, 2, 3, 1).float().cpu().numpy()
+    whole = processor.normalisation.undo(shown)
     # Beyond red, green and blue there may be more channels; fewer are shown by the first.
     return [Image.fromarray(each[..., :3] if each.shape[-1] >= 3 else each[..., 0]).convert("RGB") for each in whole]

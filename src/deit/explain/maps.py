@@ -12,10 +12,10 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from deit.choices import Method
 from deit.model.network import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, head_probabilities
 from deit.model.outputs import ModelOutput
 
-Method = Literal["rollout", "relevance", "attention"]
 Token = Literal["class", "distillation"]
 Target = int | Tensor | None
 """The class to explain: one for all images, or (B,) integers. None: what each head decides itself."""

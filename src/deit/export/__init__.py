@@ -7,7 +7,6 @@ from deit.lazy import offer
 if TYPE_CHECKING:
     from deit.export.engines import Engine as Engine
     from deit.export.engines import load_engine as load_engine
-    from deit.export.formats import Format as Format
     from deit.export.write import Exported as Exported
     from deit.export.write import export as export
 
@@ -15,7 +14,6 @@ __getattr__, __dir__ = offer(
     __name__,
     {
         "deit.export.engines": ("Engine", "load_engine"),
-        "deit.export.formats": ("Format",),
         "deit.export.write": ("Exported", "export"),
     },
 )

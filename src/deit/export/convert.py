@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from deit import files, weights
+from deit.choices import Dialect
 from deit.config import VARIANTS, DeiTConfig
 from deit.image.processor import DeiTImageProcessor
 from deit.weights import hub
-
-Dialect = Literal["hf", "timm", "original", "keras"]
 
 
 def convert(source: str | Path, to: Dialect, out: str | Path, **where: Any) -> Path:

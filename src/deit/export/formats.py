@@ -10,12 +10,13 @@ from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from deit import files
+from deit.choices import Format
 from deit.evaluate.calibration import FILE as CALIBRATION
 from deit.export.checking import Agreement, Checked, Examples, accuracy_of
 from deit.export.engines import RECORD, Engine, OpenVINOEngine, import_openvino, load_engine, needed, sha256
@@ -23,8 +24,6 @@ from deit.export.quantise import by_sensitivity, quantised_onnx, quantised_openv
 from deit.export.subject import Subject
 from deit.export.web import VERSION, NodeEngine, Page, refuse_undone
 from deit.image.processor import FILE_NAME
-
-Format = Literal["torch", "onnx", "openvino", "web", "onnx-int8", "openvino-int8"]
 
 TOLERANCE = 1e-4
 """Largest difference of a probability from the PyTorch model's that a float format may have."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from deit.image.decode import Decoded, convert, decode, is_encoded, name_of, reading
@@ -213,19 +214,41 @@ def _center_crop(array: np.ndarray, height: int, width: int) -> np.ndarray:
     return padded
 
 
+class Normalisation:
+    """(level * factor - mean) / std for each channel, as one multiplication and one addition in float32.
+
+    The one treatment of pixels in training, evaluation and prediction. Levels run from 0 to 255 if `factor` is 1 / 255.
+    """
+
+    def __init__(self, mean: npt.ArrayLike, std: npt.ArrayLike, factor: float = 1 / 255):
+        self.mean, self.std, self.factor = np.asarray(mean, np.float64), np.asarray(std, np.float64), factor
+        self.scale = (factor / self.std).astype(np.float32)
+        self.shift = (-self.mean / self.std).astype(np.float32)
+
+    def apply(self, levels: np.ndarray, out: np.ndarray, *, channels_first: bool = True) -> None:
+        """Writes the normalised (H, W, C) levels into `out`, float32, (C, H, W) or (H, W, C)."""
+        scale, shift = self.scale, self.shift
+        if channels_first:
+            levels, scale, shift = levels.transpose(2, 0, 1), scale[:, None, None], shift[:, None, None]
+        np.multiply(levels, scale, out=out, casting="same_kind")
+        out += shift
+
+    def undo(self, pixels: np.ndarray) -> np.ndarray:
+        """The levels, uint8, that normalised pixels (..., H, W, C) were made from."""
+        return ((pixels.astype(np.float64) * self.std + self.mean) / self.factor).round().clip(0, 255).astype(np.uint8)
+
+
 def _rescale_and_normalize(array: np.ndarray, in_unit: bool, options: Mapping[str, Any], name: str) -> np.ndarray:
-    """(pixel * rescale_factor - mean) / std as one multiplication and one addition, into the layout asked for."""
     channels = array.shape[2]
-    scale = np.full(channels, (options["rescale_factor"] if options["do_rescale"] else 1.0) / (255 if in_unit else 1))
-    shift = np.zeros(channels)
-    if options["do_normalize"]:
-        mean, std = (_fit(options[key], channels, key, name) for key in ("image_mean", "image_std"))
-        scale, shift = scale / std, -mean / std
-    if options["data_format"] == "channels_first":
-        array, scale, shift = array.transpose(2, 0, 1), scale[:, None, None], shift[:, None, None]
-    out = np.empty(array.shape, np.float32)
-    np.multiply(array, scale.astype(np.float32), out=out, casting="same_kind")
-    out += shift.astype(np.float32)
+    mean, std = (
+        (_fit(options[key], channels, key, name) for key in ("image_mean", "image_std"))
+        if options["do_normalize"]
+        else (np.zeros(channels), np.ones(channels))
+    )
+    factor = (options["rescale_factor"] if options["do_rescale"] else 1.0) / (255 if in_unit else 1)
+    first = options["data_format"] == "channels_first"
+    out = np.empty(array.transpose(2, 0, 1).shape if first else array.shape, np.float32)
+    Normalisation(mean, std, factor).apply(array, out, channels_first=first)
     return out
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from deit import files
 from deit.config import IMAGENET_MEAN, IMAGENET_STD, DeiTConfig
-from deit.image.pixels import as_tensors, flatten, pixel_values, type_of
+from deit.image.pixels import Normalisation, as_tensors, flatten, pixel_values, type_of
 
 __all__ = ["BatchFeature", "DeiTFeatureExtractor", "DeiTImageProcessor"]
 
@@ -346,6 +346,12 @@ class DeiTImageProcessor:
                 said_value = getattr(again, name)
                 raise ValueError(f"{name} is {getattr(self, name)!r}, timm's keys say {said_value!r}; set that first")
         return said
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """What turns levels into normalised pixels, by the options that are on."""
+        mean, std = (self.image_mean, self.image_std) if self.do_normalize else (0.0, 1.0)
+        return Normalisation(mean, std, self.rescale_factor if self.do_rescale else 1.0)
 
     @property
     def crop_ratio(self) -> float | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from deit import files, weights
+from deit.choices import Head
 from deit.image.processor import DeiTImageProcessor
 from deit.model.convnet import ConvNet
 from deit.model.network import (
@@ -16,7 +17,6 @@ from deit.model.network import (
     DeiTModel,
     PreTrained,
 )
-from deit.model.outputs import Head
 from deit.weights import hub
 
 _CLASS: dict[str, type[PreTrained]] = {

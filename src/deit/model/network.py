@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deit import weights
+from deit.choices import Head
 from deit.config import DeiTConfig, ViTConfig
 from deit.model import cpu_training
 from deit.model.loss_rules import Distillation
@@ -22,7 +23,6 @@ from deit.model.losses import classification_loss, distillation_loss, masked_ima
 from deit.model.outputs import (
     BaseModelOutputWithPooling,
     DeiTForImageClassificationWithTeacherOutput,
-    Head,
     ImageClassifierOutput,
     MaskedImageModelingOutput,
     ModelOutput,

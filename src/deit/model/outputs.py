@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, Literal
-
-Head = Literal["fused", "class", "distillation", "softmax"]
-"""Which head of a distilled model decides (`fuse_heads`)."""
+from typing import Any
 
 
 @dataclass(kw_only=True)

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from deit import weights
+from deit.choices import Head
 from deit.config import DeiTConfig, ViTConfig
 from deit.model.loss_rules import Distillation, distillation_settings, same_shape
 from deit.model.outputs import (
     BaseModelOutputWithPooling,
     DeiTForImageClassificationWithTeacherOutput,
-    Head,
     ImageClassifierOutput,
     MaskedImageModelingOutput,
 )

@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-# PyTorch's compiler and TensorFlow each bring an LLVM. Triton's aborts the process if TensorFlow's was loaded before it,
-# as soon as an optimizer of torch.optim or transformers imports it; the other way round both work. So Triton comes
-# first; where TensorFlow is loaded already, PyTorch does without Triton.
+# PyTorch's compiler and TensorFlow each bring an LLVM. If TensorFlow's is loaded first, Triton's aborts the process as
+# soon as transformers or an optimizer of torch.optim imports it; the other way round both work. So Triton comes first,
+# and where TensorFlow is loaded already, PyTorch does without Triton.
 if "tensorflow" in sys.modules:
     sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
 else:

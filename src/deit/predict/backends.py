@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from deit.choices import Head
 from deit.export.engines import Engine
 from deit.model.load import Classifier
-from deit.model.outputs import DeiTForImageClassificationWithTeacherOutput, Head, ImageClassifierOutput, ModelOutput
+from deit.model.outputs import DeiTForImageClassificationWithTeacherOutput, ImageClassifierOutput, ModelOutput
 
 
 class Backend(Protocol):

@@ -1,5 +1,8 @@
-"""Answers for any number of image files: the images found as they are asked for, rows written as they come, work on a
-file of results gone on with where it stopped."""
+"""Labels for any number of image files.
+
+Images are found as they are asked for, and rows are written as they come. A file of results grows in parts, so that
+work that was stopped goes on after its last part.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,95 @@ import io
 import json
 import os
 import shutil
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from deit import files, host
+from deit.choices import Head, Runtime
 from deit.data.folders import walk_images
 from deit.export.engines import sha256
+from deit.predict.predictor import Predictor
 
 PART = 2048
-"""Images in a part: what is lost when work is stopped, at most."""
+"""Images in a part: the most that is lost when work is stopped."""
+MANY = 256
+"""Number of images from which preparing another engine pays: it takes some seconds, the first time."""
+Form = Literal["text", "json", "csv"]
 
 
-@dataclass(frozen=True, kw_only=True)
+def predict_files(
+    model: str,
+    inputs: Sequence[str],
+    to: Path | Form = "text",
+    *,
+    head: Head = "fused",
+    top_k: int = 3,
+    batch: int = 32,
+    shard: tuple[int, int] = (1, 1),
+    device: str = "auto",
+    engine: Runtime | None = "auto",
+) -> int:
+    """Labels image files as `deit predict` does, and returns how many of them could not be read.
+
+    Messages and progress go to standard error. `-` among the inputs stands for a list of paths on standard input.
+
+    Args:
+        model, head, device: as for `Predictor`.
+        inputs: as for `find_images`.
+        to: a `.jsonl`, `.csv` or `.parquet` file, which grows in parts (`Results`), or the form of the rows on standard
+            output.
+        top_k: labels for each image.
+        batch: images computed at once.
+        shard: (i, N): only every N-th image, from the i-th on, 1 to N.
+        engine: as for `Predictor`; `auto` takes OpenVINO only for `MANY` images or more.
+    """
+    paths = share(find_images(inputs, sys.stdin), shard)
+    if engine == "auto" and "-" not in inputs:  # a list may come slowly, and is not waited for
+        many, paths = peek(paths, MANY)
+        engine = "auto" if many else None
+    predictor = Predictor(model, head=head, device=device, engine=engine)
+    if predictor.calibration is not None:
+        print(
+            f"calibrated on {predictor.calibration.images} images; sure means at most "
+            f"{predictor.calibration.error_rate:.3g} errors",
+            file=sys.stderr,
+        )
+    results = None
+    if isinstance(to, Path):
+        job = Job(model, identity(model), head, predictor.engine, top_k, tuple(inputs), shard)
+        results = Results(to, job)
+        paths = results.remaining(paths)
+        if results.done:
+            print(f"going on after {results.done} images", file=sys.stderr)
+    tally = Tally(sys.stderr, predictor.engine)
+    rows = tally.counted(answer.to_dict() for answer in predictor.stream(paths, top_k=top_k, batch=batch))
+    if results is not None:
+        for _ in results.write(rows):
+            pass
+    elif to == "csv":
+        for line in csv_lines(rows, top_k):
+            print(line, end="", flush=True)
+    else:
+        for row in rows:
+            if to == "json":
+                print(json.dumps(row), flush=True)
+            elif "error" not in row:
+                print(_line(row), flush=True)
+    tally.finish()
+    return tally.unreadable + (results.unreadable if results else 0)
+
+
+def _line(row: dict[str, Any]) -> str:
+    labels = ", ".join(f"{found['label']} {found['score']:.3f}" for found in row["labels"])
+    return f"{row['image']}: " + (f"I don't know ({labels})" if row.get("sure") is False else labels)
+
+
+@dataclass(frozen=True)
 class Job:
     """What decides the rows of a file of results. Work goes on only under the same."""
 

@@ -13,7 +13,6 @@ from rich.progress import track
 from deit.data.batches import EvaluationBatches
 from deit.data.folders import fingerprint, has_split, matched, read_examples
 from deit.evaluate.calibration import Calibration, HeadCalibration, fit
-from deit.machine import resolve_device
 from deit.model.network import head_probabilities
 from deit.model.outputs import ImageClassifierOutput, ModelOutput
 from deit.predict.predictor import Predictor
@@ -46,7 +45,7 @@ def calibrate(
             f"{folder} is no folder here, and a calibration is stored beside the model; save the model first"
         )
     console = console or Console(stderr=True)
-    predictor = Predictor(folder, device=resolve_device(device))
+    predictor = Predictor(folder, device=device)
     if split is None and has_split(data, "val"):
         split = "val"
     examples, _ = read_examples(data, split)

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from deit.choices import Head, Runtime
 from deit.image.processor import DeiTImageProcessor
-from deit.model.network import DeiTModel, Head
-from deit.predict.predictor import Predictor, Runtime
+from deit.model.network import DeiTModel
+from deit.predict.predictor import Predictor
 
 Function = Literal["default", "softmax", "sigmoid", "none"]
 Task = Literal["image-classification", "image-feature-extraction"]

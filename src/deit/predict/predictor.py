@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 
 from deit import files
+from deit.choices import Head, Runtime
 from deit.config import ConvNetConfig, DeiTConfig
 from deit.evaluate.calibration import Calibration
 from deit.export.cache import cached_engine
@@ -24,12 +25,12 @@ from deit.export.engines import RECORD, Engine, load_engine, read_record
 from deit.host import cores
 from deit.image.decode import ImageError
 from deit.image.processor import DeiTImageProcessor
+from deit.machine import resolve_device
 from deit.model.convnet import ConvNet
 from deit.model.load import Classifier, load_classifier, refuse_head
-from deit.model.network import Head, head_probabilities
+from deit.model.network import head_probabilities
 from deit.predict.backends import Backend, EngineBackend, TorchBackend
 
-Runtime = Literal["auto", "torch", "openvino", "onnx"]
 Source = str | Path | bytes | Image.Image
 """A file's path or bytes, or a picture."""
 
@@ -59,7 +60,7 @@ class Predictor:
     Args:
         name_or_folder: what `deit`, `transformers` or timm saved, a hub name, or what `deit export` wrote.
         head: which of a distilled model's heads decides (`fuse_heads`).
-        device: `cpu`, `cuda`, …
+        device: `cpu`, `cuda`, …; `auto` is the GPU if there is one.
         engine: what computes. None: PyTorch, and an exported model's own runtime. `openvino`, `onnx`: that runtime, for
             which the model is exported the first time (`cached_engine`: some seconds), on the CPU. `auto`: OpenVINO on
             the CPU where it is installed, otherwise PyTorch.
@@ -83,7 +84,7 @@ class Predictor:
         device: str | torch.device = "cpu",
         engine: Runtime | None = None,
     ):
-        self.head, self.device = head, torch.device(device)
+        self.head, self.device = head, resolve_device(device)
         if engine not in (None, *get_args(Runtime)):
             raise ValueError(f"engine is {engine!r}, expected one of {', '.join(get_args(Runtime))}")
         self.config: DeiTConfig | ConvNetConfig

@@ -21,6 +21,7 @@ from deit.data.batches import Batch, EvaluationBatches, hidden_patches, processo
 from deit.data.draws import Stream, draws
 from deit.data.folders import Split
 from deit.evaluate.models import evaluate
+from deit.image.pixels import Normalisation
 from deit.machine import Processes
 from deit.model.losses import binary_cross_entropy, cosub_loss, cross_entropy, distillation_loss, masked_image_loss
 from deit.train.labels import LabelCache
@@ -71,23 +72,29 @@ def _agreement(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.detach().argmax(-1) == labels).float().mean()
 
 
-@dataclass
-class _Classification:
-    """What supervised and distilled runs share: how they are judged."""
+def _share(recipe: r.Recipe, split: Split, us: Processes, **options: Any) -> EvaluationBatches:
+    """This process's share of the images that a run is judged by."""
+    return EvaluationBatches(
+        split,
+        processor_for(recipe),
+        -(-recipe.data.batch // us.world),
+        rank=us.rank,
+        world=us.world,
+        workers=recipe.compute.workers,
+        **options,
+    )
 
-    recipe: r.Recipe
-    passes: int = 1
+
+class ClassificationObjective:
+    """How a classifier is judged, whatever it learns from."""
+
     cycle: int | None = None
 
+    def __init__(self, recipe: r.Recipe):
+        self.recipe = recipe
+
     def validation(self, split: Split, us: Processes) -> EvaluationBatches:
-        return EvaluationBatches(
-            split,
-            processor_for(self.recipe),
-            -(-self.recipe.data.batch // us.world),
-            rank=us.rank,
-            world=us.world,
-            workers=self.recipe.compute.workers,
-        )
+        return _share(self.recipe, split, us)
 
     def judge(self, model: nn.Module, batches: Iterable[Batch], us: Processes, precision: torch.dtype) -> Verdict:
         heads = evaluate(model, batches, us, precision)
@@ -97,12 +104,13 @@ class _Classification:
         return Verdict(heads["fused"].value, numbers)
 
 
-@dataclass
-class Supervised(_Classification):
-    def __post_init__(self) -> None:
-        assert isinstance(self.recipe.objective, r.Supervised)
-        self.settings = self.recipe.objective
-        self.passes = 2 if self.settings.cosub else 1
+class SupervisedObjective(ClassificationObjective):
+    """Labels alone."""
+
+    def __init__(self, recipe: r.Recipe, settings: r.Supervised):
+        super().__init__(recipe)
+        self.settings = settings
+        self.passes = 2 if settings.cosub else 1
 
     def __call__(self, model: nn.Module, batch: Batch, depth_draws: Tensor | None) -> dict[str, Tensor]:
         binary, smoothing = self.settings.loss == "binary", self.settings.smoothing
@@ -116,27 +124,26 @@ class Supervised(_Classification):
         return {"loss": loss, "accuracy": _agreement(one, batch.labels)}
 
 
-@dataclass
-class Distilled(_Classification):
-    """Labels for the class token's head, the teacher for the distillation token's (or for the class token's too).
+class DistilledObjective(ClassificationObjective):
+    """Labels for the class token's head, and a teacher for the distillation token's (or for the class token's too).
 
-    The teacher's answers come from itself or from a cache of them: bit by bit the same.
+    The teacher's answers come from the teacher itself or from a cache of them. Both are the same to the bit.
     """
 
-    teacher: Teacher | None = None
-    cache: LabelCache | None = None
+    passes = 1
 
-    def __post_init__(self) -> None:
-        assert isinstance(self.recipe.objective, r.Distilled)
-        self.settings = self.recipe.objective
-        self.cycle = self.cache.steps if self.cache else None
+    def __init__(self, recipe: r.Recipe, settings: r.Distilled, source: Teacher | LabelCache):
+        super().__init__(recipe)
+        self.settings, self.source = settings, source
+        if isinstance(source, LabelCache):
+            self.cycle = source.steps
 
     def taught(self, batch: Batch) -> Tensor:
-        if self.cache is not None:
+        """The teacher's answers to a batch: labels (B,) if distillation is hard, otherwise probabilities (B, C)."""
+        if isinstance(self.source, LabelCache):
             assert batch.positions is not None
-            return self.cache.labels(batch.step, batch.positions).to(batch.pixels.device)
-        assert self.teacher is not None
-        return answers(self.teacher(batch.pixels), self.settings)
+            return self.source.labels(batch.step, batch.positions).to(batch.pixels.device)
+        return answers(self.source(batch.pixels), self.settings)
 
     def __call__(self, model: nn.Module, batch: Batch, depth_draws: Tensor | None) -> dict[str, Tensor]:
         given, taught = self.settings, self.taught(batch)
@@ -162,31 +169,26 @@ class Distilled(_Classification):
         }
 
 
-@dataclass
-class MaskedImage:
-    """The hidden pixels. Judged by the same loss on the validation images, each with a mask of its own that never
-    changes."""
+class MaskedImageObjective:
+    """The hidden pixels.
 
-    recipe: r.Recipe
-    passes: int = 1
+    Judged by the same loss on the validation images, each with a mask of its own that never changes.
+    """
+
+    passes = 1
     cycle: int | None = None
-    shown: int = 8
-    """Validation images whose reconstructions are painted."""
+    shown = 8
+    """Number of validation images whose reconstructions are painted."""
+
+    def __init__(self, recipe: r.Recipe):
+        self.recipe = recipe
 
     def __call__(self, model: nn.Module, batch: Batch, depth_draws: Tensor | None) -> dict[str, Tensor]:
         options = {} if depth_draws is None else {"depth_draws": depth_draws}
         return {"loss": model(batch.pixels, batch.mask, **options).loss}
 
     def validation(self, split: Split, us: Processes) -> EvaluationBatches:
-        return EvaluationBatches(
-            split,
-            processor_for(self.recipe),
-            -(-self.recipe.data.batch // us.world),
-            rank=us.rank,
-            world=us.world,
-            workers=self.recipe.compute.workers,
-            masks=self._mask,
-        )
+        return _share(self.recipe, split, us, masks=self._mask)
 
     def _mask(self, index: int) -> np.ndarray:
         return hidden_patches(self.recipe, draws(self.recipe.seed, 0, index, 0, stream=Stream.JUDGED_MASKS))
@@ -228,23 +230,22 @@ class MaskedImage:
         mask = mask.repeat_interleave(rows, 1).repeat_interleave(columns, 2).unsqueeze(1)
         filled = torch.where(mask, painted[:count], original)
         strips = torch.stack([original, original.masked_fill(mask, 0.0), filled], dim=1)  # (count, 3, channels, h, w)
-        mean, std = (torch.tensor(values, device=strips.device).view(-1, 1, 1) for values in (data.mean, data.std))
-        pixels = ((strips * std + mean) * 255).round().clamp(0, 255).byte()
-        grid = pixels.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).cpu().numpy()  # (count * h, 3 * w, channels)
+        painting = strips.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (count * h, 3 * w, channels)
+        grid = Normalisation(data.mean, data.std).undo(painting.cpu().numpy())
         return Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid)
 
 
 def build(recipe: r.Recipe, split: Split, device: torch.device) -> Objective:
     """The objective of a recipe; its teacher or cache is opened and checked against the data."""
     match recipe.objective:
-        case r.Supervised():
-            return Supervised(recipe)
+        case r.Supervised() as settings:
+            return SupervisedObjective(recipe, settings)
         case r.MaskedImage():
-            return MaskedImage(recipe)
-        case r.Distilled(cache=cache) if cache:
-            return Distilled(recipe, cache=LabelCache.open(cache, split, recipe))
-        case r.Distilled(teacher=teacher) if teacher:
-            return Distilled(recipe, teacher=Teacher.load(teacher, split.classes, recipe).to(device))
+            return MaskedImageObjective(recipe)
+        case r.Distilled(cache=cache) as settings if cache:
+            return DistilledObjective(recipe, settings, LabelCache.open(cache, split, recipe))
+        case r.Distilled(teacher=teacher) as settings if teacher:
+            return DistilledObjective(recipe, settings, Teacher.load(teacher, split.classes, recipe).to(device))
     raise ValueError(
         f"recipe {recipe.name} distils without naming a teacher; --set objective.teacher=timm:NAME, a "
         "trained model's folder or FILE.py:FUNCTION, or objective.cache to what deit teach wrote"

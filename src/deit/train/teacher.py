@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deit import files, host
-from deit.image.processor import DeiTImageProcessor
-from deit.model.load import load_model
+from deit.model.load import load_classifier
 from deit.model.network import PreTrained
 from deit.recipe import Distilled, Recipe
 from deit.weights import hub
@@ -323,28 +323,25 @@ def _order(name: str, vocabularies: Sequence[Sequence[str]], classes: Sequence[s
 
 def _from_folder(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
     try:
-        model = load_model(name)
+        classifier = load_classifier(name)
     except ValueError as error:
         if (Path(name).expanduser() / "config.json").is_file() and "timm architecture" in str(error):
             raise ValueError(f"{error}; as a teacher, timm:{name} opens it with timm") from None
         raise
-    config = model.config
-    processor = DeiTImageProcessor.of_model(name, config)
-    # The processor computes (levels * factor - mean) / std of levels 0 to 255.
-    factor = 255 * processor.rescale_factor if processor.do_rescale else 255.0
-    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
-    spread = [
-        [value / factor for value in ([stated] * config.num_channels if isinstance(stated, int | float) else stated)]
-        for stated in (mean, std)
-    ]
+    normalisation, config = classifier.processor.normalisation, classifier.model.config
+    # A teacher's mean and std are those of levels from 0 to 1.
+    mean, std = (
+        np.broadcast_to(stated / (255 * normalisation.factor), config.num_channels).tolist()
+        for stated in (normalisation.mean, normalisation.std)
+    )
     return Teacher(
-        model,
+        classifier.model,
         classes,
         recipe,
         name=name,
-        vocabularies=[list((config.id2label or {}).values())],
-        mean=spread[0],
-        std=spread[1],
+        vocabularies=[classifier.labels],
+        mean=mean,
+        std=std,
         size=config.image_hw,
     )
 
