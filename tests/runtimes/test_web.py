@@ -18,8 +18,8 @@ import pytest
 import torch
 from PIL import Image
 from support.checks import raises_saying
+from support.exports import KINDS, OUTPUTS, model_of, pixels_for, tampering
 from support.models import build, small
-from test_export import KINDS, OUTPUTS, model_of, pixels_for, tampering
 
 import deit
 from deit import files
