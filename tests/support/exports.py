@@ -1,12 +1,15 @@
-"""Models of each kind that is exported, and what their exports are held to."""
+"""Models of each kind that is exported, pictures for them, and what their exports are held to."""
 
 import importlib.util
 
 import pytest
 import torch
+from PIL import Image
+from support import pictures
 from support.models import build, scramble, shrink, small
 
 from deit.config import VARIANTS, ConvNetConfig
+from deit.evaluate.calibration import Calibration, HeadCalibration
 from deit.export import formats
 from deit.export.engines import Engine
 from deit.export.web import Page
@@ -20,6 +23,7 @@ OUTPUTS = {kind: ["logits", *(["cls_logits", "distillation_logits"] if kind == "
 
 
 def needs(to):
+    """Skips the test if a format can't be written here."""
     for package in formats._PACKAGES[to]:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{to} needs {package}, which is not installed")
@@ -64,3 +68,20 @@ def tampering(monkeypatch, change):
         return change(dict(zip(self.outputs, self._run(pixels), strict=True)))
 
     monkeypatch.setattr(Engine, "__call__", run)
+
+
+def calibration(threshold, temperature=1.5):
+    head = HeadCalibration(temperature=temperature, threshold=threshold, nll=(1.0, 0.9), answered=0.5)
+    return Calibration(error_rate=0.05, images=100, data="none", heads={"fused": head})
+
+
+def noise(height, width, channels=3, seed=0):
+    return Image.fromarray(pictures.noise(height, width, channels, seed))
+
+
+def smooth(height, width, seed=0):
+    return noise(9, 12, seed=seed).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image, kind="PNG", **options):
+    return pictures.encode(image, kind, **options)
