@@ -3,26 +3,17 @@
 import numpy as np
 import pytest
 from PIL import Image
-from support.models import LABELS, build, small
-
-from deit.config import ConvNetConfig
-from deit.image.processor import DeiTImageProcessor
-from deit.model.convnet import ConvNet
+from support.models import NAMES, trained_folder
 
 
 @pytest.fixture
 def folder(tmp_path):
-    for name, kind, changes in [
-        ("m", "with_teacher", {}),
-        ("vit", "classification", {"distillation_token": False}),
-        ("wide", "with_teacher", {"image_size": (8, 20)}),
-        ("backbone", "backbone", {}),
-    ]:
-        config = small(id2label=LABELS, num_labels=None, **changes)
-        build(kind, config).save_pretrained(tmp_path / name)
-        DeiTImageProcessor.paper(config.image_size).save_pretrained(tmp_path / name)
-    ConvNet(ConvNetConfig(widths=(4,), depth=1)).save_pretrained(tmp_path / "convnet")
-    DeiTImageProcessor.paper(16).save_pretrained(tmp_path / "convnet")
+    """A folder of models, each in a folder of its own, and a photo."""
+    trained_folder(tmp_path / "m", labels=NAMES)
+    trained_folder(tmp_path / "vit", "plain", NAMES)
+    trained_folder(tmp_path / "wide", labels=NAMES, image_size=(8, 20))
+    trained_folder(tmp_path / "backbone", "backbone", NAMES)
+    trained_folder(tmp_path / "convnet", "convnet", NAMES)
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
     return tmp_path

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from support.models import build, small
+from support.models import build, saved, small, trained_folder
 
 from deit.cli import main
 from deit.explain.explanation import explain_file
 from deit.explain.picture import figure
-from deit.image.processor import DeiTImageProcessor
 
 PAGE = Path(__file__).parents[2] / "docs" / "explain.md"
 
@@ -66,14 +65,10 @@ def test_what_the_command_refuses(folder, capsys):
     photo, out = folder / "photo.png", folder / "figure.png"
     out.write_bytes(b"as it was")
     (folder / "bad.png").write_bytes(b"no image")
-    build("with_teacher", small(id2label={0: "crane", 1: "crane", 2: "tench"}, num_labels=None)).save_pretrained(
-        folder / "cranes"
-    )
-    DeiTImageProcessor.paper(16).save_pretrained(folder / "cranes")
+    trained_folder(folder / "cranes", labels=("crane", "crane", "tench"))
     broken = build("with_teacher", small())
     broken.cls_classifier.bias.data[0] = float("nan")
-    broken.save_pretrained(folder / "nan")
-    DeiTImageProcessor.paper(16).save_pretrained(folder / "nan")
+    saved(broken, folder / "nan")
     for arguments, said in [
         (("m", photo, "--target", "Ant"), "the model knows no class 'Ant'; it knows 'ant'"),
         (("cranes", photo, "--target", "crane"), "the model calls 2 of its classes 'crane'"),

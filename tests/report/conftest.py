@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 from PIL import Image
-from support.models import build, small
+from support.models import trained_folder
 from support.reports import QUIET
 from support.runs import photos
 
 from deit.cli import main
 from deit.evaluate.models import examine_files
-from deit.image.processor import DeiTImageProcessor
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +22,7 @@ def judged(tmp_path_factory):
         areas = draw.integers(0, 256, (3, 4, 3), dtype=np.uint8)
         Image.fromarray(areas).resize((30, 24), Image.Resampling.NEAREST).save(file)
     (root / "data" / "a" / "00.png").write_bytes(b"no image")
-    build(
-        "with_teacher", small(id2label=dict(enumerate("abcde")), num_labels=None, image_size=(16, 24))
-    ).save_pretrained(root / "model")
-    DeiTImageProcessor.paper((16, 24)).save_pretrained(root / "model")
+    trained_folder(root / "model", image_size=(16, 24))
     return examine_files(root / "model", root / "data", device="cpu", console=QUIET)
 
 

@@ -7,14 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.models import build, small
+from support.models import small, trained_folder
 from support.reports import QUIET, checked
 from support.runs import photos
 
 from deit.cli import main
 from deit.data.folders import fingerprint, read_data, read_split
 from deit.evaluate.models import examine_files
-from deit.image.processor import DeiTImageProcessor
 from deit.recipe import AdamW, Compute, Cosine, Data, MaskedImage, Recipe, steps
 from deit.report import document
 from deit.train.loop import train
@@ -52,10 +51,7 @@ def test_eval_writes_one_with_the_record_of_the_run(trained, capsys, tmp_path):
     found = json.loads(capsys.readouterr().out)
     page = checked((tmp_path / "new" / "page.html").read_text())
     page.sees("15 updates", f"{found['nll']:.4f}", "Learning rate", "Judged by 18 test images")
-    build(
-        "classification", small(id2label=dict(enumerate("abc")), num_labels=None, distillation_token=False)
-    ).save_pretrained(tmp_path / "model")
-    DeiTImageProcessor.paper(16).save_pretrained(tmp_path / "model")
+    trained_folder(tmp_path / "model", "plain", "abc")
     assert main(["eval", str(tmp_path / "model"), *plain[2:], "--report", str(tmp_path / "alone.html")]) == 0
     alone = checked((tmp_path / "alone.html").read_text())
     assert "Training" not in [heading[2] for heading in alone.all("h2")]

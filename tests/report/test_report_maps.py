@@ -5,15 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from support.models import trained_folder
 from support.reports import QUIET, checked
 
-from deit.config import ConvNetConfig
 from deit.evaluate.models import examine_files
 from deit.explain.explanation import Map, seen_by
 from deit.explain.maps import explain
 from deit.explain.picture import overlay
 from deit.image.processor import DeiTImageProcessor
-from deit.model.convnet import ConvNet
 from deit.model.load import load_model
 from deit.report import document
 from deit.report import maps as report_maps
@@ -87,9 +86,7 @@ def test_images_without_a_map_are_left_out(judged, tmp_path):
 
 
 def test_models_that_can_not_be_explained_have_no_maps(judged, tmp_path):
-    ConvNet(ConvNetConfig(widths=(4,), depth=1, id2label=dict(enumerate("abcde")))).save_pretrained(tmp_path / "c")
-    DeiTImageProcessor.paper(16).save_pretrained(tmp_path / "c")
-    found = examine_files(tmp_path / "c", judged.data, device="cpu", console=QUIET)
+    found = examine_files(trained_folder(tmp_path / "c", "convnet"), judged.data, device="cpu", console=QUIET)
     assert report_maps.explained(found) is None
     file = document.of_evaluation(tmp_path / "page.html", found, device="cpu")
     assert "What answers rest on" not in file.read_text()

@@ -2,18 +2,16 @@
 
 import pytest
 from support.exports import KINDS, model_of, needs
+from support.models import saved
 
 from deit.export import write
-from deit.image.processor import DeiTImageProcessor
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     for kind in KINDS:
-        model = model_of(kind)
-        model.save_pretrained(root / kind)
-        DeiTImageProcessor.paper(model.config.image_hw).save_pretrained(root / kind)
+        saved(model_of(kind), root / kind)
     return root
 
 

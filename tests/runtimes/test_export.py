@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 from support.checks import raises_saying
-from support.exports import FLOAT, INT8, KINDS, NAMES, OUTPUTS, needs, pixels_for, softmax, tampering
-from support.models import build, small
+from support.exports import FLOAT, INT8, KINDS, OUTPUTS, needs, pixels_for, softmax, tampering
+from support.models import NAMES, build, saved, small
 from support.runs import photos
 
 from deit import files
@@ -221,11 +221,8 @@ def test_other_files_are_never_replaced(models, tmp_path):
 
 @pytest.mark.parametrize("kind", ["backbone", "masked_image", "headless"])
 def test_only_classifiers_are_exported(tmp_path, kind):
-    if kind == "headless":
-        build("classification", small(num_labels=0)).save_pretrained(tmp_path / "m")
-    else:
-        build(kind, small()).save_pretrained(tmp_path / "m")
-    DeiTImageProcessor.paper(16).save_pretrained(tmp_path / "m")
+    model = build("classification", small(num_labels=0)) if kind == "headless" else build(kind, small())
+    saved(model, tmp_path / "m")
     with raises_saying(ValueError, tmp_path / "m", "expected a classifier"):
         write.export(tmp_path / "m", "torch", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -5,7 +5,8 @@ import re
 
 import pytest
 from support.checks import raises_saying, run_python
-from support.serving import RAW, ask, assert_labels, assert_refused, client, metric, picture, save
+from support.models import trained_folder
+from support.serving import RAW, ask, assert_labels, assert_refused, calibrated, client, metric, picture
 
 from deit.cli import main
 from deit.serve.limits import Service, read_keys
@@ -47,7 +48,7 @@ def test_all_ways_of_sending_give_what_the_predictor_gives(folder, head):
 
 def test_a_calibrated_model_says_whether_it_is_sure(tmp_path):
     images = [picture(i) for i in range(12)]
-    with client(save(tmp_path, error_rate=0.05)) as web:
+    with client(calibrated(trained_folder(tmp_path))) as web:
         expected = list(web.predictor.stream(images))
         results = web.post("/v1/classify", files=[("i", ("x", image)) for image in images]).json()["results"]
         assert [result["sure"] for result in results] == [answer.sure for answer in expected]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.serving import RAW, picture, save, server
+from support.models import build, saved
+from support.serving import RAW, picture, server
 
 from deit import VARIANTS
 
@@ -62,7 +63,7 @@ async def load(address, image, clients, seconds, sample):
 @pytest.mark.timeout(600)
 def test_load(tmp_path, capsys):
     """64 clients for a minute on a DeiT-Ti: no error but 503, the speed of full batches, no growing memory."""
-    folder = save(tmp_path / "m", VARIANTS["deit-tiny-distilled-patch16-224"])
+    folder = saved(build("with_teacher", VARIANTS["deit-tiny-distilled-patch16-224"]), tmp_path / "m")
     image = picture(0, "JPEG", (256, 256))
     (tmp_path / "image.jpg").write_bytes(image)
 

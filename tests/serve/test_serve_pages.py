@@ -6,14 +6,11 @@ import pytest
 import torch
 from PIL import Image
 from support.browser import AXE, BROWSER
-from support.models import build, small
-from support.serving import SVG, picture, save, server
+from support.models import trained_folder
+from support.serving import SVG, calibrated, picture, server
 
-from deit.config import ConvNetConfig
 from deit.explain.explanation import explain_pixels
 from deit.explain.picture import overlay
-from deit.image.processor import DeiTImageProcessor
-from deit.model.convnet import ConvNet
 from deit.predict.predictor import Predictor
 from deit.report.markup import data_uri
 
@@ -57,7 +54,7 @@ PASTE = """bytes => { const transfer = new DataTransfer();
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_in_a_browser(scheme, width, tmp_path, engine):
     """Upload, result, "I don't know", paste, error, and the way of the Tab key; no other address is asked."""
-    folder = save(tmp_path, error_rate=0.05)
+    folder = calibrated(trained_folder(tmp_path))
     predictor = Predictor(folder)
     answers = {answer.sure: (seed, answer) for seed in range(40) for answer in predictor.stream([picture(seed)])}
     assert set(answers) == {True, False}
@@ -203,16 +200,12 @@ def test_maps_that_are_not_to_be_had_on_the_page(tmp_path, folder, engine):
         page.wait_for_selector("#error:not(:empty)")
         assert page.is_hidden("#looked")
         assert page.is_hidden("#why")
-    config = small(id2label=dict(enumerate("abcde")), num_labels=None, distillation_token=False)
-    build("classification", config).save_pretrained(tmp_path / "vit")
-    ConvNet(ConvNetConfig(widths=(4,), depth=1, id2label=dict(enumerate("abcde")))).save_pretrained(tmp_path / "c")
-    for name in ("vit", "c"):
-        DeiTImageProcessor.paper(16).save_pretrained(tmp_path / name)
-        with server(tmp_path / name) as (_, address), opened(engine, address) as (page, _, _):
+    for name in ("plain", "convnet"):
+        with server(trained_folder(tmp_path / name, name)) as (_, address), opened(engine, address) as (page, _, _):
             page.set_input_files("#file", chosen(picture(0)))
             page.wait_for_selector("#labels li")
-            assert page.is_visible("#why") == (name == "vit")
-            if name == "vit":
+            assert page.is_visible("#why") == (name == "plain")
+            if name == "plain":
                 page.click("#why")
                 page.wait_for_selector("#looked:visible")
                 assert page.is_hidden("#tokens")
@@ -227,7 +220,7 @@ def test_the_page_is_for_everyone(scheme, tmp_path, engine):
     if not AXE.is_file():
         pytest.skip(f"axe-core is not at {AXE}: npm install axe-core, or set AXE to its axe.min.js")
     (tmp_path / "keys").write_text("the key\n")
-    folder = save(tmp_path / "m", error_rate=0.05)
+    folder = calibrated(trained_folder(tmp_path / "m"))
 
     def violations():
         page.evaluate(AXE.read_text())

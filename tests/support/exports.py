@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from support import pictures
-from support.models import build, scramble, shrink, small
+from support.models import LABELS, build, scramble, shrink, small
 
 from deit.config import VARIANTS, ConvNetConfig
 from deit.evaluate.calibration import Calibration, HeadCalibration
@@ -15,7 +15,6 @@ from deit.export.engines import Engine
 from deit.export.web import Page
 from deit.model.convnet import ConvNet
 
-NAMES = ("ant", "bee", "cat", "dog", "eel")
 FLOAT = ("torch", "onnx", "openvino")
 INT8 = ("onnx-int8", "openvino-int8")
 KINDS = ("distilled", "plain", "deit3", "convnet")
@@ -35,11 +34,9 @@ def needs(to):
 
 
 def model_of(kind):
-    labels = {"id2label": dict(enumerate(NAMES)), "num_labels": None}
+    labels = {"id2label": LABELS, "num_labels": None}
     if kind == "convnet":
-        model = scramble(
-            ConvNet(ConvNetConfig(widths=(6, 8), depth=1, image_size=(16, 24), id2label=dict(enumerate(NAMES))))
-        )
+        model = scramble(ConvNet(ConvNetConfig(widths=(6, 8), depth=1, image_size=(16, 24), id2label=LABELS)))
         for layer in model.modules():
             if isinstance(layer, torch.nn.BatchNorm2d):
                 layer.running_mean.uniform_(-0.5, 0.5)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.checks import raises_saying
 from support.exports import KINDS, OUTPUTS, calibration, noise, pixels_for, smooth, tampering
-from support.models import build, small
+from support.models import build, saved, small
 
 import deit
 from deit import files
@@ -200,9 +200,8 @@ def test_sure_and_scores_are_the_predictors(page, tmp_path, threshold):
 
 
 def test_a_grey_model(page, tmp_path):
-    build("classification", small(num_channels=1)).save_pretrained(tmp_path / "m")
     processor = DeiTImageProcessor(size=18, crop_size=16, image_mean=(0.4,), image_std=(0.3,))
-    processor.save_pretrained(tmp_path / "m")
+    saved(build("classification", small(num_channels=1)), tmp_path / "m", processor)
     done = export.export(tmp_path / "m", "web", tmp_path / "out")
     assert done.record["input"]["shape"] == [None, 1, 16, 16]
     assert done.record["preprocessing"]["difference"] == 0
