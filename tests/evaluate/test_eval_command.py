@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from rich.console import Console
 from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 from support.checks import raises_saying
 from support.models import build, saved, small, trained_folder
-from support.runs import photos
+from support.runs import photos, small_recipe
 
 from deit.cli import main
 from deit.data import batches
@@ -21,7 +20,7 @@ from deit.evaluate.models import examine_files
 from deit.image.processor import DeiTImageProcessor
 from deit.model.load import load_model
 from deit.model.network import fuse_heads
-from deit.recipe import AdamW, Compute, Cosine, Data, Distilled, MaskedImage, Recipe, Supervised, steps
+from deit.recipe import Cosine, Data, Distilled, MaskedImage, steps
 from deit.train.loop import train
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
@@ -296,20 +295,12 @@ def test_every_key_of_the_object_is_documented(evaluate, root, tmp_path):
 
 
 def test_every_key_of_metrics_is_documented(root, tmp_path):
-    plain = Recipe(
-        name="plain",
-        model=small(distillation_token=False, num_labels=None),
-        data=Data(batch=4),
-        objective=Supervised(),
-        optim=AdamW(lr=1e-3, per_images=8),
-        schedule=Cosine(total=steps(2)),
-        compute=Compute(precision="float32", workers=0),
-    )
+    parts = {"data": Data(batch=4), "schedule": Cosine(total=steps(2))}
     trained_folder(root / "teacher", labels="abc")
     recipes = [
-        plain,
-        replace(plain, objective=MaskedImage(unit=8)),
-        replace(plain, model=small(num_labels=None), objective=Distilled(teacher=str(root / "teacher"))),
+        small_recipe(**parts),
+        small_recipe(MaskedImage(unit=8), **parts),
+        small_recipe(Distilled(teacher=str(root / "teacher")), **parts),
     ]
     written = set()
     for i, recipe in enumerate(recipes):

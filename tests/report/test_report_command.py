@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.models import small, trained_folder
+from support.models import trained_folder
 from support.reports import QUIET, checked
-from support.runs import photos
+from support.runs import photos, small_recipe
 
 from deit.cli import main
 from deit.data.folders import fingerprint, read_data, read_split
 from deit.evaluate.models import examine_files
-from deit.recipe import AdamW, Compute, Cosine, Data, MaskedImage, Recipe, steps
+from deit.recipe import Cosine, Data, MaskedImage, steps
 from deit.report import document
 from deit.train.loop import train
 
@@ -107,15 +107,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
 
 def test_masked_images_show_their_reconstruction(tmp_path):
     photos(tmp_path / "data", count=4)
-    recipe = Recipe(
-        name="masked",
-        model=small(num_labels=None, distillation_token=False),
-        data=Data(batch=4),
-        objective=MaskedImage(unit=8),
-        optim=AdamW(lr=1e-3, per_images=8),
-        schedule=Cosine(total=steps(2)),
-        compute=Compute(precision="float32", workers=0),
-    )
+    recipe = small_recipe(MaskedImage(unit=8), data=Data(batch=4), schedule=Cosine(total=steps(2)))
     splits = read_data(tmp_path / "data", holdout=0.3, seed=0, labelled=False)
     train(recipe, *splits, tmp_path / "run", device="cpu", console=QUIET)
     page = checked(document.of_training(tmp_path / "run", splits[1], device="cpu").read_text())

@@ -1,19 +1,17 @@
 """Folders of single-coloured images, and what is found in them."""
 
 from PIL import Image
+from support.runs import small_recipe
 
 from deit.config import ConvNetConfig
 from deit.data.folders import read_data
-from deit.recipe import SGD, Compute, Cosine, Data, Recipe, Supervised, steps
+from deit.recipe import SGD, Cosine, steps
 
-CONVNET = Recipe(
+CONVNET = small_recipe(
     name="convnet",
     model=ConvNetConfig(widths=(8, 16), depth=1, image_size=16),
-    data=Data(batch=8),
-    objective=Supervised(),
     optim=SGD(lr=1e-2, per_images=8),
     schedule=Cosine(total=steps(4)),
-    compute=Compute(precision="float32", workers=0),
 )
 
 

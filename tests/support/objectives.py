@@ -6,22 +6,10 @@ import numpy as np
 import torch
 from rich.console import Console
 from support.models import scramble, small
+from support.runs import small_recipe
 
 from deit.data.batches import TrainingBatches
-from deit.recipe import (
-    AdamW,
-    Augment,
-    Compute,
-    Cosine,
-    Data,
-    Distilled,
-    Erase,
-    MaskedImage,
-    Mix,
-    Recipe,
-    ResizedCrop,
-    steps,
-)
+from deit.recipe import Augment, Cosine, Data, Distilled, Erase, MaskedImage, Mix, Recipe, ResizedCrop, steps
 from deit.train import loop, objectives
 from deit.train.build import build_model
 
@@ -53,15 +41,14 @@ def recipe_for(objective, **changes):
     token = isinstance(objective, Distilled) and objective.token == "distillation"
     masked = isinstance(objective, MaskedImage)
     parts = {
+        "name": "x",
         "model": small(distillation_token=token, num_labels=None, drop_path_rate=0.5),
         "augment": Augment(crop=ResizedCrop()) if masked else MIXED,
         "data": Data(batch=B, repeats=2),
-        "optim": AdamW(lr=1e-3, per_images=B),
         "schedule": Cosine(total=steps(6)),
         "evaluate": steps(6),
-        "compute": Compute(precision="float32", workers=0),
     }
-    return Recipe(name="x", objective=objective, **{**parts, **changes})
+    return small_recipe(objective, **{**parts, **changes})
 
 
 @dataclass

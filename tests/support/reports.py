@@ -11,11 +11,11 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
 from rich.console import Console
-from support.models import small
+from support.runs import small_recipe
 
 from deit.evaluate.models import Evaluation, Examined
 from deit.evaluate.scores import Report
-from deit.recipe import AdamW, Cosine, Data, Recipe, Supervised, steps
+from deit.recipe import Compute, Cosine, Data, steps
 from deit.train.records import About
 
 QUIET = Console(quiet=True)
@@ -168,14 +168,7 @@ ABOUT = About(
 def record(folder, about=ABOUT, rows=None, **recipe):
     """A run's folder as training leaves it, without its model."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = Recipe(
-        name="mine",
-        model=small(num_labels=None, distillation_token=False),
-        data=Data(batch=4),
-        objective=Supervised(),
-        optim=AdamW(lr=1e-3, per_images=8),
-        schedule=Cosine(total=steps(200)),
-    )
+    made = small_recipe(name="mine", data=Data(batch=4), schedule=Cosine(total=steps(200)), compute=Compute())
     (folder / "recipe.json").write_text(json.dumps({**made.to_dict(), **recipe}))
     if about:
         (folder / "about.json").write_text(json.dumps(about.to_dict()))

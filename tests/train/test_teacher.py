@@ -11,13 +11,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from support.checks import assert_close, raises_saying
 from support.models import build, saved, small
+from support.runs import small_recipe
 from torch import nn
 
 from deit.config import ConvNetConfig
 from deit.files import CheckpointError
 from deit.image.processor import DeiTImageProcessor
 from deit.model.convnet import ConvNet
-from deit.recipe import AdamW, Cosine, Data, Distilled, Recipe, Supervised, epochs
+from deit.recipe import Data, Distilled, Recipe, Supervised
 from deit.train.teacher import Teacher, answers
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -26,13 +27,11 @@ CLASSES = ("ant", "bee", "cat", "dog")
 
 
 def student(size=16, *, mean=MEAN, std=STD, **objective):
-    return Recipe(
+    return small_recipe(
+        Distilled(teacher="t", **objective),
         name="pupil",
         model=small(image_size=size, num_channels=len(mean)),
         data=Data(batch=4, mean=mean, std=std),
-        objective=Distilled(teacher="t", **objective),
-        optim=AdamW(lr=1e-3, per_images=4),
-        schedule=Cosine(total=epochs(1)),
     )
 
 
