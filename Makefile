@@ -46,9 +46,9 @@ test-slow: .venv/installed-test   ## the checks that take minutes each
 	KERAS_BACKEND=jax $(BIN)/python -m pytest -m slow tests/twin
 
 bench: .venv/installed-bench      ## speed beside timm, transformers and keras-hub; wants a quiet machine
-	$(BIN)/python bench/train_speed.py
-	$(BIN)/python bench/keras_speed.py
-	$(BIN)/python bench/predict_speed.py
+	$(BIN)/python -m bench.speed.train
+	$(BIN)/python -m bench.speed.keras
+	$(BIN)/python -m bench.speed.predict
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "deit needs Python 3.11 or newer, found %d.%d; run make PYTHON=python3.12 ..." % sys.version_info[:2])'

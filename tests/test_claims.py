@@ -1,30 +1,10 @@
-"""The experiments in bench/: what differs between arms, and how claims are judged."""
+"""The experiments in bench/claims: what differs between arms, and how claims are judged."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parents[1] / "bench"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _bench():
-    sys.path.insert(0, str(BENCH))
-    yield
-    sys.path.remove(str(BENCH))
-
-
-@pytest.fixture
-def claims():
-    return importlib.import_module("claims")
-
-
-@pytest.fixture
-def report():
-    return importlib.import_module("report")
+from bench.claims import experiments, report, runs
 
 
 def _flat(value, path=""):
@@ -63,46 +43,46 @@ DIFFERENCES = {
 
 
 @pytest.mark.parametrize("pair", DIFFERENCES, ids=" ".join)
-def test_arms_differ_in_what_is_named_only(claims, pair):
-    one, other = (_flat(claims.ARMS[name].to_dict()) for name in pair)
+def test_arms_differ_in_what_is_named_only(pair):
+    one, other = (_flat(experiments.ARMS[name].to_dict()) for name in pair)
     changed = {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)} - {"name"}
     assert changed
     expected = DIFFERENCES[pair]
     assert all(any(f"{key}.".startswith(f"{field}.") for field in expected) for key in changed), changed
 
 
-def test_compared_students_take_as_many_updates(claims):
-    for experiment in claims.EXPERIMENTS.values():
+def test_compared_students_take_as_many_updates():
+    for experiment in experiments.EXPERIMENTS.values():
         for claim in experiment.claims:
             names = {claim.one[0], claim.other[0]} - {"agreement", "none_twice"}
-            assert len({claims.updates_of(name) for name in names}) <= 1
+            assert len({experiments.updates_of(name) for name in names}) <= 1
 
 
-def test_every_arm_is_a_recipe_and_every_name_is_known(claims, tmp_path, monkeypatch):
+def test_every_arm_is_a_recipe_and_every_name_is_known(tmp_path, monkeypatch):
     from deit.recipe import Recipe
 
-    monkeypatch.setattr(claims, "_matched", lambda: "convnet_8")
-    for name in claims.ARMS:
-        recipe = claims.recipe_of(name, 1, tmp_path)
+    monkeypatch.setattr(runs, "_matched", lambda: "convnet_8")
+    for name in experiments.ARMS:
+        recipe = runs.recipe_of(name, 1, tmp_path)
         assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
         assert "@" not in json.dumps(recipe.to_dict())
         assert recipe.seed == 1
-    for experiment in claims.EXPERIMENTS.values():
+    for experiment in experiments.EXPERIMENTS.values():
         for arm, _ in [experiment.control, *(side for claim in experiment.claims for side in (claim.one, claim.other))]:
             assert arm in experiment.arms
 
 
-def test_plan_keeps_what_is_needed_before_and_seeds_together(claims):
-    order = claims.plan(claims.EXPERIMENTS, [0, 1])
+def test_plan_keeps_what_is_needed_before_and_seeds_together():
+    order = experiments.plan(experiments.EXPERIMENTS, [0, 1])
     assert len(order) == len(set(order))
     for place, (arm, seed) in enumerate(order):
-        for other in claims.needs(arm):
-            assert order.index((other, 0 if other in claims.ONCE else seed)) < place
-    assert {arm for arm, seed in order if seed == 1}.isdisjoint(claims.ONCE)
+        for other in experiments.needs(arm):
+            assert order.index((other, 0 if other in experiments.ONCE else seed)) < place
+    assert {arm for arm, seed in order if seed == 1}.isdisjoint(experiments.ONCE)
     assert max(order.index((arm, 0)) for arm in ("none", "soft", "hard", "distilled")) < order.index(("none", 1))
 
 
-def test_interval_is_students(report):
+def test_interval_is_students():
     stats = pytest.importorskip("scipy.stats")
     for count in range(2, 21):
         values = [0.01 * ((7 * i) % 5) - 0.02 + 0.001 * i for i in range(count)]
@@ -129,16 +109,16 @@ def test_interval_is_students(report):
         ([0.0, 0.0, 0.0], "above", "not decided"),
     ],
 )
-def test_verdict(report, differences, expected, found):
+def test_verdict(differences, expected, found):
     assert report.verdict(differences, expected) == found
 
 
-def _record(claims, arm, seed, **test):
+def _record(arm, seed, **test):
     return {
         "arm": arm,
         "seed": seed,
-        "base": claims.UPDATES,
-        "updates": claims.updates_of(arm),
+        "base": experiments.UPDATES,
+        "updates": experiments.updates_of(arm),
         "validation": 0.5,
         "test": test,
         "curve": [[100, 0.2], [200, 0.2 + test.get("fused", 0)]],
@@ -146,12 +126,12 @@ def _record(claims, arm, seed, **test):
     }
 
 
-def test_tables_and_pictures_from_records(claims, report, tmp_path, monkeypatch):
+def test_tables_and_pictures_from_records(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results.jsonl")
     monkeypatch.setattr(report, "PICTURES", tmp_path / "pictures")
-    found = [_record(claims, "none", seed, fused=0.4 + 0.01 * seed) for seed in range(3)]
-    found += [_record(claims, "hard", seed, fused=0.45 + 0.01 * seed + 0.001 * (seed % 2)) for seed in range(3)]
-    old = _record(claims, "none", 0, fused=0.9) | {"base": claims.UPDATES + 1}
+    found = [_record("none", seed, fused=0.4 + 0.01 * seed) for seed in range(3)]
+    found += [_record("hard", seed, fused=0.45 + 0.01 * seed + 0.001 * (seed % 2)) for seed in range(3)]
+    old = _record("none", 0, fused=0.9) | {"base": experiments.UPDATES + 1}
     report.RESULTS.write_text("\n".join(map(json.dumps, [*found, old])), encoding="utf-8")
     page = tmp_path / "results.md"
     page.write_text("before\n<!-- claims: begin -->\nstale\n<!-- claims: end -->\nafter\n", encoding="utf-8")

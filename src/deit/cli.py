@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(verb)
     verb.set_defaults(run=_teach)
 
-    verb = verbs.add_parser("recipes", help="list the recipes, or print one as the record that a run keeps")
+    verb = verbs.add_parser("recipes", help="list the recipes, or print one as a run keeps it")
     verb.add_argument("name", nargs="?", metavar="NAME")
     _add_overrides(verb)
     verb.set_defaults(run=_recipes)

@@ -111,7 +111,7 @@ class Processes:
 @contextmanager
 def synchronised(computing: nn.Module, on: bool) -> Iterator[None]:
     """Gradients are summed over the processes in the backward pass within only where `on`: once for all micro-batches
-    of an update."""
+    of a step."""
     if isinstance(computing, nn.parallel.DistributedDataParallel) and not on:
         with computing.no_sync():
             yield
@@ -199,8 +199,8 @@ def described(device: torch.device) -> str:
 def keep_memory() -> None:
     """Makes this process keep the memory that it frees, where the C library is glibc; elsewhere nothing happens.
 
-    An update frees what it allocated, hundreds of megabytes, and by default glibc returns large pieces to the system,
-    which hands them out again page by page: some percent of an update on the CPU (docs/log.md).
+    A step frees what it allocated, hundreds of megabytes, and by default glibc returns large pieces to the system,
+    which hands them out again page by page: some percent of a step on the CPU (docs/log.md).
     """
     try:
         library = ctypes.CDLL("libc.so.6")

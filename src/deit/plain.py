@@ -44,8 +44,8 @@ def to_plain(value: Any, hint: Any = None) -> Any:
         return {key: found for key, found in value.to_dict().items() if key not in ("id2label", "label2id")}
     if is_dataclass(value):
         hints = typing.get_type_hints(type(value))
-        record = {f.name: to_plain(getattr(value, f.name), hints[f.name]) for f in fields(value)}
-        return record if hint is not None and len(_classes(hint)) < 2 else {**record, "kind_of": type(value).__name__}
+        written = {f.name: to_plain(getattr(value, f.name), hints[f.name]) for f in fields(value)}
+        return written if hint is not None and len(_classes(hint)) < 2 else {**written, "kind_of": type(value).__name__}
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -1,7 +1,8 @@
-"""A recipe is the complete record of an experiment: model, data, augmentation, objective, optimisation, seed.
+"""A recipe is the complete description of an experiment: model, data, augmentation, objective, optimisation, seed.
 
-Frozen data and no behaviour but checks and arithmetic; the rooms that act on each part import it from here. `to_dict`
-and `from_dict` are the JSON of `recipe.json`; `override` is the command line's `--set`.
+It is frozen data, with no behaviour except checks and arithmetic. The rooms that act on each part import it from here.
+`to_dict` and `from_dict` convert to and from the JSON of `recipe.json`. `override` implements `--set` of the command
+line.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ class Duration:
 
 
 def epochs(amount: float) -> Duration:
-    """As many views as there are training images, times `amount`."""
+    """A length of `amount` times as many views as there are training images."""
     return Duration(float(amount), "epochs")
 
 
 def steps(amount: float) -> Duration:
-    """Updates of the weights."""
+    """A length of `amount` steps of the weights."""
     return Duration(float(amount), "steps")
 
 
 def _within(owner: object, low: float, high: float, *names: str) -> None:
-    """Each field is from `low` to `high`, both included."""
+    """Checks that each field is from `low` to `high`, both included."""
     for name in names:
         value = getattr(owner, name)
         check(low <= value <= high, f"{name} must be from {low} to {high}, found {value}")
@@ -55,17 +56,17 @@ def _within(owner: object, low: float, high: float, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """How images become batches. Their size is the model's."""
+    """How images become batches. The model sets the image size."""
 
     batch: int
-    """Images per update, over all processes together."""
+    """Number of images per step, over all processes together."""
     repeats: int = 1
-    """Repeated augmentation (Hoffer et al. 2020): views of an image in one batch. An epoch stays as many views as
-    there are images, so each shows 1/repeats of them, and `repeats` epochs show them all."""
+    """Number of views of an image in one batch: repeated augmentation (Hoffer et al. 2020). An epoch keeps as many
+    views as there are images, so it shows 1/repeats of the images, and `repeats` epochs show all of them."""
     holdout: float = 0.1
-    """Share of every class's training images kept for validation where the folder has none."""
+    """Share of each class's training images that is held out for validation if the folder has no validation images."""
     crop_ratio: float = 0.875
-    """Evaluation: side of the centre crop over the shortest edge it is cut from (224/256 in the paper)."""
+    """Side of the centre crop in evaluation, divided by the shortest edge of the image (224/256 in the paper)."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
@@ -92,7 +93,7 @@ class ResizedCrop:
     scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest share of the image's area."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Narrowest and widest width over height; drawn uniformly in the logarithm."""
+    """Smallest and largest width divided by height; drawn uniformly in the logarithm."""
 
     def __post_init__(self) -> None:
         check(0 < self.scale[0] <= self.scale[1] <= 1, f"scale must rise within 0 and 1, found {self.scale}")
@@ -101,10 +102,10 @@ class ResizedCrop:
 
 @dataclass(frozen=True, kw_only=True)
 class SimpleCrop:
-    """The shortest edge resized to the model's size, `padding` mirrored around, and a random crop (DeiT III)."""
+    """A random crop after resizing the shortest edge to the model's size and padding by mirroring (DeiT III)."""
 
     padding: int = 4
-    """Pixels on every side."""
+    """Width of the padding on every side, in pixels."""
 
     def __post_init__(self) -> None:
         check(self.padding >= 0, f"padding must be at least 0, found {self.padding}")
@@ -112,32 +113,32 @@ class SimpleCrop:
 
 @dataclass(frozen=True, kw_only=True)
 class Affine:
-    """A random affine map about the image's centre, each part drawn uniformly; uncovered pixels are black."""
+    """A random affine map about the image's centre. Each part is drawn uniformly, and uncovered pixels are black."""
 
     rotate: float = 0.0
-    """Degrees, to either side."""
+    """Largest rotation to either side, in degrees."""
     shear: float = 0.0
-    """Degrees, to either side, along each axis."""
+    """Largest shear to either side along each axis, in degrees."""
     scale: tuple[float, float] = (1.0, 1.0)
     """Smallest and largest magnification."""
     shift: float = 0.0
-    """Fraction of the image's side, in either direction of each axis."""
+    """Largest shift in either direction of each axis, as a fraction of the image's side."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandAugment:
-    """Random operations from a list (Cubuk et al. 2019), as timm's `rand-m9-mstd0.5-inc1` names them."""
+    """Random operations from a list (Cubuk et al. 2019). timm names such settings `rand-m9-mstd0.5-inc1`."""
 
     magnitude: float = 9.0
-    """Strength, 0 to 10."""
+    """Strength of the operations, 0 to 10."""
     std: float = 0.0
-    """Standard deviation of the strength, which is then clipped to 0 to 10."""
+    """Standard deviation of the strength. The varied strength is clipped to 0 to 10."""
     layers: int = 2
-    """Operations drawn for each image, with replacement."""
+    """Number of operations drawn for each image, with replacement."""
     probability: float = 0.5
     """Probability that a drawn operation is applied."""
     increasing: bool = True
-    """Operations whose effect grows with the strength (timm's `inc1`)."""
+    """Whether to use the operations whose effect grows with the strength (timm's `inc1`)."""
 
     def __post_init__(self) -> None:
         _within(self, 0.0, 10.0, "magnitude")
@@ -147,9 +148,10 @@ class RandAugment:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoAugment:
-    """One of 25 learnt pairs of operations (Cubuk et al. 2018): timm's `original` policy for ImageNet, or `v0`."""
+    """One of 25 learnt pairs of operations for each image (Cubuk et al. 2018)."""
 
     policy: Literal["original", "v0"] = "original"
+    """timm's name of the policy: `original` for ImageNet, or `v0`."""
     std: float = 0.0
     """Standard deviation of each operation's strength, as for `RandAugment`."""
 
@@ -164,7 +166,10 @@ class ThreeAugment:
 
 @dataclass(frozen=True, kw_only=True)
 class Jitter:
-    """Brightness, contrast and saturation times a factor drawn from 1 - strength to 1 + strength, in random order."""
+    """Random changes of brightness, contrast and saturation, in random order.
+
+    Each is multiplied by a factor drawn from 1 - strength to 1 + strength. The fields are the strengths, 0 to 1.
+    """
 
     brightness: float = 0.0
     contrast: float = 0.0
@@ -176,14 +181,15 @@ class Jitter:
 
 @dataclass(frozen=True, kw_only=True)
 class Erase:
-    """Random erasing (Zhong et al. 2017): a rectangle of normally distributed noise, pixel by pixel, in the
-    normalised image."""
+    """Random erasing (Zhong et al. 2017): fills a rectangle of the normalised image with normally distributed noise,
+    drawn for each pixel."""
 
     probability: float = 0.25
+    """Probability that an image gets an erased rectangle."""
     area: tuple[float, float] = (0.02, 1 / 3)
     """Smallest and largest share of the image's area."""
     ratio: tuple[float, float] = (0.3, 1 / 0.3)
-    """Narrowest and widest height over width; drawn uniformly in the logarithm."""
+    """Smallest and largest height divided by width; drawn uniformly in the logarithm."""
 
     def __post_init__(self) -> None:
         _within(self, 0.0, 1.0, "probability")
@@ -193,18 +199,21 @@ class Erase:
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """Mixup (Zhang et al. 2017) and CutMix (Yun et al. 2019): an image and its label with its mirror in the batch."""
+    """Mixup (Zhang et al. 2017) and CutMix (Yun et al. 2019): mixes an image and its label with its partner.
+
+    The partner is the image at the mirrored place in the batch.
+    """
 
     mixup: float = 0.0
-    """alpha of the Beta distribution that Mixup's share is drawn from; 0 is no Mixup."""
+    """alpha of the Beta distribution that Mixup's share is drawn from; 0 turns Mixup off."""
     cutmix: float = 0.0
-    """alpha of the Beta distribution that CutMix's area is drawn from; 0 is no CutMix."""
+    """alpha of the Beta distribution that CutMix's area is drawn from; 0 turns CutMix off."""
     probability: float = 1.0
     """Probability that a batch is mixed at all."""
     switch: float = 0.5
-    """Probability of CutMix where both are on."""
+    """Probability of CutMix if both are on."""
     mode: Literal["batch", "pair", "element"] = "batch"
-    """What shares one draw: the whole batch, an image and its partner, or nothing."""
+    """Images that share one draw: the whole batch, an image and its partner, or none."""
 
     def __post_init__(self) -> None:
         _within(self, 0.0, 1.0, "probability", "switch")
@@ -217,10 +226,10 @@ class Mix:
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """What happens to training images only, in this order."""
+    """Changes to training images only, in this order."""
 
     crop: ResizedCrop | SimpleCrop | None = None
-    """None: the resize and centre crop of evaluation."""
+    """Random crop; None takes the resize and centre crop of evaluation."""
     flip: float = 0.0
     """Probability of a horizontal flip."""
     affine: Affine | None = None
@@ -238,15 +247,16 @@ class Augment:
 
 @dataclass(frozen=True, kw_only=True)
 class Supervised:
-    """The labels, through the class token."""
+    """Learning from the labels, through the class token."""
 
     loss: Literal["cross_entropy", "binary"] = "cross_entropy"
-    """`binary`: one yes-or-no question for each class (DeiT III); of mixed images both classes are yes."""
+    """Loss of the logits. `binary` asks one yes-or-no question for each class (DeiT III), and both classes of a mixed
+    image are a yes."""
     smoothing: float = 0.0
     """Label smoothing, 0 to <1."""
     cosub: bool = False
-    """Two passes over each batch with independent stochastic depth, which also learn from each other (Touvron et al.
-    2022, "Co-training 2^L submodels")."""
+    """Whether to make two passes over each batch with independent stochastic depth, which also learn from each other
+    (Touvron et al. 2022, "Co-training 2^L submodels")."""
 
     def __post_init__(self) -> None:
         _within(self, 0.0, 0.999, "smoothing")
@@ -259,30 +269,34 @@ class Supervised:
 
 @dataclass(frozen=True, kw_only=True)
 class Distilled:
-    """Labels for the class token, a teacher for the distillation token (Touvron et al. 2020, section 4)."""
+    """Learning from the labels through the class token, and from a teacher through the distillation token (Touvron et
+    al. 2020, section 4)."""
 
     teacher: str = ""
-    """`timm:NAME` (pretrained), `timm:NAME:WEIGHT_FILE`, the folder or hub name of a trained model, or
-    `FILE.py:FUNCTION` that returns one."""
+    """Name of the teacher: `timm:NAME` (pretrained), `timm:NAME:WEIGHT_FILE`, the folder or hub name of a trained
+    model, or a `FILE.py:FUNCTION` that returns a model."""
     cache: str = ""
-    """Folder that `deit teach` wrote: the labels come from there, and no teacher is needed."""
+    """Folder that `deit teach` wrote. The teacher's labels come from there, and no teacher is needed."""
     kind: Literal["hard", "soft"] = "hard"
+    """Whether the student learns from the teacher's decisions (`hard`) or its probabilities (`soft`)."""
     token: Literal["distillation", "class"] = "distillation"
-    """`class`: the class token learns from both, and the model has no distillation token (table 3)."""
+    """Token that learns from the teacher. With `class`, the class token learns from labels and teacher, and the model
+    has no distillation token (table 3)."""
     weight: float | None = None
-    """The teacher's share of the loss, 0 to 1; None is the paper's for this kind."""
+    """The teacher's share of the loss, 0 to 1; None takes the paper's share for this kind."""
     temperature: float | None = None
-    """Temperature of soft distillation; None is the paper's."""
+    """Temperature of soft distillation; None takes the paper's."""
     normalisation: Literal["images", "elements"] = "images"
-    """What soft distillation takes the mean over: images, or images and classes as in the original code. With the
-    second, the teacher's share is smaller by a factor of the number of classes."""
+    """Mean of soft distillation: over images, or over images and classes (`elements`) as in the original code. With
+    `elements`, the teacher's share is smaller by a factor of the number of classes."""
     top_k: int | None = None
     """Number of the teacher's most likely classes that soft distillation keeps; None keeps all. The remaining
     probability is spread evenly over the other classes."""
     smoothing: float = 0.0
     """Smoothing of the labels, 0 to <1; the teacher's decisions are never smoothed."""
     resolution: Literal["teacher", "student"] = "teacher"
-    """Whose image size the teacher sees; the paper fine-tunes at 384 with a teacher at 384 (section 6)."""
+    """Image size that the teacher sees: its own or the student's. The paper fine-tunes at 384 with a teacher at 384
+    (section 6)."""
 
     def __post_init__(self) -> None:
         _within(self, 0.0, 0.999, "smoothing")
@@ -302,12 +316,12 @@ class Distilled:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedImage:
-    """The pixels of hidden patches, from the patches around them (SimMIM, Xie et al. 2021). Needs no labels."""
+    """Predicting the pixels of hidden patches from those around them (SimMIM, Xie et al. 2021). It needs no labels."""
 
     ratio: float = 0.6
     """Share of the image that is hidden."""
     unit: int = 32
-    """Side of the squares that are hidden, pixels: a multiple of the patch size."""
+    """Side of the hidden squares in pixels, a multiple of the patch size."""
 
     def __post_init__(self) -> None:
         _within(self, 0.01, 0.99, "ratio")
@@ -321,19 +335,20 @@ Objective = Supervised | Distilled | MaskedImage
 
 @dataclass(frozen=True, kw_only=True)
 class _Optimizer:
-    """What every optimizer has."""
+    """Settings of every optimizer."""
 
     lr: float
-    """Peak learning rate for a batch of `per_images`; scaled in proportion to the batch."""
+    """Peak learning rate for a batch of `per_images` images. It is scaled in proportion to the batch."""
     per_images: int
+    """Batch size that `lr` is for."""
     weight_decay: float = 0.05
-    """Not applied to biases, norms, LayerScale, positions, class and mask token."""
+    """Weight decay. It is not applied to biases, norms, LayerScale, positions, class token and mask token."""
     decay_distillation_token: bool = True
-    """Whether weight decay acts on the distillation token: it does in the original code, not in timm."""
+    """Whether weight decay acts on the distillation token, as in the original code and unlike in timm."""
     layer_decay: float = 1.0
-    """Learning rate of each block over that of the next; the head has the whole rate (Clark et al. 2020)."""
+    """Learning rate of each block divided by that of the next. The head has the whole rate (Clark et al. 2020)."""
     clip: float | None = None
-    """Largest norm of all gradients together; None does not clip."""
+    """Largest norm of all gradients together; None turns clipping off."""
 
     def __post_init__(self) -> None:
         check(
@@ -347,7 +362,7 @@ class _Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(_Optimizer):
-    """Loshchilov and Hutter 2019."""
+    """AdamW (Loshchilov and Hutter 2019)."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -355,15 +370,18 @@ class AdamW(_Optimizer):
 
 @dataclass(frozen=True, kw_only=True)
 class SGD(_Optimizer):
-    """Stochastic gradient descent with Nesterov's momentum; weight decay is added to the gradient."""
+    """Stochastic gradient descent with Nesterov's momentum. Weight decay is added to the gradient."""
 
     momentum: float = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
 class LAMB(_Optimizer):
-    """AdamW's step, scaled in each tensor to the tensor's norm (You et al. 2020); tensors without weight decay are
-    not scaled. Gradients are first divided by their global norm where that exceeds 1, as in Nvidia's implementation."""
+    """AdamW's step, scaled in each tensor to the tensor's norm (You et al. 2020).
+
+    Tensors without weight decay are not scaled. Gradients are first divided by their global norm if it exceeds 1, as in
+    Nvidia's implementation.
+    """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6
@@ -371,14 +389,14 @@ class LAMB(_Optimizer):
 
 @dataclass(frozen=True, kw_only=True)
 class Muon(_Optimizer):
-    """Momentum made orthogonal, for the blocks' matrices (Jordan et al. 2024); AdamW for everything else.
+    """Orthogonalised momentum for the blocks' matrices (Jordan et al. 2024), and AdamW for everything else.
 
-    `lr` is the matrices', with the step scaled to the size of AdamW's (Liu et al. 2025).
+    `lr` is the learning rate of the matrices. Their step is scaled to the size of AdamW's (Liu et al. 2025).
     """
 
     momentum: float = 0.95
     others_lr: float
-    """AdamW's learning rate for all that is no matrix of a block, per `per_images`."""
+    """AdamW's learning rate for everything but the blocks' matrices, for a batch of `per_images` images."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
@@ -388,7 +406,7 @@ Optimizer = AdamW | SGD | LAMB | Muon
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine:
-    """Learning rate by step: linear warm-up from `start`, then half a cosine down to `floor`."""
+    """Learning rate by step: a linear warm-up from `start`, then half a cosine down to `floor`."""
 
     total: Duration
     warmup: Duration = field(default_factory=lambda: epochs(0))
@@ -398,24 +416,25 @@ class Cosine:
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """How the machine does the work. But for rounding, none of it changes the result."""
+    """How the machine does the work. None of these settings changes the result, apart from rounding."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the forward and backward pass. `auto` is bfloat16 where the hardware computes with it, else
-    float32."""
+    """Number format of the forward and backward pass. `auto` is bfloat16 if the hardware computes with it, and float32
+    otherwise."""
     accumulate: int = 1
-    """Parts that a process computes its share of a batch in; doubled when memory runs out."""
+    """Number of parts in which a process computes its share of a batch. It is doubled if memory runs out."""
     checkpoint_blocks: bool = False
-    """Recomputes each block in the backward pass: far less memory for about a third more computation."""
+    """Whether to recompute each block in the backward pass. This takes far less memory for about a third more
+    computation."""
     compile: bool = False
-    """`torch.compile`: minutes at the start, then faster steps on a GPU."""
+    """Whether to use `torch.compile`. It takes minutes at the start, and then steps are faster on a GPU."""
     parallel: Literal["replicate", "shard"] = "replicate"
-    """Many processes: each holds the whole model (DDP), or a share of it (FSDP2)."""
+    """Whether each of many processes holds the whole model (DDP), or a share of it (FSDP2)."""
     workers: int | None = None
-    """Loader processes of each training process; None: one for each of its cores, up to 8, or 0 where all images fit
-    into memory once decoded."""
+    """Number of loader processes for each training process. None is one for each of its cores, up to 8, or 0 if all
+    images fit into memory once decoded."""
     save_minutes: float = 10.0
-    """Time between checkpoints; a run that ends or is stopped writes one too."""
+    """Minutes between checkpoints. A run that ends or is stopped writes one too."""
 
     def __post_init__(self) -> None:
         check(self.accumulate >= 1, f"accumulate must be at least 1, found {self.accumulate}")
@@ -428,22 +447,24 @@ class Compute:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
+    """The complete record of an experiment."""
+
     name: str
     model: DeiTConfig | ConvNetConfig
-    """Its labels are the data's."""
+    """Architecture. Its labels come from the data."""
     data: Data
     objective: Objective
     optim: Optimizer
     schedule: Cosine
     augment: Augment = field(default_factory=Augment)
     start: str = ""
-    """Fine-tuning: folder, weight file or hub name that the weights come from. Positions and patches are resized; a
-    head for other labels is initialised anew."""
+    """Folder, weight file or hub name of the weights to fine-tune; empty to start from random weights. Positions and
+    patches are resized, and a head for other labels is initialised anew."""
     ema: float = 0.0
-    """Exponential moving average of the weights: its decay per update, 0 to <1. The average is what is evaluated and
-    saved; 0 takes the weights themselves."""
+    """Decay per step of the exponential moving average of the weights, 0 to <1. The average is evaluated and saved; 0
+    takes the weights themselves."""
     evaluate: Duration = field(default_factory=lambda: epochs(1))
-    """Time between evaluations on the validation images; there is one at the end in any case."""
+    """Length of training between evaluations on the validation images. There is always one at the end."""
     compute: Compute = field(default_factory=Compute)
     seed: int = 0
 
@@ -506,17 +527,17 @@ class Recipe:
         check(self.seed >= 0, f"seed can't be negative, found {self.seed}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole record as JSON types; where a field has alternatives, `kind_of` names the class."""
+        """The whole recipe as JSON types. If a field has alternatives, `kind_of` names the class."""
         return to_plain(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """The recipe of a `recipe.json`; unknown keys and values of another type are refused by name."""
+        """The recipe of a `recipe.json`. Unknown keys and values of another type are refused by name."""
         return typing.cast(Recipe, from_plain(values, cls, WHOLE))
 
 
 def difference(theirs: Any, ours: Any, path: str = "") -> str:
-    """The first field in which two records differ, with both values; empty where none does."""
+    """The first field in which the JSON of two recipes differs, with both values; empty if none does."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         found = (
             difference(theirs.get(name), ours.get(name), f"{path}.{name}".lstrip(".")) for name in {**theirs, **ours}
@@ -554,17 +575,17 @@ _CALLS: dict[str, Any] = {
 
 
 def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
-    """A copy with fields changed, each written `a.b=value` with the value as in a recipe's Python.
+    """A copy with changed fields. Each setting is written `a.b=value`, with the value as in a recipe's Python.
 
-    `optim.lr=1e-3`, `schedule.total=epochs(30)`, `augment.mix=None`, `optim=LAMB(lr=5e-3, per_images=2048)`,
-    `objective.teacher=timm:regnety_160`. All are applied before the whole is checked.
+    Examples: `optim.lr=1e-3`, `schedule.total=epochs(30)`, `augment.mix=None`, `optim=LAMB(lr=5e-3, per_images=2048)`,
+    `objective.teacher=timm:regnety_160`. All settings are applied before the whole recipe is checked.
     """
-    record = recipe.to_dict()
+    values = recipe.to_dict()
     for setting in settings:
         path, equals, text = setting.partition("=")
         check(bool(equals), f"--set {setting}: expected FIELD=VALUE, e.g. optim.lr=1e-3")
         *owners, last = path.strip().split(".")
-        place: Any = record
+        place: Any = values
         for depth, name in enumerate([*owners, last]):
             check(
                 isinstance(place, dict),
@@ -575,7 +596,7 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
             known(name, place.keys() - {"kind_of"}, f"--set {setting}{kind}")
             place = place[name] if depth < len(owners) else place
         place[last] = to_plain(_parse(text.strip(), setting))
-    return Recipe.from_dict(record)
+    return Recipe.from_dict(values)
 
 
 def _parse(text: str, setting: str) -> Any:
@@ -593,7 +614,7 @@ def _parse(text: str, setting: str) -> Any:
 
 
 def _called(node: ast.Call, setting: str) -> Any:
-    """What a call of one of `_CALLS` makes; its arguments are checked as those of a `recipe.json`."""
+    """The result of a call of one of `_CALLS`. Its arguments are checked like those of a `recipe.json`."""
     name, where = ast.unparse(node.func), f"--set {setting}"
     known(name, _CALLS, where)
     arguments = [_parse(ast.unparse(value), setting) for value in node.args]

@@ -333,7 +333,7 @@ def test_the_randomness_of_others_is_untouched_and_does_not_matter(split):
 
 
 def test_a_cycle_comes_again(split):
-    """Cached labels belong to views and mixing that come again after so many updates."""
+    """Cached labels belong to views and mixing that come again after so many steps."""
     given = recipe(batch=8, augment=replace(PAPER, mix=Mix(mixup=0.8, cutmix=1.0)))
     endless, batches = TrainingBatches(split, given), TrainingBatches(split, given, cycle=3)
     found, first = take(batches, 7), take(endless, 3)

@@ -74,7 +74,7 @@ class Shapes(torch.nn.Module):
 @pytest.mark.parametrize("size", [1e-3, 10.0], ids=["below the largest norm", "above"])
 @pytest.mark.parametrize("decay", [0.0, 0.02])
 def test_lamb_follows_timm(decay, size):
-    """Forty updates: norms of gradients below and above 1, a tensor whose gradient is zero, weights that start at
+    """Forty steps: norms of gradients below and above 1, a tensor whose gradient is zero, weights that start at
     zero, and a rate that changes."""
     ours = Shapes()
     theirs = copy.deepcopy(ours)

@@ -23,7 +23,7 @@ from support.runs import (
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    """Data, the file of recipes, and 20 updates by one process."""
+    """Data, the file of recipes, and 20 steps by one process."""
     root = tmp_path_factory.mktemp("parallel")
     data, recipes = data_and_recipes(root)
     finish(start(*command((data, recipes), root / "one")))
@@ -67,7 +67,7 @@ def test_two_processes_give_the_run_of_one(given, tmp_path, options):
 
 
 def test_two_processes_plan_the_same_schedule(given, tmp_path):
-    """The main process's clock decides, also how many updates are timed."""
+    """The main process's clock decides, also how many steps are timed."""
     finish(
         start(
             *command(

@@ -75,7 +75,7 @@ def test_a_signal_saves_and_ends(given, tmp_path, number, code):
     output = finish(process, code)
     step = reached(out)
     assert 15 <= step < 96
-    assert f"stopped by {signal.Signals(number).name} after update {step} of 96; the state is saved" in output
+    assert f"stopped by {signal.Signals(number).name} after step {step} of 96; the state is saved" in output
     assert "Traceback" not in output
     finish(start(*command(given, out)))
     assert_same_end(out, given[2])

@@ -155,14 +155,14 @@ def test_what_a_run_says_of_itself(tmp_path):
     page = checked(document.page(run, None))
     page.sees(
         "Trained 2 January 2026, 03:04 UTC",
-        "200 updates, 2 epochs, on 150 images of 2 classes",
+        "200 steps, 2 epochs, on 150 images of 2 classes",
         "42 s",
         "a CPU, 2 cores",
         "bfloat16",
         "e" * 64,
         "123",
         f"deit train {tmp_path / 'run' / 'recipe.json'} --data photos --out AGAIN",
-        "after update 200. It was chosen by",
+        "after step 200. It was chosen by",
         "deit report",
         "No shipped recipe has this name",
     )
@@ -222,7 +222,7 @@ def test_numbers_that_are_none(tmp_path):
         "2 of the 4 lines of metrics.jsonl can't be read and are left out",
         "Loss: the metrics hold no number that could be drawn",
         "The run has no evaluation yet",
-        "2 updates were skipped",
+        "2 steps were skipped",
     )
     assert run.best is None
     third = Record.read(record(tmp_path, rows=[{"step": 1, "loss": 0.5, "val_accuracy": 1 / 3}]))

@@ -26,7 +26,7 @@ def test_training_ends_with_a_report(trained, capsys):
     about = json.loads((run / "about.json").read_text())
     assert (about["train"], about["val"], about["fingerprint"]) == ([11] * 3, [1] * 3, fingerprint(training))
     assert about["precision"] == "float32"
-    page.sees(f"Judged by 3 validation images in {trained / 'data'}", "15 updates", fingerprint(validation))
+    page.sees(f"Judged by 3 validation images in {trained / 'data'}", "15 steps", fingerprint(validation))
     assert len(page.all("img")) == 3 + 2 * 3  # and of each of the three what its one token looked at
     page.sees("What answers rest on", "as far as it speaks for the answer of the model")
     before = (run / document.FILE).read_text()
@@ -50,7 +50,7 @@ def test_eval_writes_one_with_the_record_of_the_run(trained, capsys, tmp_path):
     assert main([*plain, "--report", str(tmp_path / "new" / "page.html")]) == 0
     found = json.loads(capsys.readouterr().out)
     page = checked((tmp_path / "new" / "page.html").read_text())
-    page.sees("15 updates", f"{found['nll']:.4f}", "Learning rate", "Judged by 18 test images")
+    page.sees("15 steps", f"{found['nll']:.4f}", "Learning rate", "Judged by 18 test images")
     trained_folder(tmp_path / "model", "plain", "abc")
     assert main(["eval", str(tmp_path / "model"), *plain[2:], "--report", str(tmp_path / "alone.html")]) == 0
     alone = checked((tmp_path / "alone.html").read_text())

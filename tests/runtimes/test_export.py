@@ -39,7 +39,7 @@ def test_every_format_answers_as_the_model(models, exported, to, kind):
     """Non-square images, every output, batches of sizes that the export never saw."""
     done, model = exported(kind, to), load_model(models / kind)
     engine = load_engine(done.folder, precision="float32")
-    halved = done.record.get("weights") == "float16"
+    halved = done.description.get("weights") == "float16"
     for count in (1, 2, 7):
         pixels = pixels_for(model, count, seed=count)
         with torch.inference_mode():
@@ -52,13 +52,13 @@ def test_every_format_answers_as_the_model(models, exported, to, kind):
                 torch.testing.assert_close(softmax(values), softmax(expected[name]), rtol=0, atol=2e-3)
             else:
                 torch.testing.assert_close(torch.from_numpy(values), expected[name], rtol=1e-5, atol=1e-5)
-    assert done.record["outputs"] == OUTPUTS[kind]
-    assert done.record["heads"] == (
+    assert done.description["outputs"] == OUTPUTS[kind]
+    assert done.description["heads"] == (
         ["fused", "class", "distillation", "softmax"] if kind == "distilled" else ["fused", "class"]
     )
-    assert done.record["input"]["shape"] == [None, 3, *model.config.image_hw]
-    assert done.record["agreement"]["labels"] == 1.0
-    assert 0 <= done.record["agreement"]["difference"] <= formats.TOLERANCE
+    assert done.description["input"]["shape"] == [None, 3, *model.config.image_hw]
+    assert done.description["agreement"]["labels"] == 1.0
+    assert 0 <= done.description["agreement"]["difference"] <= formats.TOLERANCE
 
 
 @pytest.mark.parametrize("to", FLOAT)
@@ -73,13 +73,13 @@ def test_the_folder_is_whole(models, tmp_path, to):
         "export.json",
     }
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
-    assert json.loads((folder / "export.json").read_text()) == done.record
-    assert set(done.record["files"]) == named
+    assert json.loads((folder / "export.json").read_text()) == done.description
+    assert set(done.description["files"]) == named
     assert json.loads((folder / "config.json").read_text())["id2label"] == {str(i): n for i, n in enumerate(NAMES)}
     assert DeiTImageProcessor.from_pretrained(folder) == DeiTImageProcessor.from_pretrained(models / "convnet")
     (folder.parent / "ordinary").mkdir()
     assert folder.stat().st_mode == (folder.parent / "ordinary").stat().st_mode  # not for its owner alone
-    assert set(done.record["versions"]) == {"deit", "torch", *formats._PACKAGES[to]}
+    assert set(done.description["versions"]) == {"deit", "torch", *formats._PACKAGES[to]}
 
 
 def test_pictures_to_logits(models, exported):
@@ -105,15 +105,15 @@ def test_openvino_weights_are_halved_only_where_that_agrees(models, tmp_path, mo
     loose = write.export(models / "convnet", "openvino", tmp_path / "loose")
     monkeypatch.setattr(formats, "TOLERANCE", 1e-6)
     strict = write.export(models / "convnet", "openvino", tmp_path / "strict")
-    assert (loose.record["weights"], strict.record["weights"]) == ("float16", "float32")
+    assert (loose.description["weights"], strict.description["weights"]) == ("float16", "float32")
     sizes = [(tmp_path / name / "model.bin").stat().st_size for name in ("loose", "strict")]
     assert sizes[0] < 0.7 * sizes[1]
-    assert strict.record["agreement"]["difference"] < loose.record["agreement"]["difference"]
+    assert strict.description["agreement"]["difference"] < loose.description["agreement"]["difference"]
 
 
 def test_openvino_says_what_its_own_precision_costs(exported):
     done = exported("plain", "openvino")
-    native = done.record["native"]
+    native = done.description["native"]
     assert native["precision"] == load_engine(done.folder).inference_precision
     assert load_engine(done.folder, precision="float32").inference_precision == "f32"
     assert native["difference"] >= (0 if native["precision"] == "f32" else 1e-6)
@@ -143,12 +143,12 @@ def test_real_images_are_used_where_there_are_some(models, tmp_path):
     needs("torch")
     photos(tmp_path / "data", classes=("ant", "cat"), count=5, split="test")
     done = write.export(models / "convnet", "torch", tmp_path / "out", calibrate=tmp_path / "data")
-    assert done.record["agreement"]["images"] == 5
-    assert done.record["agreement"]["source"] == f"{tmp_path / 'data'}, every other image of test"
+    assert done.description["agreement"]["images"] == 5
+    assert done.description["agreement"]["source"] == f"{tmp_path / 'data'}, every other image of test"
     photos(tmp_path / "data", classes=("ant", "cat"), count=2)
     done = write.export(models / "convnet", "torch", tmp_path / "out", calibrate=tmp_path / "data")
-    assert done.record["agreement"]["images"] == 10
-    assert done.record["agreement"]["source"] == f"{tmp_path / 'data'}, test"
+    assert done.description["agreement"]["images"] == 10
+    assert done.description["agreement"]["source"] == f"{tmp_path / 'data'}, test"
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -264,8 +264,8 @@ def test_a_missing_package_is_named(models, tmp_path, monkeypatch, to):
 @pytest.mark.parametrize("to", FLOAT)
 def test_damaged_files_are_refused(copied, to):
     folder = copied("plain", to)
-    record = json.loads((folder / "export.json").read_text())
-    for name in record["files"]:
+    description = json.loads((folder / "export.json").read_text())
+    for name in description["files"]:
         whole = (folder / name).read_bytes()
         flipped = bytearray(whole)
         flipped[len(whole) // 2] ^= 1
@@ -277,10 +277,10 @@ def test_damaged_files_are_refused(copied, to):
         with raises_saying(files.CheckpointError, folder / name):
             load_engine(folder)
         (folder / name).write_bytes(whole)
-    name = next(iter(record["files"] if to != "openvino" else ["model.xml"]))
+    name = next(iter(description["files"] if to != "openvino" else ["model.xml"]))
     (folder / name).write_bytes(b"no model")
-    record["files"][name] = engines.sha256(folder / name)  # a file of another version, as it were
-    files.write_json(folder / "export.json", record)
+    description["files"][name] = engines.sha256(folder / name)  # a file of another version, as it were
+    files.write_json(folder / "export.json", description)
     with raises_saying(files.CheckpointError, folder / name, f"can't be read by {ENGINES[to].name}", "export it again"):
         load_engine(folder)
 
@@ -289,12 +289,12 @@ def test_damaged_records_are_refused(models, copied):
     with raises_saying(FileNotFoundError, models / "plain", "holds no export.json", "deit export"):
         load_engine(models / "plain")
     folder = copied("plain", "torch")
-    record = json.loads((folder / "export.json").read_text())
+    description = json.loads((folder / "export.json").read_text())
     for broken in (
-        record | {"format": "gif"},
-        record | {"input": None},
-        record | {"files": []},
-        record | {"input": {"shape": [1]}},
+        description | {"format": "gif"},
+        description | {"input": None},
+        description | {"files": []},
+        description | {"input": {"shape": [1]}},
     ):
         files.write_json(folder / "export.json", broken)
         with raises_saying(files.CheckpointError, folder / "export.json"):

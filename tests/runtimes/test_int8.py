@@ -111,7 +111,7 @@ def weights_in_int8(folder, to):
 def test_int8_keeps_the_accuracy_and_reports_it(digits, tmp_path, to, kind):
     needs(to)
     done = write.export(digits / kind, to, tmp_path / "out", calibrate=digits / "data")
-    model, found = load_model(digits / kind), done.record["accuracy"]
+    model, found = load_model(digits / kind), done.description["accuracy"]
     with torch.inference_mode():
         before = accuracy_by_hand(lambda pixels: model(torch.from_numpy(pixels)).logits.numpy(), digits)
     engine = load_engine(done.folder, precision="float32")
@@ -169,7 +169,7 @@ def test_layers_that_8_bits_hurt_stay_in_float(digits, tmp_path, monkeypatch, to
     tampering(monkeypatch, lambda answers: answers if attempts[-1] else {k: -v for k, v in answers.items()})
     done = write.export(digits / "convnet", to, tmp_path / "out", calibrate=digits / "data")
     assert attempts == [[], [name]]
-    assert done.record["accuracy"]["float_layers"] == [name]
+    assert done.description["accuracy"]["float_layers"] == [name]
     model = load_model(digits / "convnet")
     whole = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d))
     assert weights_in_int8(done.folder, to) == whole - model.get_submodule(name).weight.numel()
@@ -224,5 +224,5 @@ def test_the_page_has_every_key(digits, tmp_path):
     found = set()
     for to in ("openvino", "openvino-int8", "web"):
         done = write.export(digits / "convnet", to, tmp_path / to, calibrate=digits / "data")
-        found |= set(keys_of(done.record))
+        found |= set(keys_of(done.description))
     assert found == documented

@@ -1,4 +1,4 @@
-"""Objectives at one update of a small recipe, as the loop calls them, and their formulas in NumPy."""
+"""Objectives at one step of a small recipe, as the loop calls them, and their formulas in NumPy."""
 
 from dataclasses import dataclass
 
@@ -53,7 +53,7 @@ def recipe_for(objective, **changes):
 
 @dataclass
 class Case:
-    """A recipe's parts at one update: what the loop gives its objective."""
+    """A recipe's parts at one step: what the loop gives its objective."""
 
     recipe: Recipe
     objective: objectives.Objective
@@ -71,7 +71,7 @@ class Case:
 
 
 def case(given, objective, *, step=3, seed=1, **changes):
-    """The parts at one update of a scrambled model. `given`: the fixture of that name."""
+    """The parts at one step of a scrambled model. `given`: the fixture of that name."""
     recipe = recipe_for(objective, **changes)
     found = objectives.build(recipe, given[0], CPU)
     model = scramble(build_model(recipe, CLASSES), seed).train()

@@ -118,7 +118,7 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
 
 
 def reached(out: Path) -> int:
-    """The last checkpoint's update; 0 for none."""
+    """The last checkpoint's step; 0 for none."""
     found = checkpoint.saved(out / "checkpoints")
     return int(found[-1].stem.removeprefix("step-")) if found else 0
 

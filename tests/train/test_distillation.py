@@ -137,7 +137,7 @@ def contents(folder):
 
 @dataclass
 class Lesson:
-    """What a student was shown in one update, and what it was taught."""
+    """What a student was shown in one step, and what it was taught."""
 
     step: int
     pixels: torch.Tensor
@@ -198,7 +198,7 @@ def test_the_student_learns_from_what_is_stored(place, stored, tmp_path):
 
 
 def test_fewer_epochs_of_labels_come_again_with_their_views(place, tmp_path, monkeypatch):
-    """Two epochs are six updates: update s + 6 shows and teaches what update s did, and differs from all others."""
+    """Two epochs are six steps: step s + 6 shows and teaches what step s did, and differs from all others."""
     assert place.teach(tmp_path / "labels", epochs=2) == 0
     with watched(monkeypatch) as lessons:
         assert place.train(tmp_path / "run", f"objective.cache={tmp_path / 'labels'}") == 0
@@ -264,7 +264,7 @@ def test_interrupted_teaching_goes_on_to_the_same_bytes(place, number, tmp_path)
     output = finish(process, -number)
     assert "Traceback" not in output
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "labels").glob("labels-*")}
-    assert 3 <= len(times) < 21  # of 42 updates, two in a part
+    assert 3 <= len(times) < 21  # of 42 steps, two in a part
     assert place.teach(tmp_path / "labels", epochs=16, teacher=teacher) == 0
     assert place.teach(tmp_path / "whole", epochs=16, teacher=teacher) == 0
     assert contents(tmp_path / "labels") == contents(tmp_path / "whole")
@@ -381,7 +381,7 @@ def test_a_student_of_another_resolution_than_its_teacher(place, resolution, tmp
 @pytest.mark.slow
 def test_stored_labels_cost_no_more_than_none(tmp_path):
     """An epoch of a tiny model at 32 pixels: with stored hard labels at most 1.05 times that of the same transformer
-    that learns from labels alone. Update by update in turn, seven epochs, the median of their ratios."""
+    that learns from labels alone. Step by step in turn, seven epochs, the median of their ratios."""
     draw = np.random.default_rng(0)
     paths = tuple(tmp_path / f"{i:03}.png" for i in range(512))
     for path in paths:

@@ -139,7 +139,7 @@ def test_the_teacher_stays_in_evaluation_mode_while_the_student_trains(given):
 
 @pytest.mark.parametrize("settings", [{}, {"kind": "soft"}, {"kind": "soft", "top_k": 2}], ids=str)
 def test_stored_labels_are_the_teachers_wherever_the_stream_begins(given, settings, tmp_path):
-    """TinyViT: a store depended on the epoch that training started at. Here update s has its labels whether the run
+    """TinyViT: a store depended on the epoch that training started at. Here step s has its labels whether the run
     began at 0, in the middle, or beyond the store, which then begins anew."""
     now = case(given, taught_by(given, **settings))
     teach(now.recipe, given[0], tmp_path / "cache", epochs=2, device="cpu", console=QUIET)

@@ -50,7 +50,7 @@ def give_gradients(models, seed):
 
 
 def train(net, optimizers, first, last, average=None):
-    """Updates `first` to `last`, which depend on nothing but their number."""
+    """Steps `first` to `last`, which depend on nothing but their number."""
     for step in range(first, last):
         loss_of(net(images(net.config, 2, seed=step))).backward()
         clip_gradients(net.parameters(), 1.0)
@@ -206,11 +206,11 @@ def test_lamb_scales_each_tensor_to_its_weights():
     optimizers.step()
     for name, parameter in net.named_parameters():
         gradient = parameter.grad.double() / norm
-        update = gradient / (gradient.abs() + 1e-6)
+        change = gradient / (gradient.abs() + 1e-6)
         if parameter.ndim > 1 and name not in ("deit.position", "deit.cls_token"):
-            update += 0.05 * before[name]
-            update *= before[name].norm() / update.norm()
-        assert_close(parameter.detach().double(), before[name] - 4e-3 * update, atol=1e-6)
+            change += 0.05 * before[name]
+            change *= before[name].norm() / change.norm()
+        assert_close(parameter.detach().double(), before[name] - 4e-3 * change, atol=1e-6)
 
 
 def test_rate_before_the_schedule_gives_one():
@@ -340,7 +340,7 @@ def test_learning_rate_grows_with_the_batch():
 
 
 def test_warmup_rises_by_update_and_the_end_stays_at_the_floor():
-    """From the first epoch (20 updates) on: the original goes by epoch and trains the first two at the start value."""
+    """From the first epoch (20 steps) on: the original goes by epoch and trains the first two at the start value."""
     recipe = Cosine(total=steps(400), floor=1e-5, start=1e-6)
     rates = [learning_rate(recipe, 1e-3, step, 400, 100) for step in range(420)]
     rise = (1e-3 - 1e-6) / 100
@@ -358,19 +358,19 @@ def test_warmup_rises_by_update_and_the_end_stays_at_the_floor():
 
 @pytest.mark.parametrize("decay", [0.5, 0.9])
 def test_average_is_the_weighted_sum(decay):
-    """After its first updates, which are a plain mean, each weight's share shrinks by `decay` per update."""
+    """After its first steps, which are a plain mean, each weight's share shrinks by `decay` per step."""
     net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     average = EMA(net, decay)
     history = [net[0].weight.detach().clone()]
     expected = history[0].double()
-    for update in range(1, 30):
+    for step in range(1, 30):
         with torch.no_grad():
             net[0].weight.normal_()
         average.update()
         history.append(net[0].weight.detach().clone())
-        share = max(1 - decay, 1 / (update + 1))
+        share = max(1 - decay, 1 / (step + 1))
         expected = (1 - share) * expected + share * history[-1].double()
-        if 1 / (update + 1) >= 1 - decay:
+        if 1 / (step + 1) >= 1 - decay:
             torch.testing.assert_close(expected, torch.stack(history).double().mean(0))
     state = average.state()
     assert state.pop("updates") == 29

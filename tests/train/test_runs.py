@@ -161,7 +161,7 @@ def kinds(teacher: object) -> dict[str, Recipe]:
 
 
 def curve(recipe, folder, out):
-    """The loss of each update."""
+    """The loss of each step."""
     labelled = not isinstance(recipe.objective, MaskedImage)
     run = train(recipe, *read_data(folder, holdout=0.1, seed=0, labelled=labelled), out, device="cpu", console=QUIET)
     return run, [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -170,7 +170,7 @@ def curve(recipe, folder, out):
 @pytest.mark.parametrize("name", kinds(""))
 def test_the_curve_is_as_recorded(name, folder, teacher, tmp_path):
     """After a deliberate change, `PYTHONPATH=tests python tests/train/test_runs.py` writes the file anew. Other
-    processors round differently, which twenty updates amplify: hence the tolerance."""
+    processors round differently, which twenty steps amplify: hence the tolerance."""
     run, losses = curve(kinds(teacher)[name], folder, tmp_path / "run")
     assert losses == pytest.approx(json.loads(GOLDEN.read_text())[name], abs=2e-3)
     assert run.model.is_dir()
@@ -185,7 +185,7 @@ def test_the_curves_cover_every_kind():
 
 
 def toy(recipe: Recipe, teacher: Path, root: Path) -> Recipe:
-    """The same experiment, narrow, of a few patches and two updates."""
+    """The same experiment, narrow, of a few patches and two steps."""
     model, objective = recipe.model, recipe.objective
     if isinstance(model, DeiTConfig):
         model = shrink(model, num_labels=None, image_size=4 * model.patch_hw[0])
@@ -210,7 +210,7 @@ def toy(recipe: Recipe, teacher: Path, root: Path) -> Recipe:
 
 @pytest.mark.parametrize("name", shipped())
 def test_every_recipe_runs(name, folder, teacher, tmp_path):
-    """Two updates on made images; the model it leaves predicts, and prepares images as the recipe says."""
+    """Two steps on made images; the model it leaves predicts, and prepares images as the recipe says."""
     recipe = toy(shipped()[name](), teacher, tmp_path)
     run, losses = curve(recipe, folder, tmp_path / "run")
     assert len(losses) >= 1

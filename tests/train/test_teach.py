@@ -91,7 +91,7 @@ def run(recipe, split, out, count=2, **options):
 
 
 def on_the_way(recipe, split, steps, count):
-    """Positions and what the teacher answers to them, as in training, for `count` updates."""
+    """Positions and what the teacher answers to them, as in training, for `count` steps."""
     batches = TrainingBatches(split, recipe, cycle=steps)
     teacher = Teacher.load(recipe.objective.teacher, split.classes, recipe)
     with torch.autocast("cpu", torch.bfloat16, enabled=recipe.compute.precision == "bfloat16"):
@@ -179,7 +179,7 @@ def test_processes_share_the_parts(tmp_path, split, teacher):
     assert sorted(contents(tmp_path / "cache")) == ["cache.json", *(f"labels-{i:05}.safetensors" for i in (1, 3, 5))]
     run(recipe, split, tmp_path / "cache", 5, rank=0, world=2)
     assert contents(tmp_path / "cache") == contents(tmp_path / "alone")
-    assert len(contents(tmp_path / "cache")) == 7  # 23 updates, at most one epoch each
+    assert len(contents(tmp_path / "cache")) == 7  # 23 steps, at most one epoch each
 
 
 def test_more_epochs_extend_a_cache(tmp_path, split, teacher):
@@ -188,7 +188,7 @@ def test_more_epochs_extend_a_cache(tmp_path, split, teacher):
     run(recipe, split, tmp_path / "cache", 1.5)
     run(recipe, split, tmp_path / "cache", 4)
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
-    with raises_saying(ValueError, "cache of 18 updates, 5 are asked for"):
+    with raises_saying(ValueError, "cache of 18 steps, 5 are asked for"):
         run(recipe, split, tmp_path / "cache", 1)
 
 
@@ -417,7 +417,7 @@ class Last(nn.Module):
     ("objective", "most"), [({"kind": "hard"}, 1251), ({"kind": "soft", "top_k": 10}, 409), ({"kind": "soft"}, 4)]
 )
 def test_parts_of_imagenet(objective, most, monkeypatch):
-    """16 MiB, and no more than an epoch: 1024 * 2 bytes for a hard update, 1024 * 10 * 4, 1024 * 1000 * 4."""
+    """16 MiB, and no more than an epoch: 1024 * 2 bytes for a hard step, 1024 * 10 * 4, 1024 * 1000 * 4."""
     monkeypatch.undo()
     recipe = pupil("t", "data.batch=1024", **objective)
     imagenet = Split(tuple(range(1_281_167)), (), tuple(map(str, range(1000))))

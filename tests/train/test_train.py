@@ -1,4 +1,4 @@
-"""The loop: each update is the formula, it repeats itself to the bit, and what goes wrong is said and survived."""
+"""The loop: each step is the formula, it repeats itself to the bit, and what goes wrong is said and survived."""
 
 import json
 import math
@@ -44,7 +44,7 @@ from deit.recipe import (
     epochs,
     steps,
 )
-from deit.train import checkpoint, loop, objectives, optim, progress, runs
+from deit.train import checkpoint, loop, objectives, optim, progress, records, runs
 from deit.train.build import build_model
 from deit.train.loop import Diverged, train
 
@@ -100,7 +100,7 @@ def test_a_run_leaves_a_model_that_scores_as_recorded(splits, tmp_path):
 
 
 def test_the_record_and_the_schedule(splits, tmp_path):
-    """21 images in batches of 8: an epoch is 2.625 updates, and none of its views is dropped."""
+    """21 images in batches of 8: an epoch is 2.625 steps, and none of its views is dropped."""
     run(CONVNET, splits, tmp_path)
     total, warmup = round(4 * 21 / 8), round(21 / 8)
     written = rows(tmp_path)
@@ -257,9 +257,9 @@ def replace_split(split):
 # --------------------------------------------------------------------------------------------------- when it goes wrong
 
 
-@pytest.mark.parametrize("when", ["evaluation", "update"])
+@pytest.mark.parametrize("when", ["evaluation", "step"])
 def test_a_signal_saves_the_weights_and_not_their_average(when, splits, tmp_path, monkeypatch):
-    """SIGTERM within an evaluation, when the model has the average for its weights, or within an update."""
+    """SIGTERM within an evaluation, when the model has the average for its weights, or within a step."""
     recipe = replace(PLAIN, ema=0.9, augment=Augment(erase=Erase(), mix=Mix(mixup=0.8)))
     run(recipe, splits, tmp_path / "whole")
     owner, name = (
@@ -288,7 +288,7 @@ def test_a_signal_saves_the_weights_and_not_their_average(when, splits, tmp_path
 
 
 def poisoned(monkeypatch, bad):
-    """Makes the loss of some updates infinite."""
+    """Makes the loss of some steps infinite."""
     honest = objectives.SupervisedObjective.__call__
 
     def call(self, model, batch, rows):
@@ -299,7 +299,7 @@ def poisoned(monkeypatch, bad):
 
 
 def test_a_loss_that_is_not_finite_skips_its_update(splits, tmp_path, monkeypatch):
-    """The weights, running statistics and average are as if the update had not been."""
+    """The weights, running statistics and average are as if the step had not been."""
     recipe = replace(CONVNET, schedule=Cosine(total=steps(5)), ema=0.9)
     states = []
     update = loop._update
@@ -326,7 +326,7 @@ def test_a_loss_that_is_not_finite_skips_its_update(splits, tmp_path, monkeypatc
 def test_a_run_that_only_skips_stops(splits, tmp_path, monkeypatch):
     poisoned(monkeypatch, set(range(6, 99)))
     recipe = replace(CONVNET, compute=replace(CONVNET.compute, save_minutes=0))
-    with raises_saying(Diverged, "convnet", "5 updates in a row, up to 11", "Lower optim.lr (now 0.004)", "optim.clip"):
+    with raises_saying(Diverged, "convnet", "5 steps in a row, up to 11", "Lower optim.lr (now 0.004)", "optim.clip"):
         run(replace(recipe, schedule=Cosine(total=steps(40))), splits, tmp_path)
     _, state, _ = checkpoint.restore(tmp_path / "checkpoints")
     assert state["step"] == 6
@@ -348,7 +348,7 @@ def test_a_real_divergence_is_caught(splits, tmp_path):
     ],
 )
 def test_out_of_memory_halves_the_parts_and_changes_nothing_else(error, splits, tmp_path, monkeypatch):
-    """Of batches of 8, more than two images at once fail: from the third update on, four parts."""
+    """Of batches of 8, more than two images at once fail: from the third step on, four parts."""
     recipe = replace(PLAIN, optim=SGD(lr=0.1, per_images=16), augment=Augment(mix=Mix(cutmix=1.0)))
     run(recipe, splits, tmp_path / "whole")
     honest, seen = objectives.SupervisedObjective.__call__, []
@@ -436,7 +436,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(splits, tmp_path, mo
 
 
 def test_the_schedule_is_planned_to_fit_the_time(splits, tmp_path, monkeypatch):
-    """An update that takes 20 ms: of 10,000, about a hundred fit into three seconds, with as much of them warm-up as
+    """A step that takes 20 ms: of 10,000, about a hundred fit into three seconds, with as much of them warm-up as
     before, and the record repeats the run without the clock."""
     honest = objectives.SupervisedObjective.__call__
 
@@ -471,7 +471,7 @@ def test_a_recipe_that_fits_is_left_alone_and_one_that_cannot_is_refused(splits,
 
 
 def test_time_that_runs_out_ends_with_an_evaluation(splits, tmp_path, monkeypatch):
-    """The plan was too hopeful: updates became slower."""
+    """The plan was too hopeful: steps became slower."""
     monkeypatch.setattr(loop, "_plan", lambda recipe, *_: recipe)
     recipe = replace(CONVNET, schedule=Cosine(total=steps(10_000)), evaluate=steps(5000))
     run(recipe, splits, tmp_path, minutes=0.3 / 60)
@@ -490,11 +490,11 @@ def test_progress_and_estimate(splits, tmp_path):
     train(recipe, *splits, tmp_path / "run", device="cpu", console=shown)
     shown.file.close()
     lines = (tmp_path / "shown.txt").read_text().splitlines()
-    assert lines[0].startswith("20 updates of 8 images to go: about ")
+    assert lines[0].startswith("20 steps of 8 images to go: about ")
     assert "images/s" in lines[0]
     assert len(lines) == 3
     for line, step in zip(lines[1:], (15, 30), strict=True):
-        assert f"update {step} of 30: loss " in line
+        assert f"step {step} of 30: loss " in line
         for part in ("accuracy", "val ", "images/s", "GiB"):
             assert part in line
 
@@ -522,9 +522,9 @@ def test_tensorboard_gets_the_rows(splits, tmp_path, monkeypatch):
     assert written[1:] == [(name, value, row["step"]) for row in rows(tmp_path) for name, value in row.items()]
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (300, "5 min"), (2 * 3600, "2.0 h")])
+@pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (89, "89 s"), (300, "5 min"), (2 * 3600, "2.0 h")])
 def test_spans(seconds, text):
-    assert progress._span(seconds) == text
+    assert records.span(seconds) == text
 
 
 def test_precision(monkeypatch):

@@ -96,7 +96,7 @@ def test_everything_random_comes_from_the_recipes_seed(given, tmp_path):
 
 def test_the_learning_rate_moves_with_every_update_of_the_first_epochs(given, tmp_path, monkeypatch):
     """facebookresearch/deit: the rate was set by epoch, and after it: epochs 0 and 1 both ran at 1e-6. Here 2.625
-    updates are an epoch, two epochs warm up, and a resumed run takes the next rate."""
+    steps are an epoch, two epochs warm up, and a resumed run takes the next rate."""
     used: list[float] = []
     update = loop._update
 

@@ -26,7 +26,7 @@ _ATTEMPTS = 10  # of timm and torchvision, for crops and for erasing
 
 
 def crop(
-    source: Source, size: tuple[int, int], recipe: ResizedCrop | SimpleCrop, rng: np.random.Generator
+    source: Source, size: tuple[int, int], settings: ResizedCrop | SimpleCrop, rng: np.random.Generator
 ) -> Image.Image:
     """A random part of an image, RGB, of `size`.
 
@@ -35,16 +35,18 @@ def crop(
 
     Raises `ImageError` for what cannot be read.
     """
-    if isinstance(recipe, SimpleCrop):
-        return _simple_crop(source, size, recipe, rng)
-    return _resized_crop(source, size, recipe, rng)
+    if isinstance(settings, SimpleCrop):
+        return _simple_crop(source, size, settings, rng)
+    return _resized_crop(source, size, settings, rng)
 
 
-def _resized_crop(source: Source, size: tuple[int, int], recipe: ResizedCrop, rng: np.random.Generator) -> Image.Image:
+def _resized_crop(
+    source: Source, size: tuple[int, int], settings: ResizedCrop, rng: np.random.Generator
+) -> Image.Image:
     @functools.cache
     def drawn(full: tuple[int, int]) -> tuple[int, int, int, int]:
         """Drawn once, by whoever asks first: a scaled decode must know the box beforehand."""
-        return crop_box(full, recipe, rng)
+        return crop_box(full, settings, rng)
 
     def needed(full: tuple[int, int]) -> tuple[int, int]:
         """Sides of the whole image at which the box has the pixels of `size`."""
@@ -64,16 +66,16 @@ def _resized_crop(source: Source, size: tuple[int, int], recipe: ResizedCrop, rn
     return image.crop(outer).resize(size[::-1], Image.Resampling.BICUBIC, box=box)
 
 
-def crop_box(full: tuple[int, int], recipe: ResizedCrop, rng: np.random.Generator) -> tuple[int, int, int, int]:
+def crop_box(full: tuple[int, int], settings: ResizedCrop, rng: np.random.Generator) -> tuple[int, int, int, int]:
     """Top, left, height and width of a random rectangle of an image of size `full`, in pixels.
 
     Its area is uniform and its width over height uniform in the logarithm. Where ten draws do not fit the image, it
     is the largest central rectangle whose ratio is allowed (Szegedy et al. 2014, section 6; torchvision's limits).
     """
     rows, columns = full
-    narrowest, widest = recipe.ratio
+    narrowest, widest = settings.ratio
     for _ in range(_ATTEMPTS):
-        area = rng.uniform(*recipe.scale) * rows * columns
+        area = rng.uniform(*settings.scale) * rows * columns
         ratio = math.exp(rng.uniform(math.log(narrowest), math.log(widest)))
         width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < width <= columns and 0 < height <= rows:
@@ -83,7 +85,7 @@ def crop_box(full: tuple[int, int], recipe: ResizedCrop, rng: np.random.Generato
     return (rows - height) // 2, (columns - width) // 2, height, width
 
 
-def _simple_crop(source: Source, size: tuple[int, int], recipe: SimpleCrop, rng: np.random.Generator) -> Image.Image:
+def _simple_crop(source: Source, size: tuple[int, int], settings: SimpleCrop, rng: np.random.Generator) -> Image.Image:
     def covering(full: tuple[int, int]) -> tuple[int, int]:
         """The smallest size of the image's shape that covers `size`."""
         if size[0] * full[1] >= size[1] * full[0]:
@@ -96,7 +98,7 @@ def _simple_crop(source: Source, size: tuple[int, int], recipe: SimpleCrop, rng:
     image = image.resize(covering(full)[::-1], Image.Resampling.BICUBIC, box=shown)
     pixels = np.asarray(image)  # (height, width, 3)
     for axis in (0, 1):
-        start = rng.integers(pixels.shape[axis] + 2 * recipe.padding - size[axis] + 1) - recipe.padding
+        start = rng.integers(pixels.shape[axis] + 2 * settings.padding - size[axis] + 1) - settings.padding
         pixels = pixels.take(_reflected(np.arange(start, start + size[axis]), pixels.shape[axis]), axis)
     return Image.fromarray(pixels)
 
@@ -111,7 +113,7 @@ def _reflected(places: np.ndarray, length: int) -> np.ndarray:
 
 
 def augment(
-    image: Image.Image, recipe: Augment, rng: np.random.Generator, fill: tuple[int, ...] = (128, 128, 128)
+    image: Image.Image, settings: Augment, rng: np.random.Generator, fill: tuple[int, ...] = (128, 128, 128)
 ) -> Image.Image:
     """One training view of an image that already has the model's size: flip, affine, policy, jitter.
 
@@ -119,27 +121,27 @@ def augment(
     the colour of what a policy's rotations and shifts uncover. Cropping comes before (`crop`), erasing after
     (`erase`), mixing last (`deit.mixing`).
     """
-    if recipe.flip > 0 and rng.random() < recipe.flip:
+    if settings.flip > 0 and rng.random() < settings.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if recipe.affine is not None:
-        image = random_affine(image, recipe.affine, rng)
-    if recipe.policy is not None:
+    if settings.affine is not None:
+        image = random_affine(image, settings.affine, rng)
+    if settings.policy is not None:
         if len(fill) != len(image.getbands()):
             raise ValueError(
                 f"fill needs one value for each channel of an image in mode {image.mode}, found {fill}; "
                 "give the mean colour, 0 to 255"
             )
-        image = apply_policy(image, recipe.policy, rng, fill)
-    if recipe.jitter is not None:
-        image = jitter(image, recipe.jitter, rng)
+        image = apply_policy(image, settings.policy, rng, fill)
+    if settings.jitter is not None:
+        image = jitter(image, settings.jitter, rng)
     return image
 
 
-def random_affine(image: Image.Image, recipe: Affine, rng: np.random.Generator) -> Image.Image:
+def random_affine(image: Image.Image, settings: Affine, rng: np.random.Generator) -> Image.Image:
     width, height = image.size
-    rotate, shear_x, shear_y = np.radians(rng.uniform(-1, 1, 3) * (recipe.rotate, recipe.shear, recipe.shear))
-    scale = rng.uniform(*recipe.scale)
-    shift = rng.uniform(-recipe.shift, recipe.shift, 2) * (width, height)
+    rotate, shear_x, shear_y = np.radians(rng.uniform(-1, 1, 3) * (settings.rotate, settings.shear, settings.shear))
+    scale = rng.uniform(*settings.scale)
+    shift = rng.uniform(-settings.shift, settings.shift, 2) * (width, height)
     turn = np.array([[math.cos(rotate), -math.sin(rotate)], [math.sin(rotate), math.cos(rotate)]])
     forward = scale * turn @ np.array([[1.0, math.tan(shear_x)], [math.tan(shear_y), 1.0]])
     back = np.linalg.inv(forward)  # Pillow asks, for each output pixel, where it comes from
@@ -153,15 +155,15 @@ def random_affine(image: Image.Image, recipe: Affine, rng: np.random.Generator) 
     )
 
 
-def erase(pixels: np.ndarray, recipe: Erase, rng: np.random.Generator) -> None:
+def erase(pixels: np.ndarray, settings: Erase, rng: np.random.Generator) -> None:
     """Standard normal noise over a random rectangle of `pixels`, (channels, height, width) float32, normalised; in
     place. Nothing where ten draws do not fit the image (Zhong et al. 2017, algorithm 1; timm's mode `pixel`)."""
-    if rng.random() >= recipe.probability:
+    if rng.random() >= settings.probability:
         return
     channels, rows, columns = pixels.shape
     for _ in range(_ATTEMPTS):
-        area = rng.uniform(*recipe.area) * rows * columns
-        ratio = math.exp(rng.uniform(math.log(recipe.ratio[0]), math.log(recipe.ratio[1])))
+        area = rng.uniform(*settings.area) * rows * columns
+        ratio = math.exp(rng.uniform(math.log(settings.ratio[0]), math.log(settings.ratio[1])))
         height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if height < rows and width < columns:
             top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)

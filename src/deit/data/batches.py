@@ -1,6 +1,6 @@
 """From image files to batches. N images of a split, B of a global batch.
 
-Training is one endless stream of views, and everything in it is a function of its place: update `step` takes places
+Training is one endless stream of views, and everything in it is a function of its place: step `step` takes places
 step * B to (step + 1) * B. With R views of an image (repeated augmentation, Hoffer et al. 2020), R * N places are a
 cycle with an order of its own, in which the R views of an image stand side by side. So every image comes R times in R
 epochs, for any N and B; many processes share the batches of one; and the state of the stream is `step` alone.
@@ -55,7 +55,7 @@ class Batch:
     """(B,) int64 class indices, after mixing (B, classes) float32 probabilities. In evaluation -1 is padding, or an
     image that can't be read."""
     step: int = 0
-    """The update that it belongs to."""
+    """The step that it belongs to."""
     positions: Tensor | None = None
     """(B,) int64, on the CPU: places in the global batch. Row i and row B-1-i are mirror images there too."""
     mask: Tensor | None = None
@@ -225,17 +225,17 @@ class _Views(Dataset[Any]):
 
     def _draw(self, index: int, rng: np.random.Generator, out: np.ndarray) -> None:
         """A view of an image into `out`, (channels, height, width)."""
-        recipe = self.recipe.augment
-        if recipe.crop is None:
+        settings = self.recipe.augment
+        if settings.crop is None:
             image = self._once(index, self._resized)
         else:
             source = self._once(index, load_image) if self._is_small(index) else self.files[index]
-            image = crop(source, self.recipe.model.image_hw, recipe.crop, rng)
-        image = augment(image, recipe, rng, self.fill)
+            image = crop(source, self.recipe.model.image_hw, settings.crop, rng)
+        image = augment(image, settings, rng, self.fill)
         array = np.asarray(image if len(out) == 3 else image.convert("L"))
         self.normalisation.apply(array if array.ndim == 3 else array[..., None], out)
-        if recipe.erase is not None:
-            erase(out, recipe.erase, rng)
+        if settings.erase is not None:
+            erase(out, settings.erase, rng)
 
     def _once(self, index: int, read: Callable[[Path], Image.Image]) -> Image.Image:
         """An image, RGB, read only once where the budget allows."""
@@ -300,7 +300,7 @@ class TrainingBatches:
 
     Args:
         rank, world: this process among all.
-        cycle: updates after which views and mixing come again, as those of cached teacher labels do.
+        cycle: steps after which views and mixing come again, as those of cached teacher labels do.
 
     Raises `ValueError` where some process would have no pair.
     """

@@ -31,14 +31,14 @@ class Mixing:
         return Mixing(self.share[positions], self.cut[positions], self.box[positions])
 
 
-def mixing(recipe: Mix, batch: int, size: tuple[int, int], rng: np.random.Generator) -> Mixing:
+def mixing(settings: Mix, batch: int, size: tuple[int, int], rng: np.random.Generator) -> Mixing:
     """Draws for a whole batch of images of `size` (height, width), all processes' parts together."""
-    count = {"batch": 1, "pair": (batch + 1) // 2, "element": batch}[recipe.mode]
-    mixed = rng.random(count) < recipe.probability
-    cut = np.full(count, recipe.cutmix > 0)
-    if recipe.mixup > 0 and recipe.cutmix > 0:
-        cut = rng.random(count) < recipe.switch
-    alpha = np.where(cut, recipe.cutmix, recipe.mixup)
+    count = {"batch": 1, "pair": (batch + 1) // 2, "element": batch}[settings.mode]
+    mixed = rng.random(count) < settings.probability
+    cut = np.full(count, settings.cutmix > 0)
+    if settings.mixup > 0 and settings.cutmix > 0:
+        cut = rng.random(count) < settings.switch
+    alpha = np.where(cut, settings.cutmix, settings.mixup)
     share = np.where(mixed, rng.beta(alpha, alpha), 1.0)
     cut &= mixed
     box = np.where(cut[:, None], _boxes(share, size, rng), 0)
@@ -46,7 +46,7 @@ def mixing(recipe: Mix, batch: int, size: tuple[int, int], rng: np.random.Genera
     share = np.where(cut, 1 - (bottom - top) * (right - left) / (size[0] * size[1]), share).astype(np.float32)
 
     row = np.arange(batch)
-    at = {"batch": 0 * row, "pair": np.minimum(row, batch - 1 - row), "element": row}[recipe.mode]
+    at = {"batch": 0 * row, "pair": np.minimum(row, batch - 1 - row), "element": row}[settings.mode]
     return Mixing(share, cut, box).at(at)
 
 

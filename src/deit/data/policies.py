@@ -198,22 +198,23 @@ AUTO_AUGMENT: dict[str, tuple[SubPolicy, ...]] = {
 
 
 def apply_policy(
-    image: Image.Image, recipe: RandAugment | AutoAugment | ThreeAugment, rng: np.random.Generator, fill: Fill
+    image: Image.Image, settings: RandAugment | AutoAugment | ThreeAugment, rng: np.random.Generator, fill: Fill
 ) -> Image.Image:
     """`image`, RGB or grey, after the operations that `rng` draws; `fill` has one entry for each channel."""
-    if isinstance(recipe, ThreeAugment):
+    if isinstance(settings, ThreeAugment):
         return _three_augment(image, rng)
-    if isinstance(recipe, RandAugment):
-        names = RAND_AUGMENT_INCREASING if recipe.increasing else RAND_AUGMENT
+    if isinstance(settings, RandAugment):
+        names = RAND_AUGMENT_INCREASING if settings.increasing else RAND_AUGMENT
         drawn: SubPolicy = tuple(
-            (names[at], recipe.probability, recipe.magnitude) for at in rng.integers(len(names), size=recipe.layers)
+            (names[at], settings.probability, settings.magnitude)
+            for at in rng.integers(len(names), size=settings.layers)
         )
     else:
-        policy = AUTO_AUGMENT[recipe.policy]
+        policy = AUTO_AUGMENT[settings.policy]
         drawn = policy[rng.integers(len(policy))]
     for name, probability, strength in drawn:
         if probability >= 1 or rng.random() < probability:
-            image = _operate(image, OPERATIONS[name], strength, recipe.std, rng, fill)
+            image = _operate(image, OPERATIONS[name], strength, settings.std, rng, fill)
     return image
 
 
@@ -237,12 +238,12 @@ def _three_augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
 
 
-def jitter(image: Image.Image, recipe: Jitter, rng: np.random.Generator) -> Image.Image:
+def jitter(image: Image.Image, settings: Jitter, rng: np.random.Generator) -> Image.Image:
     """Brightness, contrast and saturation times their own factors, in an order that is drawn too."""
     parts = (
-        (ImageEnhance.Brightness, recipe.brightness),
-        (ImageEnhance.Contrast, recipe.contrast),
-        (ImageEnhance.Color, recipe.saturation),
+        (ImageEnhance.Brightness, settings.brightness),
+        (ImageEnhance.Contrast, settings.contrast),
+        (ImageEnhance.Color, settings.saturation),
     )
     order, factors = rng.permutation(3), rng.uniform(-1, 1, 3)
     for at in order:

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from deit.choices import Method
 from deit.config import DeiTConfig
 from deit.data.folders import near
 from deit.explain.maps import (
     METHODS,
     Faithfulness,
-    Method,
     Token,
     checked,
     decided,

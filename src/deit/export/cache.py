@@ -14,7 +14,7 @@ import torch
 
 from deit import files
 from deit.export.checking import Checked
-from deit.export.engines import RECORD, Engine, load_engine
+from deit.export.engines import DESCRIPTION, Engine, load_engine
 from deit.export.formats import import_packages, versions, write_float
 from deit.export.subject import Subject
 from deit.export.write import refuse_occupied
@@ -50,7 +50,9 @@ def cached_engine(classifier: Classifier, to: Literal["onnx", "openvino"]) -> En
         with files.replacing_folder(folder, check=refuse_occupied) as temporary:
             files.write_json(temporary / "config.json", classifier.model.config.to_dict())
             classifier.processor.save_pretrained(temporary)
-            files.write_json(temporary / RECORD, write_float(subject, to, temporary, Checked(subject, None)).to_dict())
+            files.write_json(
+                temporary / DESCRIPTION, write_float(subject, to, temporary, Checked(subject, None)).to_dict()
+            )
             written = load_engine(temporary)
     except OSError:
         if written is None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from deit import files, host
 
-RECORD = "export.json"
+DESCRIPTION = "export.json"
 """What an exported folder says about itself; the keys are in docs/export.md."""
 Hint = Literal["latency", "throughput"]
 Precision = Literal["auto", "float32"]
@@ -29,7 +29,7 @@ class Engine(ABC):
 
     Args:
         folder: holds the model's files.
-        record: the content of its `export.json`.
+        description: the content of its `export.json`.
         hint: `latency`, all cores for one call; `throughput`, OpenVINO's streams, for calls from several threads. The
             other runtimes have no such choice.
         precision: `auto` is the runtime's own, for OpenVINO bfloat16 where the CPU has it; or `float32`.
@@ -39,11 +39,11 @@ class Engine(ABC):
     """Name of the runtime."""
 
     def __init__(
-        self, folder: Path, record: Mapping[str, Any], *, hint: Hint = "latency", precision: Precision = "auto"
+        self, folder: Path, description: Mapping[str, Any], *, hint: Hint = "latency", precision: Precision = "auto"
     ):
         self.folder = folder
-        self.input, self.outputs = str(record["input"]["name"]), tuple(map(str, record["outputs"]))
-        self.shape: tuple[int, int, int] = tuple(record["input"]["shape"][1:])  # (C, H, W)
+        self.input, self.outputs = str(description["input"]["name"]), tuple(map(str, description["outputs"]))
+        self.shape: tuple[int, int, int] = tuple(description["input"]["shape"][1:])  # (C, H, W)
         self.hint, self.precision = hint, precision
 
     def __call__(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
@@ -70,8 +70,8 @@ class Engine(ABC):
 class TorchEngine(Engine):
     name = "torch.export"
 
-    def __init__(self, folder: Path, record: Mapping[str, Any], **options: Any):
-        super().__init__(folder, record, **options)
+    def __init__(self, folder: Path, description: Mapping[str, Any], **options: Any):
+        super().__init__(folder, description, **options)
         import torch
 
         self._torch = torch
@@ -88,8 +88,8 @@ class TorchEngine(Engine):
 class OnnxEngine(Engine):
     name = "onnxruntime"
 
-    def __init__(self, folder: Path, record: Mapping[str, Any], **options: Any):
-        super().__init__(folder, record, **options)
+    def __init__(self, folder: Path, description: Mapping[str, Any], **options: Any):
+        super().__init__(folder, description, **options)
         with needed("onnxruntime"):
             import onnxruntime
 
@@ -107,8 +107,8 @@ class OnnxEngine(Engine):
 class OpenVINOEngine(Engine):
     name = "openvino"
 
-    def __init__(self, folder: Path, record: Mapping[str, Any], **options: Any):
-        super().__init__(folder, record, **options)
+    def __init__(self, folder: Path, description: Mapping[str, Any], **options: Any):
+        super().__init__(folder, description, **options)
         openvino = import_openvino()
         settings = {"PERFORMANCE_HINT": self.hint.upper(), "INFERENCE_NUM_THREADS": host.cores()}
         if self.precision == "float32":
@@ -141,7 +141,7 @@ ENGINES: dict[str, type[Engine]] = {
     "openvino-int8": OpenVINOEngine,
     "web": OnnxEngine,
 }
-"""By the `format` of a record."""
+"""By the `format` of a description."""
 
 
 def load_engine(folder: str | Path, *, hint: Hint = "latency", precision: Precision = "auto") -> Engine:
@@ -154,35 +154,35 @@ def load_engine(folder: str | Path, *, hint: Hint = "latency", precision: Precis
     runtime is not installed.
     """
     folder = Path(folder)
-    record = read_record(folder)
-    for name, digest in record["files"].items():
+    description = read_description(folder)
+    for name, digest in description["files"].items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise files.CheckpointError(
                 f"{folder / name} is not the file that was exported, by the SHA-256 in "
-                f"{folder / RECORD}; copy or export it again"
+                f"{folder / DESCRIPTION}; copy or export it again"
             )
-    return ENGINES[record["format"]](folder, record, hint=hint, precision=precision)
+    return ENGINES[description["format"]](folder, description, hint=hint, precision=precision)
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> dict[str, Any]:
     """`export.json` of an exported folder, with what `Engine` needs of it."""
-    path = folder / RECORD
+    path = folder / DESCRIPTION
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {RECORD}; give a folder that `deit export` wrote")
-    record = files.read_json(path)
-    if record.get("format") not in ENGINES:
+        raise FileNotFoundError(f"{folder} holds no {DESCRIPTION}; give a folder that `deit export` wrote")
+    description = files.read_json(path)
+    if description.get("format") not in ENGINES:
         raise files.CheckpointError(
-            f"{path} is of format {record.get('format')!r}, expected one of "
+            f"{path} is of format {description.get('format')!r}, expected one of "
             f"{', '.join(ENGINES)}; export the model again with this version"
         )
-    shape, kinds = (record.get("input") or {}).get("shape"), {"files": dict, "input": dict, "outputs": list}
+    shape, kinds = (description.get("input") or {}).get("shape"), {"files": dict, "input": dict, "outputs": list}
     if (
-        any(not isinstance(record.get(key), kind) for key, kind in kinds.items())
+        any(not isinstance(description.get(key), kind) for key, kind in kinds.items())
         or not (isinstance(shape, list) and len(shape) == 4)
-        or "name" not in record["input"]
+        or "name" not in description["input"]
     ):
         raise files.CheckpointError(f"{path} lacks the files, the input or the outputs of the model; export it again")
-    return record
+    return description
 
 
 def sha256(path: Path) -> str:
@@ -217,5 +217,5 @@ def _reading(path: Path, runtime: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:200]
         raise files.CheckpointError(
             f"{path} can't be read by {runtime} ({reason}); export it again, or install the "
-            f"versions named in {path.parent / RECORD}"
+            f"versions named in {path.parent / DESCRIPTION}"
         ) from None

@@ -1,4 +1,4 @@
-"""Each format: what it needs, how its files are written, and the record of what they are and how they were checked."""
+"""Each format: what it needs, how its files are written, and their description with how they were checked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from deit import files
 from deit.choices import Format
 from deit.evaluate.calibration import FILE as CALIBRATION
 from deit.export.checking import Agreement, Checked, Examples, accuracy_of
-from deit.export.engines import RECORD, Engine, OpenVINOEngine, import_openvino, load_engine, needed, sha256
+from deit.export.engines import DESCRIPTION, Engine, OpenVINOEngine, import_openvino, load_engine, needed, sha256
 from deit.export.quantise import by_sensitivity, quantised_onnx, quantised_openvino
 from deit.export.subject import Subject
 from deit.export.web import VERSION, NodeEngine, Page, refuse_undone
@@ -29,7 +29,7 @@ TOLERANCE = 1e-4
 """Largest difference of a probability from the PyTorch model's that a float format may have."""
 LOSS = 0.005
 """Largest loss of accuracy that int8 may have."""
-BESIDE = {"config.json", FILE_NAME, CALIBRATION, RECORD}
+BESIDE = {"config.json", FILE_NAME, CALIBRATION, DESCRIPTION}
 """Files of an export that are not its `files`."""
 
 _SHARES = (0.0, 1 / 8, 1 / 4, 1 / 2)
@@ -61,7 +61,7 @@ def versions(to: Format) -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
+class Description:
     """The content of `export.json`, whose keys are in docs/export.md; what does not apply is None, and left out."""
 
     format: Format
@@ -81,9 +81,9 @@ class Record:
         return {name: value for name, value in found.items() if value is not None}
 
 
-def _described(subject: Subject, to: Format, folder: Path) -> Record:
-    """The record of files that are written but not checked yet; `load_engine` needs it in the folder, so it is."""
-    record = Record(
+def _described(subject: Subject, to: Format, folder: Path) -> Description:
+    """The description of files that are written but not checked yet; `load_engine` needs it in the folder, so it is."""
+    description = Description(
         format=to,
         files={path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name not in BESIDE},
         input={"name": "pixel_values", "shape": [None, *subject.shape], "type": "float32"},
@@ -91,18 +91,18 @@ def _described(subject: Subject, to: Format, folder: Path) -> Record:
         heads=["fused", "class", *(["distillation", "softmax"] if len(subject.logits.names) > 1 else [])],
         versions=versions(to),
     )
-    files.write_json(folder / RECORD, record.to_dict())
-    return record
+    files.write_json(folder / DESCRIPTION, description.to_dict())
+    return description
 
 
-def _checked_record(record: Record, agreement: Agreement, checked: Checked, folder: Path) -> Record:
-    """The record with the agreement in float32, and for OpenVINO with that in the precision it chooses itself."""
-    record = replace(record, agreement={**vars(agreement), "source": checked.source})
-    if not record.format.startswith("openvino"):
-        return record
+def _checked_description(description: Description, agreement: Agreement, checked: Checked, folder: Path) -> Description:
+    """The description with the agreement in float32, and for OpenVINO with that in the precision it chooses itself."""
+    description = replace(description, agreement={**vars(agreement), "source": checked.source})
+    if not description.format.startswith("openvino"):
+        return description
     engine = load_engine(folder)
     assert isinstance(engine, OpenVINOEngine)
-    return replace(record, native={"precision": engine.inference_precision, **vars(checked.agreement(engine))})
+    return replace(description, native={"precision": engine.inference_precision, **vars(checked.agreement(engine))})
 
 
 # ------------------------------------------------------------------------------------------------------- float formats
@@ -155,7 +155,7 @@ def write_float(
     folder: Path,
     checked: Checked,
     run: Callable[[Path, Mapping[str, Any]], AbstractContextManager[Engine]] | None = None,
-) -> Record:
+) -> Description:
     """Writes the model's files in a float format.
 
     `run` opens the folder in the runtime that the files are for, where that is not the one of `load_engine`.
@@ -165,11 +165,11 @@ def write_float(
     run = run or (lambda folder, _: nullcontext(load_engine(folder, precision="float32")))
     for attempt in _ATTEMPTS[to]:
         attempt.save(subject, folder)
-        record = _described(subject, to, folder)
-        with run(folder, record.to_dict()) as engine:
+        description = _described(subject, to, folder)
+        with run(folder, description.to_dict()) as engine:
             agreement = checked.agreement(engine)
         if agreement.labels == 1.0 and agreement.difference <= TOLERANCE:
-            return _checked_record(replace(record, weights=attempt.weights), agreement, checked, folder)
+            return _checked_description(replace(description, weights=attempt.weights), agreement, checked, folder)
     raise ValueError(
         f"{to} was not kept: of {agreement.images} images ({checked.source}) "
         f"{agreement.labels:.1%} are labelled as by the PyTorch model, and a probability differs by "
@@ -191,19 +191,19 @@ def refuse_for_the_web(subject: Subject) -> None:
         )
 
 
-def write_web(subject: Subject, page: Page, folder: Path, checked: Checked) -> Record:
+def write_web(subject: Subject, page: Page, folder: Path, checked: Checked) -> Description:
     """Writes the model and the page around it, and runs both in Node."""
     page.write(folder)
-    record = write_float(subject, "web", folder, checked, page.running)
-    record = replace(record, versions={**record.versions, NodeEngine.name: VERSION})
-    with page.running(folder, record.to_dict()) as engine:
-        return replace(record, preprocessing=engine.check_pixels(checked.pictures(), subject.processor))
+    description = write_float(subject, "web", folder, checked, page.running)
+    description = replace(description, versions={**description.versions, NodeEngine.name: VERSION})
+    with page.running(folder, description.to_dict()) as engine:
+        return replace(description, preprocessing=engine.check_pixels(checked.pictures(), subject.processor))
 
 
 # --------------------------------------------------------------------------------------------------------------- int8
 
 
-def write_int8(subject: Subject, to: Format, folder: Path, examples: Examples, checked: Checked) -> Record:
+def write_int8(subject: Subject, to: Format, folder: Path, examples: Examples, checked: Checked) -> Description:
     """Writes the model's files with as few layers in float as the accuracy allows.
 
     Raises `ValueError` if the accuracy falls by more than `LOSS` even with the largest share of layers in float.
@@ -217,7 +217,7 @@ def write_int8(subject: Subject, to: Format, folder: Path, examples: Examples, c
             order = by_sensitivity(subject.logits, subject.layers(), calibration)
         kept = order[: math.ceil(share * len(order))]
         quantise(subject, folder, calibration, kept)
-        record = _described(subject, to, folder)
+        description = _described(subject, to, folder)
         engine = load_engine(folder, precision="float32")
         after = accuracy_of(engine, batches)
         if before.correct - after.correct <= LOSS * before.total:
@@ -240,7 +240,7 @@ def write_int8(subject: Subject, to: Format, folder: Path, examples: Examples, c
         "float_layers": kept,
         "int8_weights": quantised,
     }
-    return replace(_checked_record(record, checked.agreement(engine), checked, folder), accuracy=accuracy)
+    return replace(_checked_description(description, checked.agreement(engine), checked, folder), accuracy=accuracy)
 
 
 def _quantise_onnx(subject: Subject, folder: Path, calibration: Sequence[np.ndarray], kept: Sequence[str]) -> None:

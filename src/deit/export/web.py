@@ -80,8 +80,8 @@ class Page:
         for name, content in self._files.items():
             (folder / name).write_bytes(content)
 
-    def running(self, folder: Path, record: Mapping[str, Any]) -> NodeEngine:
-        return NodeEngine(folder, record, str(self.node), self._check)
+    def running(self, folder: Path, description: Mapping[str, Any]) -> NodeEngine:
+        return NodeEngine(folder, description, str(self.node), self._check)
 
 
 def _member(package: tarfile.TarFile, name: str) -> bytes:
@@ -150,8 +150,8 @@ class NodeEngine(Engine):
 
     name = "onnxruntime-web"
 
-    def __init__(self, folder: Path, record: Mapping[str, Any], node: str, check: bytes):
-        super().__init__(folder, record, precision="float32")
+    def __init__(self, folder: Path, description: Mapping[str, Any], node: str, check: bytes):
+        super().__init__(folder, description, precision="float32")
         self._opened = ExitStack()
         code = Path(self._opened.enter_context(tempfile.TemporaryDirectory()))
         for path in folder.glob("*.js"):

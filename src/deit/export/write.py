@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from deit import files
+from deit.choices import Format
 from deit.evaluate.calibration import Calibration
 from deit.export.checking import Checked, Examples
-from deit.export.engines import RECORD, read_record
+from deit.export.engines import DESCRIPTION, read_description
 from deit.export.formats import (
     BESIDE,
-    Format,
     import_packages,
     refuse_for_the_web,
     write_float,
@@ -30,14 +30,14 @@ class Exported:
     """What `export` wrote."""
 
     folder: Path
-    record: dict[str, Any]
+    description: dict[str, Any]
     """The content of its `export.json`, whose keys are in docs/export.md."""
 
     def __str__(self) -> str:
         """In one line: format, agreement, and of int8 the accuracies."""
-        found, accuracy = self.record["agreement"], self.record.get("accuracy")
+        found, accuracy = self.description["agreement"], self.description.get("accuracy")
         said = (
-            f"{self.folder}: {self.record['format']}, {round(found['labels'] * found['images'])} of "
+            f"{self.folder}: {self.description['format']}, {round(found['labels'] * found['images'])} of "
             f"{found['images']} images labelled as by the PyTorch model, probabilities within "
             f"{found['difference']:.1e}"
         )
@@ -97,13 +97,13 @@ def export(
         if not to.endswith("int8") and (calibration := Calibration.of_model(source)) is not None:
             calibration.save(temporary)  # int8 answers differ by more: they want their own, of `deit calibrate DIR`
         if examples is not None and to.endswith("int8"):
-            record = write_int8(subject, to, temporary, examples, checked)
+            description = write_int8(subject, to, temporary, examples, checked)
         elif page is not None:
-            record = write_web(subject, page, temporary, checked)
+            description = write_web(subject, page, temporary, checked)
         else:
-            record = write_float(subject, to, temporary, checked)
-        files.write_json(temporary / RECORD, record.to_dict())
-    return Exported(Path(out), record.to_dict())
+            description = write_float(subject, to, temporary, checked)
+        files.write_json(temporary / DESCRIPTION, description.to_dict())
+    return Exported(Path(out), description.to_dict())
 
 
 def refuse_occupied(folder: Path) -> None:
@@ -114,7 +114,7 @@ def refuse_occupied(folder: Path) -> None:
         raise FileExistsError(f"{folder} is a file, expected a folder; give --out a new one")
     if found := {path.name for path in folder.iterdir()}:
         try:
-            known = BESIDE | set(read_record(folder)["files"])
+            known = BESIDE | set(read_description(folder)["files"])
         except (OSError, ValueError):
             known = set()
         if others := sorted(found - known):

@@ -21,7 +21,7 @@ from deit.choices import Head, Runtime
 from deit.config import ConvNetConfig, DeiTConfig
 from deit.evaluate.calibration import Calibration
 from deit.export.cache import cached_engine
-from deit.export.engines import RECORD, Engine, load_engine, read_record
+from deit.export.engines import DESCRIPTION, Engine, load_engine, read_description
 from deit.host import cores
 from deit.image.decode import ImageError
 from deit.image.processor import DeiTImageProcessor
@@ -60,7 +60,7 @@ class Predictor:
     Args:
         name_or_folder: what `deit`, `transformers` or timm saved, a hub name, or what `deit export` wrote.
         head: which of a distilled model's heads decides (`fuse_heads`).
-        device: `cpu`, `cuda`, …; `auto` is the GPU if there is one.
+        device: `cpu`, `cuda`, …; `auto` is the GPU if there is one and PyTorch computes.
         engine: what computes. None: PyTorch, and an exported model's own runtime. `openvino`, `onnx`: that runtime, for
             which the model is exported the first time (`cached_engine`: some seconds), on the CPU. `auto`: OpenVINO on
             the CPU where it is installed, otherwise PyTorch.
@@ -84,17 +84,24 @@ class Predictor:
         device: str | torch.device = "cpu",
         engine: Runtime | None = None,
     ):
-        self.head, self.device = head, resolve_device(device)
+        self.head = head
         if engine not in (None, *get_args(Runtime)):
             raise ValueError(f"engine is {engine!r}, expected one of {', '.join(get_args(Runtime))}")
         self.config: DeiTConfig | ConvNetConfig
         self.model: Any = None
         folder = Path(name_or_folder)
-        if (folder / RECORD).is_file():
+        exported = (folder / DESCRIPTION).is_file()
+        if device == "auto" and (exported or engine in ("openvino", "onnx")):
+            device = "cpu"
+        if exported:
+            self.device = torch.device(device)
             self.config = _config_of(folder)
             self.processor = DeiTImageProcessor.of_model(folder, self.config)  # type: ignore[arg-type]
             self._backend: Backend = EngineBackend(_exported(folder, self.device, engine))
         else:
+            if engine in ("openvino", "onnx") and torch.device(device).type != "cpu":
+                raise ValueError(f"{engine} computes on the CPU here, and device is {device}; leave one out")
+            self.device = resolve_device(device)
             classifier = load_classifier(name_or_folder)
             self.model, self.config, self.processor = classifier.model, classifier.model.config, classifier.processor
             self._backend = _backend_for(classifier, self.device, engine)
@@ -192,7 +199,7 @@ def _exported(folder: Path, device: torch.device, engine: Runtime | None) -> Eng
             f"{folder} is an exported model, which runs on the CPU here, and device is {device}; leave it "
             "out, or give the model itself"
         )
-    own = read_record(folder)["format"]
+    own = read_description(folder)["format"]
     if engine not in (None, "auto", own.partition("-")[0]):
         raise ValueError(
             f"{folder} is exported for {own}, and engine is {engine}; leave it out, or give the model itself"
@@ -205,8 +212,6 @@ def _backend_for(classifier: Classifier, device: torch.device, engine: Runtime |
     if engine is None or engine == "torch":
         return TorchBackend(classifier, device)
     if engine != "auto":
-        if device.type != "cpu":
-            raise ValueError(f"{engine} computes on the CPU here, and device is {device}; leave one out")
         return EngineBackend(cached_engine(classifier, engine))
     if device.type == "cpu" and find_spec("openvino") is not None:
         try:

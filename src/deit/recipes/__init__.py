@@ -1,4 +1,4 @@
-"""Experiments as functions: one file for each data set or paper, one function for each experiment."""
+"""Experiments as functions, with one file for each data set or paper and one function for each experiment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from deit.recipe import Recipe
 
 
 def shipped() -> dict[str, Callable[..., Recipe]]:
-    """Every recipe of this package by name: file by file, each in the order that it is written in."""
+    """Every recipe of this package by name, file by file, in the order of the source."""
     return {
         name: function
         for found in pkgutil.iter_modules(__path__)
@@ -26,17 +26,17 @@ def shipped() -> dict[str, Callable[..., Recipe]]:
 
 
 def summary(function: Callable[..., Recipe]) -> str:
-    """The first line of a recipe's docstring; empty where it has none."""
+    """The first line of a recipe's docstring; empty if it has none."""
     return (inspect.getdoc(function) or "").partition("\n")[0]
 
 
 def find(name: str) -> Recipe:
-    """A recipe by its shipped name, as `FILE.py:FUNCTION`, or from a `recipe.json` or the folder of a run.
+    """Finds a recipe by its shipped name, as `FILE.py:FUNCTION`, or in a `recipe.json` or the folder of a run.
 
-    The function is called without arguments. A shipped name wins over a folder of that name.
+    A FUNCTION is called without arguments. A shipped name wins over a folder of the same name.
 
-    Raises `ValueError` where there is no such name or function, where it returns something else, or where the JSON
-    is no recipe, and `FileNotFoundError` where the file is missing.
+    Raises `ValueError` if there is no such name or function, if the function returns something else, or if the JSON is
+    not a recipe, and `FileNotFoundError` if the file is missing.
     """
     recipes = shipped()
     if name in recipes:
@@ -58,7 +58,7 @@ def find(name: str) -> Recipe:
 
 
 def _recipes_of(module: ModuleType) -> dict[str, Callable[..., Recipe]]:
-    """The module's own public functions that are declared to return a `Recipe`."""
+    """The module's own public functions whose declared return type is `Recipe`."""
     return {
         name: function
         for name, function in vars(module).items()
@@ -101,6 +101,6 @@ def _read(file: Path) -> Recipe:
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no text ({error.reason}); expected the JSON of a recipe") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is no JSON ({error}); expected the record that `deit recipes NAME` prints") from None
+        raise ValueError(f"{file} is no JSON ({error}); expected what `deit recipes NAME` prints") from None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None

@@ -1,4 +1,4 @@
-"""CIFAR-10 at its own 32 pixels, from scratch: small enough for a CPU, and the same for a GPU. All numbers are ours."""
+"""CIFAR-10 at its own 32 pixels, from scratch, with recipes for a CPU and for a GPU. All numbers are ours."""
 
 from dataclasses import replace
 
@@ -21,14 +21,14 @@ from deit.recipe import (
 )
 
 _DATA = Data(batch=128, crop_ratio=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-# A random rectangle of 32 pixels leaves too little of them for a run of a few epochs.
+# A random rectangle of a 32-pixel image keeps too little of it for a run of a few epochs.
 _SHIFTED = Augment(crop=SimpleCrop(padding=4), flip=0.5)
 _SHORT = replace(_SHIFTED, policy=RandAugment(magnitude=5, std=0.5, layers=1), mix=Mix(cutmix=1.0, probability=0.5))
 _LONG = replace(_SHIFTED, policy=RandAugment(magnitude=9, std=0.5, layers=2), mix=Mix(mixup=0.8, cutmix=1.0))
 
 
 def _student(depth: int, drop_path: float, *, token: bool = True, patch: int = 4) -> DeiTConfig:
-    """DeiT-Ti's width."""
+    """A DeiT of DeiT-Ti's width."""
     return DeiTConfig(
         hidden_size=192,
         num_hidden_layers=depth,
@@ -52,7 +52,7 @@ def cifar10_teacher() -> Recipe:
 
     Source: ours.
     Expected: nothing published for this network.
-    Ours: 0.824 of the 10,000 test images (one run), 308 s on 2 cores of an AMD EPYC.
+    Ours: 0.824 of the 10,000 test images (one run), in 308 s on 2 cores of an AMD EPYC.
     """
     return Recipe(
         name="cifar10_teacher",
@@ -66,14 +66,14 @@ def cifar10_teacher() -> Recipe:
 
 
 def cifar10_coarse(teacher: str = "runs/cifar10_teacher/model") -> Recipe:
-    """A DeiT of 16 patches learns CIFAR-10 first, three times as fast as with 64; `cifar10` follows.
+    """A DeiT of 16 patches for CIFAR-10, which trains three times as fast as with 64 patches; `cifar10` follows.
 
-    `teacher` is the model of the `cifar10_teacher` run: where it lies elsewhere, `--set objective.teacher=RUN/model`.
-    Its probabilities say more of an image than its decision does, and count for nine tenths.
+    `teacher` is the model of the `cifar10_teacher` run. If it is elsewhere, use `--set objective.teacher=RUN/model`.
+    Its probabilities say more about an image than its decision does, and they count for nine tenths of the loss.
 
     Source: ours.
     Expected: nothing published for this network.
-    Ours: 0.743 of the 10,000 test images (fused heads; one run), 587 s on 2 cores of an AMD EPYC.
+    Ours: 0.743 of the 10,000 test images (fused heads; one run), in 587 s on 2 cores of an AMD EPYC.
     """
     return Recipe(
         name="cifar10_coarse",
@@ -90,13 +90,13 @@ def cifar10_coarse(teacher: str = "runs/cifar10_teacher/model") -> Recipe:
 def cifar10(start: str = "runs/cifar10_coarse/model", teacher: str = "runs/cifar10_teacher/model") -> Recipe:
     """A DeiT of 64 patches and 2.7 million parameters for CIFAR-10: the last of three runs, half an hour on two cores.
 
-    `start` and `teacher` are the models of the `cifar10_coarse` and `cifar10_teacher` runs: where they lie elsewhere,
+    `start` and `teacher` are the models of the `cifar10_coarse` and `cifar10_teacher` runs. If they are elsewhere, use
     `--set start=RUN/model` and `--set objective.teacher=RUN/model`.
 
     Source: ours.
     Expected: nothing published for this network.
-    Ours: 0.789 of the 10,000 test images (fused heads; one run, bench/cifar10.jsonl), all three runs in 26 minutes on
-    2 cores of an AMD EPYC.
+    Ours: 0.789 of the 10,000 test images (fused heads; one run, bench/claims/cifar10.jsonl), all three runs in 26
+    minutes on 2 cores of an AMD EPYC.
     """
     return replace(
         cifar10_coarse(teacher),
@@ -109,7 +109,7 @@ def cifar10(start: str = "runs/cifar10_coarse/model", teacher: str = "runs/cifar
 
 
 def cifar10_gpu_teacher() -> Recipe:
-    """`cifar10_teacher` of 4.6 million parameters and 100 epochs, for a GPU.
+    """`cifar10_teacher` with 4.6 million parameters and 100 epochs, for a GPU.
 
     Source: ours.
     Expected: nothing published for this network.
@@ -127,9 +127,10 @@ def cifar10_gpu_teacher() -> Recipe:
 
 
 def cifar10_gpu(teacher: str = "runs/cifar10_gpu_teacher/model") -> Recipe:
-    """A DeiT-Ti of 64 patches for CIFAR-10, 300 epochs: for a GPU.
+    """A DeiT-Ti of 64 patches for CIFAR-10, with 300 epochs, for a GPU.
 
-    `teacher` is the model of the `cifar10_gpu_teacher` run: elsewhere, `--set objective.teacher=RUN/model`.
+    `teacher` is the model of the `cifar10_gpu_teacher` run. If it is elsewhere, use
+    `--set objective.teacher=RUN/model`.
 
     Source: ours.
     Expected: nothing published for this network.
@@ -148,9 +149,9 @@ def cifar10_gpu(teacher: str = "runs/cifar10_gpu_teacher/model") -> Recipe:
 
 
 def cifar10_masked() -> Recipe:
-    """The same DeiT learns to fill in hidden squares of 4 pixels, without labels; `cifar10_masked_finetune` follows.
+    """A DeiT-Ti that learns without labels to fill in hidden squares of 4 pixels; `cifar10_masked_finetune` follows.
 
-    Source: ours, of Xie et al. 2021, whose share of hidden pixels it keeps.
+    Source: ours, after Xie et al. 2021, with their share of hidden pixels.
     Expected: nothing published for these settings.
     Ours: not run at full scale.
     """
@@ -169,9 +170,9 @@ def cifar10_masked() -> Recipe:
 def cifar10_masked_finetune(start: str = "runs/cifar10_masked/model") -> Recipe:
     """`cifar10_masked` fine-tuned on CIFAR-10's labels.
 
-    `start` is the model of that run: where it lies elsewhere, `--set start=RUN/model`.
+    `start` is the model of that run. If it is elsewhere, use `--set start=RUN/model`.
 
-    Source: ours; the decay of the learning rate towards the first block is SimMIM's.
+    Source: ours; the decay of the learning rate towards the first block is that of SimMIM.
     Expected: nothing published for these settings.
     Ours: not run at full scale.
     """

@@ -1,9 +1,10 @@
 """DeiT on ImageNet: Touvron et al. 2020, "Training data-efficient image transformers & distillation through attention".
 
-The numbers are table 9's; those it leaves out are the defaults of main.py in facebookresearch/deit: the rate that
-warm-up starts from and the floor, how far RandAugment's strength varies, and the average of the weights, which table 8
-found to give 0.1 points. The original computed that average and reported the weights themselves. Differences that are
-ours: the schedule moves with every update, and images are erased, mixed and drawn by counted random numbers.
+The numbers are those of table 9. If the table leaves a number out, it is the default of main.py in
+facebookresearch/deit: the learning rate at the start of the warm-up, its floor, the variation of RandAugment's
+strength, and the average of the weights, which gives 0.1 points in table 8. The original computed that average but
+reported the weights themselves. Two differences are ours: the learning rate changes with every step, and images are
+erased, mixed and drawn with random numbers that are computed from counters.
 """
 
 from dataclasses import replace
@@ -51,7 +52,7 @@ _EMA = 0.99996
 
 
 def _pretrain(name: str, size: Size, objective: Objective, length: int = 300) -> Recipe:
-    """Table 9; the model has a distillation token where the objective needs one."""
+    """The recipe of table 9; the model has a distillation token if the objective needs one."""
     token = isinstance(objective, Distilled) and objective.token == "distillation"
     variant = VARIANTS[f"deit-{size}-{'distilled-' if token else ''}patch16-224"]
     return Recipe(
@@ -67,7 +68,7 @@ def _pretrain(name: str, size: Size, objective: Objective, length: int = 300) ->
 
 
 def _larger(name: str, objective: Objective) -> Recipe:
-    """The command for 384 pixels of README_deit.md: 30 epochs at a constant rate with the full augmentation."""
+    """The command of README_deit.md for 384 pixels: 30 epochs at a constant learning rate with full augmentation."""
     token = isinstance(objective, Distilled)
     variant = f"deit-base-{'distilled-' if token else ''}patch16-"
     return replace(
@@ -171,7 +172,7 @@ def deit_base_distilled_1000() -> Recipe:
 
 
 def deit_tiny_hard() -> Recipe:
-    """DeiT-Ti whose class token learns from the labels and a RegNetY-16GF's decisions alike.
+    """DeiT-Ti whose class token learns from the labels and from a RegNetY-16GF's decisions in equal parts.
 
     Source: Touvron et al. 2020, table 3, third row.
     Expected: 74.3 ImageNet top-1.
@@ -181,7 +182,7 @@ def deit_tiny_hard() -> Recipe:
 
 
 def deit_small_hard() -> Recipe:
-    """DeiT-S whose class token learns from the labels and a RegNetY-16GF's decisions alike.
+    """DeiT-S whose class token learns from the labels and from a RegNetY-16GF's decisions in equal parts.
 
     Source: Touvron et al. 2020, table 3, third row.
     Expected: 80.9 ImageNet top-1.
@@ -191,7 +192,7 @@ def deit_small_hard() -> Recipe:
 
 
 def deit_base_hard() -> Recipe:
-    """DeiT-B whose class token learns from the labels and a RegNetY-16GF's decisions alike.
+    """DeiT-B whose class token learns from the labels and from a RegNetY-16GF's decisions in equal parts.
 
     Source: Touvron et al. 2020, table 3, third row.
     Expected: 83.0 ImageNet top-1.
@@ -201,10 +202,10 @@ def deit_base_hard() -> Recipe:
 
 
 def deit_tiny_soft() -> Recipe:
-    """DeiT-Ti whose class token learns from the labels and a RegNetY-16GF's probabilities.
+    """DeiT-Ti whose class token learns from the labels and from a RegNetY-16GF's probabilities.
 
-    The teacher's part is equation 2's, a mean over images. losses.py of facebookresearch/deit divides by images times
-    classes: `--set objective.normalisation=elements` repeats that.
+    The teacher's part of the loss follows equation 2, a mean over images. losses.py of facebookresearch/deit divides by
+    images times classes. To repeat that, use `--set objective.normalisation=elements`.
 
     Source: Touvron et al. 2020, equation 2 and table 3, second row.
     Expected: 72.2 ImageNet top-1 in table 3; nothing published with the mean over images.
@@ -214,7 +215,7 @@ def deit_tiny_soft() -> Recipe:
 
 
 def deit_small_soft() -> Recipe:
-    """DeiT-S whose class token learns from the labels and a RegNetY-16GF's probabilities.
+    """DeiT-S whose class token learns from the labels and from a RegNetY-16GF's probabilities.
 
     Source: Touvron et al. 2020, equation 2 and table 3, second row; the mean is over images, as in `deit_tiny_soft`.
     Expected: 79.8 ImageNet top-1 in table 3; nothing published with the mean over images.
@@ -224,7 +225,7 @@ def deit_small_soft() -> Recipe:
 
 
 def deit_base_soft() -> Recipe:
-    """DeiT-B whose class token learns from the labels and a RegNetY-16GF's probabilities.
+    """DeiT-B whose class token learns from the labels and from a RegNetY-16GF's probabilities.
 
     Source: Touvron et al. 2020, equation 2 and table 3, second row; the mean is over images, as in `deit_tiny_soft`.
     Expected: 81.8 ImageNet top-1 in table 3; nothing published with the mean over images.
@@ -236,7 +237,7 @@ def deit_base_soft() -> Recipe:
 def deit_tiny_distilled_soft() -> Recipe:
     """DeiT-Ti with a distillation token that learns a RegNetY-16GF's probabilities.
 
-    Source: ours, of equation 2 in Touvron et al. 2020 and the distillation token of its section 4.
+    Source: ours, from equation 2 of Touvron et al. 2020 and the distillation token of its section 4.
     Expected: nothing published.
     Ours: not run at full scale.
     """
@@ -246,22 +247,23 @@ def deit_tiny_distilled_soft() -> Recipe:
 def deit_base_384() -> Recipe:
     """`deit_base` fine-tuned at 384 pixels.
 
-    The published weights had been fine-tuned without stochastic depth, as the code then kept the model in evaluation
-    mode (`--train-mode` of main.py came later); here it is on. For weights of one's own: `--set start=RUN/model`.
+    The published weights were fine-tuned without stochastic depth, because the code at that time kept the model in
+    evaluation mode (`--train-mode` of main.py came later). Here stochastic depth is on. To start from your own weights,
+    use `--set start=RUN/model`.
 
     Source: README_deit.md of facebookresearch/deit; Touvron et al. 2020, section 6 and table 5.
-    Expected: 83.1 ImageNet top-1; of the published weights timm measures 83.1 on whole images (crop ratio 1.0), as
-        here, and README_deit.md 82.9 at a crop ratio of 0.875.
+    Expected: 83.1 ImageNet top-1. For the published weights, timm measures 83.1 on whole images (crop ratio 1.0), as
+        here, and README_deit.md gives 82.9 at a crop ratio of 0.875.
     Ours: not run at full scale.
     """
     return _larger("deit_base_384", _SUPERVISED)
 
 
 def deit_base_distilled_384() -> Recipe:
-    """`deit_base_distilled` fine-tuned at 384 pixels, its RegNetY-16GF at 384 too.
+    """`deit_base_distilled` fine-tuned at 384 pixels, with its RegNetY-16GF at 384 pixels too.
 
-    The command of `deit_base_384` with the paper's distillation: no public code does it. For weights of one's own, such
-    as those of `deit_base_distilled_1000`: `--set start=RUN/model`.
+    This is the command of `deit_base_384` with the paper's distillation, which no public code does. To start from your
+    own weights, such as those of `deit_base_distilled_1000`, use `--set start=RUN/model`.
 
     Source: Touvron et al. 2020, sections 4 and 6, table 5.
     Expected: 84.5 ImageNet top-1 (fused heads); 85.2 from `deit_base_distilled_1000`.

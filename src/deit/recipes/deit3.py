@@ -1,6 +1,6 @@
 """DeiT III: Touvron et al. 2022, "DeiT III: Revenge of the ViT", as README_revenge.md of facebookresearch/deit runs it.
 
-The floor of the learning rate is the default of its main.py. Evaluation takes whole images (crop ratio 1.0), as
+The floor of the learning rate is the default of main.py there. Evaluation uses whole images (crop ratio 1.0), as
 deit/README.md of naver-ai/rope-vit does when it repeats these results.
 """
 
@@ -56,7 +56,7 @@ def _pretrain(
 
 
 def _short(name: str, size: Size, pixels: int, drop_path: float, start: str) -> Recipe:
-    """20 epochs at the target resolution. The rate is the floor: constant after the warm-up."""
+    """20 epochs at the target resolution. The learning rate equals its floor, so it is constant after the warm-up."""
     return Recipe(
         name=name,
         model=_model(size, pixels, drop_path),
@@ -70,7 +70,7 @@ def _short(name: str, size: Size, pixels: int, drop_path: float, start: str) -> 
 
 
 def _labels_of_21k(name: str, drop_path: float, lr: float, length: int) -> Recipe:
-    """Cross-entropy, CutMix alone, simple crops, no repeated augmentation; the same for both stages."""
+    """Both stages of ImageNet-21k: cross-entropy, CutMix without Mixup, simple crops, no repeated augmentation."""
     recipe = _pretrain(name, "base", 224, lr, drop_path, length=length, weight_decay=0.02)
     return replace(
         recipe,
@@ -93,8 +93,8 @@ def deit3_small() -> Recipe:
 def deit3_medium() -> Recipe:
     """ViT-M, 800 epochs at 224 pixels.
 
-    Source: README_revenge.md of facebookresearch/deit gives the result and no command; learning rate (ViT-B's) and
-        stochastic depth (between ViT-S's and ViT-B's) are ours.
+    Source: README_revenge.md of facebookresearch/deit gives the result but no command; the learning rate (ViT-B's) and
+        the stochastic depth (between ViT-S's and ViT-B's) are our choice.
     Expected: 83.0 ImageNet top-1.
     Ours: not run at full scale.
     """
@@ -124,8 +124,8 @@ def deit3_large() -> Recipe:
 def deit3_huge() -> Recipe:
     """ViT-H/14, 800 epochs at 160 pixels; `deit3_huge_224` follows.
 
-    160 is no multiple of 14: as in the original, the model sees 11 x 11 patches, and not the last 6
-    rows and columns of pixels.
+    160 is not a multiple of 14. As in the original, the model sees 11 x 11 patches, and it does not see the last 6 rows
+    and columns of pixels.
 
     Source: README_revenge.md of facebookresearch/deit.
     Expected: 85.2 ImageNet top-1 after the fine-tuning.
@@ -137,7 +137,7 @@ def deit3_huge() -> Recipe:
 def deit3_small_400() -> Recipe:
     """ViT-S, 400 epochs at 224 pixels.
 
-    Source: deit/README.md of naver-ai/rope-vit, and issue 21 there: the DeiT III recipe of 400 epochs.
+    Source: deit/README.md and issue 21 of naver-ai/rope-vit, on the DeiT III recipe of 400 epochs.
     Expected: 80.4 ImageNet top-1 (issue 214 of facebookresearch/deit).
     Ours: not run at full scale.
     """
@@ -147,7 +147,7 @@ def deit3_small_400() -> Recipe:
 def deit3_base_400() -> Recipe:
     """ViT-B, 400 epochs at 192 pixels; `deit3_base_224` follows.
 
-    Source: deit/README.md of naver-ai/rope-vit, and issue 21 there: the DeiT III recipe of 400 epochs.
+    Source: deit/README.md and issue 21 of naver-ai/rope-vit, on the DeiT III recipe of 400 epochs.
     Expected: nothing published in these places.
     Ours: not run at full scale.
     """
@@ -157,7 +157,7 @@ def deit3_base_400() -> Recipe:
 def deit3_large_400() -> Recipe:
     """ViT-L, 400 epochs at 192 pixels; `deit3_large_224` follows.
 
-    Source: deit/README.md of naver-ai/rope-vit, and issue 21 there: the DeiT III recipe of 400 epochs.
+    Source: deit/README.md and issue 21 of naver-ai/rope-vit, on the DeiT III recipe of 400 epochs.
     Expected: nothing published in these places.
     Ours: not run at full scale.
     """
@@ -165,10 +165,10 @@ def deit3_large_400() -> Recipe:
 
 
 def deit3_base_cosub() -> Recipe:
-    """`deit3_base` as two submodels that teach each other, at twice the computation of an update.
+    """`deit3_base` as two submodels that teach each other, with twice the computation for each step.
 
     Source: Touvron et al. 2022, "Co-training 2^L submodels for visual recognition". README_cosub.md of
-        facebookresearch/deit gives no command: everything but the objective is `deit3_base`'s, which is our choice.
+        facebookresearch/deit gives no command, so we chose to change only the objective of `deit3_base`.
     Expected: nothing published for these settings.
     Ours: not run at full scale.
     """
@@ -179,7 +179,7 @@ def deit3_base_cosub() -> Recipe:
 def deit3_base_224(start: str = "runs/deit3_base/model") -> Recipe:
     """`deit3_base` fine-tuned at 224 pixels.
 
-    `start` is the model of that run: where it lies elsewhere, `--set start=RUN/model`.
+    `start` is the model of that run. If it is elsewhere, use `--set start=RUN/model`.
 
     Source: README_revenge.md of facebookresearch/deit.
     Expected: 83.8 ImageNet top-1.
@@ -191,7 +191,7 @@ def deit3_base_224(start: str = "runs/deit3_base/model") -> Recipe:
 def deit3_large_224(start: str = "runs/deit3_large/model") -> Recipe:
     """`deit3_large` fine-tuned at 224 pixels.
 
-    `start` is the model of that run: where it lies elsewhere, `--set start=RUN/model`.
+    `start` is the model of that run. If it is elsewhere, use `--set start=RUN/model`.
 
     Source: README_revenge.md of facebookresearch/deit.
     Expected: 84.9 ImageNet top-1.
@@ -203,7 +203,7 @@ def deit3_large_224(start: str = "runs/deit3_large/model") -> Recipe:
 def deit3_huge_224(start: str = "runs/deit3_huge/model") -> Recipe:
     """`deit3_huge` fine-tuned at 224 pixels.
 
-    `start` is the model of that run: where it lies elsewhere, `--set start=RUN/model`.
+    `start` is the model of that run. If it is elsewhere, use `--set start=RUN/model`.
 
     Source: README_revenge.md of facebookresearch/deit.
     Expected: 85.2 ImageNet top-1.
@@ -215,7 +215,7 @@ def deit3_huge_224(start: str = "runs/deit3_huge/model") -> Recipe:
 def deit3_small_384(start: str = "runs/deit3_small/model") -> Recipe:
     """`deit3_small` fine-tuned at 384 pixels.
 
-    `start` is the model of that run: where it lies elsewhere, `--set start=RUN/model`.
+    `start` is the model of that run. If it is elsewhere, use `--set start=RUN/model`.
 
     Source: README_revenge.md of facebookresearch/deit.
     Expected: 83.4 ImageNet top-1.
@@ -237,7 +237,7 @@ def deit3_base_21k() -> Recipe:
 def deit3_base_21k_1k(start: str = "runs/deit3_base_21k/model") -> Recipe:
     """`deit3_base_21k` fine-tuned on ImageNet-1k, 50 epochs.
 
-    `start` is the model of that run: where it lies elsewhere, `--set start=RUN/model`.
+    `start` is the model of that run. If it is elsewhere, use `--set start=RUN/model`.
 
     Source: README_revenge.md of facebookresearch/deit.
     Expected: 85.7 ImageNet top-1.

@@ -5,7 +5,7 @@ from pathlib import Path
 from deit.config import ConvNetConfig, DeiTConfig
 from deit.recipe import AdamW, Affine, Augment, Cosine, Data, Distilled, Recipe, Supervised, epochs
 
-# Digits keep their meaning under small turns, slants and shifts; a mirrored one is another shape, or none.
+# Digits keep their meaning under small turns, slants and shifts, but a mirrored digit is another shape or none.
 _HANDWRITING = Augment(affine=Affine(rotate=12, shear=8, scale=(0.85, 1.15), shift=0.08))
 _DATA = Data(batch=64, crop_ratio=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
@@ -31,7 +31,7 @@ def digits_teacher() -> Recipe:
 def digits(teacher: str | Path = "") -> Recipe:
     """A DeiT of 16 patches and 1.2 million parameters that learns from the labels and from the ConvNet's decisions.
 
-    `teacher` is the model of a `digits_teacher` run: on the command line, `--set objective.teacher=RUN/model`.
+    `teacher` is the model of a `digits_teacher` run. On the command line, use `--set objective.teacher=RUN/model`.
 
     Source: ours; the digits are scikit-learn's `load_digits`.
     Expected: nothing published for this network.
@@ -39,8 +39,8 @@ def digits(teacher: str | Path = "") -> Recipe:
     """
     return Recipe(
         name="digits",
-        # The paper's 0.02 suits widths of 192 to 768 and long runs; at width 128 three times that starts to learn at
-        # once: 0.996 instead of 0.962 of the val and test images after 20 epochs.
+        # The paper's 0.02 suits widths of 192 to 768 and long runs. At width 128, three times as much starts to learn
+        # at once: after 20 epochs, 0.996 instead of 0.962 of the val and test images are right.
         model=DeiTConfig(
             hidden_size=128,
             num_hidden_layers=6,

@@ -1,4 +1,4 @@
-"""Fine-tuning on a folder of a few thousand photos: the two recipes to begin with. All their numbers are ours."""
+"""Fine-tuning on a folder of a few thousand photos. Begin with these two recipes. All their numbers are ours."""
 
 from deit.config import VARIANTS
 from deit.recipe import (
@@ -26,7 +26,7 @@ def _finetune(name: str, variant: str, objective: Objective) -> Recipe:
         name=name,
         model=VARIANTS[variant].replace(num_labels=2, drop_path_rate=0.1),
         data=Data(batch=64),
-        # Milder than pre-training's: in a few thousand updates the model must not unlearn what whole photos look like.
+        # Milder than in pre-training, because a few thousand steps must not make the model unlearn whole photos.
         augment=Augment(
             crop=ResizedCrop(scale=(0.35, 1.0)),
             flip=0.5,
@@ -42,7 +42,7 @@ def _finetune(name: str, variant: str, objective: Objective) -> Recipe:
 
 
 def finetune(variant: str = "deit-tiny-patch16-224") -> Recipe:
-    """A published DeiT on your own folder of photos: the labels only.
+    """A published DeiT, fine-tuned on the labels of your own folder of photos.
 
     `variant` names the architecture and its checkpoint: facebook/deit-{tiny,small,base}-patch16-224.
 
@@ -54,11 +54,13 @@ def finetune(variant: str = "deit-tiny-patch16-224") -> Recipe:
 
 
 def finetune_distilled(variant: str = "deit-tiny-distilled-patch16-224", teacher: str = "") -> Recipe:
-    """A published distilled DeiT on your own folder of photos: the labels, and a teacher that knows its classes.
+    """A published distilled DeiT, fine-tuned on your own folder of photos with a teacher that knows its classes.
 
-    The teacher is named with `--set objective.teacher=RUN/model`: an earlier run on the same photos, such as `finetune`
-    with a larger variant, or FILE.py:FUNCTION that returns one. Or its labels, stored by `deit teach`:
-    `--set objective.cache=FOLDER`. `variant` as in `finetune`: facebook/deit-{tiny,small,base}-distilled-patch16-224.
+    The model learns from the labels of the photos and from the teacher. Name the teacher with
+    `--set objective.teacher=RUN/model`. It can be an earlier run on the same photos, such as `finetune` with a larger
+    variant, or a FILE.py:FUNCTION that returns a model. If `deit teach` has stored the teacher's labels, use
+    `--set objective.cache=FOLDER` instead. `variant` names the architecture and its checkpoint, as in `finetune`:
+    facebook/deit-{tiny,small,base}-distilled-patch16-224.
 
     Source: ours; both tokens learn during fine-tuning too, as in Touvron et al. 2020, section 4.
     Expected: nothing published for these settings.

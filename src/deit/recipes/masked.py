@@ -1,8 +1,8 @@
 """SimMIM: Xie et al. 2021, "SimMIM: A Simple Framework for Masked Image Modeling"; pre-training without labels.
 
-Numbers are those of configs/vit_base__800ep and config.py in microsoft/SimMIM; its rates, warm-up starts and floors are
-per 512 images. The model is ours: a plain ViT-B with learnt positions and a class token, where theirs has relative
-positions shared by all blocks, LayerScale, and classifies the mean over the patches.
+The numbers are those of configs/vit_base__800ep and config.py in microsoft/SimMIM. Its learning rates, warm-up starts
+and floors are for 512 images. The model is ours: a plain ViT-B with learnt positions and a class token. Theirs has
+LayerScale and relative positions shared by all blocks, and it classifies the mean over the patches.
 """
 
 from deit.config import VARIANTS
@@ -14,15 +14,15 @@ _MODEL = VARIANTS["deit-base-patch16-224"].replace(num_labels=2, drop_path_rate=
 
 
 def _schedule(length: int, warmup: int, floor: float, start: float) -> Cosine:
-    """`floor` and `start` for 512 images."""
+    """A cosine; `floor` and `start` are for 512 images."""
     scale = _BATCH / 512
     return Cosine(total=epochs(length), warmup=epochs(warmup), floor=floor * scale, start=start * scale)
 
 
 def simmim() -> Recipe:
-    """ViT-B learns to fill in hidden squares of 32 pixels, 800 epochs; `simmim_finetune` follows.
+    """A ViT-B that learns to fill in hidden squares of 32 pixels, for 800 epochs; `simmim_finetune` follows.
 
-    The cosine is ours: the repository keeps the rate and divides it by ten at epoch 700.
+    The cosine is ours. The repository keeps the learning rate constant and divides it by ten at epoch 700.
 
     Source: microsoft/SimMIM, configs/vit_base__800ep/simmim_pretrain__vit_base__img224__800ep.yaml, and its README for
         the batch of 16 x 128.
@@ -43,7 +43,7 @@ def simmim() -> Recipe:
 def simmim_finetune(start: str = "runs/simmim/model") -> Recipe:
     """`simmim` fine-tuned on ImageNet's labels.
 
-    `start` is the model of that run: where it lies elsewhere, `--set start=RUN/model`.
+    `start` is the model of that run. If it is elsewhere, use `--set start=RUN/model`.
 
     Source: microsoft/SimMIM, configs/vit_base__800ep/simmim_finetune__vit_base__img224__800ep.yaml.
     Expected: 83.8 ImageNet top-1, with their model.

@@ -1,8 +1,9 @@
 """Fine-tuning DeiT-B on other data sets: Touvron et al. 2020, table 7.
 
-The paper gives results and no settings; the first author gave those in issues of facebookresearch/deit: 45 for CIFAR-10
-and Cars, 105 for iNaturalist. What they leave out is the pre-training's: augmentation, warm-up, floor of the learning
-rate. The weights themselves are what is evaluated: some of these data sets have too few updates for the slow average.
+The paper gives results but no settings. The first author gave settings in issues of facebookresearch/deit: in issue 45
+for CIFAR-10 and Cars, and in issue 105 for iNaturalist. The issues leave out augmentation, warm-up and the floor of the
+learning rate, so these are as in pre-training. The recipes evaluate the weights themselves, because some of these data
+sets have too few steps for the slow average.
 """
 
 from dataclasses import replace
@@ -32,7 +33,7 @@ def _issue_45(name: str) -> Recipe:
 
 
 def _issue_105(name: str) -> Recipe:
-    # The rate is meant after scaling (issue 141 there).
+    # This is the learning rate after scaling (issue 141 there).
     return _transfer(
         name,
         AdamW(lr=7.5e-5, per_images=768, weight_decay=0.05),
@@ -55,7 +56,7 @@ def transfer_cifar10() -> Recipe:
 def transfer_cifar100() -> Recipe:
     """DeiT-B on CIFAR-100, at 224 pixels.
 
-    Source: Touvron et al. 2020, table 7; to use CIFAR-10's settings (issue 45 of facebookresearch/deit) is ours.
+    Source: Touvron et al. 2020, table 7; we chose CIFAR-10's settings (issue 45 of facebookresearch/deit).
     Expected: 90.8 top-1.
     Ours: not run at full scale.
     """
@@ -65,7 +66,7 @@ def transfer_cifar100() -> Recipe:
 def transfer_flowers() -> Recipe:
     """DeiT-B on Oxford Flowers-102.
 
-    Source: Touvron et al. 2020, table 7; to use Cars' settings (issue 45 of facebookresearch/deit) is ours.
+    Source: Touvron et al. 2020, table 7; we chose Cars' settings (issue 45 of facebookresearch/deit).
     Expected: 98.4 top-1.
     Ours: not run at full scale.
     """

@@ -23,11 +23,11 @@ from deit.machine import resolve_device
 from deit.report import evaluation as report_evaluation
 from deit.report import maps as report_maps
 from deit.report import run as report_run
-from deit.report.evaluation import deciding, images_of, picture, with_interval
+from deit.report.evaluation import deciding, images_of, picture
 from deit.report.maps import Maps
-from deit.report.markup import Html, Section, date, element, isolated, joined, named, scrolled, shortened, span
+from deit.report.markup import Html, Section, date, element, isolated, joined, named, scrolled, shortened
 from deit.report.run import counted
-from deit.train.records import MODEL, RECIPE, Record, is_number
+from deit.train.records import MODEL, RECIPE, Record, is_number, span
 
 FILE = "report.html"
 _SHARE = 0.1
@@ -271,16 +271,16 @@ def _name(record: Record | None, evaluation: Evaluation | None) -> str:
 
 def _story(record: Record) -> Html:
     """One sentence on the training."""
-    updates, epoch, about = record.last("step"), record.last("epoch"), record.about
+    steps, epoch, about = record.last("step"), record.last("epoch"), record.about
     parts: list[object] = [element("code", named(record.folder)), ": "]
-    if updates is None:
+    if steps is None:
         return joined([*parts, "a run that has not written any metrics."])
-    parts.append(f"{updates:,.0f} updates" + (f", {epoch:,.4g} epochs" if epoch is not None else ""))
+    parts.append(f"{steps:,.0f} steps" + (f", {epoch:,.4g} epochs" if epoch is not None else ""))
     if about:
         kinds = f" of {len(about.classes):,} classes" if record.labelled else ""
         parts.append(f", on {sum(about.train):,} images{kinds}")
     if skipped := record.last("skipped"):
-        parts.append(f"; {skipped:,.0f} updates were skipped, as their loss or gradient was not finite")
+        parts.append(f"; {skipped:,.0f} steps were skipped, as their loss or gradient was not finite")
     if bad := record.last("bad_images"):
         parts.append(f"; {bad:,.0f} training images can't be read")
     return joined([*parts, "."])
@@ -319,7 +319,7 @@ def _headline(record: Record | None, evaluation: Evaluation | None) -> Html:
             ("calibration error", f"{report.calibration_error:.3f}", [f"negative log likelihood {report.nll:.3f}"])
         )
     elif record and (best := record.best):
-        after = [f"after update {best['step']:,}"]
+        after = [f"after step {best['step']:,}"]
         if is_number(best.get("val_loss")):
             tiles.append(("loss on validation images", f"{best['val_loss']:.4g}", after))
         elif found := counted(record, best["val_accuracy"]):
@@ -343,7 +343,7 @@ def _headline(record: Record | None, evaluation: Evaluation | None) -> Html:
 
 
 def _accuracy_tile(name: str, accuracy: Accuracy) -> tuple[str, str, Sequence[str]]:
-    value, interval = with_interval(accuracy)
+    value, interval = accuracy.cells()
     return name, f"{value:.3f}", [interval, f"{accuracy.correct:,} of {accuracy.total:,}"]
 
 

@@ -35,7 +35,7 @@ def curves(
     epoch: float | None = None,
     within: tuple[float, float] = (-math.inf, math.inf),
 ) -> Html:
-    """Lines over updates, and over epochs where `epoch`, the updates of one, is known.
+    """Lines over steps, and over epochs where `epoch`, the steps of one, is known.
 
     `within` holds the axis of the values to what they can be. Raises `ValueError` where no point is finite.
     """
@@ -53,7 +53,7 @@ def curves(
     parts = [
         _grid(up, _LEFT, _WIDTH - _RIGHT),
         joined(_label(across(x), _HEIGHT - _BOTTOM + 17, f"{x:,.6g}", "middle") for x in across.ticks()),
-        _label((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, "updates", "middle", "soft"),
+        _label((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, "steps", "middle", "soft"),
     ]
     if epoch:
         epochs = _Axis(0, right / epoch, _LEFT, _WIDTH - _RIGHT)
@@ -71,7 +71,7 @@ def curves(
         for line in lines
         if (known := [y for _, y in line.points if math.isfinite(y)])
     )
-    return _figure(key, title, "; ".join(ends) + f", over {right:,.6g} updates", _HEIGHT, parts)
+    return _figure(key, title, "; ".join(ends) + f", over {right:,.6g} steps", _HEIGHT, parts)
 
 
 def swatch(style: int) -> Html:

@@ -25,10 +25,9 @@ from deit.report.markup import (
     plural,
     sentence,
     shortened,
-    span,
     table,
 )
-from deit.train.records import Record, is_number
+from deit.train.records import Record, is_number, span
 
 _METRICS = 120
 """Rows of the table behind the curves."""
@@ -76,7 +75,7 @@ def unevaluated(record: Record, missing: str) -> Section:
     if best and rows:
         parts.append(
             sentence(
-                f"Accuracy on the validation images of the model that was kept, after update "
+                f"Accuracy on the validation images of the model that was kept, after step "
                 f"{best['step']:,.0f}. It was chosen by the first of these numbers, so they flatter it; "
                 "test images do not."
             )
@@ -142,7 +141,7 @@ def training(record: Record) -> Section:
                 element(
                     "figure",
                     element("figcaption", title),
-                    drawing.curves(key, f"{title} over updates", lines, epoch=_per_epoch(record), within=within),
+                    drawing.curves(key, f"{title} over steps", lines, epoch=_per_epoch(record), within=within),
                     legend,
                 )
             )
@@ -159,7 +158,7 @@ def training(record: Record) -> Section:
 
 
 def _per_epoch(record: Record) -> float | None:
-    """Updates of one epoch."""
+    """Steps of one epoch."""
     last = record.rows[-1]
     return last["step"] / last["epoch"] if is_number(last.get("epoch")) and last["epoch"] > 0 < last["step"] else None
 
@@ -314,7 +313,7 @@ def machine(record: Record) -> Section:
             *((name, version) for name, version in about.versions.items()),
         ]
     for key, name, form in (
-        ("images_per_second", "rate of recent updates", "{:,.1f} images/s"),
+        ("images_per_second", "rate of recent steps", "{:,.1f} images/s"),
         ("images", "views shown", "{:,.0f}"),
     ):
         if (value := record.last(key)) is not None:

@@ -30,7 +30,7 @@ def saved(folder: Path) -> list[Path]:
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    """Writes the state after update `step`, and removes all but the newest.
+    """Writes the state after step `step`, and removes all but the newest.
 
     Raises `OSError` where it can't be written; the checkpoints that were there are untouched.
     """

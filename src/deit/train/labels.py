@@ -1,11 +1,11 @@
 """A teacher's answers written once, and learnt from again and again. B images of a batch, C classes, k kept classes.
 
-Every view of a training image is a function of the recipe's seed and the update's number, so the answers to the views
+Every view of a training image is a function of the recipe's seed and the step's number, so the answers to the views
 of some epochs stand for the teacher in any run that sees the same views: the recipe's fields that decide them are kept
 with the answers, and compared.
 
 A cache is a folder: `cache.json` says what it holds, and each `labels-00000.safetensors` holds the same number of
-updates (the last one may hold fewer), a row of B for each.
+steps (the last one may hold fewer), a row of B for each.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ VIEWS_VERSION = 1
 """To be raised whenever the code of `data` or `augment` draws or computes other views than before: older caches are
 then refused."""
 PART_BYTES = 16 * 2**20
-"""Most that a part holds, but for a single update that is larger."""
+"""Most bytes that a part holds; a single step that is larger has a part of its own."""
 _FILE = re.compile(r"labels-(\d{5,})\.safetensors")
 
 
@@ -54,7 +54,7 @@ class _Layout:
     """What the parts of a cache hold."""
 
     steps: int
-    """Updates, in all parts."""
+    """Steps, in all parts."""
     steps_per_part: int
     batch: int
     classes: int
@@ -66,13 +66,13 @@ class _Layout:
     def parts(self) -> int:
         return -(-self.steps // self.steps_per_part)
 
-    def updates(self, part: int) -> range:
+    def steps_of(self, part: int) -> range:
         first = part * self.steps_per_part
         return range(first, min(first + self.steps_per_part, self.steps))
 
-    def tensors(self, updates: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-        """Type and shape of what a part of so many updates holds; classes in the narrowest integers that hold them."""
-        rows = (updates, self.batch)
+    def tensors(self, steps: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Type and shape of what a part of so many steps holds; classes in the narrowest integers that hold them."""
+        rows = (steps, self.batch)
         index = np.dtype(
             next((kind for kind in (np.uint8, np.uint16) if self.classes <= np.iinfo(kind).max + 1), np.int32)
         )
@@ -82,9 +82,9 @@ class _Layout:
             return {"log_probability": (np.dtype(np.float32), (*rows, self.classes))}
         return {"index": (index, (*rows, self.top_k)), "probability": (np.dtype(np.float16), (*rows, self.top_k))}
 
-    def size(self, updates: int) -> int:
-        """Bytes of the tensors of so many updates."""
-        return sum(kind.itemsize * math.prod(shape) for kind, shape in self.tensors(updates).values())
+    def size(self, steps: int) -> int:
+        """Bytes of the tensors of so many steps."""
+        return sum(kind.itemsize * math.prod(shape) for kind, shape in self.tensors(steps).values())
 
 
 def _layout(recipe: Recipe, split: Split, steps: int) -> _Layout:
@@ -174,7 +174,7 @@ def _write_parts(work: _Work, out: Path, todo: list[int], prints: Mapping[str, s
     layout = work.layout
     batches = TrainingBatches(work.split, work.recipe, cycle=layout.steps)
     faults = Faults(len(work.split))
-    total = layout.batch * sum(len(layout.updates(part)) for part in todo)
+    total = layout.batch * sum(len(layout.steps_of(part)) for part in todo)
     done, began = 0, time.perf_counter()
     kept: dict[str, Tensor] = {}  # of one part, on the device: fetched once
     with Progress(
@@ -190,7 +190,7 @@ def _write_parts(work: _Work, out: Path, todo: list[int], prints: Mapping[str, s
         for part, row, batch in _updates(batches, layout, todo):
             for file, reason in faults.add(batch.faults):
                 _say(console, f"{file} {reason}. Another image stands in for it")
-            rows = len(layout.updates(part))
+            rows = len(layout.steps_of(part))
             for positions, found in work.answers(batch, batches):
                 for name, value in found.items():
                     if row == 0 and (name not in kept or len(kept[name]) != rows):
@@ -215,12 +215,12 @@ def _updates(batches: TrainingBatches, layout: _Layout, parts: list[int]) -> Ite
     stream: Iterator[Batch] = iter(())
     at = -1
     for part in parts:
-        updates = layout.updates(part)
-        if at != updates.start:
-            stream = batches.from_step(updates.start)
-        for row, batch in enumerate(islice(stream, len(updates))):
+        steps = layout.steps_of(part)
+        if at != steps.start:
+            stream = batches.from_step(steps.start)
+        for row, batch in enumerate(islice(stream, len(steps))):
             yield part, row, batch
-        at = updates.stop
+        at = steps.stop
 
 
 def _say(console: Console, sentence: str) -> None:
@@ -228,7 +228,7 @@ def _say(console: Console, sentence: str) -> None:
 
 
 class LabelCache:
-    """The teacher's answers, from the folder that `teach` wrote; `steps` updates, after which they come again."""
+    """The teacher's answers, from the folder that `teach` wrote; `steps` steps, after which they come again."""
 
     def __init__(self, folder: Path, layout: _Layout, prints: Mapping[str, str]):
         self.folder, self.layout, self.steps, self.prints = folder, layout, layout.steps, dict(prints)
@@ -240,19 +240,19 @@ class LabelCache:
         """Raises `FileNotFoundError` where there is no cache, `ValueError` where it is not complete, or where it is of
         other images or other views than this recipe's."""
         folder = Path(folder)
-        record = _record(folder)
-        _compare(folder, record, recipe, split, {"data": fingerprint(split), "views": _hash(views(recipe))})
-        layout = replace(_layout(recipe, split, record["steps"]), steps_per_part=record["steps_per_part"])
+        description = _description(folder)
+        _compare(folder, description, recipe, split, {"data": fingerprint(split), "views": _hash(views(recipe))})
+        layout = replace(_layout(recipe, split, description["steps"]), steps_per_part=description["steps_per_part"])
         whole = sum(_is_whole(folder, layout, part) for part in range(layout.parts))
         if whole < layout.parts:
             raise ValueError(
                 f"{folder} holds {whole} of {layout.parts} parts; run the same deit teach again, it makes "
                 "those that are missing"
             )
-        return cls(folder, layout, record["fingerprints"])
+        return cls(folder, layout, description["fingerprints"])
 
     def labels(self, step: int, positions: Tensor) -> Tensor:
-        """What `answers` gave for `positions` (B,) of the global batch of update `step`: decisions (B,) int64 or
+        """What `answers` gave for `positions` (B,) of the global batch of step `step`: decisions (B,) int64 or
         log-probabilities (B, C) float32, on the CPU.
 
         Raises `CheckpointError` where the part is damaged.
@@ -275,14 +275,14 @@ class LabelCache:
 
 def views(recipe: Recipe) -> dict[str, Any]:
     """Everything that decides what the teacher sees and what of its answers is kept, as JSON types."""
-    record = recipe.to_dict()
+    description = recipe.to_dict()
     chosen = {"data": ("batch", "repeats", "crop_ratio", "mean", "std"), "objective": ("kind", "top_k", "resolution")}
     return {
         "version": VIEWS_VERSION,
         "seed": recipe.seed,
-        "augment": record["augment"],
+        "augment": description["augment"],
         "model": {"image_size": list(recipe.model.image_hw), "num_channels": recipe.model.num_channels},
-        **{part: {name: record[part][name] for name in names} for part, names in chosen.items()},
+        **{part: {name: description[part][name] for name in names} for part, names in chosen.items()},
     }
 
 
@@ -294,35 +294,37 @@ _KEYS = ("fingerprints", "teacher", "steps", "steps_per_part", "images", "views"
 """Keys of cache.json that adding to a cache needs."""
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def _description(folder: Path) -> dict[str, Any]:
     path = folder / "cache.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no cache.json; expected a folder that deit teach wrote")
-    record = files.read_json(path)
-    if record.get("version") != VERSION:
+    description = files.read_json(path)
+    if description.get("version") != VERSION:
         raise ValueError(
-            f"{path} has version {record.get('version')!r}, this package reads {VERSION}; run deit teach "
+            f"{path} has version {description.get('version')!r}, this package reads {VERSION}; run deit teach "
             "into another folder"
         )
-    if missing := [name for name in _KEYS if name not in record]:
+    if missing := [name for name in _KEYS if name not in description]:
         raise files.CheckpointError(f"{path} lacks {missing[0]!r}; it is damaged, run deit teach into another folder")
-    return record
+    return description
 
 
-def _compare(folder: Path, record: Mapping[str, Any], recipe: Recipe, split: Split, prints: Mapping[str, str]) -> None:
+def _compare(
+    folder: Path, description: Mapping[str, Any], recipe: Recipe, split: Split, prints: Mapping[str, str]
+) -> None:
     """Refuses a cache of other data, views or teacher, by name."""
-    differing = [name for name in prints if record["fingerprints"].get(name) != prints[name]]
+    differing = [name for name in prints if description["fingerprints"].get(name) != prints[name]]
     if not differing:
         return
     name = differing[0]
     if name == "data":
         reason = (
-            f"{record['images']} images there, {len(split)} here"
-            if record["images"] != len(split)
+            f"{description['images']} images there, {len(split)} here"
+            if description["images"] != len(split)
             else "names, classes or contents of its files differ"
         )
     elif name == "views":
-        then, now = record["views"], views(recipe)
+        then, now = description["views"], views(recipe)
         reason = (
             difference(then, now)
             if then.get("version") == now["version"]
@@ -330,7 +332,7 @@ def _compare(folder: Path, record: Mapping[str, Any], recipe: Recipe, split: Spl
             f"changed since (version {then.get('version')} there, {now['version']} here)"
         )
     else:
-        reason = f"its weights, classes or preprocessing differ from those of {record['teacher']} then"
+        reason = f"its weights, classes or preprocessing differ from those of {description['teacher']} then"
     moves = {"data": "bring that data back", "views": "set it back", "teacher": "take that teacher"}
     raise ValueError(
         f"{folder} was taught with other {name}: {reason}; {moves[name]}, or run deit teach into another folder"
@@ -346,7 +348,7 @@ def _claim(out: Path, recipe: Recipe, split: Split, layout: _Layout, prints: Map
         raise ValueError(f"{out} holds {foreign[0]}, which is no part of a label cache; choose an empty or new folder")
     objective = recipe.objective
     assert isinstance(objective, Distilled)
-    record = {
+    description = {
         "version": VERSION,
         "fingerprints": dict(prints),
         "teacher": objective.teacher,
@@ -361,20 +363,20 @@ def _claim(out: Path, recipe: Recipe, split: Split, layout: _Layout, prints: Map
         "deit": host.VERSION,
     }
     if "cache.json" in names:
-        found = _record(out)
+        found = _description(out)
         _compare(out, found, recipe, split, prints)
         if found["steps"] > layout.steps:
             raise ValueError(
-                f"{out} is a cache of {found['steps']} updates, {layout.steps} are asked for; ask for as "
+                f"{out} is a cache of {found['steps']} steps, {layout.steps} are asked for; ask for as "
                 "many epochs or more, or choose another folder"
             )
         layout = replace(layout, steps_per_part=found["steps_per_part"])
-        record |= {"steps_per_part": layout.steps_per_part, "deit": found["deit"]}
+        description |= {"steps_per_part": layout.steps_per_part, "deit": found["deit"]}
     elif names:
         raise ValueError(
             f"{out} holds {min(names)} but no cache.json that says what it is of; choose an empty or new folder"
         )
-    files.write_json(out / "cache.json", record)
+    files.write_json(out / "cache.json", description)
     return layout
 
 
@@ -390,7 +392,7 @@ def _is_whole(folder: Path, layout: _Layout, part: int) -> bool:
     try:
         with open(_path(folder, part), "rb") as file:
             header = int.from_bytes(file.read(8), "little")
-            return file.seek(0, 2) == 8 + header + layout.size(len(layout.updates(part)))
+            return file.seek(0, 2) == 8 + header + layout.size(len(layout.steps_of(part)))
     except FileNotFoundError:
         return False
 
@@ -405,7 +407,7 @@ def _checksum(arrays: Mapping[str, np.ndarray], part: int, prints: Mapping[str, 
 
 
 def _write(folder: Path, layout: _Layout, part: int, prints: Mapping[str, str], kept: Mapping[str, Tensor]) -> None:
-    expected = layout.tensors(len(layout.updates(part)))
+    expected = layout.tensors(len(layout.steps_of(part)))
     arrays = {name: value.cpu().numpy().astype(expected[name][0]) for name, value in kept.items()}
     assert {name: (array.dtype, array.shape) for name, array in arrays.items()} == expected
     with _undisturbed(), files.replacing(_path(folder, part)) as temporary:
@@ -415,7 +417,7 @@ def _write(folder: Path, layout: _Layout, part: int, prints: Mapping[str, str], 
 def _read(
     folder: Path, layout: _Layout, part: int, prints: Mapping[str, str], *, verify: bool = True
 ) -> dict[str, np.ndarray]:
-    path, expected = _path(folder, part), layout.tensors(len(layout.updates(part)))
+    path, expected = _path(folder, part), layout.tensors(len(layout.steps_of(part)))
     try:
         with safe_open(path, "np") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)

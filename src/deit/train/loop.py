@@ -1,6 +1,6 @@
 """The training loop: one for every model, objective and number of processes.
 
-A run's whole state is its tensors and `State`. Everything random is a function of the update's number, so a run that
+A run's whole state is its tensors and `State`. Everything random is a function of the step's number, so a run that
 is stopped anywhere goes on from its last checkpoint to the same end, bit by bit.
 """
 
@@ -35,9 +35,9 @@ from deit.train.progress import Reporter
 from deit.train.runs import State, Work
 
 _MOST_SKIPPED = 5
-"""Updates in a row whose loss or gradient is not finite, before the run stops."""
+"""Steps in a row whose loss or gradient is not finite, before the run stops."""
 _ROWS = 50
-"""Updates between rows of metrics, where evaluations are further apart."""
+"""Steps between rows of metrics, where evaluations are further apart."""
 
 
 class _Interrupted(Exception):
@@ -168,7 +168,7 @@ class _Session:
     def stop(self) -> NoReturn:
         self.save()
         self.reporter.say(
-            f"stopped by {self.signals.name} after update {self.state.step} of {self.work.total}; the "
+            f"stopped by {self.signals.name} after step {self.state.step} of {self.work.total}; the "
             "state is saved, --resume goes on"
         )
         raise Stopped(128 + (self.signals.caught or signal.SIGTERM))
@@ -248,7 +248,7 @@ def _loop(session: _Session) -> None:
             session.reporter.advance(state.step, numbers, time.perf_counter() - began)
 
             if late and state.step < work.total:
-                say(f"the time is up after update {state.step} of {work.total}; --resume would go on")
+                say(f"the time is up after step {state.step} of {work.total}; --resume would go on")
                 session.judge()
                 break
             if stop:
@@ -263,7 +263,7 @@ def _loop(session: _Session) -> None:
 def _update(
     work: Work, state: State, batch: Batch, wishes: tuple[bool, ...], say: Callable[[str], None]
 ) -> tuple[dict[str, float], list[bool]]:
-    """One update of the weights, or none where loss or gradient is not finite; whether any process wishes for what
+    """One step of the weights, or none where loss or gradient is not finite; whether any process wishes for what
     `wishes` holds."""
     buffers = [buffer.clone() for buffer in work.model.buffers()]  # running statistics change in the forward pass
     names, means = _gradients(work, state, batch, buffers, say)
@@ -275,7 +275,7 @@ def _update(
             torch.tensor(wishes, dtype=torch.float32).to(work.us.device),
         ]
     )
-    found = work.us.sum(values).tolist()  # the one host-device synchronisation of an update
+    found = work.us.sum(values).tolist()  # the one host-device synchronisation of a step
     numbers = dict(zip([*names, "gradient_norm"], found, strict=False))
     state.step += 1
     if math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient_norm"]):
@@ -291,11 +291,11 @@ def _update(
         _undo(work, buffers)
         state.skipped += 1
         state.skipped_in_a_row += 1
-        say(f"update {state.step} is skipped: loss {numbers['loss']}, norm of the gradient {numbers['gradient_norm']}")
+        say(f"step {state.step} is skipped: loss {numbers['loss']}, norm of the gradient {numbers['gradient_norm']}")
         if state.skipped_in_a_row >= _MOST_SKIPPED:
             optimizer = work.recipe.optim
             raise Diverged(
-                f"{work.recipe.name}: the loss or its gradient was not finite in {_MOST_SKIPPED} updates in "
+                f"{work.recipe.name}: the loss or its gradient was not finite in {_MOST_SKIPPED} steps in "
                 f"a row, up to {state.step}; the last good checkpoint and model are kept. Lower optim.lr "
                 f"(now {optimizer.lr}), set optim.clip (now {optimizer.clip}), lengthen schedule.warmup, or "
                 "set compute.precision=float32"
@@ -423,7 +423,7 @@ def _out_of_memory(error: BaseException) -> bool:
 def _plan(
     recipe: Recipe, train_split: Split, val_split: Split, us: Processes, seconds: float, console: Console | None
 ) -> Recipe:
-    """The recipe with a schedule that ends within `seconds`: updates and evaluation are timed on a model that is then
+    """The recipe with a schedule that ends within `seconds`: steps and evaluation are timed on a model that is then
     thrown away, so that the record of the run stays complete. Never longer than the recipe's own."""
     began = time.perf_counter()
     work, state = runs.prepare(recipe, train_split, val_split, us, None)
@@ -445,17 +445,17 @@ def _plan(
     started = time.perf_counter()
     work.objective.judge(work.model, islice(work.validation, sample), us, work.precision)
     judging = (time.perf_counter() - started) * len(work.validation) / sample
-    per_update = statistics.median(times[2:])
+    per_step = statistics.median(times[2:])
     left = 0.9 * (seconds - (time.perf_counter() - began)) - judging
-    total = int(by_main(left / (per_update + judging / work.every)))
+    total = int(by_main(left / (per_step + judging / work.every)))
     if total < 1:
         raise ValueError(
-            f"an update takes about {per_update:.1f} s and an evaluation {judging:.1f} s: none fits into "
+            f"a step takes about {per_step:.1f} s and an evaluation {judging:.1f} s: none fits into "
             f"the {seconds:.0f} s that are left; give more time, or a smaller model"
         )
     if us.main:
         (console or Console(stderr=True)).print(
-            f"{min(total, work.total)} of the recipe's {work.total} updates fit into the time", highlight=False
+            f"{min(total, work.total)} of the recipe's {work.total} steps fit into the time", highlight=False
         )
     if total >= work.total:
         return recipe

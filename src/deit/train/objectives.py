@@ -44,7 +44,7 @@ class Objective(Protocol):
     passes: int
     """Forward passes over each batch, each with its own stochastic depth."""
     cycle: int | None
-    """Updates after which the batches come again; None: never."""
+    """Steps after which the batches come again; None: never."""
 
     def __call__(self, model: nn.Module, batch: Batch, depth_draws: Tensor | None) -> dict[str, Tensor]:
         """Means over the micro-batch, scalars: `loss` has the gradient, the others are to be logged.

@@ -28,38 +28,38 @@ _FUSED_ON = ("cpu", "cuda")
 # ------------------------------------------------------------------------------------------------------------- groups
 
 
-def parameter_groups(model: nn.Module, recipe: Optimizer) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, settings: Optimizer) -> list[dict[str, Any]]:
     """The parameters that train, in groups of one `weight_decay` and one `lr_scale` (the group's learning rate over
     the main one).
 
     No weight decay on vectors (biases, norms, LayerScale), positions, class and mask token, as in the original code;
-    the distillation token as the recipe says. The scale is `layer_decay ** (last - depth)` with depth 0 for patches,
+    the distillation token as the settings say. The scale is `layer_decay ** (last - depth)` with depth 0 for patches,
     tokens and positions, i + 1 for block i, and last = blocks + 1 for all that follows them (Clark et al. 2020; BEiT,
     Bao et al. 2021). timm counts the final norm to the last block, one power lower.
 
     Raises `ValueError` where `layer_decay` is below 1 and the model has no blocks.
     """
-    return _groups(model, recipe, _trained(model))
+    return _groups(model, settings, _trained(model))
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _groups(model: nn.Module, recipe: Optimizer, chosen: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+def _groups(model: nn.Module, settings: Optimizer, chosen: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     last = 1 + len({found[1] for name, _ in model.named_parameters() if (found := _BLOCK.search(name))})
-    if recipe.layer_decay < 1 and last == 1:
+    if settings.layer_decay < 1 and last == 1:
         raise ValueError(
-            f"layer_decay={recipe.layer_decay} needs a model with blocks, {type(model).__name__} has "
+            f"layer_decay={settings.layer_decay} needs a model with blocks, {type(model).__name__} has "
             "none; set optim.layer_decay=1"
         )
-    free = _NEVER_DECAYED | (set() if recipe.decay_distillation_token else {"distillation_token"})
+    free = _NEVER_DECAYED | (set() if settings.decay_distillation_token else {"distillation_token"})
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in chosen.items():
         block = _BLOCK.search(name)
         depth = int(block[1]) + 1 if block else 0 if _INPUT.search(name) else last
-        scale = recipe.layer_decay ** (last - depth)
-        decay = 0.0 if parameter.ndim <= 1 or name.rpartition(".")[2] in free else recipe.weight_decay
+        scale = settings.layer_decay ** (last - depth)
+        decay = 0.0 if parameter.ndim <= 1 or name.rpartition(".")[2] in free else settings.weight_decay
         group = groups.setdefault((scale, decay), {"params": [], "weight_decay": decay, "lr_scale": scale})
         group["params"].append(parameter)
     return list(groups.values())
@@ -72,7 +72,7 @@ class Optimizers:
     """The optimizers of one model, which step together; `build` makes them.
 
     What they remember exists from the start, at the values that each would begin with, so a run's state has the same
-    names before its first update as after it.
+    names before its first step as after it.
     """
 
     def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]):
@@ -117,11 +117,11 @@ class Optimizers:
         }
 
 
-def build(model: nn.Module, recipe: Optimizer) -> Optimizers:
-    """The optimizers that a recipe asks for, on the model's device, for the parameters that train.
+def build(model: nn.Module, settings: Optimizer) -> Optimizers:
+    """The optimizers that the settings ask for, on the model's device, for the parameters that train.
 
-    The learning rate is the recipe's for a batch of `per_images` until `Optimizers.set_lr`. Parameters that are
-    sharded later are not followed: spread the model over processes first.
+    The learning rate is that of the settings, for a batch of `per_images`, until `Optimizers.set_lr`. Parameters that
+    are sharded later are not followed: spread the model over processes first.
 
     Raises `ValueError` for what the model has nothing for (blocks, for `Muon` and `layer_decay`), or where nothing
     trains.
@@ -130,34 +130,36 @@ def build(model: nn.Module, recipe: Optimizer) -> Optimizers:
     if not trained:
         raise ValueError(f"every parameter of {type(model).__name__} is frozen; set requires_grad of those to train")
     matrices = {
-        name: p for name, p in trained.items() if isinstance(recipe, Muon) and p.ndim == 2 and _BLOCK.search(name)
+        name: p for name, p in trained.items() if isinstance(settings, Muon) and p.ndim == 2 and _BLOCK.search(name)
     }
-    others = _groups(model, recipe, {name: p for name, p in trained.items() if name not in matrices})
+    others = _groups(model, settings, {name: p for name, p in trained.items() if name not in matrices})
     fused = True if next(iter(trained.values())).device.type in _FUSED_ON else None
     made: list[torch.optim.Optimizer] = []
-    match recipe:
+    match settings:
         case AdamW():
-            made = [torch.optim.AdamW(others, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=fused)]
+            made = [torch.optim.AdamW(others, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)]
         case SGD():
-            made = [torch.optim.SGD(others, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)]
+            made = [torch.optim.SGD(others, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)]
         case LAMB():
-            made = [_Lamb(others, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)]
+            made = [_Lamb(others, lr=settings.lr, betas=settings.betas, eps=settings.eps)]
         case Muon():
-            made = [_muon(model, recipe, matrices)]
+            made = [_muon(model, settings, matrices)]
             for group in others:
-                group["lr_scale"] *= recipe.others_lr / recipe.lr
+                group["lr_scale"] *= settings.others_lr / settings.lr
             if others:
                 made.append(
-                    torch.optim.AdamW(others, lr=recipe.others_lr, betas=recipe.betas, eps=recipe.eps, fused=fused)
+                    torch.optim.AdamW(
+                        others, lr=settings.others_lr, betas=settings.betas, eps=settings.eps, fused=fused
+                    )
                 )
     for optimizer in made:
         _begin(optimizer)
     optimizers = Optimizers(model, made)
-    optimizers.set_lr(recipe.lr)
+    optimizers.set_lr(settings.lr)
     return optimizers
 
 
-def _muon(model: nn.Module, recipe: Muon, matrices: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+def _muon(model: nn.Module, settings: Muon, matrices: Mapping[str, Tensor]) -> torch.optim.Optimizer:
     if not matrices:
         raise ValueError(
             f"Muon is for the matrices of a transformer's blocks, {type(model).__name__} trains none; choose AdamW"
@@ -165,7 +167,7 @@ def _muon(model: nn.Module, recipe: Muon, matrices: Mapping[str, Tensor]) -> tor
     if not hasattr(torch.optim, "Muon"):
         raise ValueError(f"Muon needs PyTorch 2.9 or newer, found {torch.__version__}; update it, or choose AdamW")
     return torch.optim.Muon(
-        _groups(model, recipe, matrices), lr=recipe.lr, momentum=recipe.momentum, adjust_lr_fn="match_rms_adamw"
+        _groups(model, settings, matrices), lr=settings.lr, momentum=settings.momentum, adjust_lr_fn="match_rms_adamw"
     )
 
 
@@ -268,31 +270,31 @@ def _norms(tensors: Sequence[Tensor]) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ learning rate
 
 
-def peak_lr(recipe: Optimizer, batch: int) -> float:
-    """The recipe's learning rate scaled to the batch (Touvron et al. 2020, section 6: lr x batch / 512)."""
-    return recipe.lr * batch / recipe.per_images
+def peak_lr(settings: Optimizer, batch: int) -> float:
+    """The learning rate of the settings, scaled to the batch (Touvron et al. 2020, section 6: lr x batch / 512)."""
+    return settings.lr * batch / settings.per_images
 
 
-def learning_rate(recipe: Cosine, peak: float, step: int, total_steps: int, warmup_steps: int = 0) -> float:
-    """Learning rate of update `step`, counted from 0.
+def learning_rate(settings: Cosine, peak: float, step: int, total_steps: int, warmup_steps: int = 0) -> float:
+    """Learning rate of step `step`, counted from 0.
 
-    A line from `recipe.start` (the rate of update 0) to `peak` (the rate of update `warmup_steps`), then half a cosine
-    to `recipe.floor` at `total_steps`, where it stays. By update, where the original code goes by epoch and runs the
+    A line from `settings.start` (the rate of step 0) to `peak` (the rate of step `warmup_steps`), then half a cosine
+    to `settings.floor` at `total_steps`, where it stays. By step, where the original code goes by epoch and runs the
     first two at `start`.
     """
     if step < warmup_steps:
-        return recipe.start + (peak - recipe.start) * step / warmup_steps
+        return settings.start + (peak - settings.start) * step / warmup_steps
     done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return recipe.floor + (peak - recipe.floor) * (1 + math.cos(math.pi * done)) / 2
+    return settings.floor + (peak - settings.floor) * (1 + math.cos(math.pi * done)) / 2
 
 
 # ----------------------------------------------------------------------------------------------- average of the weights
 
 
 class EMA:
-    """An average of the model's parameters, which follows them at `1 - decay` of the way per update.
+    """An average of the model's parameters, which follows them at `1 - decay` of the way per step.
 
-    The first updates follow faster, at `1 / (updates + 1)` of the way: the average forgets where it started. Buffers
+    The first steps follow faster, at `1 / (updates + 1)` of the way: the average forgets where it started. Buffers
     are the model's own. It takes the room of the parameters once more, on their device and sharded as they are.
     """
 

@@ -15,11 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from deit.machine import Processes, peak_memory
 from deit.recipe import Recipe
+from deit.train.records import span
 
 _SETTLED = 10
-"""Updates after which the rate is worth an estimate: the first ones compile, allocate and fill caches."""
+"""Steps after which the rate is worth an estimate: the first ones compile, allocate and fill caches."""
 _RECENT = 50
-"""Updates whose median duration is the rate."""
+"""Steps whose median duration is the rate."""
 
 
 class Reporter:
@@ -27,7 +28,7 @@ class Reporter:
 
     Args:
         out: the run's folder.
-        done, total: updates so far, and in all.
+        done, total: steps so far, and in all.
         written: bytes of `metrics.jsonl` that belong to the run so far; what a stopped run wrote after its last
             checkpoint is cut off, and written again.
     """
@@ -79,7 +80,7 @@ class Reporter:
         self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     def advance(self, step: int, numbers: dict[str, float], seconds: float) -> None:
-        """After every update, which took `seconds`: the line moves."""
+        """After every step, which took `seconds`: the line moves."""
         since = step - self.first
         self.durations.append(seconds)
         self.rate = self.recipe.data.batch / statistics.median(self.durations)
@@ -87,7 +88,7 @@ class Reporter:
         if since == _SETTLED and self.total > 2 * _SETTLED:
             left = (self.total - step) * self.recipe.data.batch / self.rate
             self.say(
-                f"{self.total - step} updates of {self.recipe.data.batch} images to go: about {_span(left)} at "
+                f"{self.total - step} steps of {self.recipe.data.batch} images to go: about {span(left)} at "
                 f"{self.rate:.0f} images/s, evaluation not counted"
             )
         self.bar.update(self.task, completed=step, note=self._note())
@@ -106,7 +107,7 @@ class Reporter:
             self.board.flush()
         if not self.console.is_terminal and any(name.startswith("val_") for name in row):
             self.say(
-                f"{self.recipe.name}: epoch {row['epoch']:.4g}, update {row['step']} of {self.total}: {self._note()}"
+                f"{self.recipe.name}: epoch {row['epoch']:.4g}, step {row['step']} of {self.total}: {self._note()}"
             )
 
     def _note(self) -> str:
@@ -116,10 +117,3 @@ class Reporter:
             if name in self.latest
         ]
         return "  ".join([*shown, f"{self.rate:.0f} images/s", f"{peak_memory(self.us.device) / 2**30:.1f} GiB"])
-
-
-def _span(seconds: float) -> str:
-    minutes = seconds / 60
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

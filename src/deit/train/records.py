@@ -134,7 +134,7 @@ def _object(path: Path, gaps: list[str]) -> dict[str, Any]:
 
 
 def _rows(path: Path, gaps: list[str]) -> tuple[dict[str, Any], ...]:
-    """Rows with a number of updates, which all have that are written whole."""
+    """Rows with a number of steps, which all have that are written whole."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -156,3 +156,11 @@ def _rows(path: Path, gaps: list[str]) -> tuple[dict[str, Any], ...]:
             f"{'is' if damaged == 1 else 'are'} left out"
         )
     return tuple(rows)
+
+
+def span(seconds: float) -> str:
+    """A duration for people: `45 s`, `12 min` or `1.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

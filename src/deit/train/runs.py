@@ -26,17 +26,17 @@ from deit.train.records import ABOUT, About
 
 @dataclass
 class State:
-    """What a run is besides its tensors, after `step` updates."""
+    """What a run is besides its tensors, after `step` steps."""
 
     step: int = 0
     evaluated: int = 0
-    """Update after which the last evaluation was."""
+    """Step after which the last evaluation was."""
     best: float | None = None
     seconds: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
     sums: dict[str, float] = field(default_factory=dict)
-    """Sums of what the objective logs, over the `counted` updates since the last row of metrics."""
+    """Sums of what the objective logs, over the `counted` steps since the last row of metrics."""
     counted: int = 0
     written: int = 0
     """Bytes of metrics.jsonl."""
@@ -64,7 +64,7 @@ class Work:
     total: int
     warmup: int
     every: float
-    """Updates between evaluations."""
+    """Steps between evaluations."""
     accumulate: int
     """Parts that this process's share of a batch is computed in."""
 
@@ -73,7 +73,7 @@ class Work:
         return optim.learning_rate(self.recipe.schedule, peak, step, self.total, self.warmup)
 
     def due(self, step: int, every: float) -> bool:
-        """Whether something that happens `every` so many updates happens after this one."""
+        """Whether something that happens `every` so many steps happens after this one."""
         return step == self.total or int(step / every) > int((step - 1) / every)
 
 

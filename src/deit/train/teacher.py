@@ -224,18 +224,18 @@ class Teacher:
 # -------------------------------------------------------------------------------------------------------------- answers
 
 
-def condense(logits: Tensor, recipe: Distilled) -> dict[str, Tensor]:
+def condense(logits: Tensor, settings: Distilled) -> dict[str, Tensor]:
     """What of a teacher's logits (B, C) is kept, by name; `expand` makes its answers of it.
 
-    Hard: `hard` (B,) int64. Soft: `log_probability` (B, C) float32, or where `recipe.top_k` is below C the most likely
-    classes, `index` (B, top_k) int64, and `probability` (B, top_k) float16.
+    Hard: `hard` (B,) int64. Soft: `log_probability` (B, C) float32, or, where `settings.top_k` is below C, the most
+    likely classes, `index` (B, top_k) int64, and `probability` (B, top_k) float16.
     """
     logits = logits.float()
-    if recipe.kind == "hard":
+    if settings.kind == "hard":
         return {"hard": logits.argmax(-1)}
-    if recipe.top_k is None or recipe.top_k >= logits.shape[1]:
+    if settings.top_k is None or settings.top_k >= logits.shape[1]:
         return {"log_probability": logits.log_softmax(-1)}
-    kept, index = logits.softmax(-1).topk(recipe.top_k)
+    kept, index = logits.softmax(-1).topk(settings.top_k)
     return {"index": index, "probability": kept.clamp(min=TINY).half()}
 
 
@@ -253,14 +253,14 @@ def expand(kept: Mapping[str, Tensor], classes: int) -> Tensor:
     return rest.log().float().repeat(1, classes).scatter(1, index, probability.log().float())
 
 
-def answers(logits: Tensor, recipe: Distilled) -> Tensor:
+def answers(logits: Tensor, settings: Distilled) -> Tensor:
     """What the student learns from a teacher's logits (B, C).
 
     Hard: the decisions (B,) int64 (Touvron et al. 2020, equation 3). Soft: log-probabilities (B, C) float32 at
     temperature 1, which any temperature can be applied to as to logits: they differ by a constant for each image. With
-    `recipe.top_k` below C, that many probabilities are kept, in float16, and the rest of 1 is spread evenly.
+    `settings.top_k` below C, that many probabilities are kept, in float16, and the rest of 1 is spread evenly.
     """
-    return expand(condense(logits, recipe), logits.shape[1])
+    return expand(condense(logits, settings), logits.shape[1])
 
 
 # -------------------------------------------------------------------------------------------------------------- finding

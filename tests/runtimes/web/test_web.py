@@ -36,7 +36,7 @@ TARBALL = f"onnxruntime-web-{web.VERSION}.tgz"
 def test_the_page_answers_as_the_model(page, models, exported, kind):
     """Every output, batches of sizes that the export never saw, in the page's own runtime."""
     done, model = exported(kind), load_model(models / kind)
-    with page.running(done.folder, done.record) as engine:
+    with page.running(done.folder, done.description) as engine:
         for count in (1, 2, 7):
             pixels = pixels_for(model, count, seed=count)
             with torch.inference_mode():
@@ -45,16 +45,16 @@ def test_the_page_answers_as_the_model(page, models, exported, kind):
             assert list(found) == OUTPUTS[kind]
             for name, values in found.items():
                 torch.testing.assert_close(torch.from_numpy(values), expected[name], rtol=1e-5, atol=1e-5)
-    assert done.record["agreement"]["labels"] == 1.0
-    assert 0 <= done.record["agreement"]["difference"] <= formats.TOLERANCE
-    assert done.record["preprocessing"] == {"images": 32, "difference": 0.0}
+    assert done.description["agreement"]["labels"] == 1.0
+    assert 0 <= done.description["agreement"]["difference"] <= formats.TOLERANCE
+    assert done.description["preprocessing"] == {"images": 32, "difference": 0.0}
 
 
 def test_the_folder_is_whole(models, exported):
     done = exported("distilled")
     beside = {"config.json", "preprocessor_config.json", "calibration.json", "export.json"}
-    assert {path.name for path in done.folder.iterdir()} == set(done.record["files"]) | beside
-    assert set(done.record["files"]) == {
+    assert {path.name for path in done.folder.iterdir()} == set(done.description["files"]) | beside
+    assert set(done.description["files"]) == {
         "index.html",
         "page.css",
         "page.js",
@@ -69,7 +69,7 @@ def test_the_folder_is_whole(models, exported):
         "ort-wasm-simd-threaded.wasm",
         "onnxruntime-LICENSE",
     }
-    assert done.record["versions"]["onnxruntime-web"] == web.VERSION
+    assert done.description["versions"]["onnxruntime-web"] == web.VERSION
     assert Calibration.of_model(done.folder) == Calibration.of_model(models / "distilled")
     again = Predictor(done.folder), Predictor(models / "distilled")
     for one, other in zip(*(each([noise(30, 50), noise(50, 30)]) for each in again), strict=True):
@@ -78,7 +78,7 @@ def test_the_folder_is_whole(models, exported):
 
 
 def test_nothing_in_the_page_has_another_address(exported):
-    for name in set(exported("convnet").record["files"]) - {
+    for name in set(exported("convnet").description["files"]) - {
         "ort.wasm.bundle.min.js",
         "ort-wasm-simd-threaded.wasm",
         "model.onnx",
@@ -119,9 +119,9 @@ def preprocessing(page, processor, folder):
     """An engine that has no model."""
     processor.save_pretrained(folder)
     page.write(folder)
-    record = {"input": {"name": "pixel_values", "shape": [None, 3, 1, 1]}, "outputs": []}
-    files.write_json(folder / "export.json", record)
-    return page.running(folder, record)
+    description = {"input": {"name": "pixel_values", "shape": [None, 3, 1, 1]}, "outputs": []}
+    files.write_json(folder / "export.json", description)
+    return page.running(folder, description)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -203,8 +203,8 @@ def test_a_grey_model(page, tmp_path):
     processor = DeiTImageProcessor(size=18, crop_size=16, image_mean=(0.4,), image_std=(0.3,))
     saved(build("classification", small(num_channels=1)), tmp_path / "m", processor)
     done = export.export(tmp_path / "m", "web", tmp_path / "out")
-    assert done.record["input"]["shape"] == [None, 1, 16, 16]
-    assert done.record["preprocessing"]["difference"] == 0
+    assert done.description["input"]["shape"] == [None, 1, 16, 16]
+    assert done.description["preprocessing"]["difference"] == 0
 
 
 def test_real_images_are_preprocessed_too(page, models, tmp_path):
@@ -212,8 +212,8 @@ def test_real_images_are_preprocessed_too(page, models, tmp_path):
     for seed in range(4):
         smooth(40 + seed, 300, seed).save(tmp_path / "data" / "ant" / f"{seed}.jpg")
     done = export.export(models / "convnet", "web", tmp_path / "out", calibrate=tmp_path / "data")
-    assert done.record["agreement"]["images"] == 2
-    assert done.record["preprocessing"] == {"images": 34, "difference": 0.0}
+    assert done.description["agreement"]["images"] == 2
+    assert done.description["preprocessing"] == {"images": 34, "difference": 0.0}
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

@@ -1,21 +1,11 @@
-"""The claims of Touvron et al. 2020 (arXiv 2012.12877) on a problem that a CPU can hold: 5,000 images of CIFAR-10.
-
-    python bench/claims.py prepare CIFAR_DIR WORK     # CIFAR_DIR/{train,test}/CLASS/*.jpg; links the images used
-    python bench/claims.py run WORK                   # every run that has no record yet; again, it goes on
-    python bench/claims.py table --write docs/results.md
-
-`experiments.py` says what is run and what is claimed, `report.py` judges. A record of each run is appended to
-results.jsonl beside this file, and everything printed comes from there.
-"""
+"""The runs: each trained in a process of its own, some side by side, one after the other until all have a record."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -25,39 +15,41 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import report
-from experiments import (
+from bench.claims import report
+from bench.claims.experiments import (
     ARMS,
     BASE,
-    EXPERIMENTS,
     FEW,
     FEWER,
     MATCHES,
-    ONCE,
     STUDENT,
     TRAIN,
     UPDATES,
     VAL,
+    Task,
     needs,
     plan,
+    task_of,
     updates_of,
 )
-from report import records
-
+from bench.claims.report import records
 from deit.recipe import Distilled, MaskedImage, Recipe
 
 # ------------------------------------------------------------------------------------------------------------ one run
 
 
-def run_folder(work: Path, arm: str, seed: int) -> Path:
-    return work / f"runs-{UPDATES}" / f"{arm}-{0 if arm in ONCE else seed}"
+def run_folder(work: Path, task: Task) -> Path:
+    """Where a run of the present length trains."""
+    arm, seed = task
+    return work / f"runs-{UPDATES}" / f"{arm}-{seed}"
 
 
 def recipe_of(arm: str, seed: int, work: Path) -> Recipe:
     """The arm's recipe with its seed, and with the folders of the models it names."""
 
     def folder(name: str) -> str:
-        return str(run_folder(work, _matched() if name == "@matched" else name[1:], seed) / "model")
+        arm = _matched() if name == "@matched" else name[1:]
+        return str(run_folder(work, task_of(arm, seed)) / "model")
 
     recipe = replace(ARMS[arm], seed=seed)
     if recipe.start:
@@ -68,7 +60,7 @@ def recipe_of(arm: str, seed: int, work: Path) -> Recipe:
 
 
 def _matched() -> str:
-    """Chosen on validation images, never on test images."""
+    """The ConvNet that "@matched" stands for, chosen on validation images and never on test images."""
     found = records()
     wanted = found["transformer", 0]["validation"]
     return min(MATCHES, key=lambda arm: abs(found[arm, 0]["validation"] - wanted))
@@ -90,7 +82,7 @@ def run_arm(work: Path, arm: str, seed: int) -> dict[str, Any]:
     began = time.perf_counter()
     if arm == "agreement":
         return {"test": agreement(work, seed), "seconds": round(time.perf_counter() - began, 1)}
-    recipe, out = recipe_of(arm, seed, work), run_folder(work, arm, seed)
+    recipe, out = recipe_of(arm, seed, work), run_folder(work, (arm, seed))
     data = work / ("few" if arm in FEW else "data")
     train_split = read_split(data, "train")
     val_split, test_split = (read_split(data, split, train_split.classes) for split in ("val", "test"))
@@ -132,7 +124,7 @@ def agreement(work: Path, seed: int) -> dict[str, float]:
     from deit.model.network import head_probabilities
 
     batches = EvaluationBatches(read_split(work / "data", "test"), processor_for(BASE), 250)
-    models = {arm: load_model(run_folder(work, arm, seed) / "model") for arm in needs("agreement")}
+    models = {arm: load_model(run_folder(work, task_of(arm, seed)) / "model") for arm in needs("agreement")}
     decisions: dict[str, list[Any]] = {}
     cosines: dict[str, list[Any]] = {}
     with torch.inference_mode():
@@ -140,8 +132,8 @@ def agreement(work: Path, seed: int) -> dict[str, float]:
             for arm in ("convnet", "none"):
                 decisions.setdefault(arm, []).append(models[arm](batch.pixels).logits.argmax(-1))
             trace: dict[str, Any] = {}
-            for head, found in head_probabilities(models["distilled"](batch.pixels, trace=trace)).items():
-                decisions.setdefault(head, []).append(found.argmax(-1))
+            for head, probabilities in head_probabilities(models["distilled"](batch.pixels, trace=trace)).items():
+                decisions.setdefault(head, []).append(probabilities.argmax(-1))
             for name in ["embeddings", *(f"block{i:02}" for i in range(STUDENT.num_hidden_layers))]:
                 tokens = trace[name]
                 cosines.setdefault(name, []).append(torch.cosine_similarity(tokens[:, 0], tokens[:, 1], dim=-1))
@@ -187,12 +179,12 @@ def run(work: Path, experiments: Sequence[str], seeds: Sequence[int], jobs: int,
     """Runs what has no record, `jobs` at a time; after `minutes` those under way are stopped, to go on another time.
     Returns how many are left."""
     if not (work / "data").is_dir():
-        raise FileNotFoundError(f"{work} holds no data; first: python bench/claims.py prepare CIFAR_DIR {work}")
+        raise FileNotFoundError(f"{work} holds no data; first: python -m bench.claims prepare CIFAR_DIR {work}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through `finally` below
     end = time.monotonic() + 60 * minutes
     waiting = [task for task in plan(experiments, seeds) if task not in records()]
-    total, failed = len(waiting), set[tuple[str, int]]()
-    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
+    total, failed = len(waiting), set[Task]()
+    running: dict[Task, subprocess.Popen[bytes]] = {}
     try:
         while (waiting or running) and time.monotonic() < end:
             for task in [task for task, process in running.items() if process.poll() is not None]:
@@ -201,9 +193,7 @@ def run(work: Path, experiments: Sequence[str], seeds: Sequence[int], jobs: int,
                 ):
                     failed.add(task)
             done = records()
-            free = [
-                task for task in waiting if all((arm, 0 if arm in ONCE else task[1]) in done for arm in needs(task[0]))
-            ]
+            free = [(arm, seed) for arm, seed in waiting if all(task_of(other, seed) in done for other in needs(arm))]
             for task in free[: jobs - len(running)]:
                 waiting.remove(task)
                 running[task] = _start(work, task)
@@ -220,14 +210,14 @@ def run(work: Path, experiments: Sequence[str], seeds: Sequence[int], jobs: int,
     return left
 
 
-def _start(work: Path, task: tuple[str, int]) -> subprocess.Popen[bytes]:
-    folder = run_folder(work, *task)
+def _start(work: Path, task: Task) -> subprocess.Popen[bytes]:
+    folder = run_folder(work, task)
     folder.mkdir(parents=True, exist_ok=True)
     # One thread for each: OpenMP's would wait for each other where runs share cores.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with open(folder / "log.txt", "ab") as log:
         return subprocess.Popen(
-            [sys.executable, __file__, "one", str(work), task[0], str(task[1])],
+            [sys.executable, "-m", "bench.claims", "one", str(work), task[0], str(task[1])],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -235,9 +225,9 @@ def _start(work: Path, task: tuple[str, int]) -> subprocess.Popen[bytes]:
         )
 
 
-def _finish(work: Path, task: tuple[str, int], status: int, progress: str) -> bool:
+def _finish(work: Path, task: Task, status: int, progress: str) -> bool:
     """Appends the record that a run left; whether there is one."""
-    folder = run_folder(work, *task)
+    folder = run_folder(work, task)
     if status:
         last = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-3:]
         print(f"{task[0]}, seed {task[1]}: status {status}. {' / '.join(last)}", flush=True)
@@ -255,6 +245,7 @@ def one(work: Path, arm: str, seed: int) -> None:
     import torch
 
     from deit import __version__, files
+    from deit.machine import described
 
     git = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
@@ -269,58 +260,11 @@ def one(work: Path, arm: str, seed: int) -> None:
         "updates": updates_of(arm),
         **run_arm(work, arm, seed),
         "cpu_seconds": round(time.process_time(), 1),
-        "machine": machine(),
+        "machine": described(torch.device("cpu")),
         "commit": git.stdout.strip() or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "deit": __version__,
         "when": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
     }
-    files.write_json(run_folder(work, arm, seed) / "record.json", record)
-
-
-def machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return f"{found[1].strip() if found else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    verb = verbs.add_parser("prepare", help="link the images used")
-    verb.add_argument("cifar", type=Path)
-    verb.add_argument("work", type=Path)
-    verb = verbs.add_parser("run", help="run what has no record yet")
-    verb.add_argument("work", type=Path)
-    verb.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)}; all when none is given")
-    verb.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    verb.add_argument("--jobs", type=int, default=2, help="runs side by side (default: %(default)s)")
-    verb.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long")
-    verb = verbs.add_parser("one", help="one run; what `run` starts")
-    verb.add_argument("work", type=Path)
-    verb.add_argument("arm", choices=[*ARMS, "agreement"])
-    verb.add_argument("seed", type=int)
-    verb = verbs.add_parser("table", help="tables and verdicts from the records")
-    verb.add_argument("--write", type=Path, help="Markdown file with the markers; the pictures are drawn too")
-    options = parser.parse_args()
-    if options.verb == "prepare":
-        prepare(options.cifar, options.work)
-    elif options.verb == "run":
-        if unknown := set(options.experiments) - set(EXPERIMENTS):
-            parser.error(f"there is no experiment {min(unknown)}; there is {', '.join(EXPERIMENTS)}")
-        return min(
-            1, run(options.work, options.experiments or list(EXPERIMENTS), options.seeds, options.jobs, options.minutes)
-        )
-    elif options.verb == "one":
-        one(options.work, options.arm, options.seed)
-    elif options.write:
-        report.draw()
-        report.write(options.write, report.table())
-    else:
-        print(report.table())
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    files.write_json(run_folder(work, (arm, seed)) / "record.json", record)

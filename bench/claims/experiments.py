@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from deit.config import ConvNetConfig, DeiTConfig
 from deit.recipe import (
@@ -164,9 +165,11 @@ _arm("none_twice", BASE, *_lasting(2 * UPDATES))
 
 # -------------------------------------------------------------------------------------------------------- experiments
 
-Head = str
-Reading = tuple[str, Head]
+Task = tuple[str, int]
+"""A run: an arm and a seed."""
+Reading = tuple[str, str]
 """An arm and which of its numbers: a head's test accuracy, or what `agreement` found."""
+Expected = Literal["above", "below", "equal"]
 
 
 @dataclass(frozen=True)
@@ -177,11 +180,13 @@ class Claim:
     source: str
     one: Reading
     other: Reading
-    expected: str = "above"
+    expected: Expected = "above"
 
 
 @dataclass(frozen=True)
 class Experiment:
+    """Arms that differ in one thing each, and the claims about them."""
+
     title: str
     arms: tuple[str, ...]
     control: Reading
@@ -368,21 +373,27 @@ def needs(arm: str) -> list[str]:
 
 
 def updates_of(arm: str) -> int:
+    """Length of an arm's runs."""
     return 0 if arm == "agreement" else round(ARMS[arm].schedule.total.amount)
 
 
-def plan(experiments: Iterable[str], seeds: Iterable[int]) -> list[tuple[str, int]]:
-    """(arm, seed) in the order in which they should run, each once, after those it needs."""
-    order: dict[tuple[str, int], None] = {}
+def task_of(arm: str, seed: int) -> Task:
+    """The run of an arm that belongs to a seed: a teacher's is the same for all."""
+    return arm, 0 if arm in ONCE else seed
 
-    def add(arm: str, seed: int) -> None:
-        seed = 0 if arm in ONCE else seed
+
+def plan(experiments: Iterable[str], seeds: Iterable[int]) -> list[Task]:
+    """All runs in an order that works: each once, after those it needs."""
+    order: dict[Task, None] = {}
+
+    def add(task: Task) -> None:
+        arm, seed = task
         for other in needs(arm):
-            add(other, seed)
-        order[arm, seed] = None
+            add(task_of(other, seed))
+        order[task] = None
 
     for experiment in experiments:
         for seed in seeds:
             for arm in EXPERIMENTS[experiment].arms:
-                add(arm, seed)
+                add(task_of(arm, seed))
     return list(order)

@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from curves import curves
-from experiments import ARMS, EXPERIMENTS, ONCE, UPDATES, Reading
+from bench.claims.curves import PICTURES, curves
+from bench.claims.experiments import ARMS, EXPERIMENTS, ONCE, UPDATES, Expected, Reading, Task
 
 RESULTS = Path(__file__).parent / "results.jsonl"
-PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
+
+Record = dict[str, Any]
+"""What a run found, as `runs.one` writes it."""
 
 
-def records() -> dict[tuple[str, int], dict[str, Any]]:
-    """The last record of each (arm, seed) of the present length."""
+def records() -> dict[Task, Record]:
+    """The last record of each run of the present length."""
     lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
     found = [json.loads(line) for line in lines]
     return {
@@ -57,7 +59,7 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def verdict(differences: Sequence[float], expected: str) -> str:
+def verdict(differences: Sequence[float], expected: Expected) -> str:
     """The rule for every claim, fixed before the runs. Fewer than three seeds decide nothing.
 
     above, below: holds where the 95 % interval of the paired difference lies wholly on that side of 0, does not hold
@@ -74,20 +76,22 @@ def verdict(differences: Sequence[float], expected: str) -> str:
     return "holds" if holds else "does not hold" if fails else "not decided"
 
 
-def _values(found: dict[tuple[str, int], dict[str, Any]], reading: Reading) -> dict[int, float]:
-    """By seed. A model of one head has only `fused`."""
+def _values(found: dict[Task, Record], reading: Reading) -> dict[int, float]:
+    """The numbers read, by seed. A model of one head has only `fused`."""
     arm, head = reading
     return {
         seed: record["test"][head] for (name, seed), record in found.items() if name == arm and head in record["test"]
     }
 
 
-def _paired(found: dict[tuple[str, int], dict[str, Any]], one: Reading, other: Reading) -> list[float]:
+def _paired(found: dict[Task, Record], one: Reading, other: Reading) -> list[float]:
+    """The differences of the seeds that both have."""
     ours, theirs = _values(found, one), _values(found, other)
     return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
 
 
 def _difference(values: Sequence[float]) -> str:
+    """Paired differences in a cell of a table: their mean in points, and its interval where there is one."""
     if not values:
         return ""
     if len(values) < 2:
@@ -135,7 +139,8 @@ def table() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _teachers(found: dict[tuple[str, int], dict[str, Any]]) -> str:
+def _teachers(found: dict[Task, Record]) -> str:
+    """The table of the teachers."""
     rows = ["### Teachers", "", "| arm | updates | validation | test |", "|---|---|---|---|"]
     chosen = {record["teacher"] for record in found.values() if "teacher" in record}
     for arm in ONCE:

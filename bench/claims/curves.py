@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from xml.sax.saxutils import escape
 
+PICTURES = Path(__file__).parents[2] / "docs" / "pictures"
+"""Where the pages of docs have theirs."""
 _COLOURS = (
     "#3b82f6",
     "#f59e0b",

@@ -1,10 +1,8 @@
 """Speed from JPEG files to labels on the CPU, beside transformers' pipeline, and of the network beside bare OpenVINO.
 
-    python bench/predict_speed.py [--rounds 7] [--case "tiny 1"|"tiny 32 network"|...]
+    python -m bench.speed.predict [--rounds 7] [--case "tiny 1"|"tiny 32 network"|...]
 
-Each contender is a process of its own with all cores; they take turns, round by round, so that what else the machine
-does meets all alike. Models have random weights and 1,000 classes. Appends a record to bench/predict_speed.jsonl:
-images per second, median over the rounds, and the ratio of ours to each peer's best, round by round.
+Models have random weights and 1,000 classes.
 
 The cases from files: `deit` is what `deit predict --engine auto` runs, `pytorch` the same with `--engine torch`,
 `transformers` is `pipeline("image-classification")` at its defaults. The photos are ImageNet's where
@@ -18,14 +16,18 @@ from __future__ import annotations
 
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
-from train_speed import HERE, answer, contest, machine, run
+
+from bench.harness import Comparison, answer
+
+if TYPE_CHECKING:
+    from deit.export.engines import Engine
 
 SIZES = {("tiny", 1): 32, ("tiny", 32): 96, ("base", 1): 8, ("base", 32): 32}
 """(model, batch): images of a step."""
@@ -39,7 +41,9 @@ CASES = {
     for network in (False, True)
     for (size, batch), images in SIZES.items()
 }
-PHOTOS = HERE.parents[1] / "shared" / "data" / "imagenet_sample.tar"
+PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "imagenet_sample.tar"
+
+Call = Callable[[], Any]
 
 
 def saved(size: str, folder: Path) -> Path:
@@ -56,6 +60,7 @@ def saved(size: str, folder: Path) -> Path:
 
 
 def photos(count: int, folder: Path) -> list[Path]:
+    """The files of `count` photos, written to `folder`; a file stands more than once where there are fewer."""
     if PHOTOS.is_file():
         with tarfile.open(PHOTOS) as archive:
             archive.extractall(folder, filter="data")
@@ -69,14 +74,14 @@ def photos(count: int, folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def predicted(model: Path, files: list[Path], batch: int, engine: Any) -> Callable[[], Any]:
+def predicted(model: Path, files: list[Path], batch: int, engine: Literal["auto", "torch"]) -> Call:
     from deit import Predictor
 
     predictor = Predictor(model, engine=engine)
     return lambda: list(predictor.stream(files, batch=batch))
 
 
-def piped(model: Path, files: list[Path], batch: int) -> Callable[[], Any]:
+def piped(model: Path, files: list[Path], batch: int) -> Call:
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -84,70 +89,76 @@ def piped(model: Path, files: list[Path], batch: int) -> Callable[[], Any]:
     return lambda: list(classify(list(map(str, files)), batch_size=batch))
 
 
-def engine_of(model: Path) -> Any:
-    from deit import DeiTImageProcessor, load_model
-    from deit.export.write import cached_engine
+def engine_of(model: Path) -> Engine:
+    """The model in OpenVINO, as `Predictor` has it."""
+    from deit.export.cache import cached_engine
+    from deit.model.load import load_classifier
 
-    return cached_engine(load_model(model), DeiTImageProcessor.from_pretrained(model), "openvino", str(model))
+    return cached_engine(load_classifier(model), "openvino")
 
 
-def engine_called(model: Path, pixels: list[np.ndarray]) -> Callable[[], Any]:
+def engine_called(model: Path, batches: list[np.ndarray]) -> Call:
     engine = engine_of(model)
-    return lambda: [engine(batch) for batch in pixels]
+    return lambda: [engine(batch) for batch in batches]
 
 
-def openvino_called(model: Path, pixels: list[np.ndarray], hint: str) -> Callable[[], Any]:
-    file = engine_of(model).folder / "model.xml"
+def openvino_called(model: Path, batches: list[np.ndarray], hint: Literal["latency", "throughput"]) -> Call:
     import openvino
 
+    file = engine_of(model).folder / "model.xml"
     compiled = openvino.Core().compile_model(file, "CPU", {"PERFORMANCE_HINT": hint.upper()})
     if hint == "latency":
         request = compiled.create_infer_request()
-        return lambda: [request.infer([batch]) for batch in pixels]
+        return lambda: [request.infer([batch]) for batch in batches]
     queue = openvino.AsyncInferQueue(compiled)
 
     def call() -> None:
-        for batch in pixels:
+        for batch in batches:
             queue.start_async([batch])
         queue.wait_all()
 
     return call
 
 
-FROM_FILES: dict[str, Callable[..., Callable[[], Any]]] = {
+FROM_FILES: dict[str, Callable[[Path, list[Path], int], Call]] = {
     "deit": partial(predicted, engine="auto"),
     "transformers": piped,
     "pytorch": partial(predicted, engine="torch"),
 }
-FROM_PIXELS: dict[str, Callable[..., Callable[[], Any]]] = {
+FROM_PIXELS: dict[str, Callable[[Path, list[np.ndarray]], Call]] = {
     "deit": engine_called,
     "openvino latency": partial(openvino_called, hint="latency"),
     "openvino throughput": partial(openvino_called, hint="throughput"),
 }
 
 
+def contenders(case: Mapping[str, Any]) -> Iterable[str]:
+    return FROM_PIXELS if case["network"] else FROM_FILES
+
+
 def work(contender: str, size: str, batch: int, images: int, network: bool) -> None:
-    """A contender."""
+    """Classifies photos or random pixels with a contender, as often as it is asked to."""
     with tempfile.TemporaryDirectory() as scratch:
         model = saved(size, Path(scratch, "model"))
         if network:
-            pixels = np.random.default_rng(0).standard_normal((images, 3, 224, 224), "float32")
+            pixels = np.random.default_rng(0).standard_normal((images, 3, 224, 224), np.float32)
             answer(FROM_PIXELS[contender](model, np.split(pixels, images // batch)))
         else:
             answer(FROM_FILES[contender](model, photos(images, Path(scratch, "photos")), batch))
 
 
-def measure(case_name: str, rounds: int) -> dict[str, Any]:
-    case = CASES[case_name]
-    return {
-        "case": case_name,
-        **case,
-        "rounds": rounds,
-        "photos": PHOTOS.is_file(),
-        **contest(__file__, FROM_PIXELS if case["network"] else FROM_FILES, case_name, case["images"], rounds, "step"),
-        **machine("torch", "transformers", "openvino"),
-    }
-
+COMPARISON = Comparison(
+    module="bench.speed.predict",
+    description=__doc__,
+    records=Path(__file__).with_suffix(".jsonl"),
+    cases=CASES,
+    contenders=contenders,
+    work=work,
+    step="step",
+    images="images",
+    packages=("torch", "transformers", "openvino"),
+    circumstances={"photos": PHOTOS.is_file()},
+)
 
 if __name__ == "__main__":
-    run(__doc__, CASES, measure, work, HERE / "predict_speed.jsonl")
+    COMPARISON.main()

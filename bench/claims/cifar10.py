@@ -1,15 +1,16 @@
 """CIFAR-10 in half an hour on a CPU: our three recipes, and the reference recipe for the same time.
 
     deit train cifar10_teacher --data CIFAR_DIR --out runs/cifar10_teacher     # then cifar10_coarse, then cifar10
-    python bench/cifar10.py record runs CIFAR_DIR             # their accuracy on the test images, and their curves
-    python bench/cifar10.py reference CIFAR_DIR --minutes 25
-    python bench/cifar10.py draw                              # docs/pictures/cifar10.svg
+    python -m bench.claims.cifar10 record runs CIFAR_DIR     # their accuracy on the test images, and their curves
+    python -m bench.claims.cifar10 reference CIFAR_DIR --minutes 25
+    python -m bench.claims.cifar10 draw                      # docs/pictures/cifar10.svg
 
 The reference is timm's DeiT-Ti with patches of 4 pixels and the settings of Touvron et al. 2020, table 9, and of the
 original code, whose crop at 32 pixels is a random shift by 4: AdamW at 5e-4 x batch / 512 with a cosine and warm-up
 over 5/300, RandAugment, Mixup, CutMix, erasing, smoothing, stochastic depth; batch 128, bfloat16 autocast where the
 hardware has it. Its clock runs while it trains: evaluations and the decoding of the images beforehand are not counted,
-which they are in ours. The model of the end is scored on the test images. Records are appended to bench/cifar10.jsonl.
+which they are in ours. The model of the end is scored on the test images. Records are appended to
+cifar10.jsonl beside this file.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,13 @@ import numpy as np
 import timm.data
 import torch
 import torch.nn.functional as F
-from curves import curves
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_weight_decay
 from torchvision import transforms
-from train_speed import machine
 
+from bench.claims.curves import PICTURES, curves
+from bench.harness import machine
 from deit.data.folders import Split, read_data, read_split
 from deit.evaluate.models import examine_files
 from deit.machine import resolve_precision
@@ -42,15 +44,16 @@ MEAN = STD = (0.5, 0.5, 0.5)
 RANDAUGMENT = "rand-m9-mmax9-mstd0.5-inc1"  # beyond 9, timm 1.0.31 asks Pillow 13 for no bits, which it refuses
 EVALUATIONS = 10
 RUNS = ("cifar10_teacher", "cifar10_coarse", "cifar10")
-RECORDS = Path(__file__).parent / "cifar10.jsonl"
+RECORDS = Path(__file__).with_suffix(".jsonl")
 
 
 def decoded(split: Split) -> tuple[list[Image.Image], np.ndarray]:
+    """Images and labels of a split, in memory."""
     return [Image.open(file).convert("RGB") for file in split.files], np.array(split.labels)
 
 
-def batches(images: list[Image.Image], labels: np.ndarray) -> Any:
-    """Endless (pixels, targets)."""
+def batches(images: list[Image.Image], labels: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Pixels (B, 3, 32, 32) and targets (B, 10) of the reference recipe, without end."""
     view = timm.data.create_transform(
         32,
         is_training=True,
@@ -73,6 +76,7 @@ def batches(images: list[Image.Image], labels: np.ndarray) -> Any:
 
 @torch.inference_mode()
 def accuracy(model: torch.nn.Module, images: list[Image.Image], labels: np.ndarray, dtype: torch.dtype) -> float:
+    """Share of the images that the model gets right; it goes on in training mode."""
     model.eval()
     correct = 0
     for start in range(0, len(images), 256):
@@ -85,13 +89,14 @@ def accuracy(model: torch.nn.Module, images: list[Image.Image], labels: np.ndarr
 
 
 def rate(done: float) -> float:
-    """The learning rate when `done`, 0 to 1, of the time is over."""
+    """Learning rate when the share `done` of the time, 0 to 1, is over."""
     if done < WARMUP:
         return START + (PEAK - START) * done / WARMUP
     return FLOOR + (PEAK - FLOOR) * (1 + math.cos(math.pi * min(1.0, (done - WARMUP) / (1 - WARMUP)))) / 2
 
 
 def reference(data: Path, minutes: float) -> dict[str, Any]:
+    """Trains by the reference recipe for so many minutes, and returns what its record says of it."""
     torch.manual_seed(0)
     np.random.seed(0)  # timm's RandAugment and Mixup draw from it
     train, val = map(decoded, read_data(data, holdout=0.1, seed=0))
@@ -101,7 +106,8 @@ def reference(data: Path, minutes: float) -> dict[str, Any]:
         img_size=32, patch_size=4, embed_dim=192, depth=12, num_heads=3, num_classes=10, drop_path_rate=0.1
     )
     optimizer = torch.optim.AdamW(param_groups_weight_decay(model, 0.05, model.no_weight_decay()), lr=PEAK, fused=True)
-    budget, spent, updates, curve = 60 * minutes, 0.0, 0, []
+    budget, spent, updates = 60 * minutes, 0.0, 0
+    curve: list[tuple[float, float]] = []
     stream = batches(*train)
     while spent < budget:
         began = time.perf_counter()
@@ -129,7 +135,10 @@ def reference(data: Path, minutes: float) -> dict[str, Any]:
 
 
 def ours(runs: Path, data: Path) -> dict[str, Any]:
-    """One run began where the other ended; what lay between, such as imports and the reading of files, is counted."""
+    """What the record says of our three runs.
+
+    One began where the other ended; what lay between, such as imports and the reading of files, is counted.
+    """
     curves_found, images, began = {}, 0, 0.0
     folders = [runs / name for name in RUNS]
     for folder in folders:
@@ -159,9 +168,9 @@ def draw() -> None:
         for record in records.values()
         for name, curve in record["curves"].items()
     }
-    picture = Path(__file__).parents[1] / "docs" / "pictures" / "cifar10.svg"
-    picture.parent.mkdir(exist_ok=True)
-    picture.write_text(curves("CIFAR-10 on CPU cores", lines, "minutes of one core", "validation accuracy, %"))
+    picture = curves("CIFAR-10 on CPU cores", lines, "minutes of one core", "validation accuracy, %")
+    PICTURES.mkdir(exist_ok=True)
+    (PICTURES / "cifar10.svg").write_text(picture)
 
 
 def main() -> None:
@@ -179,7 +188,7 @@ def main() -> None:
         return draw()
     found = ours(options.runs, options.data) if options.verb == "record" else reference(options.data, options.minutes)
     with RECORDS.open("a") as file:
-        print(json.dumps({**found, **machine()}), file=file)
+        print(json.dumps({**found, **machine("torch", "timm", "transformers")}), file=file)
     print(f"{found['what']}: {found['images']} images in {found['seconds']} s, test accuracy {found['test']}")
     return None
 

@@ -1,0 +1,214 @@
+"""What comparisons of speed share: contenders in processes of their own, rounds in turn, a record of each case.
+
+A script describes a `Comparison` and calls its `main`. Every contender is one more process of the same script, which
+calls `work` there; the processes take turns, so that what else the machine does meets all of them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+SECONDS = 3.0
+"""Length of a contender's turn, about; at least one step."""
+OURS = "deit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Ours beside its peers, in some cases."""
+
+    module: str
+    """The script's own name for `python -m`: each contender's process is started with it."""
+    description: str | None
+    records: Path
+    """File that the record of each case is appended to, a line of JSON, when no other is given."""
+    cases: Mapping[str, Mapping[str, Any]]
+    """The settings of each case: arguments of `work`, and fields of the record."""
+    contenders: Callable[[Mapping[str, Any]], Iterable[str]]
+    """The names that take part with these settings: "PEER" or "PEER VARIANT", where ours is the peer "deit"."""
+    work: Callable[..., None]
+    """Prepares a contender in its process and hands its step to `answer`: `work(name, **settings)`."""
+    step: str
+    """What a step is called in the record."""
+    images: str
+    """The setting that says how many images a step takes."""
+    packages: tuple[str, ...]
+    """Packages whose versions the record gives."""
+    circumstances: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of the record."""
+
+    def measure(self, case: str, rounds: int) -> dict[str, Any]:
+        """The record of a case."""
+        settings = self.cases[case]
+        contenders = [Contender(self.module, name, case) for name in self.contenders(settings)]
+        for _ in range(rounds):
+            for contender in contenders:
+                contender.take_turn()
+        for contender in contenders:
+            contender.close()
+        rates = {
+            contender.name: [settings[self.images] / seconds for seconds in contender.seconds]
+            for contender in contenders
+        }
+        return {
+            "case": case,
+            **settings,
+            "rounds": rounds,
+            **self.circumstances,
+            "images_per_second": {name: round(statistics.median(found), 1) for name, found in rates.items()},
+            f"first_{self.step}_seconds": {contender.name: round(contender.first, 2) for contender in contenders},
+            "ratio_to_best": ratios(rates),
+            **machine(*self.packages),
+        }
+
+    def main(self) -> None:
+        """The command line of the script, and of its contenders."""
+        parser = argparse.ArgumentParser(
+            prog=f"python -m {self.module}",
+            description=self.description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("--rounds", type=_count, default=7, help="turns of each contender (default: %(default)s)")
+        parser.add_argument(
+            "--case", choices=tuple(self.cases), action="append", help="may be repeated; all when not given"
+        )
+        parser.add_argument(
+            "--records", type=Path, default=self.records, help="append to this file (default: %(default)s)"
+        )
+        parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
+        options = parser.parse_args()
+        if options.work:
+            name, case = options.work
+            return self.work(name, **self.cases[case])
+        for case in options.case or self.cases:
+            record = self.measure(case, options.rounds)
+            with options.records.open("a", encoding="utf-8") as file:
+                print(json.dumps(record), file=file)
+            Console().print(self.table(record))
+        return None
+
+    def table(self, record: Mapping[str, Any]) -> Table:
+        """A record to be read: a row for each contender."""
+        table = Table(
+            "contender",
+            title=f"{record['case']}, {record['rounds']} round{'s' * (record['rounds'] != 1)}, {record['machine']}",
+            title_justify="left",
+        )
+        for heading in ("images/s", f"first {self.step}, s", "ours over it"):
+            table.add_column(heading, justify="right")
+        for name, rate in record["images_per_second"].items():
+            first = record[f"first_{self.step}_seconds"][name]
+            ratio = record["ratio_to_best"].get(name)
+            over = f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})" if ratio else ""
+            table.add_row(name, f"{rate:.1f}", f"{first:.2f}", over)
+        return table
+
+
+def answer(step: Callable[[], Any]) -> None:
+    """Takes as many steps as each line of standard input says, and answers with the seconds."""
+    for line in sys.stdin:
+        began = time.perf_counter()
+        for _ in range(int(line)):
+            step()
+        print(time.perf_counter() - began, flush=True)
+
+
+class Contender:
+    """A process that takes steps when it is told to. It has warmed up once this object exists."""
+
+    def __init__(self, module: str, name: str, case: str):
+        self.name = name
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, "--work", name, case],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.seconds: list[float] = []
+        """Seconds of a step, one value for each turn."""
+        self.first = self._timed(1)
+        """Seconds of the very first step."""
+        self._timed(2)
+        self.steps = max(1, round(SECONDS / self._timed(1)))
+        """Steps of a turn."""
+
+    def take_turn(self) -> None:
+        self.seconds.append(self._timed(self.steps) / self.steps)
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.process.communicate()
+
+    def _timed(self, steps: int) -> float:
+        """Seconds that these steps take together."""
+        assert self.process.stdin
+        assert self.process.stdout
+        with suppress(BrokenPipeError):  # it has ended, and there is nothing to read either
+            print(steps, file=self.process.stdin, flush=True)
+        found = self.process.stdout.readline()
+        if not found:
+            raise RuntimeError(f"{self.name} ended with status {self.process.wait()}; what it said is above")
+        return float(found)
+
+
+def ratios(rates: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """Our best variant over the best of each peer, best by the median: the ratios' median, lowest and highest.
+
+    `rates` has one value for each round, and a ratio is of two rates of the same round.
+    """
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+    best = {
+        peer: max((name for name in medians if _peer(name) == peer), key=medians.__getitem__)
+        for peer in sorted({_peer(name) for name in medians})
+    }
+    ours = rates[best.pop(OURS)]
+    found = {name: [a / b for a, b in zip(ours, rates[name], strict=True)] for name in best.values()}
+    return {
+        name: [round(value, 3) for value in (statistics.median(values), min(values), max(values))]
+        for name, values in found.items()
+    }
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """What a record says of where it comes from: hardware, the versions of `packages`, commit and date."""
+    import torch  # not before, because the contenders of other frameworks do without it
+
+    from deit.host import cores
+    from deit.machine import described
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    processor = described(torch.device("cpu")).rpartition(", ")[0]
+    features = torch.cpu.get_capabilities()
+    return {
+        "machine": f"{cores()} cores of {processor}",
+        "bfloat16": "AMX" if features.get("amx_bf16") else "AVX512" if features.get("avx512_bf16") else "none",
+        **{name: importlib.import_module(name).__version__ for name in packages},
+        "commit": commit.stdout.strip() or "unknown",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _peer(name: str) -> str:
+    return name.partition(" ")[0]
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {text}")
+    return int(text)

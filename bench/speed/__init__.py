@@ -1,0 +1,1 @@
+"""Speed beside the peers', a module for each comparison."""

@@ -1,0 +1,148 @@
+"""bench/: turns and what becomes of them, records of one form, and that what the docs name is there."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import harness
+from bench.speed import keras, predict, train
+
+ROOT = Path(__file__).parents[1]
+TOY = """
+import time
+from pathlib import Path
+from bench import harness
+
+harness.SECONDS = 0.1
+
+def work(name, pause, batch):
+    assert name != "broken"
+    harness.answer(lambda: time.sleep(pause * (1 if name == "deit" else 10)))
+
+COMPARISON = harness.Comparison(
+    module="toy",
+    description=None,
+    records=Path(__file__).with_suffix(".jsonl"),
+    cases={"short": {"pause": 0.01, "batch": 4}, "broken": {"pause": 0.0, "batch": 4}},
+    contenders=lambda case: ["deit", "peer slow"] if case["pause"] else ["broken"],
+    work=work,
+    step="nap",
+    images="batch",
+    packages=("torch",),
+    circumstances={"dark": True},
+)
+
+if __name__ == "__main__":
+    COMPARISON.main()
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """Runs a comparison of naps from a folder of its own, where only PYTHONPATH leads to `bench`."""
+    (tmp_path / "toy.py").write_text(TOY)
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "toy", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+def test_a_comparison_takes_turns_and_appends_a_record(toy, tmp_path):
+    for count in (1, 2):
+        done = toy("--case", "short", "--rounds", "2")
+        assert done.returncode == 0, done.stderr
+        assert "peer slow" in done.stdout
+        lines = (tmp_path / "toy.jsonl").read_text().splitlines()
+        assert len(lines) == count
+    record = json.loads(lines[-1])
+    assert list(record) == [
+        *("case", "pause", "batch", "rounds", "dark", "images_per_second", "first_nap_seconds", "ratio_to_best"),
+        *("machine", "bfloat16", "torch", "commit", "date"),
+    ]
+    assert (record["case"], record["pause"], record["batch"], record["rounds"]) == ("short", 0.01, 4, 2)
+    assert list(record["images_per_second"]) == list(record["first_nap_seconds"]) == ["deit", "peer slow"]
+    # A nap is no shorter than asked for: 4 images in 0.01 s, or in 0.1 s.
+    assert record["images_per_second"]["deit"] <= 400
+    assert record["images_per_second"]["peer slow"] <= 40
+    middle, low, high = record["ratio_to_best"]["peer slow"]
+    assert 1 < low <= middle <= high
+
+
+def test_a_contender_that_ends_is_named(toy, tmp_path):
+    done = toy("--case", "broken", "--rounds", "1", "--records", "other.jsonl")
+    assert "AssertionError" in done.stderr  # its own
+    assert "RuntimeError: broken ended with status 1" in done.stderr
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_rounds_are_counted_from_one(toy):
+    done = toy("--rounds", "0")
+    assert done.returncode == 2
+    assert "expected 1 or more, found 0" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ({"deit": [4.0, 6.0, 6.0], "timm": [2.0, 2.0, 4.0]}, {"timm": [2.0, 1.5, 3.0]}),
+        (  # the best variant of each by its median; peers in the order of their names
+            {
+                "b slow": [1.0, 9.0, 1.0],
+                "b quick": [2.0, 2.0, 2.0],
+                "a": [8.0, 8.0, 8.0],
+                "deit slow": [3.0, 3.0, 3.0],
+                "deit quick": [4.0, 4.0, 4.0],
+            },
+            {"a": [0.5, 0.5, 0.5], "b quick": [2.0, 2.0, 2.0]},
+        ),
+    ],
+)
+def test_ratios_are_of_the_same_round(rates, expected):
+    found = harness.ratios(rates)
+    assert found == expected
+    assert list(found) == list(expected)
+
+
+@pytest.mark.parametrize("script", [train, keras, predict], ids=lambda script: script.__name__)
+def test_stored_records_have_the_fields_of_new_ones(script):
+    comparison = script.COMPARISON
+    assert comparison.module == script.__name__
+    records = [json.loads(line) for line in comparison.records.read_text().splitlines()]
+    assert {record["case"] for record in records} == set(comparison.cases)
+    for record in records:
+        settings = comparison.cases[record["case"]]
+        assert {name: record[name] for name in settings} == settings
+        assert list(record["images_per_second"]) == list(comparison.contenders(settings))
+        assert list(record) == [
+            *("case", *settings, "rounds", *comparison.circumstances, "images_per_second"),
+            *(f"first_{comparison.step}_seconds", "ratio_to_best", "machine", "bfloat16"),
+            *(*comparison.packages, "commit", "date"),
+        ]
+
+
+PAGES = ["bench/README.md", "CONTRIBUTING.md", "Makefile", "README.md", "README.zh-CN.md"]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))])
+def test_what_the_pages_name_of_bench_is_there(page):
+    text = (ROOT / page).read_text()
+    for name in re.findall(r"python -m (bench[\w.]*\w)", text):
+        found = importlib.util.find_spec(name)
+        assert found, name
+        assert found.submodule_search_locations is None or importlib.util.find_spec(f"{name}.__main__"), name
+    for path in re.findall(r"\bbench/[\w./*]*\w", text):
+        assert list(ROOT.glob(path)), path
