@@ -11,7 +11,7 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 from support.checks import raises_saying
-from support.models import build
+from support.models import build, saved
 
 from deit.cli import main
 from deit.config import VARIANTS
@@ -22,7 +22,6 @@ from deit.export import cache as exporting
 from deit.export.cache import cached_engine
 from deit.export.engines import load_engine
 from deit.export.write import export
-from deit.image.processor import DeiTImageProcessor
 from deit.model.load import load_classifier, load_model
 from deit.predict import predictor as predict
 from deit.predict.predictor import Predictor
@@ -193,8 +192,7 @@ def test_engines_agree_on_photos_at_full_size(tmp_path, monkeypatch, capsys):
     with tarfile.open(PHOTOS) as archive:
         archive.extractall(tmp_path / "photos", filter="data")
     images = sorted((tmp_path / "photos").rglob("*.JPEG"))
-    build("with_teacher", VARIANTS["deit-tiny-distilled-patch16-224"]).save_pretrained(tmp_path / "m")
-    DeiTImageProcessor.paper(224).save_pretrained(tmp_path / "m")
+    saved(build("with_teacher", VARIANTS["deit-tiny-distilled-patch16-224"]), tmp_path / "m")
     float32(monkeypatch)
     first = Predictor(tmp_path / "m")
     pixels = np.stack([first.prepared(image) for image in images])

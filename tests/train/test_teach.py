@@ -15,25 +15,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from support.checks import raises_saying
 from support.models import small
+from support.runs import small_recipe
 
 from deit.data.batches import BadImages, TrainingBatches
 from deit.data.folders import Split
 from deit.files import CheckpointError
-from deit.recipe import (
-    AdamW,
-    Augment,
-    Compute,
-    Cosine,
-    Data,
-    Distilled,
-    Erase,
-    Mix,
-    Recipe,
-    ResizedCrop,
-    Supervised,
-    epochs,
-    override,
-)
+from deit.recipe import Augment, Compute, Data, Distilled, Erase, Mix, ResizedCrop, Supervised, override
 from deit.train import labels as teaching
 from deit.train.labels import LabelCache, teach
 from deit.train.teacher import Teacher, answers
@@ -85,14 +72,12 @@ def small_parts(monkeypatch):
 
 
 def pupil(teacher, *settings, **objective):
-    recipe = Recipe(
+    recipe = small_recipe(
+        Distilled(teacher=teacher, **objective),
         name="pupil",
         model=small(image_size=8, num_labels=5),
         data=Data(batch=4, mean=(0.5, 0.4, 0.3)),
         augment=Augment(crop=ResizedCrop(), flip=0.5, erase=Erase(), mix=Mix(mixup=0.8, cutmix=1.0)),
-        objective=Distilled(teacher=teacher, **objective),
-        optim=AdamW(lr=1e-3, per_images=4),
-        schedule=Cosine(total=epochs(1)),
         compute=Compute(precision="float32", accumulate=2, workers=0),
     )
     return override(recipe, settings)

@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from support.checks import assert_close, raises_saying
-from support.models import build, small
+from support.models import build, saved, small
+from support.runs import small_recipe
 from torch import nn
 
 from deit.config import ConvNetConfig
 from deit.files import CheckpointError
 from deit.image.processor import DeiTImageProcessor
 from deit.model.convnet import ConvNet
-from deit.recipe import AdamW, Cosine, Data, Distilled, Recipe, Supervised, epochs
+from deit.recipe import Data, Distilled, Recipe, Supervised
 from deit.train.teacher import Teacher, answers
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -26,13 +27,11 @@ CLASSES = ("ant", "bee", "cat", "dog")
 
 
 def student(size=16, *, mean=MEAN, std=STD, **objective):
-    return Recipe(
+    return small_recipe(
+        Distilled(teacher="t", **objective),
         name="pupil",
         model=small(image_size=size, num_channels=len(mean)),
         data=Data(batch=4, mean=mean, std=std),
-        objective=Distilled(teacher="t", **objective),
-        optim=AdamW(lr=1e-3, per_images=4),
-        schedule=Cosine(total=epochs(1)),
     )
 
 
@@ -59,15 +58,9 @@ def lively(model):
     return model.eval()
 
 
-def saved(model, folder, processor=None):
-    model.save_pretrained(folder)
-    (processor or DeiTImageProcessor.paper(model.config.image_size)).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def folder(tmp_path):
-    return saved(convnet(), tmp_path)
+    return str(saved(convnet(), tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------ the built-in ConvNet
@@ -122,7 +115,7 @@ def test_the_teacher_sees_what_its_processor_makes(tmp_path, options):
     levels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     expected = model(processor([Image.fromarray(levels)], return_tensors="pt").pixel_values).logits
     pixels = normal(torch.from_numpy(levels).permute(2, 0, 1)[None] / 255, MEAN, STD)
-    found = Teacher.load(saved(model, tmp_path, processor), CLASSES, student())(pixels)
+    found = Teacher.load(str(saved(model, tmp_path, processor)), CLASSES, student())(pixels)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -140,7 +133,7 @@ def test_resolution(folder):
 
 def test_a_transformer_at_the_students_resolution(tmp_path):
     model = build("with_teacher", small(num_labels=4, id2label=dict(enumerate(CLASSES))))
-    name, pixels = saved(model, tmp_path), torch.randn(2, 3, 24, 20)
+    name, pixels = str(saved(model, tmp_path)), torch.randn(2, 3, 24, 20)
     recipe = student((24, 20), mean=PAPER[0], std=PAPER[1], resolution="student")
     expected = model(pixels, interpolate_pos_encoding=True).logits
     assert_close(Teacher.load(name, CLASSES, recipe)(pixels), expected)
@@ -167,7 +160,8 @@ def test_a_grey_image_is_repeated_for_three_channels(folder):
 
 def test_grey_statistics_of_its_own_and_colour_for_a_grey_teacher(tmp_path):
     model = convnet(num_channels=1)
-    name = saved(model, tmp_path, DeiTImageProcessor(size=16, crop_size=16, image_mean=[0.7], image_std=[0.4]))
+    processor = DeiTImageProcessor(size=16, crop_size=16, image_mean=[0.7], image_std=[0.4])
+    name = str(saved(model, tmp_path, processor))
     raw = torch.rand(2, 1, 16, 16)
     found = Teacher.load(name, CLASSES, student(mean=(0.2,), std=(0.3,)))(normal(raw, (0.2,), (0.3,)))
     assert_close(found, model(normal(raw, (0.7,), (0.4,))).logits)
@@ -208,7 +202,7 @@ def test_classes_it_does_not_know_are_refused(folder, classes, missing):
 
 
 def test_a_name_that_repeats_is_refused_where_the_data_has_it(tmp_path):
-    name = saved(convnet(classes=("crane", "tench", "crane")), tmp_path)
+    name = str(saved(convnet(classes=("crane", "tench", "crane")), tmp_path))
     with raises_saying(ValueError, name, "gives the name 'crane' to 2 of its classes"):
         Teacher.load(name, ("crane", "tench"), student())
     assert Teacher.load(name, ("tench",), student())(torch.randn(2, 3, 16, 16)).shape == (2, 1)
@@ -443,8 +437,8 @@ def test_what_timm_cannot_open(tmp_path, monkeypatch):
 
 def test_fingerprint_is_of_the_content(tmp_path):
     model = convnet()
-    one = Teacher.load(saved(model, tmp_path / "one"), CLASSES, student()).fingerprint()
-    assert Teacher.load(saved(model, tmp_path / "two"), CLASSES, student()).fingerprint() == one
+    one = Teacher.load(str(saved(model, tmp_path / "one")), CLASSES, student()).fingerprint()
+    assert Teacher.load(str(saved(model, tmp_path / "two")), CLASSES, student()).fingerprint() == one
     same = {"labels": CLASSES, "mean": PAPER[0], "std": PAPER[1]}
     assert Teacher.of(model, CLASSES, student(), **same).fingerprint() == one
     others = {
@@ -457,7 +451,7 @@ def test_fingerprint_is_of_the_content(tmp_path):
     }
     prints = {name: teacher.fingerprint() for name, teacher in others.items()} | {"": one}
     model.features[1].running_var[2] += 1e-6  # a buffer counts, too
-    prints["weights"] = Teacher.load(saved(model, tmp_path / "two"), CLASSES, student()).fingerprint()
+    prints["weights"] = Teacher.load(str(saved(model, tmp_path / "two")), CLASSES, student()).fingerprint()
     assert len(set(prints.values())) == len(prints) == 8
 
 

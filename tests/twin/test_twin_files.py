@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from support.checks import raises_saying, run_python
-from support.models import CLASS_OF, build, small
+from support.models import CLASS_OF, build, saved, small
 from twins import BACKEND, TWIN_OF, arrays, as_arrays, assert_alike, distance, given_for, keras, slow_on_jax, twins
 
 import deit
@@ -266,8 +266,7 @@ def test_convert_to_keras(kind, tmp_path):
     from deit.cli import main
 
     ours = build(kind, small())
-    ours.save_pretrained(tmp_path / "hf")
-    deit.DeiTImageProcessor.paper(16).save_pretrained(tmp_path / "hf")
+    saved(ours, tmp_path / "hf")
     assert main(["convert", str(tmp_path / "hf"), "--to", "keras", "--out", str(tmp_path / "keras")]) == 0
     assert sorted(path.name for path in (tmp_path / "keras").iterdir()) == ["model.keras", "preprocessor_config.json"]
     assert json.loads((tmp_path / "keras/preprocessor_config.json").read_text())["crop_size"] == {
