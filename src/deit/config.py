@@ -121,13 +121,7 @@ class DeiTConfig:
         if names is None and given is not None:
             names = {i: label for label, i in given.items()}
         if names is not None:
-            names = {int(i): str(label) for i, label in names.items()}
-            if sorted(names) != list(range(len(names))):
-                raise ValueError(
-                    f"id2label must number its {len(names)} labels 0 to {len(names) - 1}, "
-                    f"found {_few(sorted(names))}; number the classes without gaps"
-                )
-            names = {i: names[i] for i in range(len(names))}
+            names = _in_order(names)
         count = self.num_labels if self.num_labels is not None else (2 if names is None else len(names))
         if count < 0:
             raise ValueError(f"num_labels must be 0 or more, found {count}")
@@ -368,7 +362,7 @@ class ConvNetConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))
         object.__setattr__(self, "image_size", _pair_or_int("image_size", self.image_size))
-        object.__setattr__(self, "id2label", {int(i): label for i, label in self.id2label.items()})
+        object.__setattr__(self, "id2label", _in_order(self.id2label))
 
     @property
     def num_labels(self) -> int:
@@ -414,6 +408,27 @@ def _scoring(problem_type: str | None, outputs: int) -> Scoring:
     if problem_type == "regression":
         return "none"
     return "sigmoid" if problem_type == "multi_label_classification" or outputs == 1 else "softmax"
+
+
+def _in_order(names: Mapping[Any, Any]) -> dict[int, str]:
+    """Labels by their numbers, 0 to the last. The order of a file says nothing: keys sorted as text are 0, 1, 10, 2."""
+    if not isinstance(names, Mapping):
+        raise ValueError(f"id2label must be a dictionary from numbers to names, found {names!r}")
+    numbers = [_label_number(i) for i in names]
+    if sorted(numbers) != list(range(len(numbers))):
+        raise ValueError(
+            f"id2label must number its {len(numbers)} labels 0 to {len(numbers) - 1}, "
+            f"found {_few(sorted(numbers))}; number the classes without gaps"
+        )
+    by_number = dict(zip(numbers, names.values(), strict=True))
+    return {i: str(by_number[i]) for i in range(len(numbers))}
+
+
+def _label_number(key: Any) -> int:
+    try:
+        return int(key)
+    except (TypeError, ValueError):
+        raise ValueError(f"id2label has the key {key!r}, expected the number of a class") from None
 
 
 def _unnamed(count: int) -> dict[int, str]:

@@ -45,7 +45,10 @@ def test_scores_are_those_of_transformers(tmp_path, photos, kind, problem, quiet
     model = saved(tmp_path / "m", kind, **PROBLEMS[problem])
     processor = quiet_transformers.AutoImageProcessor.from_pretrained(model, backend="pil")
     theirs = quiet_transformers.pipeline("image-classification", str(model), image_processor=processor, device="cpu")
-    [found], expected = Predictor(model)(photos[:1]), theirs(str(photos[0]))  # a JPEG is decoded at a smaller scale here
+    [found], expected = (
+        Predictor(model)(photos[:1]),
+        theirs(str(photos[0])),
+    )  # a JPEG is decoded at a smaller scale here
     assert [each["label"] for each in found] == [each["label"] for each in expected]
     assert [each["score"] for each in found] == pytest.approx([each["score"] for each in expected], abs=1e-5)
     assert deit.pipeline(model=model)(str(photos[0])) == found

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from support.checks import raises_saying
 from support.exports import FLOAT, INT8, KINDS, OUTPUTS, needs, pixels_for, softmax, tampering
-from support.models import NAMES, build, saved, small
+from support.models import NAMES, build, saved, small, trained_folder
 from support.runs import photos
 
 from deit import files
@@ -22,6 +22,7 @@ from deit.export import engines, formats, write
 from deit.export.engines import ENGINES, load_engine
 from deit.image.processor import DeiTImageProcessor
 from deit.model.load import load_model
+from deit.predict.predictor import Predictor
 
 
 @pytest.fixture
@@ -326,3 +327,27 @@ def test_the_command(models, tmp_path, capsys):
     [verbs] = [action for action in _parser()._actions if action.dest == "verb"]
     [to] = [action for action in verbs.choices["export"]._actions if action.dest == "to"]
     assert set(to.choices) == set(get_args(formats.Format)) == set(ENGINES)
+
+
+@pytest.mark.parametrize("to", ["torch", "onnx", "openvino"])
+@pytest.mark.parametrize(
+    ("kind", "changes", "scoring"),
+    [
+        ("with_teacher", {"problem_type": "multi_label_classification"}, "sigmoid"),
+        ("classification", {"labels": ["ant"]}, "sigmoid"),
+        ("classification", {"problem_type": "regression"}, "none"),
+    ],
+)
+def test_scores_that_are_no_softmax_go_along(tmp_path, to, kind, changes, scoring):
+    """Several labels, a single output and a regression: the export scores as the model does."""
+    model = trained_folder(tmp_path / "m", kind, **changes)
+    done = write.export(model, to, tmp_path / "out")
+    assert done.description["scoring"] == scoring
+    assert "softmax" not in done.description["heads"]
+    assert done.description["agreement"]["labels"] == 1.0
+    pixels = np.random.default_rng(0).standard_normal((3, 3, 16, 16)).astype(np.float32)
+    ours, theirs = (Predictor(folder).scores(pixels) for folder in (model, tmp_path / "out"))
+    # OpenVINO computes in bfloat16 if the CPU does.
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=5e-2 if to == "openvino" else 1e-4)
+    logits = load_model(model)(torch.from_numpy(pixels)).logits.detach()
+    np.testing.assert_allclose(ours, logits.sigmoid() if scoring == "sigmoid" else logits, rtol=0, atol=1e-5)

@@ -15,6 +15,7 @@ from support.models import CLASS_OF, build, images, small
 from deit import files, weights
 from deit.config import DeiTConfig
 from deit.model.network import DeiTForImageClassification, DeiTModel
+from deit.weights import hub
 
 load = DeiTForImageClassification.from_pretrained
 
@@ -233,3 +234,17 @@ def test_config_given(saved):
     assert loaded.config == model.config
     with torch.no_grad():
         assert_close(loaded(images(model.config)).logits, model(images(model.config)).logits, 1e-6)
+
+
+@pytest.mark.parametrize("average", ["state_dict_ema", "model_ema"])
+@pytest.mark.parametrize("raw", ["model", "state_dict"])
+def test_averaged_weights_come_before_raw_ones(tmp_path, average, raw):
+    config = small(distillation_token=False)
+    models = {key: build("classification", config, seed) for seed, key in enumerate((raw, average))}
+    content = {key: weights.from_ours(model.state_dict(), "timm") for key, model in models.items()}
+    torch.save({**content, "epoch": 3}, tmp_path / "checkpoint.pth")
+    with pytest.warns(UserWarning, match=f"holds {average} and {raw}; the weights are taken from {average}"):
+        found = hub.read_checkpoint(tmp_path / "checkpoint.pth", config=config)
+    expected = models[average].state_dict()
+    assert found.tensors.keys() == expected.keys()
+    assert all(torch.equal(found.tensors[name], expected[name]) for name in expected)

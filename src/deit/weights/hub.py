@@ -295,13 +295,20 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         warnings.warn(
             f"{path}: {', '.join(refused)} is a pickled object and was not read; the weights are", stacklevel=2
         )
-    tensors = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
+    held = [key for key in _WEIGHT_KEYS if isinstance(content.get(key), dict)]
+    tensors = content[held[0]] if held else content
+    if len(held) > 1:
+        warnings.warn(f"{path} holds {' and '.join(held)}; the weights are taken from {held[0]}", stacklevel=2)
     if other := [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]:
         raise CheckpointError(
             f"{path}: {other[0]!r} is {type(tensors[other[0]]).__name__}, expected tensors only, or "
             'a dictionary with them under "model"'
         )
     return dict(tensors)
+
+
+_WEIGHT_KEYS = ("state_dict_ema", "model_ema", "model", "state_dict", "model_state_dict", "module")
+"""Where training scripts keep the weights in a `.pth` file. The first counts: averages before raw ones, as in timm."""
 
 
 def _culprit(message: str) -> str:

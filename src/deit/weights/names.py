@@ -10,6 +10,7 @@ D width, M MLP width, C classes, N positions, P patch height and width.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -150,7 +151,20 @@ ORIGINAL: Table = {
     "deit.blocks.{}.scale2": "blocks.{}.gamma_2",
 }
 
-DIALECTS: dict[str, Table] = {"hf": HF, "hf5": HF5, "timm": TIMM, "original": ORIGINAL}
+# Our own state_dict(), as torch.save, accelerate, Lightning and FSDP write it.
+OURS: Table = {name: name for name in HF}
+
+DIALECTS: dict[str, Table] = {"hf": HF, "hf5": HF5, "timm": TIMM, "original": ORIGINAL, "ours": OURS}
+
+_ROOTS = {
+    part.partition(".")[0]
+    for table in DIALECTS.values()
+    for theirs in table.values()
+    if theirs is not None
+    for whole in (theirs if isinstance(theirs, tuple) else (theirs,))
+    for part in (whole, whole.removeprefix(BASE))
+} | {"vit"}
+"""What the names of a dialect begin with, with the base's name and without it."""
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -166,20 +180,34 @@ def _fold(name: str) -> tuple[str, str | None]:
 def detect(names: Iterable[str]) -> str:
     """The dialect of a file, from its tensors' names; raises `ValueError` where none fits."""
     names = [_unwrap(name) for name in names]
-    marks = {"hf": ".layernorm_before.", "timm": ".attn.qkv.weight"}
+    marks = {"hf": ".layernorm_before.", "timm": ".attn.qkv.weight", "ours": ".attention.qkv.weight"}
     if any(marks["hf"] in name for name in names):
         return "hf5" if any(".q_proj." in name for name in names) else "hf"
     if any(marks["timm"] in name for name in names):
         return "original" if any(name.endswith(".gamma_1") for name in names) else "timm"
+    if any(marks["ours"] in name for name in names):
+        return "ours"
     raise ValueError(
         f"no DeiT or ViT checkpoint known to this package names its tensors like {names[:3]}; expected "
-        "Hugging Face's, timm's or facebookresearch/deit's names"
+        "Hugging Face's, timm's, facebookresearch/deit's or this package's names"
     )
 
 
 def _unwrap(name: str) -> str:
-    """DistributedDataParallel and torch.compile put their own prefixes in front when a wrapped model is saved."""
-    return re.sub(r"^(module\.|_orig_mod\.)+", "", name)
+    """The name without what wrappers add: DistributedDataParallel in front, torch.compile and FSDP anywhere."""
+    name = re.sub(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", name)
+    return name.removeprefix("module.")
+
+
+def _common_prefix(names: Iterable[str]) -> str:
+    """What all names begin with though no dialect's do, such as Lightning's `model.`; empty if there is none."""
+    prefix, rest = "", list(names)
+    while len(heads := {name.partition(".")[0] for name in rest}) == 1 and not heads <= _ROOTS:
+        head = heads.pop() + "."
+        if not all(name.startswith(head) for name in rest):
+            break
+        prefix, rest = prefix + head, [name.removeprefix(head) for name in rest]
+    return prefix
 
 
 def to_ours(tensors: Mapping[str, Any], *, join: Callable[[Sequence[Any]], Any], file: str) -> dict[str, Any]:
@@ -192,6 +220,9 @@ def to_ours(tensors: Mapping[str, Any], *, join: Callable[[Sequence[Any]], Any],
         dialect = detect(tensors)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    if prefix := _common_prefix(tensors):
+        warnings.warn(f"{file}: every name begins with {prefix!r}, and is read without it", stacklevel=3)
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
     rules: dict[str, tuple[str, int | None]] = {}
     skipped = "classifier" if "head_dist.weight" in tensors else "cls_classifier"
     for ours, theirs in DIALECTS[dialect].items():
@@ -205,7 +236,7 @@ def to_ours(tensors: Mapping[str, Any], *, join: Callable[[Sequence[Any]], Any],
     found: dict[str, Any] = {}
     parts: dict[str, dict[int, Any]] = {}
     for name, value in tensors.items():
-        folded, number = _fold(_add_base(name) if dialect in ("hf", "hf5") else name)
+        folded, number = _fold(_add_base(name) if dialect in ("hf", "hf5", "ours") else name)
         if folded not in rules:
             raise ValueError(
                 f"{file}: no rule for tensor {name!r} (read as {dialect} names); this package can't place "

@@ -199,6 +199,25 @@ def test_sure_and_scores_are_the_predictors(page, tmp_path, threshold):
     assert [each["labels"][0]["score"] for each in plain] == pytest.approx(alone.tolist(), abs=1e-6)
 
 
+@pytest.mark.parametrize("scoring", ["sigmoid", "none"])
+def test_scores_that_are_no_softmax(page, tmp_path, scoring):
+    logits = (4 * np.random.default_rng(0).standard_normal((20, 3))).astype(np.float32)
+    expected = torch.from_numpy(logits).double().sigmoid().float().numpy() if scoring == "sigmoid" else logits
+    found = in_node(
+        page,
+        """import { answer } from "./answer.js";
+        console.log(JSON.stringify(rows.map((row) => answer(Float32Array.from(row), names, null, scoring))));""",
+        tmp_path,
+        rows=logits.tolist(),
+        names={str(i): f"name {i}" for i in range(3)},
+        scoring=scoring,
+    )
+    for row, each in zip(expected, found, strict=True):
+        order = np.argsort(-row, kind="stable")
+        assert [entry["label"] for entry in each["labels"]] == [f"name {i}" for i in order]
+        assert [entry["score"] for entry in each["labels"]] == pytest.approx(row[order].tolist(), abs=1e-6)
+
+
 def test_a_grey_model(page, tmp_path):
     processor = DeiTImageProcessor(size=18, crop_size=16, image_mean=(0.4,), image_std=(0.3,))
     saved(build("classification", small(num_channels=1)), tmp_path / "m", processor)
