@@ -110,6 +110,16 @@ def by_name(call: Callable[..., Any]) -> Callable[..., Any]:
 # --------------------------------------------------------------------------------------------------------------- models
 
 
+_PUSH = ("repo_id", "token", "private", "revision", "commit_message")
+
+
+def _refuse_unknown(push: Mapping[str, Any], asked: bool) -> None:
+    if unknown := sorted(push.keys() - set(_PUSH)):
+        raise TypeError(f"save_pretrained has no option {unknown[0]!r}; check its spelling, or leave it out")
+    if push and not asked:
+        raise TypeError(f"save_pretrained has {sorted(push)[0]!r} without push_to_hub=True; add that, or leave it out")
+
+
 class PreTrainedKeras(keras.Model):
     """Base of the models.
 
@@ -137,11 +147,36 @@ class PreTrainedKeras(keras.Model):
     # ---- files
 
     def save_pretrained(
-        self, folder: str | Path, *, max_shard_size: int | str = "5GB", push_to_hub: bool = False, **push: Any
+        self,
+        folder: str | Path,
+        *,
+        saved_model: bool = False,
+        version: int = 1,
+        safe_serialization: bool = True,
+        max_shard_size: int | str = "5GB",
+        push_to_hub: bool = False,
+        **push: Any,
     ) -> None:
         """Writes `config.json` and `model.safetensors` (or shards): the files that the PyTorch classes and
-        `transformers` read."""
+        `transformers` read.
+
+        Args:
+            saved_model: also writes a TensorFlow SavedModel into `saved_model/VERSION`, as `export` does.
+            safe_serialization: False asks for an h5 file, which is refused.
+            max_shard_size: bytes, or a size like "5GB".
+            push_to_hub: uploads the folder too. `push` may hold `repo_id`, `token`, `private`, `revision` and
+                `commit_message`.
+
+        Raises `TypeError` for other options, and `ValueError` for a model whose weights are quantised.
+        """
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization=False asks for an h5 file, which this package reads and doesn't write; leave it out"
+            )
+        _refuse_unknown(push, push_to_hub)
         hub.write_checkpoint(Path(folder), self.config, self.tensors(), max_shard_size=max_shard_size)
+        if saved_model:
+            self.export(Path(folder) / "saved_model" / str(version))
         if push_to_hub:
             hub.push_folder(Path(folder), push.pop("repo_id", Path(folder).name), **push)
 
@@ -150,12 +185,24 @@ class PreTrainedKeras(keras.Model):
         return hub.push_saved(self.save_pretrained, repo_id, **options)
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """The weights under the names of `weights.manifest` and in its shapes, which are PyTorch's."""
+        """The weights under the names of `weights.manifest` and in its shapes, which are PyTorch's.
+
+        Raises `ValueError` for a model whose weights are quantised.
+        """
+        self._refuse_quantised()
         shapes = self._manifest()
         return {
             name: _to_disk(ops.convert_to_numpy(variable), name, shapes[name])
             for name, variable in self._variables().items()
         }
+
+    def _refuse_quantised(self) -> None:
+        for layer in self._flatten_layers():
+            if mode := getattr(layer, "quantization_mode", None):
+                raise ValueError(
+                    f"the weights of {layer.name} are quantised to {mode}, and no file of this model has a place for "
+                    "that; save the model before quantize(), and quantize it after loading"
+                )
 
     def _manifest(self) -> dict[str, tuple[int, ...]]:
         backbone = _backbone(self)
@@ -257,6 +304,7 @@ class PreTrainedKeras(keras.Model):
     # ---- Keras' own file
 
     def get_config(self) -> dict[str, Any]:
+        self._refuse_quantised()
         backbone = _backbone(self)
         options = (
             {"add_pooling_layer": backbone.pooler is not None, "use_mask_token": backbone.mask_token is not None}
