@@ -303,6 +303,11 @@ class PreTrainedKeras(keras.Model):
 
     # ---- Keras' own file
 
+    def save(self, filepath: str | Path, **options: Any) -> None:
+        """`keras.Model.save`. Raises `ValueError` for a model whose weights are quantised, before a file is made."""
+        self._refuse_quantised()
+        super().save(filepath, **options)
+
     def get_config(self) -> dict[str, Any]:
         self._refuse_quantised()
         backbone = _backbone(self)
