@@ -387,7 +387,9 @@ def test_vit_from_files(tmp_path):
     x = images(plain.config)
     assert torch.equal(model(x).logits, plain(x).logits)
     build("classification", small()).save_pretrained(tmp_path / "distilled")
-    with raises_saying(ValueError, "a model without distillation token, found distillation_token=True; use DeiTConfig"):
+    with raises_saying(
+        ValueError, "a model without a distillation token, found distillation_token=True; use DeiTConfig"
+    ):
         ViTForImageClassification.from_pretrained(tmp_path / "distilled")
 
 
