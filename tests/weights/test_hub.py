@@ -691,5 +691,5 @@ def test_card_of_many_classes():
     config = small(num_labels=25, distillation_token=False, extra={"architectures": ["ViTForImageClassification"]})
     card = hub.model_card(config, "x/y")
     assert "LABEL_19 and 5 more." in card
-    assert "without distillation token" in card
+    assert "without a distillation token" in card
     assert "- vit\n" in card
