@@ -445,7 +445,7 @@ def test_refused_mask():
         ),
         (
             lambda: DeiTForImageClassificationWithTeacher(small(distillation_token=False)),
-            "a model with teacher needs a distillation token, found distillation_token=False",
+            "a model with a teacher needs a distillation token, found distillation_token=False",
         ),
         (lambda: ViTModel(small()), "a ViT has no distillation token, found distillation_token=True in the config"),
         (lambda: ViTForImageClassification(small()), "a ViT has no distillation token"),
