@@ -249,8 +249,8 @@ def from_tensorflow(tensors: Mapping[str, np.ndarray], *, file: str) -> dict[str
         axes = {2: (1, 0), 4: (3, 2, 0, 1)}.get(np.ndim(value)) if leaf == "kernel" else tuple(range(np.ndim(value)))
         if match is None or axes is None:
             raise ValueError(
-                f"{file}: expected tensors of the TensorFlow classes of transformers, with names like "
-                f".../encoder/layer_._0/attention/attention/query/kernel:0, found {name!r}; fetch another file"
+                f"{file}: {name!r} is no tensor of the TensorFlow classes of transformers; expected names "
+                "like .../encoder/layer_._0/attention/attention/query/kernel:0"
             )
         path = match.group(1).replace("layer_._", "layer/").split("/")[:-1]
         found[".".join([*path, _TF_LEAF.get(leaf, leaf)])] = np.ascontiguousarray(np.transpose(value, axes))
