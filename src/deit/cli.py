@@ -347,7 +347,7 @@ def _add_eval(verbs: Any) -> None:
         help="side of the crop divided by the resized image's, at most 1 (default: the model's own)",
     )
     verb.add_argument(
-        "--compare", metavar="OTHER", help="second model to compare with; it gets the same images, prepared as it says"
+        "--compare", metavar="OTHER", help="second model to compare with, on the same images, prepared in its own way"
     )
     _add_device(verb)
     verb.add_argument(

@@ -183,7 +183,7 @@ def _target_size(full: tuple[int, int], size: Mapping[str, int]) -> tuple[int, i
 
 
 _LARGE = 2**25
-"""A resized image with more pixels is computed only where the crop keeps it. A 1x5000 image would take 3 GB."""
+"""If a resized image has more pixels, only the part that the crop keeps is computed. A 1x5000 image would take 3 GB."""
 
 
 def _middle(

@@ -62,7 +62,10 @@ class Classifier:
 
     @property
     def heads(self) -> tuple[Head, ...]:
-        """The heads that can decide. A distilled model has all of them; others have `fused` and `class`, alike."""
+        """The heads that can decide. A distilled model has all of them.
+
+        A model with a single head has `fused` and `class`, which are the same.
+        """
         both = isinstance(self.model, DeiTForImageClassificationWithTeacher)
         return get_args(Head) if both else ("fused", "class")
 
