@@ -90,7 +90,7 @@ def _download(name: str, filename: str, **options: Any) -> Path:
         raise FileNotFoundError(f"{name!r} is neither a folder nor a possible hub name (user/model)") from None
     except errors.HfHubHTTPError as error:
         raise FileNotFoundError(
-            f"the hub refused {filename} of {name} ({str(error).splitlines()[0]}); check the token"
+            f"the hub did not send {filename} of {name} ({str(error).splitlines()[0]}); check the token"
         ) from None
 
 

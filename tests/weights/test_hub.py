@@ -556,7 +556,7 @@ def test_hub(served, saved, tmp_path):
         ),
         (
             "'org/tiny', revision='v1', token='wrong'",
-            "the hub refused model.safetensors of org/tiny (Client error '401 Unauthorized' for url "
+            "the hub did not send model.safetensors of org/tiny (Client error '401 Unauthorized' for url "
             "'ENDPOINT/org/tiny/resolve/v1/model.safetensors'); check the token",
         ),
         ("'org/tiny', revision='v9'", "org/tiny on the hub has no revision 'v9'"),
