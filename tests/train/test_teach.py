@@ -155,6 +155,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, split, teacher, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(Teacher, "__call__", interrupted)
+        patch.setattr(Teacher, "introduction", lambda *_: ())
         with pytest.raises(KeyboardInterrupt):
             run(recipe, split, tmp_path / "cache")
     kept = contents(tmp_path / "cache")
