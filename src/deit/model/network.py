@@ -402,6 +402,9 @@ class DeiTModel(PreTrained):
         resized = torch.einsum("rR,sS,bRSd->brsd", down, across, grid.float()).to(grid.dtype)
         return torch.cat([prefix, resized.flatten(1, 2)], dim=1)
 
+    def relabel(self, config: DeiTConfig) -> None:
+        self._config = config
+
     def resize_grid(self, config: DeiTConfig) -> None:
         position = self._positions(*config.grid).detach().clone()
         self.position = nn.Parameter(position, requires_grad=self.position.requires_grad)
@@ -431,6 +434,10 @@ class _WithHead(PreTrained):
     @property
     def config(self) -> DeiTConfig:  # type: ignore[override]
         return self.deit.config
+
+    def fresh_head(self) -> nn.Module:
+        """A classifier of `config.num_labels` outputs with fresh values."""
+        return _classifier(self.config)
 
 
 def _classifier(config: DeiTConfig) -> nn.Module:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deit import weights
 from deit.config import DeiTConfig
+from deit.model.timm_ways import TimmWays
 from deit.weights import hub
 
 AttnImplementation = Literal["auto", "eager", "sdpa"]
@@ -25,11 +26,14 @@ class Backbone(Protocol):
     blocks: nn.ModuleList
     gradient_checkpointing: bool
 
+    def relabel(self, config: DeiTConfig) -> None:
+        """Replaces the config by `config`, which differs in the labels only."""
+
     def resize_grid(self, config: DeiTConfig) -> None:
         """Replaces the config by `config`, which differs in the image size only, and fits the positions to its grid."""
 
 
-class PreTrained(nn.Module):
+class PreTrained(TimmWays, nn.Module):
     """Base class of the models. `backbone` is the transformer in a model."""
 
     kind: ClassVar[weights.Kind]
