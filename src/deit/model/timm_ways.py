@@ -63,7 +63,7 @@ class TimmWays:
             setattr(self, name, head.to(self.device, self.dtype))
 
     def forward_features(self: Any, x: Tensor) -> Tensor:
-        """All tokens (B, N, D) after the last block and the final LayerNorm, for images (B, channels, height, width)."""
+        """All tokens (B, N, D) after the final LayerNorm, of images (B, channels, height, width)."""
         return self.backbone(x, return_dict=True).last_hidden_state
 
     def forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
