@@ -140,8 +140,10 @@ class PreTrainedKeras(keras.Model):
     def __call__(self, *args: Any, trace: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         if trace is not None:
             kwargs["trace"] = Trace(trace)
-        if args and isinstance(args[0], Mapping):
-            args = (dict(args[0]), *args[1:])  # Keras looks only into plain dictionaries
+        if args and isinstance(args[0], Mapping):  # Keras sees into plain dictionaries of tensors only
+            options = {name: value for name, value in args[0].items() if value is None or isinstance(value, bool)}
+            args = ({name: value for name, value in args[0].items() if name not in options}, *args[1:])
+            kwargs = {**options, **kwargs}
         return super().__call__(*args, **kwargs)
 
     # ---- files
