@@ -217,7 +217,7 @@ def _fetching(allowed: bool, timeout: float | None) -> Callable[[Any], Any]:
         from urllib.request import urlopen
 
         try:
-            with urlopen(image, timeout=timeout) as response:  # never a file: redirects lead to http, https and ftp only
+            with urlopen(image, timeout=timeout) as response:  # redirects lead to http, https and ftp only
                 content: bytes = response.read(MAX_DOWNLOAD + 1)
         except (URLError, TimeoutError, OSError) as error:
             raise ValueError(
