@@ -450,7 +450,7 @@ def test_few_images_and_one_class():
     page = checked(document.page(None, evaluation(count=40, names=["only"])))
     page.sees("No image was taken for another class.")
     apart = evaluation(count=5, classes=50)
-    checked(document.page(None, apart)).sees("neither shown nor answered")
+    checked(document.page(None, apart)).sees("without images or answers")
 
 
 def test_two_models_are_compared():
@@ -537,7 +537,7 @@ def test_maps_are_those_of_explain(judged, ratio):
     assert len(images) <= gallery + len(expected)
     [link] = [entry for entry in page.all("a") if entry[1]["href"] == "#maps"]
     assert link[2] == "What answers rest on"
-    page.sees("Most wrong", "Most doubtful", "Surest of what is right", "the answer of each token\u2019s own head")
+    page.sees("Most wrong", "Most doubtful", "Surest right answers", "the answer of each token\u2019s own head")
     assert len(document.page(None, judged, maps=maps)) - len(document.page(None, judged)) < 300_000
 
 
@@ -656,7 +656,7 @@ def test_training_ends_with_a_report(trained, capsys):
     assert about["precision"] == "float32"
     page.sees(f"Judged by 3 validation images in {trained / 'data'}", "15 steps", fingerprint(validation))
     assert len(page.all("img")) == 3 + 2 * 3  # and of each of the three what its one token looked at
-    page.sees("What answers rest on", "as far as it speaks for the answer of the model")
+    page.sees("What answers rest on", "as far as it supports the answer of the model")
     before = (run / document.FILE).read_text()
     (run / document.FILE).unlink()
     assert main(["report", str(run), "--device", "cpu"]) == 0  # finds the held-out images again
@@ -727,7 +727,7 @@ def test_images_that_are_gone_or_cost_too_much(trained, tmp_path, monkeypatch):
     checked(document.of_training(tmp_path / "run", split).read_text()).sees("1 found, none can be read")
     monkeypatch.setattr("deit.report.document.examine_split", lambda *_, **__: pytest.fail("evaluated"))
     split = read_split(trained / "data", "train")
-    checked(document.of_training(tmp_path / "run", split).read_text()).sees("were not looked at once more")
+    checked(document.of_training(tmp_path / "run", split).read_text()).sees("was not evaluated again")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
