@@ -583,7 +583,7 @@ def test_keys(folder, tmp_path):
         for path in ("/", "/healthz", "/readyz", "/metrics"):
             assert web.get(path).status_code == 200
     (tmp_path / "none").write_text("\n")
-    with raises_saying(ValueError, "none holds no key; write one on a line"):
+    with raises_saying(ValueError, "none holds no key; write one on each line"):
         read_keys(tmp_path / "none")
 
 
@@ -634,7 +634,7 @@ def test_metrics_count(folder):
 def test_settings_that_make_no_sense_are_refused(folder, capsys):
     with raises_saying(ValueError, "a queue of 8 images can't fill a batch of 32"):
         Service(queue=8)
-    with raises_saying(ValueError, "max_pixels must be at most 178956970, where Pillow refuses"):
+    with raises_saying(ValueError, "max_pixels must be at most 178956970, because Pillow refuses larger images"):
         Service(max_pixels=10**9)
     with raises_saying(ValueError, "timeout must be above 0, found 0"):
         Service(timeout=0)
@@ -891,7 +891,7 @@ def test_an_image_dropped_on_the_page(folder, engine):
             assert page.evaluate("document.getElementById('preview').naturalWidth") == 24
             page.evaluate("document.querySelector('#labels').replaceChildren()")
         assert page.evaluate(DROP, None)[-2:] == [True, False]
-        assert page.inner_text("#error") == "That was no image file. Choose one from this device."
+        assert page.inner_text("#error") == "That was not an image file. Choose one from this device."
         assert page.is_hidden("#why")
         assert said == []
         assert page.url == f"{address}/"

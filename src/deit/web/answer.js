@@ -1,8 +1,8 @@
-// From a model's logits to what the page says: the rules of deit's Predictor and Calibration, for the fused heads.
+// Turns a model's logits into the page's answer, by the rules of deit's Predictor and Calibration, for the fused heads.
 
-// `calibration` is the content of calibration.json, or null. Returns {labels: [{label, score}], sure}: at most `count`
-// labels, the most likely first; `sure` is null where nothing is calibrated, else whether exactly one label is likely
-// enough.
+// Returns {labels: [{label, score}], sure}. `labels` has at most `count` labels, the most likely first. `sure` says
+// whether exactly one label is likely enough; without a calibration it is null. `calibration` is the content of
+// calibration.json, or null.
 export function answer(logits, names, calibration, count = 5) {
   const head = calibration?.heads.fused;
   const scores = probabilities(logits, head?.temperature ?? 1);
@@ -13,7 +13,7 @@ export function answer(logits, names, calibration, count = 5) {
   return { labels, sure: scores.filter((score) => score >= threshold).length === 1 };
 }
 
-// Softmax of logits divided by a temperature, Float32Array both.
+// Returns the softmax of logits divided by a temperature. Logits and result are of type Float32Array.
 export function probabilities(logits, temperature) {
   const largest = logits.reduce((a, b) => Math.max(a, b), -Infinity);
   const powers = Array.from(logits, (logit) => Math.exp((logit - largest) / temperature));
