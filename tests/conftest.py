@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.models import LABELS, build, small
 
-from deit.image.processor import DeiTImageProcessor
+pytest.register_assert_rewrite("support")  # so that a failing helper shows the values, as a test does
+
+from support.models import NAMES, trained_folder  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -48,7 +49,4 @@ def photos(tmp_path):
 @pytest.fixture
 def distilled(tmp_path):
     """The folder of a small distilled model of `LABELS`."""
-    model = build("with_teacher", small(id2label=LABELS, num_labels=None))
-    model.save_pretrained(tmp_path / "model")
-    DeiTImageProcessor.paper(16).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return trained_folder(tmp_path / "model", labels=NAMES)

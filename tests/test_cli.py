@@ -7,11 +7,10 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from support.models import build, small
+from support.models import trained_folder
 
 from deit import __version__
 from deit.cli import _parser, main
-from deit.image.processor import DeiTImageProcessor
 from deit.model.network import DeiTForImageClassificationWithTeacher
 from deit.predict.predictor import Predictor
 from deit.recipe import Recipe, override
@@ -20,8 +19,7 @@ from deit.recipes import find, shipped
 
 @pytest.fixture
 def folder(tmp_path):
-    build("with_teacher", small(id2label=dict(enumerate("abcde")), num_labels=None)).save_pretrained(tmp_path / "m")
-    DeiTImageProcessor.paper(16).save_pretrained(tmp_path / "m")
+    trained_folder(tmp_path / "m")
     for i in range(2):
         Image.new("RGB", (20, 20), (100 * i, 50, 0)).save(tmp_path / f"{i}.png")
     return tmp_path

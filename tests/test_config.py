@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 from support.checks import raises_saying, run_python
 
-from deit.config import VARIANTS, DeiTConfig, ViTConfig
+from deit.config import VARIANTS, ConvNetConfig, DeiTConfig, ViTConfig
 
 OURS_ONLY = {
     "distillation_token",
@@ -229,7 +229,7 @@ def test_refusals(changes, sentence):
 
 
 def test_refused_distillation_token():
-    with raises_saying(ValueError, "ViTConfig describes a model without distillation token, found", "use DeiTConfig"):
+    with raises_saying(ValueError, "ViTConfig describes a model without a distillation token, found", "use DeiTConfig"):
         ViTConfig(distillation_token=True)
     with raises_saying(ValueError, "ViTConfig describes a model without"):
         ViTConfig.from_dict(DeiTConfig().to_dict())
@@ -297,3 +297,26 @@ def test_public_names():
             assert getattr(deit, name) is not None
     with raises_saying(AttributeError, "module 'deit' has no attribute 'DeitModel'; it has ", "DeiTModel"):
         deit.DeitModel  # noqa: B018
+
+
+@pytest.mark.parametrize("cls", [DeiTConfig, ConvNetConfig])
+def test_labels_follow_their_numbers(cls):
+    """A config.json whose keys were sorted as text has label 10 before label 2."""
+    names = {str(i): f"c{i}" for i in range(12)}
+    config = cls.from_dict({**cls(id2label=names).to_dict(), "id2label": dict(sorted(names.items()))})
+    assert list(config.id2label.items()) == [(i, f"c{i}") for i in range(12)]
+
+
+@pytest.mark.parametrize("cls", [DeiTConfig, ConvNetConfig])
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ({0: "a", 2: "b"}, "number its 2 labels 0 to 1"),
+        ({"1": "a", "01": "b"}, "number its 2 labels 0 to 1"),
+        ({"first": "a"}, "the key 'first'"),
+        (["a", "b"], "must be a dictionary"),
+    ],
+)
+def test_labels_with_gaps_or_repeats(cls, names, said):
+    with raises_saying(ValueError, "id2label", said):
+        cls(id2label=names)

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from support.checks import assert_close, raises_saying
+from support.runs import small_recipe
 
 from deit.config import DeiTConfig
 from deit.data import batches as data
@@ -27,22 +28,17 @@ from deit.data.mixing import mix, mixing
 from deit.image.decode import load_image
 from deit.image.processor import DeiTImageProcessor
 from deit.recipe import (
-    AdamW,
     Affine,
     Augment,
     Compute,
-    Cosine,
     Data,
     Erase,
     Jitter,
     MaskedImage,
     Mix,
     RandAugment,
-    Recipe,
     ResizedCrop,
     SimpleCrop,
-    Supervised,
-    epochs,
 )
 from deit.recipes.digits import digits
 
@@ -60,19 +56,8 @@ PAPER = Augment(crop=ResizedCrop(), flip=0.5, policy=RandAugment(std=0.5), erase
 
 
 def recipe(batch=8, repeats=1, workers=0, seed=5, model=MODEL, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25), **parts):
-    return Recipe(
-        **{
-            "name": "small",
-            "model": model,
-            "objective": Supervised(),
-            "seed": seed,
-            "data": Data(batch=batch, repeats=repeats, mean=mean, std=std),
-            "optim": AdamW(lr=1e-3, per_images=8),
-            "schedule": Cosine(total=epochs(1)),
-            "compute": Compute(workers=workers),
-            **parts,
-        }
-    )
+    data = Data(batch=batch, repeats=repeats, mean=mean, std=std)
+    return small_recipe(**{"model": model, "seed": seed, "data": data, "compute": Compute(workers=workers), **parts})
 
 
 def noise(folder, count, classes=3):

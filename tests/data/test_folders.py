@@ -9,37 +9,15 @@ import pytest
 import torch
 from PIL import Image
 from support.checks import assert_close, raises_saying
+from support.runs import small_recipe
 
-from deit.config import DeiTConfig
 from deit.data.batches import EvaluationBatches, TrainingBatches, processor_for
 from deit.data.folders import fingerprint, read_data, read_split
-from deit.recipe import AdamW, Augment, Compute, Cosine, Data, Recipe, ResizedCrop, Supervised, epochs
-
-MODEL = DeiTConfig(
-    hidden_size=24,
-    num_hidden_layers=1,
-    num_attention_heads=3,
-    intermediate_size=48,
-    image_size=16,
-    patch_size=4,
-    encoder_stride=4,
-    distillation_token=False,
-)
+from deit.recipe import Augment, Data, ResizedCrop
 
 
 def recipe(**parts):
-    return Recipe(
-        **{
-            "name": "small",
-            "model": MODEL,
-            "objective": Supervised(),
-            "data": Data(batch=4, crop_ratio=1.0),
-            "optim": AdamW(lr=1e-3, per_images=8),
-            "schedule": Cosine(total=epochs(1)),
-            "compute": Compute(workers=0),
-            **parts,
-        }
-    )
+    return small_recipe(**{"data": Data(batch=4, crop_ratio=1.0), **parts})
 
 
 def photo(size=(20, 24), seed=0):

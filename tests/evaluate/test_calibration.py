@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from support.checks import raises_saying
-from support.models import build, small
+from support.models import trained_folder
 
 from deit.cli import main
 from deit.evaluate.calibration import Calibration, HeadCalibration, fit
@@ -71,8 +71,7 @@ def test_the_threshold_is_a_rank():
 
 @pytest.fixture
 def folder(tmp_path):
-    build("with_teacher", small(id2label=dict(enumerate("abcde")), num_labels=None)).save_pretrained(tmp_path / "m")
-    DeiTImageProcessor.paper(16).save_pretrained(tmp_path / "m")
+    trained_folder(tmp_path / "m")
     rng = np.random.default_rng(0)
     for label in "abcde":
         place = tmp_path / "data/val" / label

@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +10,17 @@ import torch
 from rich.console import Console
 from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 from support.checks import raises_saying
-from support.models import build, small
-from support.runs import photos
+from support.models import build, saved, small, trained_folder
+from support.runs import photos, small_recipe
 
 from deit.cli import main
-from deit.config import ConvNetConfig
 from deit.data import batches
 from deit.data.folders import fingerprint, read_data, read_split
 from deit.evaluate.models import examine_files
 from deit.image.processor import DeiTImageProcessor
-from deit.model.convnet import ConvNet
 from deit.model.load import load_model
 from deit.model.network import fuse_heads
-from deit.recipe import AdamW, Compute, Cosine, Data, Distilled, MaskedImage, Recipe, Supervised, steps
+from deit.recipe import Cosine, Data, Distilled, MaskedImage, steps
 from deit.train.loop import train
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
@@ -31,25 +28,13 @@ NAMES = ("g", "c", "f", "a", "e", "b", "d")
 """Of the models' classes: more than the data's a, b, c, and in another order."""
 
 
-def save(folder, kind="with_teacher", seed=0, names=NAMES, side=16, **changes):
-    config = small(
-        id2label=dict(enumerate(names)),
-        num_labels=None,
-        image_size=side,
-        **{"distillation_token": kind == "with_teacher", **changes},
-    )
-    build(kind, config, seed=seed).save_pretrained(folder)
-    DeiTImageProcessor.paper(side).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("eval")
     photos(photos(photos(root / "data", count=2), split="val", count=2), split="test", count=20)
-    save(root / "m")
-    save(root / "other", seed=1, names=NAMES[::-1])
-    save(root / "single", kind="classification", seed=2, side=24)
+    trained_folder(root / "m", labels=NAMES)
+    trained_folder(root / "other", labels=NAMES[::-1], seed=1)
+    trained_folder(root / "single", "plain", NAMES, seed=2, image_size=24)
     return root
 
 
@@ -126,8 +111,7 @@ def test_the_order_of_the_models_classes_does_not_matter(evaluate, root):
         if "classifier" in name:
             state[name] = state[name][order]
     permuted.load_state_dict(state)
-    permuted.save_pretrained(root / "permuted")
-    DeiTImageProcessor.paper(16).save_pretrained(root / "permuted")
+    saved(permuted, root / "permuted")
     found, other = evaluate("m", "--json"), evaluate("permuted", "--json")
     assert found["heads"] == other["heads"]
     assert found["nll"] == pytest.approx(other["nll"])
@@ -179,10 +163,7 @@ def test_models_of_one_head_and_other_sizes(evaluate, root):
 
 
 def test_the_built_in_convnet(evaluate, root):
-    ConvNet(ConvNetConfig(widths=(4,), depth=1, image_size=16, id2label=dict(enumerate("abc")))).save_pretrained(
-        root / "convnet"
-    )
-    DeiTImageProcessor.paper(16).save_pretrained(root / "convnet")
+    trained_folder(root / "convnet", "convnet", "abc")
     assert list(evaluate("convnet", "--json")["heads"]) == ["fused", "class"]
 
 
@@ -232,14 +213,13 @@ def test_what_does_not_fit_is_refused_before_any_image_is_evaluated(evaluate, ro
     photos(tmp_path, split="test", classes="abx")
     evaluate("m", data=tmp_path, status=1)
     assert "deit eval: the model knows no class 'x', which " in evaluate.said
-    save(root / "twice", names=("a", "b", "b", "c", "c", "d", "e"))
+    trained_folder(root / "twice", labels=("a", "b", "b", "c", "c", "d", "e"))
     evaluate("m", "--compare", root / "twice", status=1)
     assert "the model calls 2 of its classes 'b'" in evaluate.said
     build("masked_image", small()).save_pretrained(root / "masked")
     evaluate("masked", status=1)
     assert "DeiTForMaskedImageModeling without classes; expected a classifier" in evaluate.said
-    save(root / "wrong")
-    DeiTImageProcessor.paper(24).save_pretrained(root / "wrong")
+    trained_folder(root / "wrong", processor=DeiTImageProcessor.paper(24))
     evaluate("wrong", status=1)
     assert "images are 24x24, this model takes 16x16" in evaluate.said
     evaluate("m", "--crop-ratio", "1.5", status=1)
@@ -315,20 +295,12 @@ def test_every_key_of_the_object_is_documented(evaluate, root, tmp_path):
 
 
 def test_every_key_of_metrics_is_documented(root, tmp_path):
-    plain = Recipe(
-        name="plain",
-        model=small(distillation_token=False, num_labels=None),
-        data=Data(batch=4),
-        objective=Supervised(),
-        optim=AdamW(lr=1e-3, per_images=8),
-        schedule=Cosine(total=steps(2)),
-        compute=Compute(precision="float32", workers=0),
-    )
-    save(root / "teacher", names="abc")
+    parts = {"data": Data(batch=4), "schedule": Cosine(total=steps(2))}
+    trained_folder(root / "teacher", labels="abc")
     recipes = [
-        plain,
-        replace(plain, objective=MaskedImage(unit=8)),
-        replace(plain, model=small(num_labels=None), objective=Distilled(teacher=str(root / "teacher"))),
+        small_recipe(**parts),
+        small_recipe(MaskedImage(unit=8), **parts),
+        small_recipe(Distilled(teacher=str(root / "teacher")), **parts),
     ]
     written = set()
     for i, recipe in enumerate(recipes):
@@ -344,7 +316,7 @@ def test_the_names_of_imagenets_folders(tmp_path, monkeypatch):
     [block] = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     photos(Path("imagenet"), split="val")
-    name = save("published", names=("crane", "crane", "tench"))
+    name = str(trained_folder("published", labels=("crane", "crane", "tench")))
     with raises_saying(ValueError, "no class 'a'"):
         examine_files(name, "imagenet", device="cpu")
     exec(block.replace("facebook/deit-tiny-patch16-224", name), {})

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.checks import raises_saying
-from support.models import build, small
+from support.models import trained_folder
 
 from deit.cli import main
-from deit.image.processor import DeiTImageProcessor
 from deit.predict import bulk
 from deit.predict.bulk import Job, Results, csv_lines, find_images, identity, parse_shard, share
 from deit.predict.predictor import Predictor
@@ -21,8 +20,7 @@ from deit.predict.predictor import Predictor
 
 @pytest.fixture
 def folder(tmp_path):
-    build("with_teacher", small(id2label=dict(enumerate("abcde")), num_labels=None)).save_pretrained(tmp_path / "m")
-    DeiTImageProcessor.paper(16).save_pretrained(tmp_path / "m")
+    trained_folder(tmp_path / "m")
     rng = np.random.default_rng(0)
     for i in range(10):
         place = tmp_path / "photos" / ("x" if i % 2 else "y/deep")
@@ -188,8 +186,7 @@ def test_other_work_is_not_gone_on_with(tmp_path, monkeypatch):
 def test_a_model_trained_again_is_another(folder):
     before = identity(str(folder / "m"))
     assert identity(str(folder / "m")) == before
-    model = build("with_teacher", small(id2label=dict(enumerate("abcde")), num_labels=None), seed=1)
-    model.save_pretrained(folder / "m")
+    trained_folder(folder / "m", seed=1)
     assert identity(str(folder / "m")) != before
     assert identity("facebook/deit-tiny-patch16-224") == ""
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from support.checks import raises_saying
-from support.models import LABELS, build, small
+from support.models import LABELS, build, small, trained_folder
 
 from deit import weights
 from deit.config import ConvNetConfig
@@ -52,8 +52,7 @@ def test_paths_bytes_and_pictures_agree(distilled, photos):
 
 
 def test_a_model_with_one_head(tmp_path, photos):
-    build("classification", small(id2label=LABELS, num_labels=None)).save_pretrained(tmp_path)
-    DeiTImageProcessor.paper(16).save_pretrained(tmp_path)
+    trained_folder(tmp_path, "classification")
     assert Predictor(tmp_path)(photos) == Predictor(tmp_path, head="class")(photos)
     with raises_saying(ValueError, "no head 'distillation'", "it has fused, class"):
         Predictor(tmp_path, head="distillation")(photos)

@@ -1,9 +1,6 @@
-"""Exported folders: every format against the PyTorch model, int8 against its accuracy, and what is refused."""
+"""Exported folders: every format against the PyTorch model, and what is refused."""
 
-import importlib.util
 import json
-import math
-import re
 import shutil
 import sys
 import threading
@@ -13,109 +10,25 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from support.checks import raises_saying
-from support.models import build, scramble, shrink, small
+from support.exports import FLOAT, INT8, KINDS, OUTPUTS, needs, pixels_for, softmax, tampering
+from support.models import NAMES, build, saved, small, trained_folder
 from support.runs import photos
 
 from deit import files
 from deit.cli import _parser, main
-from deit.config import VARIANTS, ConvNetConfig, DeiTConfig
-from deit.data.folders import write_digits
-from deit.export import checking, engines, formats, write
-from deit.export.checking import Examples
-from deit.export.engines import ENGINES, Engine, load_engine
-from deit.export.subject import Subject
-from deit.export.web import Page
+from deit.export import engines, formats, write
+from deit.export.engines import ENGINES, load_engine
 from deit.image.processor import DeiTImageProcessor
-from deit.model.convnet import ConvNet
-from deit.model.load import load_classifier, load_model
-from deit.model.network import DeiTForImageClassificationWithTeacher
-
-PAGE = Path(__file__).parents[2] / "docs" / "export.md"
-NAMES = ("ant", "bee", "cat", "dog", "eel")
-FLOAT = ("torch", "onnx", "openvino")
-INT8 = ("onnx-int8", "openvino-int8")
-KINDS = ("distilled", "plain", "deit3", "convnet")
-OUTPUTS = {kind: ["logits", *(["cls_logits", "distillation_logits"] if kind == "distilled" else [])] for kind in KINDS}
-
-
-def needs(to):
-    for package in formats._PACKAGES[to]:
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{to} needs {package}, which is not installed")
-    if to == "web":
-        try:
-            Page()
-        except FileNotFoundError as error:
-            pytest.skip(str(error))
-
-
-def model_of(kind):
-    labels = {"id2label": dict(enumerate(NAMES)), "num_labels": None}
-    if kind == "convnet":
-        model = scramble(
-            ConvNet(ConvNetConfig(widths=(6, 8), depth=1, image_size=(16, 24), id2label=dict(enumerate(NAMES))))
-        )
-        for layer in model.modules():
-            if isinstance(layer, torch.nn.BatchNorm2d):
-                layer.running_mean.uniform_(-0.5, 0.5)
-                layer.running_var.uniform_(0.5, 2)
-        return model.eval()
-    if kind == "deit3":
-        return build("classification", shrink(VARIANTS["deit3-small-patch16-224"], image_size=(32, 48), **labels))
-    if kind == "plain":
-        return build("classification", small(distillation_token=False, image_size=(16, 24), **labels))
-    return build("with_teacher", small(image_size=(24, 16), hidden_act="quick_gelu", **labels))
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    for kind in KINDS:
-        model = model_of(kind)
-        model.save_pretrained(root / kind)
-        DeiTImageProcessor.paper(model.config.image_hw).save_pretrained(root / kind)
-    return root
-
-
-@pytest.fixture(scope="module")
-def exported(models, tmp_path_factory):
-    """What `export` returns for a kind and a format; each is made once, and not to be changed."""
-    root, done = tmp_path_factory.mktemp("exported"), {}
-
-    def get(kind, to):
-        needs(to)
-        if (kind, to) not in done:
-            done[kind, to] = write.export(models / kind, to, root / f"{kind}-{to}")
-        return done[kind, to]
-
-    return get
+from deit.model.load import load_model
+from deit.predict.predictor import Predictor
 
 
 @pytest.fixture
 def copied(exported, tmp_path):
     """The folder of an export, to be damaged."""
     return lambda kind, to: Path(shutil.copytree(exported(kind, to).folder, tmp_path / "copy"))
-
-
-def pixels_for(model, count, seed=0):
-    shape = (count, model.config.num_channels, *model.config.image_hw)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def softmax(values):
-    return torch.as_tensor(values).double().softmax(-1)
-
-
-def tampering(monkeypatch, change):
-    """Every runtime's answers go through `change`."""
-
-    def run(self, pixels):
-        return change(dict(zip(self.outputs, self._run(pixels), strict=True)))
-
-    monkeypatch.setattr(Engine, "__call__", run)
 
 
 # -------------------------------------------------------------------------------------------------------------- values
@@ -309,11 +222,8 @@ def test_other_files_are_never_replaced(models, tmp_path):
 
 @pytest.mark.parametrize("kind", ["backbone", "masked_image", "headless"])
 def test_only_classifiers_are_exported(tmp_path, kind):
-    if kind == "headless":
-        build("classification", small(num_labels=0)).save_pretrained(tmp_path / "m")
-    else:
-        build(kind, small()).save_pretrained(tmp_path / "m")
-    DeiTImageProcessor.paper(16).save_pretrained(tmp_path / "m")
+    model = build("classification", small(num_labels=0)) if kind == "headless" else build(kind, small())
+    saved(model, tmp_path / "m")
     with raises_saying(ValueError, tmp_path / "m", "expected a classifier"):
         write.export(tmp_path / "m", "torch", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -405,192 +315,6 @@ def test_other_pixels_are_refused(exported, to):
         engine(np.zeros((1, 3, 16, 24)))
 
 
-# ---------------------------------------------------------------------------------------------------------------- int8
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """The digits on disk, and a small distilled model and a ConvNet trained on them for seconds."""
-    root = tmp_path_factory.mktemp("digits")
-    write_digits(root / "data", side=16)
-    processor = DeiTImageProcessor.paper(16, crop_ratio=1.0)
-    paths = sorted((root / "data" / "train").rglob("*.png"))
-    pixels = processor(paths, return_tensors="pt").pixel_values
-    labels = torch.tensor([int(path.parent.name) for path in paths])
-    config = DeiTConfig(
-        hidden_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        intermediate_size=96,
-        image_size=16,
-        patch_size=4,
-        encoder_stride=4,
-        layer_norm_eps=1e-6,
-        num_labels=10,
-        initializer_range=0.06,
-    )
-    config = config.replace(id2label={i: str(i) for i in range(10)})
-    torch.manual_seed(0)
-    nets = {
-        "distilled": DeiTForImageClassificationWithTeacher(config),
-        "convnet": ConvNet(ConvNetConfig(widths=(16, 32), depth=1, image_size=16, id2label=config.id2label)),
-    }
-    for name, net in nets.items():
-        net.train()
-        optimizer = torch.optim.AdamW(net.parameters(), lr=2e-2 if name == "convnet" else 3e-3)
-        decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=12)
-        for _ in range(12):
-            for rows in torch.randperm(len(labels)).split(64):
-                out = net(pixels[rows])
-                loss = F.cross_entropy(out.logits, labels[rows])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            decay.step()
-        net.eval().save_pretrained(root / name)
-        processor.save_pretrained(root / name)
-    return root
-
-
-def accuracy_by_hand(answer, root):
-    paths = sorted((root / "data" / "test").rglob("*.png"))
-    pixels = DeiTImageProcessor.paper(16, crop_ratio=1.0)(paths, return_tensors="np").pixel_values
-    labels = np.array([int(path.parent.name) for path in paths])
-    return float((answer(pixels).argmax(-1) == labels).mean())
-
-
-def weights_in_int8(folder, to):
-    """Numbers of the weights that the file holds in 8 bits."""
-    if to == "onnx-int8":
-        import onnx
-
-        return sum(
-            math.prod(tensor.dims)
-            for tensor in onnx.load(folder / "model.onnx").graph.initializer
-            if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) > 1
-        )
-    import openvino
-
-    model = openvino.Core().read_model(folder / "model.xml")
-    return sum(
-        math.prod(node.shape)
-        for node in model.get_ops()
-        if node.get_type_name() == "Constant"
-        and node.get_element_type().get_type_name() in ("i8", "u8")
-        and len(node.shape) > 1
-    )
-
-
-@pytest.mark.parametrize(
-    ("to", "kind"),
-    [
-        ("onnx-int8", "convnet"),
-        ("openvino-int8", "convnet"),
-        ("openvino-int8", "distilled"),
-        pytest.param("onnx-int8", "distilled", marks=pytest.mark.slow),
-    ],
-)
-def test_int8_keeps_the_accuracy_and_reports_it(digits, tmp_path, to, kind):
-    needs(to)
-    done = write.export(digits / kind, to, tmp_path / "out", calibrate=digits / "data")
-    model, found = load_model(digits / kind), done.description["accuracy"]
-    with torch.inference_mode():
-        before = accuracy_by_hand(lambda pixels: model(torch.from_numpy(pixels)).logits.numpy(), digits)
-    engine = load_engine(done.folder, precision="float32")
-    after = accuracy_by_hand(lambda pixels: engine(pixels)["logits"], digits)
-    assert before > 0.9
-    assert found["images"] == 360
-    assert found["calibrated"] == 300
-    assert found["float"]["value"] == pytest.approx(before)
-    assert found["int8"]["value"] == pytest.approx(after)
-    assert after >= before - 0.005
-    layers = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
-    kept = [model.get_submodule(name).weight for name in found["float_layers"]]
-    assert weights_in_int8(done.folder, to) == sum(w.numel() for w in layers) - sum(w.numel() for w in kept)
-    assert list(engine(np.zeros((3, 3, 16, 16), np.float32))) == OUTPUTS[kind]
-    assert f"accuracy {after:.4f} after {before:.4f} on 360 images" in str(done)
-
-
-@pytest.mark.parametrize("to", INT8)
-def test_int8_that_costs_too_much_is_refused_with_the_layers_to_blame(digits, tmp_path, monkeypatch, to):
-    needs(to)
-    monkeypatch.setattr(formats, "LOSS", -1.0)
-    monkeypatch.setattr(checking, "_CALIBRATED", 20)
-    monkeypatch.setattr(formats, "_SHARES", (0.0, 0.5))
-    monkeypatch.setattr(formats, "by_sensitivity", lambda *_: ["features.4", "classifier"])
-    with raises_saying(
-        ValueError,
-        f"{to} was not kept",
-        "on 360 images",
-        "even with 1 of 2 layers in float",
-        "are features.4, classifier",
-        f"take {to.removesuffix('-int8')}",
-    ):
-        write.export(digits / "convnet", to, tmp_path / "out", calibrate=digits / "data")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("to", INT8)
-def test_layers_that_8_bits_hurt_stay_in_float(digits, tmp_path, monkeypatch, to):
-    """An engine that stumbles over one layer in 8 bits: the next attempt has it in float, and says so."""
-    needs(to)
-    name = "features.4"
-    attempts = []
-    monkeypatch.setattr(checking, "_CALIBRATED", 20)
-    monkeypatch.setattr(formats, "by_sensitivity", lambda *_: [name, *(f"other{i}" for i in range(7))])
-    monkeypatch.setattr(formats, "_SHARES", (0.0, 1 / 8))
-    monkeypatch.setattr(formats, "LOSS", 0.05)
-    quantise = {"onnx-int8": "_quantise_onnx", "openvino-int8": "_quantise_openvino"}[to]
-    real = getattr(formats, quantise)
-
-    def counted(classifier, folder, calibration, kept):
-        attempts.append(list(kept))
-        real(classifier, folder, calibration, kept)
-
-    monkeypatch.setattr(formats, quantise, counted)
-    tampering(monkeypatch, lambda answers: answers if attempts[-1] else {k: -v for k, v in answers.items()})
-    done = write.export(digits / "convnet", to, tmp_path / "out", calibrate=digits / "data")
-    assert attempts == [[], [name]]
-    assert done.description["accuracy"]["float_layers"] == [name]
-    model = load_model(digits / "convnet")
-    whole = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d))
-    assert weights_in_int8(done.folder, to) == whole - model.get_submodule(name).weight.numel()
-
-
-def test_layers_are_ranked_by_what_8_bits_do_to_the_logits(digits):
-    classifier = Subject(load_classifier(digits / "distilled"))
-    examples = Examples(digits / "data", classifier)
-    calibration = examples.pixels(checking._spread(examples.calibration, 8))
-    model = classifier.model
-    layers = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert sorted(formats.by_sensitivity(classifier.logits, classifier.layers(), calibration)) == sorted(layers)
-    with torch.no_grad():  # one input of the layer outweighs all others, and meets weights of zero
-        block = model.deit.blocks[1]
-        block.norm2.weight[0], block.norm2.bias[0], block.mlp.fc1.weight[:, 0] = 0.0, 1e4, 0.0
-    assert formats.by_sensitivity(classifier.logits, classifier.layers(), calibration)[0] == "deit.blocks.1.mlp.fc1"
-    after = model.state_dict()
-    assert all(torch.equal(after[name], before[name]) for name in before if "blocks.1" not in name)
-
-
-def test_examples_without_splits_are_divided(models, tmp_path):
-    classifier = Subject(load_classifier(models / "plain"))
-    photos(tmp_path, classes=("bee", "eel"), count=4, split="all")
-    examples = Examples(tmp_path / "all", classifier)
-    assert [path.name for path in examples.judged.files] == ["1.png", "3.png"] * 2
-    assert [path.name for path in examples.calibration.files] == ["0.png", "2.png"] * 2
-    assert examples.judged.labels == (1, 1, 4, 4)
-    photos(tmp_path / "half", classes=("bee", "eel"), count=4)
-    halves = Examples(tmp_path / "half", classifier)
-    assert (len(halves.judged), len(halves.calibration)) == (4, 4)
-    assert halves.source == f"{tmp_path / 'half'}, every other image of train"
-    (tmp_path / "list.csv").write_text(f"path,label\n{tmp_path}/all/bee/0.png,bee\n")
-    with raises_saying(ValueError, "single image"):
-        Examples(tmp_path / "list.csv", classifier)
-    with raises_saying(ValueError, "no class 'yak'"):
-        Examples(photos(tmp_path / "other", classes=("yak",), split="test"), classifier)
-
-
 # ------------------------------------------------------------------------------------------------------------- command
 
 
@@ -605,20 +329,45 @@ def test_the_command(models, tmp_path, capsys):
     assert set(to.choices) == set(get_args(formats.Format)) == set(ENGINES)
 
 
-def keys_of(value, path=""):
-    if isinstance(value, dict) and path not in {"files", "versions"}:
-        for key, entry in value.items():
-            yield from keys_of(entry, f"{path}.{key}" if path else key)
-    else:
-        yield path
+@pytest.mark.parametrize("to", ["torch", "onnx", "openvino"])
+@pytest.mark.parametrize(
+    ("kind", "changes", "scoring"),
+    [
+        ("with_teacher", {"problem_type": "multi_label_classification"}, "sigmoid"),
+        ("classification", {"labels": ["ant"]}, "sigmoid"),
+        ("classification", {"problem_type": "regression"}, "none"),
+    ],
+)
+def test_scores_that_are_no_softmax_go_along(tmp_path, to, kind, changes, scoring):
+    """Several labels, a single output and a regression: the export scores as the model does."""
+    model = trained_folder(tmp_path / "m", kind, **changes)
+    done = write.export(model, to, tmp_path / "out")
+    assert done.description["scoring"] == scoring
+    assert "softmax" not in done.description["heads"]
+    assert done.description["agreement"]["labels"] == 1.0
+    pixels = np.random.default_rng(0).standard_normal((3, 3, 16, 16)).astype(np.float32)
+    ours, theirs = (Predictor(folder).scores(pixels) for folder in (model, tmp_path / "out"))
+    # OpenVINO computes in bfloat16 if the CPU does.
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=5e-2 if to == "openvino" else 1e-4)
+    logits = load_model(model)(torch.from_numpy(pixels)).logits.detach()
+    np.testing.assert_allclose(ours, logits.sigmoid() if scoring == "sigmoid" else logits, rtol=0, atol=1e-5)
 
 
-def test_the_page_has_every_key(digits, tmp_path):
-    needs("openvino-int8")
-    needs("web")
-    documented = set(re.findall(r"^\| `([a-z0-9_.]+)` \|", PAGE.read_text().split("## export.json")[1], re.MULTILINE))
-    found = set()
-    for to in ("openvino", "openvino-int8", "web"):
-        done = write.export(digits / "convnet", to, tmp_path / to, calibrate=digits / "data")
-        found |= set(keys_of(done.description))
-    assert found == documented
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_onnx_file_speaks_for_itself(models, exported, kind):
+    """The batch axis has its name, weights have the model's, transposed or not, and the metadata says the rest."""
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load(exported(kind, "onnx").folder / "model.onnx")
+    for value in (*graph.graph.input, *graph.graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+    model = load_model(models / kind)
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
+    matrices = {name for name in state if name.endswith(".weight") and state[name].ndim == 2}
+    assert all(name in found or f"{name}.T" in found for name in matrices)
+    for name in matrices:  # a normalisation is folded into the convolution before it
+        np.testing.assert_array_equal(found[name] if name in found else found[f"{name}.T"].T, state[name])
+    told = {entry.key: entry.value for entry in graph.metadata_props}
+    assert json.loads(told["labels"]) == list(model.config.id2label.values())
+    assert json.loads(told["preprocessing"]) == DeiTImageProcessor.from_pretrained(models / kind).to_dict()
+    assert told["scoring"] == "softmax"

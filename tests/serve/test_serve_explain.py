@@ -11,26 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.models import build, small
-
-from deit.config import ConvNetConfig
-from deit.explain.explanation import explain_pixels
-from deit.explain.maps import METHODS, explain
-from deit.explain.picture import figure, overlay
-from deit.image.processor import DeiTImageProcessor
-from deit.model.convnet import ConvNet
-from deit.predict.predictor import Predictor
-from deit.report.markup import data_uri
-
-pytest.importorskip("httpx")
-pytest.importorskip("fastapi")
-
-from starlette.testclient import TestClient
-from test_serve import (
+from support.models import trained_folder
+from support.serving import (
     FORM,
     RAW,
     TEXT,
     Gate,
+    TestClient,
     ask,
     assert_labels,
     assert_refused,
@@ -40,26 +27,19 @@ from test_serve import (
     picture,
     png_of,
     raw,
-    save,
     until,
 )
 
+from deit.explain.explanation import explain_pixels
+from deit.explain.maps import METHODS, explain
+from deit.explain.picture import figure, overlay
+from deit.predict.predictor import Predictor
+from deit.report.markup import data_uri
 from deit.serve.app import create_app
 from deit.serve.batcher import Why
 from deit.serve.limits import Service
 
 EXPLAIN = "/v1/explain"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save(tmp_path_factory.mktemp("m"))
-
-
-@pytest.fixture(scope="module")
-def web(folder):
-    with client(folder) as found:
-        yield found
 
 
 def explained(predictor, image, method="relevance", target=None):
@@ -122,9 +102,7 @@ def test_the_default_is_relevance_of_each_heads_decision(web):
 
 
 def test_large_images_are_not_made_smaller(tmp_path):
-    with client(
-        save(tmp_path, small(id2label=dict(enumerate("abcde")), num_labels=None, image_size=(64, 240), patch_size=16))
-    ) as web:
+    with client(trained_folder(tmp_path, image_size=(64, 240), patch_size=16)) as web:
         found = ask(web, picture(0), path=EXPLAIN).json()
         for each in (found["seen"], *(one["overlay"] for one in found["maps"])):
             drawn = Image.open(io.BytesIO(base64.b64decode(each.removeprefix("data:image/jpeg;base64,"))))
@@ -149,10 +127,7 @@ def test_who_accepts_png_alone_gets_the_figure(web):
 
 
 def test_a_model_without_distillation_token_has_one_map(tmp_path):
-    config = small(id2label=dict(enumerate("abcde")), num_labels=None, distillation_token=False)
-    build("classification", config).save_pretrained(tmp_path)
-    DeiTImageProcessor.paper(16).save_pretrained(tmp_path)
-    with client(tmp_path) as web:
+    with client(trained_folder(tmp_path, "plain")) as web:
         found = ask(web, picture(0), path=EXPLAIN).json()
         assert [each["token"] for each in found["maps"]] == [each["token"] for each in found["answers"]] == ["class"]
 
@@ -359,7 +334,7 @@ def test_long_names_cost_no_time(tmp_path):
     for count, said in ((1000, "the model knows no class 'lbael nmuber 5"), (20_000, "target is not one of")):
         labels = {i: f"label number {i}, which is as long as those of ImageNet" for i in range(count)}
         labels[7] = "long " * 50
-        with client(save(tmp_path, small(id2label=labels, num_labels=None))) as web:
+        with client(trained_folder(tmp_path, labels=labels.values())) as web:
             for target, part in (
                 ("lbael nmuber 5, wihch is as lnog as thsoe of ImgaeNet", said),
                 ("x" * 10**6, "target is not one of the model's labels"),
@@ -371,9 +346,7 @@ def test_long_names_cost_no_time(tmp_path):
 
 
 def test_what_can_not_be_explained_is_501(folder, tmp_path):
-    ConvNet(ConvNetConfig(widths=(4,), depth=1, id2label=dict(enumerate("abcde")))).save_pretrained(tmp_path)
-    DeiTImageProcessor.paper(16).save_pretrained(tmp_path)
-    with client(tmp_path, keys=("key",)) as web:
+    with client(trained_folder(tmp_path, "convnet"), keys=("key",)) as web:
         assert_refused(ask(web, picture(0), path=EXPLAIN), 401, "this needs a key")
         with_key = {**RAW, "Authorization": "Bearer key"}
         assert_refused(ask(web, picture(0), with_key, EXPLAIN), 501, "a ConvNet can't be explained")

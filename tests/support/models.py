@@ -1,12 +1,16 @@
-"""Small models whose values are all random, and inputs for them."""
+"""Small models whose values are all random, the folders that training would leave of them, and inputs for them."""
 
 import math
 import random
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from deit.config import ACTIVATIONS, DeiTConfig
+from deit.config import ACTIVATIONS, ConvNetConfig, DeiTConfig
+from deit.image.processor import DeiTImageProcessor
+from deit.model.convnet import ConvNet
 from deit.model.network import (
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
@@ -15,7 +19,8 @@ from deit.model.network import (
     PreTrained,
 )
 
-LABELS = dict(enumerate(("ant", "bee", "cat", "dog", "eel")))
+NAMES = ("ant", "bee", "cat", "dog", "eel")
+LABELS = dict(enumerate(NAMES))
 CLASS_OF = {
     "backbone": DeiTModel,
     "masked_image": DeiTForMaskedImageModeling,
@@ -97,6 +102,35 @@ def build(kind: str, config: DeiTConfig, seed: int = 0, **options: Any) -> PreTr
     return scramble(CLASS_OF[kind](config, **options), seed).eval()
 
 
+def saved(model: Any, folder: Path | str, processor: DeiTImageProcessor | None = None) -> Path:
+    """The folder, with the model in it and a processor: the paper's for the size of the model, if none is given."""
+    model.save_pretrained(folder)
+    (processor or DeiTImageProcessor.paper(model.config.image_size)).save_pretrained(folder)
+    return Path(folder)
+
+
+def trained_folder(
+    folder: Path | str,
+    kind: str = "with_teacher",
+    labels: Iterable[str] = "abcde",
+    *,
+    seed: int = 0,
+    processor: DeiTImageProcessor | None = None,
+    **changes: Any,
+) -> Path:
+    """The folder of a small model with its processor and its labels, as training leaves it.
+
+    `kind` is one of `CLASS_OF`, "plain" for a classifier without distillation token, or "convnet". `changes` are
+    fields of its config."""
+    fields: dict[str, Any] = {"id2label": dict(enumerate(labels)), **changes}
+    if kind == "convnet":
+        config = ConvNetConfig(**{"widths": (4,), "depth": 1, "image_size": 16, **fields})
+        return saved(scramble(ConvNet(config), seed).eval(), folder, processor)
+    if kind == "plain":
+        kind, fields = "classification", {"distillation_token": False, **fields}
+    return saved(build(kind, small(num_labels=None, **fields), seed), folder, processor)
+
+
 def images(config: DeiTConfig, count: int = 2, size: tuple[int, int] | None = None, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, config.num_channels, *(size or config.image_hw), generator=generator)
@@ -118,3 +152,10 @@ def loss_of(output: Any) -> torch.Tensor:
     ]
     generator = torch.Generator().manual_seed(3)
     return sum((t * torch.randn(t.shape, generator=generator)).mean() for t in tensors)
+
+
+def logits_of(out):
+    """By token, and the number of its row among all tokens."""
+    if "cls_logits" in out:
+        return {"class": (0, out.cls_logits), "distillation": (1, out.distillation_logits)}
+    return {"class": (0, out.logits)}

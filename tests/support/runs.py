@@ -1,4 +1,4 @@
-"""Runs as a person starts them: small recipes in a file, `deit train` in processes of its own."""
+"""Runs as a person starts them: small recipes, one or a file of them, `deit train` in processes of its own."""
 
 import json
 import os
@@ -8,12 +8,15 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from support.models import small
 
+from deit.recipe import AdamW, Compute, Cosine, Data, Distilled, Objective, Recipe, Supervised, epochs
 from deit.train import checkpoint
 
 RECIPES = '''
@@ -44,6 +47,24 @@ def convnet():
 
 TIMES = {"seconds", "images_per_second", "memory"}
 """Keys of metrics.jsonl that no two runs have alike."""
+
+
+def small_recipe(objective: Objective | None = None, **parts: Any) -> Recipe:
+    """An epoch of a small model in batches of 8, plain and supervised unless `objective` and `parts` say otherwise."""
+    objective = objective or Supervised()
+    token = isinstance(objective, Distilled) and objective.token == "distillation"
+    return Recipe(
+        **{
+            "name": "small",
+            "model": small(distillation_token=token, num_labels=None),
+            "data": Data(batch=8),
+            "objective": objective,
+            "optim": AdamW(lr=1e-3, per_images=8),
+            "schedule": Cosine(total=epochs(1)),
+            "compute": Compute(precision="float32", workers=0),
+            **parts,
+        }
+    )
 
 
 def photos(root: Path, *, count: int = 7, classes: str = "abc", split: str = "train", size: int = 24) -> Path:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from support.checks import raises_saying
 from support.models import build, small
+from support.runs import small_recipe
 
 from deit.config import ConvNetConfig
 from deit.files import CheckpointError
@@ -17,7 +18,7 @@ from deit.model.network import (
     DeiTForImageClassificationWithTeacher,
     DeiTForMaskedImageModeling,
 )
-from deit.recipe import AdamW, Cosine, Data, Distilled, MaskedImage, Recipe, Supervised, epochs
+from deit.recipe import Distilled, MaskedImage, Supervised
 from deit.train.build import build_model
 from deit.weights.hub import write_tensors
 from deit.weights.names import resize_matrix
@@ -27,15 +28,7 @@ CLASSES = ("a", "b", "c", "d", "e")
 
 def recipe_for(objective, *, start="", **changes):
     token = not isinstance(objective, Supervised | MaskedImage) and objective.token == "distillation"
-    return Recipe(
-        name="x",
-        model=small(**{"distillation_token": token, **changes}),
-        data=Data(batch=4),
-        objective=objective,
-        optim=AdamW(lr=1e-3, per_images=4),
-        schedule=Cosine(total=epochs(1)),
-        start=start,
-    )
+    return small_recipe(objective, model=small(**{"distillation_token": token, **changes}), start=start)
 
 
 def saved(folder, kind="classification", classes=CLASSES, **changes):

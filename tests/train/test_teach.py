@@ -15,25 +15,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from support.checks import raises_saying
 from support.models import small
+from support.runs import small_recipe
 
 from deit.data.batches import BadImages, TrainingBatches
 from deit.data.folders import Split
 from deit.files import CheckpointError
-from deit.recipe import (
-    AdamW,
-    Augment,
-    Compute,
-    Cosine,
-    Data,
-    Distilled,
-    Erase,
-    Mix,
-    Recipe,
-    ResizedCrop,
-    Supervised,
-    epochs,
-    override,
-)
+from deit.recipe import Augment, Compute, Data, Distilled, Erase, Mix, ResizedCrop, Supervised, override
 from deit.train import labels as teaching
 from deit.train.labels import LabelCache, teach
 from deit.train.teacher import Teacher, answers
@@ -85,24 +72,22 @@ def small_parts(monkeypatch):
 
 
 def pupil(teacher, *settings, **objective):
-    recipe = Recipe(
+    recipe = small_recipe(
+        Distilled(teacher=teacher, **objective),
         name="pupil",
         model=small(image_size=8, num_labels=5),
         data=Data(batch=4, mean=(0.5, 0.4, 0.3)),
         augment=Augment(crop=ResizedCrop(), flip=0.5, erase=Erase(), mix=Mix(mixup=0.8, cutmix=1.0)),
-        objective=Distilled(teacher=teacher, **objective),
-        optim=AdamW(lr=1e-3, per_images=4),
-        schedule=Cosine(total=epochs(1)),
         compute=Compute(precision="float32", accumulate=2, workers=0),
     )
     return override(recipe, settings)
 
 
 def run(recipe, split, out, count=2, **options):
-    """The cache and what was said."""
+    """Makes the cache; returns what was said, without the introduction of the teacher."""
     said = io.StringIO()
     teach(recipe, split, out, epochs=count, device="cpu", console=Console(file=said, width=1000), **options)
-    return said.getvalue()
+    return "".join(line for line in said.getvalue().splitlines(True) if not line.startswith(("teacher ", "warning: ")))
 
 
 def on_the_way(recipe, split, steps, count):
@@ -170,6 +155,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, split, teacher, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(Teacher, "__call__", interrupted)
+        patch.setattr(Teacher, "introduction", lambda *_: ())
         with pytest.raises(KeyboardInterrupt):
             run(recipe, split, tmp_path / "cache")
     kept = contents(tmp_path / "cache")

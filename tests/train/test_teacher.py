@@ -10,14 +10,16 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from support.checks import assert_close, raises_saying
-from support.models import build, small
+from support.models import build, saved, small
+from support.runs import small_recipe
 from torch import nn
 
 from deit.config import ConvNetConfig
+from deit.data.folders import Split
 from deit.files import CheckpointError
 from deit.image.processor import DeiTImageProcessor
 from deit.model.convnet import ConvNet
-from deit.recipe import AdamW, Cosine, Data, Distilled, Recipe, Supervised, epochs
+from deit.recipe import Data, Distilled, Recipe, Supervised
 from deit.train.teacher import Teacher, answers
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -26,13 +28,11 @@ CLASSES = ("ant", "bee", "cat", "dog")
 
 
 def student(size=16, *, mean=MEAN, std=STD, **objective):
-    return Recipe(
+    return small_recipe(
+        Distilled(teacher="t", **objective),
         name="pupil",
         model=small(image_size=size, num_channels=len(mean)),
         data=Data(batch=4, mean=mean, std=std),
-        objective=Distilled(teacher="t", **objective),
-        optim=AdamW(lr=1e-3, per_images=4),
-        schedule=Cosine(total=epochs(1)),
     )
 
 
@@ -59,15 +59,9 @@ def lively(model):
     return model.eval()
 
 
-def saved(model, folder, processor=None):
-    model.save_pretrained(folder)
-    (processor or DeiTImageProcessor.paper(model.config.image_size)).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def folder(tmp_path):
-    return saved(convnet(), tmp_path)
+    return str(saved(convnet(), tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------ the built-in ConvNet
@@ -122,7 +116,7 @@ def test_the_teacher_sees_what_its_processor_makes(tmp_path, options):
     levels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     expected = model(processor([Image.fromarray(levels)], return_tensors="pt").pixel_values).logits
     pixels = normal(torch.from_numpy(levels).permute(2, 0, 1)[None] / 255, MEAN, STD)
-    found = Teacher.load(saved(model, tmp_path, processor), CLASSES, student())(pixels)
+    found = Teacher.load(str(saved(model, tmp_path, processor)), CLASSES, student())(pixels)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -140,7 +134,7 @@ def test_resolution(folder):
 
 def test_a_transformer_at_the_students_resolution(tmp_path):
     model = build("with_teacher", small(num_labels=4, id2label=dict(enumerate(CLASSES))))
-    name, pixels = saved(model, tmp_path), torch.randn(2, 3, 24, 20)
+    name, pixels = str(saved(model, tmp_path)), torch.randn(2, 3, 24, 20)
     recipe = student((24, 20), mean=PAPER[0], std=PAPER[1], resolution="student")
     expected = model(pixels, interpolate_pos_encoding=True).logits
     assert_close(Teacher.load(name, CLASSES, recipe)(pixels), expected)
@@ -167,7 +161,8 @@ def test_a_grey_image_is_repeated_for_three_channels(folder):
 
 def test_grey_statistics_of_its_own_and_colour_for_a_grey_teacher(tmp_path):
     model = convnet(num_channels=1)
-    name = saved(model, tmp_path, DeiTImageProcessor(size=16, crop_size=16, image_mean=[0.7], image_std=[0.4]))
+    processor = DeiTImageProcessor(size=16, crop_size=16, image_mean=[0.7], image_std=[0.4])
+    name = str(saved(model, tmp_path, processor))
     raw = torch.rand(2, 1, 16, 16)
     found = Teacher.load(name, CLASSES, student(mean=(0.2,), std=(0.3,)))(normal(raw, (0.2,), (0.3,)))
     assert_close(found, model(normal(raw, (0.7,), (0.4,))).logits)
@@ -208,7 +203,7 @@ def test_classes_it_does_not_know_are_refused(folder, classes, missing):
 
 
 def test_a_name_that_repeats_is_refused_where_the_data_has_it(tmp_path):
-    name = saved(convnet(classes=("crane", "tench", "crane")), tmp_path)
+    name = str(saved(convnet(classes=("crane", "tench", "crane")), tmp_path))
     with raises_saying(ValueError, name, "gives the name 'crane' to 2 of its classes"):
         Teacher.load(name, ("crane", "tench"), student())
     assert Teacher.load(name, ("tench",), student())(torch.randn(2, 3, 16, 16)).shape == (2, 1)
@@ -443,8 +438,8 @@ def test_what_timm_cannot_open(tmp_path, monkeypatch):
 
 def test_fingerprint_is_of_the_content(tmp_path):
     model = convnet()
-    one = Teacher.load(saved(model, tmp_path / "one"), CLASSES, student()).fingerprint()
-    assert Teacher.load(saved(model, tmp_path / "two"), CLASSES, student()).fingerprint() == one
+    one = Teacher.load(str(saved(model, tmp_path / "one")), CLASSES, student()).fingerprint()
+    assert Teacher.load(str(saved(model, tmp_path / "two")), CLASSES, student()).fingerprint() == one
     same = {"labels": CLASSES, "mean": PAPER[0], "std": PAPER[1]}
     assert Teacher.of(model, CLASSES, student(), **same).fingerprint() == one
     others = {
@@ -457,7 +452,7 @@ def test_fingerprint_is_of_the_content(tmp_path):
     }
     prints = {name: teacher.fingerprint() for name, teacher in others.items()} | {"": one}
     model.features[1].running_var[2] += 1e-6  # a buffer counts, too
-    prints["weights"] = Teacher.load(saved(model, tmp_path / "two"), CLASSES, student()).fingerprint()
+    prints["weights"] = Teacher.load(str(saved(model, tmp_path / "two")), CLASSES, student()).fingerprint()
     assert len(set(prints.values())) == len(prints) == 8
 
 
@@ -503,3 +498,66 @@ def test_certain_answers_stay_finite():
     assert found.isfinite().all()
     assert found.argmax(1).tolist() == [0, 1]
     assert_close(found.exp().sum(1), torch.ones(2))
+
+
+# ------------------------------------------------------------------------------------------------ before the first step
+
+
+class Knows(nn.Module):
+    """Tells the class by the mean of the green channel, and is wrong by `off` classes."""
+
+    classes, mean, std, image_size = CLASSES, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (16, 16)
+
+    def __init__(self, off=0):
+        super().__init__()
+        self.off = off
+
+    def forward(self, pixels):
+        level = (pixels[:, 1].mean((1, 2)) * 4).floor().long().clamp(0, 3)
+        return F.one_hot((level + self.off) % 4, 4).float()
+
+
+def greens(root, count):
+    """Images of plain green, dark to light by class; the first of each class is damaged."""
+    files = []
+    for label in range(4):
+        for i in range(count):
+            path = root / f"{label}-{i}.png"
+            if i:
+                Image.new("RGB", (20, 20), (0, 32 + 64 * label, 0)).save(path)
+            else:
+                path.write_bytes(b"no image")
+            files.append((path, label))
+    return Split(tuple(path for path, _ in files), tuple(label for _, label in files), CLASSES)
+
+
+def test_a_teacher_is_introduced(tmp_path):
+    recipe, split = student(), greens(tmp_path, 4)
+    teacher = Teacher.of(Knows(), CLASSES, recipe, name="greens")
+    who, right = teacher.introduction(recipe, split, "validation", torch.device("cpu"))
+    assert who == "teacher greens: 4 classes; images of 16 x 16 pixels, mean 0, 0, 0, std 1, 1, 1"
+    assert right.startswith("teacher greens: 1.000 of 12 validation images right (0.758 to 1.000 at 95 %)")
+    teacher = Teacher.of(Knows(1), CLASSES, recipe, name="greens")
+    _, right, warning = teacher.introduction(recipe, split, "validation", torch.device("cpu"))
+    assert "0.000 of 12" in right
+    assert "no better than the answer that never looks (0.250)" in warning
+
+
+def test_what_is_assumed_of_a_teacher_is_said(folder):
+    recipe = student(mean=PAPER[0], std=PAPER[1])
+    bare = Teacher.of(nn.Sequential(nn.Flatten(), nn.Linear(768, 6)), [*"abcdef"], recipe, labels=[*"abcdef"])
+    assert str(bare).endswith(
+        "6 classes; images of 16 x 16 pixels, mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225; assumed from the "
+        "student, because nobody states them: mean, std, image_size"
+    )
+    stated = Teacher.load(folder, CLASSES[:2], student())
+    assert "4 classes, of which 2 are the data's; images of" in str(stated)
+    assert "assumed from" not in str(stated)
+
+
+def test_few_of_many_images_are_judged(tmp_path, monkeypatch):
+    monkeypatch.setattr("deit.train.teacher._JUDGED", 8)
+    recipe, split = student(), greens(tmp_path, 30)
+    teacher = Teacher.of(Knows(), CLASSES, recipe, name="greens")
+    _, right = teacher.introduction(recipe, split, "validation", torch.device("cpu"))
+    assert "1.000 of 7 validation images" in right  # evenly spread, the first of them is damaged

@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from support.checks import raises_saying
 from support.models import small
-from support.runs import photos
+from support.runs import photos, small_recipe
 
 from deit import machine
 from deit.config import ConvNetConfig
@@ -32,7 +32,6 @@ from deit.recipe import (
     SGD,
     AdamW,
     Augment,
-    Compute,
     Cosine,
     Data,
     Distilled,
@@ -45,20 +44,18 @@ from deit.recipe import (
     epochs,
     steps,
 )
-from deit.train import checkpoint, loop, objectives, optim, progress, runs
+from deit.train import checkpoint, loop, objectives, optim, progress, records, runs
 from deit.train.build import build_model
 from deit.train.loop import Diverged, train
 
 QUIET = Console(quiet=True)
-CONVNET = Recipe(
+CONVNET = small_recipe(
+    Supervised(smoothing=0.1),
     name="convnet",
     model=ConvNetConfig(widths=(8, 16), depth=1, image_size=16),
-    data=Data(batch=8),
-    objective=Supervised(smoothing=0.1),
     augment=Augment(crop=ResizedCrop(), flip=0.5),
     optim=AdamW(lr=4e-3, per_images=16),
     schedule=Cosine(total=epochs(4), warmup=epochs(1)),
-    compute=Compute(precision="float32", workers=0),
 )
 PLAIN = replace(CONVNET, name="plain", model=small(distillation_token=False, num_labels=None, drop_path_rate=0.3))
 
@@ -525,9 +522,9 @@ def test_tensorboard_gets_the_rows(splits, tmp_path, monkeypatch):
     assert written[1:] == [(name, value, row["step"]) for row in rows(tmp_path) for name, value in row.items()]
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (300, "5 min"), (2 * 3600, "2.0 h")])
+@pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (89, "89 s"), (300, "5 min"), (2 * 3600, "2.0 h")])
 def test_spans(seconds, text):
-    assert progress._span(seconds) == text
+    assert records.span(seconds) == text
 
 
 def test_precision(monkeypatch):

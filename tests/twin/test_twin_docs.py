@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support.models import small
+from support.models import saved, small
 from twins import TWIN_OF, needs_tensorflow
 
 import deit
@@ -17,8 +17,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "keras.md"
 def test_the_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs/taught/model"
-    TWIN_OF["with_teacher"](small(id2label={0: "cat", 1: "dog"}, num_labels=2)).save_pretrained(folder)
-    deit.DeiTImageProcessor.paper(16).save_pretrained(folder)
+    saved(TWIN_OF["with_teacher"](small(id2label={0: "cat", 1: "dog"}, num_labels=2)), folder)
     Image.new("RGB", (40, 30), "orange").save("photo.jpg")
     names = {}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from support.checks import raises_saying, run_python
-from support.models import CLASS_OF, build, small
+from support.models import CLASS_OF, build, saved, small
 from twins import BACKEND, TWIN_OF, arrays, as_arrays, assert_alike, distance, given_for, keras, slow_on_jax, twins
 
 import deit
@@ -266,8 +266,7 @@ def test_convert_to_keras(kind, tmp_path):
     from deit.cli import main
 
     ours = build(kind, small())
-    ours.save_pretrained(tmp_path / "hf")
-    deit.DeiTImageProcessor.paper(16).save_pretrained(tmp_path / "hf")
+    saved(ours, tmp_path / "hf")
     assert main(["convert", str(tmp_path / "hf"), "--to", "keras", "--out", str(tmp_path / "keras")]) == 0
     assert sorted(path.name for path in (tmp_path / "keras").iterdir()) == ["model.keras", "preprocessor_config.json"]
     assert json.loads((tmp_path / "keras/preprocessor_config.json").read_text())["crop_size"] == {
@@ -329,3 +328,43 @@ def test_pytorch_trains_beside_tensorflow_whichever_comes_first(first):
         "torch.optim.SGD([weight], lr=0.25).step()\nprint(weight.item())"
     )
     assert shown.endswith("0.75")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_shard_sise": "1GB"}, "no option 'max_shard_sise'"),
+        ({"token": "x"}, "'token' without push_to_hub=True"),
+        ({"signatures": None}, "no option 'signatures'"),
+    ],
+)
+def test_options_of_saving_that_are_not_known(tmp_path, options, said):
+    model = TWIN_OF["classification"](small())
+    with raises_saying(TypeError, said):
+        model.save_pretrained(tmp_path / "m", **options)
+    with raises_saying(ValueError, "safe_serialization=False", "leave it out"):
+        model.save_pretrained(tmp_path / "m", safe_serialization=False)
+    assert not (tmp_path / "m").exists()
+
+
+@slow_on_jax
+def test_saved_model_beside_the_weights(tmp_path):
+    model = TWIN_OF["classification"](small())
+    model.save_pretrained(tmp_path, saved_model=True, version=3)
+    assert (tmp_path / "model.safetensors").is_file()
+    assert (tmp_path / "saved_model" / "3" / "saved_model.pb").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+def test_quantised_weights_are_not_saved(tmp_path):
+    model = TWIN_OF["classification"](small())
+    model(np.zeros((1, 3, 16, 16), np.float32))
+    model.quantize("int8")
+    for save in (
+        lambda: model.save_pretrained(tmp_path / "m"),
+        lambda: model.save(tmp_path / "m.keras"),
+        lambda: keras.saving.save_model(model, tmp_path / "m.keras"),
+    ):
+        assert not list(tmp_path.iterdir())
+        with raises_saying(ValueError, "quantised to int8", "save the model before quantize()"):
+            save()

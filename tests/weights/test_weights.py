@@ -9,7 +9,7 @@ from support.models import CLASS_OF, build, shrink, small
 
 from deit import weights
 from deit.config import VARIANTS, DeiTConfig
-from deit.weights.names import _fold
+from deit.weights.names import _fold, detect
 
 COUNTS = {
     "deit-tiny-patch16-224": 5_717_416,
@@ -87,7 +87,7 @@ def test_every_deit_has_a_published_count():
 @pytest.mark.parametrize("dialect", weights.DIALECTS)
 def test_there_and_back(variant, dialect):
     config = shrink(VARIANTS[variant])
-    if dialect in ("hf", "hf5"):
+    if dialect in ("hf", "hf5", "ours"):
         cases = [(kind, {"pooler": kind == "backbone", "mask_token": kind == "backbone"}) for kind in kinds_for(config)]
     else:
         cases = [(kind_for(config), {})]
@@ -95,7 +95,9 @@ def test_there_and_back(variant, dialect):
         ours = arrays(config, kind, **options)
         for prefix in ("deit.", "vit.", "") if kind == "backbone" and dialect == "hf" else ("deit.",):
             named = weights.from_ours(ours, dialect, prefix=prefix)
-            assert not set(named) & {name for name in ours if not name.startswith(("classifier", "cls_cl", "distill"))}
+            if dialect != "ours":
+                same = ("classifier", "cls_cl", "distill")
+                assert not set(named) & {name for name in ours if not name.startswith(same)}
             again = read({f"module._orig_mod.{name}": value for name, value in named.items()})
             assert set(again) == set(ours)
             assert all(np.array_equal(again[name], ours[name]) for name in ours)
@@ -141,6 +143,31 @@ def test_key_without_a_rule(dialect):
     named = weights.from_ours(arrays(small(layer_scale_init_value=1.0), "with_teacher"), dialect)
     with raises_saying(ValueError, f"f.bin: no rule for tensor 'fc_norm.weight' (read as {dialect} names)"):
         read({**named, "fc_norm.weight": np.zeros(3)})
+
+
+@pytest.mark.parametrize("dialect", weights.DIALECTS)
+@pytest.mark.parametrize("prefix", ["model.", "net.student."])
+def test_a_prefix_of_all_names_is_removed_and_said(dialect, prefix):
+    ours = arrays(small(layer_scale_init_value=1.0), "with_teacher")
+    named = {f"{prefix}{name}": value for name, value in weights.from_ours(ours, dialect).items()}
+    with pytest.warns(UserWarning, match=f"f.bin: every name begins with '{prefix}', and is read without it"):
+        again = read(named)
+    assert again.keys() == ours.keys()
+    assert all(np.array_equal(again[name], ours[name]) for name in ours)
+
+
+@pytest.mark.parametrize("kind", CLASS_OF)
+def test_our_own_state_dict_as_wrappers_write_it(kind):
+    """torch.save of a model, of one whose blocks are compiled, of one under FSDP, and of a backbone alone."""
+    model = build(kind, small())
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    assert detect(state) == "ours"
+    expected = {name if kind != "backbone" else f"deit.{name}": value for name, value in state.items()}
+    expected = {name.replace("deit.deit.", "deit."): value for name, value in expected.items()}
+    for place, wrapper in (("attention.", "_orig_mod."), ("norm1.", "_fsdp_wrapped_module."), ("mlp.", "_orig_mod.")):
+        again = read({name.replace(place, f"{wrapper}{place}"): value for name, value in state.items()})
+        assert again.keys() == expected.keys()
+        assert all(np.array_equal(again[name], expected[name]) for name in expected)
 
 
 def test_missing_part_of_qkv():

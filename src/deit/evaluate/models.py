@@ -23,7 +23,7 @@ from deit.data.batches import Batch, EvaluationBatches
 from deit.data.folders import Split, fingerprint, matched, read_examples
 from deit.evaluate.scores import Accuracy, Comparison, Report, compare
 from deit.machine import Processes, resolve_device
-from deit.model.load import load_classifier, refuse_head
+from deit.model.load import load_classifier, refuse_head, refuse_not_finite, refuse_other_scoring
 from deit.model.network import (
     head_probabilities,
 )
@@ -164,13 +164,8 @@ def _check(by_head: dict[Head, Tensor], labels: Tensor, head: Head, classes: Seq
             f"the model gives {outputs} probabilities, for {len(classes)} class names; name each of its classes"
         )
     sums = torch.stack([probabilities.sum(-1) for probabilities in by_head.values()])  # (heads, B)
-    broken = ~sums.isfinite().all(0) & (labels >= 0)
-    if broken.any():
-        image = done + int(broken.nonzero()[0])
-        raise ValueError(
-            f"the model's answer to image {image} of the data is not a number, so it can't be scored; its "
-            "weights are damaged or diverged: take another checkpoint"
-        )
+    for row in (labels >= 0).nonzero().flatten().tolist():
+        refuse_not_finite([sums[:, row]], f" to image {done + row} of the data")
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -281,6 +276,7 @@ class _Subject:
     def __init__(self, name: str | Path, examples: Split, head: Head, crop_ratio: float | None, device: torch.device):
         self.name, self.head, self.device = str(name), head, device
         classifier = load_classifier(name)
+        refuse_other_scoring(name, classifier.model.config.scoring, "an evaluation")
         refuse_head(head, classifier.heads)
         self.model, processor, self.classes = classifier.model.to(device), classifier.processor, classifier.labels
         self.processor = processor if crop_ratio is None else processor.with_crop_ratio(crop_ratio)

@@ -36,6 +36,11 @@ class Accuracy:
         half = _Z / (1 + _Z * _Z / n) * math.sqrt(p * (1 - p) / n + _Z * _Z / (4 * n * n))
         return max(0.0, centre - half), min(1.0, centre + half)
 
+    def cells(self) -> tuple[float, str]:
+        """The value and its interval, as two cells of a table."""
+        low, high = self.interval
+        return self.value, f"{low:.3f} to {high:.3f}"
+
     def to_dict(self) -> dict[str, Any]:
         low, high = self.interval
         return {"value": self.value, "low": low, "high": high, "correct": self.correct}
@@ -105,6 +110,11 @@ class Report:
     """(N,) float64, 1/C to 1: the sum over classes of squared probabilities."""
     unreadable: tuple[tuple[str, str], ...] = ()
     """(file, reason) of every image left out."""
+
+    @property
+    def heads(self) -> list[str]:
+        """The heads worth a row each. A model with one head has only `class`: its `fused` is the same."""
+        return ["class"] if set(self.ranks) == {"fused", "class"} else list(self.ranks)
 
     def __post_init__(self) -> None:
         if not self.read.any():

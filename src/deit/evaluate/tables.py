@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deit.evaluate.models import Evaluation, Examined
-from deit.evaluate.scores import Accuracy, Comparison, Report
+from deit.evaluate.scores import Comparison, Report
 
 _LINES = 10
 """Number of worst classes, and of confusions, that are shown."""
@@ -30,15 +30,11 @@ def show(evaluation: Evaluation, console: Console) -> None:
     )
     if report.unreadable:
         say(f"{len(report.unreadable)} more can't be read and are left out")
-    heads = ["class"] if set(report.ranks) == {"fused", "class"} else list(report.ranks)
     console.print(
         _table(
             "Accuracy",
             ["head", "top-1", "95 % interval", "top-5", "95 % interval"],
-            (
-                [head, *_with_interval(report.accuracy(head)), *_with_interval(report.accuracy(head, 5))]
-                for head in heads
-            ),
+            ([head, *report.accuracy(head).cells(), *report.accuracy(head, 5).cells()] for head in report.heads),
         )
     )
     say(
@@ -96,8 +92,8 @@ def _compare(main: Examined, other: Examined, found: Comparison, console: Consol
             f"The {main.report.head} heads",
             ["model", "top-1", "95 % interval", "right alone"],
             [
-                [main.model, *_with_interval(found.first), found.only_first],
-                [other.model, *_with_interval(found.second), found.only_second],
+                [main.model, *found.first.cells(), found.only_first],
+                [other.model, *found.second.cells(), found.only_second],
             ],
         )
     )
@@ -106,11 +102,6 @@ def _compare(main: Examined, other: Examined, found: Comparison, console: Consol
         f"Difference {found.difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}; McNemar's exact test: "
         f"p = {found.p_value:.3g}"
     )
-
-
-def _with_interval(accuracy: Accuracy) -> tuple[float, str]:
-    low, high = accuracy.interval
-    return accuracy.value, f"{low:.3f} to {high:.3f}"
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:

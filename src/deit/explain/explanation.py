@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from deit.choices import Method
 from deit.config import DeiTConfig
 from deit.data.folders import near
 from deit.explain.maps import (
     METHODS,
     Faithfulness,
-    Method,
     Token,
     checked,
     decided,
@@ -31,6 +31,7 @@ from deit.explain.maps import (
     random_order,
 )
 from deit.image.processor import DeiTImageProcessor
+from deit.model.load import refuse_not_finite
 from deit.predict.predictor import Predictor
 
 
@@ -230,14 +231,7 @@ def explain_pixels(
         for method in methods
         for token, values in explain(model, pixels, method, target).items()
     ]
-    if not (
-        all(scores.isfinite().all() for scores in probabilities.values())
-        and all(np.isfinite(each.values).all() for each in maps)
-    ):
-        raise ValueError(
-            "the model's answer is not a number, so there is nothing to explain; its weights are damaged, or its "
-            "training diverged: take another checkpoint"
-        )
+    refuse_not_finite([*probabilities.values(), *(each.values for each in maps)])
     answers = []
     for token, [scores] in probabilities.items():
         best, chosen = int(scores.argmax()), int(targets[token])

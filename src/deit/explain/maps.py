@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deit.choices import Method
-from deit.model.network import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, head_probabilities
+from deit.model.network import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, head_scores
 from deit.model.outputs import ModelOutput
 
 Token = Literal["class", "distillation"]
@@ -185,9 +185,7 @@ def _probabilities(
         shown = torch.zeros_like(pixels[owner])  # grey beyond the last whole patch too, which no model sees
         area = (..., slice(rows * height), slice(columns * width))
         shown[area] = pixels[owner][area] * some.repeat_interleave(height, 1).repeat_interleave(width, 2).unsqueeze(1)
-        by_head = head_probabilities(
-            model(shown, output_attentions=False, output_hidden_states=False, return_dict=True)
-        )
+        by_head = head_scores(model(shown, output_attentions=False, output_hidden_states=False, return_dict=True))
         for token, target in targets.items():
             found[token].append(_of(target[owner], by_head[token]))
     return {token: torch.cat(parts).unflatten(0, seen.shape[:2]) for token, parts in found.items()}

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from deit.choices import Scoring
 from deit.data.batches import Batch, EvaluationBatches
 from deit.data.folders import SPLITS, Split, matched, read_examples
 from deit.evaluate.scores import Accuracy
@@ -27,6 +28,8 @@ _SIZES = (1, 3)
 _CALIBRATED = 300
 """Maximum number of int8 calibration images."""
 _JUDGED_BATCH = 16
+_TIE = 1e-4
+"""Largest difference of two probabilities that count as on the same side of 0.5, because only rounding parts them."""
 
 
 class Examples:
@@ -86,9 +89,11 @@ class Agreement:
 
     images: int
     labels: float
-    """Share of the images to which every output gives the PyTorch model's class."""
+    """Share of the images to which every output gives the same class as the PyTorch model, or the same labels at 0.5;
+    1 for a regression."""
     difference: float
-    """Largest difference of a probability."""
+    """Largest difference of a probability. For a regression, the largest difference of an output, divided by the image's
+    largest output if that is above 1."""
 
 
 class Checked:
@@ -111,7 +116,8 @@ class Checked:
             size = _SIZES[len(self.batches) % len(_SIZES)]
             self.batches.append(np.stack(pixels[:size]))
             pixels = pixels[size:]
-        self.expected = [_probabilities(subject(batch)) for batch in self.batches]
+        self.scoring = subject.scoring
+        self.expected = [_scores(subject(batch), self.scoring) for batch in self.batches]
         self._files = () if examples is None else _spread(examples.judged, _CHECKED["random"]).files
 
     def pictures(self) -> Iterator[Image.Image]:
@@ -126,7 +132,7 @@ class Checked:
         """Compares an engine's answers with the model's. Raises `ValueError` for outputs of another shape."""
         alike, difference = 0, 0.0
         for batch, expected in zip(self.batches, self.expected, strict=True):
-            found = _probabilities(engine(batch))
+            found = _scores(engine(batch), self.scoring)
             same = np.ones(len(batch), bool)
             for name, reference in expected.items():
                 if found[name].shape != reference.shape:
@@ -134,20 +140,29 @@ class Checked:
                         f"{engine.name} answers {len(batch)} images with {name} of {found[name].shape}, "
                         f"expected {reference.shape}; nothing was kept"
                     )
-                same &= found[name].argmax(-1) == reference.argmax(-1)
-                difference = float(
-                    np.maximum(difference, np.abs(found[name] - reference).max())
-                )  # unlike max, np.maximum keeps NaN
+                apart = np.abs(found[name] - reference).max(-1)
+                if self.scoring == "softmax":
+                    same &= found[name].argmax(-1) == reference.argmax(-1)
+                elif self.scoring == "sigmoid":
+                    same &= ((found[name] > 0.5) == (reference > 0.5)).all(-1) | (apart <= _TIE)
+                else:  # a regression has no labels, and its outputs have any size
+                    apart = apart / np.maximum(1.0, np.abs(reference).max(-1))
+                difference = float(np.maximum(difference, apart.max()))  # unlike max, np.maximum keeps NaN
             alike += int(same.sum())
         return Agreement(self.images, alike / self.images, difference)
 
 
-def _probabilities(logits: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Probabilities (B, K) in float64, by the name of the output."""
+def _scores(logits: Mapping[str, np.ndarray], scoring: Scoring) -> dict[str, np.ndarray]:
+    """Scores (B, K) in float64, by the name of the output."""
     found = {}
     for name, values in logits.items():
-        powers = np.exp(values.astype(np.float64) - values.max(-1, keepdims=True))
-        found[name] = powers / powers.sum(-1, keepdims=True)
+        values = values.astype(np.float64)
+        if scoring == "softmax":
+            powers = np.exp(values - values.max(-1, keepdims=True))
+            values = powers / powers.sum(-1, keepdims=True)
+        elif scoring == "sigmoid":
+            values = 1 / (1 + np.exp(-values))
+        found[name] = values
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from deit import files
-from deit.choices import Format
+from deit.choices import Format, Scoring
 from deit.evaluate.calibration import FILE as CALIBRATION
 from deit.export.checking import Agreement, Checked, Examples, accuracy_of
 from deit.export.engines import DESCRIPTION, Engine, OpenVINOEngine, import_openvino, load_engine, needed, sha256
@@ -24,6 +25,7 @@ from deit.export.quantise import by_sensitivity, quantised_onnx, quantised_openv
 from deit.export.subject import Subject
 from deit.export.web import VERSION, NodeEngine, Page, refuse_undone
 from deit.image.processor import FILE_NAME
+from deit.model.load import heads_of
 
 TOLERANCE = 1e-4
 """Largest allowed difference between a probability of a float format and the PyTorch model's."""
@@ -69,6 +71,7 @@ class Description:
     input: Mapping[str, Any]
     outputs: Sequence[str]
     heads: Sequence[str]
+    scoring: Scoring
     versions: Mapping[str, str]
     weights: str | None = None
     agreement: Mapping[str, Any] | None = None
@@ -88,7 +91,8 @@ def _described(subject: Subject, to: Format, folder: Path) -> Description:
         files={path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name not in BESIDE},
         input={"name": "pixel_values", "shape": [None, *subject.shape], "type": "float32"},
         outputs=list(subject.logits.names),
-        heads=["fused", "class", *(["distillation", "softmax"] if len(subject.logits.names) > 1 else [])],
+        heads=list(heads_of(len(subject.logits.names) > 1, subject.scoring)),
+        scoring=subject.scoring,
         versions=versions(to),
     )
     files.write_json(folder / DESCRIPTION, description.to_dict())
@@ -121,16 +125,36 @@ def _save_torch(subject: Subject, folder: Path) -> None:
 
 
 def _save_onnx(subject: Subject, folder: Path) -> None:
-    torch.onnx.export(
+    """Writes ONNX with a batch axis called `batch` and with weights under the model's own names.
+
+    The metadata hold labels, preprocessing and scoring for other tools; labels and preprocessing are JSON.
+    """
+    program = torch.onnx.export(
         subject.program,
         (),
-        folder / "model.onnx",
         dynamo=True,
         verbose=False,
         input_names=["pixel_values"],
         output_names=list(subject.logits.names),
-        external_data=subject.bytes > _ONNX_BYTES,
+        dynamic_shapes={"pixel_values": {0: "batch"}},
     )
+    assert program is not None
+    # The exporter transposes the weights of matrix products and numbers them, so their values have to identify them.
+    transposed = {
+        weight.t().contiguous().numpy().tobytes(): f"{name}.T"
+        for name, weight in subject.model.state_dict().items()
+        if weight.dim() == 2
+    }
+    for value in list(program.model.graph.initializers.values()):
+        assert value.name is not None
+        content = value.const_value.tobytes() if value.const_value is not None and len(value.shape or ()) == 2 else b""
+        value.name = transposed.get(content) or value.name.removeprefix("model.")
+    program.model.metadata_props.update(
+        labels=json.dumps(subject.classes),
+        preprocessing=subject.processor.to_json_string(),
+        scoring=subject.scoring,
+    )
+    program.save(folder / "model.onnx", external_data=subject.bytes > _ONNX_BYTES)
 
 
 def _save_openvino_float16(subject: Subject, folder: Path) -> None:

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from deit.choices import Scoring
 from deit.export.engines import import_openvino
 from deit.image.processor import FILE_NAME
 from deit.model.convnet import ConvNet
-from deit.model.load import Classifier
+from deit.model.load import Classifier, refuse_not_finite
 from deit.model.network import DeiTForImageClassificationWithTeacher, PreTrained
 
 
@@ -48,6 +49,7 @@ class Subject:
     def __init__(self, classifier: Classifier):
         self.model, self.processor, self.name = classifier.model, classifier.processor, classifier.name
         self.classes, config = classifier.labels, classifier.model.config
+        self.scoring: Scoring = config.scoring
         self.transformer = isinstance(self.model, PreTrained)
         if self.transformer:
             self.model.set_attn_implementation(
@@ -64,8 +66,10 @@ class Subject:
 
     @torch.inference_mode()
     def __call__(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns logits (B, K) by name for pixels (B, C, H, W)."""
-        return {name: value.numpy() for name, value in self.logits(torch.from_numpy(pixels)).items()}
+        """Returns logits (B, K) by name for pixels (B, C, H, W). Raises `NotFinite` if they are not finite."""
+        found = {name: value.numpy() for name, value in self.logits(torch.from_numpy(pixels)).items()}
+        refuse_not_finite(found.values())
+        return found
 
     @property
     def bytes(self) -> int:

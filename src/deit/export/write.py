@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from deit import files
+from deit.choices import Format
 from deit.evaluate.calibration import Calibration
 from deit.export.checking import Checked, Examples
 from deit.export.engines import DESCRIPTION, read_description
 from deit.export.formats import (
     BESIDE,
-    Format,
     import_packages,
     refuse_for_the_web,
     write_float,
@@ -22,7 +22,7 @@ from deit.export.formats import (
 )
 from deit.export.subject import Subject
 from deit.export.web import Page
-from deit.model.load import load_classifier
+from deit.model.load import load_classifier, refuse_other_scoring
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ def export(
     import_packages(to)
     page = Page() if to == "web" else None
     subject = Subject(load_classifier(source, **where))
+    if to.endswith("int8"):
+        refuse_other_scoring(source, subject.scoring, to)
     if page is not None:
         refuse_for_the_web(subject)
     examples = None if calibrate is None else Examples(calibrate, subject)

@@ -1,13 +1,17 @@
-"""A trained model from its files: alone, or as a classifier with its preprocessing and its labels."""
+"""Loads a trained model from its files: alone, or as a classifier with its preprocessing and its labels."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+from torch import Tensor
+
 from deit import files, weights
-from deit.choices import Head
+from deit.choices import Head, Scoring
 from deit.image.processor import DeiTImageProcessor
 from deit.model.convnet import ConvNet
 from deit.model.network import (
@@ -29,7 +33,7 @@ _OF_KIND = {cls.kind: cls for cls in _CLASS.values()}
 
 
 def load_model(name_or_folder: str | Path, **options: Any) -> Any:
-    """A trained model in evaluation mode, of the class its files are of; `options` as for `from_pretrained`."""
+    """A trained model in evaluation mode, of the class that its files need. `options` are as for `from_pretrained`."""
     where = {
         key: options[key]
         for key in ("revision", "subfolder", "cache_dir", "local_files_only", "token")
@@ -51,24 +55,23 @@ def load_model(name_or_folder: str | Path, **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A trained classifier as its files have it."""
+    """A trained classifier, as its files describe it."""
 
     name: str
-    """What it was loaded from."""
+    """The name or folder that it was loaded from."""
     model: Any
-    """In evaluation mode, on the CPU."""
+    """The model in evaluation mode, on the CPU."""
     processor: DeiTImageProcessor
     labels: tuple[str, ...]
 
     @property
     def heads(self) -> tuple[Head, ...]:
         """The heads that can decide: all of a distilled model's; a model with a single head is `fused` and `class`."""
-        both = isinstance(self.model, DeiTForImageClassificationWithTeacher)
-        return get_args(Head) if both else ("fused", "class")
+        return heads_of(isinstance(self.model, DeiTForImageClassificationWithTeacher), self.model.config.scoring)
 
 
 def load_classifier(name_or_folder: str | Path, **where: Any) -> Classifier:
-    """A classifier with its preprocessing and its labels; `where` as for `from_pretrained`.
+    """A classifier with its preprocessing and its labels. `where` is as for `from_pretrained`.
 
     Raises `ValueError` for a model without classes, and `FileNotFoundError` if the files don't say how images are
     prepared.
@@ -82,7 +85,37 @@ def load_classifier(name_or_folder: str | Path, **where: Any) -> Classifier:
     return Classifier(str(name_or_folder), model, processor, tuple(labels.values()))
 
 
+def heads_of(distilled: bool, scoring: Scoring) -> tuple[Head, ...]:
+    """The heads that can decide; `softmax` is a mean of two softmaxes, which other scores don't have."""
+    if not distilled:
+        return "fused", "class"
+    return tuple(head for head in get_args(Head) if head != "softmax" or scoring == "softmax")
+
+
+class NotFinite(ValueError):
+    """A model's answer that is not a number."""
+
+
+def refuse_not_finite(answers: Iterable[Tensor | np.ndarray], where: str = "") -> None:
+    """Raises `NotFinite` if an answer holds NaN or infinity. `where` completes "the model's answer"."""
+    if not all(np.isfinite(each).all() if isinstance(each, np.ndarray) else each.isfinite().all() for each in answers):
+        raise NotFinite(
+            f"the model's answer{where} is not a number; its weights are damaged, or its training diverged: take "
+            "another checkpoint"
+        )
+
+
+def refuse_other_scoring(name: str | Path, scoring: Scoring, what: str) -> None:
+    """Raises `ValueError` for a model whose classes don't exclude each other, because `what` needs them to."""
+    if scoring != "softmax":
+        kind = "a regression" if scoring == "none" else "a score for each label by itself"
+        raise ValueError(
+            f"{name} gives {kind}, and {what} needs one class for each image; use a model of two classes or "
+            "more whose problem_type is single_label_classification"
+        )
+
+
 def refuse_head(head: str, heads: tuple[str, ...]) -> None:
-    """Raises `ValueError` for a head that is not among a model's."""
+    """Raises `ValueError` if `head` is not among a model's `heads`."""
     if head not in heads:
         raise ValueError(f"this model has no head {head!r}; it has {', '.join(heads)}")

@@ -5,15 +5,15 @@ B images, C channels, H rows, W columns.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from deit.choices import Head
+from deit.choices import Head, Scoring
 from deit.export.engines import Engine
-from deit.model.load import Classifier
+from deit.model.load import Classifier, heads_of
 from deit.model.outputs import DeiTForImageClassificationWithTeacherOutput, ImageClassifierOutput, ModelOutput
 
 
@@ -48,10 +48,10 @@ class TorchBackend:
 class EngineBackend:
     """An exported model in its runtime, on the CPU."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, scoring: Scoring):
         self.engine = engine
         both = "cls_logits" in engine.outputs
-        self.heads: tuple[Head, ...] = get_args(Head) if both else ("fused", "class")
+        self.heads = heads_of(both, scoring)
         self._kind = DeiTForImageClassificationWithTeacherOutput if both else ImageClassifierOutput
 
     def __call__(self, pixels: np.ndarray) -> ModelOutput:

@@ -13,6 +13,7 @@ from rich.progress import track
 from deit.data.batches import EvaluationBatches
 from deit.data.folders import fingerprint, has_split, matched, read_examples
 from deit.evaluate.calibration import Calibration, HeadCalibration, fit
+from deit.model.load import refuse_other_scoring
 from deit.model.network import head_probabilities
 from deit.model.outputs import ImageClassifierOutput, ModelOutput
 from deit.predict.predictor import Predictor
@@ -48,6 +49,7 @@ def calibrate(
         )
     console = console or Console(stderr=True)
     predictor = Predictor(folder, device=device)
+    refuse_other_scoring(folder, predictor.config.scoring, "calibration")
     if split is None and has_split(data, "val"):
         split = "val"
     examples, _ = read_examples(data, split)

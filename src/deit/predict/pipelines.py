@@ -6,16 +6,17 @@ B images, N tokens, D width, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from deit.choices import Head, Runtime
+from deit.choices import Head, Runtime, Scoring
 from deit.image.processor import DeiTImageProcessor
 from deit.model.network import DeiTModel
 from deit.predict.predictor import Predictor
@@ -123,22 +124,10 @@ class ImageClassificationPipeline:
         return _like_the_input(inputs, fetched, answer, batch_size or self.batch_size)
 
     def _score(self, function: str) -> Callable[[np.ndarray], np.ndarray]:
-        config = self.predictor.config
         if function == "default":
-            problem = getattr(config, "problem_type", None)
-            function = (
-                "none"
-                if problem == "regression"
-                else "sigmoid"
-                if problem == "multi_label_classification" or config.num_labels == 1
-                else "softmax"
-            )
-        if function == "softmax":
-            return self.predictor.probabilities
-        if function == "sigmoid":
-            return lambda pixels: torch.from_numpy(self.predictor.head_logits(pixels)).sigmoid().numpy()
-        if function == "none":
-            return self.predictor.head_logits
+            return self.predictor.scores
+        if function in get_args(Scoring):
+            return partial(self.predictor.scores, scoring=function)  # type: ignore[arg-type]
         raise ValueError(f"function_to_apply={function!r} is not known; choose default, softmax, sigmoid or none")
 
 
@@ -213,13 +202,15 @@ def _fetching(allowed: bool, timeout: float | None) -> Callable[[Any], Any]:
             return image
         if not allowed:
             raise ValueError(f"{image} is an address, and fetching is not allowed; pass allow_urls=True to allow it")
-        from urllib.error import URLError
+        from urllib.error import HTTPError, URLError
         from urllib.request import urlopen
 
         try:
             with urlopen(image, timeout=timeout) as response:  # redirects lead to http, https and ftp only
                 content: bytes = response.read(MAX_DOWNLOAD + 1)
         except (URLError, TimeoutError, OSError) as error:
+            if isinstance(error, HTTPError):
+                error.close()
             raise ValueError(
                 f"{image} can't be fetched ({error}); check the address, or save the image and pass its path"
             ) from None

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from deit import files
-from deit.choices import Head, Runtime
+from deit.choices import Head, Runtime, Scoring
 from deit.config import ConvNetConfig, DeiTConfig
 from deit.evaluate.calibration import Calibration
 from deit.export.cache import cached_engine
@@ -27,8 +27,8 @@ from deit.image.decode import ImageError
 from deit.image.processor import DeiTImageProcessor
 from deit.machine import resolve_device
 from deit.model.convnet import ConvNet
-from deit.model.load import Classifier, load_classifier, refuse_head
-from deit.model.network import head_probabilities
+from deit.model.load import Classifier, load_classifier, refuse_head, refuse_not_finite, refuse_other_scoring
+from deit.model.network import head_scores
 from deit.predict.backends import Backend, EngineBackend, TorchBackend
 
 Source = str | Path | bytes | Image.Image
@@ -98,7 +98,7 @@ class Predictor:
             self.device = torch.device(device)
             self.config = _config_of(folder)
             self.processor = DeiTImageProcessor.of_model(folder, self.config)  # type: ignore[arg-type]
-            self._backend: Backend = EngineBackend(_exported(folder, self.device, engine))
+            self._backend: Backend = EngineBackend(_exported(folder, self.device, engine), self.config.scoring)
         else:
             if engine in ("openvino", "onnx") and torch.device(device).type != "cpu":
                 raise ValueError(f"engine {engine} needs the device cpu, found {device}; leave one of them out")
@@ -109,6 +109,8 @@ class Predictor:
         refuse_head(head, self._backend.heads)
         self.engine = str(self._backend)
         self.calibration = Calibration.of_model(name_or_folder)
+        if self.calibration is not None:
+            refuse_other_scoring(name_or_folder, self.config.scoring, "its calibration.json")
         self.labels = list(self.config.id2label.values())  # type: ignore[union-attr]
 
     def __call__(self, images: Sequence[Source], top_k: int = 5) -> list[list[dict[str, Any]]]:
@@ -154,42 +156,43 @@ class Predictor:
 
     def answers(self, sources: Sequence[Source], pixels: np.ndarray, top_k: int) -> list[Answer]:
         """The answers for `prepared` images, whose pixels are (B, channels, height, width)."""
-        probabilities = self.probabilities(pixels)
-        best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]  # (B, top_k)
-        sure = [None] * len(sources) if self.calibration is None else self.calibration.sure(probabilities, self.head)
+        scores = self.scores(pixels)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]  # (B, top_k)
+        sure = [None] * len(sources) if self.calibration is None else self.calibration.sure(scores, self.head)
         return [
             Answer(
                 source=source, sure=certain, labels=[{"label": self.labels[i], "score": float(row[i])} for i in indices]
             )
-            for source, certain, row, indices in zip(sources, sure, probabilities, best, strict=True)
+            for source, certain, row, indices in zip(sources, sure, scores, best, strict=True)
         ]
 
-    def probabilities(self, pixels: np.ndarray) -> np.ndarray:
-        """The head's probabilities (B, C) for pixels (B, channels, height, width); calibrated if the model is."""
-        temperature = 1.0 if self.calibration is None else self.calibration.temperature(self.head)
-        return head_probabilities(self.logits(pixels), temperature)[self.head].cpu().numpy()
+    def scores(self, pixels: np.ndarray, scoring: Scoring | None = None) -> np.ndarray:
+        """The head's scores (B, C) for pixels (B, channels, height, width).
 
-    def head_logits(self, pixels: np.ndarray) -> np.ndarray:
-        """The head's logits (B, C) for pixels (B, channels, height, width).
+        The model's configuration decides what they are (`DeiTConfig.scoring`): probabilities of classes that exclude
+        each other, a probability for each label, or the outputs of a regression. `scoring` asks for another kind. Only
+        probabilities of classes that exclude each other are calibrated, if the model is.
 
-        Raises `ValueError` for a head without logits, such as `softmax`, which fuses probabilities.
+        Raises `NotFinite` for answers that are not numbers, and `ValueError` for a head without logits if these are
+        needed. The head `softmax` has none, because it fuses probabilities.
         """
-        found = self.logits(pixels)
-        name = {
-            "fused": "logits",
-            "class": "cls_logits" if "cls_logits" in found else "logits",
-            "distillation": "distillation_logits",
-        }.get(self.head)
-        if name is None or name not in found:
+        scoring = scoring or self.config.scoring
+        temperature = 1.0
+        if self.calibration is not None and scoring == "softmax":
+            temperature = self.calibration.temperature(self.head)
+        found = head_scores(self.logits(pixels), scoring, temperature)
+        if self.head not in found:
             raise ValueError(
-                f"head {self.head!r} has no logits of its own; choose the head fused or class, or set "
-                "function_to_apply to softmax"
+                f"head {self.head!r} has no logits of its own, so it has no score by {scoring}; choose the head "
+                f"{' or '.join(found)}, or set function_to_apply to softmax"
             )
-        return found[name].float().cpu().numpy()
+        return found[self.head].cpu().numpy()
 
     def logits(self, pixels: np.ndarray) -> Any:
-        """The model's output for pixels (B, channels, height, width)."""
-        return self._backend(pixels)
+        """The model's output for pixels (B, channels, height, width). Raises `NotFinite` if it is not finite."""
+        output = self._backend(pixels)
+        refuse_not_finite(output.values())
+        return output
 
 
 def _config_of(folder: Path) -> DeiTConfig | ConvNetConfig:
@@ -217,10 +220,10 @@ def _backend_for(classifier: Classifier, device: torch.device, engine: Runtime |
     if engine is None or engine == "torch":
         return TorchBackend(classifier, device)
     if engine != "auto":
-        return EngineBackend(cached_engine(classifier, engine))
+        return EngineBackend(cached_engine(classifier, engine), classifier.model.config.scoring)
     if device.type == "cpu" and find_spec("openvino") is not None:
         try:
-            return EngineBackend(cached_engine(classifier, "openvino"))
+            return EngineBackend(cached_engine(classifier, "openvino"), classifier.model.config.scoring)
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             warnings.warn(f"using PyTorch because OpenVINO can't be used: {error}", stacklevel=3)
     return TorchBackend(classifier, device)

@@ -23,11 +23,11 @@ from deit.machine import resolve_device
 from deit.report import evaluation as report_evaluation
 from deit.report import maps as report_maps
 from deit.report import run as report_run
-from deit.report.evaluation import deciding, images_of, picture, with_interval
+from deit.report.evaluation import deciding, images_of, picture
 from deit.report.maps import Maps
-from deit.report.markup import Html, Section, date, element, isolated, joined, named, scrolled, shortened, span
+from deit.report.markup import Html, Section, date, element, isolated, joined, named, scrolled, shortened
 from deit.report.run import counted
-from deit.train.records import MODEL, RECIPE, Record, is_number
+from deit.train.records import MODEL, RECIPE, Record, is_number, span
 
 FILE = "report.html"
 _SHARE = 0.1
@@ -348,7 +348,7 @@ def _headline(record: Record | None, evaluation: Evaluation | None) -> Html:
 
 
 def _accuracy_tile(name: str, accuracy: Accuracy) -> tuple[str, str, Sequence[str]]:
-    value, interval = with_interval(accuracy)
+    value, interval = accuracy.cells()
     return name, f"{value:.3f}", [interval, f"{accuracy.correct:,} of {accuracy.total:,}"]
 
 

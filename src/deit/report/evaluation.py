@@ -43,16 +43,16 @@ _SIDE = 128
 
 
 def accuracy(report: Report) -> Section:
-    heads = ["class"] if _heads(report) == 1 else list(report.ranks)
-    columns, rows = heads_table([(head, report.accuracy(head)) for head in heads])
+    heads = [(head, report.accuracy(head)) for head in report.heads]
+    columns, rows = heads_table(heads)
     if len(report.classes) > 5:
         columns += ["top-5", "95 % interval"]
-        rows = [[*row, *with_interval(report.accuracy(head, 5))[:2]] for head, row in zip(heads, rows, strict=True)]
+        rows = [[*row, *report.accuracy(head, 5).cells()] for head, row in zip(report.heads, rows, strict=True)]
     return Section(
         "accuracy",
         "Accuracy",
         beside(
-            heads_drawn([(head, report.accuracy(head)) for head in heads]),
+            heads_drawn(heads),
             table("Accuracy of each head", columns, rows, hidden=True),
         ),
     )
@@ -68,13 +68,8 @@ def heads_drawn(rows: Sequence[tuple[str, Accuracy]]) -> Html:
 
 def heads_table(rows: Sequence[tuple[str, Accuracy]]) -> tuple[list[str], list[list[object]]]:
     return ["head", "top-1", "95 % interval", "correct"], [
-        [head, *with_interval(found), found.correct] for head, found in rows
+        [head, *found.cells(), found.correct] for head, found in rows
     ]
-
-
-def with_interval(accuracy: Accuracy) -> tuple[float, str]:
-    low, high = accuracy.interval
-    return accuracy.value, f"{low:.3f} to {high:.3f}"
 
 
 def sections(evaluation: Evaluation) -> Iterable[Section]:
@@ -103,8 +98,8 @@ def comparison(main: Examined, other: Examined, evaluation: Evaluation) -> Secti
                     "Two models on the same images",
                     ["model", "top-1", "95 % interval", "correct", "only this one correct"],
                     [
-                        [named(main.model), *with_interval(found.first), found.first.correct, found.only_first],
-                        [named(other.model), *with_interval(found.second), found.second.correct, found.only_second],
+                        [named(main.model), *found.first.cells(), found.first.correct, found.only_first],
+                        [named(other.model), *found.second.cells(), found.second.correct, found.only_second],
                     ],
                 ),
                 sentence(
@@ -146,11 +141,7 @@ def _calibration(report: Report) -> Section:
 
 
 def deciding(report: Report) -> str:
-    return "model" if _heads(report) == 1 else "fused heads" if report.head == "fused" else f"{report.head} head"
-
-
-def _heads(report: Report) -> int:
-    return 1 if set(report.ranks) == {"fused", "class"} else len(report.ranks)
+    return "model" if len(report.heads) == 1 else "fused heads" if report.head == "fused" else f"{report.head} head"
 
 
 def images_of(evaluation: Evaluation) -> Html:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from deit.choices import Method
 from deit.evaluate.models import Evaluation
 from deit.evaluate.scores import Report
 from deit.explain.explanation import Explanation, explain_pixels
-from deit.explain.maps import Method, checked
+from deit.explain.maps import checked
 from deit.explain.picture import fitted, overlay
 from deit.image.decode import ImageError
 from deit.model.load import load_classifier

@@ -25,10 +25,9 @@ from deit.report.markup import (
     plural,
     sentence,
     shortened,
-    span,
     table,
 )
-from deit.train.records import Record, is_number
+from deit.train.records import Record, is_number, span
 
 _METRICS = 120
 """Maximum number of rows in the table behind the curves."""

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from deit.choices import Method
 from deit.explain.explanation import Explanation, explain_pixels, explained_model
-from deit.explain.maps import Method
 from deit.host import cores
 from deit.image.decode import ImageError, reading
 from deit.predict.predictor import Answer, Predictor

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from deit.machine import Processes, peak_memory
 from deit.recipe import Recipe
+from deit.train.records import span
 
 _SETTLED = 10
 """Steps after which the rate is worth an estimate: the first ones compile, allocate and fill caches."""
@@ -87,7 +88,7 @@ class Reporter:
         if since == _SETTLED and self.total > 2 * _SETTLED:
             left = (self.total - step) * self.recipe.data.batch / self.rate
             self.say(
-                f"{self.total - step} steps of {self.recipe.data.batch} images to go: about {_span(left)} at "
+                f"{self.total - step} steps of {self.recipe.data.batch} images to go: about {span(left)} at "
                 f"{self.rate:.0f} images/s, evaluation not counted"
             )
         self.bar.update(self.task, completed=step, note=self._note())
@@ -116,10 +117,3 @@ class Reporter:
             if name in self.latest
         ]
         return "  ".join([*shown, f"{self.rate:.0f} images/s", f"{peak_memory(self.us.device) / 2**30:.1f} GiB"])
-
-
-def _span(seconds: float) -> str:
-    minutes = seconds / 60
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

@@ -156,3 +156,11 @@ def _rows(path: Path, gaps: list[str]) -> tuple[dict[str, Any], ...]:
             f"{'is' if damaged == 1 else 'are'} left out"
         )
     return tuple(rows)
+
+
+def span(seconds: float) -> str:
+    """A duration for people: `45 s`, `12 min` or `1.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

@@ -76,7 +76,7 @@ async function look(id, file) {
     sentence = (error) => `The model can\u2019t answer (${error.message}). Try a smaller image, or reload the page.`;
     const { data, dims } = pixelValues(picture, options);
     const outputs = await session.run({ [record.input.name]: new ort.Tensor("float32", data, [1, ...dims]) });
-    postMessage({ kind: "answer", id, ...answer(outputs.logits.data, names, calibration) });
+    postMessage({ kind: "answer", id, ...answer(outputs.logits.data, names, calibration, record.scoring) });
   } catch (error) {
     postMessage({ kind: "failed", id, sentence: sentence(error) });
   }

@@ -1,0 +1,140 @@
+"""`deit report`, and the reports of `deit train` and `deit eval`."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from support.models import trained_folder
+from support.reports import QUIET, checked
+from support.runs import photos, small_recipe
+
+from deit.cli import main
+from deit.data.folders import fingerprint, read_data, read_split
+from deit.evaluate.models import examine_files
+from deit.recipe import Cosine, Data, MaskedImage, steps
+from deit.report import document
+from deit.train.loop import train
+
+
+def test_training_ends_with_a_report(trained, capsys):
+    run = trained / "run"
+    page = checked((run / document.FILE).read_text())
+    training, validation = read_data(trained / "data", holdout=0.1, seed=0)
+    about = json.loads((run / "about.json").read_text())
+    assert (about["train"], about["val"], about["fingerprint"]) == ([11] * 3, [1] * 3, fingerprint(training))
+    assert about["precision"] == "float32"
+    page.sees(f"Judged by 3 validation images in {trained / 'data'}", "15 steps", fingerprint(validation))
+    assert len(page.all("img")) == 3 + 2 * 3  # and of each of the three what its one token looked at
+    page.sees("What answers rest on", "as far as it supports the answer of the model")
+    before = (run / document.FILE).read_text()
+    (run / document.FILE).unlink()
+    assert main(["report", str(run), "--device", "cpu"]) == 0  # finds the held-out images again
+    assert capsys.readouterr().out.splitlines()[-1] == str(run / document.FILE)
+    undated = [re.sub(r"Written [^.]* by", "", text) for text in (before, (run / document.FILE).read_text())]
+    assert undated[0] == undated[1]
+
+
+def test_a_report_on_other_images(trained):
+    assert main(["report", str(trained / "run"), "--data", str(trained / "data"), "--device", "cpu"]) == 0
+    page = checked((trained / "run" / document.FILE).read_text())
+    page.sees("Judged by 18 test images", f"deit report {trained / 'run'} --data {trained / 'data'}")
+    numbers = examine_files(trained / "run" / "model", trained / "data", device="cpu").main.report
+    assert page.table("Accuracy of each head")[1][1] == f"{numbers.accuracy().value:.3f}"
+
+
+def test_eval_writes_one_with_the_record_of_the_run(trained, capsys, tmp_path):
+    plain = ["eval", str(trained / "run" / "model"), "--data", str(trained / "data"), "--device", "cpu", "--json"]
+    assert main([*plain, "--report", str(tmp_path / "new" / "page.html")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    page = checked((tmp_path / "new" / "page.html").read_text())
+    page.sees("15 steps", f"{found['nll']:.4f}", "Learning rate", "Judged by 18 test images")
+    trained_folder(tmp_path / "model", "plain", "abc")
+    assert main(["eval", str(tmp_path / "model"), *plain[2:], "--report", str(tmp_path / "alone.html")]) == 0
+    alone = checked((tmp_path / "alone.html").read_text())
+    assert "Training" not in [heading[2] for heading in alone.all("h2")]
+
+
+def test_a_report_that_fails_is_a_warning(trained, capsys, monkeypatch):
+    monkeypatch.setattr("deit.report.document.write", lambda *_, **__: (_ for _ in ()).throw(OSError("no space left")))
+    out = trained / "again"
+    assert (
+        main(
+            [
+                "train",
+                f"{trained / 'recipes.py'}:short",
+                "--data",
+                str(trained / "data"),
+                "--out",
+                str(out),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
+    shown = capsys.readouterr()
+    assert f"{out / 'model'}: accuracy" in shown.out
+    assert f"its report is not written (no space left); run `deit report {out}`" in shown.err
+
+
+def test_images_that_are_gone_or_cost_too_much(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    about = json.loads((tmp_path / "run" / "about.json").read_text())
+    (tmp_path / "run" / "about.json").write_text(json.dumps({**about, "data": str(tmp_path / "gone")}))
+    assert main(["report", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    checked((tmp_path / "run" / document.FILE).read_text()).sees("images were not evaluated", "is not a folder")
+    (tmp_path / "run" / "about.json").write_text(json.dumps({**about, "val": [2, 1, 1]}))
+    assert main(["report", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    checked((tmp_path / "run" / document.FILE).read_text()).sees("are not those of the run any more")
+    shutil.copytree(trained / "data" / "train", tmp_path / "bad" / "val")
+    for file in (tmp_path / "bad").rglob("*.png"):
+        file.write_bytes(b"no image")
+    split = replace(read_split(tmp_path / "bad", "val"), files=(file,), labels=(0,))
+    checked(document.of_training(tmp_path / "run", split).read_text()).sees("1 found, none can be read")
+    monkeypatch.setattr("deit.report.document.examine_split", lambda *_, **__: pytest.fail("evaluated"))
+    split = read_split(trained / "data", "train")
+    checked(document.of_training(tmp_path / "run", split).read_text()).sees("was not evaluated again")
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 1
+    assert "holds no run (neither recipe.json nor metrics.jsonl)" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_masked_images_show_their_reconstruction(tmp_path):
+    photos(tmp_path / "data", count=4)
+    recipe = small_recipe(MaskedImage(unit=8), data=Data(batch=4), schedule=Cosine(total=steps(2)))
+    splits = read_data(tmp_path / "data", holdout=0.3, seed=0, labelled=False)
+    train(recipe, *splits, tmp_path / "run", device="cpu", console=QUIET)
+    page = checked(document.of_training(tmp_path / "run", splits[1], device="cpu").read_text())
+    page.sees("has no classes to judge", "loss on validation images")
+    [image] = page.all("img")
+    assert "update-000000002.png" in image[1]["alt"]
+
+
+def test_resuming_keeps_the_date(trained, tmp_path):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    about = json.loads((tmp_path / "run" / "about.json").read_text())
+    (tmp_path / "run" / "about.json").write_text(json.dumps({**about, "began": "2020-01-01T00:00:00+00:00"}))
+    assert (
+        main(
+            [
+                "train",
+                f"{trained / 'recipes.py'}:short",
+                "--data",
+                str(trained / "data"),
+                "--out",
+                str(tmp_path / "run"),
+                "--device",
+                "cpu",
+                "--resume",
+            ]
+        )
+        == 0
+    )
+    assert json.loads((tmp_path / "run" / "about.json").read_text())["began"] == "2020-01-01T00:00:00+00:00"
+    assert torch.__version__ in (tmp_path / "run" / document.FILE).read_text()

@@ -1,0 +1,98 @@
+"""Many clients at once: images are joined to batches, and each wait ends."""
+
+import asyncio
+import time
+
+from support.serving import Gate, ask, assert_labels, assert_refused, client, concurrently, metric, picture, raw, until
+
+
+def test_a_hundred_clients_get_their_own_answers_from_few_batches(folder):
+    images = [picture(seed) for seed in range(100)]
+    with client(folder, max_batch=16, queue=128, max_wait_ms=50) as web:
+        expected = web.predictor(images)
+        assert len({tuple(round(each["score"], 4) for each in row) for row in expected}) == 100
+        answers = asyncio.run(concurrently(web.app, images))
+        for answer, labels in zip(answers, expected, strict=True):
+            assert_labels(answer.json()["results"][0]["labels"], labels)
+        batches = metric(web, "deit_batch_images_count")
+        assert metric(web, "deit_batch_images_sum") == 100
+        assert batches < 50
+        assert metric(web, "deit_queue_images") == 0
+
+
+def test_each_of_a_batch_gets_as_many_labels_as_it_asked_for(folder):
+    with client(folder, max_wait_ms=300) as web:
+        answers = asyncio.run(concurrently(web.app, [picture(0)] * 5, lambda i: {"top_k": i + 1}))
+        assert [len(answer.json()["results"][0]["labels"]) for answer in answers] == [1, 2, 3, 4, 5]
+        assert metric(web, "deit_batch_images_count") == 1
+
+
+def test_a_lone_image_waits_for_others_no_longer_than_it_should(folder):
+    with client(folder, max_wait_ms=300) as web:
+        began = time.monotonic()
+        assert ask(web, picture(0)).status_code == 200
+        assert 0.3 < time.monotonic() - began < 3
+
+
+def test_a_full_queue_is_503_and_says_when_to_come_again(folder):
+    async def run():
+        gate = Gate(web.predictor)
+        first = asyncio.create_task(concurrently(web.app, [picture(0)]))
+        await until(gate.reached.is_set)
+        waiting = asyncio.create_task(concurrently(web.app, [picture(i) for i in range(4)]))
+        await until(lambda: web.batcher.waiting == 4)
+        [refused] = await concurrently(web.app, [picture(9)])
+        gate.open.set()
+        return refused, await first + await waiting
+
+    with client(folder, max_batch=2, queue=4) as web:
+        refused, served = asyncio.run(run())
+        assert_refused(refused, 503, "too many images wait already; try again in 1 s")
+        assert refused.headers["retry-after"] == "1"
+        assert [answer.status_code for answer in served] == [200] * 5
+        assert metric(web, 'deit_requests_total{route="/v1/classify",status="503"}') == 1
+
+
+def test_late_answers_are_504_and_never_computed(folder):
+    async def run():
+        gate = Gate(web.predictor)
+        late = await concurrently(web.app, [picture(i) for i in range(3)])
+        gate.open.set()
+        await until(lambda: web.batcher.waiting == 0)
+        return late, gate.batches
+
+    with client(folder, max_batch=1, queue=8, timeout=0.3) as web:
+        late, batches = asyncio.run(run())
+        for answer in late:
+            assert_refused(answer, 504, "no answer within 0.3 s")
+        assert batches == [1]  # it was being computed when time was up
+        assert ask(web, picture(0)).status_code == 200
+
+
+def test_images_of_clients_that_have_gone_are_not_computed(folder):
+    async def run():
+        gate = Gate(web.predictor)
+        first = asyncio.create_task(concurrently(web.app, [picture(0)]))
+        await until(gate.reached.is_set)
+        gone = [asyncio.create_task(raw(web.app, [picture(i)], wait=0.05)) for i in range(6)]
+        stays = asyncio.create_task(concurrently(web.app, [picture(7)]))
+        assert [(await each).status_code for each in gone] == [499] * 6
+        gate.open.set()
+        return await first + await stays, gate.batches
+
+    with client(folder, max_batch=4) as web:
+        served, batches = asyncio.run(run())
+        assert [answer.status_code for answer in served] == [200, 200]
+        assert sum(batches) == 2
+        assert metric(web, 'deit_requests_total{route="/v1/classify",status="499"}') == 6
+        assert web.batcher.waiting == 0
+
+
+def test_a_model_that_fails_is_503_and_goes_on(folder):
+    with client(folder) as web:
+        answers = web.predictor.answers
+        web.predictor.answers = lambda *_: 1 / 0
+        assert_refused(ask(web, picture(0)), 503, "the model failed (ZeroDivisionError); try again")
+        web.predictor.answers = answers
+        assert ask(web, picture(0)).status_code == 200
+        assert web.get("/readyz").status_code == 200

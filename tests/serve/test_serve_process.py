@@ -1,0 +1,104 @@
+"""`deit serve` as a process: connections that stall or lie, and the signal to end."""
+
+import signal
+import socket
+import threading
+import time
+
+import pytest
+from support.serving import RAW, picture, server
+
+httpx = pytest.importorskip("httpx")
+
+
+def spoken(address, *pieces):
+    """Bytes over a socket, and all that comes back until the server ends the connection."""
+    with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=20) as connection:
+        for piece in pieces:
+            connection.sendall(piece)
+        found = b""
+        while chunk := connection.recv(65536):
+            found += chunk
+        return found.decode()
+
+
+def test_slow_heads_end_the_connection(folder):
+    """Byte by byte, or none at all, from the beginning or after an answer; others are served meanwhile, and after an
+    answer a connection may be idle for longer than a head may take."""
+    head = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+    with server(folder, "--timeout", "1") as (_, address), httpx.Client() as web:
+
+        def drip(first):
+            with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=20) as connection:
+                if first:
+                    connection.sendall(head + b"\r\n")
+                    assert b"200 OK" in connection.recv(65536)
+                began = time.monotonic()
+                while time.monotonic() - began < 10:
+                    try:
+                        connection.sendall(head[:1] if time.monotonic() - began < 0.1 else b"X")
+                        connection.settimeout(0.2)
+                        if not connection.recv(1):
+                            break
+                    except TimeoutError:
+                        continue
+                    except OSError:
+                        break
+                seconds.append(time.monotonic() - began)
+
+        seconds = []
+        slow = [threading.Thread(target=drip, args=(first,)) for first in (True, False)]
+        for each in slow:
+            each.start()
+        for _ in range(2):
+            assert web.get(f"{address}/healthz").status_code == 200
+            time.sleep(1.5)
+        for each in slow:
+            each.join()
+        began = time.monotonic()
+        assert spoken(address) == ""
+        assert [0.9 < each < 4 for each in (*seconds, time.monotonic() - began)] == [True] * 3
+
+
+def test_the_process_refuses_liars_and_finishes_what_came_at_sigterm(folder):
+    image = picture(0)
+    head = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+    with server(folder, "--max-wait-ms", "800", "--timeout", "1", "--max-bytes", "10KiB") as (process, address):
+        closing = head + b"Connection: close\r\n"
+        slow = threading.Thread(target=lambda: found.append(spoken(address, head + b"Content-Length: 99\r\n\r\nabc")))
+        found = []
+        slow.start()
+        shorter = spoken(address, closing + f"Content-Length: {len(image) - 60}\r\n\r\n".encode(), image)
+        assert shorter.startswith("HTTP/1.1 422")
+        size = f"{len(image):x}\r\n".encode()
+        chunked = spoken(address, closing + b"Transfer-Encoding: chunked\r\n\r\n" + size, image, b"\r\n0\r\n\r\n")
+        assert chunked.startswith("HTTP/1.1 200")
+        assert spoken(address, closing + b"Content-Length: 999999999\r\n\r\n").startswith("HTTP/1.1 413")
+        over = spoken(address, closing + b"Content-Length: 20000\r\n\r\n", b"x" * 20000)
+        assert "more than the 10240 bytes allowed" in over
+        assert spoken(address, b"nonsense\r\n\r\n").startswith("HTTP/1.1 400")
+        slow.join()
+        assert found[0].startswith("HTTP/1.1 408")
+        assert '"the body did not arrive within 1 s' in found[0]
+
+        answers = []
+        clients = [
+            threading.Thread(
+                target=lambda seed=seed: answers.append(
+                    httpx.post(f"{address}/v1/classify", content=picture(seed), headers=RAW, timeout=20)
+                )
+            )
+            for seed in range(3)
+        ]
+        for each in clients:
+            each.start()
+        while "deit_queue_images 3.0" not in httpx.get(f"{address}/metrics").text:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)  # while they wait for others to be computed with
+        for each in clients:
+            each.join()
+        assert process.wait(20) == 0
+        assert [answer.status_code for answer in answers] == [200] * 3
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{address}/healthz")
+        assert process.stderr.read() == ""

@@ -1,0 +1,8 @@
+"""The browser that pages are tested in, and axe-core, which knows what keeps people from using them."""
+
+import os
+import shutil
+from pathlib import Path
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+AXE = Path(os.environ.get("AXE", "node_modules/axe-core/axe.min.js"))

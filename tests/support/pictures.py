@@ -1,0 +1,41 @@
+"""Pictures made up for tests, their files, and how far apart two sets of pixel values are."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+
+def noise(height, width, channels=3, seed=0):
+    """An array (height, width, channels) of random bytes."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def smooth(height, width):
+    """A photo-like picture: slow waves of three colours, and a hard edge."""
+    y, x = np.mgrid[0:height, 0:width] / 40.0
+    waves = np.stack([np.sin(x), np.cos(y), np.sin(x + 2 * y)], axis=-1) * 100 + 128
+    waves[: height // 3, : width // 2] *= 0.5
+    return Image.fromarray(waves.astype(np.uint8))
+
+
+def encode(image, form="JPEG", **options):
+    """The bytes of its file."""
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def exif(orientation):
+    """The entry that says how the camera was held."""
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+def worst(ours, theirs):
+    """Largest difference of a pixel value. Ours are float32, of the same shape as theirs."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape
+    assert ours.dtype == np.float32
+    return np.abs(ours.astype(np.float64) - theirs.astype(np.float64)).max()
