@@ -92,8 +92,8 @@ class Agreement:
     """Share of the images to which every output gives the same class as the PyTorch model, or the same labels at 0.5;
     1 for a regression."""
     difference: float
-    """Largest difference of a probability. For a regression, the largest difference of an output, divided by the image's
-    largest output if that is above 1."""
+    """Largest difference of a probability. For a regression it is the largest difference of an output, divided by the
+    image's largest output if that is above 1."""
 
 
 class Checked:
