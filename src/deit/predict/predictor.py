@@ -59,7 +59,7 @@ class Predictor:
     """A classifier with its preprocessing, its labels and its calibration: the only way from files to labels.
 
     Args:
-        name_or_folder: a folder that `deit`, `transformers`, timm or `deit export` wrote, a hub name, or a `Classifier`.
+        name_or_folder: what `deit`, `transformers`, timm or `deit export` wrote, a hub name, or a `Classifier`.
         head: which of a distilled model's heads decides (`fuse_heads`).
         device: `cpu`, `cuda`, …; `auto` is the GPU if there is one and PyTorch computes.
         engine: the software that computes. None is PyTorch, or for an exported model its own runtime. `openvino` and
