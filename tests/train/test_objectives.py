@@ -520,7 +520,7 @@ def test_what_build_refuses(given, tmp_path):
     def build(objective, data=split):
         return objectives.build(recipe_for(objective), data, CPU)
 
-    with raises_saying(ValueError, "recipe x distils without naming a teacher", "objective.teacher=timm:NAME"):
+    with raises_saying(ValueError, "recipe x distils but names no teacher", "objective.teacher=timm:NAME"):
         build(Distilled())
     with raises_saying(FileNotFoundError, tmp_path / "none", "holds no cache.json", "deit teach"):
         build(Distilled(cache=str(tmp_path / "none")))
