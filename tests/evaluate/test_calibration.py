@@ -63,7 +63,9 @@ def test_the_threshold_is_a_rank():
     assert found.threshold == 0.4
     assert found.answered == 0.75  # of the last one both labels reach it
     assert fit(lambda t: probabilities, np.array([0, 0, 0, 0]), 0.4).threshold == 0.7
-    with raises_saying(ValueError, "4 images are too few for an error rate of 0.1; give at least 9 images, or a higher rate"):
+    with raises_saying(
+        ValueError, "4 images are too few for an error rate of 0.1; give at least 9 images, or a higher rate"
+    ):
         fit(lambda t: probabilities, np.array([0, 0, 0, 0]), 0.1)
     with raises_saying(ValueError, "error_rate must be above 0 and below 1, found 1"):
         fit(lambda t: probabilities, np.array([0, 0, 0, 0]), 1)

@@ -538,7 +538,7 @@ def test_what_build_refuses(given, tmp_path):
 def test_a_second_head_that_nobody_teaches_cannot_be(given):
     """facebookresearch/deit: a distilled model trained without teacher left its second head without gradient. A model
     for labels alone has one head, with or without the token; all its weights learn."""
-    with raises_saying(ValueError, "needs a model with one", "objective.token=class"):
+    with raises_saying(ValueError, "needs a model that has one", "objective.token=class"):
         recipe_for(Distilled(), model=small(distillation_token=False))
     with raises_saying(ValueError, "the distillation token would learn nothing"):
         recipe_for(Distilled(token="class"), model=small(distillation_token=True))
