@@ -9,8 +9,11 @@ import itertools
 import json
 import os
 import stat
+import unicodedata
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,8 +23,10 @@ from PIL import Image
 
 from deit import host
 from deit.data.draws import Stream, draws
+from deit.image.decode import image_suffixes
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_COMMON = "*{.bmp,.gif,.jpeg,.jpg,.png,.tif,.tiff,.webp}"
+"""The image files that messages name; `image_suffixes` has all that are read."""
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 """Accepted folder names of each split."""
 LIST_SUFFIXES = (".csv", ".jsonl")
@@ -48,7 +53,8 @@ def read_split(root: str | Path, split: str, classes: Sequence[str] | None = Non
     """The image files of `root/SPLIT/CLASS/**`, classes in the order of their names, files in that of their paths.
 
     `split` is train, val or test. `classes` fixes the order (that of a trained model); a folder of another name is
-    refused. Hidden files and folders don't count; links to folders are followed.
+    refused. Hidden files and folders don't count; links to folders are followed. Files that are no images are passed
+    over, and a warning counts them.
 
     Raises `FileNotFoundError` or `ValueError` with what the folder should look like, `OSError` where it can't be read.
     """
@@ -59,7 +65,8 @@ def read_split(root: str | Path, split: str, classes: Sequence[str] | None = Non
             f"{root} has no folder {' or '.join(SPLITS[split])}; expected {root}/{split}/CLASS/"
             "IMAGE files, one folder for each class"
         )
-    return _read_labelled(folder, classes)
+    with counting(folder) as passed:
+        return _read_labelled(folder, passed, classes)
 
 
 def read_data(root: str | Path, *, holdout: float, seed: int, labelled: bool = True) -> tuple[Split, Split]:
@@ -78,20 +85,21 @@ def read_data(root: str | Path, *, holdout: float, seed: int, labelled: bool = T
         raise FileNotFoundError(f"{root} is not a folder; expected one with {root}/train/CLASS/IMAGE files")
     train, val = _split_folder(root, "train"), _split_folder(root, "val")
     read, apart = (_read_labelled if labelled else _read_unlabelled), () if train else SPLITS["test"]
-    if train is None and (val is not None or not any(_listed(root, apart))):
+    if train is None and (val is not None or not any(_listed(root, apart)[:2])):
         raise FileNotFoundError(
             f"{root} has {'a folder ' + val.name if val else 'no images'} and no folder train; "
             f"expected {root}/train/CLASS/IMAGE files"
         )
     if val is None:  # Test beside train is left alone
         _refuse_misnamed(root, SPLITS["val"] if train else tuple(itertools.chain(*SPLITS.values())))
-    whole = read(train or root, None, apart)
-    if labelled and len(whole.classes) < 2:
-        raise ValueError(
-            f"{train or root} has one class, {whole.classes[0]!r}, and a classifier needs two; add a "
-            "folder for each other class"
-        )
-    return (whole, read(val, whole.classes)) if val else _hold_out(whole, holdout, seed, train or root)
+    with counting(root) as passed:
+        whole = read(train or root, passed, None, apart)
+        if labelled and len(whole.classes) < 2:
+            raise ValueError(
+                f"{train or root} has one class, {whole.classes[0]!r}, and a classifier needs two; add a "
+                "folder for each other class"
+            )
+        return (whole, read(val, passed, whole.classes)) if val else _hold_out(whole, holdout, seed, train or root)
 
 
 def read_examples(place: str | Path, split: str | None = None) -> tuple[Split, str | None]:
@@ -119,7 +127,8 @@ def read_examples(place: str | Path, split: str | None = None) -> tuple[Split, s
                 "evaluate on the training images"
             )
         _refuse_misnamed(place, tuple(itertools.chain(*SPLITS.values())))
-        return _read_labelled(place), None
+        with counting(place) as passed:
+            return _read_labelled(place, passed), None
     if not place.is_file():
         raise FileNotFoundError(
             f"{place} does not exist; expected a folder of images, or a list of them ({' or '.join(LIST_SUFFIXES)})"
@@ -140,14 +149,16 @@ def has_split(place: str | Path, split: str) -> bool:
 
 
 def matched(split: Split, classes: Sequence[str]) -> Split:
-    """The same images labelled by `classes`, a model's, in its order: found by name.
+    """The same images labelled by `classes`, a model's, in its order: found by name, however its accents are written.
 
     Raises `ValueError` for a class that is not among them, and for one whose name stands there twice: the published
     names of ImageNet call two classes "crane".
     """
     first = {label: file for file, label in zip(reversed(split.files), reversed(split.labels), strict=True)}
     names = {label: split.classes[label] for label in sorted(first)}
-    places = {name: number for number, name in enumerate(classes)}
+    known = [nfc(name) for name in classes]
+    places = {name: number for number, name in enumerate(known)}
+    names = {label: nfc(name) for label, name in names.items()}
     if unknown := [label for label, name in names.items() if name not in places]:
         name, more = names[unknown[0]], len(unknown) - 1
         raise ValueError(
@@ -155,9 +166,9 @@ def matched(split: Split, classes: Sequence[str]) -> Split:
             f"{f' ({more} more are unknown)' if more else ''}; {near(name, classes)}; rename the class, "
             "or leave its images out"
         )
-    if repeated := [name for name in names.values() if classes.count(name) > 1]:
+    if repeated := [name for name in names.values() if known.count(name) > 1]:
         raise ValueError(
-            f"the model calls {classes.count(repeated[0])} of its classes {repeated[0]!r}, so which one "
+            f"the model calls {known.count(repeated[0])} of its classes {repeated[0]!r}, so which one "
             "the images of that name show is not known; make the names in id2label of the model's "
             "config.json differ, or leave these images out"
         )
@@ -187,64 +198,110 @@ def _split_folder(root: Path, split: str) -> Path | None:
     return next((root / name for name in SPLITS[split] if (root / name).is_dir()), None)
 
 
-def _read_labelled(folder: Path, classes: Sequence[str] | None = None, apart: Sequence[str] = ()) -> Split:
+def nfc(name: str) -> str:
+    """A class name with each accent in one character with its letter. macOS often writes two (NFD)."""
+    return unicodedata.normalize("NFC", name)
+
+
+@contextmanager
+def counting(place: str | Path) -> Iterator[Counter[str]]:
+    """Counts files by suffix that are passed over because they are no images; at the end, one warning has them all."""
+    passed: Counter[str] = Counter()
+    yield passed
+    if passed and os.environ.get("RANK", "0") == "0":  # of the processes that share a run, one speaks
+        warnings.warn(
+            f"{place}: {_passed_over(passed)}, because Pillow reads no pictures from such files; convert them to JPEG "
+            "or PNG if they are images",
+            stacklevel=4,
+        )
+
+
+def _passed_over(passed: Counter[str]) -> str:
+    """E.g. "62 files were passed over (60 .heic, 2 .txt)"."""
+    counts = ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in passed.most_common(10))
+    total, more = passed.total(), ", and others" if len(passed) > 10 else ""
+    return f"{total} {'file was' if total == 1 else 'files were'} passed over ({counts}{more})"
+
+
+def _read_labelled(
+    folder: Path, passed: Counter[str], classes: Sequence[str] | None = None, apart: Sequence[str] = ()
+) -> Split:
     """`apart` are folders that are no classes."""
-    names, stray = _listed(folder, apart)
+    folders, stray, others = _listed(folder, apart)
+    passed += others
     if stray:
         more = f" and {len(stray) - 1} more images lie" if len(stray) > 1 else " lies"
         raise ValueError(
             f"{folder / stray[0]}{more} in no class folder, so the class is not known; move what lies "
             f"there to {folder}/CLASS/, or away"
         )
-    if not names:
-        raise ValueError(f"{folder} has no images; expected {folder}/CLASS/*{{{','.join(IMAGE_SUFFIXES)}}}")
-    order = tuple(names if classes is None else classes)
-    if unknown := sorted(set(names) - set(order)):
+    if not folders:
+        raise ValueError(f"{folder} has no images; expected {folder}/CLASS/{_COMMON}")
+    places: dict[str, list[Path]] = {}
+    for name in folders:
+        places.setdefault(nfc(name), []).append(folder / name)
+    if twice := [name for name in places if len(places[name]) > 1]:
+        warnings.warn(
+            f"{folder} has {len(places[twice[0]])} folders {twice[0]!r}, whose names differ only in how accents are "
+            "written (NFC, NFD); their images are taken as one class",
+            stacklevel=4,
+        )
+    order = tuple(sorted(places) if classes is None else classes)
+    label_of = {nfc(name): label for label, name in enumerate(order)}
+    if unknown := sorted(set(places) - set(label_of)):
         raise ValueError(
             f"{folder} has a class {unknown[0]!r} that the model does not know; it knows "
             f"{', '.join(order[:10])}{' and others' if len(order) > 10 else ''}; rename or remove the "
             "folder"
         )
-    label_of = {name: label for label, name in enumerate(order)}
     files: list[Path] = []
     labels: list[int] = []
-    for name in names:
-        found = _images(folder / name)
-        if not found:
-            raise ValueError(
-                f"{folder / name} has no images; expected files *{{{','.join(IMAGE_SUFFIXES)}}} there, or "
-                "no such folder"
-            )
-        files += found
-        labels += [label_of[name]] * len(found)
+    for name in sorted(places):
+        for place in places[name]:
+            within: Counter[str] = Counter()
+            found = _images(place, within)
+            if not found:
+                left = f" ({_passed_over(within)})" if within else ""
+                raise ValueError(f"{place} has no images{left}; expected files {_COMMON} there, or no such folder")
+            passed += within
+            files += found
+            labels += [label_of[name]] * len(found)
     return Split(tuple(files), tuple(labels), order)
 
 
-def _read_unlabelled(folder: Path, classes: Sequence[str] | None = None, apart: Sequence[str] = ()) -> Split:
-    names, files = _listed(folder, apart)
+def _read_unlabelled(
+    folder: Path, passed: Counter[str], classes: Sequence[str] | None = None, apart: Sequence[str] = ()
+) -> Split:
+    names, files, others = _listed(folder, apart)
+    passed += others
     found = sorted(
-        [folder / file for file in files] + [path for name in names for path in _images(folder / name)], key=str
+        [folder / file for file in files] + [path for name in names for path in _images(folder / name, passed)], key=str
     )
     if not found:
-        raise ValueError(f"{folder} has no images; expected files *{{{','.join(IMAGE_SUFFIXES)}}} in it, at any depth")
+        left = f" ({_passed_over(passed)})" if passed else ""
+        raise ValueError(f"{folder} has no images{left}; expected files {_COMMON} in it, at any depth")
     return Split(tuple(found), (0,) * len(found), ("image",))
 
 
-def _listed(folder: Path, apart: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names of the folders and of the image files in a folder, sorted, without hidden ones and those `apart`."""
+def _listed(folder: Path, apart: Sequence[str]) -> tuple[list[str], list[str], Counter[str]]:
+    """Names of the folders and of the image files in a folder, sorted, without hidden ones and those `apart`; and what
+    is passed over."""
     _, folders, files = next(os.walk(folder, onerror=_refuse))
-    return sorted(name for name in folders if not name.startswith(".") and name not in apart), sorted(
-        filter(_is_image, files)
-    )
+    passed: Counter[str] = Counter()
+    images = sorted(_only_images(files, passed))
+    return sorted(name for name in folders if not name.startswith(".") and name not in apart), images, passed
 
 
-def _images(folder: Path) -> list[Path]:
+def _images(folder: Path, passed: Counter[str]) -> list[Path]:
     """Image files at any depth, by path; hidden ones don't count."""
-    return [Path(path) for path in sorted(walk_images(folder))]
+    return [Path(path) for path in sorted(walk_images(folder, passed))]
 
 
-def walk_images(folder: str | Path) -> Iterator[str]:
-    """Image files at any depth, in an order that only their names decide; hidden ones don't count."""
+def walk_images(folder: str | Path, passed: Counter[str]) -> Iterator[str]:
+    """Image files at any depth, in an order that only their names decide; hidden ones don't count.
+
+    `passed` counts the other files by suffix as they are passed over.
+    """
     visited: set[tuple[int, int]] = set()
     for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         status = os.stat(place)
@@ -253,11 +310,18 @@ def walk_images(folder: str | Path) -> Iterator[str]:
             continue
         visited.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (os.path.join(place, name) for name in sorted(names) if _is_image(name))
+        yield from (os.path.join(place, name) for name in sorted(_only_images(names, passed)))
 
 
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+def _only_images(names: Iterable[str], passed: Counter[str]) -> Iterator[str]:
+    suffixes = image_suffixes()
+    for name in names:
+        if not name.startswith("."):
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in suffixes:
+                yield name
+            else:
+                passed[suffix] += 1
 
 
 def _refuse(error: OSError) -> NoReturn:
@@ -293,7 +357,7 @@ def _read_list(file: Path) -> Split:
                             f"{file}, line {number}: {key} is {json.dumps(value)}, expected "
                             f"{'a path' if key == 'path' else 'the name of a class'} as text"
                         )
-                path = os.path.normpath(os.path.join(root, path))
+                path, label = os.path.normpath(os.path.join(root, native(path, root))), nfc(label)
                 if path in rows:
                     raise ValueError(
                         f"{file}, line {number}: {path} is listed already in line {rows[path][0]}, and "
@@ -309,6 +373,14 @@ def _read_list(file: Path) -> Split:
     classes = tuple(sorted({label for _, label in rows.values()}))
     label_of = {name: label for label, name in enumerate(classes)}
     return Split(tuple(map(Path, rows)), tuple(label_of[label] for _, label in rows.values()), classes)
+
+
+def native(path: str, root: str = "") -> str:
+    """A path as it is, or, if only that is there, with / for the backslashes that Windows writes."""
+    if "\\" in path and os.sep == "/" and not os.path.lexists(os.path.join(root, path)):
+        forward = path.replace("\\", "/")
+        return forward if os.path.lexists(os.path.join(root, forward)) else path
+    return path
 
 
 def _csv_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any, Any]]:

@@ -23,7 +23,7 @@ from typing import IO, Any, Literal
 
 from deit import files, host
 from deit.choices import Head, Runtime
-from deit.data.folders import walk_images
+from deit.data.folders import counting, native, walk_images
 from deit.export.engines import sha256
 from deit.predict.predictor import Predictor
 
@@ -124,25 +124,41 @@ def identity(model: str) -> str:
     return hashlib.sha256(json.dumps(held).encode()).hexdigest()
 
 
-def find_images(inputs: Iterable[str], listed: IO[str] | None = None) -> Iterator[str]:
+def find_images(inputs: Sequence[str], listed: IO[str] | None = None) -> Iterator[str]:
     """Paths of images, in a fixed order: files as they are, image files of folders and their folders, by name, what
     globs match, and for `-` the lines of `listed`.
 
     Raises `FileNotFoundError` for what matches nothing.
     """
-    for given in inputs:
-        if given == "-":
-            yield from (line.rstrip("\n") for line in listed or () if line.strip())
-        elif os.path.isdir(given):
-            yield from walk_images(given)
-        elif os.path.isfile(given) or not glob.has_magic(given):
-            yield given  # a missing file is a row like any other unreadable one
-        else:
-            matches = sorted(glob.glob(given, recursive=True))
-            if not matches:
-                raise FileNotFoundError(f"{given} matches no file; check the pattern")
-            for match in matches:
-                yield from walk_images(match) if os.path.isdir(match) else [match]
+    with counting(" ".join(inputs)) as passed:
+        for given in inputs:
+            if given == "-":
+                yield from _paths(listed or ())
+            elif os.path.isdir(given):
+                yield from walk_images(given, passed)
+            elif os.path.isfile(given) or not glob.has_magic(given):
+                yield given  # a missing file is a row like any other unreadable one
+            else:
+                matches = sorted(glob.glob(given, recursive=True))
+                if not matches:
+                    raise FileNotFoundError(f"{given} matches no file; check the pattern")
+                for match in matches:
+                    yield from walk_images(match, passed) if os.path.isdir(match) else [match]
+
+
+def _paths(lines: Iterable[str]) -> Iterator[str]:
+    """The paths of a list, as any system writes it: with a byte order mark, carriage returns and backslashes, or
+    without."""
+    for number, line in enumerate(lines):
+        if number == 0:
+            if line.startswith(("\udcff\udcfe", "\udcfe\udcff", "ÿþ", "þÿ")):
+                raise ValueError("the list on standard input is in UTF-16, expected UTF-8; write it again")
+            line = line.removeprefix("\ufeff").removeprefix("ï»¿")  # the second is UTF-8 in a console of Windows
+        path = line.rstrip("\n")
+        if path.endswith("\r") and not os.path.lexists(path):
+            path = path[:-1]
+        if path.strip():
+            yield native(path)
 
 
 def share(paths: Iterable[str], shard: tuple[int, int]) -> Iterator[str]:
