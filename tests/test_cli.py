@@ -77,17 +77,22 @@ def test_usage_is_status_2_and_version_0():
     assert done.stdout == f"deit {__version__}\n"
 
 
-@pytest.mark.parametrize(("text", "minutes"), [("90s", 1.5), ("30m", 30.0), ("1.5h", 90.0)])
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("90s", 1.5), ("30m", 30.0), ("1.5h", 90.0), ("4m30s", 4.5), ("1h20m", 80.0), ("1h30s", 60.5), (".5h0.5m", 30.5)],
+)
 def test_spans_of_time(text, minutes):
     given = ["train", "digits", "--data", "d", "--out", "o", "--time", text]
     assert _parser().parse_args(given).time == pytest.approx(minutes)
 
 
-@pytest.mark.parametrize("text", ["30", "m", "0s", "nanh", "infh", "ten minutes"])
+@pytest.mark.parametrize(
+    "text", ["30", "m", "0s", "nanh", "infh", "ten minutes", "", "1m1h", "1h 20m", "1m1m", "1h20", "²s"]
+)
 def test_spans_that_are_none(text, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["train", "digits", "--data", "d", "--out", "o", "--time", text])
-    assert f"expected a time like 90s, 30m or 1.5h, found {text!r}" in capsys.readouterr().err
+    assert f"expected a time like 90s, 30m, 1.5h or 1h20m, found {text!r}" in capsys.readouterr().err
 
 
 def test_recipes_are_listed_and_printed(capsys):

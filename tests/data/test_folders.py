@@ -190,7 +190,8 @@ def test_hidden_nested_and_linked(tmp_path):
     for i in (1, 0):
         write(tmp_path / "elsewhere" / f"{i}.png")
     (root / "train" / "eel").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    train = read_split(root, "train")
+    with pytest.warns(UserWarning, match=r"train: 1 file was passed over, .*: 1 \.db$"):
+        train = read_split(root, "train")
     assert names(train) == [
         "cat/0.png",
         "cat/1.png",

@@ -65,7 +65,7 @@ def read_split(root: str | Path, split: str, classes: Sequence[str] | None = Non
             f"{root} has no folder {' or '.join(SPLITS[split])}; expected {root}/{split}/CLASS/"
             "IMAGE files, one folder for each class"
         )
-    with counting(folder) as passed:
+    with _counting(folder) as passed:
         return _read_labelled(folder, passed, classes)
 
 
@@ -92,7 +92,7 @@ def read_data(root: str | Path, *, holdout: float, seed: int, labelled: bool = T
         )
     if val is None:  # Test beside train is left alone
         _refuse_misnamed(root, SPLITS["val"] if train else tuple(itertools.chain(*SPLITS.values())))
-    with counting(root) as passed:
+    with _counting(root) as passed:
         whole = read(train or root, passed, None, apart)
         if labelled and len(whole.classes) < 2:
             raise ValueError(
@@ -127,7 +127,7 @@ def read_examples(place: str | Path, split: str | None = None) -> tuple[Split, s
                 "evaluate on the training images"
             )
         _refuse_misnamed(place, tuple(itertools.chain(*SPLITS.values())))
-        with counting(place) as passed:
+        with _counting(place) as passed:
             return _read_labelled(place, passed), None
     if not place.is_file():
         raise FileNotFoundError(
@@ -204,23 +204,26 @@ def nfc(name: str) -> str:
 
 
 @contextmanager
-def counting(place: str | Path) -> Iterator[Counter[str]]:
+def _counting(place: str | Path) -> Iterator[Counter[str]]:
     """Counts files by suffix that are passed over because they are no images; at the end, one warning has them all."""
     passed: Counter[str] = Counter()
     yield passed
     if passed and os.environ.get("RANK", "0") == "0":  # of the processes that share a run, one speaks
         warnings.warn(
-            f"{place}: {_passed_over(passed)}, because Pillow reads no pictures from such files; convert them to JPEG "
-            "or PNG if they are images",
+            f"{place}: {passed_over(passed)}",
             stacklevel=4,
         )
 
 
-def _passed_over(passed: Counter[str]) -> str:
-    """E.g. "62 files were passed over (60 .heic, 2 .txt)"."""
+def passed_over(passed: Counter[str]) -> str:
+    """How many files that are no images were passed over, with the suffixes."""
     counts = ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in passed.most_common(10))
-    total, more = passed.total(), ", and others" if len(passed) > 10 else ""
-    return f"{total} {'file was' if total == 1 else 'files were'} passed over ({counts}{more})"
+    counted = (
+        "1 file was passed over, because it is no image"
+        if passed.total() == 1
+        else (f"{passed.total()} files were passed over, because they are no images")
+    )
+    return f"{counted} that Pillow reads: {counts}{', and others' if len(passed) > 10 else ''}"
 
 
 def _read_labelled(
@@ -261,7 +264,7 @@ def _read_labelled(
             within: Counter[str] = Counter()
             found = _images(place, within)
             if not found:
-                left = f" ({_passed_over(within)})" if within else ""
+                left = f" ({passed_over(within)})" if within else ""
                 raise ValueError(f"{place} has no images{left}; expected files {_COMMON} there, or no such folder")
             passed += within
             files += found
@@ -278,7 +281,7 @@ def _read_unlabelled(
         [folder / file for file in files] + [path for name in names for path in _images(folder / name, passed)], key=str
     )
     if not found:
-        left = f" ({_passed_over(passed)})" if passed else ""
+        left = f" ({passed_over(passed)})" if passed else ""
         raise ValueError(f"{folder} has no images{left}; expected files {_COMMON} in it, at any depth")
     return Split(tuple(found), (0,) * len(found), ("image",))
 

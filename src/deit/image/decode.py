@@ -353,7 +353,10 @@ def _stated_range(image: Image.Image) -> tuple[float, float] | None:
     tags = getattr(image, "tag_v2", {})
     for lowest, highest in _RANGES:
         with suppress(TypeError, ValueError, IndexError):  # damaged tags state nothing
-            start, end = (float(np.ravel(tags.get(tag, missing))[0]) for tag, missing in ((lowest, 0), (highest, None)))
+            start, end = (
+                float(np.ravel(tags[tag])[0]) if tag in tags else low
+                for tag, low in ((lowest, 0.0), (highest, math.nan))
+            )
             if math.isfinite(start) and math.isfinite(end) and start < end:
                 return start, end
     bits = tags.get(_BITS, (0,))

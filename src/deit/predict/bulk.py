@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
@@ -23,7 +24,7 @@ from typing import IO, Any, Literal
 
 from deit import files, host
 from deit.choices import Head, Runtime
-from deit.data.folders import counting, native, walk_images
+from deit.data.folders import native, passed_over, walk_images
 from deit.export.engines import sha256
 from deit.predict.predictor import Predictor
 
@@ -60,7 +61,8 @@ def predict_files(
         shard: (i, N): only every N-th image, from the i-th on, 1 to N.
         engine: as for `Predictor`; `auto` takes OpenVINO only for `MANY` images or more.
     """
-    paths = share(find_images(inputs, sys.stdin), shard)
+    passed: Counter[str] = Counter()
+    paths = share(find_images(inputs, sys.stdin, passed), shard)
     if engine == "auto" and "-" not in inputs:  # a list may come slowly, and is not waited for
         many, paths = peek(paths, MANY)
         engine = "auto" if many else None
@@ -93,6 +95,8 @@ def predict_files(
             elif "error" not in row:
                 print(_line(row), flush=True)
     tally.finish()
+    if passed:
+        print(f"deit predict: {passed_over(passed)}", file=sys.stderr)
     return tally.unreadable + (results.unreadable if results else 0)
 
 
@@ -124,26 +128,28 @@ def identity(model: str) -> str:
     return hashlib.sha256(json.dumps(held).encode()).hexdigest()
 
 
-def find_images(inputs: Sequence[str], listed: IO[str] | None = None) -> Iterator[str]:
+def find_images(
+    inputs: Iterable[str], listed: IO[str] | None = None, passed: Counter[str] | None = None
+) -> Iterator[str]:
     """Paths of images, in a fixed order: files as they are, image files of folders and their folders, by name, what
-    globs match, and for `-` the lines of `listed`.
+    globs match, and for `-` the lines of `listed`. `passed` counts the other files in folders by suffix.
 
     Raises `FileNotFoundError` for what matches nothing.
     """
-    with counting(" ".join(inputs)) as passed:
-        for given in inputs:
-            if given == "-":
-                yield from _paths(listed or ())
-            elif os.path.isdir(given):
-                yield from walk_images(given, passed)
-            elif os.path.isfile(given) or not glob.has_magic(given):
-                yield given  # a missing file is a row like any other unreadable one
-            else:
-                matches = sorted(glob.glob(given, recursive=True))
-                if not matches:
-                    raise FileNotFoundError(f"{given} matches no file; check the pattern")
-                for match in matches:
-                    yield from walk_images(match, passed) if os.path.isdir(match) else [match]
+    passed = Counter() if passed is None else passed
+    for given in inputs:
+        if given == "-":
+            yield from _paths(listed or ())
+        elif os.path.isdir(given):
+            yield from walk_images(given, passed)
+        elif os.path.isfile(given) or not glob.has_magic(given):
+            yield given  # a missing file is a row like any other unreadable one
+        else:
+            matches = sorted(glob.glob(given, recursive=True))
+            if not matches:
+                raise FileNotFoundError(f"{given} matches no file; check the pattern")
+            for match in matches:
+                yield from walk_images(match, passed) if os.path.isdir(match) else [match]
 
 
 def _paths(lines: Iterable[str]) -> Iterator[str]:
