@@ -473,9 +473,11 @@ def _train(options: argparse.Namespace) -> None:
     from deit.data.folders import read_data
     from deit.recipe import MaskedImage, override
     from deit.recipes import find
+    from deit.train.build import find_sources
     from deit.train.loop import train
 
     recipe = override(find(options.recipe), options.settings)
+    find_sources(recipe)
     labelled = not isinstance(recipe.objective, MaskedImage)
     splits = read_data(options.data, holdout=recipe.data.holdout, seed=recipe.seed, labelled=labelled)
     run = train(recipe, *splits, options.out, device=options.device, resume=options.resume, minutes=options.time)
@@ -507,8 +509,10 @@ def _teach(options: argparse.Namespace) -> None:
     from deit.recipe import override
     from deit.recipes import find
     from deit.train.labels import teach
+    from deit.train.teacher import find_teacher
 
     recipe = override(find(options.recipe), [*options.settings, f"objective.teacher={options.teacher}"])
+    find_teacher(recipe)
     split, _ = read_data(options.data, holdout=recipe.data.holdout, seed=recipe.seed)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     print(teach(recipe, split, options.out, epochs=options.epochs, device=options.device, rank=rank, world=world))
