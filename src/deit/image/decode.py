@@ -28,6 +28,7 @@ __all__ = [
     "name_of",
     "reading",
     "to_rgb",
+    "without_texts",
 ]
 
 MAX_PIXELS = 178_956_970  # where Pillow with its default settings raises DecompressionBombError
@@ -129,7 +130,7 @@ def decode(
     try:
         return _decode(data, name, min_side, max_pixels)
     except ImageError:
-        if (bare := _without_texts(data)) is None:
+        if (bare := without_texts(data)) is None:
             raise
     return _decode(bare, name, min_side, max_pixels)
 
@@ -139,6 +140,8 @@ def _decode(
 ) -> Decoded:
     with reading(name, data):
         image = Image.open(io.BytesIO(data))
+    if image.format in _NO_PICTURES:
+        raise ImageError(f"{name} is an {image.format} file, expected a picture; render it to PNG first")
     _check_pixels(image, name, max_pixels)
     with reading(name):
         full, drafted = image.size, None
@@ -162,7 +165,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 
-def _without_texts(data: bytes) -> bytes | None:
+def without_texts(data: bytes) -> bytes | None:
     """A PNG file without its texts and its colour profile; None for a file that has none.
 
     Pillow refuses a whole file where these take more than a megabyte, and none of them changes a pixel.
