@@ -269,5 +269,5 @@ def test_what_is_passed_over_is_said_once(folder, capsys):
     assert len(images) == 9
     assert all(image.endswith(".png") for image in images)
     assert [line for line in shown.err.splitlines() if "passed over" in line] == [
-        "deit predict: 4 files were passed over, because they are no images that Pillow reads: 2 .heic, 1 .txt, 1 .mp4"
+        "deit predict: 4 files were passed over, because they are no images that Pillow reads: 2 .heic, 1 .mp4, 1 .txt"
     ]

@@ -217,7 +217,8 @@ def _counting(place: str | Path) -> Iterator[Counter[str]]:
 
 def passed_over(passed: Counter[str]) -> str:
     """How many files that are no images were passed over, with the suffixes."""
-    counts = ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in passed.most_common(10))
+    listed = sorted(passed.items(), key=lambda item: (-item[1], item[0]))
+    counts = ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in listed[:10])
     counted = (
         "1 file was passed over, because it is no image"
         if passed.total() == 1
