@@ -110,7 +110,7 @@ def test_calibrated_predictions(folder, capsys):
             assert answer.sure == ((row >= found["threshold"]).sum() == 1)
     assert main(["predict", str(folder / "m"), str(paths[0])]) == 0
     shown = capsys.readouterr()
-    assert shown.err.startswith("calibrated on 40 images; sure means at most 0.4 errors")
+    assert shown.err.startswith("calibrated on 40 images; at most 0.4 of images like these")
     unsure = not next(Predictor(folder / "m").stream(paths[:1])).sure
     assert ("I don't know (" in shown.out) == unsure
     assert main(["predict", str(folder / "m"), str(paths[0]), "--json"]) == 0
@@ -122,7 +122,7 @@ def test_refusals(folder, capsys):
     assert "40 images can't vouch for an error rate of 0.01; give at least 99" in capsys.readouterr().err
     assert not (folder / "m/calibration.json").exists()
     assert main(["calibrate", "facebook/deit-tiny", "--data", str(folder / "data")]) == 1
-    assert "is no folder here, and a calibration is stored beside the model" in capsys.readouterr().err
+    assert "is not a folder on this machine, and the calibration is stored in" in capsys.readouterr().err
     for text in ('{"heads": {}}', "[]", '{"heads": {"fused": {"temperature": -1}}}'):
         (folder / "m/calibration.json").write_text(text)
         with raises_saying(ValueError, "calibration.json"):

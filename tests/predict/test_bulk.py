@@ -78,7 +78,7 @@ def test_patterns_lists_and_shards(folder, capsys, monkeypatch):
     assert main(["predict", str(folder / "m"), "-", "--engine", "torch", "--shard", "3/5", "--json"]) == 0
     assert [json.loads(line)["image"] for line in capsys.readouterr().out.splitlines()] == [whole[2], whole[7]]
     for text in ("0/3", "4/3", "2", "a/b"):
-        with raises_saying(ValueError, "a shard is i/N with i from 1 to N, like 2/8"):
+        with raises_saying(ValueError, "expected a shard i/N with i from 1 to N, found"):
             parse_shard(text)
 
 
@@ -133,7 +133,7 @@ def test_stopped_work_goes_on(folder, name, capsys, monkeypatch):
         else:
             assert main(command("stopped")) == 1
     assert len(read) < 10
-    assert "going on after 6 images" in capsys.readouterr().err
+    assert "continuing after 6 images" in capsys.readouterr().err
     assert (folder / "stopped" / name).read_bytes() == (folder / "whole" / name).read_bytes()
     assert [path.name for path in (folder / "stopped").iterdir()] == [name]
     if name.endswith("parquet"):
@@ -167,7 +167,7 @@ def test_other_work_is_not_gone_on_with(tmp_path, monkeypatch):
     again = Results(tmp_path / "rows.jsonl", job)
     assert again.done == 2
     assert list(again.remaining([row["image"] for row in rows])) == ["2.png", "3.png", "4.png"]
-    with raises_saying(ValueError, "the images have changed since", "remove", "rows.jsonl.parts to start anew"):
+    with raises_saying(ValueError, "the images have changed since", "remove", "rows.jsonl.parts to start over"):
         again.remaining(["1.png", "0.png"])
     with raises_saying(ValueError, "holds parts of other work (head differ)"):
         Results(tmp_path / "rows.jsonl", replace(job, head="class"))
@@ -177,9 +177,9 @@ def test_other_work_is_not_gone_on_with(tmp_path, monkeypatch):
         Results(tmp_path / "rows.jsonl", replace(job, engine="openvino, bf16"))
     list(again.write(iter(rows[2:])))
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
-    with raises_saying(FileExistsError, "rows.jsonl is there already; remove it to predict again"):
+    with raises_saying(FileExistsError, "rows.jsonl exists already; remove it to predict again"):
         Results(tmp_path / "rows.jsonl", job)
-    with raises_saying(ValueError, "results go into a .jsonl, .csv, .parquet file, found"):
+    with raises_saying(ValueError, "expected a .jsonl, .csv, .parquet file for the results, found"):
         Results(tmp_path / "rows.txt", job)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import time
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from PIL import Image
-from support.checks import raises_saying
+from support.checks import raises_saying, run_python
 from support.models import build, saved
 
+import deit
 from deit.cli import main
 from deit.config import VARIANTS
 from deit.evaluate.calibration import Calibration, HeadCalibration
@@ -55,7 +57,7 @@ def test_an_exported_folder_predicts_the_same(distilled, photos, tmp_path, to):
             # A CPU with bfloat16 lets OpenVINO compute in it.
             atol = 2e-2 if to == "openvino" else 1e-4
             assert [entry["score"] for entry in row] == pytest.approx([entry["score"] for entry in other], abs=atol)
-    with raises_saying(ValueError, "is an exported model, which runs on the CPU here, and device is cuda"):
+    with raises_saying(ValueError, "is an exported model, which needs the device cpu, found cuda"):
         Predictor(exported, device="cuda")
     with raises_saying(ValueError, "is an exported model, whose inside can't be seen"):
         explain_file(exported, photos[0])
@@ -65,7 +67,7 @@ def test_an_exported_folder_predicts_the_same(distilled, photos, tmp_path, to):
         assert answer.status_code == 501
         assert "whose inside can't be seen" in answer.json()["error"]
     other = "onnx" if to == "torch" else "torch"
-    with raises_saying(ValueError, f"is exported for {to}, and engine is {other}"):
+    with raises_saying(ValueError, f"is exported for {to}, but engine is {other}"):
         Predictor(exported, engine=other)
     assert Predictor(exported, engine=to).engine == Predictor(exported, engine="auto").engine
 
@@ -150,13 +152,13 @@ def test_auto_is_openvino_where_it_is_to_be_had(distilled, photos, monkeypatch, 
         assert Predictor(distilled, engine="auto").engine == "torch"
     with monkeypatch.context() as patch:  # no home that can be written to
         patch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-        with pytest.warns(UserWarning, match="PyTorch computes because OpenVINO can.t"):
+        with pytest.warns(UserWarning, match="using PyTorch because OpenVINO can't be used"):
             predictor = Predictor(distilled, engine="auto")
         assert predictor.engine == "torch"
         assert predictor(photos) == Predictor(distilled)(photos)
         with pytest.raises(OSError):
             Predictor(distilled, engine="openvino")
-    with raises_saying(ValueError, "openvino computes on the CPU here, and device is cuda; leave one out"):
+    with raises_saying(ValueError, "engine openvino needs the device cpu, found cuda; leave one of them out"):
         Predictor(distilled, device="cuda", engine="openvino")
     with raises_saying(ValueError, "engine is 'tensorrt', expected one of auto, torch, openvino, onnx"):
         Predictor(distilled, engine="tensorrt")
@@ -203,3 +205,24 @@ def test_engines_agree_on_photos_at_full_size(tmp_path, monkeypatch, capsys):
             print(f"\n{engine}: {np.abs(found - expected).max():.1e} over {len(images)} photos")
         assert (found.argmax(1) == expected.argmax(1)).all()
         assert np.abs(found - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("engine", [None, "onnx", "openvino", "exported"])
+def test_sent_to_another_process(distilled, cache, tmp_path, photos, engine):
+    """A predictor and a pipeline that were pickled answer the same in a fresh interpreter."""
+    model = distilled
+    if engine == "exported":
+        export(distilled, "torch", tmp_path / "out")
+        model, engine = tmp_path / "out", None
+    pipe = deit.pipeline(model=model, engine=engine, head="distillation")
+    (tmp_path / "pipe").write_bytes(pickle.dumps(pipe))
+    shown = run_python(
+        "import pickle, json\n"
+        f"pipe = pickle.loads(open({str(tmp_path / 'pipe')!r}, 'rb').read())\n"
+        f"print(json.dumps([pipe({str(photos[0])!r}), pipe.predictor([{str(photos[0])!r}])]))"
+    )
+    found, [predicted] = json.loads(shown.splitlines()[-1])
+    assert found == predicted
+    expected = pipe(str(photos[0]))
+    assert [each["label"] for each in found] == [each["label"] for each in expected]
+    assert [each["score"] for each in found] == pytest.approx([each["score"] for each in expected], abs=1e-5)

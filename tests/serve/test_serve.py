@@ -91,7 +91,7 @@ def test_keys(folder, tmp_path):
         for path in ("/", "/healthz", "/readyz", "/metrics"):
             assert web.get(path).status_code == 200
     (tmp_path / "none").write_text("\n")
-    with raises_saying(ValueError, "none holds no key; write one on a line"):
+    with raises_saying(ValueError, "none holds no key; write one on each line"):
         read_keys(tmp_path / "none")
 
 
@@ -142,7 +142,7 @@ def test_metrics_count(folder):
 def test_settings_that_make_no_sense_are_refused(folder, capsys):
     with raises_saying(ValueError, "a queue of 8 images can't fill a batch of 32"):
         Service(queue=8)
-    with raises_saying(ValueError, "max_pixels must be at most 178956970, where Pillow refuses"):
+    with raises_saying(ValueError, "max_pixels must be at most 178956970, because Pillow refuses larger images"):
         Service(max_pixels=10**9)
     with raises_saying(ValueError, "timeout must be above 0, found 0"):
         Service(timeout=0)

@@ -1,4 +1,4 @@
-"""What every model of the family has: files, the hub, fresh values, resolution, checkpointing, choice of attention."""
+"""What all models share: files, the hub, initialisation, resolution, gradient checkpointing, the attention kernel."""
 
 from __future__ import annotations
 
@@ -12,25 +12,29 @@ from torch import Tensor, nn
 
 from deit import weights
 from deit.config import DeiTConfig
+from deit.model.timm_ways import TimmWays
 from deit.weights import hub
 
 AttnImplementation = Literal["auto", "eager", "sdpa"]
 
 
 class Backbone(Protocol):
-    """What the models' base needs of the transformer in them."""
+    """What `PreTrained` needs from the transformer in a model."""
 
     position: nn.Parameter
     """(1, positions, D)."""
     blocks: nn.ModuleList
     gradient_checkpointing: bool
 
+    def relabel(self, config: DeiTConfig) -> None:
+        """Replaces the config by `config`, which differs in the labels only."""
+
     def resize_grid(self, config: DeiTConfig) -> None:
-        """Takes `config` in place of its own, which differs in the image size, and fits the positions to its grid."""
+        """Replaces the config by `config`, which differs in the image size only, and fits the positions to its grid."""
 
 
-class PreTrained(nn.Module):
-    """Base of the models; `backbone` is the transformer in them."""
+class PreTrained(TimmWays, nn.Module):
+    """Base class of the models. `backbone` is the transformer in a model."""
 
     kind: ClassVar[weights.Kind]
     config_class: ClassVar[type[DeiTConfig]] = DeiTConfig
@@ -58,8 +62,10 @@ class PreTrained(nn.Module):
             block.attention.implementation = name  # type: ignore[union-attr]
 
     def gradient_checkpointing_enable(self) -> None:
-        """Recomputes each block in the backward pass: activations of one block at a time, for about a third more
-        computation."""
+        """Makes the backward pass recompute each block.
+
+        Only one block's activations are in memory at a time, for about a third more computation.
+        """
         self.backbone.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
@@ -67,10 +73,10 @@ class PreTrained(nn.Module):
 
     @torch.no_grad()
     def resize_to(self, image_size: int | tuple[int, int]) -> Self:
-        """Adapts the positions to images of another size (pixels, one number or (height, width)), once and for all.
+        """Adapts the positions for good to images of another size (in pixels: one number or (height, width)).
 
-        Bicubic, as the paper does for fine-tuning at higher resolution (section 3.3); tokens before the patches keep
-        theirs. Returns the model itself.
+        The positions are resized by bicubic interpolation, as in the paper for fine-tuning at a higher resolution
+        (section 3.3). The tokens before the patches keep theirs. Returns the model itself.
         """
         self.backbone.resize_grid(self.config.replace(image_size=image_size))
         return self
@@ -78,18 +84,24 @@ class PreTrained(nn.Module):
     def save_pretrained(
         self, folder: str | Path, *, max_shard_size: int | str = "5GB", push_to_hub: bool = False, **push: Any
     ) -> None:
-        """Writes `config.json` and `model.safetensors` (or shards) as Hugging Face names them; `transformers` reads
-        them."""
+        """Writes `config.json` and `model.safetensors` (or shards) in Hugging Face's format.
+
+        `transformers` can read them. With `push_to_hub`, also uploads them; `push` takes `repo_id` (default: the
+        folder's name) and the options of `push_to_hub`.
+        """
         hub.write_checkpoint(Path(folder), self.config, self._tensors(), max_shard_size=max_shard_size)
         if push_to_hub:
             hub.push_folder(Path(folder), push.pop("repo_id", Path(folder).name), **push)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Uploads the model (`token`, `private`, `revision`, `commit_message`); returns the commit's address."""
+        """Uploads the model to the hub and returns the commit's address.
+
+        `options` are `token`, `private`, `revision` and `commit_message`.
+        """
         return hub.push_saved(self.save_pretrained, repo_id, **options)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Parameters under the names of `weights.manifest`."""
+        """The parameters under the names of `weights.manifest`."""
         base = weights.BASE if self.kind == "backbone" else ""
         return {base + name: tensor.detach() for name, tensor in self.state_dict().items()}
 
@@ -110,23 +122,25 @@ class PreTrained(nn.Module):
         attn_implementation: AttnImplementation = "auto",
         **overrides: Any,
     ) -> Any:
-        """A model in evaluation mode from a folder, a weight file, or a hub repository, in any known dialect.
+        """Reads a model from a folder, a weight file or a hub repository, in any known dialect.
 
         Args:
             name_or_folder: e.g. `facebook/deit-tiny-distilled-patch16-224`, `runs/x/model`, `deit_tiny.pth`.
-            config: replaces the file's own, and is needed where there is none and shapes can't tell.
-            dtype: of the parameters; None is float32, "auto" is the file's.
-            ignore_mismatched_sizes: tensors of another shape than the model's are left at their fresh initialisation.
-            output_loading_info: returns `(model, info)`, info with missing, unexpected and mismatched keys.
+            config: replaces the file's own config. Needed if there is none and the shapes don't tell the architecture.
+            dtype: the type of the parameters: None for float32, "auto" for the file's.
+            ignore_mismatched_sizes: initialises tensors anew whose shape differs from the model's, instead of raising.
+            output_loading_info: returns `(model, info)`. The info has missing, unexpected and mismatched keys.
             overrides: fields of the config, e.g. `num_labels=10`, `id2label=...`, `drop_path_rate=0.1`. With
                 `image_size`, the positions are resized after reading.
 
         Returns:
-            The model; what the file lacks (a head, a pooler, a mask token) is initialised anew, with a warning.
+            The model in evaluation mode. Parts that the file lacks (a head, a pooler, a mask token) are initialised
+            anew, with a warning.
 
         Raises:
-            FileNotFoundError: nothing there, or not reachable.
-            CheckpointError, ValueError: truncated, corrupt, unsafe, unknown or ill-fitting; nothing is half-loaded.
+            FileNotFoundError: the files don't exist or can't be fetched.
+            CheckpointError, ValueError: the files are truncated, corrupt, unsafe, unknown or don't fit. Nothing is
+                half-loaded.
         """
         where: dict[str, Any] = {
             "revision": revision,
@@ -156,10 +170,10 @@ class PreTrained(nn.Module):
         attn_implementation: AttnImplementation = "auto",
         **overrides: Any,
     ) -> Any:
-        """`from_pretrained` of a checkpoint that is read already."""
+        """Like `from_pretrained`, but from a checkpoint that was read already."""
         image_size = overrides.pop("image_size", None)
         settings = found.config_for(cls.kind, cls.config_class, overrides)
-        with torch.device("meta"):  # neither allocates nor initialises what the file is about to give
+        with torch.device("meta"):  # no need to allocate and initialise tensors that the file gives
             model = cls(settings, **found.options_for(cls.kind))
         info = model._load(found, ignore_mismatched_sizes)
         model.to(_dtype(dtype, found.tensors))
@@ -170,7 +184,7 @@ class PreTrained(nn.Module):
         return (model, info) if output_loading_info else model
 
     def _load(self, found: hub.Checkpoint, ignore_mismatched_sizes: bool) -> dict[str, list[str]]:
-        """Puts the file's tensors in place of this model's (on the meta device), and initialises the rest."""
+        """Replaces this model's tensors, which are on the meta device, by the file's. Initialises the rest."""
         expected = {name: tuple(tensor.shape) for name, tensor in self._tensors().items()}
         fitted = found.fit(expected, ignore_mismatched_sizes)
         base = len(weights.BASE) if self.kind == "backbone" else 0
@@ -199,11 +213,11 @@ def _dtype(dtype: torch.dtype | str | None, tensors: Mapping[str, Tensor]) -> to
 
 @torch.no_grad()
 def initialise(model: nn.Module, config: DeiTConfig, names: list[str] | None = None) -> None:
-    """Fresh values as the original code draws them, for all parameters or those in `names`.
+    """Gives fresh values to all parameters, or to those in `names`, as the original code draws them.
 
-    Tokens, positions and linear weights: truncated normal of `config.initializer_range`; biases zero; LayerNorm one
-    and zero; LayerScale at its start value; patch projection: PyTorch's own for a convolution (uniform within
-    1/sqrt(fan in)), which the original leaves as it is.
+    - Tokens, positions and linear weights: truncated normal with deviation `config.initializer_range`.
+    - Biases: zero. LayerNorm: weight one and bias zero. LayerScale: its start value.
+    - Patch projection: PyTorch's default for a convolution (uniform within 1/sqrt(fan in)), as in the original code.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_meta or (names is not None and name not in names):
