@@ -469,9 +469,9 @@ class Recipe:
     optim: Optimizer
     schedule: Cosine
     augment: Augment = field(default_factory=Augment)
-    start: str = ""
-    """Folder, weight file or hub name of the weights to fine-tune; empty to start from random weights. Positions and
-    patches are resized, and a head for other labels is initialised anew."""
+    start: str | None = ""
+    """Folder, weight file or hub name of the weights to fine-tune; empty or None to train from scratch, from random
+    weights. Positions and patches are resized, and a head for other labels is initialised anew."""
     ema: float = 0.0
     """Decay per step of the exponential moving average of the weights, 0 to <1. The average is evaluated and saved; 0
     takes the weights themselves."""
@@ -481,6 +481,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "start", self.start or "")  # one way to write it in a recipe.json
         try:
             self._check()
         except ValueError as error:

@@ -239,3 +239,35 @@ def test_memory_does_not_grow_with_the_number_of_images(folder, monkeypatch):
     for count in range(1, 41):
         next(stream)
         assert len(asked) <= count + 4 * 4
+
+
+def test_lists_of_any_system(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for name in ("photos/a.png", "b.png\r", "c\\d.png"):
+        (tmp_path / name).touch()
+    for text in (
+        "\ufeffphotos/a.png\r\nb.png\r\n\r\nc\\d.png",
+        "ï»¿photos\\a.png\nb.png\r\nc\\d.png\r\n",
+    ):
+        assert list(find_images(["-"], io.StringIO(text, newline=""))) == ["photos/a.png", "b.png\r", "c\\d.png"]
+    assert list(find_images(["-"], io.StringIO("x\\y.png\r\n", newline=""))) == ["x\\y.png"]
+    for encoding in ("utf-16-le", "utf-16-be"):
+        listed = "\ufeffa.png\n".encode(encoding).decode("utf-8", "surrogateescape")
+        with raises_saying(ValueError, "is in UTF-16, expected UTF-8"):
+            list(find_images(["-"], io.StringIO(listed)))
+
+
+def test_what_is_passed_over_is_said_once(folder, capsys):
+    for name in ("x/1.heic", "x/2.heic", "y/clip.mp4"):
+        (folder / "photos" / name).write_bytes(b"-")
+    (folder / "photos/x/3.png").unlink()
+    given = [str(folder / "photos/x"), str(folder / "photos/y*")]
+    assert main(["predict", str(folder / "m"), *given, "--json"]) == 0
+    shown = capsys.readouterr()
+    images = [json.loads(line)["image"] for line in shown.out.splitlines()]
+    assert len(images) == 9
+    assert all(image.endswith(".png") for image in images)
+    assert [line for line in shown.err.splitlines() if "passed over" in line] == [
+        "deit predict: 4 files were passed over, because they are no images that Pillow reads: 2 .heic, 1 .mp4, 1 .txt"
+    ]

@@ -9,8 +9,11 @@ import itertools
 import json
 import os
 import stat
+import unicodedata
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,8 +23,10 @@ from PIL import Image
 
 from deit import host
 from deit.data.draws import Stream, draws
+from deit.image.decode import image_suffixes
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_COMMON = "*{.bmp,.gif,.jpeg,.jpg,.png,.tif,.tiff,.webp}"
+"""The image files that messages name; `image_suffixes` has all that are read."""
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 """Folder names that each split may have."""
 LIST_SUFFIXES = (".csv", ".jsonl")
@@ -48,7 +53,8 @@ def read_split(root: str | Path, split: str, classes: Sequence[str] | None = Non
     """Reads the image files of `root/SPLIT/CLASS/**`, with classes sorted by name and files by path.
 
     `split` is train, val or test. `classes` fixes another order, such as that of a trained model; a folder of any other
-    name is refused. Hidden files and folders don't count. Links to folders are followed.
+    name is refused. Hidden files and folders don't count. Links to folders are followed. Files
+    that are no images are passed over, and a warning counts them.
 
     Raises `FileNotFoundError` or `ValueError` that says what the folder should look like, and `OSError` if it can't be
     read.
@@ -60,7 +66,8 @@ def read_split(root: str | Path, split: str, classes: Sequence[str] | None = Non
             f"{root} has no folder {' or '.join(SPLITS[split])}; expected {root}/{split}/CLASS/"
             "IMAGE files, one folder for each class"
         )
-    return _read_labelled(folder, classes)
+    with _counting(folder) as passed:
+        return _read_labelled(folder, passed, classes)
 
 
 def read_data(root: str | Path, *, holdout: float, seed: int, labelled: bool = True) -> tuple[Split, Split]:
@@ -80,20 +87,21 @@ def read_data(root: str | Path, *, holdout: float, seed: int, labelled: bool = T
         raise FileNotFoundError(f"{root} is not a folder; expected one with {root}/train/CLASS/IMAGE files")
     train, val = _split_folder(root, "train"), _split_folder(root, "val")
     read, apart = (_read_labelled if labelled else _read_unlabelled), () if train else SPLITS["test"]
-    if train is None and (val is not None or not any(_listed(root, apart))):
+    if train is None and (val is not None or not any(_listed(root, apart)[:2])):
         raise FileNotFoundError(
             f"{root} has {'a folder ' + val.name if val else 'no images'} and no folder train; "
             f"expected {root}/train/CLASS/IMAGE files"
         )
     if val is None:  # beside train, only val matters: a folder Test is left alone
         _refuse_misnamed(root, SPLITS["val"] if train else tuple(itertools.chain(*SPLITS.values())))
-    whole = read(train or root, None, apart)
-    if labelled and len(whole.classes) < 2:
-        raise ValueError(
-            f"{train or root} has one class, {whole.classes[0]!r}, and a classifier needs two; add a "
-            "folder for each other class"
-        )
-    return (whole, read(val, whole.classes)) if val else _hold_out(whole, holdout, seed, train or root)
+    with _counting(root) as passed:
+        whole = read(train or root, passed, None, apart)
+        if labelled and len(whole.classes) < 2:
+            raise ValueError(
+                f"{train or root} has one class, {whole.classes[0]!r}, and a classifier needs two; add a "
+                "folder for each other class"
+            )
+        return (whole, read(val, passed, whole.classes)) if val else _hold_out(whole, holdout, seed, train or root)
 
 
 def read_examples(place: str | Path, split: str | None = None) -> tuple[Split, str | None]:
@@ -121,7 +129,8 @@ def read_examples(place: str | Path, split: str | None = None) -> tuple[Split, s
                 "evaluate on the training images"
             )
         _refuse_misnamed(place, tuple(itertools.chain(*SPLITS.values())))
-        return _read_labelled(place), None
+        with _counting(place) as passed:
+            return _read_labelled(place, passed), None
     if not place.is_file():
         raise FileNotFoundError(
             f"{place} does not exist; expected a folder of images, or a list of them ({' or '.join(LIST_SUFFIXES)})"
@@ -142,14 +151,17 @@ def has_split(place: str | Path, split: str) -> bool:
 
 
 def matched(split: Split, classes: Sequence[str]) -> Split:
-    """The same images, labelled in the order of a model's `classes`. Classes are found by name.
+    """The same images, labelled in the order of a model's `classes`. Classes are found by name, however the accents are
+    written.
 
     Raises `ValueError` if a class is not among `classes`, or if its name occurs there twice: the published names of
     ImageNet call two classes "crane".
     """
     first = {label: file for file, label in zip(reversed(split.files), reversed(split.labels), strict=True)}
     names = {label: split.classes[label] for label in sorted(first)}
-    places = {name: number for number, name in enumerate(classes)}
+    known = [nfc(name) for name in classes]
+    places = {name: number for number, name in enumerate(known)}
+    names = {label: nfc(name) for label, name in names.items()}
     if unknown := [label for label, name in names.items() if name not in places]:
         name, more = names[unknown[0]], len(unknown) - 1
         raise ValueError(
@@ -157,9 +169,9 @@ def matched(split: Split, classes: Sequence[str]) -> Split:
             f"{f' ({more} more are unknown)' if more else ''}; {near(name, classes)}; rename the class, "
             "or leave its images out"
         )
-    if repeated := [name for name in names.values() if classes.count(name) > 1]:
+    if repeated := [name for name in names.values() if known.count(name) > 1]:
         raise ValueError(
-            f"the model calls {classes.count(repeated[0])} of its classes {repeated[0]!r}, so it is not clear "
+            f"the model calls {known.count(repeated[0])} of its classes {repeated[0]!r}, so it is not clear "
             "which of them the images of that name show; make the names in id2label of the model's "
             "config.json differ, or leave these images out"
         )
@@ -189,64 +201,116 @@ def _split_folder(root: Path, split: str) -> Path | None:
     return next((root / name for name in SPLITS[split] if (root / name).is_dir()), None)
 
 
-def _read_labelled(folder: Path, classes: Sequence[str] | None = None, apart: Sequence[str] = ()) -> Split:
-    """Reads `folder/CLASS/**`. Folders named in `apart` are not classes."""
-    names, stray = _listed(folder, apart)
+def nfc(name: str) -> str:
+    """A class name with each accent in one character with its letter. macOS often writes two (NFD)."""
+    return unicodedata.normalize("NFC", name)
+
+
+@contextmanager
+def _counting(place: str | Path) -> Iterator[Counter[str]]:
+    """Counts files by suffix that are passed over because they are no images; at the end, one warning has them all."""
+    passed: Counter[str] = Counter()
+    yield passed
+    if passed and os.environ.get("RANK", "0") == "0":  # of the processes that share a run, one speaks
+        warnings.warn(
+            f"{place}: {passed_over(passed)}",
+            stacklevel=4,
+        )
+
+
+def passed_over(passed: Counter[str]) -> str:
+    """How many files that are no images were passed over, with the suffixes."""
+    listed = sorted(passed.items(), key=lambda item: (-item[1], item[0]))
+    counts = ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in listed[:10])
+    counted = (
+        "1 file was passed over, because it is no image"
+        if passed.total() == 1
+        else (f"{passed.total()} files were passed over, because they are no images")
+    )
+    return f"{counted} that Pillow reads: {counts}{', and others' if len(passed) > 10 else ''}"
+
+
+def _read_labelled(
+    folder: Path, passed: Counter[str], classes: Sequence[str] | None = None, apart: Sequence[str] = ()
+) -> Split:
+    """Reads `folder/CLASS/**`. Folders named in `apart` are not classes. `passed` counts what is passed over."""
+    folders, stray, others = _listed(folder, apart)
+    passed += others
     if stray:
         more = f" and {len(stray) - 1} more images are" if len(stray) > 1 else " is"
         raise ValueError(
             f"{folder / stray[0]}{more} in no class folder, so the class is not known; move such images to "
             f"{folder}/CLASS/, or remove them"
         )
-    if not names:
-        raise ValueError(f"{folder} has no images; expected {folder}/CLASS/*{{{','.join(IMAGE_SUFFIXES)}}}")
-    order = tuple(names if classes is None else classes)
-    if unknown := sorted(set(names) - set(order)):
+    if not folders:
+        raise ValueError(f"{folder} has no images; expected {folder}/CLASS/{_COMMON}")
+    places: dict[str, list[Path]] = {}
+    for name in folders:
+        places.setdefault(nfc(name), []).append(folder / name)
+    if twice := [name for name in places if len(places[name]) > 1]:
+        warnings.warn(
+            f"{folder} has {len(places[twice[0]])} folders {twice[0]!r}, whose names differ only in how accents are "
+            "written (NFC, NFD); their images are taken as one class",
+            stacklevel=4,
+        )
+    order = tuple(sorted(places) if classes is None else classes)
+    label_of = {nfc(name): label for label, name in enumerate(order)}
+    if unknown := sorted(set(places) - set(label_of)):
         raise ValueError(
             f"{folder} has a class {unknown[0]!r} that the model does not know; it knows "
             f"{', '.join(order[:10])}{' and others' if len(order) > 10 else ''}; rename or remove the "
             "folder"
         )
-    label_of = {name: label for label, name in enumerate(order)}
     files: list[Path] = []
     labels: list[int] = []
-    for name in names:
-        found = _images(folder / name)
-        if not found:
-            raise ValueError(
-                f"{folder / name} has no images; expected files *{{{','.join(IMAGE_SUFFIXES)}}} there; add "
-                "some, or remove the folder"
-            )
-        files += found
-        labels += [label_of[name]] * len(found)
+    for name in sorted(places):
+        for place in places[name]:
+            within: Counter[str] = Counter()
+            found = _images(place, within)
+            if not found:
+                left = f" ({passed_over(within)})" if within else ""
+                raise ValueError(
+                    f"{place} has no images{left}; expected files {_COMMON} there; add some, or remove the folder"
+                )
+            passed += within
+            files += found
+            labels += [label_of[name]] * len(found)
     return Split(tuple(files), tuple(labels), order)
 
 
-def _read_unlabelled(folder: Path, classes: Sequence[str] | None = None, apart: Sequence[str] = ()) -> Split:
-    names, files = _listed(folder, apart)
+def _read_unlabelled(
+    folder: Path, passed: Counter[str], classes: Sequence[str] | None = None, apart: Sequence[str] = ()
+) -> Split:
+    names, files, others = _listed(folder, apart)
+    passed += others
     found = sorted(
-        [folder / file for file in files] + [path for name in names for path in _images(folder / name)], key=str
+        [folder / file for file in files] + [path for name in names for path in _images(folder / name, passed)], key=str
     )
     if not found:
-        raise ValueError(f"{folder} has no images; expected files *{{{','.join(IMAGE_SUFFIXES)}}} in it, at any depth")
+        left = f" ({passed_over(passed)})" if passed else ""
+        raise ValueError(f"{folder} has no images{left}; expected files {_COMMON} in it, at any depth")
     return Split(tuple(found), (0,) * len(found), ("image",))
 
 
-def _listed(folder: Path, apart: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Sorted names of the folders and of the image files in a folder, without hidden ones and the folders `apart`."""
+def _listed(folder: Path, apart: Sequence[str]) -> tuple[list[str], list[str], Counter[str]]:
+    """Sorted names of the folders and of the image files in a folder, without hidden ones and the folders `apart`; and
+    the count of what is passed over."""
     _, folders, files = next(os.walk(folder, onerror=_refuse))
-    return sorted(name for name in folders if not name.startswith(".") and name not in apart), sorted(
-        filter(_is_image, files)
-    )
+    passed: Counter[str] = Counter()
+    images = sorted(_only_images(files, passed))
+    return sorted(name for name in folders if not name.startswith(".") and name not in apart), images, passed
 
 
-def _images(folder: Path) -> list[Path]:
+def _images(folder: Path, passed: Counter[str]) -> list[Path]:
     """The image files at any depth, sorted by path. Hidden ones don't count."""
-    return [Path(path) for path in sorted(walk_images(folder))]
+    return [Path(path) for path in sorted(walk_images(folder, passed))]
 
 
-def walk_images(folder: str | Path) -> Iterator[str]:
-    """Yields the image files at any depth, in an order that depends only on their names. Hidden ones don't count."""
+def walk_images(folder: str | Path, passed: Counter[str]) -> Iterator[str]:
+    """Yields the image files at any depth, in an order that depends only on their names. Hidden ones don't count.
+
+    `passed` counts the other files by suffix as they are passed over.
+    """
     visited: set[tuple[int, int]] = set()
     for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         status = os.stat(place)
@@ -255,11 +319,18 @@ def walk_images(folder: str | Path) -> Iterator[str]:
             continue
         visited.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (os.path.join(place, name) for name in sorted(names) if _is_image(name))
+        yield from (os.path.join(place, name) for name in sorted(_only_images(names, passed)))
 
 
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+def _only_images(names: Iterable[str], passed: Counter[str]) -> Iterator[str]:
+    suffixes = image_suffixes()
+    for name in names:
+        if not name.startswith("."):
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in suffixes:
+                yield name
+            else:
+                passed[suffix] += 1
 
 
 def _refuse(error: OSError) -> NoReturn:
@@ -295,7 +366,7 @@ def _read_list(file: Path) -> Split:
                             f"{file}, line {number}: {key} is {json.dumps(value)}, expected "
                             f"{'a path' if key == 'path' else 'the name of a class'} as text"
                         )
-                path = os.path.normpath(os.path.join(root, path))
+                path, label = os.path.normpath(os.path.join(root, native(path, root))), nfc(label)
                 if path in rows:
                     raise ValueError(
                         f"{file}, line {number}: {path} is already listed in line {rows[path][0]}, and each image "
@@ -311,6 +382,14 @@ def _read_list(file: Path) -> Split:
     classes = tuple(sorted({label for _, label in rows.values()}))
     label_of = {name: label for label, name in enumerate(classes)}
     return Split(tuple(map(Path, rows)), tuple(label_of[label] for _, label in rows.values()), classes)
+
+
+def native(path: str, root: str = "") -> str:
+    """A path as it is, or, if only that is there, with / for the backslashes that Windows writes."""
+    if "\\" in path and os.sep == "/" and not os.path.lexists(os.path.join(root, path)):
+        forward = path.replace("\\", "/")
+        return forward if os.path.lexists(os.path.join(root, forward)) else path
+    return path
 
 
 def _csv_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any, Any]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deit.choices import Method
 from deit.config import DeiTConfig
-from deit.data.folders import near
+from deit.data.folders import near, nfc
 from deit.explain.maps import (
     METHODS,
     Faithfulness,
@@ -244,14 +244,15 @@ def class_number(name: str, labels: Sequence[str]) -> int:
 
     Raises `ValueError` for a name that no class or more than one class of the model has.
     """
-    if name not in labels:
+    known, wanted = list(map(nfc, labels)), nfc(name)
+    if wanted not in known:
         raise ValueError(f"the model knows no class {name!r}; {near(name, labels)}; give one of its labels")
-    if labels.count(name) > 1:
+    if known.count(wanted) > 1:
         raise ValueError(
-            f"the model calls {labels.count(name)} of its classes {name!r}, so the name doesn't say which one to "
+            f"the model calls {known.count(wanted)} of its classes {name!r}, so the name doesn't say which one to "
             "explain; make the names in id2label of the model's config.json differ"
         )
-    return labels.index(name)
+    return known.index(wanted)
 
 
 def seen_by(config: DeiTConfig, pixels: Tensor, processor: DeiTImageProcessor) -> list[Image.Image]:

@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
@@ -23,7 +24,7 @@ from typing import IO, Any, Literal
 
 from deit import files, host
 from deit.choices import Head, Runtime
-from deit.data.folders import walk_images
+from deit.data.folders import native, passed_over, walk_images
 from deit.export.engines import sha256
 from deit.predict.predictor import Predictor
 
@@ -61,7 +62,8 @@ def predict_files(
         engine: as for `Predictor`, but `auto` takes OpenVINO only for a list on standard input or for `MANY` images or
             more.
     """
-    paths = share(find_images(inputs, sys.stdin), shard)
+    passed: Counter[str] = Counter()
+    paths = share(find_images(inputs, sys.stdin, passed), shard)
     if engine == "auto" and "-" not in inputs:  # counting a list would wait for its end, and it may come slowly
         many, paths = peek(paths, MANY)
         engine = "auto" if many else None
@@ -94,6 +96,8 @@ def predict_files(
             elif "error" not in row:
                 print(_line(row), flush=True)
     tally.finish()
+    if passed:
+        print(f"deit predict: {passed_over(passed)}", file=sys.stderr)
     return tally.unreadable + (results.unreadable if results else 0)
 
 
@@ -126,19 +130,22 @@ def identity(model: str) -> str:
     return hashlib.sha256(json.dumps(held).encode()).hexdigest()
 
 
-def find_images(inputs: Iterable[str], listed: IO[str] | None = None) -> Iterator[str]:
+def find_images(
+    inputs: Iterable[str], listed: IO[str] | None = None, passed: Counter[str] | None = None
+) -> Iterator[str]:
     """Yields the paths of images in a fixed order.
 
     A file gives itself. A folder gives the image files in it and in its folders, sorted by name. A pattern gives what
-    it matches, and `-` gives the lines of `listed`.
+    it matches, and `-` gives the lines of `listed`. `passed` counts the other files in folders by suffix.
 
     Raises `FileNotFoundError` for a pattern that matches nothing.
     """
+    passed = Counter() if passed is None else passed
     for given in inputs:
         if given == "-":
-            yield from (line.rstrip("\n") for line in listed or () if line.strip())
+            yield from _paths(listed or ())
         elif os.path.isdir(given):
-            yield from walk_images(given)
+            yield from walk_images(given, passed)
         elif os.path.isfile(given) or not glob.has_magic(given):
             yield given  # a missing file is a row like any other unreadable one
         else:
@@ -146,7 +153,22 @@ def find_images(inputs: Iterable[str], listed: IO[str] | None = None) -> Iterato
             if not matches:
                 raise FileNotFoundError(f"{given} matches no file; check the pattern")
             for match in matches:
-                yield from walk_images(match) if os.path.isdir(match) else [match]
+                yield from walk_images(match, passed) if os.path.isdir(match) else [match]
+
+
+def _paths(lines: Iterable[str]) -> Iterator[str]:
+    """The paths of a list, as any system writes it: with a byte order mark, carriage returns and backslashes, or
+    without."""
+    for number, line in enumerate(lines):
+        if number == 0:
+            if line.startswith(("\udcff\udcfe", "\udcfe\udcff", "ÿþ", "þÿ")):
+                raise ValueError("the list on standard input is in UTF-16, expected UTF-8; write it again")
+            line = line.removeprefix("\ufeff").removeprefix("ï»¿")  # the second is UTF-8 in a console of Windows
+        path = line.rstrip("\n")
+        if path.endswith("\r") and not os.path.lexists(path):
+            path = path[:-1]
+        if path.strip():
+            yield native(path)
 
 
 def share(paths: Iterable[str], shard: tuple[int, int]) -> Iterator[str]:

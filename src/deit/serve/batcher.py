@@ -29,7 +29,7 @@ from PIL import Image
 from deit.choices import Method
 from deit.explain.explanation import Explanation, explain_pixels, explained_model
 from deit.host import cores
-from deit.image.decode import ImageError, reading
+from deit.image.decode import ImageError, reading, without_texts
 from deit.predict.predictor import Answer, Predictor
 
 FORMATS = {"JPEG": "JPEG", "MPO": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "TIFF": "TIFF", "BMP": "BMP"}
@@ -280,6 +280,15 @@ def _forget(job: _Job, _: Future[Answer]) -> None:
 
 def check_header(data: bytes, max_pixels: int) -> None:
     """Raises `ImageError` for a format outside `FORMATS` or more than `max_pixels`, before anything is decoded."""
+    try:
+        _check_header(data, max_pixels)
+    except ImageError:
+        if (bare := without_texts(data)) is None:
+            raise
+        _check_header(bare, max_pixels)
+
+
+def _check_header(data: bytes, max_pixels: int) -> None:
     too_large = f"the image has more than the {max_pixels} pixels allowed here; shrink it"
     found = None
     if data.startswith(_FIRST_BYTES):

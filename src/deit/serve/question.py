@@ -165,9 +165,22 @@ def _from_json(body: bytes, fields: dict[str, Any], question: Question) -> list[
         question.too_many()
     fields |= found
     try:
-        return [base64.b64decode(text, validate=True) for text in texts]
+        return list(map(_from_base64, texts))
     except (binascii.Error, ValueError):
-        refuse(400, "an image is not valid base64; encode the bytes of the file, without a data: prefix")
+        refuse(400, "an image is not valid base64; encode the bytes of the file")
+
+
+_DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
+
+
+def _from_base64(text: str) -> bytes:
+    """Bytes from base64 as any program writes it: in one line or many, with + and / or - and _, padded or not, bare or
+    as a data: URL. Raises `ValueError`."""
+    text = text.lstrip()
+    if prefix := _DATA_URL.match(text):
+        text = text[prefix.end() :]
+    text = "".join(text.split()).replace("-", "+").replace("_", "/").rstrip("=")
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
 def _from_form(body: bytes, boundary: Any, fields: dict[str, Any], question: Question) -> list[bytes]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from deit import files, weights
 from deit.config import ConvNetConfig, DeiTConfig
+from deit.data.folders import nfc
 from deit.model.convnet import ConvNet
 from deit.model.network import (
     DeiTForImageClassification,
@@ -17,6 +19,7 @@ from deit.model.network import (
     PreTrained,
 )
 from deit.recipe import Distilled, MaskedImage, Recipe
+from deit.train.teacher import find_teacher
 from deit.weights import hub
 
 _SAME = (
@@ -55,8 +58,32 @@ def build_model(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
     else:
         model = DeiTForImageClassification(config)
     if recipe.start:
-        _start_from(model, hub.read_checkpoint(recipe.start), classes)
+        with _starting(recipe.start):
+            found = hub.read_checkpoint(recipe.start)
+        _start_from(model, found, classes)
     return model
+
+
+def find_sources(recipe: Recipe) -> None:
+    """Raises `FileNotFoundError` if the weights that a recipe starts from, or its teacher, are not there.
+
+    Long work begins with it. What comes from the hub is fetched.
+    """
+    if recipe.start:
+        with _starting(recipe.start):
+            hub.find_weights(recipe.start)
+    find_teacher(recipe)
+
+
+@contextmanager
+def _starting(start: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the recipe starts from {start}: {error}; set it with --set start=FOLDER, or train from scratch with "
+            "--set start=none"
+        ) from None
 
 
 @torch.no_grad()
@@ -71,7 +98,7 @@ def _start_from(model: PreTrained, found: hub.Checkpoint, classes: Sequence[str]
                 f"start {found.file} has {name}={getattr(theirs, name)}, the recipe's model has "
                 f"{getattr(ours, name)}; set model.{name}, or choose another start"
             )
-    same_labels = list((theirs.id2label or {}).values()) == list(classes)
+    same_labels = list(map(nfc, (theirs.id2label or {}).values())) == list(map(nfc, classes))
     missing = []
     for name, tensor in model._tensors().items():
         given = found.tensors.get(name)

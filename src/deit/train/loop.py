@@ -31,6 +31,7 @@ from deit.data.folders import Split
 from deit.machine import Processes, keep_memory, processes, synchronised
 from deit.recipe import Recipe, steps
 from deit.train import objectives, optim, runs
+from deit.train.build import find_sources
 from deit.train.progress import Reporter
 from deit.train.runs import State, Work
 
@@ -97,6 +98,7 @@ def train(
         data.BadImages: too many images can't be read.
         data.LoaderDied: a loader process died.
     """
+    find_sources(recipe)
     end = math.inf if minutes is None else time.perf_counter() + 60 * minutes
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     with processes(device) as us, _Signals() as signals:

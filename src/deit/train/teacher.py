@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from deit import files, host
 from deit.data.batches import EvaluationBatches, processor_for
-from deit.data.folders import Split
+from deit.data.folders import Split, nfc
 from deit.evaluate.scores import Accuracy
 from deit.model.load import load_classifier
 from deit.model.network import PreTrained
@@ -360,6 +360,8 @@ def _order(name: str, vocabularies: Sequence[Sequence[str]], classes: Sequence[s
             stacklevel=2,
         )
         return None
+    classes = [nfc(one) for one in classes]
+    vocabularies = [[nfc(one) for one in names] for names in vocabularies]
     names = min(vocabularies, key=lambda names: len(set(classes).difference(names)))
     place = {one: i for i, one in enumerate(names)}
     if missing := [one for one in classes if one not in place]:
@@ -405,10 +407,7 @@ def _from_folder(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
 
 def _call(name: str) -> Any:
     """The result of the function that `FILE.py:FUNCTION` names."""
-    path, _, function = name.rpartition(":")
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise FileNotFoundError(f"teacher {name}: there is no file {file}; give FILE.py:FUNCTION")
+    file, function = _source_file(name), name.rpartition(":")[2]
     spec = importlib.util.spec_from_file_location(f"deit_teacher_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
@@ -421,13 +420,65 @@ def _call(name: str) -> Any:
     return made()
 
 
-def _from_timm(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
+def find_teacher(recipe: Recipe) -> None:
+    """Raises `FileNotFoundError`, `ValueError` or `ImportError` if the teacher that a recipe asks is not there.
+
+    Long work begins with it. What `Teacher.load` reads from the hub is fetched; what timm downloads is only known by
+    its name.
+    """
+    if not isinstance(recipe.objective, Distilled) or recipe.objective.cache or not recipe.objective.teacher:
+        return
+    name = recipe.objective.teacher
+    if name.startswith("timm:"):
+        _timm_source(name)
+    elif ".py:" in name:
+        _source_file(name)
+    elif not name.endswith(".py") and not Path(name).expanduser().exists():
+        try:
+            try:
+                files.find_file(name, "config.json")
+            except FileNotFoundError as error:
+                hub.find_weights(name, local_files_only=isinstance(error, files.NotFetched))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"teacher {name}: {error}") from None
+
+
+def _source_file(name: str) -> Path:
+    """The file of `FILE.py:FUNCTION`."""
+    file = Path(name.rpartition(":")[0]).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"teacher {name}: there is no file {file}; give FILE.py:FUNCTION")
+    return file
+
+
+def _timm_source(name: str) -> tuple[str, Path | None]:
+    """What stands after `timm:`: an architecture, empty for a folder, and the weight file or folder if one is named."""
     try:
         import timm
     except ImportError:
         raise host.missing(f"teacher {name} needs timm", "teachers") from None
     given = name.removeprefix("timm:")
     if (folder := Path(given).expanduser()).is_dir():
+        return "", folder
+    elsewhere = re.match("hf[-_]hub:", given)  # hf-hub:USER/MODEL is one name to timm
+    architecture, _, file = (given, "", "") if elsewhere else given.partition(":")
+    if not elsewhere and not timm.is_model(architecture):
+        raise ValueError(
+            f"teacher {name}: {architecture!r} is neither a timm model nor a folder; "
+            f"timm.list_models('*{architecture[:4]}*') lists names"
+        )
+    path = Path(file).expanduser() if file else None
+    if path is not None and not path.is_file():
+        raise FileNotFoundError(f"teacher {name}: there is no file {path}; give timm:NAME:WEIGHT_FILE")
+    return architecture, path
+
+
+def _from_timm(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
+    architecture, path = _timm_source(name)
+    import timm
+
+    if path is not None and not architecture:
+        folder = path
         count = files.read_json(files.find_file(folder, "config.json")).get("num_classes")
         path = next((folder / file for file in hub.WEIGHT_FILES if (folder / file).is_file()), None)
         if path is None:
@@ -436,14 +487,7 @@ def _from_timm(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
             )
         model = _timm_model(f"local-dir:{folder}", path, hub.read_tensors(path), count)
         return _of_timm(name, model, classes, recipe, own=True)
-    elsewhere = re.match("hf[-_]hub:", given)  # for timm, hf-hub:USER/MODEL is one name
-    architecture, _, file = (given, "", "") if elsewhere else given.partition(":")
-    if not elsewhere and not timm.is_model(architecture):
-        raise ValueError(
-            f"teacher {name}: {architecture!r} is neither a timm model nor a folder; "
-            f"timm.list_models('*{architecture[:4]}*') lists names"
-        )
-    if not file:
+    if path is None:
         try:
             model = timm.create_model(architecture, pretrained=True)
         except Exception as error:  # from the network, the hub, the cache or the file
@@ -453,9 +497,6 @@ def _from_timm(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
                 f"weights as timm:{architecture}:WEIGHT_FILE"
             ) from error
         return _of_timm(name, model, classes, recipe, own=True)
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"teacher {name}: there is no file {path}; give timm:NAME:WEIGHT_FILE")
     tensors = {
         key.removeprefix("_orig_mod.").removeprefix("module."): tensor for key, tensor in hub.read_tensors(path).items()
     }
