@@ -286,6 +286,8 @@ def hidden_patches(recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
 
 def _sides(file: Path) -> tuple[int, int] | None:
     """Width and height of an image, from its header; None where that can't be read, which decoding will explain."""
+    if not file.is_file():  # a named pipe would wait for somebody to write
+        return None
     try:
         with Image.open(file) as image:
             return image.size
