@@ -110,7 +110,7 @@ def test_the_same_images_by_folder_and_by_list(tmp_path):
         (["path,label", "a.png"], ["line 2", "found 1"]),
         (["path,label", "a.png,"], ["line 2", 'label is ""', "name of a class"]),
         (["path,label", ",cat"], ["line 2", 'path is ""']),
-        (["path,label", "a.png,cat", "b.png,cat", "./a.png,dog"], ["line 4", "a.png is listed already in line 2"]),
+        (["path,label", "a.png,cat", "b.png,cat", "./a.png,dog"], ["line 4", "a.png is already listed in line 2"]),
         (["path,label"], ["lists no images"]),
         ([""], ["line 1", "found nothing"]),
         (["path,label", '"a.png,cat'], ["can't be read as CSV"]),
@@ -129,7 +129,7 @@ def test_csv_lists_that_are_refused(lines, saying, tmp_path):
         ('{"path": "b.png", "class": "cat"}', ["line 2", '"path" and "label"', "'path', 'class'"]),
         ('["b.png", "cat"]', ["line 2", "found list"]),
         ('{"path": "b.png", "label": "cat"', ["line 2", "not valid JSON"]),
-        ('{"path": "a.png", "label": "cat"}', ["line 2", "listed already in line 1"]),
+        ('{"path": "a.png", "label": "cat"}', ["line 2", "already listed in line 1"]),
     ],
 )
 def test_jsonl_lists_that_are_refused(line, saying, tmp_path):
@@ -140,7 +140,7 @@ def test_jsonl_lists_that_are_refused(line, saying, tmp_path):
 def test_other_lists_that_are_refused(tmp_path):
     with raises_saying(ValueError, "UTF-8"):
         read_examples(write(tmp_path / "list.csv", "path,label", "a.png,café", encoding="latin-1"))
-    with raises_saying(ValueError, "is a list and has no splits", "--split val"):
+    with raises_saying(ValueError, "is a list, which has no splits", "--split val"):
         read_examples(write(tmp_path / "list.csv", "path,label", "a.png,cat"), "val")
 
 
@@ -166,9 +166,9 @@ def test_classes_are_found_by_name_in_any_order():
 @pytest.mark.parametrize(
     ("classes", "saying"),
     [
-        (["Dog", "cat"], ["no class 'dog', which 1.png is of", "knows 'Dog'"]),
+        (["Dog", "cat"], ["no class 'dog', which is the class of 1.png", "knows 'Dog'"]),
         (["cat", "hot dog, red hot", "dogs"], ["no class 'dog'", "knows 'dogs' and 'hot dog, red hot'"]),
-        (["x", "y"], ["no class 'cat', which 2.png is of", "1 more are unknown", "knows 'x', 'y'"]),
+        (["x", "y"], ["no class 'cat', which is the class of 2.png", "1 more are unknown", "knows 'x', 'y'"]),
         ([f"LABEL_{i}" for i in range(9)], ["'LABEL_4' and others"]),
     ],
 )

@@ -14,11 +14,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from deit.choices import Head, Runtime, Scoring
 from deit.image.processor import DeiTImageProcessor
-from deit.model.network import DeiTModel
+from deit.model.load import classifier_of
+from deit.model.network import DeiTModel, PreTrained
 from deit.predict.predictor import Predictor
 
 Function = Literal["default", "softmax", "sigmoid", "none"]
@@ -29,13 +30,13 @@ MAX_DOWNLOAD = 32 * 2**20
 """Largest download of one image, in bytes."""
 
 
-def pipeline(task: Task | None = None, model: str | Path | None = None, **options: Any) -> Any:
+def pipeline(task: Task | None = None, model: str | Path | nn.Module | None = None, **options: Any) -> Any:
     """Returns a callable that turns images into answers, as `transformers.pipeline` does.
 
     Args:
         task: `image-classification` (`ImageClassificationPipeline`) or `image-feature-extraction`
             (`ImageFeatureExtractionPipeline`); None means classification.
-        model: a trained folder or a hub name.
+        model: a trained folder, a hub name, or a model in memory together with its `image_processor`.
         options: the options of that class.
 
     Raises `ValueError` for another task, or if no model is given.
@@ -59,7 +60,8 @@ class ImageClassificationPipeline:
     """Turns each image into `[{"label": name, "score": number}, …]`, best first.
 
     Args:
-        model: a trained folder or a hub name.
+        model: a trained folder, a hub name, or a model in memory.
+        image_processor: replaces the folder's. A model in memory needs one.
         head: which of a distilled model's heads decides.
         top_k: number of labels for each image; if the model has fewer, all of them.
         function_to_apply: `softmax` gives the probabilities of `Predictor`, with its head and calibration. `sigmoid`
@@ -74,8 +76,9 @@ class ImageClassificationPipeline:
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | nn.Module,
         *,
+        image_processor: DeiTImageProcessor | None = None,
         head: Head = "fused",
         top_k: int = 5,
         function_to_apply: Function | None = None,
@@ -85,7 +88,9 @@ class ImageClassificationPipeline:
         allow_urls: bool = False,
         timeout: float | None = 10.0,
     ):
-        self.predictor = Predictor(model, head=head, device=_device(device), engine=engine)
+        given = classifier_of(model, _needed(image_processor)) if isinstance(model, nn.Module) else model
+        self.predictor = Predictor(given, head=head, device=_device(device), engine=engine)
+        self.predictor.processor = image_processor or self.predictor.processor
         self.top_k, self.batch_size = top_k, batch_size
         self.function_to_apply, self.allow_urls, self.timeout = function_to_apply, allow_urls, timeout
 
@@ -135,7 +140,8 @@ class ImageFeatureExtractionPipeline:
     """Turns each image into its tokens after the last block and the final LayerNorm, as nested lists (1, N, D).
 
     Args:
-        model: a trained folder or a hub name; its heads are left out.
+        model: a trained folder, a hub name, or a model in memory; its heads are left out.
+        image_processor: as for classification.
         pool: return the output of the model's pooler (1, D) instead.
         return_tensors: return tensors instead of lists.
         batch_size, device, allow_urls, timeout: as for classification.
@@ -145,8 +151,9 @@ class ImageFeatureExtractionPipeline:
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | nn.Module,
         *,
+        image_processor: DeiTImageProcessor | None = None,
         pool: bool = False,
         return_tensors: bool = False,
         batch_size: int = 1,
@@ -155,8 +162,14 @@ class ImageFeatureExtractionPipeline:
         timeout: float | None = 10.0,
     ):
         self.device = torch.device(_device(device))
-        self.model = DeiTModel.from_pretrained(model).to(self.device)
-        self.processor = DeiTImageProcessor.of_model(model, self.model.config)
+        if isinstance(model, nn.Module):
+            if not isinstance(model, PreTrained):
+                raise ValueError(f"found a {type(model).__name__}, expected a model of the DeiT family")
+            self.model: Any = model.eval().to(self.device).backbone
+            self.processor = _needed(image_processor)
+        else:
+            self.model = DeiTModel.from_pretrained(model).to(self.device)
+            self.processor = image_processor or DeiTImageProcessor.of_model(model, self.model.config)
         if pool and self.model.pooler is None:
             raise ValueError(f"pool=True needs a model with a pooler, found none in {model}; leave pool out")
         self.pool, self.return_tensors, self.batch_size = pool, return_tensors, batch_size
@@ -219,6 +232,12 @@ def _fetching(allowed: bool, timeout: float | None) -> Callable[[Any], Any]:
         return content
 
     return fetched
+
+
+def _needed(processor: DeiTImageProcessor | None) -> DeiTImageProcessor:
+    if processor is None:
+        raise ValueError("a model in memory says nothing about its images; pass image_processor too")
+    return processor
 
 
 def _device(device: Device) -> str | torch.device:

@@ -59,7 +59,7 @@ class Predictor:
     """A classifier with its preprocessing, its labels and its calibration: the only way from files to labels.
 
     Args:
-        name_or_folder: a folder that `deit`, `transformers`, timm or `deit export` wrote, or a hub name.
+        name_or_folder: what `deit`, `transformers`, timm or `deit export` wrote, a hub name, or a `Classifier`.
         head: which of a distilled model's heads decides (`fuse_heads`).
         device: `cpu`, `cuda`, …; `auto` is the GPU if there is one and PyTorch computes.
         engine: the software that computes. None is PyTorch, or for an exported model its own runtime. `openvino` and
@@ -79,7 +79,7 @@ class Predictor:
 
     def __init__(
         self,
-        name_or_folder: str | Path,
+        name_or_folder: str | Path | Classifier,
         *,
         head: Head = "fused",
         device: str | torch.device = "cpu",
@@ -90,8 +90,9 @@ class Predictor:
             raise ValueError(f"engine is {engine!r}, expected one of {', '.join(get_args(Runtime))}")
         self.config: DeiTConfig | ConvNetConfig
         self.model: Any = None
-        folder = Path(name_or_folder)
-        exported = (folder / DESCRIPTION).is_file()
+        given = name_or_folder if isinstance(name_or_folder, Classifier) else None
+        folder = Path() if isinstance(name_or_folder, Classifier) else Path(name_or_folder)
+        exported = given is None and (folder / DESCRIPTION).is_file()
         if device == "auto" and (exported or engine in ("openvino", "onnx")):
             device = "cpu"
         if exported:
@@ -103,14 +104,14 @@ class Predictor:
             if engine in ("openvino", "onnx") and torch.device(device).type != "cpu":
                 raise ValueError(f"engine {engine} needs the device cpu, found {device}; leave one of them out")
             self.device = resolve_device(device)
-            classifier = load_classifier(name_or_folder)
+            classifier = given or load_classifier(name_or_folder)  # type: ignore[arg-type]
             self.model, self.config, self.processor = classifier.model, classifier.model.config, classifier.processor
             self._backend = _backend_for(classifier, self.device, engine)
         refuse_head(head, self._backend.heads)
         self.engine = str(self._backend)
-        self.calibration = Calibration.of_model(name_or_folder)
+        self.calibration = None if given else Calibration.of_model(folder)
         if self.calibration is not None:
-            refuse_other_scoring(name_or_folder, self.config.scoring, "its calibration.json")
+            refuse_other_scoring(folder, self.config.scoring, "its calibration.json")
         self.labels = list(self.config.id2label.values())  # type: ignore[union-attr]
 
     def __call__(self, images: Sequence[Source], top_k: int = 5) -> list[list[dict[str, Any]]]:
