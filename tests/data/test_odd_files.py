@@ -40,15 +40,21 @@ def dead_link(path):
     path.symlink_to(path.parent / "moved")
 
 
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 BROKEN = [
     ("[red]holi day[0].jpg", cut, "damaged or cut short"),
     ("page.jpg", write_text, "not an image"),
     ("empty.png", write_nothing, "is empty"),
     ("link.png", dead_link, "does not exist"),
+    ("pipe.png", pipe, "is a named pipe, expected a regular file"),
 ]
 
 
-@pytest.mark.parametrize(("name", "breaks", "reason"), BROKEN, ids=["cut", "text", "empty", "link"])
+@pytest.mark.parametrize(("name", "breaks", "reason"), BROKEN, ids=["cut", "text", "empty", "link", "pipe"])
 def test_one_bad_image_of_many_is_told_counted_and_replaced(name, breaks, reason, tmp_path, command):
     root = many(tmp_path / "data")
     bad = save(root / "train" / "a" / name, (220, 30, 30), (64, 64))
@@ -81,7 +87,7 @@ def test_what_stands_in_is_another_image_with_its_own_label(tmp_path):
     assert set(seen) == {0, 1}  # drawn from all classes
 
 
-@pytest.mark.parametrize(("name", "breaks", "reason"), BROKEN, ids=["cut", "text", "empty", "link"])
+@pytest.mark.parametrize(("name", "breaks", "reason"), BROKEN, ids=["cut", "text", "empty", "link", "pipe"])
 def test_one_bad_image_of_ten_is_refused(name, breaks, reason, tmp_path, command):
     root = photos(photos(tmp_path / "data", count=5, classes="ab"), split="val", count=1, classes="ab")
     (root / "train" / "a" / "0.png").unlink()

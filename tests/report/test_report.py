@@ -90,7 +90,8 @@ def test_the_most_wrong_and_the_most_doubtful_images(tmp_path):
     files = []
     for i in range(60):
         files.append(tmp_path / f"{i}.png")
-        Image.new(("RGB", "L", "RGBA", "I;16")[i % 4], sizes[i % 4], 7).save(files[-1])
+        mode, colour = (("RGB", 7), ("L", 7), ("RGBA", 7), ("I;16", 30_000))[i % 4]
+        Image.new(mode, sizes[i % 4], colour).save(files[-1])
     found = evaluation(files=files)
     numbers = found.main.report
     wrong = [i for i in np.argsort(-numbers.confidence) if numbers.labels[i] != numbers.predicted[i]][:12]

@@ -294,6 +294,8 @@ def hidden_patches(recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
 
 def _sides(file: Path) -> tuple[int, int] | None:
     """Width and height of an image, from its header. None if that can't be read; decoding will report why."""
+    if not file.is_file():  # a named pipe would wait for somebody to write
+        return None
     try:
         with Image.open(file) as image:
             return image.size
