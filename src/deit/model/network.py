@@ -239,7 +239,7 @@ class DeiTModel(PreTrained):
 
     def __init__(self, config: DeiTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
         super().__init__()
-        self._config = config
+        self._config = config.replace()  # attributes that are set on it stay with this model
         width = config.hidden_size
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.distillation_token = nn.Parameter(torch.empty(1, 1, width)) if config.distillation_token else None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deit import weights
 from deit.config import DeiTConfig
+from deit.model import pytrees  # noqa: F401  registers the outputs
 from deit.weights import hub
 
 AttnImplementation = Literal["auto", "eager", "sdpa"]
