@@ -347,8 +347,8 @@ class DeiTConfig:
             changed.append("model_type")
         if changed:
             raise FrozenInstanceError(
-                f"{type(self).__name__} does not change its {', '.join(changed)}; use config.replace(...), and give the "
-                "changed copy to the model when it is built or loaded"
+                f"{type(self).__name__} does not change its {', '.join(changed)}; use config.replace(...), and give "
+                "the changed copy to the model when it is built or loaded"
             )
         for name, value in {**values, **values.get("extra", {})}.items():
             if name not in names and name != "model_type":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,10 @@ class NotFetched(FileNotFoundError):
     """A file that is not in the local cache, where the hub is not reachable or not asked."""
 
 
+WHERE = ("revision", "subfolder", "cache_dir", "local_files_only", "token", "force_download")
+"""The options of `find_file`, which everything that reads files of a model takes."""
+
+
 def find_file(
     name_or_folder: str | Path,
     filename: str,
@@ -34,8 +39,11 @@ def find_file(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     token: str | bool | None = None,
+    force_download: bool = False,
 ) -> Path:
     """Path of `filename` in a folder, or in a hub repository's local cache, downloading it where allowed.
+
+    `force_download` fetches it again though the cache has it.
 
     `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` are respected. Raises `FileNotFoundError` with the reason.
     """
@@ -60,6 +68,7 @@ def find_file(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
         token=token,
+        force_download=force_download,
     )
 
 
@@ -168,3 +177,42 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload model",
+) -> str:
+    """Uploads a folder to the hub, making the repository where it is missing; returns the commit's address."""
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise host.missing("pushing to the hub needs huggingface_hub", "hub") from None
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message))
+
+
+def upload_saved(save: Callable[[Path], object], repo_id: str, **options: Any) -> str:
+    """`upload` of what `save` writes, and of nothing else."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder))
+        return upload(Path(folder), repo_id, **options)
+
+
+def push_options(push_to_hub: bool, folder: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
+    """The options of `upload` that were given; those of a call that does not push are refused.
+
+    The repository's name is the folder's if no `repo_id` is given.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if not push_to_hub and given:
+        raise ValueError(
+            f"{', '.join(given)} is for the hub, and nothing is pushed; pass push_to_hub=True, or leave it out"
+        )
+    return {"repo_id": Path(folder).resolve().name, **given}

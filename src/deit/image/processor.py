@@ -198,12 +198,20 @@ class BatchFeature(dict[str, Any]):
             raise AttributeError(f"no entry {name!r}, this batch has {', '.join(self)}") from None
 
     def to(self, *args: Any, **kwargs: Any) -> BatchFeature:
-        """Move or cast every entry with `torch.Tensor.to`, in place; needs return_tensors="pt"."""
+        """Move or cast every entry with `torch.Tensor.to`, in place; needs return_tensors="pt".
+
+        Only floating-point entries take another dtype: labels and masks keep theirs, and move.
+        """
         torch = sys.modules.get("torch")
+        if torch is None or not all(isinstance(value, torch.Tensor) for value in self.values()):
+            name, value = next((n, v) for n, v in self.items() if torch is None or not isinstance(v, torch.Tensor))
+            raise ValueError(f'{name} is {type_of(value)}, .to() moves torch tensors; pass return_tensors="pt"')
+        device, _, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         for name, value in self.items():
-            if torch is None or not isinstance(value, torch.Tensor):
-                raise ValueError(f'{name} is {type_of(value)}, .to() moves torch tensors; pass return_tensors="pt"')
-            self[name] = value.to(*args, **kwargs)
+            if value.is_floating_point():
+                self[name] = value.to(*args, **kwargs)
+            elif device is not None:
+                self[name] = value.to(device, non_blocking=non_blocking)
         return self
 
 
@@ -396,6 +404,7 @@ class DeiTImageProcessor:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        force_download: bool = False,
         **overrides: Any,
     ) -> DeiTImageProcessor:
         """Read `preprocessor_config.json` of a folder or of a model on the Hub; `overrides` replace its options.
@@ -410,6 +419,7 @@ class DeiTImageProcessor:
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             token=token,
+            force_download=force_download,
         )
         return cls.from_json_file(path, **overrides)
 
@@ -466,11 +476,39 @@ class DeiTImageProcessor:
         """`to_dict` as text, keys sorted, ending in a newline."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write `preprocessor_config.json` into `folder` (made when absent), whole or not at all; its path."""
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> Path:
+        """Write `preprocessor_config.json` into `folder` (made when absent), whole or not at all; its path.
+
+        The options from `repo_id` on are for `push_to_hub`, and refused without it.
+        """
+        push = files.push_options(
+            push_to_hub,
+            folder,
+            repo_id=repo_id,
+            token=token,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+        )
         path = Path(folder, FILE_NAME)
         files.write_text(path, self.to_json_string())
+        if push_to_hub:
+            self.push_to_hub(**push)
         return path
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the file (`token`, `private`, `revision`, `commit_message`); returns the commit's address."""
+        return files.upload_saved(self.save_pretrained, repo_id, **{"commit_message": "Upload processor", **options})
 
 
 class DeiTFeatureExtractor(DeiTImageProcessor):

@@ -12,12 +12,12 @@ from typing import Any, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from deit import weights
 from deit.choices import Head, Scoring
 from deit.config import DeiTConfig, ViTConfig
 from deit.model import cpu_training
+from deit.model.checkpointing import Checkpointing
 from deit.model.loss_rules import Distillation
 from deit.model.losses import classification_loss, distillation_loss, masked_image_loss
 from deit.model.outputs import (
@@ -252,6 +252,7 @@ class DeiTModel(PreTrained):
         self.pooler = nn.Linear(width, config.pooler_width) if add_pooling_layer else None
         self.pooler_activation = _ACTIVATION[config.pooler_act]()
         self.gradient_checkpointing = False
+        self.checkpointing = Checkpointing()
         initialise(self, config)
 
     @property
@@ -300,7 +301,7 @@ class DeiTModel(PreTrained):
         states, attentions = [x], []
         for i, block in enumerate(self.blocks):
             if self.gradient_checkpointing and self.training:
-                x, attention = checkpoint(block, x, masks[i], need_weights, keeps[i], reads[i], use_reentrant=False)
+                x, attention = self.checkpointing(i, block, x, masks[i], need_weights, keeps[i], reads[i])
             else:
                 x, attention = block(x, masks[i], need_weights, keeps[i], reads[i])
             note(trace, f"block{i:02}", x)
