@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -233,6 +233,8 @@ class DeiTImageProcessor:
 
     None as a value means the default. Raises `ValueError` for unknown options and bad values.
     """
+
+    model_input_names: ClassVar[list[str]] = ["pixel_values"]
 
     do_resize: bool
     size: Any

@@ -506,6 +506,7 @@ class DeiTForImageClassification(_WithHead):
     """A linear classifier on the class token."""
 
     kind = "classification"
+    accepts_loss_kwargs = True
 
     def __init__(self, config: DeiTConfig):
         super().__init__(config)
@@ -521,10 +522,15 @@ class DeiTForImageClassification(_WithHead):
         return_dict: bool | None = None,
         interpolate_pos_encoding: bool = False,
         *,
+        num_items_in_batch: Tensor | int | None = None,
         depth_draws: Tensor | None = None,
         trace: Trace | None = None,
     ) -> ImageClassifierOutput | tuple[Any, ...]:
-        """As `DeiTModel.forward`; `labels` give the loss: (B,) class indices, or (B, C) multi-label or regression."""
+        """As `DeiTModel.forward`; `labels` give the loss: (B,) class indices, or (B, C) multi-label or regression.
+
+        `num_items_in_batch` is the number of labels in a whole step of several batches. The loss is then the sum over
+        this batch, divided by that number, so that the batches' losses add up to the step's mean.
+        """
         out = self.deit(
             pixel_values,
             None,
@@ -538,7 +544,7 @@ class DeiTForImageClassification(_WithHead):
             trace=trace,
         )
         logits = note(trace, "logits", self.classifier(out.last_hidden_state[:, 0]))
-        loss = None if labels is None else classification_loss(logits, labels, self.config)
+        loss = None if labels is None else classification_loss(logits, labels, self.config, num_items_in_batch)
         return _result(
             self,
             return_dict,
@@ -554,6 +560,7 @@ class DeiTForImageClassificationWithTeacher(_WithHead):
     """
 
     kind = "with_teacher"
+    accepts_loss_kwargs = True
 
     def __init__(self, config: DeiTConfig):
         if not config.distillation_token:
@@ -575,6 +582,7 @@ class DeiTForImageClassificationWithTeacher(_WithHead):
         interpolate_pos_encoding: bool = False,
         *,
         labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         teacher_logits: Tensor | None = None,
         distillation: Distillation = "hard",
         distillation_weight: float | None = None,
@@ -586,6 +594,7 @@ class DeiTForImageClassificationWithTeacher(_WithHead):
 
         Args:
             labels: (B,) class indices, or (B, C) probabilities (mixed labels).
+            num_items_in_batch: as for `DeiTForImageClassification`.
             teacher_logits: (B, C), or with hard distillation the teacher's decisions (B,). With both, `loss` is
                 `losses.distillation_loss` (hard, or soft with `distillation_weight` and `temperature`). With labels
                 alone it is the loss of the fused logits, in evaluation only: training so would ignore the teacher.
@@ -618,8 +627,10 @@ class DeiTForImageClassificationWithTeacher(_WithHead):
                 weight=distillation_weight,
                 temperature=temperature,
             )
+            if num_items_in_batch is not None:
+                loss = loss * labels.numel() / num_items_in_batch
         elif labels is not None and not self.training:
-            loss = classification_loss(logits, labels, self.config)
+            loss = classification_loss(logits, labels, self.config, num_items_in_batch)
         elif (labels is None) != (teacher_logits is None):
             raise ValueError(
                 "distillation trains on labels and teacher_logits together, found only "

@@ -17,6 +17,7 @@ from deit.config import DeiTConfig
 from deit.image.processor import DeiTImageProcessor
 from deit.model import pytrees  # noqa: F401  registers the outputs
 from deit.model.checkpointing import Checkpointing
+from deit.model.trainer_files import TrainerFiles
 from deit.weights import hub
 from deit.weights.card import Facts
 
@@ -253,6 +254,10 @@ class PreTrained(nn.Module):
             facts=facts,
         )
 
+    def for_trainer(self, processor: DeiTImageProcessor) -> TrainerFiles:
+        """The `processing_class` with which `transformers.Trainer` saves whole folders of this model."""
+        return TrainerFiles(self, processor)
+
     def _save_processor(self, folder: Path, processor: DeiTImageProcessor | None = None) -> None:
         """Writes the preprocessing beside the model, if it is known and the folder has none."""
         if processor is None and not (folder / "preprocessor_config.json").exists() and self.name_or_path is not None:
@@ -365,9 +370,7 @@ class PreTrained(nn.Module):
             "token": token,
         } | ({"force_download": True} if force_download else {})
         _refuse_undone(overrides)
-        if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
-            raise ValueError(f"dtype={dtype} contradicts torch_dtype={torch_dtype}, its former name; give dtype alone")
-        device = _one_device(device_map)
+        _one_device(device_map)
         if isinstance(config, str | Path):
             config = DeiTConfig.from_pretrained(config, **where)
         if state_dict is None and name_or_folder is None:
@@ -386,7 +389,9 @@ class PreTrained(nn.Module):
             )
         loaded = cls.from_checkpoint(
             found,
-            dtype=torch_dtype if dtype is None else dtype,
+            dtype=dtype,
+            torch_dtype=torch_dtype,
+            device_map=device_map,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             output_loading_info=output_loading_info,
             attn_implementation=attn_implementation,
@@ -396,8 +401,6 @@ class PreTrained(nn.Module):
         )
         model = loaded[0] if output_loading_info else loaded
         model.name_or_path, model._where = name_or_folder, where
-        if device is not None:
-            model.to(device)
         return loaded
 
     @classmethod
@@ -406,14 +409,22 @@ class PreTrained(nn.Module):
         found: hub.Checkpoint,
         *,
         dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device_map: str | int | torch.device | Mapping[str, Any] | None = None,
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
         attn_implementation: AttnImplementation = "auto",
         add_pooling_layer: bool | None = None,
         use_mask_token: bool | None = None,
+        low_cpu_mem_usage: bool | None = None,
+        trust_remote_code: bool | None = None,
         **overrides: Any,
     ) -> Any:
         """`from_pretrained` of a checkpoint that is read already."""
+        _refuse_undone(overrides)
+        if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
+            raise ValueError(f"dtype={dtype} contradicts torch_dtype={torch_dtype}, its former name; give dtype alone")
+        device = _one_device(device_map)
         image_size = overrides.pop("image_size", None)
         settings = found.config_for(cls.kind, cls.config_class, overrides)
         options = found.options_for(cls.kind)
@@ -425,7 +436,7 @@ class PreTrained(nn.Module):
         with torch.device("meta"):  # neither allocates nor initialises what the file is about to give
             model = cls(settings, **options)
         info = model._load(found, ignore_mismatched_sizes)
-        model.to(_dtype(dtype, found.tensors))
+        model.to(device, _dtype(torch_dtype if dtype is None else dtype, found.tensors))
         model.set_attn_implementation(attn_implementation)
         if image_size is not None:
             model.resize_to(tuple(image_size) if isinstance(image_size, list) else image_size)
