@@ -229,7 +229,7 @@ def test_refusals(changes, sentence):
 
 
 def test_refused_distillation_token():
-    with raises_saying(ValueError, "ViTConfig describes a model without distillation token, found", "use DeiTConfig"):
+    with raises_saying(ValueError, "ViTConfig describes a model without a distillation token, found", "use DeiTConfig"):
         ViTConfig(distillation_token=True)
     with raises_saying(ValueError, "ViTConfig describes a model without"):
         ViTConfig.from_dict(DeiTConfig().to_dict())

@@ -58,7 +58,7 @@ _KERAS = {
         "TFViTForImageClassification",
     )
 }
-"""Need the extra `keras`, so `from deit import *` leaves them out."""
+"""These names need the extra `keras`, so `from deit import *` leaves them out."""
 
 __all__ = ["__version__", *sorted(name for names in _HOME.values() for name in names)]  # noqa: PLE0604
 __getattr__, _names = offer(__name__, {**_HOME, **_KERAS})

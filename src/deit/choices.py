@@ -1,4 +1,4 @@
-"""The names that people choose among, on the command line and in Python. Loads nothing."""
+"""The values of options that people choose, on the command line and in Python. Loads no framework."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ Head = Literal["fused", "class", "distillation", "softmax"]
 Scoring = Literal["softmax", "sigmoid", "none"]
 """What turns a model's logits into scores (`DeiTConfig.scoring`)."""
 Method = Literal["rollout", "relevance", "attention"]
-"""How a map is drawn from inside a model (`deit.explain.explain`)."""
+"""How `deit.explain.explain` computes a map from inside a model."""
 Runtime = Literal["auto", "torch", "openvino", "onnx"]
-"""What computes predictions (`Predictor`)."""
+"""Which engine computes predictions (`Predictor`)."""
 Format = Literal["torch", "onnx", "openvino", "web", "onnx-int8", "openvino-int8"]
-"""What `deit export` writes."""
+"""Which format `deit export` writes."""
 Dialect = Literal["hf", "timm", "original", "keras"]
-"""Whose files `deit convert` writes."""
+"""Which project's files `deit convert` writes."""
 Part = Literal["train", "val", "test"]
 """Which part of a data folder."""

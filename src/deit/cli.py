@@ -1,4 +1,4 @@
-"""The `deit` command: each verb parses, calls one function and prints. Imports wait until a verb is known."""
+"""The `deit` command: each verb parses, calls one function and prints. Most imports wait until the verb is known."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from deit import choices, host
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0 done, 1 failed with a sentence, 2 usage, 130 interrupted.
+    """Runs one command. Returns the exit status: 0 done, 1 failed with a message, 2 wrong usage, 130 interrupted.
 
-    A training that a signal stopped ends the process with status 130 or 143 itself.
+    A training that a signal stops ends the process itself, with status 130 or 143.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    verb = verbs.add_parser("quickstart", help="the whole path on bundled handwritten digits, offline, in minutes")
+    verb = verbs.add_parser("quickstart", help="run the whole path on bundled handwritten digits, offline, in minutes")
     verb.add_argument(
         "--out",
         type=Path,
@@ -48,19 +48,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder to write (default: %(default)s)",
     )
-    verb.add_argument("--seed", type=int, default=0, help="of the split, the weights and the order (default: 0)")
+    verb.add_argument(
+        "--seed", type=int, default=0, help="seed of the split, the weights and the order of images (default: 0)"
+    )
     verb.add_argument("--json", action="store_true", help="print the result as one JSON line, last on standard output")
     verb.set_defaults(run=_quickstart)
 
     verb = verbs.add_parser(
         "train",
         help="train a recipe on a folder of images",
-        description="Trains a recipe on a "
-        "folder of labelled images: DATA/train/CLASS/* and DATA/val/CLASS/*, or DATA/CLASS/*, of "
-        "which a share is then held out. Starts on many GPUs or machines with torchrun -m deit.",
+        description="Trains a recipe on a folder of labelled images. The folder holds DIR/train/CLASS/* and "
+        "DIR/val/CLASS/*, or just DIR/CLASS/*; then a share of the images is held out for validation. To use many "
+        "GPUs or machines, start with torchrun -m deit.",
     )
     verb.add_argument("recipe", metavar="RECIPE", help="a name from `deit recipes`, FILE.py:FUNCTION, or a recipe.json")
-    verb.add_argument("--data", type=Path, required=True, metavar="DIR")
+    verb.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of labelled images")
     verb.add_argument(
         "--out",
         type=Path,
@@ -69,36 +71,36 @@ def _parser() -> argparse.ArgumentParser:
         help="folder for the model, the metrics, the recipe and the checkpoints",
     )
     _add_settings(verb)
-    verb.add_argument("--resume", action="store_true", help="go on where the run in RUN stopped, if there is one")
+    verb.add_argument("--resume", action="store_true", help="continue the run in RUN, if there is one")
     verb.add_argument(
         "--time",
         type=_minutes,
         metavar="SPAN",
-        help="shorten the schedule to end within this time, e.g. 90s, 30m, 1.5h",
+        help="shorten the schedule so that training ends within this time, e.g. 90s, 30m, 1.5h",
     )
     verb.set_defaults(run=_train)
 
-    verb = verbs.add_parser("teach", help="store a teacher's labels for every view that a recipe will show")
+    verb = verbs.add_parser("teach", help="store a teacher's labels for the views that a recipe will train on")
     verb.add_argument("data", type=Path, metavar="DATA", help="folder of labelled images, as for train")
     verb.add_argument(
         "--teacher",
         required=True,
         help="timm:NAME, a trained model's folder, or FILE.py:FUNCTION that returns a module",
     )
-    verb.add_argument("--recipe", required=True, metavar="RECIPE", help="the one that will train with these labels")
+    verb.add_argument("--recipe", required=True, metavar="RECIPE", help="recipe that will train with these labels")
     verb.add_argument(
         "--epochs",
         type=float,
         required=True,
         metavar="K",
-        help="of labels; a longer training goes through them again and again",
+        help="number of epochs to store labels for; a longer training repeats them",
     )
-    verb.add_argument("--out", type=Path, required=True, metavar="CACHE")
+    verb.add_argument("--out", type=Path, required=True, metavar="CACHE", help="folder to write")
     _add_settings(verb)
     verb.set_defaults(run=_teach)
 
-    verb = verbs.add_parser("recipes", help="list the recipes, or print one as a run keeps it")
-    verb.add_argument("name", nargs="?", metavar="NAME")
+    verb = verbs.add_parser("recipes", help="list the recipes, or print one as a recipe.json")
+    verb.add_argument("name", nargs="?", metavar="NAME", help="recipe to print, as for train (default: list all)")
     _add_overrides(verb)
     verb.set_defaults(run=_recipes)
 
@@ -111,24 +113,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_shown(verbs: Any) -> None:
-    """What a person looks at."""
+    """Adds the verbs whose output a person looks at."""
     verb = verbs.add_parser(
         "explain",
-        help="where in an image a model looked, as a figure",
-        description="Draws what "
-        "the class token and the distillation token rest on in an image, and scores the maps: "
-        "deletion (lower is better) and insertion (higher is better), beside random orders.",
+        help="draw where in an image a model looked",
+        description="Draws maps of the parts of an image that the class token and the distillation token rest on. "
+        "Scores the maps by deletion (lower is better) and insertion (higher is better), beside random orders.",
     )
     _add_model(verb)
-    verb.add_argument("image", metavar="IMAGE")
+    verb.add_argument("image", metavar="IMAGE", help="image file")
     verb.add_argument("--out", type=Path, required=True, metavar="PNG", help="file to write")
     verb.add_argument(
         "--method",
         choices=(*get_args(choices.Method), "all"),
         default="all",
-        help="how (default: all); occlusion is always drawn as a check",
+        help="how to compute the maps (default: all); occlusion is always drawn too, as a check",
     )
-    verb.add_argument("--target", metavar="LABEL", help="class to explain (default: what each head decides)")
+    verb.add_argument(
+        "--target", metavar="LABEL", help="class to explain (default: the one that each head decides for)"
+    )
     _add_device(verb)
     verb.add_argument("--json", action="store_true", help="print scores and maps as one JSON line")
     verb.set_defaults(run=_explain)
@@ -136,50 +139,49 @@ def _add_shown(verbs: Any) -> None:
     verb = verbs.add_parser(
         "report",
         help="write a run as one HTML page, RUN/report.html",
-        description="Writes "
-        "RUN/report.html: recipe, data, curves, and an evaluation of the run's model. `deit train` "
-        "ends with one; this writes it anew, for other images if they are given.",
+        description="Writes RUN/report.html: recipe, data, curves, and an evaluation of the run's model. `deit train` "
+        "already writes it at its end. This command writes it again, with other images if you name them.",
     )
     verb.add_argument("run_folder", type=Path, metavar="RUN", help="folder that `deit train --out` wrote")
     verb.add_argument(
         "--data",
         type=Path,
         metavar="DATA",
-        help="images to judge the model by, as for eval (default: the run's own validation images)",
+        help="images to evaluate the model on, as for eval (default: the run's own validation images)",
     )
     _add_device(verb)
     verb.set_defaults(run=_report)
 
 
 def _add_written(verbs: Any) -> None:
-    """What another program reads."""
+    """Adds the verbs whose output another program reads."""
     verb = verbs.add_parser("convert", help="rewrite a checkpoint for another project")
     verb.add_argument("source", help="folder, weight file or hub name, in any known format")
-    verb.add_argument("--to", choices=get_args(choices.Dialect), required=True)
-    verb.add_argument("--out", type=Path, required=True, metavar="DIR")
+    verb.add_argument("--to", choices=get_args(choices.Dialect), required=True, help="whose format to write")
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     verb.set_defaults(run=_convert)
 
     verb = verbs.add_parser(
         "export",
         help="write a classifier for a runtime, and prove that it answers the same",
-        description="Writes a classifier with its labels and its preprocessing for a runtime, runs "
-        "it there, and keeps it only if it answers as the PyTorch model does. int8 needs "
-        "--calibrate, and is kept only if it costs no more than half a point of accuracy.",
+        description="Writes a classifier with its labels and its preprocessing for a runtime and runs it there. The "
+        "export is kept only if it answers as the PyTorch model does. int8 needs --calibrate, and is kept only if it "
+        "costs no more than half a point of accuracy.",
     )
     _add_model(verb)
-    verb.add_argument("--to", choices=get_args(choices.Format), required=True)
+    verb.add_argument("--to", choices=get_args(choices.Format), required=True, help="format to write")
     verb.add_argument(
         "--calibrate",
         type=Path,
         metavar="DATA",
-        help="folder or list of labelled images, to check on, and to calibrate and judge int8 by",
+        help="folder or list of labelled images; they check the export, and calibrate and judge int8",
     )
     verb.add_argument(
         "--out",
         type=Path,
         required=True,
         metavar="DIR",
-        help="folder to write; a former export there is replaced once the new one has passed",
+        help="folder to write; a former export there is replaced after the new one has passed its check",
     )
     verb.set_defaults(run=_export)
 
@@ -187,17 +189,17 @@ def _add_written(verbs: Any) -> None:
 def _add_predict(verbs: Any) -> None:
     verb = verbs.add_parser(
         "predict",
-        help="labels for image files",
-        description="Labels for any number of images, printed as they come. An image that can't be "
-        "read is a row with the reason, and makes the exit status 1 at the end.",
+        help="label image files",
+        description="Labels any number of images and prints each batch as soon as it is computed. An image that "
+        "can't be read becomes a row with the reason, and the exit status is 1 at the end.",
     )
     _add_model(verb)
     verb.add_argument(
         "images",
         nargs="+",
         metavar="INPUT",
-        help="image files, folders of them at any depth, patterns like 'photos/**/*.jpg', or - for a "
-        "list of paths on standard input",
+        help="image files, folders of images at any depth, patterns like 'photos/**/*.jpg', or - for a list of paths "
+        "on standard input",
     )
     verb.add_argument("--top-k", type=_count, default=3, metavar="K", help="labels for each image (default: 3)")
     _add_head(verb)
@@ -207,32 +209,34 @@ def _add_predict(verbs: Any) -> None:
             nargs="?",
             const="-",
             metavar="FILE",
-            help=f"{what}, on standard output or in "
-            "FILE, which grows in parts: the same command goes on where it was stopped",
+            help=f"{what}, on standard output or in FILE; FILE grows in parts, so the same command continues after "
+            "a stop",
         )
-    verb.add_argument("--parquet", metavar="FILE", help="the same in Parquet")
+    verb.add_argument("--parquet", metavar="FILE", help="one row for each image, in a Parquet FILE that grows likewise")
     verb.add_argument("--batch", type=_count, default=32, metavar="B", help="images computed at once (default: 32)")
-    verb.add_argument("--shard", metavar="i/N", help="only every N-th image from the i-th on, 1 to N")
+    verb.add_argument("--shard", metavar="i/N", help="only every N-th image, beginning with the i-th (1 to N)")
     _add_device(verb)
     _add_engine(verb, "auto takes OpenVINO for many images, and for a list on standard input")
     verb.set_defaults(run=_predict)
 
     verb = verbs.add_parser(
         "calibrate",
-        help='honest probabilities, and the choice to say "I don\'t know"',
-        description="From labelled images that the model was not trained on: a temperature for its "
-        "probabilities, and the probability from which a label is sure. Stored in MODEL; "
-        "predictions use both from then on.",
+        help='make probabilities honest, and let a model say "I don\'t know"',
+        description="Finds two numbers for each head, by labelled images that the model was not trained on: a "
+        "temperature for its probabilities, and the probability from which on a label is sure. They are stored in "
+        "MODEL, and later predictions use them.",
     )
     verb.add_argument("model", type=Path, metavar="MODEL", help="folder of a trained model")
-    verb.add_argument("--data", type=Path, required=True, metavar="DATA", help="as for eval")
-    verb.add_argument("--split", choices=get_args(choices.Part), help="of a folder that has splits (default: val)")
+    verb.add_argument("--data", type=Path, required=True, metavar="DATA", help="labelled images, as for eval")
+    verb.add_argument(
+        "--split", choices=get_args(choices.Part), help="which part of DATA, if it has parts (default: val)"
+    )
     verb.add_argument(
         "--error-rate",
         type=float,
         default=0.05,
         metavar="E",
-        help="share of images that may get one sure and wrong label (default: 0.05)",
+        help="share of images that may get one label that is sure and wrong (default: 0.05)",
     )
     _add_device(verb)
     verb.add_argument("--json", action="store_true", help="print the result as one JSON line")
@@ -242,17 +246,19 @@ def _add_predict(verbs: Any) -> None:
 def _add_serve(verbs: Any) -> None:
     verb = verbs.add_parser(
         "serve",
-        help="labels over HTTP, and a page to try",
-        description="Answers POST /v1/classify with labels and /v1/explain with maps of what they "
-        "rest on, and shows a page at /. SIGTERM ends it after everything that came is answered.",
+        help="serve labels over HTTP, with a page to try",
+        description="Answers POST /v1/classify with labels, and POST /v1/explain with maps of what they rest on. Shows "
+        "a page at /. SIGTERM ends the server after it has answered every request that arrived.",
     )
     _add_model(verb)
     verb.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen at; 0.0.0.0 for all of this machine's (default: %(default)s)",
+        help="address to listen on; 0.0.0.0 for all addresses of this machine (default: %(default)s)",
     )
-    verb.add_argument("--port", type=int, default=8000, help="0: any free one (default: %(default)s)")
+    verb.add_argument(
+        "--port", type=int, default=8000, help="port to listen on; 0 for any free one (default: %(default)s)"
+    )
     _add_head(verb)
     _add_device(verb)
     _add_engine(verb, "auto takes OpenVINO")
@@ -261,39 +267,44 @@ def _add_serve(verbs: Any) -> None:
         type=_count,
         default=32,
         metavar="B",
-        help="images computed together, and images of one request, at most (default: %(default)s)",
+        help="maximum number of images computed together, and in one request (default: %(default)s)",
     )
     verb.add_argument(
         "--max-wait-ms",
         type=float,
         default=5.0,
         metavar="MS",
-        help="how long an image waits for others to be computed with (default: 5)",
+        help="how many milliseconds an image waits for others to share its batch (default: 5)",
     )
     verb.add_argument(
         "--queue",
         type=_count,
         default=256,
         metavar="N",
-        help="images that may wait; more are answered 503 (default: %(default)s)",
+        help="maximum number of waiting images; further requests get status 503 (default: %(default)s)",
     )
     verb.add_argument(
         "--max-bytes",
         type=_size,
         default=20 * 2**20,
         metavar="SIZE",
-        help="of a request, like 500KiB or 20MiB (default: 20MiB)",
+        help="maximum size of a request, like 500KiB or 20MiB (default: 20MiB)",
     )
-    verb.add_argument("--max-pixels", type=_count, metavar="P", help="of an image (default: 50 million)")
+    verb.add_argument(
+        "--max-pixels", type=_count, metavar="P", help="maximum number of pixels of an image (default: 50 million)"
+    )
     verb.add_argument(
         "--timeout",
         type=float,
         default=30.0,
         metavar="S",
-        help="seconds for a request to arrive, and again for its answer (default: 30)",
+        help="maximum seconds for a request to arrive, and again for its answer (default: 30)",
     )
     verb.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help="keys, one a line; /v1/* then needs Authorization: Bearer KEY"
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="file of keys, one on each line; /v1/* then needs Authorization: Bearer KEY",
     )
     verb.set_defaults(run=_serve)
 
@@ -316,26 +327,28 @@ def _count(text: str) -> int:
 def _add_eval(verbs: Any) -> None:
     verb = verbs.add_parser(
         "eval",
-        help="how good a model is on labelled images, or how much better than another",
-        description="Accuracy of every head, calibration, classes and confusions of a model on "
-        "labelled images: DATA/test/CLASS/* or DATA/val/CLASS/*, DATA/CLASS/*, or a .csv or .jsonl "
-        "list with the columns or keys path and label. Classes are found in the model by name.",
+        help="measure a model on labelled images, or compare two models",
+        description="Measures a model on labelled images: the accuracy of every head, calibration, classes and "
+        "confusions. DATA is a folder, with DATA/test/CLASS/* or DATA/val/CLASS/*, or with DATA/CLASS/*. Or it is a "
+        ".csv or .jsonl list with the columns or keys path and label. Classes are found in the model by name.",
     )
     _add_model(verb)
     verb.add_argument("--data", type=Path, required=True, metavar="DATA", help="folder or list of labelled images")
     verb.add_argument(
         "--split",
         choices=get_args(choices.Part),
-        help="of a folder that has splits (default: test, or where there is none val)",
+        help="which part of DATA, if it has parts (default: test, or val if there is no test)",
     )
     _add_head(verb)
     verb.add_argument(
         "--crop-ratio",
         type=float,
         metavar="R",
-        help="side of the crop by the resized image's, up to 1 (default: the model's own)",
+        help="side of the crop divided by the resized image's, at most 1 (default: the model's own)",
     )
-    verb.add_argument("--compare", metavar="OTHER", help="a second model for the same images, prepared as it says")
+    verb.add_argument(
+        "--compare", metavar="OTHER", help="second model to compare with, on the same images, prepared in its own way"
+    )
     _add_device(verb)
     verb.add_argument(
         "--json",
@@ -371,7 +384,7 @@ def _add_engine(verb: argparse.ArgumentParser, auto: str) -> None:
         "--engine",
         choices=get_args(choices.Runtime),
         default="auto",
-        help=f"what computes; on a CPU {auto}, where it is installed, otherwise PyTorch (default: auto)",
+        help=f"what computes (default: auto); on a CPU {auto}, if it is installed; otherwise PyTorch computes",
     )
 
 
@@ -430,15 +443,15 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _report_training(options: argparse.Namespace, val_split: Any) -> None:
-    """The run is whole already, so whatever goes wrong here is a warning."""
+    """Writes the report of a run. The run itself is complete, so a failure here is only a warning."""
     from deit.report import document
 
     try:
         print(document.of_training(options.out, val_split, device=options.device))
     except Exception as error:
         print(
-            f"deit train: the model is trained and saved, but its report is not written ({error}); `deit report "
-            f"{options.out}` tries it again",
+            f"deit train: the model is trained and saved, but its report is not written ({error}); run `deit report "
+            f"{options.out}` to try again",
             file=sys.stderr,
         )
 
@@ -472,7 +485,7 @@ def _predict(options: argparse.Namespace) -> int:
 
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
+            stream.reconfigure(errors="surrogateescape")  # file names need not be UTF-8
     unreadable = predict_files(
         options.model,
         options.images,
@@ -488,7 +501,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _destination(options: argparse.Namespace) -> Any:
-    """Where --json, --csv or --parquet put the rows: a file, or the name of a form for standard output."""
+    """Where --json, --csv or --parquet put the rows: a file, or the name of the format for standard output."""
     chosen = [
         (name, suffix, value)
         for name, suffix, value in (
@@ -523,11 +536,11 @@ def _calibrate(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(asdict(found)))
         return
-    print(f"{found.images} images; at most {found.error_rate:.3g} of new ones get one label that is sure and wrong")
+    print(f"{found.images} images; at most {found.error_rate:.3g} of new images get one label that is sure and wrong")
     for name, head in found.heads.items():
         print(
             f"{name:12}  temperature {head.temperature:.3f}  negative log likelihood {head.nll[0]:.4f} -> "
-            f"{head.nll[1]:.4f}  sure from {head.threshold:.3f} on, of {head.answered:.1%}"
+            f"{head.nll[1]:.4f}  sure from {head.threshold:.3f} on: {head.answered:.1%} of images"
         )
 
 
@@ -587,7 +600,7 @@ def _explain(options: argparse.Namespace) -> None:
     from deit.files import replacing
 
     if options.out.suffix.lower() != ".png":
-        raise ValueError(f"the figure is a PNG, found --out {options.out}; give a name that ends in .png")
+        raise ValueError(f"expected a .png file after --out, found {options.out}; give a name that ends in .png")
     if options.out.exists() and Path(options.image).exists() and options.out.samefile(options.image):
         raise ValueError(f"--out {options.out} is the image itself; give the figure another name")
     found = explain_file(

@@ -1,4 +1,4 @@
-"""What a model is: its sizes, options and labels, with no framework.
+"""What a model is: its sizes, options and labels. Loads no framework.
 
 `DeiTConfig` is written and read as Hugging Face's `config.json`; `VARIANTS` holds the published architectures.
 """
@@ -33,7 +33,7 @@ ACTIVATIONS = (
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Red, green and blue over ImageNet's training images, pixels from 0 to 1."""
+"""Mean and deviation of red, green and blue over ImageNet's training images, with pixels from 0 to 1."""
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
@@ -106,7 +106,7 @@ class DeiTConfig:
     (LayerNorm's epsilon of 1e-12 included; the published sizes in `VARIANTS` have the paper's 1e-6). The fields from
     `distillation_token` on are ours.
 
-    Raises `ValueError` where a value is out of range or two fields contradict each other.
+    Raises `ValueError` if a value is out of range or two fields contradict each other.
     """
 
     hidden_size: int = 768
@@ -126,23 +126,23 @@ class DeiTConfig:
     image_size: Pair = 224
     """Pixels: one number for a square, or (height, width)."""
     patch_size: Pair = 16
-    """Pixels: one number for a square, or (height, width). Pixels beyond the last whole patch are not seen."""
+    """Pixels: one number for a square, or (height, width). The model ignores pixels beyond the last whole patch."""
     num_channels: int = 3
     qkv_bias: bool = True
     encoder_stride: Pair = 16
-    """Upsampling of the masked-image decoder: must equal `patch_size` where that decoder is built."""
+    """Upsampling factor of the masked-image decoder. A model with that decoder needs it to equal `patch_size`."""
     pooler_output_size: int | None = None
     """Width of the pooler's output; None means `hidden_size`."""
     pooler_act: str = "tanh"
 
     num_labels: int | None = None
-    """Classes (or regression targets); 0 for no head. None: as many as `id2label` names, or else 2."""
+    """Number of classes or regression targets; 0 for no head. None: the number of names in `id2label`, or else 2."""
     id2label: dict[int, str] | None = None
     """Class names by index; None: LABEL_0, LABEL_1, …"""
     label2id: dict[str, int] | None = None
-    """The inverse of `id2label`; None: derived from it. Given alone, it defines the labels."""
+    """The inverse of `id2label`; None: derived from it. If only this one is given, it defines the labels."""
     problem_type: str | None = None
-    """One of `PROBLEM_TYPES`; None: decided from the labels' count and dtype when a loss is asked for."""
+    """One of `PROBLEM_TYPES`; None: each loss decides by `num_labels` and the dtype of the labels."""
 
     output_hidden_states: bool = False
     output_attentions: bool = False
@@ -151,7 +151,7 @@ class DeiTConfig:
     distillation_token: bool = True
     """Whether a distillation token follows the class token (DeiT, section 4). Without it the model is a plain ViT."""
     drop_path_rate: float = 0.0
-    """Stochastic depth: probability, 0 to <1, of dropping a residual branch of the last block, for each image."""
+    """Stochastic depth: probability (0 to below 1) that an image skips a residual branch of the last block."""
     drop_path_schedule: Literal["linear", "constant"] = "linear"
     """`linear` grows the rate from 0 at the first block (DeiT); `constant` uses it in all (DeiT III)."""
     layer_scale_init_value: float | None = None
@@ -160,7 +160,7 @@ class DeiTConfig:
     """False (DeiT III): position embeddings cover the patches only, not the class and distillation tokens."""
 
     extra: dict[str, Any] = field(default_factory=dict)
-    """Keys of a `config.json` that this class does not know: kept, readable as attributes, and written back."""
+    """Unknown keys of a `config.json`. They are kept, can be read as attributes, and are written back."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "encoder_stride"):
@@ -201,7 +201,7 @@ class DeiTConfig:
                 f"num_labels={count} contradicts id2label, which names {len(names)} classes; give one of "
                 "the two, or use config.replace(num_labels=...) to drop the names"
             )
-        # Names may repeat: ImageNet's, as published, call two classes "crane". Then any of their numbers will do.
+        # Names may repeat: ImageNet's published names call two classes "crane". label2id may then give either number.
         inverse = {label: i for i, label in names.items()}
         if given is None or given == {label: i for i, label in _unnamed(len(given)).items()}:
             given = inverse
@@ -283,7 +283,7 @@ class DeiTConfig:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens before the patches: the class token, and the distillation token where there is one."""
+        """Tokens before the patches: the class token, and the distillation token if there is one."""
         return 2 if self.distillation_token else 1
 
     @property
@@ -301,7 +301,7 @@ class DeiTConfig:
 
     @property
     def drop_path_rates(self) -> list[float]:
-        """Stochastic depth of each block, first to last."""
+        """Rate of stochastic depth of each block, first to last."""
         last = self.num_hidden_layers - 1
         if self.drop_path_schedule == "constant" or last == 0:
             return [self.drop_path_rate] * self.num_hidden_layers
@@ -314,10 +314,10 @@ class DeiTConfig:
 
     @property
     def model_type(self) -> str:
-        """`deit` with a distillation token, `vit` without, `deit3` for what neither class of `transformers` computes.
+        """`deit` with a distillation token, `vit` without one, `deit3` for models that `transformers` can't compute.
 
-        LayerScale and patch-only positions are unknown to `transformers`: under the name `vit` it would load such a
-        file without them and answer wrongly.
+        `transformers` knows neither LayerScale nor patch-only positions. Under the name `vit` it would load such a
+        file without them, and its answers would be wrong.
         """
         if self.layer_scale_init_value is not None or not self.position_on_class_token:
             return "deit3"
@@ -329,7 +329,7 @@ class DeiTConfig:
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed; a new label count or new names replace the old labels altogether."""
+        """A copy with some fields changed. A new number of labels, or new names, replaces all of the old labels."""
         if not changes.keys().isdisjoint({"num_labels", "id2label", "label2id"}):
             changes = {"num_labels": None, "id2label": None, "label2id": None, **changes}
         return replace(self, **{"extra": dict(self.extra), **changes})
@@ -393,9 +393,9 @@ class DeiTConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Self:
-        """Builds a config from a `config.json`'s content: Hugging Face's (`deit`, `vit`, `deit3`) or timm's.
+        """Builds a config from the content of a `config.json`: Hugging Face's (`deit`, `vit`, `deit3`) or timm's.
 
-        `overrides` replace fields; unknown ones are refused, while unknown keys in `values` are kept in `extra`.
+        `overrides` replace fields; unknown ones are refused. Unknown keys in `values` are kept in `extra`.
         """
         values = _from_timm(values) if "architecture" in values and "model_type" not in values else dict(values)
         model_type = values.pop("model_type", None)
@@ -424,7 +424,7 @@ class DeiTConfig:
         force_download: bool = False,
         **overrides: Any,
     ) -> Self:
-        """Reads `config.json` from a folder, or from a repository of the Hugging Face hub."""
+        """Reads `config.json` from a folder, or from a repository on the Hugging Face hub."""
         path = files.find_file(
             name_or_folder,
             "config.json",
@@ -458,7 +458,7 @@ class DeiTConfig:
         revision: str | None = None,
         commit_message: str | None = None,
     ) -> None:
-        """Writes `config.json` into `folder`, which is made where missing.
+        """Writes `config.json` into `folder`, and makes the folder if it is missing.
 
         The options from `repo_id` on are for `push_to_hub`, and refused without it.
         """
@@ -483,7 +483,7 @@ class DeiTConfig:
 @_open
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ViTConfig(DeiTConfig):
-    """`DeiTConfig` for a model without distillation token (`model_type: vit`)."""
+    """`DeiTConfig` for a model without a distillation token (`model_type: vit`)."""
 
     distillation_token: bool = False
 
@@ -491,18 +491,22 @@ class ViTConfig(DeiTConfig):
         super()._check()
         if self.distillation_token:
             raise ValueError(
-                "ViTConfig describes a model without distillation token, found distillation_token=True; use DeiTConfig"
+                "ViTConfig describes a model without a distillation token, found distillation_token=True; use "
+                "DeiTConfig"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvNetConfig:
-    """The small built-in ConvNet (`convnet.ConvNet`): stages of 3x3 convolutions, halving the image between them."""
+    """The small built-in ConvNet (`model.convnet.ConvNet`): stages of 3x3 convolutions, with the image halved between.
+
+    Immutable, like `DeiTConfig`.
+    """
 
     widths: tuple[int, ...] = (32, 64, 128)
     """Channels of each stage."""
     depth: int = 2
-    """Convolutions per stage."""
+    """Convolutions in each stage."""
     image_size: Pair = 32
     num_channels: int = 3
     id2label: dict[int, str] = field(default_factory=lambda: _unnamed(2))
@@ -593,7 +597,7 @@ def _few(items: Any, most: int = 5) -> str:
 
 
 def _from_timm(values: Mapping[str, Any]) -> dict[str, Any]:
-    """timm's `config.json` names an architecture; what it changes of it stands in `model_args`."""
+    """Our fields for timm's `config.json`, which names an architecture; `model_args` holds the changes to it."""
     name = str(values["architecture"]).split(".")[0].replace("_", "-")
     if name not in VARIANTS:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""Finding files by name or folder, and reading and writing them whole. Local folders need no network.
+"""Finds files in a folder or on the Hugging Face hub, reads them whole and writes them at once.
 
-`huggingface_hub` is imported only to fetch what no local folder has.
+Local folders need no network. `huggingface_hub` is imported only to fetch a file that no local folder has.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from deit import host
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that can't be read whole; the message names the file, what was found and the next move."""
+    """A checkpoint can't be read whole. The message names the file, what was found and what to do."""
 
 
 class NotFetched(FileNotFoundError):
-    """A file that is not in the local cache, where the hub is not reachable or not asked."""
+    """A file is not in the local cache, and the hub was not reachable or not asked."""
 
 
 WHERE = ("revision", "subfolder", "cache_dir", "local_files_only", "token", "force_download")
@@ -41,14 +41,14 @@ def find_file(
     token: str | bool | None = None,
     force_download: bool = False,
 ) -> Path:
-    """Path of `filename` in a folder, or in a hub repository's local cache, downloading it where allowed.
+    """Path of `filename` in a folder, or in the local cache of a hub repository. Downloads the file if allowed.
 
     `force_download` fetches it again though the cache has it.
 
     `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` are respected. Raises `FileNotFoundError` with the reason.
     """
     place = Path(name_or_folder).expanduser()
-    if place.is_file():  # a lone weight file: its companions lie beside it
+    if place.is_file():  # a weight file: the model's other files lie beside it
         place = place.parent
     if place.is_dir():
         path = place / subfolder / filename
@@ -99,12 +99,12 @@ def _download(name: str, filename: str, **options: Any) -> Path:
         raise FileNotFoundError(f"{name!r} is neither a folder nor a possible hub name (user/model)") from None
     except errors.HfHubHTTPError as error:
         raise FileNotFoundError(
-            f"the hub does not give {filename} of {name} ({str(error).splitlines()[0]}); check the token"
+            f"the hub did not send {filename} of {name} ({str(error).splitlines()[0]}); check the token"
         ) from None
 
 
 def cache_folder(name: str) -> Path:
-    """A folder for what can be made again, of this user's: under `XDG_CACHE_HOME`, by default `~/.cache`."""
+    """This user's folder for files that can be made again: in `XDG_CACHE_HOME`, by default `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "deit", name)
 
 
@@ -120,20 +120,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _make_parent(path: Path) -> None:
     if path.parent.exists() and not path.parent.is_dir():
-        raise FileExistsError(f"{path.parent} is a file, expected a folder; choose another place")
+        raise FileExistsError(f"{path.parent} is a file, expected a folder; choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well: readers never see half a file."""
+    """A temporary path beside `path`. If the block ends without an error, the temporary file replaces `path`.
+
+    So readers never see half a file.
+    """
     _make_parent(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # safetensors writes files for their owner alone: a server under another name needs them
+        temporary.chmod(mode)  # safetensors lets only the owner read its files, but a server may run as another user
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -143,10 +146,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(folder: Path, *, check: Callable[[Path], None]) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends well.
+    """A temporary folder beside `folder`. If the block ends without an error, the temporary folder replaces `folder`.
 
-    Readers see the former folder or the new one, whole. `check` is called right before, with the folder to be replaced,
-    and may refuse by raising.
+    Readers see either the former folder or the new one, each of them whole. Right before the replacement, `check` is
+    called with `folder`; it may refuse by raising.
     """
     _make_parent(folder)
     temporary, former = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}") for _ in range(2))
@@ -188,7 +191,7 @@ def upload(
     revision: str | None = None,
     commit_message: str = "Upload model",
 ) -> str:
-    """Uploads a folder to the hub, making the repository where it is missing; returns the commit's address."""
+    """Uploads a folder to the hub, and creates the repository if it is missing. Returns the commit's address."""
     try:
         from huggingface_hub import HfApi
     except ImportError:

@@ -1,4 +1,4 @@
-"""This installation and this machine: the version, the cores, the packages that extras bring. Loads no framework."""
+"""What this installation and this machine offer: the version, the cores, the extras. Loads no framework."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def cores() -> int:
 
 
 def missing(what: str, extra: str) -> ImportError:
-    """The error for a package that is not installed: `what` is needed, and the extra of `deit` that brings it."""
+    """The error for a package that is not installed: `what` needs it, and the `extra` of `deit` installs it."""
     return ImportError(f'{what}: pip install "deit[{extra}]"')

@@ -1,4 +1,4 @@
-"""Names that a package offers and imports on first use, so that importing the package stays cheap."""
+"""Imports the public names of a package on first use, so that importing the package stays cheap."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def offer(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[s
 
     Args:
         package: the `__name__` of the package.
-        homes: for each module, by its full name, the names that the package offers from it.
+        homes: the full name of each module, and the names that the package offers from it.
 
-    Raises `AttributeError`, with the names that there are, for any other name.
+    For any other name, `__getattr__` raises `AttributeError` and lists the names that exist.
     """
     home = {name: module for module, names in homes.items() for name in names}
 

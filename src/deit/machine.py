@@ -1,4 +1,4 @@
-"""The machine a run is on: its device, its precision, and the processes that share the run."""
+"""The machine that a run is on: its device, its precision, and the processes that share the run."""
 
 from __future__ import annotations
 
@@ -24,33 +24,39 @@ from torch import Tensor, distributed, nn
 from deit.host import cores
 
 _PATIENCE = timedelta(minutes=30)
-"""How long a process waits for the others: the first evaluation of one may take that long on a loaded machine."""
+"""How long a process waits for the others. On a loaded machine, one process' first evaluation may take that long."""
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU; under torchrun each process takes the GPU of its own number."""
+    """The device with this name. `auto` is CUDA if there is a GPU, else the CPU.
+
+    Under torchrun, each process takes the GPU with its own local rank. Raises `ValueError` if there is no such GPU.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(
-                "device cuda is asked for, but PyTorch sees no GPU here; use --device cpu, or install "
+                "device cuda needs a GPU, but PyTorch sees no GPU here; use --device cpu, or install "
                 "PyTorch's CUDA build and a driver"
             )
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if device.index >= torch.cuda.device_count():
             raise ValueError(
-                f"GPU {device.index} is asked for, this machine has {torch.cuda.device_count()}; start at "
-                "most one process for each"
+                f"expected a GPU with number {device.index}, but this machine has {torch.cuda.device_count()}; start "
+                "at most one process for each GPU"
             )
     return device
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware computes with it (CUDA since Ampere, CPUs with AVX512-BF16 or AMX)."""
+    """The dtype with this name. `auto` is bfloat16 if the hardware computes with it, else float32.
+
+    That hardware is CUDA since Ampere, and CPUs with AVX512-BF16 or AMX.
+    """
     if precision == "auto":
         native = {
             "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
@@ -62,7 +68,7 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of a run. Alone, nothing is communicated."""
+    """The place of this process among the processes of a run. A single process communicates nothing."""
 
     device: torch.device
     rank: int = 0
@@ -81,7 +87,7 @@ class Processes:
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """What every process calls this with, in each of them."""
+        """The values that all processes passed, by rank, in each of them."""
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world
@@ -89,12 +95,15 @@ class Processes:
         return found
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Waits until all processes have called this."""
         if self.world > 1:
             distributed.barrier()
 
     def spread(self, model: nn.Module, parallel: Literal["replicate", "shard"]) -> nn.Module:
-        """What computes `model` in all processes: DDP around it, or itself with its parameters sharded (FSDP2)."""
+        """The module that computes `model` in all processes.
+
+        `replicate` wraps `model` in DDP. `shard` returns `model` itself with its parameters sharded (FSDP2).
+        """
         if self.world == 1:
             return model
         if parallel == "replicate":
@@ -110,8 +119,10 @@ class Processes:
 
 @contextmanager
 def synchronised(computing: nn.Module, on: bool) -> Iterator[None]:
-    """Gradients are summed over the processes in the backward pass within only where `on`: once for all micro-batches
-    of a step."""
+    """Sums the gradients over all processes in the backward pass of this block, but only if `on` is true.
+
+    The micro-batches of a step need only one such sum.
+    """
     if isinstance(computing, nn.parallel.DistributedDataParallel) and not on:
         with computing.no_sync():
             yield
@@ -123,7 +134,7 @@ def synchronised(computing: nn.Module, on: bool) -> Iterator[None]:
 
 @contextmanager
 def processes(device: str = "auto") -> Iterator[Processes]:
-    """Joins the processes that torchrun started, and leaves them at the end; alone otherwise."""
+    """Joins the processes that torchrun started, and leaves them at the end. Without torchrun, there is one process."""
     place = resolve_device(device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
@@ -139,18 +150,19 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     )
     try:
         yield Processes(place, rank, world)
-        distributed.barrier()  # one that leaves early aborts what still runs between the others
+        distributed.barrier()  # a process that leaves early aborts what the others still exchange
     finally:
-        gc.collect()  # DDP holds on to the group: its threads must end before the interpreter does
+        gc.collect()  # frees DDP, which keeps the group: the group's threads must end before the interpreter does
         distributed.destroy_process_group()
 
 
 def _own_part(store: distributed.Store, rank: int, world: int) -> distributed.Store:
-    """A part of torchrun's store that no earlier processes wrote to.
+    """A part of torchrun's store that no earlier process wrote to.
 
-    torchrun gives all restarts the same store (PyTorch 2.15, `_create_c10d_store`), and a process that finds the
-    address of one that died waits for it or fails. So each puts its name in; the first proposes the list of names,
-    those whose list it is agree, and when all have, it names their part. To the names of the dead nobody answers.
+    torchrun gives the same store to all restarts (PyTorch 2.15, `_create_c10d_store`). A process that finds the address
+    of a dead one there waits for it or fails. So each process writes its name into the store, and the first one
+    proposes the list of names. A process agrees if its own name is in the list. When all have agreed, the list names
+    their part. A list with the name of a dead process is never agreed by all.
     """
     me = uuid.uuid4().hex
     store.set(f"deit/name/{rank}", me)
@@ -167,11 +179,14 @@ def _own_part(store: distributed.Store, rank: int, world: int) -> distributed.St
             if store.check([f"{part}/complete"]):
                 return distributed.PrefixStore(part, store)
         time.sleep(0.02)
-    raise RuntimeError(f"process {rank} of {world} waited {_PATIENCE} for the others; did torchrun start them?")
+    raise RuntimeError(
+        f"expected {world} processes, but process {rank} waited {_PATIENCE} for the others; check that torchrun "
+        "started them all"
+    )
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process had in use at most: of the GPU, or of main memory; 0 where the system does not say."""
+    """The most bytes that this process has used, of the GPU's memory or of main memory. 0 if the system doesn't say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -183,7 +198,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def described(device: torch.device) -> str:
-    """A device in words: the GPU's name, or the processor's with the cores that this process may use."""
+    """A device in words: the GPU's name, or the processor's name and the number of cores that this process may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -197,10 +212,10 @@ def described(device: torch.device) -> str:
 
 
 def keep_memory() -> None:
-    """Makes this process keep the memory that it frees, where the C library is glibc; elsewhere nothing happens.
+    """Makes this process keep the memory that it frees, if the C library is glibc. Otherwise, does nothing.
 
-    A step frees what it allocated, hundreds of megabytes, and by default glibc returns large pieces to the system,
-    which hands them out again page by page: some percent of a step on the CPU (docs/log.md).
+    A step frees the hundreds of megabytes that it allocated. By default, glibc returns large pieces to the system, and
+    the system hands them out again page by page. That costs some percent of a step on the CPU (docs/log.md).
     """
     try:
         library = ctypes.CDLL("libc.so.6")
@@ -213,5 +228,5 @@ def keep_memory() -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor with all of its values: that of a sharded parameter is gathered, and every process calls for it."""
+    """A tensor with all of its values. A sharded parameter is gathered, so every process must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

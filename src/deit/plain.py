@@ -1,6 +1,6 @@
-"""Frozen dataclasses as JSON types and back, by their type hints.
+"""Turns frozen dataclasses into JSON types and back, guided by their type hints.
 
-What a `recipe.json` holds and what `--set` changes go through here, so both refuse the same mistakes by name.
+Both `recipe.json` and `--set` go through here, so both refuse the same mistakes and name the field.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def check(holds: bool, message: str) -> None:
 
 
 def known(name: str, names: Iterable[str], where: str) -> None:
-    """Refuses a name that is not among `names`, with the one that is nearest."""
+    """Raises `ValueError` if `name` is not among `names`. The message suggests the nearest of them."""
     names = sorted(names)
     if name not in names:
         close = difflib.get_close_matches(name, names, 1)
@@ -38,7 +38,8 @@ def known(name: str, names: Iterable[str], where: str) -> None:
 def to_plain(value: Any, hint: Any = None) -> Any:
     """A dataclass as JSON types.
 
-    Without a `hint` every dataclass names its class under `kind_of`; with one, only where the hint has alternatives.
+    Without a `hint`, every dataclass names its class under `kind_of`. With one, a dataclass does so only if the hint
+    allows several classes.
     """
     if isinstance(value, DeiTConfig | ConvNetConfig):
         return {key: found for key, found in value.to_dict().items() if key not in ("id2label", "label2id")}
@@ -63,9 +64,9 @@ def _is_union(hint: Any) -> bool:
 
 
 def from_plain(value: Any, hint: Any, path: str) -> Any:
-    """The inverse of `to_plain`: what `value` stands for where `hint` is the type.
+    """The inverse of `to_plain`: `value` as the type `hint`.
 
-    Raises `ValueError`, which names the field by its `path`, for what doesn't fit.
+    Raises `ValueError` if `value` doesn't fit. The message names the field by its `path`.
     """
     if _is_union(hint):
         if value is None and type(None) in typing.get_args(hint):
@@ -108,7 +109,7 @@ def from_plain(value: Any, hint: Any, path: str) -> Any:
 
 
 def _config(value: Mapping[str, Any], kind: type[DeiTConfig] | type[ConvNetConfig], path: str) -> Any:
-    """A model's config, with the fields this package does not know refused: in a recipe they are mistakes."""
+    """A model's config. Fields that this package does not know are refused, because in a recipe they are mistakes."""
     try:
         config = kind.from_dict({**value, "id2label": {0: "LABEL_0", 1: "LABEL_1"}})
     except (ValueError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""The main job from end to end, offline: real digits to a folder, a teacher, a distilled student, its use."""
+"""The main job from end to end, offline: real digits in a folder, a teacher, a distilled student, predictions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PARTS = ("data", "teacher", "student")
 
 @dataclass(frozen=True)
 class Result:
-    """Accuracies on the 360 test images, 0 to 1; `seconds` of everything together; the `model`'s folder."""
+    """Accuracies (0 to 1) on the 360 test images, the `seconds` of the whole job, and the student `model`'s folder."""
 
     teacher: float
     class_head: float
@@ -40,7 +40,7 @@ class Result:
 def quickstart(out: Path, *, seed: int = 0, console: Console) -> Result:
     """Writes `out/data`, `out/teacher` and `out/student`; prints a table and the next commands on `console`.
 
-    An earlier quickstart in `out` is replaced. Raises `FileExistsError` where `out` holds anything else.
+    An earlier quickstart in `out` is replaced. Raises `FileExistsError` if `out` holds anything else.
     """
     started = time.perf_counter()
     _make_room(out)
@@ -104,14 +104,19 @@ def quickstart(out: Path, *, seed: int = 0, console: Console) -> Result:
 
 
 def _make_room(out: Path) -> None:
-    """Empties a folder of ours, known by its marker: another seed's digits left there would mix training and test."""
+    """Removes an earlier quickstart, known by its marker.
+
+    Digits that another seed left there would mix training and test images.
+    """
     marker = out / "quickstart.txt"
     if out.exists() and any(out.iterdir()):
         if not marker.exists():
-            raise FileExistsError(f"{out} holds other files than a quickstart's; give --out a new folder")
+            raise FileExistsError(
+                f"expected {out} to be empty or an earlier quickstart, found other files; give --out a new folder"
+            )
         for name in _PARTS:
             shutil.rmtree(out / name, ignore_errors=True)
-    files.write_text(marker, "Written by `deit quickstart`, which replaces what stands beside this file.\n")
+    files.write_text(marker, "Written by `deit quickstart`, which replaces the folders beside this file.\n")
 
 
 def _table(rows: dict[str, Accuracy]) -> Table:

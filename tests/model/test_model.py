@@ -387,7 +387,9 @@ def test_vit_from_files(tmp_path):
     x = images(plain.config)
     assert torch.equal(model(x).logits, plain(x).logits)
     build("classification", small()).save_pretrained(tmp_path / "distilled")
-    with raises_saying(ValueError, "a model without distillation token, found distillation_token=True; use DeiTConfig"):
+    with raises_saying(
+        ValueError, "a model without a distillation token, found distillation_token=True; use DeiTConfig"
+    ):
         ViTForImageClassification.from_pretrained(tmp_path / "distilled")
 
 
@@ -443,7 +445,7 @@ def test_refused_mask():
         ),
         (
             lambda: DeiTForImageClassificationWithTeacher(small(distillation_token=False)),
-            "a model with teacher needs a distillation token, found distillation_token=False",
+            "a model with a teacher needs a distillation token, found distillation_token=False",
         ),
         (lambda: ViTModel(small()), "a ViT has no distillation token, found distillation_token=True in the config"),
         (lambda: ViTForImageClassification(small()), "a ViT has no distillation token"),

@@ -77,7 +77,7 @@ def test_a_report_that_fails_is_a_warning(trained, capsys, monkeypatch):
     )
     shown = capsys.readouterr()
     assert f"{out / 'model'}: accuracy" in shown.out
-    assert f"its report is not written (no space left); `deit report {out}`" in shown.err
+    assert f"its report is not written (no space left); run `deit report {out}`" in shown.err
 
 
 def test_images_that_are_gone_or_cost_too_much(trained, tmp_path, monkeypatch):

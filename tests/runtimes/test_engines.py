@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import time
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from PIL import Image
-from support.checks import raises_saying
+from support.checks import raises_saying, run_python
 from support.models import build, saved
 
+import deit
 from deit.cli import main
 from deit.config import VARIANTS
 from deit.evaluate.calibration import Calibration, HeadCalibration
@@ -203,3 +205,24 @@ def test_engines_agree_on_photos_at_full_size(tmp_path, monkeypatch, capsys):
             print(f"\n{engine}: {np.abs(found - expected).max():.1e} over {len(images)} photos")
         assert (found.argmax(1) == expected.argmax(1)).all()
         assert np.abs(found - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("engine", [None, "onnx", "openvino", "exported"])
+def test_sent_to_another_process(distilled, cache, tmp_path, photos, engine):
+    """A predictor and a pipeline that were pickled answer the same in a fresh interpreter."""
+    model = distilled
+    if engine == "exported":
+        export(distilled, "torch", tmp_path / "out")
+        model, engine = tmp_path / "out", None
+    pipe = deit.pipeline(model=model, engine=engine, head="distillation")
+    (tmp_path / "pipe").write_bytes(pickle.dumps(pipe))
+    shown = run_python(
+        "import pickle, json\n"
+        f"pipe = pickle.loads(open({str(tmp_path / 'pipe')!r}, 'rb').read())\n"
+        f"print(json.dumps([pipe({str(photos[0])!r}), pipe.predictor([{str(photos[0])!r}])]))"
+    )
+    found, [predicted] = json.loads(shown.splitlines()[-1])
+    assert found == predicted
+    expected = pipe(str(photos[0]))
+    assert [each["label"] for each in found] == [each["label"] for each in expected]
+    assert [each["score"] for each in found] == pytest.approx([each["score"] for each in expected], abs=1e-5)

@@ -351,3 +351,23 @@ def test_scores_that_are_no_softmax_go_along(tmp_path, to, kind, changes, scorin
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=5e-2 if to == "openvino" else 1e-4)
     logits = load_model(model)(torch.from_numpy(pixels)).logits.detach()
     np.testing.assert_allclose(ours, logits.sigmoid() if scoring == "sigmoid" else logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_onnx_file_speaks_for_itself(models, exported, kind):
+    """The batch axis has its name, weights have the model's, transposed or not, and the metadata says the rest."""
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load(exported(kind, "onnx").folder / "model.onnx")
+    for value in (*graph.graph.input, *graph.graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+    model = load_model(models / kind)
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
+    matrices = {name for name in state if name.endswith(".weight") and state[name].ndim == 2}
+    assert all(name in found or f"{name}.T" in found for name in matrices)
+    for name in matrices:  # a normalisation is folded into the convolution before it
+        np.testing.assert_array_equal(found[name] if name in found else found[f"{name}.T"].T, state[name])
+    told = {entry.key: entry.value for entry in graph.metadata_props}
+    assert json.loads(told["labels"]) == list(model.config.id2label.values())
+    assert json.loads(told["preprocessing"]) == DeiTImageProcessor.from_pretrained(models / kind).to_dict()
+    assert told["scoring"] == "softmax"

@@ -15,6 +15,7 @@ from support.runs import small_recipe
 from torch import nn
 
 from deit.config import ConvNetConfig
+from deit.data.folders import Split
 from deit.files import CheckpointError
 from deit.image.processor import DeiTImageProcessor
 from deit.model.convnet import ConvNet
@@ -497,3 +498,66 @@ def test_certain_answers_stay_finite():
     assert found.isfinite().all()
     assert found.argmax(1).tolist() == [0, 1]
     assert_close(found.exp().sum(1), torch.ones(2))
+
+
+# ------------------------------------------------------------------------------------------------ before the first step
+
+
+class Knows(nn.Module):
+    """Tells the class by the mean of the green channel, and is wrong by `off` classes."""
+
+    classes, mean, std, image_size = CLASSES, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (16, 16)
+
+    def __init__(self, off=0):
+        super().__init__()
+        self.off = off
+
+    def forward(self, pixels):
+        level = (pixels[:, 1].mean((1, 2)) * 4).floor().long().clamp(0, 3)
+        return F.one_hot((level + self.off) % 4, 4).float()
+
+
+def greens(root, count):
+    """Images of plain green, dark to light by class; the first of each class is damaged."""
+    files = []
+    for label in range(4):
+        for i in range(count):
+            path = root / f"{label}-{i}.png"
+            if i:
+                Image.new("RGB", (20, 20), (0, 32 + 64 * label, 0)).save(path)
+            else:
+                path.write_bytes(b"no image")
+            files.append((path, label))
+    return Split(tuple(path for path, _ in files), tuple(label for _, label in files), CLASSES)
+
+
+def test_a_teacher_is_introduced(tmp_path):
+    recipe, split = student(), greens(tmp_path, 4)
+    teacher = Teacher.of(Knows(), CLASSES, recipe, name="greens")
+    who, right = teacher.introduction(recipe, split, "validation", torch.device("cpu"))
+    assert who == "teacher greens: 4 classes; images of 16 x 16 pixels, mean 0, 0, 0, std 1, 1, 1"
+    assert right.startswith("teacher greens: 1.000 of 12 validation images right (0.758 to 1.000 at 95 %)")
+    teacher = Teacher.of(Knows(1), CLASSES, recipe, name="greens")
+    _, right, warning = teacher.introduction(recipe, split, "validation", torch.device("cpu"))
+    assert "0.000 of 12" in right
+    assert "no better than the answer that never looks (0.250)" in warning
+
+
+def test_what_is_assumed_of_a_teacher_is_said(folder):
+    recipe = student(mean=PAPER[0], std=PAPER[1])
+    bare = Teacher.of(nn.Sequential(nn.Flatten(), nn.Linear(768, 6)), [*"abcdef"], recipe, labels=[*"abcdef"])
+    assert str(bare).endswith(
+        "6 classes; images of 16 x 16 pixels, mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225; assumed from the "
+        "student, because nobody states them: mean, std, image_size"
+    )
+    stated = Teacher.load(folder, CLASSES[:2], student())
+    assert "4 classes, of which 2 are the data's; images of" in str(stated)
+    assert "assumed from" not in str(stated)
+
+
+def test_few_of_many_images_are_judged(tmp_path, monkeypatch):
+    monkeypatch.setattr("deit.train.teacher._JUDGED", 8)
+    recipe, split = student(), greens(tmp_path, 30)
+    teacher = Teacher.of(Knows(), CLASSES, recipe, name="greens")
+    _, right = teacher.introduction(recipe, split, "validation", torch.device("cpu"))
+    assert "1.000 of 7 validation images" in right  # evenly spread, the first of them is damaged

@@ -328,3 +328,43 @@ def test_pytorch_trains_beside_tensorflow_whichever_comes_first(first):
         "torch.optim.SGD([weight], lr=0.25).step()\nprint(weight.item())"
     )
     assert shown.endswith("0.75")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_shard_sise": "1GB"}, "no option 'max_shard_sise'"),
+        ({"token": "x"}, "'token' without push_to_hub=True"),
+        ({"signatures": None}, "no option 'signatures'"),
+    ],
+)
+def test_options_of_saving_that_are_not_known(tmp_path, options, said):
+    model = TWIN_OF["classification"](small())
+    with raises_saying(TypeError, said):
+        model.save_pretrained(tmp_path / "m", **options)
+    with raises_saying(ValueError, "safe_serialization=False", "leave it out"):
+        model.save_pretrained(tmp_path / "m", safe_serialization=False)
+    assert not (tmp_path / "m").exists()
+
+
+@slow_on_jax
+def test_saved_model_beside_the_weights(tmp_path):
+    model = TWIN_OF["classification"](small())
+    model.save_pretrained(tmp_path, saved_model=True, version=3)
+    assert (tmp_path / "model.safetensors").is_file()
+    assert (tmp_path / "saved_model" / "3" / "saved_model.pb").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+def test_quantised_weights_are_not_saved(tmp_path):
+    model = TWIN_OF["classification"](small())
+    model(np.zeros((1, 3, 16, 16), np.float32))
+    model.quantize("int8")
+    for save in (
+        lambda: model.save_pretrained(tmp_path / "m"),
+        lambda: model.save(tmp_path / "m.keras"),
+        lambda: keras.saving.save_model(model, tmp_path / "m.keras"),
+    ):
+        assert not list(tmp_path.iterdir())
+        with raises_saying(ValueError, "quantised to int8", "save the model before quantize()"):
+            save()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from support.models import random_config, scramble, shrink, small
+from support.models import images, mask_for, random_config, scramble, shrink, small
 from twins import (
     SLOW_ON_JAX,
     TWIN_OF,
@@ -356,3 +356,18 @@ def test_half_precision(policy, atol):
         "mixed_bfloat16", "float32"
     ).replace("mixed_float16", "float32")
     assert 0 < distance(found, expected) < atol * expected.abs().max().item()
+
+
+@pytest.mark.parametrize("kind", TWIN_OF)
+def test_a_dictionary_holds_options_too(kind):
+    """The first argument of the TensorFlow classes of transformers: tensors and options by name."""
+    ours, twin = twins(kind, small())
+    given = {"pixel_values": images(ours.config).numpy()}
+    mask = {"bool_masked_pos": mask_for(ours.config).numpy()} if kind == "masked_image" else {}
+    found = twin({**given, **mask, "output_hidden_states": True, "output_attentions": None, "training": False})
+    expected = twin(given["pixel_values"], output_hidden_states=True, training=False, **mask)
+    assert list(found.keys()) == list(expected.keys())
+    assert len(found.hidden_states) == ours.config.num_hidden_layers + 1
+    assert distance(found.hidden_states[-1], expected.hidden_states[-1]) == 0
+    tuple_of = twin({**given, **mask, "return_dict": False})
+    assert isinstance(tuple_of, tuple)

@@ -135,7 +135,7 @@ def test_hub(served, saved, tmp_path):
         ),
         (
             "'org/tiny', revision='v1', token='wrong'",
-            "the hub does not give model.safetensors of org/tiny (Client error '401 Unauthorized' for url "
+            "the hub did not send model.safetensors of org/tiny (Client error '401 Unauthorized' for url "
             "'ENDPOINT/org/tiny/resolve/v1/model.safetensors'); check the token",
         ),
         ("'org/tiny', revision='v9'", "org/tiny on the hub has no revision 'v9'"),
@@ -270,5 +270,5 @@ def test_card_of_many_classes():
     config = small(num_labels=25, distillation_token=False, extra={"architectures": ["ViTForImageClassification"]})
     card = hub.model_card(config, "x/y")
     assert "LABEL_19 and 5 more." in card
-    assert "without distillation token" in card
+    assert "without a distillation token" in card
     assert "- vit\n" in card

@@ -11,6 +11,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -61,6 +62,10 @@ class Engine(ABC):
 
     def __str__(self) -> str:
         return self.name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the same folder: no runtime's session can be sent."""
+        return partial(load_engine, self.folder.absolute(), hint=self.hint, precision=self.precision), ()
 
     @abstractmethod
     def _run(self, pixels: np.ndarray) -> list[np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -124,16 +125,34 @@ def _save_torch(subject: Subject, folder: Path) -> None:
 
 
 def _save_onnx(subject: Subject, folder: Path) -> None:
-    torch.onnx.export(
+    """With a batch axis called `batch`, weights under the model's own names, and what other tools want in the metadata:
+    labels, preprocessing and scoring, as JSON."""
+    program = torch.onnx.export(
         subject.program,
         (),
-        folder / "model.onnx",
         dynamo=True,
         verbose=False,
         input_names=["pixel_values"],
         output_names=list(subject.logits.names),
-        external_data=subject.bytes > _ONNX_BYTES,
+        dynamic_shapes={"pixel_values": {0: "batch"}},
     )
+    assert program is not None
+    # The exporter stores the weights of matrix products transposed, and numbers them: they are known by their values.
+    transposed = {
+        weight.t().contiguous().numpy().tobytes(): f"{name}.T"
+        for name, weight in subject.model.state_dict().items()
+        if weight.dim() == 2
+    }
+    for value in list(program.model.graph.initializers.values()):
+        assert value.name is not None
+        content = value.const_value.tobytes() if value.const_value is not None and len(value.shape or ()) == 2 else b""
+        value.name = transposed.get(content) or value.name.removeprefix("model.")
+    program.model.metadata_props.update(
+        labels=json.dumps(subject.classes),
+        preprocessing=subject.processor.to_json_string(),
+        scoring=subject.scoring,
+    )
+    program.save(folder / "model.onnx", external_data=subject.bytes > _ONNX_BYTES)
 
 
 def _save_openvino_float16(subject: Subject, folder: Path) -> None:

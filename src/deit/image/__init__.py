@@ -1,6 +1,6 @@
 """From bytes to `pixel_values`: decoding, the arithmetic of pixels, and the processor that joins both.
 
-The one preprocessing of evaluation and prediction. Loads no framework.
+Evaluation and prediction have this one preprocessing. Loads no framework.
 """
 
 from typing import TYPE_CHECKING

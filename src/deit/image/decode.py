@@ -1,4 +1,4 @@
-"""From a file to an upright 8-bit Pillow image, or to one sentence that says why not.
+"""From a file to an upright 8-bit Pillow image, or to one sentence that says why it can't be read.
 
 Sizes are (height, width), except in calls to Pillow, which takes (width, height).
 """
@@ -18,23 +18,23 @@ from PIL import Image, ImageOps
 
 __all__ = ["Decoded", "ImageError", "convert", "decode", "is_encoded", "load_image", "name_of", "reading", "to_rgb"]
 
-MAX_PIXELS = 178_956_970  # where Pillow with its default settings raises DecompressionBombError
+MAX_PIXELS = 178_956_970  # above it, Pillow with its default settings raises DecompressionBombError
 
 _ORIENTATION = 0x0112  # EXIF tag
-_DRAFT_GAP = 2  # a scaled decode keeps twice the wanted sides, the gap of Pillow's own thumbnails: 0.4/255 on average
+_DRAFT_GAP = 2  # a scaled decode keeps twice the wanted sides, as Pillow's thumbnails do; it costs 0.4/255 on average
 
 Sides = tuple[int, int] | int
 """(height, width), or one int for both."""
 
 
 class ImageError(ValueError):
-    """An image that cannot be read; the message names the file, the reason and the next move."""
+    """An image cannot be read. The message names the file, the reason and what to do."""
 
 
 class Decoded(NamedTuple):
     image: Image.Image
     full: tuple[int, int]  # (height, width) of the file as it is displayed
-    box: tuple[float, float, float, float] | None  # what `image` shows of the file; None: all of it, to the pixel
+    box: tuple[float, float, float, float] | None  # the part of `image` that the file covers; None: all of it
 
 
 def load_image(
@@ -44,15 +44,17 @@ def load_image(
     mode: str | None = "RGB",
     max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
-    """Decode one image, upright and in 8 bits.
+    """Decodes one image, upright and in 8 bits.
 
-    `source` is a path, the bytes of a file, a binary file object or a Pillow image (never changed). The EXIF
-    orientation is applied; of a file with many frames the first is taken. With `min_side`, the (height, width), or
-    one int for both, that will be needed, a JPEG is decoded at 1/2, 1/4 or 1/8 scale as long as each side keeps
-    twice the needed pixels. `mode` is "RGB" (see `to_rgb`), "L" (grey) or None (as stored). An image with more than
-    `max_pixels` pixels is refused from its header.
+    Args:
+        source: a path, the bytes of a file, a binary file object, or a Pillow image, which is never changed. The EXIF
+            orientation is applied. A file with many frames gives its first.
+        min_side: the (height, width) that will be needed, or one int for both. A JPEG is then decoded at 1/2, 1/4 or
+            1/8 scale, as long as each side keeps twice the needed pixels.
+        mode: "RGB" (see `to_rgb`), "L" (grey) or None (as stored).
+        max_pixels: an image with more pixels is refused by its header, before it is decoded.
 
-    Raises `ImageError` for what cannot be read, URLs included.
+    Raises `ImageError` for an image that cannot be read, and for URLs.
     """
     if mode not in ("RGB", "L", None):
         raise ValueError(f'mode is {mode!r}, expected "RGB", "L" or None; convert the returned image yourself')
@@ -62,7 +64,7 @@ def load_image(
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as "RGB", 8 bits a channel; an RGB image is returned as it is.
+    """Any Pillow image as "RGB", with 8 bits a channel. An RGB image is returned as it is.
 
     Alpha and transparent colours are dropped, not blended, like `Image.convert("RGB")` in the published evaluation
     code and in timm. Modes I, I;16 and I;16B hold 16-bit data, 0..65535, and are scaled to 0..255 (Pillow's own
@@ -76,7 +78,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return _deep_to_grey(image).convert("RGB")
     if image.mode in ("La", "RGBa"):  # premultiplied: Pillow only converts them to their plain forms
         image = image.convert(image.mode.upper())
-    elif isinstance(image.info.get("transparency"), bytes):  # Pillow warns on the direct way; the colours are equal
+    elif isinstance(image.info.get("transparency"), bytes):  # same colours, but the direct conversion makes Pillow warn
         image = image.convert("RGBA")
     return image.convert("RGB")
 
@@ -84,10 +86,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def decode(
     source: Any, min_side: Sides | Callable[[tuple[int, int]], Sides] | None, max_pixels: int = MAX_PIXELS
 ) -> Decoded:
-    """As `load_image`, in the file's own mode, and with what a scaled decode covers of the full image.
+    """Like `load_image`, but in the file's own mode, and with the full size and the covered part of a scaled decode.
 
-    `min_side` may also be a function of the full (height, width), which is asked before a JPEG is decoded, and of
-    other files not at all."""
+    `min_side` may also be a function of the full (height, width). It is called only for a JPEG, before decoding.
+    """
     name = name_of(source)
     if isinstance(source, Image.Image):
         _check_pixels(source, name, max_pixels)
@@ -103,7 +105,7 @@ def decode(
     with reading(name):
         full, drafted = image.size, None
         if min_side is not None and image.format in ("JPEG", "MPO"):
-            lying = _orientation(image) >= 5  # on its side in the file
+            lying = _orientation(image) >= 5  # stored on its side
             sides = min_side(full if lying else full[::-1]) if callable(min_side) else min_side
             rows, columns = (sides, sides) if isinstance(sides, int) else sides
             if lying:
@@ -121,9 +123,12 @@ def decode(
 def _draft_box(
     image: Image.Image, stored: tuple[float, float, float, float], orientation: int
 ) -> tuple[float, float, float, float]:
-    """The part of the upright, scaled `image` that the file covers: a side that the scale does not divide ends
-    within a pixel, at the right and bottom edges of the stored image. (Taking that pixel as whole shifts the picture
-    by up to half a pixel: 2.8/255 instead of 0.15/255 on average in the test.)"""
+    """The part of the upright, scaled `image` that the file covers.
+
+    If the scale does not divide a side, the file ends within a pixel, at the right and bottom edges of the stored
+    image. To take that pixel as whole would shift the picture by up to half a pixel: 2.8/255 instead of 0.15/255 on
+    average in the test.
+    """
     width, height = (stored[3], stored[2]) if orientation >= 5 else (stored[2], stored[3])
     left = image.width - width if orientation in (2, 3, 6, 7) else 0.0
     top = image.height - height if orientation in (3, 4, 7, 8) else 0.0
@@ -131,7 +136,7 @@ def _draft_box(
 
 
 def name_of(source: Any) -> str:
-    """How messages call a source."""
+    """The name of a source in messages."""
     if isinstance(source, (str, os.PathLike)):
         text = os.fspath(source)
         return text if len(text) <= 200 else f"{text[:80]}..."
@@ -152,8 +157,8 @@ def is_encoded(source: Any) -> bool:
 def _read_bytes(source: Any, name: str) -> bytes:
     if not is_encoded(source):
         raise ImageError(
-            "an image is read from a path, bytes, a binary file or a PIL image, found an object of type "
-            f"{type(source).__name__}"
+            "expected an image as a path, bytes, a binary file or a PIL image, found an object of type "
+            f"{type(source).__name__}; convert it first"
         )
     if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
         raise ImageError(f"{name} is a URL, expected a local file; download it first and give its path or bytes")
@@ -183,7 +188,7 @@ def _read_path(path: str | os.PathLike[str], name: str) -> bytes:
 
 @contextmanager
 def reading(name: str, data: bytes = b"") -> Iterator[None]:
-    """Turn what Pillow raises into one sentence. Its plugins raise nearly anything on damaged bytes."""
+    """Turns any error of Pillow into an `ImageError`. Pillow's plugins raise nearly anything on damaged bytes."""
     try:
         yield
     except (ImageError, MemoryError):
@@ -209,7 +214,10 @@ def _check_pixels(image: Image.Image, name: str, max_pixels: int) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8; 1 (upright) also when the EXIF block is absent or damaged, which is no reason to refuse the pixels."""
+    """EXIF's orientation, 1 to 8. It is 1 (upright) without an EXIF block, and with a damaged one.
+
+    A damaged EXIF block is no reason to refuse the pixels.
+    """
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except Exception:
@@ -218,7 +226,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def convert(image: Image.Image, mode: str | None) -> Image.Image:
-    """To "RGB" (see `to_rgb`), "L" (grey), or for None as it is."""
+    """The image in a mode: "RGB" (see `to_rgb`), "L" (grey), or None to keep its own."""
     if mode is None or image.mode == mode:
         return image
     if mode == "RGB":

@@ -1,6 +1,6 @@
-"""One image to pixels: converted, resized, cropped, rescaled and normalised as an image processor's options say.
+"""Turns one image into pixels: converts, resizes, crops, rescales and normalises it by an image processor's options.
 
-The values equal those of the Pillow backend of `transformers` to float rounding.
+The values equal those of the Pillow backend of `transformers` up to float rounding.
 
 Legend: B images, C channels, H rows, W columns. Arrays inside this file are (H, W, C); sizes are (height, width),
 except in calls to Pillow, which takes (width, height).
@@ -25,7 +25,7 @@ def type_of(value: Any) -> str:
 
 
 def flatten(images: Any) -> Iterator[Any]:
-    """Single images out of lists, nested lists and batches of 4 dimensions."""
+    """The single images in lists, nested lists and batches of 4 dimensions."""
     if isinstance(images, (list, tuple)):
         for entry in images:
             yield from flatten(entry)
@@ -36,9 +36,9 @@ def flatten(images: Any) -> Iterator[Any]:
 
 
 def pixel_values(source: Any, options: Mapping[str, Any], name: str) -> np.ndarray:
-    """One image, all the way: (C, H, W) or (H, W, C) in float32."""
+    """One image as (C, H, W) or (H, W, C) in float32, by the processor's `options`."""
     full, box, in_unit = None, None, False
-    pixels: Any  # a Pillow image as long as it can be, (H, W, C) or (H, W) otherwise
+    pixels: Any  # a Pillow image while that is possible, then (H, W, C) or (H, W)
     if isinstance(source, Image.Image) or is_encoded(source):
         image, full, box = _picture(source, options)
         pixels = image if image.mode in ("RGB", "L") else np.asarray(image)
@@ -60,7 +60,7 @@ def pixel_values(source: Any, options: Mapping[str, Any], name: str) -> np.ndarr
 
 
 def _picture(source: Any, options: Mapping[str, Any]) -> Decoded:
-    """A file or Pillow image, decoded no larger than the resize needs, in the channels that the options ask for."""
+    """A file or Pillow image with the channels that the options need, decoded no larger than the resize needs."""
     if isinstance(source, Image.Image):
         decoded = Decoded(source, (source.height, source.width), None)
     else:
@@ -80,7 +80,7 @@ def _wanted_mode(options: Mapping[str, Any]) -> str | None:
 
 
 def _to_numpy(source: Any, name: str) -> np.ndarray:
-    """An array or tensor as NumPy in a type that NumPy computes with: bool, integer, float32 or float64."""
+    """An array or tensor in a NumPy type that NumPy can compute with: bool, integer, float32 or float64."""
     torch, tensorflow = sys.modules.get("torch"), sys.modules.get("tensorflow")
     if torch is not None and isinstance(source, torch.Tensor):
         source = source.detach().cpu()
@@ -130,11 +130,12 @@ def _infer_layout(array: np.ndarray, name: str) -> str:
     if not first and not last:
         raise ValueError(
             f"{name} has shape {array.shape}, expected 1, 3 or 4 channels on the first or last axis; "
-            f"pass input_data_format if it has another number"
+            f"pass input_data_format if it has another number of channels"
         )
     if first and last:
         warnings.warn(
-            f"{name} has shape {array.shape}, taken as (C, H, W); pass input_data_format to decide",
+            f"{name} has shape {array.shape}, which fits two layouts; it is taken as (C, H, W), "
+            "pass input_data_format to decide",
             UserWarning,
             stacklevel=2,
         )
@@ -142,9 +143,9 @@ def _infer_layout(array: np.ndarray, name: str) -> str:
 
 
 def _to_picture(array: np.ndarray, name: str) -> tuple[Image.Image, bool]:
-    """An (H, W, C) array as the 8-bit image that Pillow resizes, and whether it stood for 0..1.
+    """An (H, W, C) array as the 8-bit image that Pillow resizes, and whether its values were in 0..1.
 
-    The rule of transformers: whole numbers are taken as they are, other floats are cut (not rounded) to n/255.
+    The rule is that of transformers: whole numbers are taken as they are, other floats are cut (not rounded) to n/255.
     """
     in_unit = False
     if array.dtype != np.uint8:
@@ -165,7 +166,7 @@ def _to_picture(array: np.ndarray, name: str) -> tuple[Image.Image, bool]:
 
 
 def _target_size(full: tuple[int, int], size: Mapping[str, int]) -> tuple[int, int]:
-    """The (height, width) that `size` asks of an image of `full` (height, width)."""
+    """The (height, width) to which the option `size` resizes an image of `full` (height, width)."""
     if "height" in size:
         return size["height"], size["width"]
     short, long = min(full), max(full)
@@ -182,7 +183,7 @@ def _target_size(full: tuple[int, int], size: Mapping[str, int]) -> tuple[int, i
 
 
 _LARGE = 2**25
-"""Pixels of a resized image from which on what the crop discards is not computed: of a 1x5000 image, 3 GB."""
+"""If a resized image has more pixels, only the part that the crop keeps is computed. A 1x5000 image would take 3 GB."""
 
 
 def _middle(
@@ -191,8 +192,11 @@ def _middle(
     crop: Mapping[str, int],
     box: tuple[float, float, float, float] | None,
 ) -> tuple[tuple[int, int], tuple[float, float, float, float]]:
-    """The part of a resize to `target` (height, width) that a central crop keeps: its size, and the part of the picture
-    that it shows. Pillow rounds such a box, so that pixels differ by less than 1 of 255 on average."""
+    """The part of a resize to `target` (height, width) that a central crop keeps.
+
+    Returns its size, and the box of the picture that it shows. Pillow rounds such a box, so pixels differ by less than
+    1 of 255 on average.
+    """
     left, top, right, bottom = box or (0.0, 0.0, float(picture.width), float(picture.height))
     sides, spans = [], []
     for size, kept, start, end in ((target[0], crop["height"], top, bottom), (target[1], crop["width"], left, right)):
@@ -203,7 +207,10 @@ def _middle(
 
 
 def _center_crop(array: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The middle (height, width) of an (H, W, C) array; what lies outside is 0, and an odd rest falls to the start."""
+    """The middle (height, width) of an (H, W, C) array. Pixels outside the array are 0.
+
+    An odd number of pixels is split unevenly: the end is cut by one more, or the start is padded by one more.
+    """
     top, left = (array.shape[0] - height) // 2, (array.shape[1] - width) // 2
     inside = array[max(top, 0) : top + height, max(left, 0) : left + width]
     if inside.shape[:2] == (height, width):
@@ -215,9 +222,9 @@ def _center_crop(array: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 class Normalisation:
-    """(level * factor - mean) / std for each channel, as one multiplication and one addition in float32.
+    """Computes (level * factor - mean) / std for each channel, by one multiplication and one addition in float32.
 
-    The one treatment of pixels in training, evaluation and prediction. Levels run from 0 to 255 if `factor` is 1 / 255.
+    Training, evaluation and prediction all use it. Levels run from 0 to 255 if `factor` is 1 / 255.
     """
 
     def __init__(self, mean: npt.ArrayLike, std: npt.ArrayLike, factor: float = 1 / 255):
@@ -226,7 +233,7 @@ class Normalisation:
         self.shift = (-self.mean / self.std).astype(np.float32)
 
     def apply(self, levels: np.ndarray, out: np.ndarray, *, channels_first: bool = True) -> None:
-        """Writes the normalised (H, W, C) levels into `out`, float32, (C, H, W) or (H, W, C)."""
+        """Writes the normalised (H, W, C) levels into `out`, which is float32 and (C, H, W) or (H, W, C)."""
         scale, shift = self.scale, self.shift
         if channels_first:
             levels, scale, shift = levels.transpose(2, 0, 1), scale[:, None, None], shift[:, None, None]
@@ -234,7 +241,7 @@ class Normalisation:
         out += shift
 
     def undo(self, pixels: np.ndarray) -> np.ndarray:
-        """The levels, uint8, that normalised pixels (..., H, W, C) were made from."""
+        """The uint8 levels that the normalised pixels (..., H, W, C) were made from."""
         return ((pixels.astype(np.float64) * self.std + self.mean) / self.factor).round().clip(0, 255).astype(np.uint8)
 
 
@@ -255,8 +262,8 @@ def _rescale_and_normalize(array: np.ndarray, in_unit: bool, options: Mapping[st
 def _fit(statistic: float | tuple[float, ...], channels: int, key: str, name: str) -> np.ndarray:
     if isinstance(statistic, tuple) and len(statistic) != channels:
         raise ValueError(
-            f"{name} has {channels} channels, {key} has {len(statistic)}; pass do_convert_rgb=True for three, "
-            f"or as many entries of {key} as channels"
+            f"{name} has {channels} channels, {key} has {len(statistic)}; pass do_convert_rgb=True for three "
+            f"channels, or one number of {key} for each channel"
         )
     return np.broadcast_to(np.asarray(statistic, np.float64), channels)
 
@@ -267,7 +274,7 @@ def as_tensors(arrays: list[np.ndarray], return_tensors: str | None) -> Any:
     shapes = sorted({array.shape for array in arrays})
     if len(shapes) > 1:
         raise ValueError(
-            f"the images end in different shapes, {shapes[0]} and {shapes[1]}, expected one to stack them; "
+            f"the results have different shapes, {shapes[0]} and {shapes[1]}, expected one shape to stack them; "
             f"pass do_center_crop=True or return_tensors=None"
         )
     batch = np.stack(arrays)

@@ -1,7 +1,7 @@
-"""From a file or an array to `pixel_values`: THE preprocessing of evaluation, prediction, serving and export.
+"""From a file or an array to `pixel_values`: the one preprocessing of evaluation, prediction, serving and export.
 
-`deit.decode` reads files, `deit.pixels` converts, resizes, crops, rescales and normalises, as the options of a
-`DeiTImageProcessor` say. The options, their defaults and the file `preprocessor_config.json` are Hugging Face's.
+`deit.image.decode` reads files. `deit.image.pixels` converts, resizes, crops, rescales and normalises by the options
+of a `DeiTImageProcessor`. The options, their defaults and the file `preprocessor_config.json` are Hugging Face's.
 
 Legend: B images, C channels, H rows, W columns. Sizes are (height, width).
 """
@@ -116,7 +116,7 @@ def _layout(name: str, value: Any) -> str:
     return str(layout)
 
 
-# Every option: its check, which also gives its normal form.
+# The check of every option, which also returns the option in its normal form.
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "do_resize": _flag,
     "size": _resize_size,
@@ -154,7 +154,7 @@ _TYPES = {
     for family, defaults in (("DeiT", _DEIT), ("ViT", _VIT))
     for kind in ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
 }
-# Options of transformers without a counterpart here, and what to do instead.
+# Options of transformers that have no counterpart here, and what to do instead.
 _UNDONE = {
     "do_pad": "crop_size pads a small image with zeros",
     "pad_size": "crop_size pads a small image with zeros",
@@ -166,7 +166,7 @@ _UNDONE = {
 
 
 def _refuse_undone(options: Mapping[str, Any]) -> None:
-    """Raise for the first setting that would change the result and cannot be honoured."""
+    """Raises `ValueError` for the first option that would change the result and cannot be honoured."""
     for name, value in options.items():
         if name not in _CHECKS and (name in _UNDONE or name.startswith("do_")) and value:
             advice = _UNDONE.get(name, "take the step yourself and remove the setting")
@@ -177,7 +177,7 @@ def _refuse_undone(options: Mapping[str, Any]) -> None:
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that were given: None means the default. Unknown names are refused."""
+    """The options that were given. None means the default. Unknown names are refused."""
     unknown = sorted(set(options) - set(_CHECKS) - set(_UNDONE) - {"default_to_square"})
     if unknown:
         raise ValueError(f"unknown option {', '.join(unknown)}; the options are {', '.join(_CHECKS)}")
@@ -198,14 +198,14 @@ class BatchFeature(dict[str, Any]):
             raise AttributeError(f"no entry {name!r}, this batch has {', '.join(self)}") from None
 
     def to(self, *args: Any, **kwargs: Any) -> BatchFeature:
-        """Move or cast every entry with `torch.Tensor.to`, in place; needs return_tensors="pt".
+        """Moves or casts every entry with `torch.Tensor.to`, in place. Needs return_tensors="pt".
 
-        Only floating-point entries take another dtype: labels and masks keep theirs, and move.
+        Only entries of floating point take another dtype. Labels and masks keep theirs, and move.
         """
         torch = sys.modules.get("torch")
         if torch is None or not all(isinstance(value, torch.Tensor) for value in self.values()):
             name, value = next((n, v) for n, v in self.items() if torch is None or not isinstance(v, torch.Tensor))
-            raise ValueError(f'{name} is {type_of(value)}, .to() moves torch tensors; pass return_tensors="pt"')
+            raise ValueError(f'{name} is {type_of(value)}, .to() needs torch tensors; pass return_tensors="pt"')
         device, _, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         for name, value in self.items():
             if value.is_floating_point():
@@ -216,19 +216,20 @@ class BatchFeature(dict[str, Any]):
 
 
 class DeiTImageProcessor:
-    """Images to the `pixel_values` of a DeiT model; the options, defaults and files of the class in transformers.
+    """Turns images into the `pixel_values` of a DeiT model. Options, defaults and files are those of transformers.
 
-    In the order of their effect (given to the constructor, set as attributes, or for one call):
+    You can pass options to the constructor, set them as attributes, or pass them for one call. They take effect in this
+    order (defaults in brackets):
 
-    - `do_convert_rgb` (None): True converts every image to RGB, alpha dropped; False leaves the channels alone;
-      None gives a Pillow image or a file the channels of `image_mean` (RGB for 3 entries or a scalar, grey for 1)
-      and leaves arrays alone. `input_data_format` (None: inferred): layout of arrays.
-    - `do_resize` (True), `size` (256x256), `resample` (bicubic): `size` is an int (a square: the aspect ratio is
-      lost), a pair (height, width), {"height", "width"}, or {"shortest_edge"}, optionally with "longest_edge" as its
+    - `do_convert_rgb` (None): True converts every image to RGB and drops alpha. False leaves the channels alone. None
+      gives a Pillow image or a file the channels of `image_mean` (RGB for 3 entries or a scalar, grey for 1) and leaves
+      arrays alone. `input_data_format` (None: inferred) is the layout of arrays.
+    - `do_resize` (True), `size` (256x256), `resample` (bicubic): `size` is an int (a square, which loses the aspect
+      ratio), a pair (height, width), {"height", "width"}, or {"shortest_edge"}, optionally with "longest_edge" as its
       bound. `resample` is a Pillow filter, its number or its name.
     - `do_center_crop` (True), `crop_size` (224x224): a smaller image is padded with zeros.
-    - `do_rescale` (True), `rescale_factor` (1/255): pixels times the factor.
-    - `do_normalize` (True), `image_mean` and `image_std` (0.5): a number, or one per channel.
+    - `do_rescale` (True), `rescale_factor` (1/255): pixels are multiplied by the factor.
+    - `do_normalize` (True), `image_mean` and `image_std` (0.5): one number, or one for each channel.
     - `data_format` ("channels_first"): layout of the result, also "channels_last".
 
     None as a value means the default. Raises `ValueError` for unknown options and bad values.
@@ -251,7 +252,7 @@ class DeiTImageProcessor:
     input_data_format: str | None
 
     def __init__(self, **options: Any) -> None:
-        self.__dict__["_extra"] = {}  # keys of a file that mean nothing here: written back by to_dict
+        self.__dict__["_extra"] = {}  # keys of a file that mean nothing here; to_dict writes them back
         for name, value in {**_DEIT, **_given(options)}.items():
             setattr(self, name, value)
 
@@ -274,14 +275,16 @@ class DeiTImageProcessor:
         return self.preprocess(images, return_tensors=return_tensors, **overrides)
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **overrides: Any) -> BatchFeature:
-        """Images to `{"pixel_values": ...}`, float32, (B, C, H, W), or (B, H, W, C) with data_format "channels_last".
+        """Turns images into `{"pixel_values": ...}`: float32, (B, C, H, W), or (B, H, W, C) for "channels_last".
 
-        `images` is one image, a list (also nested, which is flattened) or a batch of 4 dimensions. An image is a
-        Pillow image (as it is: `decode.load_image` turns it upright), a path, the bytes of a file, a file object, or a
-        NumPy array or torch tensor, (C, H, W) or (H, W, C). To be resized, an array must hold uint8, whole numbers in
-        0..255, or floats in 0..1, which are cut to 8 bits and stay in 0..1: pass `do_rescale=False` with them.
-
-        `return_tensors` is None (a list of B arrays), "np", "pt" or "tf". `overrides` are options for this call.
+        Args:
+            images: one image, a list (a nested one is flattened) or a batch of 4 dimensions. An image is a path, the
+                bytes of a file, a file object, a Pillow image, or a NumPy array or torch tensor as (C, H, W) or
+                (H, W, C). A Pillow image is taken as it is; `decode.load_image` turns one upright. An array that is
+                resized must hold uint8, whole numbers in 0..255, or floats in 0..1. Such floats are cut to 8 bits and
+                stay in 0..1, so pass `do_rescale=False` with them.
+            return_tensors: None (a list of B arrays), "np", "pt" or "tf".
+            overrides: options for this call.
 
         Raises `ValueError` for images that do not fit the options, `ImageError` for files that cannot be read.
         """
@@ -299,10 +302,11 @@ class DeiTImageProcessor:
 
     @classmethod
     def paper(cls, image_size: int | tuple[int, int] = 224, crop_ratio: float = 0.875) -> DeiTImageProcessor:
-        """The evaluation of Touvron et al. 2020 (arXiv 2012.12877), as in its published code and in timm.
+        """The preprocessing of evaluation in Touvron et al. 2020 (arXiv 2012.12877), as in its code and in timm.
 
-        Shortest edge to int(image_size / crop_ratio) (256 for 224), bicubic, centre crop, ImageNet statistics. For a
-        pair (height, width) the longer side sets the shortest edge, so that the crop stays inside every image.
+        The shortest edge is resized to int(image_size / crop_ratio) (256 for 224), bicubic. Then come a centre crop and
+        ImageNet's statistics. For a pair (height, width), the longer side sets the shortest edge, so that the crop
+        stays inside every image.
         """
         crop = _size("image_size", image_size)
         if not 0 < crop_ratio <= 1:
@@ -314,7 +318,7 @@ class DeiTImageProcessor:
     def from_timm(
         cls, pretrained_cfg: Mapping[str, Any], image_size: int | tuple[int, int] = 224
     ) -> DeiTImageProcessor:
-        """The evaluation that timm's `pretrained_cfg` describes, for models of `image_size` (a pair as in `paper`).
+        """The preprocessing that timm's `pretrained_cfg` describes, for a model of `image_size` (a pair as in `paper`).
 
         Reads mean, std, interpolation, crop_pct and crop_mode ("center" or "squash"; others are refused).
         """
@@ -332,13 +336,13 @@ class DeiTImageProcessor:
         return cls(size=size, crop_size=paper.crop_size, **statistics)
 
     def to_timm(self) -> dict[str, Any]:
-        """The same evaluation as timm's keys: mean, std, interpolation, crop_pct and crop_mode.
+        """The same preprocessing in timm's keys: mean, std, interpolation, crop_pct and crop_mode.
 
-        Raises `ValueError` for options that timm's keys cannot say.
+        Raises `ValueError` for options that timm's keys cannot express.
         """
         size, crop = self.size, self.crop_size if self.do_center_crop else self.size
         if "height" not in crop or ("shortest_edge" in size and crop["height"] != crop["width"]):
-            raise ValueError(f"crop is {crop} after size {size}, timm's keys say a square crop; set crop_size")
+            raise ValueError(f"timm's keys say a square crop, found crop {crop} after size {size}; set crop_size")
         edge = size.get("shortest_edge") or size["height"]
         ratio = crop["height"] / edge
         if int(crop["height"] / ratio) != edge:  # timm rounds down
@@ -354,19 +358,23 @@ class DeiTImageProcessor:
         for name in ("size", "do_resize", "do_rescale", "rescale_factor", "do_normalize"):
             if getattr(again, name) != getattr(self, name):
                 said_value = getattr(again, name)
-                raise ValueError(f"{name} is {getattr(self, name)!r}, timm's keys say {said_value!r}; set that first")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, but timm's keys say {said_value!r}; set {name} to that first"
+                )
         return said
 
     @property
     def normalisation(self) -> Normalisation:
-        """What turns levels into normalised pixels, by the options that are on."""
+        """The arithmetic that turns levels into normalised pixels, by the options that are on."""
         mean, std = (self.image_mean, self.image_std) if self.do_normalize else (0.0, 1.0)
         return Normalisation(mean, std, self.rescale_factor if self.do_rescale else 1.0)
 
     @property
     def crop_ratio(self) -> float | None:
-        """Side of the crop by the resized image's (the shortest edge, or the height of one squashed into `size`); 1
-        without a crop, None without resizing."""
+        """Side of the crop divided by that of the resized image. 1 without a crop, None without resizing.
+
+        The side of the resized image is its shortest edge, or its height if the image is squashed into `size`.
+        """
         if not self.do_resize:
             return None
         if not self.do_center_crop:
@@ -376,10 +384,11 @@ class DeiTImageProcessor:
         return float(side / (self.size["height"] if squashed else self.size["shortest_edge"]))
 
     def with_crop_ratio(self, ratio: float) -> DeiTImageProcessor:
-        """A copy that resizes to int(crop / ratio) before it crops. All else stays: the size of the result, and whether
-        the image keeps its aspect ratio (`size` a shortest edge) or is squashed into `size`.
+        """A copy that resizes to int(crop / ratio) before it crops.
 
-        Raises `ValueError` for a ratio outside (0, 1], and where nothing is resized or the result has no fixed size.
+        Nothing else changes: not the size of the result, and not whether the image keeps its aspect ratio (`size` is a
+        shortest edge) or is squashed into `size`. Raises `ValueError` if `ratio` is outside (0, 1], if nothing is
+        resized, or if the result has no fixed size.
         """
         crop = self.crop_size if self.do_center_crop else self.size
         if not self.do_resize or "height" not in crop:
@@ -409,9 +418,9 @@ class DeiTImageProcessor:
         force_download: bool = False,
         **overrides: Any,
     ) -> DeiTImageProcessor:
-        """Read `preprocessor_config.json` of a folder or of a model on the Hub; `overrides` replace its options.
+        """Reads `preprocessor_config.json` from a folder, or from a model on the hub. `overrides` replace its options.
 
-        Raises `FileNotFoundError` without such a file, `ValueError` for one that cannot be honoured.
+        Raises `FileNotFoundError` if there is no such file, `ValueError` if it cannot be honoured.
         """
         path = files.find_file(
             name_or_folder,
@@ -427,10 +436,9 @@ class DeiTImageProcessor:
 
     @classmethod
     def of_model(cls, name_or_folder: str | Path, config: DeiTConfig, **where: Any) -> DeiTImageProcessor:
-        """The preprocessing that a model's files say: `preprocessor_config.json`, or timm's `pretrained_cfg` in its
-        config; `where` as for `from_pretrained`.
+        """The preprocessing in a model's files: `preprocessor_config.json`, or timm's `pretrained_cfg` in its config.
 
-        Raises `FileNotFoundError` where they say nothing.
+        `where` is as for `from_pretrained`. Raises `FileNotFoundError` if the files have neither.
         """
         try:
             return cls.from_pretrained(name_or_folder, **where)
@@ -444,15 +452,15 @@ class DeiTImageProcessor:
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str], **overrides: Any) -> DeiTImageProcessor:
-        """Read one file in the format of `preprocessor_config.json`."""
+        """Reads one file in the format of `preprocessor_config.json`."""
         return cls.from_dict(files.read_json(Path(path)), **overrides)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], **overrides: Any) -> DeiTImageProcessor:
-        """From the contents of a file: any DeiT or ViT processor or feature extractor of transformers.
+        """Builds a processor from the content of a file of any DeiT or ViT processor or feature extractor.
 
-        The named type sets the defaults (a ViT type: 224x224, bilinear, no crop). Unknown keys are kept for
-        `to_dict`. Raises `ValueError` for other types, and for settings that cannot be honoured.
+        The type that the file names sets the defaults (a ViT type: 224x224, bilinear, no crop). Unknown keys are kept
+        for `to_dict`. Raises `ValueError` for other types, and for options that cannot be honoured.
         """
         extra = copy.deepcopy(dict(data))
         kinds = [extra.pop("image_processor_type", None), extra.pop("feature_extractor_type", None)]
@@ -466,7 +474,7 @@ class DeiTImageProcessor:
         return processor
 
     def to_dict(self) -> dict[str, Any]:
-        """Every option that is set and every kept key, as JSON types; a copy."""
+        """A copy of all options that are set and all unknown keys that were read, as JSON types."""
         options = {name: value for name, value in self._options({}).items() if value is not None}
         options["resample"] = int(options["resample"])
         for name in ("image_mean", "image_std"):
@@ -475,7 +483,7 @@ class DeiTImageProcessor:
         return {**copy.deepcopy(self.__dict__["_extra"]), **options, "image_processor_type": "DeiTImageProcessor"}
 
     def to_json_string(self) -> str:
-        """`to_dict` as text, keys sorted, ending in a newline."""
+        """`to_dict` as text with sorted keys. It ends in a newline."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(
@@ -489,9 +497,9 @@ class DeiTImageProcessor:
         revision: str | None = None,
         commit_message: str | None = None,
     ) -> Path:
-        """Write `preprocessor_config.json` into `folder` (made when absent), whole or not at all; its path.
+        """Writes `preprocessor_config.json` into `folder`, whole or not at all. Makes the folder if it is missing.
 
-        The options from `repo_id` on are for `push_to_hub`, and refused without it.
+        The options from `repo_id` on are for `push_to_hub`, and refused without it. Returns the path of the file.
         """
         push = files.push_options(
             push_to_hub,
@@ -509,7 +517,7 @@ class DeiTImageProcessor:
         return path
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the file (`token`, `private`, `revision`, `commit_message`); returns the commit's address."""
+        """Uploads the file (`token`, `private`, `revision`, `commit_message`); returns the commit's address."""
         return files.upload_saved(self.save_pretrained, repo_id, **{"commit_message": "Upload processor", **options})
 
 

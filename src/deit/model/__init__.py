@@ -1,6 +1,6 @@
-"""The network in PyTorch: the transformer and its heads, what every model has, the losses, the built-in ConvNet.
+"""The network in PyTorch: the transformer and its heads, what all models share, the losses, the built-in ConvNet.
 
-`outputs` and `loss_rules` know no framework: the Keras twin shares them.
+`outputs` and `loss_rules` load no framework, so the Keras twin shares them.
 """
 
 from typing import TYPE_CHECKING

@@ -1,11 +1,11 @@
-"""A block's forward and backward pass in training on the CPU, by hand.
+"""A block's forward and backward pass for training on the CPU, written by hand.
 
-The values and the operations are those of autograd on `Block`. What autograd puts between them is left out: copies
-between precisions, a pass of its own that scales the scores, gradients added in fresh memory. An image whose branch
-stochastic depth drops is not computed. This saves about a tenth of a step of DeiT-Ti (docs/log.md).
+The values and the operations are those of autograd on `Block`, without what autograd adds between them: copies between
+precisions, a separate pass that scales the scores, gradients that are added in fresh memory. If stochastic depth drops
+a branch for an image, the branch is not computed. This saves about a tenth of a step of DeiT-Ti (docs/log.md).
 
-B images, N tokens, D width, H heads, K head width; R of the images are kept by stochastic depth, and M, the first of
-the tokens, are what the caller reads: all of them but in a classifier's last block.
+B images, N tokens, D width, H heads, K head width. R images are kept by stochastic depth. M tokens, the first ones, are
+read by the caller: all tokens, except in the last block of a classifier.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _aten = torch.ops.aten
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What matrices are multiplied in: autocast's type, or that of `x`."""
+    """The type in which matrices are multiplied: autocast's if it is on, or else that of `x`."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 class _OfAttention(NamedTuple):
-    """One thing for each input of `AttentionBranch`, in their order: its gradient, or whether that is wanted."""
+    """One value for each input of `AttentionBranch`, in their order: its gradient, or whether that is needed."""
 
     x: Any
     keep: Any = None
@@ -44,7 +44,7 @@ class _OfAttention(NamedTuple):
 
 
 class _OfMLP(NamedTuple):
-    """One thing for each input of `MLPBranch`, in their order: its gradient, or whether that is wanted."""
+    """One value for each input of `MLPBranch`, in their order: its gradient, or whether that is needed."""
 
     x: Any
     keep: Any = None
@@ -169,7 +169,7 @@ class AttentionBranch(torch.autograd.Function):
 
 
 class MLPBranch(torch.autograd.Function):
-    """x (B, N, D) -> x + keep * scale * fc2(gelu(fc1(norm(x)))). `approximate` is `torch.nn.GELU`'s."""
+    """x (B, N, D) -> x + keep * scale * fc2(gelu(fc1(norm(x)))). `approximate` is as in `torch.nn.GELU`."""
 
     @staticmethod
     def forward(
@@ -254,7 +254,7 @@ class MLPBranch(torch.autograd.Function):
 
 
 def _kept(keep: Tensor | None) -> Tensor | None:
-    """Images that the branch is computed for, (R,); None: all."""
+    """The images (R,) for which the branch is computed. None: all."""
     return None if keep is None else keep.nonzero().squeeze(1)
 
 
@@ -272,14 +272,14 @@ def _norm_backward(
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # The library multiplies by a weight that lies transposed in memory a fifth faster; copying one is nearly free.
+    # The library multiplies a fifth faster by a weight that is transposed in memory, and the copy is nearly free.
     weight = weight.t().contiguous()
     return x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b, summed over the rows: of (rows, A) and (rows, B) an (A, B)."""
-    # In two halves, and with the narrower one transposed: a tenth faster than one product over so many rows.
+    """a^T b: from (rows, A) and (rows, B) to (A, B)."""
+    # Two halves, with the narrower matrix transposed, are a tenth faster than one product over so many rows.
     if len(a) % 2:
         return a.t() @ b
     if a.shape[1] > b.shape[1]:
@@ -289,7 +289,7 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
 
 def _summed(x: Tensor) -> Tensor:
     """(rows, columns) -> (columns,)."""
-    return (x.new_ones(1, len(x)) @ x)[0]  # half the time of a sum
+    return (x.new_ones(1, len(x)) @ x)[0]  # takes half the time of `x.sum(0)`
 
 
 def _scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -297,7 +297,7 @@ def _scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def _added(x: Tensor, branch: Tensor, scale: Tensor | None, rows: Tensor | None, keep: Tensor | None) -> Tensor:
-    """(B, M, D): x with the branch, (R * M, D), added where it was computed."""
+    """x (B, M, D) plus the branch (R * M, D), for those images for which the branch was computed."""
     if scale is not None:
         branch = branch * scale
     branch = branch.view(-1, *x.shape[1:])
@@ -314,7 +314,7 @@ def _into_branch(
     keep: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of what `_added` adds: of the branch, (R * M, D), and of the scale."""
+    """The gradients of what `_added` adds to x: of the branch (R * M, D), and of the scale (D,)."""
     if rows is not None and keep is not None:
         gradient = gradient[rows] * keep[rows].view(-1, 1, 1)
     gradient = gradient.flatten(0, 1)
@@ -324,7 +324,7 @@ def _into_branch(
 
 
 def _through(d_inside: Tensor, gradient: Tensor, rows: Tensor | None, images: int) -> Tensor:
-    """The gradient of x, (B, N, D), from the branch's, (R, N, D), and from the sum's, (B, M, D)."""
+    """The gradient of x (B, N, D), from those of the branch's input (R, N, D) and of the sum (B, M, D)."""
     d_x = d_inside if rows is None else d_inside.new_zeros(images, *d_inside.shape[1:]).index_add_(0, rows, d_inside)
     d_x[:, : gradient.shape[1]] += gradient
     return d_x

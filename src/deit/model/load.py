@@ -1,4 +1,4 @@
-"""A trained model from its files: alone, or as a classifier with its preprocessing and its labels."""
+"""Loads a trained model from its files: alone, or as a classifier with its preprocessing and its labels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _OF_KIND = {cls.kind: cls for cls in _CLASS.values()}
 
 
 def load_model(name_or_folder: str | Path, **options: Any) -> Any:
-    """A trained model in evaluation mode, of the class its files are of; `options` as for `from_pretrained`."""
+    """A trained model in evaluation mode, of the class that its files need. `options` are as for `from_pretrained`."""
     where = {key: options[key] for key in files.WHERE if key in options}
     try:
         config = files.read_json(files.find_file(name_or_folder, "config.json", **where))
@@ -52,12 +52,12 @@ def load_model(name_or_folder: str | Path, **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A trained classifier as its files have it."""
+    """A trained classifier, as its files describe it."""
 
     name: str
-    """What it was loaded from."""
+    """The name or folder that it was loaded from."""
     model: Any
-    """In evaluation mode, on the CPU."""
+    """The model in evaluation mode, on the CPU."""
     processor: DeiTImageProcessor
     labels: tuple[str, ...]
 
@@ -68,7 +68,7 @@ class Classifier:
 
 
 def load_classifier(name_or_folder: str | Path, **where: Any) -> Classifier:
-    """A classifier with its preprocessing and its labels; `where` as for `from_pretrained`.
+    """A classifier with its preprocessing and its labels. `where` is as for `from_pretrained`.
 
     Raises `ValueError` for a model without classes, and `FileNotFoundError` if the files don't say how images are
     prepared.
@@ -113,6 +113,6 @@ def refuse_other_scoring(name: str | Path, scoring: Scoring, what: str) -> None:
 
 
 def refuse_head(head: str, heads: tuple[str, ...]) -> None:
-    """Raises `ValueError` for a head that is not among a model's."""
+    """Raises `ValueError` if `head` is not among a model's `heads`."""
     if head not in heads:
         raise ValueError(f"this model has no head {head!r}; it has {', '.join(heads)}")

@@ -1,4 +1,4 @@
-"""What the losses of both frameworks share: the paper's numbers, and which loss is meant. No framework."""
+"""What the losses of both frameworks share: the paper's numbers, and the choice of a loss. Loads no framework."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Distillation = Literal["hard", "soft"]
 Normalisation = Literal["images", "elements"]
 
 PAPER_WEIGHT = {"hard": 0.5, "soft": 0.1}
-"""Share of the loss that the teacher gets: hard, eq. 3; soft, lambda of eq. 2 (Touvron et al. 2020)."""
+"""The teacher's share of the loss in Touvron et al. 2020: eq. 3 for `hard`, lambda of eq. 2 for `soft`."""
 PAPER_TEMPERATURE = 3.0
 """tau of eq. 2."""
 
 
 def distillation_settings(kind: str, weight: float | None, temperature: float | None) -> tuple[float, float]:
-    """The teacher's share and the temperature (1 for hard distillation); None takes the paper's."""
+    """The teacher's share of the loss, and the temperature (1 for hard distillation). None takes the paper's."""
     if kind not in PAPER_WEIGHT:
         raise ValueError(f"distillation kind {kind!r} is not known; choose hard or soft")
     weight = PAPER_WEIGHT[kind] if weight is None else weight
@@ -39,8 +39,11 @@ def check_soft_teacher(student: Sequence[int | None], teacher: Sequence[int | No
 
 
 def problem_type(config: DeiTConfig, dtype: object, whole: bool) -> str:
-    """`config.problem_type`, or what `transformers` decides: one target is regression; whole numbers are one class
-    each; anything else is multi-label."""
+    """`config.problem_type`, or else what `transformers` decides.
+
+    One target means regression. Whole numbers mean one class for each image. Anything else means multi-label. `whole`
+    says whether the labels are whole numbers.
+    """
     problem = config.problem_type
     if problem is None:
         problem = (
@@ -67,5 +70,5 @@ def check_labels(labels: Sequence[int | None], expected: Sequence[int | None], p
 
 
 def same_shape(shape: Sequence[int | None], other: Sequence[int | None]) -> bool:
-    """None is a size that a graph doesn't know yet."""
+    """Whether two shapes can be the same. None is a size that a graph doesn't know yet."""
     return len(shape) == len(other) and all(a == b or None in (a, b) for a, b in zip(shape, other, strict=True))

@@ -1,4 +1,4 @@
-"""What is minimised, as functions of logits. B images, C classes or regression targets."""
+"""The losses that training minimises, as functions of logits. B images, C classes or regression targets."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from deit.model.loss_rules import (
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Mean over images; `targets` are class indices (B,) or probabilities (B, C)."""
+    """Cross-entropy, as a mean over images. `targets` are class indices (B,) or probabilities (B, C)."""
     targets = targets.to(logits.dtype) if targets.is_floating_point() else targets.long()
     return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over images and classes (Touvron et al. 2022, DeiT III); `targets` are class indices (B,) or shares (B, C).
+    """Binary cross-entropy, as a mean over images and classes (Touvron et al. 2022, DeiT III).
 
-    Every class with a share is a yes: of two mixed images, both.
+    `targets` are class indices (B,) or shares (B, C). Every class with a share counts as present: two mixed images have
+    both of their classes.
     """
     if targets.dim() == 1:
         targets = F.one_hot(targets.long(), logits.shape[-1])
@@ -34,8 +35,11 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def cosub_loss(one: Tensor, other: Tensor, targets: Tensor, *, binary: bool, smoothing: float = 0.0) -> Tensor:
-    """Two submodels' logits (B, C) against the labels and against each other, a quarter each (Touvron et al. 2022,
-    "Co-training 2^L submodels", eq. 1); what one teaches the other has no gradient."""
+    """Co-training of two submodels (Touvron et al. 2022, "Co-training 2^L submodels", eq. 1).
+
+    Each submodel's logits (B, C) learn from the labels and from the other submodel. These four losses have a quarter of
+    the weight each. Nothing flows back into a submodel that acts as the teacher.
+    """
     if binary:
         total = sum(binary_cross_entropy(logits, targets) for logits in (one, other)) + sum(
             F.binary_cross_entropy_with_logits(logits, teacher.detach().sigmoid())
@@ -51,10 +55,10 @@ def cosub_loss(one: Tensor, other: Tensor, targets: Tensor, *, binary: bool, smo
 def classification_loss(
     logits: Tensor, labels: Tensor, config: DeiTConfig, items: Tensor | int | None = None
 ) -> Tensor:
-    """The loss that `transformers` computes for `labels`, by `config.problem_type` or decided as it decides.
+    """The loss that `transformers` computes for `labels`, by `config.problem_type` or by its own decision.
 
-    One target: regression (mean squared error). Whole numbers: one class each (cross-entropy over (B,)). Otherwise:
-    multi-label (binary cross-entropy over (B, C)).
+    It decides like this. One target: regression (mean squared error). Whole numbers: one class for each image
+    (cross-entropy over (B,)). Otherwise: multi-label (binary cross-entropy over (B, C)).
 
     The mean over the labels, or with `items` their sum divided by that number: the labels of a whole step, if it is
     made of several batches.
@@ -91,19 +95,21 @@ def distillation_loss(
     normalisation: Normalisation = "images",
     smoothing: float = 0.0,
 ) -> Tensor:
-    """The student's loss under a teacher (Touvron et al. 2020, section 4), mean over images.
+    """The loss of a student that has a teacher (Touvron et al. 2020, section 4), as a mean over images.
 
     hard, eq. 3: `(1 - weight) CE(cls, labels) + weight CE(distillation, argmax teacher)`.
     soft, eq. 2: `(1 - weight) CE(cls, labels) + weight tau^2 KL(teacher / tau || distillation / tau)`.
-    Weight and temperature default to the paper's: 1/2; 0.1 and 3. The original code divides KL by the number of
-    elements, images times classes, and not by that of images: `normalisation="elements"`.
+    The defaults are the paper's: weight 1/2 for hard; weight 0.1 and tau 3 for soft.
 
     Args:
         cls_logits: (B, C), of the class token's head, which learns from the labels.
-        distillation_logits: (B, C), of the head that learns from the teacher. Without distillation token: the same.
+        distillation_logits: (B, C), of the head that learns from the teacher. A model without a distillation token
+            passes the same logits twice.
         labels: class indices (B,) or probabilities (B, C).
-        teacher: the teacher's logits (B, C); for hard distillation also its decisions (B,).
-        smoothing: of the labels, 0 to <1; never of the teacher's decisions.
+        teacher: the teacher's logits (B, C). Hard distillation also takes the teacher's decisions (B,).
+        normalisation: "images" divides KL by the number of images. "elements" divides it by images times classes, as
+            the original code does.
+        smoothing: label smoothing, 0 to below 1. The teacher's decisions are never smoothed.
     """
     weight, tau = distillation_settings(kind, weight, temperature)
     truth = cross_entropy(cls_logits, labels, smoothing)
@@ -126,13 +132,13 @@ def masked_image_loss(pixels: Tensor, reconstruction: Tensor, mask: Tensor) -> T
     """Mean absolute difference over the masked pixels (SimMIM, Xie et al. 2021, section 3.4).
 
     Args:
-        pixels: (B, channels, height, width); a border that no whole patch covers is left out.
+        pixels: (B, channels, height, width). A border that no whole patch covers is left out.
         reconstruction: (B, channels, rows * patch height, columns * patch width).
         mask: (B, rows, columns), true where the patch was hidden.
     """
     height, width = reconstruction.shape[-2:]
     rows, columns = mask.shape[-2:]
-    # Counted in float32 whatever the model computes in: float16 ends at 65504 pixels.
+    # Counted in float32 whatever the model's type, because float16 ends at 65504.
     hidden = mask.float().repeat_interleave(height // rows, 1).repeat_interleave(width // columns, 2)
     difference = (pixels[..., :height, :width] - reconstruction).abs() * hidden.unsqueeze(1)
     # The small constant keeps an empty mask at zero instead of NaN; the value is transformers'.

@@ -1,4 +1,4 @@
-"""The network and its heads, PyTorch.
+"""The network and its heads in PyTorch.
 
 B images, N tokens (prefix and patches), D width, H heads, K head width, C classes, R x S grid of patches.
 """
@@ -52,7 +52,7 @@ _ACTIVATION: dict[str, Callable[[], nn.Module]] = {
 
 
 def note(trace: Trace | None, name: str, value: Tensor) -> Tensor:
-    """Keeps `value` under `name` when a trace is asked for, and passes it on."""
+    """Keeps `value` under `name` if there is a trace, and returns it."""
     if trace is not None:
         trace[name] = value
     return value
@@ -64,8 +64,8 @@ def note(trace: Trace | None, name: str, value: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention. `implementation` chooses the kernel, never the result.
 
-    `sdpa` is PyTorch's fused kernel, `eager` two batched matmuls. `auto` is sdpa, except in training on the CPU, where
-    the fused kernel's backward is the slower one. Whoever asks for the weights, or masks heads, gets eager.
+    `sdpa` is PyTorch's fused kernel, `eager` is two batched matmuls. `auto` is `sdpa`, except in training on the CPU,
+    because the fused kernel's backward pass is slower there. A call that needs the weights or masks heads is `eager`.
     """
 
     implementation: AttnImplementation
@@ -82,7 +82,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, head_mask: Tensor | None = None, need_weights: bool = False, read: int | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """What the first `read` tokens, or all, gather from all tokens; and their weights where they are needed."""
+        """What the first `read` tokens (None: all) gather from all tokens, and their weights if those are needed."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_width)).permute(2, 0, 3, 1, 4)  # (B, H, N, K)
         q = q[:, :, :read]
         dropout = self.dropout if self.training else 0.0
@@ -118,19 +118,21 @@ _KNOWN_BY_HAND = {Attention, MLP, nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout}
 
 
 def _untouched(module: nn.Module) -> bool:
-    """Whether it is what `cpu_training` stands for, neither replaced (adapters, parametrizations) nor hooked."""
+    """Whether `cpu_training` computes this module: it is neither replaced (adapters, parametrizations) nor hooked."""
     return type(module) in _KNOWN_BY_HAND and not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; both branches with optional LayerScale, and a factor `keep` (2, B) for each image:
-    stochastic depth's. `read`: only so many of the first tokens are wanted of the result.
+    """Pre-norm transformer block.
 
-    In training on the CPU both branches are those of `cpu_training`, which has the same values for less work, unless
-    something is asked for that only autograd knows: dropout, attention weights, another activation, compilation, hooks
-    on the parts, parts that were replaced.
+    Both branches have optional LayerScale. `keep` (2, B) holds stochastic depth's factor of each branch for each image.
+    With `read`, the block returns only that many tokens, from the first on.
+
+    In training on the CPU, `cpu_training` computes both branches, because it gives the same values with less work.
+    Autograd takes over if only it can do what is needed: dropout, attention weights, another activation, compilation,
+    hooks on the parts, replaced parts.
     """
 
     scale1: Tensor | None
@@ -180,7 +182,7 @@ class Block(nn.Module):
 
     def _trained_on_cpu(self, x: Tensor, first: Tensor | None, second: Tensor | None, read: int) -> Tensor:
         attention, mlp, dtype = self.attention, self.mlp, cpu_training.compute_dtype(x)
-        with torch.autocast("cpu", enabled=False):  # the branches choose for themselves
+        with torch.autocast("cpu", enabled=False):  # the branches choose the type of each operation themselves
             x = cpu_training.AttentionBranch.apply(
                 x,
                 first,
@@ -225,12 +227,12 @@ def _resize_matrix(old: int, new: int) -> Tensor:
 
 
 class DeiTModel(PreTrained):
-    """The backbone: patches and prefix tokens through the blocks (Touvron et al. 2020, sections 3 and 4).
+    """The backbone: patches and prefix tokens pass through the blocks (Touvron et al. 2020, sections 3 and 4).
 
     Args:
-        config: sizes and options; with `distillation_token=False`, a plain ViT.
+        config: sizes and options. With `distillation_token=False`, the model is a plain ViT.
         add_pooling_layer: adds a linear layer and `config.pooler_act` on the class token.
-        use_mask_token: adds the token that stands in for hidden patches (`bool_masked_pos`).
+        use_mask_token: adds the token that replaces hidden patches (`bool_masked_pos`).
     """
 
     kind = "backbone"
@@ -277,17 +279,19 @@ class DeiTModel(PreTrained):
         read: int | None = None,
         trace: Trace | None = None,
     ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
-        """Args:
-        pixel_values: (B, channels, height, width), normalised.
-        bool_masked_pos: (B, patches), true where a patch is replaced by the mask token.
-        head_mask: (H,) or (blocks, H), a factor for each head's attention weights, 0 to 1.
-        output_attentions, output_hidden_states, return_dict: None takes the config's.
-        interpolate_pos_encoding: accept images of another size than `config.image_size`.
-        depth_draws: (B, blocks, 2), uniform in [0, 1): stochastic depth in training drops a branch for an image
-            where its number is below the block's rate. None draws them here.
-        read: only so many of the first tokens are wanted of `last_hidden_state`: the last block then computes no
-            others. Where hidden states, attentions or a trace are asked for, it gives all.
-        trace: a dict to fill with every intermediate by name.
+        """Computes the tokens of a batch of images.
+
+        Args:
+            pixel_values: (B, channels, height, width), normalised.
+            bool_masked_pos: (B, patches), true where the mask token replaces a patch.
+            head_mask: (H,) or (blocks, H), a factor for each head's attention weights, 0 to 1.
+            output_attentions, output_hidden_states, return_dict: None takes the config's.
+            interpolate_pos_encoding: accepts images of another size than `config.image_size`.
+            depth_draws: (B, blocks, 2), uniform in [0, 1), for stochastic depth in training. A branch is dropped for an
+                image if its number is below the block's rate. None draws the numbers here.
+            read: the number of tokens that the caller reads from `last_hidden_state`, from the first on. The last block
+                then computes no others. With hidden states, attentions or a trace, it computes all of them.
+            trace: a dict to fill with every intermediate by name.
         """
         config = self.config
         need_weights = config.output_attentions if output_attentions is None else output_attentions
@@ -321,12 +325,12 @@ class DeiTModel(PreTrained):
         )
 
     def _keeps(self, pixels: Tensor | None, draws: Tensor | None) -> Sequence[Tensor | None]:
-        """For each block the factors (2, B) of its branches, 0 or 1 / (1 - rate): the expectation stays."""
+        """The factors (2, B) of each block's branches: 0, or 1 / (1 - rate) so that the expectation stays the same."""
         config = self.config
         shape = (0 if pixels is None else pixels.shape[0], config.num_hidden_layers, 2)
         if draws is not None and draws.shape != shape:
             raise ValueError(
-                f"depth_draws must be {shape}: two for each block of each image; found {tuple(draws.shape)}"
+                f"depth_draws must be {shape}, two for each block of each image; found {tuple(draws.shape)}"
             )
         if pixels is None or not self.training or config.drop_path_rate == 0.0:
             return [None] * config.num_hidden_layers
@@ -358,7 +362,10 @@ class DeiTModel(PreTrained):
             )
         rows, columns = config.grid_of(height, width)
         if not rows or not columns:
-            raise ValueError(f"images of {height}x{width} hold no patch of {config.patch_hw[0]}x{config.patch_hw[1]}")
+            raise ValueError(
+                f"images of {height}x{width} hold no patch of {config.patch_hw[0]}x{config.patch_hw[1]}; give larger "
+                "images"
+            )
         patches = self.patch(pixels.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)  # (B, R * S, D)
         batch = patches.shape[0]
         if mask is not None:
@@ -385,16 +392,19 @@ class DeiTModel(PreTrained):
         return mask.bool().unsqueeze(-1)  # (B, R * S, 1)
 
     def _positions(self, rows: int, columns: int) -> Tensor:
-        """Position embeddings for a grid of patches, those of the prefix tokens unchanged in front."""
+        """Position embeddings for a grid of patches. Those of the prefix tokens stand in front and don't change."""
         if (rows, columns) == self.config.grid:
             return self.position
         prefix, grid = self.position.tensor_split([self.config.num_prefix_positions], dim=1)
         grid = grid.unflatten(1, self.config.grid)  # (1, R, S, D)
-        # Float32 whatever the parameters' type: a weighted sum of 16 neighbours.
+        # In float32 whatever the parameters' type, because each value is a weighted sum of 16 neighbours.
         down = _resize_matrix(self.config.grid[0], rows).to(grid.device)
         across = _resize_matrix(self.config.grid[1], columns).to(grid.device)
         resized = torch.einsum("rR,sS,bRSd->brsd", down, across, grid.float()).to(grid.dtype)
         return torch.cat([prefix, resized.flatten(1, 2)], dim=1)
+
+    def relabel(self, config: DeiTConfig) -> None:
+        self._config = config
 
     def resize_grid(self, config: DeiTConfig) -> None:
         position = self._positions(*config.grid).detach().clone()
@@ -416,7 +426,7 @@ def _result(model: PreTrained, return_dict: bool | None, output: Any) -> Any:
 
 
 class _WithHead(PreTrained):
-    """A backbone, named `deit` as users of `transformers` know it, under a head."""
+    """Base class of the models with a head. The backbone is named `deit`, as users of `transformers` know it."""
 
     def __init__(self, config: DeiTConfig, use_mask_token: bool = False):
         super().__init__()
@@ -425,6 +435,10 @@ class _WithHead(PreTrained):
     @property
     def config(self) -> DeiTConfig:  # type: ignore[override]
         return self.deit.config
+
+    def fresh_head(self) -> nn.Module:
+        """A classifier of `config.num_labels` outputs with fresh values."""
+        return _classifier(self.config)
 
 
 def _classifier(config: DeiTConfig) -> nn.Module:
@@ -438,7 +452,8 @@ def _classifier(config: DeiTConfig) -> nn.Module:
 class DeiTForMaskedImageModeling(_WithHead):
     """Predicts the pixels of hidden patches with one linear layer (SimMIM, Xie et al. 2021).
 
-    Any grid of patches: non-square images and patches, and other resolutions with `interpolate_pos_encoding`.
+    Works with any grid of patches: non-square images and patches, and other resolutions with
+    `interpolate_pos_encoding`.
     """
 
     kind = "masked_image"
@@ -446,7 +461,7 @@ class DeiTForMaskedImageModeling(_WithHead):
     def __init__(self, config: DeiTConfig):
         if config.patch_hw != _as_pair(config.encoder_stride):
             raise ValueError(
-                f"the decoder paints a patch from its token: encoder_stride={config.encoder_stride} must "
+                f"the decoder paints each patch from its token, so encoder_stride={config.encoder_stride} must "
                 f"equal patch_size={config.patch_size}; use config.replace(encoder_stride=...)"
             )
         super().__init__(config, use_mask_token=True)
@@ -467,7 +482,7 @@ class DeiTForMaskedImageModeling(_WithHead):
         depth_draws: Tensor | None = None,
         trace: Trace | None = None,
     ) -> MaskedImageModelingOutput | tuple[Any, ...]:
-        """As `DeiTModel.forward`; with `bool_masked_pos` the output has the `loss` on the hidden patches."""
+        """Like `DeiTModel.forward`. With `bool_masked_pos`, the output has the `loss` on the hidden patches."""
         out = self.deit(
             pixel_values,
             bool_masked_pos,
@@ -526,7 +541,9 @@ class DeiTForImageClassification(_WithHead):
         depth_draws: Tensor | None = None,
         trace: Trace | None = None,
     ) -> ImageClassifierOutput | tuple[Any, ...]:
-        """As `DeiTModel.forward`; `labels` give the loss: (B,) class indices, or (B, C) multi-label or regression.
+        """Like `DeiTModel.forward`. With `labels`, the output has the `loss`.
+
+        `labels` are class indices (B,), or (B, C) for multi-label and regression.
 
         `num_items_in_batch` is the number of labels in a whole step of several batches. The loss is then the sum over
         this batch, divided by that number, so that the batches' losses add up to the step's mean.
@@ -555,8 +572,8 @@ class DeiTForImageClassification(_WithHead):
 class DeiTForImageClassificationWithTeacher(_WithHead):
     """Two linear classifiers: the class token's learns from labels, the distillation token's from a teacher.
 
-    `logits` are the mean of both heads' logits, as the original code and `transformers` fuse them; `fuse_heads` has
-    the paper's sum of softmaxes and either head alone.
+    `logits` are the mean of both heads' logits, as the original code and `transformers` fuse them. `fuse_heads` also
+    gives the paper's sum of softmaxes, and either head alone.
     """
 
     kind = "with_teacher"
@@ -565,7 +582,7 @@ class DeiTForImageClassificationWithTeacher(_WithHead):
     def __init__(self, config: DeiTConfig):
         if not config.distillation_token:
             raise ValueError(
-                "a model with teacher needs a distillation token, found distillation_token=False in the "
+                "a model with a teacher needs a distillation token, found distillation_token=False in the "
                 "config; use DeiTForImageClassification, or config.replace(distillation_token=True)"
             )
         super().__init__(config)
@@ -590,14 +607,16 @@ class DeiTForImageClassificationWithTeacher(_WithHead):
         depth_draws: Tensor | None = None,
         trace: Trace | None = None,
     ) -> DeiTForImageClassificationWithTeacherOutput | tuple[Any, ...]:
-        """As `DeiTModel.forward`, and the loss:
+        """Like `DeiTModel.forward`. With labels, the output can have the `loss`.
+
+        With `labels` and `teacher_logits`, it is `losses.distillation_loss`. With `labels` alone, it is the loss of the
+        fused logits, but only in evaluation, because such a training would ignore the teacher.
 
         Args:
-            labels: (B,) class indices, or (B, C) probabilities (mixed labels).
+            labels: class indices (B,), or probabilities (B, C) for mixed labels.
             num_items_in_batch: as for `DeiTForImageClassification`.
-            teacher_logits: (B, C), or with hard distillation the teacher's decisions (B,). With both, `loss` is
-                `losses.distillation_loss` (hard, or soft with `distillation_weight` and `temperature`). With labels
-                alone it is the loss of the fused logits, in evaluation only: training so would ignore the teacher.
+            teacher_logits: (B, C), or the teacher's decisions (B,) for hard distillation.
+            distillation, distillation_weight, temperature: as in `losses.distillation_loss`.
         """
         out = self.deit(
             pixel_values,
@@ -654,9 +673,9 @@ class DeiTForImageClassificationWithTeacher(_WithHead):
 def fuse_heads(cls_logits: Tensor, distillation_logits: Tensor, head: Head = "fused") -> Tensor:
     """Class probabilities (B, C) from the two heads' logits (B, C).
 
-    `fused`: softmax of the mean of the logits (the original code, `transformers`, timm). `softmax`: mean of the
-    softmaxes (the paper, section 4: "we add the softmax output by the two classifiers"). `class`, `distillation`: one
-    head alone.
+    - `fused`: softmax of the mean of the logits (the original code, `transformers`, timm).
+    - `softmax`: mean of the softmaxes (the paper, section 4: "we add the softmax output by the two classifiers").
+    - `class`, `distillation`: one head alone.
     """
     match head:
         case "fused":
@@ -671,8 +690,10 @@ def fuse_heads(cls_logits: Tensor, distillation_logits: Tensor, head: Head = "fu
 
 
 def head_probabilities(output: ModelOutput, temperature: float = 1.0) -> dict[Head, Tensor]:
-    """Class probabilities (B, C) by every head of a classifier's output, of logits divided by `temperature`; one with a
-    single head has `fused` and `class` alike."""
+    """Class probabilities (B, C) of every head, from a classifier's output. Logits are divided by `temperature`.
+
+    A classifier with a single head has the same probabilities under `fused` and `class`.
+    """
     if isinstance(output, DeiTForImageClassificationWithTeacherOutput):
         heads: tuple[Head, ...] = get_args(Head)
         both = output.cls_logits.float() / temperature, output.distillation_logits.float() / temperature
@@ -698,7 +719,7 @@ def head_scores(output: ModelOutput, scoring: Scoring = "softmax", temperature: 
 
 
 class ViTModel(DeiTModel):
-    """`DeiTModel` without distillation token."""
+    """`DeiTModel` without a distillation token."""
 
     config_class = ViTConfig
 
@@ -708,7 +729,7 @@ class ViTModel(DeiTModel):
 
 
 class ViTForImageClassification(DeiTForImageClassification):
-    """`DeiTForImageClassification` without distillation token; the backbone is also known as `vit`."""
+    """`DeiTForImageClassification` without a distillation token. The backbone is also named `vit`."""
 
     config_class = ViTConfig
 

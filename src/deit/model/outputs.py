@@ -1,4 +1,4 @@
-"""What a forward pass returns, whatever the framework: the names and the access of `transformers`' outputs.
+"""What a forward pass returns in both frameworks, with the names and the access of `transformers`' outputs.
 
 B images, N tokens (prefix and patches), D width, H heads, C classes.
 """
@@ -70,7 +70,7 @@ class BaseModelOutputWithPooling(ModelOutput):
     last_hidden_state: Any = None
     """(B, N, D), after the final LayerNorm."""
     pooler_output: Any = None
-    """(B, pooler width); None without pooling layer."""
+    """(B, pooler width); None without a pooling layer."""
     hidden_states: tuple[Any, ...] | None = None
     """The embeddings and the output of each block, before the final LayerNorm: each (B, N, D)."""
     attentions: tuple[Any, ...] | None = None

@@ -1,4 +1,4 @@
-"""What every model of the family has: files, the hub, fresh values, resolution, checkpointing, choice of attention."""
+"""What all models share: files, the hub, initialisation, resolution, gradient checkpointing, the attention kernel."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from deit.config import DeiTConfig
 from deit.image.processor import DeiTImageProcessor
 from deit.model import pytrees  # noqa: F401  registers the outputs
 from deit.model.checkpointing import Checkpointing
+from deit.model.timm_ways import TimmWays
 from deit.model.trainer_files import TrainerFiles
 from deit.weights import hub
 from deit.weights.card import Facts
@@ -25,7 +26,7 @@ AttnImplementation = Literal["auto", "eager", "sdpa"]
 
 
 class Backbone(Protocol):
-    """What the models' base needs of the transformer in them."""
+    """What `PreTrained` needs from the transformer in a model."""
 
     position: nn.Parameter
     """(1, positions, D)."""
@@ -34,12 +35,15 @@ class Backbone(Protocol):
     gradient_checkpointing: bool
     checkpointing: Checkpointing
 
+    def relabel(self, config: DeiTConfig) -> None:
+        """Replaces the config by `config`, which differs in the labels only."""
+
     def resize_grid(self, config: DeiTConfig) -> None:
-        """Takes `config` in place of its own, which differs in the image size, and fits the positions to its grid."""
+        """Replaces the config by `config`, which differs in the image size only, and fits the positions to its grid."""
 
 
-class PreTrained(nn.Module):
-    """Base of the models; `backbone` is the transformer in them."""
+class PreTrained(TimmWays, nn.Module):
+    """Base class of the models. `backbone` is the transformer in a model."""
 
     kind: ClassVar[weights.Kind]
     config_class: ClassVar[type[DeiTConfig]] = DeiTConfig
@@ -100,8 +104,9 @@ class PreTrained(nn.Module):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """Recomputes each block in the backward pass: activations of one block at a time, for about a third more
-        computation.
+        """Makes the backward pass recompute each block.
+
+        Only one block's activations are in memory at a time, for about a third more computation.
 
         Args:
             gradient_checkpointing_kwargs: options of `torch.utils.checkpoint.checkpoint`; `use_reentrant` is False
@@ -150,10 +155,10 @@ class PreTrained(nn.Module):
 
     @torch.no_grad()
     def resize_to(self, image_size: int | tuple[int, int]) -> Self:
-        """Adapts the positions to images of another size (pixels, one number or (height, width)), once and for all.
+        """Adapts the positions for good to images of another size (in pixels: one number or (height, width)).
 
-        Bicubic, as the paper does for fine-tuning at higher resolution (section 3.3); tokens before the patches keep
-        theirs. Returns the model itself.
+        The positions are resized by bicubic interpolation, as in the paper for fine-tuning at a higher resolution
+        (section 3.3). The tokens before the patches keep theirs. Returns the model itself.
         """
         self.backbone.resize_grid(self.config.replace(image_size=image_size))
         return self
@@ -175,8 +180,7 @@ class PreTrained(nn.Module):
         revision: str | None = None,
         commit_message: str | None = None,
     ) -> None:
-        """Writes `config.json` and `model.safetensors` (or shards) as Hugging Face names them; `transformers` reads
-        them.
+        """Writes `config.json` and `model.safetensors` (or shards) in Hugging Face's format, for `transformers` too.
 
         Args:
             is_main_process: the processes where this is False write nothing.
@@ -302,7 +306,7 @@ class PreTrained(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Parameters under the names of `weights.manifest`."""
+        """The parameters under the names of `weights.manifest`."""
         base = weights.BASE if self.kind == "backbone" else ""
         return {base + name: tensor.detach() for name, tensor in self.state_dict().items()}
 
@@ -333,22 +337,23 @@ class PreTrained(nn.Module):
         trust_remote_code: bool | None = None,
         **overrides: Any,
     ) -> Any:
-        """A model in evaluation mode from a folder, a weight file, or a hub repository, in any known dialect.
+        """Reads a model from a folder, a weight file or a hub repository, in any known dialect.
 
         Args:
             name_or_folder: e.g. `facebook/deit-tiny-distilled-patch16-224`, `runs/x/model`, `deit_tiny.pth`. None
                 takes everything from `config` and `state_dict`.
-            config: replaces the file's own, and is needed where there is none and shapes can't tell. A name or a folder
-                stands for the config that is there.
+            config: replaces the file's own config. Needed if there is none and the shapes don't tell the architecture.
+                A name or a folder stands for the config that is there.
             state_dict: tensors in any dialect, which are loaded in place of the files'.
             force_download: fetches files of the hub again though the cache has them.
             variant: reads the files of that name, e.g. "fp16" for `model.fp16.safetensors`.
             use_safetensors: True reads such files alone, False none of them.
-            dtype: of the parameters; None is float32, "auto" is the file's. `torch_dtype` is its former name.
+            dtype: the type of the parameters: None for float32, "auto" for the file's. `torch_dtype` is its former
+                name.
             device_map: the one device that takes the model, e.g. "cuda:0", 0, "auto" (the accelerator, or else the CPU)
                 or {"": "cpu"}.
-            ignore_mismatched_sizes: tensors of another shape than the model's are left at their fresh initialisation.
-            output_loading_info: returns `(model, info)`, info with missing, unexpected and mismatched keys.
+            ignore_mismatched_sizes: initialises tensors anew whose shape differs from the model's, instead of raising.
+            output_loading_info: returns `(model, info)`. The info has missing, unexpected and mismatched keys.
             add_pooling_layer, use_mask_token: whether a backbone has these parts; None takes what the file holds.
             low_cpu_mem_usage: changes nothing, because no tensor is allocated twice in any case.
             trust_remote_code: changes nothing, because no code of a repository is run in any case.
@@ -356,11 +361,13 @@ class PreTrained(nn.Module):
                 `image_size`, the positions are resized after reading.
 
         Returns:
-            The model; what the file lacks (a head, a pooler, a mask token) is initialised anew, with a warning.
+            The model in evaluation mode. Parts that the file lacks (a head, a pooler, a mask token) are initialised
+            anew, with a warning.
 
         Raises:
-            FileNotFoundError: nothing there, or not reachable.
-            CheckpointError, ValueError: truncated, corrupt, unsafe, unknown or ill-fitting; nothing is half-loaded.
+            FileNotFoundError: the files don't exist or can't be fetched.
+            CheckpointError, ValueError: the files are truncated, corrupt, unsafe, unknown or don't fit. Nothing is
+                half-loaded.
         """
         where: dict[str, Any] = {
             "revision": revision,
@@ -420,7 +427,7 @@ class PreTrained(nn.Module):
         trust_remote_code: bool | None = None,
         **overrides: Any,
     ) -> Any:
-        """`from_pretrained` of a checkpoint that is read already."""
+        """Like `from_pretrained`, but from a checkpoint that was read already."""
         _refuse_undone(overrides)
         if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
             raise ValueError(f"dtype={dtype} contradicts torch_dtype={torch_dtype}, its former name; give dtype alone")
@@ -433,7 +440,7 @@ class PreTrained(nn.Module):
                 raise ValueError(f"{part} is an option of DeiTModel and ViTModel, found {cls.__name__}; leave it out")
             if wanted is not None:
                 options[part] = wanted
-        with torch.device("meta"):  # neither allocates nor initialises what the file is about to give
+        with torch.device("meta"):  # no need to allocate and initialise tensors that the file gives
             model = cls(settings, **options)
         info = model._load(found, ignore_mismatched_sizes)
         model.to(device, _dtype(torch_dtype if dtype is None else dtype, found.tensors))
@@ -444,7 +451,7 @@ class PreTrained(nn.Module):
         return (model, info) if output_loading_info else model
 
     def _load(self, found: hub.Checkpoint, ignore_mismatched_sizes: bool) -> dict[str, list[str]]:
-        """Puts the file's tensors in place of this model's (on the meta device), and initialises the rest."""
+        """Replaces this model's tensors, which are on the meta device, by the file's. Initialises the rest."""
         expected = {name: tuple(tensor.shape) for name, tensor in self._tensors().items()}
         fitted = found.fit(expected, ignore_mismatched_sizes)
         base = len(weights.BASE) if self.kind == "backbone" else 0
@@ -519,11 +526,11 @@ def _dtype(dtype: torch.dtype | str | None, tensors: Mapping[str, Tensor]) -> to
 
 @torch.no_grad()
 def initialise(model: nn.Module, config: DeiTConfig, names: list[str] | None = None) -> None:
-    """Fresh values as the original code draws them, for all parameters or those in `names`.
+    """Gives fresh values to all parameters, or to those in `names`, as the original code draws them.
 
-    Tokens, positions and linear weights: truncated normal of `config.initializer_range`; biases zero; LayerNorm one
-    and zero; LayerScale at its start value; patch projection: PyTorch's own for a convolution (uniform within
-    1/sqrt(fan in)), which the original leaves as it is.
+    - Tokens, positions and linear weights: truncated normal with deviation `config.initializer_range`.
+    - Biases: zero. LayerNorm: weight one and bias zero. LayerScale: its start value.
+    - Patch projection: PyTorch's default for a convolution (uniform within 1/sqrt(fan in)), as in the original code.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_meta or (names is not None and name not in names):

@@ -1,6 +1,6 @@
-"""The same models in Keras 3, for TensorFlow and JAX: `deit.model`'s twin, class for class, on the same files.
+"""The same models in Keras 3, for TensorFlow and JAX: `deit.model`'s twin, class for class, with the same files.
 
-Importing it registers the classes with Keras, so that `keras.saving.load_model` opens their `.keras` files.
+Importing this package registers the classes with Keras, so that `keras.saving.load_model` opens their `.keras` files.
 """
 
 from deit.model_keras.network import Attention as Attention

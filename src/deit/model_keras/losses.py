@@ -1,7 +1,9 @@
-"""`losses` in Keras: the same functions of logits, value for value. B images, C classes or regression targets.
+"""`deit.model.losses` in Keras: the same functions of logits, with the same values.
 
-In float32 whatever the logits' type. A class that the model does not have makes the loss NaN: a compiled function can't
-raise.
+They compute in float32 whatever the logits' type. A class that the model does not have makes the loss NaN, because a
+compiled function can't raise.
+
+B images, C classes or regression targets.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ def _is_whole(x: Any) -> bool:
 
 
 def cross_entropy(logits: Any, targets: Any, smoothing: float = 0.0) -> Any:
-    """Mean over images; `targets` are class indices (B,) or probabilities (B, C)."""
+    """Cross-entropy, as a mean over images. `targets` are class indices (B,) or probabilities (B, C)."""
     logits = ops.cast(logits, "float32")
     classes = logits.shape[-1]
     if len(targets.shape) == 1:
@@ -38,7 +40,7 @@ def cross_entropy(logits: Any, targets: Any, smoothing: float = 0.0) -> Any:
 
 
 def classification_loss(logits: Any, labels: Any, config: DeiTConfig) -> Any:
-    """The loss for `labels`, by `config.problem_type` or decided as `transformers` decides (`losses`)."""
+    """The loss for `labels`, by `config.problem_type` or by `transformers`' own decision, as in `deit.model.losses`."""
     whole = _is_whole(labels)
     problem = problem_type(config, labels.dtype, whole)
     if problem == "single_label_classification":
@@ -66,7 +68,7 @@ def distillation_loss(
     normalisation: Normalisation = "images",
     smoothing: float = 0.0,
 ) -> Any:
-    """The student's loss under a teacher (Touvron et al. 2020, eq. 2 and 3); arguments as in `losses`."""
+    """The loss of a student that has a teacher (Touvron et al. 2020, eq. 2, 3). Arguments as in `deit.model.losses`."""
     weight, tau = distillation_settings(kind, weight, temperature)
     truth = cross_entropy(cls_logits, labels, smoothing)
     if kind == "hard":
@@ -82,7 +84,7 @@ def distillation_loss(
 
 
 def masked_image_loss(pixels: Any, reconstruction: Any, mask: Any) -> Any:
-    """Mean absolute difference over the masked pixels; arguments as in `losses`."""
+    """Mean absolute difference over the masked pixels. Arguments as in `deit.model.losses`."""
     height, width = reconstruction.shape[-2:]
     rows, columns = mask.shape[-2:]
     hidden = ops.repeat(ops.repeat(ops.cast(mask, "float32"), height // rows, axis=1), width // columns, axis=2)

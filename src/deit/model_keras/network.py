@@ -1,4 +1,4 @@
-"""The network and its heads, Keras 3: `model`'s twin, class for class, for the TensorFlow and JAX back ends.
+"""The network and its heads in Keras 3: the twin of `deit.model.network`, class for class, for TensorFlow and JAX.
 
 B images, N tokens (prefix and patches), D width, H heads, K head width, C classes, R x S grid of patches, P x Q pixels
 of a patch.
@@ -24,7 +24,7 @@ from deit.model.outputs import (
 )
 from deit.model_keras.pretrained import PreTrainedKeras, Trace, by_name, initial, initial_patch, note
 
-import keras  # isort: skip  # after the line above, which says what is missing
+import keras  # isort: skip  # after the line above, which says what to install if Keras is missing
 from keras import ops  # isort: skip
 
 from deit.model_keras.losses import classification_loss, distillation_loss, masked_image_loss  # isort: skip
@@ -64,7 +64,7 @@ def _norm(config: DeiTConfig, dtype: Any) -> keras.layers.LayerNormalization:
 
 
 class Attention(keras.layers.Layer):
-    """Multi-head self-attention; the weights in float32."""
+    """Multi-head self-attention. The attention weights are computed in float32."""
 
     def __init__(self, config: DeiTConfig, dtype: Any):
         super().__init__(dtype=dtype)
@@ -76,7 +76,7 @@ class Attention(keras.layers.Layer):
         self.built = True
 
     def call(self, x: Any, head_mask: Any = None, read: int | None = None, training: bool = False) -> tuple[Any, Any]:
-        """What the first `read` tokens, or all, gather from all tokens; and their attention weights (B, H, N, N)."""
+        """What the first `read` tokens (None: all) gather from all tokens, and their attention weights (B, H, N, N)."""
         tokens, width = x.shape[1:]
         qkv = ops.reshape(self.qkv(x), (-1, tokens, 3, self.heads, self.head_width))
         q, k, v = ops.unstack(ops.transpose(qkv, (2, 0, 3, 1, 4)), 3)  # each (B, H, N, K)
@@ -98,14 +98,17 @@ class MLP(keras.layers.Layer):
         self.built = True
 
     def call(self, x: Any) -> Any:
-        # Of matrices, and not of stacks of them, TensorFlow makes product, bias and GELU one operation.
+        # TensorFlow fuses product, bias and GELU into one operation for matrices, but not for stacks of matrices.
         y = self.fc2(self.activation(self.fc1(ops.reshape(x, (-1, x.shape[-1])))))
         return ops.reshape(y, (-1, *x.shape[1:]))
 
 
 class Block(keras.layers.Layer):
-    """Pre-norm transformer block; both branches with optional LayerScale, and a factor `keep` (2, B) for each image:
-    stochastic depth's. `read`: only so many of the first tokens are wanted of the result."""
+    """Pre-norm transformer block.
+
+    Both branches have optional LayerScale. `keep` (2, B) holds stochastic depth's factor of each branch for each image.
+    With `read`, the block returns only that many tokens, from the first on.
+    """
 
     def __init__(self, config: DeiTConfig, dtype: Any, name: str):
         super().__init__(dtype=dtype, name=name)
@@ -142,13 +145,13 @@ class Block(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("deit")
 class TFDeiTModel(PreTrainedKeras):
-    """The backbone: patches and prefix tokens through the blocks (Touvron et al. 2020, sections 3 and 4).
+    """The backbone: patches and prefix tokens pass through the blocks (Touvron et al. 2020, sections 3 and 4).
 
     Args:
-        config: sizes and options; with `distillation_token=False`, a plain ViT.
+        config: sizes and options. With `distillation_token=False`, the model is a plain ViT.
         add_pooling_layer: adds a linear layer and `config.pooler_act` on the class token.
-        use_mask_token: adds the token that stands in for hidden patches (`bool_masked_pos`).
-        dtype: Keras dtype policy; None is the global one.
+        use_mask_token: adds the token that replaces hidden patches (`bool_masked_pos`).
+        dtype: a Keras dtype policy; None is the global one.
     """
 
     kind = "backbone"
@@ -198,18 +201,20 @@ class TFDeiTModel(PreTrainedKeras):
         read: int | None = None,
         trace: Trace | None = None,
     ) -> Any:
-        """Args:
-        pixel_values: (B, channels, height, width), normalised; or a dictionary of all tensors by name.
-        bool_masked_pos: (B, patches), true where a patch is replaced by the mask token.
-        head_mask: (H,) or (blocks, H), a factor for each head's attention weights, 0 to 1.
-        output_attentions, output_hidden_states, return_dict: None takes the config's.
-        interpolate_pos_encoding: accept images of another size than `config.image_size`.
-        training: stochastic depth and dropout act.
-        depth_draws: (B, blocks, 2), uniform in [0, 1): stochastic depth in training drops a branch for an image
-            where its number is below the block's rate. None draws them here.
-        read: only so many of the first tokens are wanted of `last_hidden_state`: the last block then computes no
-            others. Where hidden states, attentions or a trace are asked for, it gives all.
-        trace: a dict to fill with every intermediate by name.
+        """Computes the tokens of a batch of images.
+
+        Args:
+            pixel_values: (B, channels, height, width), normalised; or a dictionary of all tensors by name.
+            bool_masked_pos: (B, patches), true where the mask token replaces a patch.
+            head_mask: (H,) or (blocks, H), a factor for each head's attention weights, 0 to 1.
+            output_attentions, output_hidden_states, return_dict: None takes the config's.
+            interpolate_pos_encoding: accepts images of another size than `config.image_size`.
+            training: turns stochastic depth and dropout on.
+            depth_draws: (B, blocks, 2), uniform in [0, 1), for stochastic depth in training. A branch is dropped for an
+                image if its number is below the block's rate. None draws the numbers here.
+            read: the number of tokens that the caller reads from `last_hidden_state`, from the first on. The last block
+                then computes no others. With hidden states, attentions or a trace, it computes all of them.
+            trace: a dict to fill with every intermediate by name.
         """
         config = self.config
         need_weights = config.output_attentions if output_attentions is None else output_attentions
@@ -239,12 +244,12 @@ class TFDeiTModel(PreTrainedKeras):
         )
 
     def _keeps(self, x: Any, draws: Any, training: bool) -> Sequence[Any]:
-        """For each block the factors (2, B) of its branches, 0 or 1 / (1 - rate): the expectation stays."""
+        """The factors (2, B) of each block's branches: 0, or 1 / (1 - rate) so that the expectation stays the same."""
         config = self.config
         shape = (x.shape[0], config.num_hidden_layers, 2)
         if draws is not None and not same_shape(draws.shape, shape):
             raise ValueError(
-                f"depth_draws must be {shape}: two for each block of each image; found {tuple(draws.shape)}"
+                f"depth_draws must be {shape}, two for each block of each image; found {tuple(draws.shape)}"
             )
         if not training or config.drop_path_rate == 0.0:
             return [None] * config.num_hidden_layers
@@ -272,8 +277,8 @@ class TFDeiTModel(PreTrainedKeras):
         height, width = pixels.shape[2:]
         if height is None or width is None:
             raise ValueError(
-                f"pixel_values must have a known height and width, found {tuple(pixels.shape)}; a graph "
-                "is made for one size of images"
+                f"pixel_values must have a known height and width, because a graph is made for one size of images; "
+                f"found {tuple(pixels.shape)}"
             )
         if not interpolate and (height, width) != config.image_hw:
             raise ValueError(
@@ -283,9 +288,11 @@ class TFDeiTModel(PreTrainedKeras):
             )
         rows, columns = config.grid_of(height, width)
         if not rows or not columns:
-            raise ValueError(f"images of {height}x{width} hold no patch of {patch_height}x{patch_width}")
+            raise ValueError(
+                f"images of {height}x{width} hold no patch of {patch_height}x{patch_width}; give larger images"
+            )
         pixels = ops.cast(pixels[:, :, : rows * patch_height, : columns * patch_width], self.compute_dtype)
-        # A convolution whose patches don't overlap is a matrix product, which every back end has in this layout.
+        # A convolution over patches that don't overlap is a matrix product. Every back end has that in this layout.
         patches = ops.reshape(pixels, (-1, config.num_channels, rows, patch_height, columns, patch_width))
         patches = ops.reshape(
             ops.transpose(patches, (0, 2, 4, 1, 3, 5)),
@@ -324,11 +331,11 @@ class TFDeiTModel(PreTrainedKeras):
         return ops.cast(mask, "bool")[:, :, None]  # (B, R * S, 1)
 
     def _positions(self, rows: int, columns: int) -> Any:
-        """Position embeddings for a grid of patches, those of the prefix tokens unchanged in front."""
+        """Position embeddings for a grid of patches. Those of the prefix tokens stand in front and don't change."""
         config, prefix = self.config, self.config.num_prefix_positions
         if (rows, columns) == config.grid:
             return self.position
-        # Float32 whatever the weights' type: a weighted sum of 16 neighbours.
+        # In float32 whatever the weights' type, because each value is a weighted sum of 16 neighbours.
         grid = ops.reshape(ops.cast(self.position[:, prefix:], "float32"), (*config.grid, config.hidden_size))
         down, across = (
             weights.resize_matrix(*sizes).astype("float32") for sizes in zip(config.grid, (rows, columns), strict=True)
@@ -348,7 +355,7 @@ class TFDeiTModel(PreTrainedKeras):
 
 
 class _WithHead(PreTrainedKeras):
-    """A backbone, named `deit` as users of `transformers` know it, under a head."""
+    """Base class of the models with a head. The backbone is named `deit`, as users of `transformers` know it."""
 
     def __init__(self, config: DeiTConfig, *, name: str | None = None, dtype: Any = None, use_mask_token: bool = False):
         super().__init__(config, name=name, dtype=dtype)
@@ -367,8 +374,9 @@ class _WithHead(PreTrainedKeras):
 class TFDeiTForMaskedImageModeling(_WithHead):
     """Predicts the pixels of hidden patches with one linear layer (SimMIM, Xie et al. 2021).
 
-    Any grid of patches: non-square images and patches, and other resolutions with `interpolate_pos_encoding`. `fit` on
-    `{"pixel_values": …, "bool_masked_pos": …}` after `compile(optimizer)` minimises the loss on the hidden patches.
+    Works with any grid of patches: non-square images and patches, and other resolutions with
+    `interpolate_pos_encoding`. After `compile(optimizer)`, `fit` on `{"pixel_values": …, "bool_masked_pos": …}`
+    minimises the loss on the hidden patches.
     """
 
     kind = "masked_image"
@@ -378,7 +386,7 @@ class TFDeiTForMaskedImageModeling(_WithHead):
         stride = config.encoder_stride
         if config.patch_hw != ((stride, stride) if isinstance(stride, int) else stride):
             raise ValueError(
-                f"the decoder paints a patch from its token: encoder_stride={stride} must equal "
+                f"the decoder paints each patch from its token, so encoder_stride={stride} must equal "
                 f"patch_size={config.patch_size}; use config.replace(encoder_stride=...)"
             )
         super().__init__(config, name=name, dtype=dtype, use_mask_token=True)
@@ -400,7 +408,7 @@ class TFDeiTForMaskedImageModeling(_WithHead):
         depth_draws: Any = None,
         trace: Trace | None = None,
     ) -> Any:
-        """As `TFDeiTModel.call`; with `bool_masked_pos` the output has the `loss` on the hidden patches."""
+        """Like `TFDeiTModel.call`. With `bool_masked_pos`, the output has the `loss` on the hidden patches."""
         config, (height, width) = self.config, self.config.patch_hw
         out = self.deit.call(
             pixel_values,
@@ -446,7 +454,7 @@ class TFDeiTForMaskedImageModeling(_WithHead):
 class TFDeiTForImageClassification(_WithHead):
     """A linear classifier on the class token.
 
-    `fit` takes any Keras loss of the logits, or after `compile(optimizer)` its own, as `labels` give it.
+    `fit` takes any Keras loss of the logits. After `compile(optimizer)`, it takes the model's own loss for `labels`.
     """
 
     kind = "classification"
@@ -469,7 +477,10 @@ class TFDeiTForImageClassification(_WithHead):
         depth_draws: Any = None,
         trace: Trace | None = None,
     ) -> Any:
-        """As `TFDeiTModel.call`; `labels` give the loss: (B,) class indices, or (B, C) multi-label or regression."""
+        """Like `TFDeiTModel.call`. With `labels`, the output has the `loss`.
+
+        `labels` are class indices (B,), or (B, C) for multi-label and regression.
+        """
         out = self.deit.call(
             pixel_values,
             None,
@@ -501,8 +512,8 @@ class TFDeiTForImageClassificationWithTeacher(_WithHead):
     """Two linear classifiers: the class token's learns from labels, the distillation token's from a teacher.
 
     `logits` are the mean of both heads' logits. After `compile(optimizer)`, `fit` minimises the paper's loss
-    (section 4): its data are images, `labels` and `teacher_logits`, each among the inputs or the targets, by name. A
-    loss given to `compile` judges the mean of the logits, and knows no teacher.
+    (section 4). It needs images, `labels` and `teacher_logits` by name, each of them among the inputs or the targets. A
+    loss that is given to `compile` applies to the mean of the logits and uses no teacher.
     """
 
     kind = "with_teacher"
@@ -510,7 +521,7 @@ class TFDeiTForImageClassificationWithTeacher(_WithHead):
     def __init__(self, config: DeiTConfig, *, name: str | None = None, dtype: Any = None):
         if not config.distillation_token:
             raise ValueError(
-                "a model with teacher needs a distillation token, found distillation_token=False in the "
+                "a model with a teacher needs a distillation token, found distillation_token=False in the "
                 "config; use TFDeiTForImageClassification, or config.replace(distillation_token=True)"
             )
         super().__init__(config, name=name, dtype=dtype)
@@ -533,13 +544,15 @@ class TFDeiTForImageClassificationWithTeacher(_WithHead):
         depth_draws: Any = None,
         trace: Trace | None = None,
     ) -> Any:
-        """As `TFDeiTModel.call`, and the loss:
+        """Like `TFDeiTModel.call`. With labels, the output can have the `loss`.
+
+        With `labels` and `teacher_logits`, it is `losses.distillation_loss`, hard or as `compile` says. With `labels`
+        alone, it is the loss of the fused logits, but only in evaluation, because such a training would ignore the
+        teacher.
 
         Args:
-            labels: (B,) class indices, or (B, C) probabilities (mixed labels).
-            teacher_logits: (B, C), or with hard distillation the teacher's decisions (B,). With both, `loss` is
-                `losses.distillation_loss`, hard or as `compile` says. With labels alone it is the loss of the fused
-                logits, in evaluation only: training so would ignore the teacher.
+            labels: class indices (B,), or probabilities (B, C) for mixed labels.
+            teacher_logits: (B, C), or the teacher's decisions (B,) for hard distillation.
         """
         out = self.deit.call(
             pixel_values,
@@ -565,7 +578,7 @@ class TFDeiTForImageClassificationWithTeacher(_WithHead):
             hidden_states=out.hidden_states,
             attentions=out.attentions,
         )
-        # A teacher's logits alone: the labels are `fit`'s targets, which `own_loss` gets to see.
+        # Without labels here, they are among the targets of `fit`, and `own_loss` gets them from there.
         if labels is not None:
             found.loss = self.own_loss(found, {"labels": labels, "teacher_logits": teacher_logits}, training)
         return self._result(return_dict, found)
@@ -592,8 +605,13 @@ class TFDeiTForImageClassificationWithTeacher(_WithHead):
         temperature: float | None = None,
         **options: Any,
     ) -> None:
-        """Keras' `compile`, and how the teacher teaches: hard (eq. 3) or soft (eq. 2), its share of the loss and the
-        temperature; None takes the paper's."""
+        """Keras' `compile`, with the options of `losses.distillation_loss` for the model's own loss.
+
+        Args:
+            distillation: "hard" (eq. 3) or "soft" (eq. 2).
+            distillation_weight: the teacher's share of the loss; None takes the paper's.
+            temperature: tau of soft distillation; None takes the paper's.
+        """
         distillation_settings(distillation, distillation_weight, temperature)
         self._distillation = {"kind": distillation, "weight": distillation_weight, "temperature": temperature}
         super().compile(*args, **options)
@@ -607,7 +625,7 @@ class TFDeiTForImageClassificationWithTeacher(_WithHead):
 
 
 def fuse_heads(cls_logits: Any, distillation_logits: Any, head: Head = "fused") -> Any:
-    """Class probabilities (B, C) from the two heads' logits (B, C), as `model.fuse_heads` defines them."""
+    """Class probabilities (B, C) from the two heads' logits (B, C), as `deit.model.network.fuse_heads` defines them."""
     cls_logits, distillation_logits = (ops.cast(x, "float32") for x in (cls_logits, distillation_logits))
     match head:
         case "fused":
@@ -623,7 +641,7 @@ def fuse_heads(cls_logits: Any, distillation_logits: Any, head: Head = "fused") 
 
 @keras.saving.register_keras_serializable("deit")
 class TFViTModel(TFDeiTModel):
-    """`TFDeiTModel` without distillation token."""
+    """`TFDeiTModel` without a distillation token."""
 
     config_class = ViTConfig
 
@@ -642,7 +660,7 @@ class TFViTModel(TFDeiTModel):
 
 @keras.saving.register_keras_serializable("deit")
 class TFViTForImageClassification(TFDeiTForImageClassification):
-    """`TFDeiTForImageClassification` without distillation token; the backbone is also known as `vit`."""
+    """`TFDeiTForImageClassification` without a distillation token. The backbone is also named `vit`."""
 
     config_class = ViTConfig
 

@@ -1,4 +1,4 @@
-"""What every Keras model of the family has: files, `fit`, `.keras` and export. `pretrained`'s twin.
+"""What all Keras models share: files, `fit`, `.keras` and export. The twin of `deit.model.pretrained`.
 
 B images, N tokens, D width, C classes.
 """
@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-# PyTorch's compiler and TensorFlow each bring an LLVM. If TensorFlow's is loaded first, Triton's aborts the process as
-# soon as transformers or an optimizer of torch.optim imports it; the other way round both work. So Triton comes first,
-# and where TensorFlow is loaded already, PyTorch does without Triton.
+# Triton (PyTorch's compiler) and TensorFlow each bring an LLVM. If TensorFlow is loaded first, the process aborts as
+# soon as transformers or an optimizer of torch.optim imports Triton. The other order works, so Triton comes first here.
+# If TensorFlow is loaded already, PyTorch does without Triton.
 if "tensorflow" in sys.modules:
     sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
 else:
@@ -45,7 +45,7 @@ from deit.weights import hub
 
 
 def _register(cls: type[outputs.ModelOutput]) -> None:
-    """Teaches Keras, TensorFlow or JAX to look into an output as they look into a dictionary."""
+    """Makes Keras, TensorFlow or JAX look into an output as they look into a dictionary."""
 
     def flatten(output: outputs.ModelOutput) -> tuple[tuple[Any, ...], tuple[str, ...]]:
         return output.to_tuple(), tuple(output.keys())
@@ -78,21 +78,21 @@ for _output in (
 
 
 class Trace:
-    """The caller's dictionary, which Keras, that copies dictionaries among its arguments, passes on untouched."""
+    """Holds the caller's dictionary. Keras copies dictionary arguments, but passes this object on as it is."""
 
     def __init__(self, into: dict[str, Any]):
         self.into = into
 
 
 def note(trace: Trace | None, name: str, value: Any) -> Any:
-    """Keeps `value` under `name` when a trace is asked for, and passes it on."""
+    """Keeps `value` under `name` if there is a trace, and returns it."""
     if trace is not None:
         trace.into[name] = value
     return value
 
 
 def by_name(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets `call` take its tensors as one dictionary in the place of the first, as `fit` passes them."""
+    """Lets `call` take its tensors as one dictionary in place of the first argument, because `fit` passes them so."""
 
     @wraps(call)
     def called(self: Any, pixel_values: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -110,19 +110,29 @@ def by_name(call: Callable[..., Any]) -> Callable[..., Any]:
 # --------------------------------------------------------------------------------------------------------------- models
 
 
-class PreTrainedKeras(keras.Model):
-    """Base of the models.
+_PUSH = ("repo_id", "token", "private", "revision", "commit_message")
 
-    All weights exist from the start. `dtype` is a Keras dtype policy, e.g. "mixed_bfloat16"; None is the global one.
+
+def _refuse_unknown(push: Mapping[str, Any], asked: bool) -> None:
+    if unknown := sorted(push.keys() - set(_PUSH)):
+        raise TypeError(f"save_pretrained has no option {unknown[0]!r}; check its spelling, or leave it out")
+    if push and not asked:
+        raise TypeError(f"save_pretrained has {sorted(push)[0]!r} without push_to_hub=True; add that, or leave it out")
+
+
+class PreTrainedKeras(keras.Model):
+    """Base class of the models.
+
+    All weights exist from the start. `dtype` is a Keras dtype policy, e.g. "mixed_bfloat16". None is the global one.
     """
 
     kind: ClassVar[weights.Kind]
     config_class: ClassVar[type[DeiTConfig]] = DeiTConfig
     answer: ClassVar[str] = "logits"
-    """The field of the output that compiled losses and metrics judge."""
+    """The field of the output that compiled losses and metrics use."""
 
     def __init__(self, config: DeiTConfig, *, name: str | None = None, dtype: Any = None):
-        # Inputs stay what they are: images are cast where they enter, labels and a teacher's logits never.
+        # No autocast of inputs: the model casts images itself, and labels and a teacher's logits keep their type.
         super().__init__(name=name, dtype=dtype, autocast=False)
         self.config = config
         self.built = True
@@ -130,32 +140,73 @@ class PreTrainedKeras(keras.Model):
     def __call__(self, *args: Any, trace: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         if trace is not None:
             kwargs["trace"] = Trace(trace)
-        if args and isinstance(args[0], Mapping):
-            args = (dict(args[0]), *args[1:])  # of mappings Keras sees into plain ones only
+        if args and isinstance(args[0], Mapping):  # Keras sees into plain dictionaries of tensors only
+            options = {name: value for name, value in args[0].items() if value is None or isinstance(value, bool)}
+            args = ({name: value for name, value in args[0].items() if name not in options}, *args[1:])
+            kwargs = {**options, **kwargs}
         return super().__call__(*args, **kwargs)
 
     # ---- files
 
     def save_pretrained(
-        self, folder: str | Path, *, max_shard_size: int | str = "5GB", push_to_hub: bool = False, **push: Any
+        self,
+        folder: str | Path,
+        *,
+        saved_model: bool = False,
+        version: int = 1,
+        safe_serialization: bool = True,
+        max_shard_size: int | str = "5GB",
+        push_to_hub: bool = False,
+        **push: Any,
     ) -> None:
-        """Writes `config.json` and `model.safetensors` (or shards): the files that the PyTorch classes and
-        `transformers` read."""
+        """Writes `config.json` and `model.safetensors` (or shards), which the PyTorch classes and `transformers` read.
+
+        Args:
+            saved_model: also writes a TensorFlow SavedModel into `saved_model/VERSION`, as `export` does.
+            safe_serialization: False asks for an h5 file, which is refused.
+            max_shard_size: bytes, or a size like "5GB".
+            push_to_hub: uploads the folder too. `push` may hold `repo_id`, `token`, `private`, `revision` and
+                `commit_message`.
+
+        Raises `TypeError` for other options, and `ValueError` for a model whose weights are quantised.
+        """
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization=False asks for an h5 file, which this package reads and doesn't write; leave it out"
+            )
+        _refuse_unknown(push, push_to_hub)
         hub.write_checkpoint(Path(folder), self.config, self.tensors(), max_shard_size=max_shard_size)
+        if saved_model:
+            self.export(Path(folder) / "saved_model" / str(version))
         if push_to_hub:
             hub.push_folder(Path(folder), push.pop("repo_id", Path(folder).name), **push)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Uploads the model (`token`, `private`, `revision`, `commit_message`); returns the commit's address."""
+        """Uploads the model to the hub and returns the commit's address.
+
+        `options` are `token`, `private`, `revision` and `commit_message`.
+        """
         return hub.push_saved(self.save_pretrained, repo_id, **options)
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """The weights under the names of `weights.manifest` and in its shapes, which are PyTorch's."""
+        """The weights with the names and shapes of `weights.manifest`, which are PyTorch's.
+
+        Raises `ValueError` for a model whose weights are quantised.
+        """
+        self._refuse_quantised()
         shapes = self._manifest()
         return {
             name: _to_disk(ops.convert_to_numpy(variable), name, shapes[name])
             for name, variable in self._variables().items()
         }
+
+    def _refuse_quantised(self) -> None:
+        for layer in self._flatten_layers():
+            if mode := getattr(layer, "quantization_mode", None):
+                raise ValueError(
+                    f"the weights of {layer.name} are quantised to {mode}, and no file of this model has a place for "
+                    "that; save the model before quantize(), and quantize it after loading"
+                )
 
     def _manifest(self) -> dict[str, tuple[int, ...]]:
         backbone = _backbone(self)
@@ -183,24 +234,27 @@ class PreTrainedKeras(keras.Model):
         output_loading_info: bool = False,
         **overrides: Any,
     ) -> Any:
-        """A model from a folder, a weight file or a hub repository, in any dialect that the PyTorch classes read, and
-        `tf_model.h5` of `transformers` 4. PyTorch itself is needed for `.bin` and `.pth` only.
+        """Reads a model from a folder, a weight file or a hub repository.
+
+        Takes every dialect that the PyTorch classes read, and `tf_model.h5` of `transformers` 4. Needs PyTorch only for
+        `.bin` and `.pth` files.
 
         Args:
             name_or_folder: e.g. `facebook/deit-tiny-distilled-patch16-224`, `runs/x/model`, `deit_tiny.pth`.
-            config: replaces the file's own, and is needed where there is none and shapes can't tell.
-            dtype: Keras dtype policy; None is the global one.
-            ignore_mismatched_sizes: tensors of another shape than the model's are left at their fresh initialisation.
-            output_loading_info: returns `(model, info)`, info with missing, unexpected and mismatched keys.
+            config: replaces the file's own config. Needed if there is none and the shapes don't tell the architecture.
+            dtype: a Keras dtype policy; None is the global one.
+            ignore_mismatched_sizes: initialises tensors anew whose shape differs from the model's, instead of raising.
+            output_loading_info: returns `(model, info)`. The info has missing, unexpected and mismatched keys.
             overrides: fields of the config, e.g. `num_labels=10`, `id2label=...`, `drop_path_rate=0.1`. With
                 `image_size`, the positions are resized after reading (section 3.3 of the paper).
 
         Returns:
-            The model; what the file lacks (a head, a pooler, a mask token) is initialised anew, with a warning.
+            The model. Parts that the file lacks (a head, a pooler, a mask token) are initialised anew, with a warning.
 
         Raises:
-            FileNotFoundError: nothing there, or not reachable.
-            CheckpointError, ValueError: truncated, corrupt, unsafe, unknown or ill-fitting; nothing is half-loaded.
+            FileNotFoundError: the files don't exist or can't be fetched.
+            CheckpointError, ValueError: the files are truncated, corrupt, unsafe, unknown or don't fit. Nothing is
+                half-loaded.
         """
         where: dict[str, Any] = {
             "revision": revision,
@@ -228,7 +282,7 @@ class PreTrainedKeras(keras.Model):
         output_loading_info: bool = False,
         **overrides: Any,
     ) -> Any:
-        """`from_pretrained` of a checkpoint that is read already, in NumPy arrays."""
+        """Like `from_pretrained`, but from a checkpoint that was read already, in NumPy arrays."""
         image_size = overrides.pop("image_size", None)
         config = found.config_for(cls.kind, cls.config_class, overrides)
         options: dict[str, Any] = found.options_for(cls.kind)
@@ -249,14 +303,20 @@ class PreTrainedKeras(keras.Model):
         return (model, fitted.info) if output_loading_info else model
 
     def set_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Puts values in place of the weights', by the names and in the shapes of `weights.manifest`."""
+        """Replaces the values of weights. `tensors` has the names and shapes of `weights.manifest`."""
         variables = self._variables()
         for name, value in tensors.items():
             variables[name].assign(_from_disk(value, name))
 
     # ---- Keras' own file
 
+    def save(self, filepath: str | Path, **options: Any) -> None:
+        """`keras.Model.save`. Raises `ValueError` for a model whose weights are quantised, before a file is made."""
+        self._refuse_quantised()
+        super().save(filepath, **options)
+
     def get_config(self) -> dict[str, Any]:
+        self._refuse_quantised()
         backbone = _backbone(self)
         options = (
             {"add_pooling_layer": backbone.pooler is not None, "use_mask_token": backbone.mask_token is not None}
@@ -281,12 +341,12 @@ class PreTrainedKeras(keras.Model):
     # ---- training
 
     def own_loss(self, output: Any, given: Mapping[str, Any], training: bool) -> Any:
-        """The loss that the model computes itself, from its output and the tensors of the data by name."""
+        """The model's own loss, from its output and the tensors of the data by name."""
         raise ValueError(f"{type(self).__name__} has no loss of its own; give compile() a loss")
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Keras' `compile`; without `loss` the model's own is minimised."""
-        self.loss = self._compile_loss = None  # Keras would keep that of an earlier call
+        """Keras' `compile`. Without `loss`, training minimises the model's own loss."""
+        self.loss = self._compile_loss = None  # otherwise, Keras keeps the loss of an earlier call
         super().compile(*args, **options)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
@@ -296,13 +356,13 @@ class PreTrainedKeras(keras.Model):
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Any:
-        """Keras' hook: a compiled loss judges `answer`, without one the model's own loss counts."""
+        """Keras' hook for the loss: a compiled loss of the field `answer`, or else the model's own loss."""
         if self._compile_loss is not None:
             return super().compute_loss(x, self._labels(x, y), y_pred[self.answer], sample_weight, training)
         if sample_weight is not None:
             raise ValueError(
-                "the model's own loss weighs all images alike, found sample or class weights; leave them "
-                "out, or give compile() a loss"
+                "the model's own loss weighs all images alike, found sample or class weights; leave them out, or give "
+                "compile() a loss"
             )
         return self.own_loss(y_pred, _named("pixel_values", x) | _named("labels", y), training)
 
@@ -310,7 +370,7 @@ class PreTrainedKeras(keras.Model):
         return super().compute_metrics(x, self._labels(x, y), y_pred[self.answer], sample_weight)
 
     def _labels(self, x: Any, y: Any) -> Any:
-        """What metrics compare the answer with, wherever the data hold it."""
+        """The labels, which are among the inputs or the targets."""
         return (_named("pixel_values", x) | _named("labels", y)).get("labels")
 
     def _result(self, return_dict: bool | None, output: Any) -> Any:
@@ -327,34 +387,37 @@ class PreTrainedKeras(keras.Model):
         tolerance: float = 1e-4,
         batch: int | None = None,
     ) -> Path:
-        """Writes the model for another runtime, runs what was written, and returns its path if it answers alike.
+        """Writes the model for another runtime, runs the written model, and returns its path if it answers alike.
 
         Args:
             filepath: the SavedModel's folder, or a `.tflite` file.
             format: `tf_saved_model`, with the endpoint `serve` (and `serving_default`); `litert` for LiteRT (TFLite).
                 Both take `pixel_values` (B, channels, height, width) and give the model's output by name.
-            tolerance: the largest difference that is accepted, of outputs on random images.
-            batch: B, where the runtime should know it; None is any.
+            tolerance: the largest accepted difference between the outputs on random images.
+            batch: B, if the runtime should know it; None for any.
 
         Raises:
-            ValueError: unknown format, a back end that can't, or an answer that differs; then no file is left.
+            ValueError: the format is unknown, the back end can't write it, or the outputs differ. No file is left then.
         """
         return saved_model.export(self, Path(filepath), format, tolerance, batch)
 
 
 def _named(name: str, data: Any) -> dict[str, Any]:
-    """Data as a dictionary: as they are, or alone under `name`."""
+    """The data as a dictionary by name. Data that are no dictionary are put under `name`."""
     return dict(data) if isinstance(data, Mapping) else {} if data is None else {name: data}
 
 
 def _backbone(model: PreTrainedKeras) -> Any:
-    """The transformer in a model. No property: Keras walks through those when it saves, without end where a model is
-    its own."""
+    """The transformer in a model.
+
+    It is no property, because Keras walks through properties when it saves. It would not end for a backbone, which is
+    its own transformer.
+    """
     return getattr(model, "deit", model)
 
 
 def _variable(owner: Any, name: str) -> keras.Variable:
-    """The variable of a name of `weights.manifest`; Keras calls some of them otherwise."""
+    """The variable with a name of `weights.manifest`. Keras has other names for some of them."""
     *path, leaf = name.split(".")
     for part in path:
         owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
@@ -366,7 +429,10 @@ def _variable(owner: Any, name: str) -> keras.Variable:
 
 
 def _to_disk(value: np.ndarray, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Every kernel is a matrix (in, out) here, also those of convolutions, whose patches don't overlap."""
+    """A weight in the shape of `weights.manifest`. Here, all kernels are matrices (in, out), even the patch projection.
+
+    Its patches don't overlap, so it is a matrix product.
+    """
     return value.T.reshape(shape) if name.endswith(".weight") else value
 
 
@@ -375,14 +441,17 @@ def _from_disk(value: np.ndarray, name: str) -> np.ndarray:
 
 
 def initial(config: DeiTConfig) -> keras.initializers.Initializer:
-    """For tokens, positions and linear weights. A new one each time: one would draw the same values twice.
+    """The initializer of tokens, positions and linear weights. Each needs a new one: a single one repeats its values.
 
-    The original code draws a normal distribution cut at plus and minus 2, a hundred standard deviations away.
+    The original code cuts the normal distribution at plus and minus 2, which is a hundred standard deviations away.
     """
     return keras.initializers.RandomNormal(stddev=config.initializer_range)
 
 
 def initial_patch(config: DeiTConfig) -> keras.initializers.Initializer:
-    """For the patch projection, weight and bias: PyTorch's own for a convolution, which the original leaves."""
+    """The initializer of the patch projection, weight and bias: PyTorch's default for a convolution.
+
+    The original code keeps that default.
+    """
     bound = 1 / math.sqrt(config.num_channels * math.prod(config.patch_hw))
     return keras.initializers.RandomUniform(-bound, bound)

@@ -1,4 +1,4 @@
-"""A Keras model written for TensorFlow's runtimes, and run there before its path is returned."""
+"""Writes a Keras model for TensorFlow's runtimes, and runs it there before its path is returned."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ ExportFormat = Literal["tf_saved_model", "litert"]
 Runtime = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 
 _CHECKED_BATCHES = (1, 3)
-"""More than one size, where the file takes any."""
+"""Batch sizes of the check. More than one, because the file must take any."""
 
 
 class Exportable(Protocol):
-    """A Keras model of images, with the config that says how large they are."""
+    """A Keras model that takes images, with the config that gives their size."""
 
     config: DeiTConfig
 
@@ -30,7 +30,7 @@ class Exportable(Protocol):
 
 
 def export(model: Exportable, path: Path, format: ExportFormat, tolerance: float, batch: int | None) -> Path:
-    """`PreTrainedKeras.export`."""
+    """Does the work of `PreTrainedKeras.export`."""
     if format not in get_args(ExportFormat):
         raise ValueError(f"format={format!r} is not written from Keras; choose {' or '.join(get_args(ExportFormat))}")
     backend = keras.backend.backend()
@@ -40,7 +40,7 @@ def export(model: Exportable, path: Path, format: ExportFormat, tolerance: float
             "KERAS_BACKEND=tensorflow and load the model there"
         )
     if format == "litert" and path.suffix != ".tflite":
-        raise ValueError(f"a LiteRT model is a .tflite file, found {path}; give such a name")
+        raise ValueError(f"a LiteRT model is a .tflite file, found {path}; give a name that ends in .tflite")
     if path.exists():
         raise FileExistsError(f"{path} is there already; remove it, or export under another name")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,9 +54,9 @@ def export(model: Exportable, path: Path, format: ExportFormat, tolerance: float
         difference = _largest_difference(model, runtime(written), (batch,) if batch else _CHECKED_BATCHES)
         if not difference <= tolerance:
             raise ValueError(
-                f"{path} was not kept: on random images its outputs differ from the model's by "
-                f"{difference:.2g}, more than tolerance={tolerance:.2g}; raise that if the model computes "
-                "in half precision, otherwise please report it"
+                f"{path} was not kept: on random images its outputs differ from the model's by {difference:.2g}, "
+                f"more than tolerance={tolerance:.2g}; raise the tolerance if the model computes in half precision, "
+                "otherwise please report it"
             )
         shutil.move(written, path)
     return path
@@ -92,7 +92,7 @@ def _saved_model(path: Path) -> Runtime:
 def _litert(path: Path) -> Runtime:
     try:
         from ai_edge_litert.interpreter import Interpreter
-    except ImportError:  # the same one as TensorFlow brings it, which advises to install that package
+    except ImportError:  # TensorFlow brings the same interpreter, but warns that the package should be installed
         import tensorflow as tf
 
         Interpreter = tf.lite.Interpreter

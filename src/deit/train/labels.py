@@ -146,6 +146,9 @@ def teach(
             except files.CheckpointError as error:
                 _say(console, str(error))
         todo.append(part)
+    if todo and not rank:
+        for sentence in teacher.introduction(recipe, split, "training", place):
+            _say(console, sentence)
     _write_parts(_Work(recipe, split, teacher, layout, place), out, todo, prints, console)
     return out
 
@@ -230,8 +233,9 @@ def _say(console: Console, sentence: str) -> None:
 class LabelCache:
     """The teacher's answers, from the folder that `teach` wrote; `steps` steps, after which they come again."""
 
-    def __init__(self, folder: Path, layout: _Layout, prints: Mapping[str, str]):
+    def __init__(self, folder: Path, layout: _Layout, prints: Mapping[str, str], teacher: str):
         self.folder, self.layout, self.steps, self.prints = folder, layout, layout.steps, dict(prints)
+        self.teacher = teacher
         self.part, self.kept = -1, dict[str, np.ndarray]()
         self.verified: set[int] = set()
 
@@ -249,7 +253,7 @@ class LabelCache:
                 f"{folder} holds {whole} of {layout.parts} parts; run the same deit teach again, it makes "
                 "those that are missing"
             )
-        return cls(folder, layout, description["fingerprints"])
+        return cls(folder, layout, description["fingerprints"], str(description["teacher"]))
 
     def labels(self, step: int, positions: Tensor) -> Tensor:
         """What `answers` gave for `positions` (B,) of the global batch of step `step`: decisions (B,) int64 or

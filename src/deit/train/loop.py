@@ -128,6 +128,9 @@ def _train(
     with Reporter(out, recipe, us, console, done=state.step, total=work.total, written=state.written) as reporter:
         for problem in found.problems if found else []:
             reporter.say(f"{problem}: going on from an earlier one")
+        if us.main and not state.step:
+            for sentence in work.objective.introduction(splits[1], us):
+                reporter.say(sentence)
         _loop(_Session(work, state, out, reporter, signals, end))
     return Run(out / "model", state.best if state.best is not None else -math.inf, state.seconds)
 

@@ -46,6 +46,10 @@ class Objective(Protocol):
     cycle: int | None
     """Steps after which the batches come again; None: never."""
 
+    def introduction(self, validation: Split, us: Processes) -> Iterable[str]:
+        """Sentences for people, before the first step."""
+        ...
+
     def __call__(self, model: nn.Module, batch: Batch, depth_draws: Tensor | None) -> dict[str, Tensor]:
         """Means over the micro-batch, scalars: `loss` has the gradient, the others are to be logged.
 
@@ -93,6 +97,9 @@ class ClassificationObjective:
     def __init__(self, recipe: r.Recipe):
         self.recipe = recipe
 
+    def introduction(self, validation: Split, us: Processes) -> Iterable[str]:
+        return ()
+
     def validation(self, split: Split, us: Processes) -> EvaluationBatches:
         return _share(self.recipe, split, us)
 
@@ -138,6 +145,11 @@ class DistilledObjective(ClassificationObjective):
         if isinstance(source, LabelCache):
             self.cycle = source.steps
 
+    def introduction(self, validation: Split, us: Processes) -> Iterable[str]:
+        if isinstance(self.source, LabelCache):
+            return [f"the labels that {self.source.teacher} gave, from {self.source.folder}"]
+        return self.source.introduction(self.recipe, validation, "validation", us.device)
+
     def taught(self, batch: Batch) -> Tensor:
         """The teacher's answers to a batch: labels (B,) if distillation is hard, otherwise probabilities (B, C)."""
         if isinstance(self.source, LabelCache):
@@ -182,6 +194,9 @@ class MaskedImageObjective:
 
     def __init__(self, recipe: r.Recipe):
         self.recipe = recipe
+
+    def introduction(self, validation: Split, us: Processes) -> Iterable[str]:
+        return ()
 
     def __call__(self, model: nn.Module, batch: Batch, depth_draws: Tensor | None) -> dict[str, Tensor]:
         options = {} if depth_draws is None else {"depth_draws": depth_draws}

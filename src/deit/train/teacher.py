@@ -8,7 +8,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,11 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deit import files, host
+from deit.data.batches import EvaluationBatches, processor_for
+from deit.data.folders import Split
+from deit.evaluate.scores import Accuracy
 from deit.model.load import load_classifier
 from deit.model.network import PreTrained
 from deit.recipe import Distilled, Recipe
 from deit.weights import hub
 
+_JUDGED = 512
+"""Largest number of validation images that a teacher is tried on before a run."""
 TINY = 2.0**-24
 """The least probability that a kept class, or the rest together, counts with: float16's smallest number."""
 
@@ -49,10 +54,12 @@ class Teacher:
         mean: Sequence[float],
         std: Sequence[float],
         size: tuple[int, int],
+        assumed: Sequence[str] = (),
     ):
-        """`Teacher.load` and `Teacher.of` find these out. `vocabularies`: lists of names of the model's outputs, any of
+        """`Teacher.load` and `Teacher.of` find these out. `assumed` names those that nobody stated and that are taken
+        from the student. `vocabularies`: lists of names of the model's outputs, any of
         which the data may use; none where nothing is known."""
-        self.name, self.classes, self.size = name, tuple(classes), size
+        self.name, self.classes, self.size, self.assumed = name, tuple(classes), size, tuple(assumed)
         self.student = _student(recipe)
         self.model = model.eval().requires_grad_(False)
         self.resizes = self.student["resolution"] == "teacher"
@@ -78,7 +85,8 @@ class Teacher:
         self.gain = (ours[1] / theirs[1]).float().view(-1, 1, 1).to(place)
         self.shift = ((ours[0] - theirs[0]) / theirs[1]).float().view(-1, 1, 1).to(place)
         self.order: Tensor | None = None
-        order = _order(name, vocabularies, self.classes, self._count_outputs(place))
+        self.outputs = self._count_outputs(place)
+        order = _order(name, vocabularies, self.classes, self.outputs)
         self.order = None if order is None else torch.tensor(order, device=place)
 
     @classmethod
@@ -156,6 +164,7 @@ class Teacher:
             mean=mean_std[0],
             std=mean_std[1],
             size=_pair(size or student["size"]),
+            assumed=[key for key, value in stated.items() if value is None],
         )
 
     def to(self, device: torch.device | str) -> Self:
@@ -182,6 +191,46 @@ class Teacher:
         if isinstance(out, Mapping):
             return out["logits"]
         return out[0] if isinstance(out, tuple | list) else out.logits
+
+    def __str__(self) -> str:
+        """What it is and how it is given the images, with what is assumed."""
+        height, width = self.size if self.resizes else self.student["size"]
+        mean, std = (", ".join(f"{value:.3g}" for value in values) for values in (self.mean, self.std))
+        known = f"{self.outputs} classes" + (
+            "" if self.outputs == len(self.classes) else f", of which {len(self.classes)} are the data's"
+        )
+        assumed = f"; assumed from the student, because nobody states them: {', '.join(self.assumed)}"
+        return (
+            f"teacher {self.name}: {known}; images of {height} x {width} pixels, mean {mean}, std {std}"
+            f"{assumed if self.assumed else ''}"
+        )
+
+    @torch.inference_mode()
+    def introduction(self, recipe: Recipe, split: Split, kind: str, device: torch.device) -> Iterator[str]:
+        """What people should know before they trust it: `str`, its accuracy on at most `_JUDGED` images of `split`,
+        which are `kind` images, and a warning if it is no better than the answer that never looks."""
+        yield str(self)
+        some = split.take(np.unique(np.linspace(0, len(split) - 1, _JUDGED).round().astype(int)).tolist())
+        correct = total = 0
+        for batch in EvaluationBatches(some, processor_for(recipe), min(recipe.data.batch, _JUDGED), keep=False):
+            read = batch.labels >= 0
+            if read.any():
+                answers = self(batch.pixels[read].to(device)).argmax(-1).cpu()
+                correct += int((answers == batch.labels[read]).sum())
+                total += int(read.sum())
+        if not total:
+            return
+        accuracy, often = Accuracy(correct, total), max(Counter(some.labels).values()) / len(some)
+        value, interval = accuracy.cells()
+        yield (
+            f"teacher {self.name}: {value:.3f} of {total} {kind} images right ({interval} at 95 %), prepared as the "
+            "student sees them"
+        )
+        if value <= (blind := max(often, 1 / len(self.classes))):
+            yield (
+                f"warning: the teacher is no better than the answer that never looks ({blind:.3f}); the student will "
+                "learn its mistakes. Check its classes, mean, std and image_size, or choose another teacher"
+            )
 
     def _count_outputs(self, place: torch.device) -> int:
         """Classes that the model tells apart, seen from its answer to a black image of the student's size."""

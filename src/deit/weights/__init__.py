@@ -1,6 +1,6 @@
 """A model's tensors: their names in every dialect, and the files that hold them, read safely and written whole.
 
-`names` is the table; `hub` finds, reads, writes and shares checkpoints. Loads no framework.
+`names` holds the tables. `hub` finds, reads, writes and shares checkpoints. Loads no framework.
 """
 
 from typing import TYPE_CHECKING

@@ -38,7 +38,7 @@ def model_card(config: DeiTConfig, name: str, facts: Facts = NOTHING_KNOWN) -> s
 {_metadata(config, "image-classification" if classifies else "image-feature-extraction", facts)}---
 # {name.rsplit("/", maxsplit=1)[-1]}
 
-A vision transformer {kind} distillation token: width {config.hidden_size}, {config.num_hidden_layers} blocks,
+A vision transformer {kind} a distillation token: width {config.hidden_size}, {config.num_hidden_layers} blocks,
 {config.num_attention_heads} heads, patches of {config.patch_hw[0]}x{config.patch_hw[1]} pixels, images of
 {config.image_hw[0]}x{config.image_hw[1]}.
 {classes}{_said(facts)}

@@ -1,7 +1,8 @@
-"""Checkpoints: a name, a folder or a file to tensors under our names, and back, and onto the hub.
+"""Checkpoints: reads tensors under our names from a hub name, a folder or a file, writes them, and shares them.
 
-Reading executes nothing: safetensors, HDF5, or PyTorch's restricted unpickler for `.bin` and `.pth`. Tensors are
-PyTorch's or NumPy's, as the caller's framework wants them; the other framework need not be installed.
+Reading executes no code: it takes safetensors, HDF5, and `.bin` and `.pth` files through PyTorch's restricted
+unpickler. Tensors are PyTorch's or NumPy's, as the caller's framework needs them. The other framework need not be
+installed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "tf_model.h5",
 )
-"""Looked for in this order."""
+"""The names of weight files, in the order in which they are looked for."""
 
 
 # ---------------------------------------------------------------------------------------------------------- finding
@@ -65,7 +66,7 @@ def _find_weights(
             path = find_file(name_or_folder, filename, **where)
         except FileNotFoundError as error:
             reasons.append(error)
-            if isinstance(error, NotFetched):  # the client waits long for each file; the cache may hold another
+            if isinstance(error, NotFetched):  # each try waits long for the hub; the cache may still hold another file
                 where["local_files_only"] = True
             continue
         if ".index." not in filename:
@@ -96,7 +97,7 @@ def _find_weights(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model read from files: what it is and its tensors under our names (`weights.manifest`)."""
+    """A model that was read from files: its config, and its tensors under our names (`weights.manifest`)."""
 
     config: DeiTConfig
     tensors: dict[str, Any]
@@ -124,9 +125,10 @@ class Checkpoint:
         )
 
     def fit(self, expected: Mapping[str, tuple[int, ...]], ignore_mismatched_sizes: bool) -> Fitted:
-        """The tensors for a model that expects these names and shapes; warns of what has to start anew.
+        """The tensors for a model that expects these names and shapes. Warns of tensors that start from fresh values.
 
-        Raises `CheckpointError` where a tensor has another shape, or where one is missing that isn't a head's.
+        Raises `CheckpointError` if a tensor has another shape, or if one is missing that a file may not lack (it may
+        lack heads, the pooler and the mask token).
         """
         given = {name: tensor for name, tensor in self.tensors.items() if name in expected}
         mismatched = [name for name in expected if name in given and tuple(given[name].shape) != expected[name]]
@@ -134,8 +136,8 @@ class Checkpoint:
             name = mismatched[0]
             raise CheckpointError(
                 f"{self.file}: {name} has shape {tuple(given[name].shape)}, this model expects {expected[name]}"
-                f"{_others(mismatched)}; pass a config that fits the file, or ignore_mismatched_sizes=True to start "
-                "such tensors anew"
+                f"{_others(mismatched)}; pass a config that fits the file, or ignore_mismatched_sizes=True to "
+                "initialise such tensors anew"
             )
         missing = [name for name in expected if name not in given]
         broken = [name for name in missing if not name.startswith(_MAY_BE_MISSING)]
@@ -194,10 +196,10 @@ def read_checkpoint(
     use_safetensors: bool | None = None,
     **where: Any,
 ) -> Checkpoint:
-    """Reads a folder, a hub repository or a weight file, in any dialect; `where` as in `find_file`.
+    """Reads a folder, a hub repository or a weight file, in any dialect. `where` is as in `find_file`.
 
-    Without `config` and without a `config.json`, the architecture is told from the tensors' shapes. `variant` reads
-    files like `model.fp16.safetensors`; `use_safetensors` allows such files alone, or none.
+    If there is neither a `config` nor a `config.json`, the shapes of the tensors tell the architecture. `variant` reads
+    files like `model.fp16.safetensors`. `use_safetensors` allows such files alone, or none.
     """
     if config is None:
         with suppress(FileNotFoundError):
@@ -228,7 +230,7 @@ def _concatenate(parts: Sequence[Any]) -> Any:
 def read_tensors(path: Path, arrays: Arrays = "torch") -> dict[str, Any]:
     """The tensors of one `.safetensors`, `.bin`, `.pth` or `.h5` file, on the CPU, under the file's own names.
 
-    What TensorFlow stored, named and laid out as it does, comes as Hugging Face's PyTorch files have it.
+    Tensors that TensorFlow stored get the names and the layout of Hugging Face's PyTorch files.
     """
     if path.suffix == ".h5":
         return _as(arrays, weights.from_tensorflow(_read_h5(path), file=str(path)))
@@ -253,7 +255,7 @@ def read_tensors(path: Path, arrays: Arrays = "torch") -> dict[str, Any]:
 
 
 def _as(arrays: Arrays, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The same values as tensors of that framework. NumPy has bfloat16 from ml_dtypes, which every back end brings."""
+    """The same values as tensors of that framework. NumPy gets bfloat16 from ml_dtypes, which every back end brings."""
     if arrays == "numpy":
         return {name: value if isinstance(value, np.ndarray) else _to_numpy(value) for name, value in tensors.items()}
     import torch
@@ -275,7 +277,7 @@ def _to_numpy(tensor: Any) -> np.ndarray:
 
 
 def _read_h5(path: Path) -> dict[str, np.ndarray]:
-    """All datasets of an HDF5 file by their path, e.g. of `tf_model.h5`, as `transformers` 4 wrote it."""
+    """All datasets of an HDF5 file by their paths. `transformers` 4 wrote such files, named `tf_model.h5`."""
     try:
         import h5py
     except ImportError:
@@ -292,14 +294,14 @@ def _read_h5(path: Path) -> dict[str, np.ndarray]:
 
 
 class _Refused:
-    """Stands in for a pickled object that is not read: it takes any state and keeps none."""
+    """Stands in for a pickled object that is not read. It accepts any state and keeps none."""
 
     def __setstate__(self, state: object) -> None:
         pass
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
-    """PyTorch's restricted unpickler. The original repository's files carry an `argparse.Namespace`: left unread."""
+    """Reads with PyTorch's restricted unpickler. Skips the `argparse.Namespace` in the original repository's files."""
     try:
         import torch
     except ImportError:
@@ -311,7 +313,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # on damaged bytes the unpickler raises nearly anything
+    except Exception as error:  # the unpickler raises nearly anything on damaged bytes
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             raise CheckpointError(
                 f"{path} holds more than tensors: a pickle that would run code when loaded. Nothing "
@@ -355,7 +357,7 @@ def _culprit(message: str) -> str:
 def write_tensors(
     folder: Path, tensors: Mapping[str, Any], *, max_shard_size: int | str = "5GB", variant: str | None = None
 ) -> None:
-    """Writes `model.safetensors`, or numbered shards and their index where it would exceed `max_shard_size`.
+    """Writes `model.safetensors`, or numbered shards and their index if the file would exceed `max_shard_size`.
 
     With a variant, e.g. "fp16", the files are named as `transformers` names them: `model.fp16.safetensors`.
     """
@@ -385,7 +387,7 @@ def write_tensors(
 
 
 def _save_file(tensors: Mapping[str, Any], path: Path) -> None:
-    metadata = {"format": "pt"}  # the layout: what `transformers` looks for
+    metadata = {"format": "pt"}  # names the layout; `transformers` requires it
     if all(isinstance(value, np.ndarray) for value in tensors.values()):
         from safetensors.numpy import save_file as save_arrays
 
@@ -426,7 +428,7 @@ def write_checkpoint(
     max_shard_size: int | str = "5GB",
     variant: str | None = None,
 ) -> None:
-    """Writes `config.json` and weights as Hugging Face names them; `transformers` reads the folder."""
+    """Writes `config.json` and the weights under Hugging Face's names. `transformers` can read the folder."""
     kind = weights.kind_of(tensors)
     family = "ViT" if config.model_type == "vit" else "DeiT"
     prefix = "" if kind == "backbone" else f"{family.lower()}."
@@ -456,7 +458,7 @@ def push_folder(
     commit_message: str = "Upload model",
     facts: Facts = NOTHING_KNOWN,
 ) -> str:
-    """Uploads a saved folder to the hub, making the repository where it is missing; returns the commit's address.
+    """Uploads a saved folder to the hub, and creates the repository if it is missing. Returns the commit's address.
 
     A README.md is written if there is none; `facts` are what it says beyond the files.
     """
@@ -467,7 +469,7 @@ def push_folder(
 
 
 def push_saved(save: Callable[[Path], object], repo_id: str, **options: Any) -> str:
-    """`push_folder` of what `save` writes."""
+    """Saves into a temporary folder with `save`, and uploads that folder with `push_folder`."""
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder))
         return push_folder(Path(folder), repo_id, **options)

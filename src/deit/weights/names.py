@@ -1,8 +1,9 @@
-"""Every tensor's name and shape, and how other projects name them. No framework: NumPy and PyTorch arrays both work.
+"""Every tensor's name and shape, and how other projects name them. Loads no framework: NumPy and PyTorch both work.
 
-Our names are those of `state_dict()` of a model with a head: the backbone's start with `deit.`, the heads' do not.
-`manifest` lists them. A dialect is a literal table from our name to theirs; `{}` stands for the block's number, three
-names for tensors that are stored one by one and joined here, and None for what the dialect cannot express.
+Our names are those in the `state_dict()` of a model with a head: the backbone's start with `deit.`, the heads' do not.
+`manifest` lists them. A dialect is a literal table from our names to theirs. In it, `{}` stands for the number of a
+block. Three names stand for tensors that the dialect stores one by one and that we join. None stands for a tensor that
+the dialect cannot express.
 
 D width, M MLP width, C classes, N positions, P patch height and width.
 """
@@ -60,7 +61,7 @@ def manifest(
 
 
 def _linear_pairs(pairs: Mapping[str, str | None]) -> Table:
-    """Both tensors, weight and bias, of modules named on each side."""
+    """The table for the weight and the bias of each module in `pairs`, our name first."""
     return {
         f"{ours}.{leaf}": theirs and f"{theirs}.{leaf}" for ours, theirs in pairs.items() for leaf in ("weight", "bias")
     }
@@ -73,8 +74,8 @@ def _qkv(template: str, names: tuple[str, str, str]) -> Table:
     }
 
 
-# Hugging Face on disk, all versions of transformers (5.x renamed modules in memory and still writes these).
-# The model's own prefix, `deit.` or `vit.`, is `BASE` here; a backbone saved alone has none.
+# Hugging Face's names on disk, in all versions of transformers (5.x renamed modules in memory but still writes these).
+# The model's own prefix, `deit.` or `vit.`, is `BASE` here. A backbone that was saved alone has no prefix.
 HF: Table = {
     "deit.cls_token": "deit.embeddings.cls_token",
     "deit.distillation_token": "deit.embeddings.distillation_token",
@@ -135,7 +136,7 @@ TIMM: Table = {
             "deit.norm": "norm",
             "deit.pooler": None,
             "classifier": "head",
-            "cls_classifier": "head",  # one name for two of ours: told apart by the presence of head_dist
+            "cls_classifier": "head",  # stands for two of our names; head_dist in the file tells which
             "distillation_classifier": "head_dist",
             "decoder": None,
         }
@@ -144,7 +145,7 @@ TIMM: Table = {
     "deit.blocks.{}.scale2": "blocks.{}.ls2.gamma",
 }
 
-# facebookresearch/deit's .pth: timm's names of 2020, and DeiT III's own for LayerScale.
+# The .pth files of facebookresearch/deit: timm's names of 2020, and DeiT III's own names for LayerScale.
 ORIGINAL: Table = {
     **TIMM,
     "deit.blocks.{}.scale1": "blocks.{}.gamma_1",
@@ -178,7 +179,7 @@ def _fold(name: str) -> tuple[str, str | None]:
 
 
 def detect(names: Iterable[str]) -> str:
-    """The dialect of a file, from its tensors' names; raises `ValueError` where none fits."""
+    """The dialect of a file, by the names of its tensors. Raises `ValueError` if none fits."""
     names = [_unwrap(name) for name in names]
     marks = {"hf": ".layernorm_before.", "timm": ".attn.qkv.weight", "ours": ".attention.qkv.weight"}
     if any(marks["hf"] in name for name in names):
@@ -211,9 +212,9 @@ def _common_prefix(names: Iterable[str]) -> str:
 
 
 def to_ours(tensors: Mapping[str, Any], *, join: Callable[[Sequence[Any]], Any], file: str) -> dict[str, Any]:
-    """Renames a checkpoint's tensors to our names, joining what we keep fused.
+    """Renames a checkpoint's tensors to our names, and joins those that we keep fused.
 
-    `join` concatenates arrays along the first axis. Raises `ValueError` naming `file` for a key that no rule covers.
+    `join` concatenates arrays along the first axis. Raises `ValueError`, naming `file`, for a key that no rule covers.
     """
     tensors = {_unwrap(name): value for name, value in tensors.items()}
     try:
@@ -266,11 +267,11 @@ _TF_LEAF = {"kernel": "weight", "gamma": "weight", "beta": "bias"}
 
 
 def from_tensorflow(tensors: Mapping[str, np.ndarray], *, file: str) -> dict[str, np.ndarray]:
-    """What `transformers` 4's TensorFlow classes stored, as its PyTorch classes name it and lay it out.
+    """Turns the tensors of `transformers` 4's TensorFlow classes into the names and layout of its PyTorch classes.
 
-    Names like `tf_dei_t_model/deit/encoder/layer_._0/attention/attention/query/kernel:0`; matrices (in, out) become
-    (out, in), convolutions (height, width, in, out) become (out, in, height, width). Raises `ValueError` naming `file`
-    for a name of another kind.
+    Names are like `tf_dei_t_model/deit/encoder/layer_._0/attention/attention/query/kernel:0`. Matrices (in, out) become
+    (out, in), and convolutions (height, width, in, out) become (out, in, height, width). Raises `ValueError`, naming
+    `file`, for a name of another kind.
     """
     found = {}
     for name, value in tensors.items():
@@ -297,10 +298,10 @@ def _add_base(name: str) -> str:
 
 
 def from_ours(tensors: Mapping[str, Any], dialect: str, *, prefix: str = BASE) -> dict[str, Any]:
-    """Renames our tensors to a dialect's names, splitting what it stores apart.
+    """Renames our tensors to a dialect's names, and splits those that it stores one by one.
 
-    `prefix` replaces `deit.` in Hugging Face names: `vit.` for a plain ViT, or nothing for a backbone saved alone.
-    Raises `ValueError` where the dialect has no name for a tensor.
+    `prefix` replaces `deit.` in Hugging Face's names: `vit.` for a plain ViT, nothing for a backbone that is saved
+    alone. Raises `ValueError` if the dialect has no name for a tensor.
     """
     table = DIALECTS[dialect]
     named: dict[str, Any] = {}
@@ -322,7 +323,7 @@ def from_ours(tensors: Mapping[str, Any], dialect: str, *, prefix: str = BASE) -
 
 
 def kind_of(names: Iterable[str]) -> Kind:
-    """Which model a set of our tensor names belongs to."""
+    """The kind of model that a set of our tensor names belongs to."""
     heads = {name.split(".")[0] for name in names} - {"deit"}
     if "distillation_classifier" in heads:
         return "with_teacher"
@@ -332,10 +333,10 @@ def kind_of(names: Iterable[str]) -> Kind:
 
 
 def infer_config(tensors: Mapping[str, Any], *, file: str) -> DeiTConfig:
-    """The configuration that a checkpoint without `config.json` has, from the shapes of its tensors (our names).
+    """The config of a checkpoint that has no `config.json`, from the shapes of its tensors (under our names).
 
-    Shapes don't tell the number of heads: it is that of the published size, or else `width / 64`. The images are taken
-    as square. The rest is the paper's (LayerNorm epsilon 1e-6).
+    Shapes don't tell the number of attention heads, so it is that of the published size, or else `width / 64`. Images
+    are assumed to be square. Everything else is the paper's (LayerNorm epsilon 1e-6).
     """
     try:
         width, channels, *patch = tensors["deit.patch.weight"].shape
@@ -379,11 +380,11 @@ def infer_config(tensors: Mapping[str, Any], *, file: str) -> DeiTConfig:
 
 
 def resize_matrix(old: int, new: int) -> np.ndarray:
-    """(new, old) matrix that resamples a line of `old` values to `new` by bicubic interpolation, float64.
+    """The (new, old) matrix that resamples a line of `old` values to `new` values by bicubic interpolation, in float64.
 
-    The kernel is PyTorch's `interpolate(mode="bicubic", align_corners=False)`, used by the original code's fine-tuning
-    and by `transformers`: Keys' kernel with a = -0.75, borders repeated, no antialiasing. A matrix, so that every
-    framework resizes alike.
+    The kernel is that of PyTorch's `interpolate(mode="bicubic", align_corners=False)`, which the original code uses for
+    fine-tuning, and so does `transformers`: Keys' kernel with a = -0.75, borders repeated, no antialiasing. It is a
+    matrix so that all frameworks resize alike.
     """
     a = -0.75
     centre = (np.arange(new) + 0.5) * old / new - 0.5
@@ -394,13 +395,13 @@ def resize_matrix(old: int, new: int) -> np.ndarray:
         near = ((a + 2) * x - (a + 3)) * x * x + 1
         far = a * (((x - 5) * x + 8) * x - 4)
         column = np.clip(left + tap, 0, old - 1)
-        # Comparing instead of indexing lets torch.compile trace this with sizes it does not know yet.
+        # A comparison instead of an index lets torch.compile trace this with sizes that it does not know yet.
         matrix = matrix + np.where(x <= 1, near, far)[:, None] * (column[:, None] == np.arange(old))
     return matrix
 
 
 def resize_positions(position: np.ndarray, old: DeiTConfig, new: DeiTConfig) -> np.ndarray:
-    """Position embeddings (1, positions, D) for the images of another config; those of prefix tokens stay."""
+    """Position embeddings (1, positions, D) for the images of another config. The prefix tokens keep theirs."""
     if old.grid == new.grid:
         return position
     prefix, grid = np.split(position, [old.num_prefix_positions], axis=1)
@@ -411,9 +412,9 @@ def resize_positions(position: np.ndarray, old: DeiTConfig, new: DeiTConfig) -> 
 
 
 def resize_kernel(kernel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A patch projection (width, channels, height, width) for patches of another size, float64.
+    """A patch projection (width, channels, height, width) for patches of another `size` (height, width), in float64.
 
-    Of all kernels of the new size, the one whose answers to resized patches are nearest to the old one's to the
+    Of all kernels of the new size, this one answers to resized patches most nearly as the old one answers to the
     patches themselves: the pseudo-inverse of the resize (FlexiViT, Beyer et al. 2022, section 3.4).
     """
     down, across = (np.linalg.pinv(resize_matrix(old, new).T) for old, new in zip(kernel.shape[2:], size, strict=True))
