@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from deit import files
+from deit.config import DeiTConfig
 from deit.image.processor import DeiTImageProcessor
 from deit.weights import hub
 
-if TYPE_CHECKING:
-    from deit.model.pretrained import PreTrained
-
 WEIGHTS = "model.safetensors"
+
+
+class Configured(Protocol):
+    """A model with a config, which may have changed by the time it is saved."""
+
+    @property
+    def config(self) -> DeiTConfig: ...
 
 
 class TrainerFiles:
@@ -25,7 +30,7 @@ class TrainerFiles:
     Everything else is the processor's.
     """
 
-    def __init__(self, model: PreTrained, processor: DeiTImageProcessor):
+    def __init__(self, model: Configured, processor: DeiTImageProcessor):
         self.model = model
         self.processor = processor
 
