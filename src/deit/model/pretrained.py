@@ -504,7 +504,7 @@ def _one_device(device_map: Any) -> torch.device | None:
     if device_map is None:
         return None
     if device_map == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:
         return torch.device(device_map)
     except (RuntimeError, TypeError):
