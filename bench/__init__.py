@@ -1,1 +1,1 @@
-"""Measurements of `deit`, which imports none of them. README.md says how to run each."""
+"""Measurements of `deit`. The package imports none of them. README.md says how to run each one."""

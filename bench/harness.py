@@ -1,7 +1,7 @@
-"""What comparisons of speed share: contenders in processes of their own, rounds in turn, a record of each case.
+"""Compares the speed of contenders, each in a process of its own, in alternating rounds, and records each case.
 
-A script describes a `Comparison` and calls its `main`. Every contender is one more process of the same script, which
-calls `work` there; the processes take turns, so that what else the machine does meets all of them alike.
+A script describes a `Comparison` and calls its `main`. Every contender is another process of the same script, which
+calls `work`. The processes take turns, so whatever else the machine does slows all of them alike.
 """
 
 from __future__ import annotations
@@ -23,27 +23,28 @@ from rich.console import Console
 from rich.table import Table
 
 SECONDS = 3.0
-"""Length of a contender's turn, about; at least one step."""
+"""Approximate length of a contender's turn. A turn has at least one step."""
 OURS = "deit"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Ours beside its peers, in some cases."""
+    """A comparison of our code with its peers, in several cases."""
 
     module: str
-    """The script's own name for `python -m`: each contender's process is started with it."""
+    """The script's own name for `python -m`, which starts each contender's process."""
     description: str | None
+    """Text of `--help`."""
     records: Path
-    """File that the record of each case is appended to, a line of JSON, when no other is given."""
+    """Default of `--records`: the file to which each case appends a line of JSON."""
     cases: Mapping[str, Mapping[str, Any]]
-    """The settings of each case: arguments of `work`, and fields of the record."""
+    """The settings of each case. They are arguments of `work` and fields of the record."""
     contenders: Callable[[Mapping[str, Any]], Iterable[str]]
-    """The names that take part with these settings: "PEER" or "PEER VARIANT", where ours is the peer "deit"."""
+    """The names that take part with these settings: "PEER" or "PEER VARIANT". Our own peer is called "deit"."""
     work: Callable[..., None]
-    """Prepares a contender in its process and hands its step to `answer`: `work(name, **settings)`."""
+    """`work(name, **settings)` prepares a contender in its process and hands its step to `answer`."""
     step: str
-    """What a step is called in the record."""
+    """The name of a step in the record."""
     images: str
     """The setting that says how many images a step takes."""
     packages: tuple[str, ...]
@@ -52,7 +53,7 @@ class Comparison:
     """Further fields of the record."""
 
     def measure(self, case: str, rounds: int) -> dict[str, Any]:
-        """The record of a case."""
+        """Measures a case and returns its record."""
         settings = self.cases[case]
         contenders = [Contender(self.module, name, case) for name in self.contenders(settings)]
         for _ in range(rounds):
@@ -84,7 +85,7 @@ class Comparison:
         )
         parser.add_argument("--rounds", type=_count, default=7, help="turns of each contender (default: %(default)s)")
         parser.add_argument(
-            "--case", choices=tuple(self.cases), action="append", help="may be repeated; all when not given"
+            "--case", choices=tuple(self.cases), action="append", help="a case; may be repeated (default: all)"
         )
         parser.add_argument(
             "--records", type=Path, default=self.records, help="append to this file (default: %(default)s)"
@@ -102,7 +103,7 @@ class Comparison:
         return None
 
     def table(self, record: Mapping[str, Any]) -> Table:
-        """A record to be read: a row for each contender."""
+        """A table of a record for people, with a row for each contender."""
         table = Table(
             "contender",
             title=f"{record['case']}, {record['rounds']} round{'s' * (record['rounds'] != 1)}, {record['machine']}",
@@ -119,7 +120,7 @@ class Comparison:
 
 
 def answer(step: Callable[[], Any]) -> None:
-    """Takes as many steps as each line of standard input says, and answers with the seconds."""
+    """Takes as many steps as each line of standard input says, and prints the seconds that they took."""
     for line in sys.stdin:
         began = time.perf_counter()
         for _ in range(int(line)):
@@ -128,7 +129,7 @@ def answer(step: Callable[[], Any]) -> None:
 
 
 class Contender:
-    """A process that takes steps when it is told to. It has warmed up once this object exists."""
+    """A process that takes steps when it is told to. It has warmed up when this object exists."""
 
     def __init__(self, module: str, name: str, case: str):
         self.name = name
@@ -139,12 +140,12 @@ class Contender:
             text=True,
         )
         self.seconds: list[float] = []
-        """Seconds of a step, one value for each turn."""
+        """Seconds for a step, one value for each turn."""
         self.first = self._timed(1)
         """Seconds of the very first step."""
         self._timed(2)
         self.steps = max(1, round(SECONDS / self._timed(1)))
-        """Steps of a turn."""
+        """Number of steps in a turn."""
 
     def take_turn(self) -> None:
         self.seconds.append(self._timed(self.steps) / self.steps)
@@ -157,18 +158,19 @@ class Contender:
         """Seconds that these steps take together."""
         assert self.process.stdin
         assert self.process.stdout
-        with suppress(BrokenPipeError):  # it has ended, and there is nothing to read either
+        with suppress(BrokenPipeError):  # the process has ended; there is nothing to read then, which is reported below
             print(steps, file=self.process.stdin, flush=True)
         found = self.process.stdout.readline()
         if not found:
-            raise RuntimeError(f"{self.name} ended with status {self.process.wait()}; what it said is above")
+            raise RuntimeError(f"{self.name} ended with status {self.process.wait()}; see its output above")
         return float(found)
 
 
 def ratios(rates: Mapping[str, list[float]]) -> dict[str, list[float]]:
-    """Our best variant over the best of each peer, best by the median: the ratios' median, lowest and highest.
+    """Divides our best variant's rate by that of each peer's best one: the median, lowest and highest ratio.
 
-    `rates` has one value for each round, and a ratio is of two rates of the same round.
+    The best variant has the highest median. `rates` has a value for each round, and a ratio divides two rates of the
+    same round.
     """
     medians = {name: statistics.median(found) for name, found in rates.items()}
     best = {
@@ -184,8 +186,8 @@ def ratios(rates: Mapping[str, list[float]]) -> dict[str, list[float]]:
 
 
 def machine(*packages: str) -> dict[str, Any]:
-    """What a record says of where it comes from: hardware, the versions of `packages`, commit and date."""
-    import torch  # not before, because the contenders of other frameworks do without it
+    """The origin of a record: hardware, the versions of `packages`, commit and date."""
+    import torch  # only here, because the contenders of other frameworks don't need it
 
     from deit.host import cores
     from deit.machine import described

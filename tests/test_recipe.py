@@ -462,7 +462,7 @@ def test_override_checks_the_whole_once_at_the_end():
     for pair in (both, both[::-1]):
         found = override(deit_tiny(), pair)
         assert (found.objective, found.model.distillation_token) == (Distilled(teacher="timm", kind="soft"), True)
-    with raises_saying(ValueError, "recipe deit_tiny", "needs a model with one", "model.distillation_token=True"):
+    with raises_saying(ValueError, "recipe deit_tiny", "needs a model that has one", "model.distillation_token=True"):
         override(deit_tiny(), both[:1])
 
 
@@ -521,7 +521,7 @@ def test_the_built_in_convnet_in_a_record():
         override(teacher, ["model.widths=8"])
     with raises_saying(ValueError, "there is no 'hidden_size'"):
         override(teacher, ["model.hidden_size=8"])
-    with raises_saying(ValueError, "neither checkpoint_blocks nor a start"):
+    with raises_saying(ValueError, "neither compute.checkpoint_blocks nor start"):
         override(teacher, ["start=facebook/deit-tiny-patch16-224"])
 
 
@@ -616,10 +616,10 @@ def test_find_a_record(tmp_path):
     with raises_saying(ValueError, "list.json", "expected Recipe, found [1, 2]"):
         find(str(tmp_path / "list.json"))
     (tmp_path / "broken.json").write_text('{"name": ')
-    with raises_saying(ValueError, "broken.json is no JSON", "`deit recipes NAME`"):
+    with raises_saying(ValueError, "broken.json is not JSON", "`deit recipes NAME`"):
         find(str(tmp_path / "broken.json"))
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x80")
-    with raises_saying(ValueError, "bytes.json is no text"):
+    with raises_saying(ValueError, "bytes.json is not text"):
         find(str(tmp_path / "bytes.json"))
     with raises_saying(FileNotFoundError, "there is no file", "none.json", "recipe.json"):
         find(str(tmp_path / "none.json"))
@@ -653,7 +653,9 @@ def test_refusals():
         optim=AdamW(lr=1e-3, per_images=512),
         schedule=Cosine(total=epochs(1)),
     )
-    with raises_saying(ValueError, "recipe plain: distillation through its own token needs a model with one"):
+    with raises_saying(
+        ValueError, "recipe plain: distillation through the distillation token needs a model that has one"
+    ):
         replace(plain, objective=Distilled(teacher="x"))
     with raises_saying(ValueError, "the distillation token would learn nothing"):
         replace(plain, model=DeiTConfig(), objective=Distilled(teacher="x", token="class"))
@@ -665,7 +667,7 @@ def test_refusals():
         replace(plain, objective=Supervised(cosub=True))
     with raises_saying(ValueError, "ema must be at least 0 and below 1, found 1"):
         replace(plain, ema=1.0)
-    with raises_saying(ValueError, "evaluate must be longer than nothing"):
+    with raises_saying(ValueError, "evaluate must be longer than 0, found"):
         replace(plain, evaluate=Duration(0, "steps"))
     with pytest.raises(FrozenInstanceError):
         plain.seed = 1

@@ -1,1 +1,1 @@
-"""The claims of the paper, judged on problems that a CPU can hold."""
+"""Tests the paper's claims on problems that are small enough for a CPU."""

@@ -1,10 +1,10 @@
-"""The claims of Touvron et al. 2020 (arXiv 2012.12877) on a problem that a CPU can hold: 5,000 images of CIFAR-10.
+"""Tests the claims of Touvron et al. 2020 (arXiv 2012.12877) on a small problem for a CPU: 5,000 images of CIFAR-10.
 
-    python -m bench.claims prepare CIFAR_DIR WORK     # CIFAR_DIR/{train,test}/CLASS/*.jpg; links the images used
-    python -m bench.claims run WORK                   # every run that has no record yet; again, it goes on
+    python -m bench.claims prepare CIFAR_DIR WORK     # link the images used; CIFAR_DIR/{train,test}/CLASS/*.jpg
+    python -m bench.claims run WORK                   # do every run without a record; a stopped command can continue
     python -m bench.claims table --write docs/results.md
 
-`experiments` says what is run and what is claimed, `runs` runs it, `report` judges. A record of each run is appended to
+`experiments` describes the runs and the claims, `runs` trains, and `report` judges. Each run appends a record to
 results.jsonl beside this file, and everything printed comes from there.
 """
 
@@ -25,24 +25,26 @@ def main() -> int:
     verb = verbs.add_parser("prepare", help="link the images used")
     verb.add_argument("cifar", type=Path)
     verb.add_argument("work", type=Path)
-    verb = verbs.add_parser("run", help="run what has no record yet")
+    verb = verbs.add_parser("run", help="do every run without a record")
     verb.add_argument("work", type=Path)
-    verb.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)}; all when none is given")
+    verb.add_argument("experiments", nargs="*", help=f"any of {', '.join(EXPERIMENTS)} (default: all)")
     verb.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     verb.add_argument("--jobs", type=int, default=2, help="runs side by side (default: %(default)s)")
-    verb.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long")
-    verb = verbs.add_parser("one", help="one run; what `run` starts")
+    verb.add_argument("--minutes", type=float, default=float("inf"), help="stop after this many minutes")
+    verb = verbs.add_parser("one", help="do one run; `run` starts this command")
     verb.add_argument("work", type=Path)
     verb.add_argument("arm", choices=[*ARMS, "agreement"])
     verb.add_argument("seed", type=int)
-    verb = verbs.add_parser("table", help="tables and verdicts from the records")
-    verb.add_argument("--write", type=Path, help="Markdown file with the markers; the pictures are drawn too")
+    verb = verbs.add_parser("table", help="print tables and verdicts from the records")
+    verb.add_argument(
+        "--write", type=Path, help="write them between the markers of this Markdown file, and draw the pictures"
+    )
     options = parser.parse_args()
     if options.verb == "prepare":
         prepare(options.cifar, options.work)
     elif options.verb == "run":
         if unknown := set(options.experiments) - set(EXPERIMENTS):
-            parser.error(f"there is no experiment {min(unknown)}; there is {', '.join(EXPERIMENTS)}")
+            parser.error(f"there is no experiment {min(unknown)}; choose from {', '.join(EXPERIMENTS)}")
         return min(
             1, run(options.work, options.experiments or list(EXPERIMENTS), options.seeds, options.jobs, options.minutes)
         )

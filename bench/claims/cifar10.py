@@ -1,16 +1,17 @@
 """CIFAR-10 in half an hour on a CPU: our three recipes, and the reference recipe for the same time.
 
     deit train cifar10_teacher --data CIFAR_DIR --out runs/cifar10_teacher     # then cifar10_coarse, then cifar10
-    python -m bench.claims.cifar10 record runs CIFAR_DIR     # their accuracy on the test images, and their curves
+    python -m bench.claims.cifar10 record runs CIFAR_DIR     # record their accuracy on the test images and their curves
     python -m bench.claims.cifar10 reference CIFAR_DIR --minutes 25
-    python -m bench.claims.cifar10 draw                      # docs/pictures/cifar10.svg
+    python -m bench.claims.cifar10 draw                      # draw docs/pictures/cifar10.svg
 
-The reference is timm's DeiT-Ti with patches of 4 pixels and the settings of Touvron et al. 2020, table 9, and of the
-original code, whose crop at 32 pixels is a random shift by 4: AdamW at 5e-4 x batch / 512 with a cosine and warm-up
-over 5/300, RandAugment, Mixup, CutMix, erasing, smoothing, stochastic depth; batch 128, bfloat16 autocast where the
-hardware has it. Its clock runs while it trains: evaluations and the decoding of the images beforehand are not counted,
-which they are in ours. The model of the end is scored on the test images. Records are appended to
-cifar10.jsonl beside this file.
+The reference is timm's DeiT-Ti with patches of 4 pixels. Its settings are those of Touvron et al. 2020, table 9, and of
+the original code, whose crop at 32 pixels is a random shift by 4. These are AdamW at 5e-4 x batch / 512 with a cosine
+and a warm-up over 5/300 of the time, RandAugment, Mixup, CutMix, erasing, smoothing and stochastic depth. The batch is
+128, with bfloat16 autocast if the hardware has it.
+
+The reference's time does not include its evaluations and the decoding of the images at the start. Our time includes
+both. The reference's last model is scored on the test images. Records are appended to cifar10.jsonl beside this file.
 """
 
 from __future__ import annotations
@@ -41,19 +42,19 @@ from deit.machine import resolve_precision
 BATCH, SMOOTHING = 128, 0.1
 PEAK, START, FLOOR, WARMUP = 5e-4 * BATCH / 512, 1e-6, 1e-5, 5 / 300
 MEAN = STD = (0.5, 0.5, 0.5)
-RANDAUGMENT = "rand-m9-mmax9-mstd0.5-inc1"  # beyond 9, timm 1.0.31 asks Pillow 13 for no bits, which it refuses
+RANDAUGMENT = "rand-m9-mmax9-mstd0.5-inc1"  # above 9, timm 1.0.31 asks Pillow 13 to keep 0 bits, which it refuses
 EVALUATIONS = 10
 RUNS = ("cifar10_teacher", "cifar10_coarse", "cifar10")
 RECORDS = Path(__file__).with_suffix(".jsonl")
 
 
 def decoded(split: Split) -> tuple[list[Image.Image], np.ndarray]:
-    """Images and labels of a split, in memory."""
+    """The images and labels of a split, in memory."""
     return [Image.open(file).convert("RGB") for file in split.files], np.array(split.labels)
 
 
 def batches(images: list[Image.Image], labels: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Pixels (B, 3, 32, 32) and targets (B, 10) of the reference recipe, without end."""
+    """Yields pixels (B, 3, 32, 32) and targets (B, 10) of the reference recipe, without end."""
     view = timm.data.create_transform(
         32,
         is_training=True,
@@ -76,7 +77,7 @@ def batches(images: list[Image.Image], labels: np.ndarray) -> Iterator[tuple[tor
 
 @torch.inference_mode()
 def accuracy(model: torch.nn.Module, images: list[Image.Image], labels: np.ndarray, dtype: torch.dtype) -> float:
-    """Share of the images that the model gets right; it goes on in training mode."""
+    """The share of the images that the model gets right. It leaves the model in training mode."""
     model.eval()
     correct = 0
     for start in range(0, len(images), 256):
@@ -89,14 +90,14 @@ def accuracy(model: torch.nn.Module, images: list[Image.Image], labels: np.ndarr
 
 
 def rate(done: float) -> float:
-    """Learning rate when the share `done` of the time, 0 to 1, is over."""
+    """The learning rate when the share `done` of the time, 0 to 1, is over."""
     if done < WARMUP:
         return START + (PEAK - START) * done / WARMUP
     return FLOOR + (PEAK - FLOOR) * (1 + math.cos(math.pi * min(1.0, (done - WARMUP) / (1 - WARMUP)))) / 2
 
 
 def reference(data: Path, minutes: float) -> dict[str, Any]:
-    """Trains by the reference recipe for so many minutes, and returns what its record says of it."""
+    """Trains with the reference recipe for `minutes`, and returns its part of the record."""
     torch.manual_seed(0)
     np.random.seed(0)  # timm's RandAugment and Mixup draw from it
     train, val = map(decoded, read_data(data, holdout=0.1, seed=0))
@@ -135,9 +136,10 @@ def reference(data: Path, minutes: float) -> dict[str, Any]:
 
 
 def ours(runs: Path, data: Path) -> dict[str, Any]:
-    """What the record says of our three runs.
+    """Returns the part of the record about our three runs.
 
-    One began where the other ended; what lay between, such as imports and the reading of files, is counted.
+    The time also counts what happened between the runs, such as imports and the reading of files, because each run
+    began when the one before it ended.
     """
     curves_found, images, began = {}, 0, 0.0
     folders = [runs / name for name in RUNS]
@@ -161,7 +163,7 @@ def ours(runs: Path, data: Path) -> dict[str, Any]:
 
 
 def draw() -> None:
-    """Validation accuracy by time times cores, the last record of each kind."""
+    """Draws validation accuracy over time multiplied by cores, from the last record of each kind."""
     records = {record["what"]: record for line in RECORDS.read_text().splitlines() for record in [json.loads(line)]}
     lines = {
         name: [(seconds / 60 * record["threads"], 100 * value) for seconds, value in curve]
@@ -176,13 +178,13 @@ def draw() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    verb = verbs.add_parser("record")
+    verb = verbs.add_parser("record", help="record the test accuracy and the curves of our three runs")
     verb.add_argument("runs", type=Path, metavar="RUNS")
     verb.add_argument("data", type=Path, metavar="CIFAR_DIR")
-    verb = verbs.add_parser("reference")
+    verb = verbs.add_parser("reference", help="train and record the reference recipe")
     verb.add_argument("data", type=Path, metavar="CIFAR_DIR")
     verb.add_argument("--minutes", type=float, required=True)
-    verbs.add_parser("draw")
+    verbs.add_parser("draw", help="draw docs/pictures/cifar10.svg from the records")
     options = parser.parse_args()
     if options.verb == "draw":
         return draw()

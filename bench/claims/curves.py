@@ -1,4 +1,4 @@
-"""Curves as an SVG that is readable on light and on dark pages."""
+"""Draws curves as an SVG that is readable on light and on dark pages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 PICTURES = Path(__file__).parents[2] / "docs" / "pictures"
-"""Where the pages of docs have theirs."""
+"""The folder for the pictures of docs."""
 _COLOURS = (
     "#3b82f6",
     "#f59e0b",
@@ -22,13 +22,16 @@ _COLOURS = (
     "#6366f1",
     "#a8a29e",
 )
-"""Of middle lightness: each stands out from white and from black."""
+"""Colours of medium lightness, which stand out from white and from black."""
 _WIDTH, _HEIGHT = 760, 420
 _LEFT, _TOP, _RIGHT, _BOTTOM = 60, 40, 230, 50
 
 
 def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str) -> str:
-    """One line through the (x, y) points of each name, with axes from 0 along `across`, and a legend."""
+    """Draws a line through the (x, y) points of each name, and a legend.
+
+    `across` and `up` label the axes. The axis across begins at 0. Raises `ValueError` if there is no point.
+    """
     points = [point for line in lines.values() for point in line]
     if not points:
         raise ValueError("there is nothing to draw; give at least one line with a point")
@@ -77,7 +80,7 @@ def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], acros
 
 
 def _step(span: float) -> float:
-    """1, 2 or 5 times a power of ten, so that there are about five of them."""
+    """The distance between ticks: 1, 2 or 5 times a power of ten, so that there are about five ticks."""
     if span <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(span / 5))

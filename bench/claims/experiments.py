@@ -1,7 +1,8 @@
-"""What is run and what is claimed, as data: arms, experiments, and the claims that are judged.
+"""The arms, the experiments and the claims that are judged, as data.
 
-An arm is the base recipe with settings changed, as `deit train --set` would. An experiment is arms, each compared to
-one of them. A claim says which difference the paper found (Touvron et al. 2020, arXiv 2012.12877).
+An arm is the base recipe with some settings changed, as `deit train --set` changes them. An experiment is a group of
+arms, each compared to one of them. A claim says which difference the paper found (Touvron et al. 2020, arXiv
+2012.12877).
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from deit.recipe import (
 )
 
 UPDATES = 800
-"""Of every student; all other lengths follow from it."""
+"""Number of steps of every student. All other lengths follow from it."""
 TRAIN, FEWER, VAL = 5000, 1000, 1000
-"""Images; `FEWER` of the training images are what the arms in `FEW` see. All of the test folder's are test images."""
+"""Numbers of images. The arms in `FEW` see only `FEWER` of the training images. The test folder is used as a whole."""
 
 # --------------------------------------------------------------------------------------------------------------- arms
 
 _FINETUNING = UPDATES // 3
-# 16 patches of 8 pixels, not 64 of 4: in the same time a student sees about four times as many images, ten passes over
-# them and not two or three.
+# 16 patches of 8 pixels, not 64 of 4, because a student then sees about four times as many images in the same time: ten
+# passes over them, not two or three.
 STUDENT = DeiTConfig(
     hidden_size=96,
     num_hidden_layers=6,
@@ -50,12 +51,12 @@ STUDENT = DeiTConfig(
     distillation_token=False,
     drop_path_rate=0.05,
 )
-# One process with one thread each, so that runs side by side do not disturb each other.
+# Each run has one process with one thread, so that runs side by side do not disturb each other.
 _COMPUTE = Compute(workers=0, save_minutes=0.5)
 
 
 def _every(updates: int) -> str:
-    """Evaluations are few, because they cost time: five."""
+    """The setting for five evaluations in a run. They are few because they cost time."""
     return f"evaluate=steps({max(1, updates // 5)})"
 
 
@@ -63,9 +64,9 @@ def _lasting(updates: int) -> list[str]:
     return [f"schedule.total=steps({updates})", f"schedule.warmup=steps({updates // 20})", _every(updates)]
 
 
-# The paper's kinds of augmentation, at strengths for ten passes and not 300. Validation accuracy after 300 updates:
-# 0.32 with crop and flip alone, 0.24 with RandAugment at 9, Mixup or CutMix on half of the batches, erasing at 0.25 and
-# three views of an image; 0.26 with the strengths below and three views, 0.30 with them and one.
+# The paper's kinds of augmentation, at strengths for ten passes instead of 300. Validation accuracy after 300 steps was
+# 0.32 with crop and flip alone. It was 0.24 with RandAugment at 9, Mixup or CutMix on half of the batches, erasing at
+# 0.25 and three views of an image. With the strengths below it was 0.26 with three views and 0.30 with one.
 BASE = Recipe(
     name="none",
     model=STUDENT,
@@ -92,7 +93,8 @@ _TEACHER = replace(
     optim=AdamW(lr=2e-3, per_images=64, weight_decay=0.05),
 )
 ARMS: dict[str, Recipe] = {}
-"""By name. A teacher or start "@NAME" is the model of that arm, of the same seed unless it is one of `ONCE`."""
+"""The recipes of the arms by name. A teacher or start "@NAME" is the model of that arm, with the same seed unless the
+arm is one of `ONCE`."""
 
 
 def _arm(name: str, base: Recipe, *settings: str) -> Recipe:
@@ -108,9 +110,9 @@ MATCHES = [
     _arm(f"convnet_{width}", _TEACHER, f"model.widths=({width}, {2 * width}, {4 * width})").name
     for width in (3, 4, 6, 8)
 ]
-"""ConvNets, of which "@matched" is the one whose validation accuracy is nearest to the transformer's."""
+"""ConvNets. "@matched" is the one whose validation accuracy is nearest to the transformer's."""
 ONCE = ("convnet", "convnet_24", "transformer", *MATCHES)
-"""Teachers: trained with seed 0 only, and the same for the students of all seeds."""
+"""Teachers. They are trained with seed 0 only, and teach the students of all seeds."""
 
 _arm("soft", BASE, "objective=Distilled(teacher='@convnet', kind='soft', token='class', smoothing=0.1)")
 _arm("soft_elements", ARMS["soft"], "objective.normalisation=elements")
@@ -122,7 +124,7 @@ _arm("distilled_by_matched", _distilled, "objective.teacher=@matched")
 _arm("distilled_by_transformer", _distilled, "objective.teacher=@transformer")
 
 _small = _arm("distilled_24", _distilled, "model.image_size=24", "objective.teacher=@convnet_24")
-# A fifth of the rate: to adapt, not to begin anew.
+# A fifth of the learning rate, because fine-tuning adapts the weights and does not begin anew.
 _finetuned = _arm("finetuned_24", _small, "start=@distilled_24", "optim.lr=2e-4", *_lasting(_FINETUNING))
 _arm("finetuned_32_teacher_24", _finetuned, "model.image_size=32")
 _arm("finetuned_32", ARMS["finetuned_32_teacher_24"], "objective.teacher=@convnet")
@@ -140,16 +142,16 @@ FEW = (
             "no_erasing": "augment.erase=None",
             "no_stochastic_depth": "model.drop_path_rate=0.0",
             "no_repeats": "data.repeats=1",
-            # Validation accuracy after 200 updates at the rates 0.01, 0.03 and 0.1: 0.28, 0.27, 0.22 (AdamW: 0.26).
+            # Validation accuracy after 200 steps at the rates 0.01, 0.03 and 0.1: 0.28, 0.27, 0.22 (AdamW: 0.26).
             "sgd": "optim=SGD(lr=0.01, per_images=64, weight_decay=1e-4)",
             "dropout": "model.hidden_dropout_prob=0.1",
-            # The average's half-life is 4.6 % of the run, as the original code's 0.99996 is of 300 epochs.
+            # The average's half-life is 4.6 % of the run. The original code's 0.99996 has the same share of 300 epochs.
             "ema": f"ema={0.5 ** (1 / max(1.0, 0.046 * UPDATES)):.4f}",
         }.items()
     ),
 )
-"""Table 8's arms see a fifth of the images five times as often. The paper's recipe is there to keep 300 epochs from
-learning the images by heart; in the few passes over all of them there is nothing yet to be kept from."""
+"""The arms of table 8. They see a fifth of the images, five times as often, because the paper's recipe keeps 300 epochs
+from learning the images by heart. A few passes over all images can't learn them by heart anyway."""
 _arm(
     "masked",
     BASE,
@@ -168,13 +170,13 @@ _arm("none_twice", BASE, *_lasting(2 * UPDATES))
 Task = tuple[str, int]
 """A run: an arm and a seed."""
 Reading = tuple[str, str]
-"""An arm and which of its numbers: a head's test accuracy, or what `agreement` found."""
+"""An arm and the name of one of its numbers: a head's test accuracy, or a number that `agreement` found."""
 Expected = Literal["above", "below", "equal"]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper found of `one` minus `other`: above 0, below 0, or within a point of 0 (`equal`)."""
+    """What the paper found for `one` minus `other`: above 0, below 0, or within a point of 0 (`equal`)."""
 
     text: str
     source: str
@@ -190,7 +192,7 @@ class Experiment:
     title: str
     arms: tuple[str, ...]
     control: Reading
-    """All rows of the table are compared to it, seed by seed."""
+    """The reading that all rows of the table are compared to, seed by seed."""
     claims: tuple[Claim, ...]
 
 
@@ -218,7 +220,7 @@ EXPERIMENTS = {
                 ("hard", "fused"),
             ),
             Claim(
-                "of its two heads the teacher's is the better",
+                "of its two heads, the distillation head is better",
                 "table 3: 83.1, 83.0",
                 ("distilled", "distillation"),
                 ("distilled", "class"),
@@ -232,7 +234,7 @@ EXPERIMENTS = {
         ),
     ),
     "agreement": Experiment(
-        "Who decides like whom (table 4)",
+        "Which models decide alike (table 4)",
         ("agreement",),
         ("agreement", "convnet and none"),
         (
@@ -259,12 +261,12 @@ EXPERIMENTS = {
         ),
     ),
     "teachers": Experiment(
-        "Who teaches (table 2)",
+        "Choice of the teacher (table 2)",
         ("distilled_by_transformer", "distilled_by_matched", "distilled"),
         ("distilled_by_transformer", "fused"),
         (
             Claim(
-                "a ConvNet teaches better than a transformer of its accuracy",
+                "a ConvNet teaches better than a transformer of the same accuracy",
                 "table 2: 82.7, 81.9",
                 ("distilled_by_matched", "fused"),
                 ("distilled_by_transformer", "fused"),
@@ -291,7 +293,7 @@ EXPERIMENTS = {
                 ("finetuned_32", "fused"),
                 ("finetuned_32_teacher_24", "fused"),
             ),
-            # Each with the head that was trained: without the teacher's share, the class token's.
+            # Each arm is read from the head that was trained. Without the teacher's loss, that is the class head.
             Claim(
                 "the teacher helps in fine-tuning too",
                 "section 4",
@@ -306,7 +308,7 @@ EXPERIMENTS = {
         ("soft_elements", "fused"),
         (
             Claim(
-                "the mean over images (equation 2) beats the original code's over images and classes",
+                "the mean over images (equation 2) beats the original code's mean over images and classes",
                 "ours: the paper does not compare them",
                 ("soft", "fused"),
                 ("soft_elements", "fused"),
@@ -314,18 +316,18 @@ EXPERIMENTS = {
         ),
     ),
     "masked": Experiment(
-        "Masked images first (SimMIM, Xie et al. 2021)",
+        "Pre-training on masked images (SimMIM, Xie et al. 2021)",
         ("none", "masked", "masked_finetuned", "none_twice"),
         _NONE,
         (
             Claim(
-                "fine-tuning after masked images beats as many updates from scratch",
+                "fine-tuning after masked images beats as many steps from scratch",
                 "SimMIM: 83.8, DeiT-B: 81.8",
                 ("masked_finetuned", "fused"),
                 _NONE,
             ),
             Claim(
-                "it beats as many updates in all from scratch",
+                "pre-training and fine-tuning together beat as many steps from scratch",
                 "ours",
                 ("masked_finetuned", "fused"),
                 ("none_twice", "fused"),
@@ -333,7 +335,7 @@ EXPERIMENTS = {
         ),
     ),
     "ingredients": Experiment(
-        "One ingredient left out or put in (table 8)",
+        "Leaving out or adding one ingredient (table 8)",
         FEW,
         _FEW,
         (
@@ -360,11 +362,11 @@ EXPERIMENTS = {
         ),
     ),
 }
-"""The most important first."""
+"""The experiments, the most important first."""
 
 
 def needs(arm: str) -> list[str]:
-    """The arms that must be there before this one."""
+    """The arms that must be trained before this one."""
     if arm == "agreement":
         return ["convnet", "none", "distilled"]
     recipe = ARMS[arm]
@@ -373,17 +375,17 @@ def needs(arm: str) -> list[str]:
 
 
 def updates_of(arm: str) -> int:
-    """Length of an arm's runs."""
+    """The number of steps in an arm's runs."""
     return 0 if arm == "agreement" else round(ARMS[arm].schedule.total.amount)
 
 
 def task_of(arm: str, seed: int) -> Task:
-    """The run of an arm that belongs to a seed: a teacher's is the same for all."""
+    """The run of an arm for a seed. A teacher has the same run for all seeds."""
     return arm, 0 if arm in ONCE else seed
 
 
 def plan(experiments: Iterable[str], seeds: Iterable[int]) -> list[Task]:
-    """All runs in an order that works: each once, after those it needs."""
+    """All runs, each once and after the runs that it needs."""
     order: dict[Task, None] = {}
 
     def add(task: Task) -> None:

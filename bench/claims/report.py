@@ -1,4 +1,4 @@
-"""Records to tables, verdicts and curves."""
+"""Turns records into tables, verdicts and curves."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from bench.claims.experiments import ARMS, EXPERIMENTS, ONCE, UPDATES, Expected,
 RESULTS = Path(__file__).parent / "results.jsonl"
 
 Record = dict[str, Any]
-"""What a run found, as `runs.one` writes it."""
+"""The results of a run, as `runs.one` writes them."""
 
 
 def records() -> dict[Task, Record]:
-    """The last record of each run of the present length."""
+    """The last record of each run that has the current length."""
     lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
     found = [json.loads(line) for line in lines]
     return {
@@ -53,18 +53,18 @@ _T = (
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of paired differences and the ends of its two-sided 95 % interval (Student); of 2 to 20 values."""
+    """The mean of 2 to 20 paired differences, and the ends of its two-sided 95 % interval (Student's)."""
     mean = statistics.fmean(values)
     half = _T[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
     return mean, mean - half, mean + half
 
 
 def verdict(differences: Sequence[float], expected: Expected) -> str:
-    """The rule for every claim, fixed before the runs. Fewer than three seeds decide nothing.
+    """Judges a claim by the rule that was fixed before the runs. Fewer than three seeds decide nothing.
 
-    above, below: holds where the 95 % interval of the paired difference lies wholly on that side of 0, does not hold
-    where it lies wholly on the other. equal: holds where it lies within one point (0.01) of 0, does not hold where it
-    lies wholly outside. Otherwise it is not decided.
+    `above` and `below` hold if the 95 % interval of the paired difference lies wholly on that side of 0, and don't hold
+    if it lies wholly on the other side. `equal` holds if the interval lies within one point (0.01) of 0, and doesn't
+    hold if it lies wholly outside. Otherwise the claim is not decided.
     """
     if len(differences) < 3:
         return "not decided"
@@ -77,7 +77,7 @@ def verdict(differences: Sequence[float], expected: Expected) -> str:
 
 
 def _values(found: dict[Task, Record], reading: Reading) -> dict[int, float]:
-    """The numbers read, by seed. A model of one head has only `fused`."""
+    """The numbers of a reading, by seed. A model with one head has only `fused`."""
     arm, head = reading
     return {
         seed: record["test"][head] for (name, seed), record in found.items() if name == arm and head in record["test"]
@@ -85,13 +85,13 @@ def _values(found: dict[Task, Record], reading: Reading) -> dict[int, float]:
 
 
 def _paired(found: dict[Task, Record], one: Reading, other: Reading) -> list[float]:
-    """The differences of the seeds that both have."""
+    """The differences between two readings, for the seeds that both have."""
     ours, theirs = _values(found, one), _values(found, other)
     return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
 
 
 def _difference(values: Sequence[float]) -> str:
-    """Paired differences in a cell of a table: their mean in points, and its interval where there is one."""
+    """Paired differences in a cell of a table: their mean in points, and its interval if there is one."""
     if not values:
         return ""
     if len(values) < 2:
@@ -101,7 +101,7 @@ def _difference(values: Sequence[float]) -> str:
 
 
 def table() -> str:
-    """All experiments as Markdown, numbers in percent."""
+    """Returns all experiments as Markdown tables, with numbers in percent."""
     found = records()
     parts = [_teachers(found)]
     for name, experiment in EXPERIMENTS.items():
@@ -141,7 +141,7 @@ def table() -> str:
 
 def _teachers(found: dict[Task, Record]) -> str:
     """The table of the teachers."""
-    rows = ["### Teachers", "", "| arm | updates | validation | test |", "|---|---|---|---|"]
+    rows = ["### Teachers", "", "| arm | steps | validation | test |", "|---|---|---|---|"]
     chosen = {record["teacher"] for record in found.values() if "teacher" in record}
     for arm in ONCE:
         if record := found.get((arm, 0)):
@@ -153,7 +153,7 @@ def _teachers(found: dict[Task, Record]) -> str:
 
 
 def draw() -> None:
-    """Validation accuracy by images seen, the mean over seeds, for each experiment with curves."""
+    """Draws validation accuracy over the images seen, as a mean over seeds, for each experiment with curves."""
     found = records()
     for name, experiment in EXPERIMENTS.items():
         lines: dict[str, list[tuple[float, float]]] = {}

@@ -1,4 +1,4 @@
-"""The runs: each trained in a process of its own, some side by side, one after the other until all have a record."""
+"""Does the runs, each in a process of its own and some side by side, until all have a record."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from deit.recipe import Distilled, MaskedImage, Recipe
 
 
 def run_folder(work: Path, task: Task) -> Path:
-    """Where a run of the present length trains."""
+    """The folder of a run that has the current length."""
     arm, seed = task
     return work / f"runs-{UPDATES}" / f"{arm}-{seed}"
 
@@ -60,15 +60,17 @@ def recipe_of(arm: str, seed: int, work: Path) -> Recipe:
 
 
 def _matched() -> str:
-    """The ConvNet that "@matched" stands for, chosen on validation images and never on test images."""
+    """The ConvNet that "@matched" stands for. It is chosen by validation images, never by test images."""
     found = records()
     wanted = found["transformer", 0]["validation"]
     return min(MATCHES, key=lambda arm: abs(found[arm, 0]["validation"] - wanted))
 
 
 def run_arm(work: Path, arm: str, seed: int) -> dict[str, Any]:
-    """Trains an arm, or goes on with it, and returns its record. Test images are seen once, at the end, by the model
-    with the best validation accuracy."""
+    """Trains an arm, or continues it, and returns its record.
+
+    The model with the best validation accuracy sees the test images once, at the end.
+    """
     import torch
     from rich.console import Console
 
@@ -89,14 +91,14 @@ def run_arm(work: Path, arm: str, seed: int) -> dict[str, Any]:
     record: dict[str, Any] = {"diverged": False}
     try:
         train(recipe, train_split, val_split, out, device="cpu", console=Console(width=120), resume=True)
-    except Diverged:  # of the paper's table 8 too, two did
+    except Diverged:  # two arms of the paper's table 8 diverged too
         record["diverged"] = True
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     judged = [row for row in rows if "val_accuracy" in row or "val_loss" in row]
     if isinstance(recipe.objective, MaskedImage):
         record |= {"validation": judged[-1]["val_loss"], "test": {}}
     else:
-        cpu = torch.device("cpu")  # in training's precision, as on validation images
+        cpu = torch.device("cpu")  # with the precision of training, as on validation images
         heads = evaluate(
             load_model(out / "model"),
             EvaluationBatches(test_split, processor_for(recipe), 250),
@@ -114,8 +116,11 @@ def run_arm(work: Path, arm: str, seed: int) -> dict[str, Any]:
 
 
 def agreement(work: Path, seed: int) -> dict[str, float]:
-    """Table 4: the share of test images on which two decide differently; and the mean cosine between class and
-    distillation token, at the input of the first block and after each block, over the test images (section 4)."""
+    """Measures how alike models decide (table 4), and how alike the two tokens are (section 4), on the test images.
+
+    Returns the share of images on which two models or heads decide differently, and the mean cosine between the class
+    token and the distillation token at the input of the first block, after the first block and after the last block.
+    """
     import torch
 
     from deit.data.batches import EvaluationBatches, processor_for
@@ -152,11 +157,13 @@ def agreement(work: Path, seed: int) -> dict[str, float]:
 
 
 def prepare(cifar: Path, work: Path) -> None:
-    """Links to the images used, `work/data/{train,val,test}/CLASS/` and `work/few/...`: balanced over the classes,
-    drawn with a fixed seed."""
+    """Links the images that are used, in `work/data/{train,val,test}/CLASS/` and `work/few/...`.
+
+    They are balanced over the classes and drawn with a fixed seed.
+    """
     classes = sorted(path.name for path in (cifar / "train").iterdir() if path.is_dir())
     if (work / "data").exists():
-        raise FileExistsError(f"{work / 'data'} is there already; remove it, or give another WORK")
+        raise FileExistsError(f"{work / 'data'} exists already; remove it, or give another WORK")
     train, fewer, val = (count // len(classes) for count in (TRAIN, FEWER, VAL))
     for number, name in enumerate(classes):
         files = sorted((cifar / "train" / name).iterdir())
@@ -176,11 +183,13 @@ def prepare(cifar: Path, work: Path) -> None:
 
 
 def run(work: Path, experiments: Sequence[str], seeds: Sequence[int], jobs: int, minutes: float) -> int:
-    """Runs what has no record, `jobs` at a time; after `minutes` those under way are stopped, to go on another time.
-    Returns how many are left."""
+    """Does the runs without a record, `jobs` at a time, and returns the number of runs that are left.
+
+    After `minutes` it stops the current runs, which continue at the next call.
+    """
     if not (work / "data").is_dir():
-        raise FileNotFoundError(f"{work} holds no data; first: python -m bench.claims prepare CIFAR_DIR {work}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through `finally` below
+        raise FileNotFoundError(f"{work} holds no data; run python -m bench.claims prepare CIFAR_DIR {work} first")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` below runs
     end = time.monotonic() + 60 * minutes
     waiting = [task for task in plan(experiments, seeds) if task not in records()]
     total, failed = len(waiting), set[Task]()
@@ -198,9 +207,9 @@ def run(work: Path, experiments: Sequence[str], seeds: Sequence[int], jobs: int,
                 waiting.remove(task)
                 running[task] = _start(work, task)
             if not running and not free:
-                break  # the rest needs what has failed
+                break  # the remaining runs need one that has failed
             time.sleep(0.5)
-    finally:  # also on Ctrl-C: they save their state
+    finally:  # also on Ctrl-C; runs save their state when they are stopped
         for process in running.values():
             process.send_signal(signal.SIGTERM)
         for process in running.values():
@@ -213,7 +222,7 @@ def run(work: Path, experiments: Sequence[str], seeds: Sequence[int], jobs: int,
 def _start(work: Path, task: Task) -> subprocess.Popen[bytes]:
     folder = run_folder(work, task)
     folder.mkdir(parents=True, exist_ok=True)
-    # One thread for each: OpenMP's would wait for each other where runs share cores.
+    # One thread for each run, because OpenMP's threads would wait for each other if runs share cores.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with open(folder / "log.txt", "ab") as log:
         return subprocess.Popen(
@@ -226,7 +235,7 @@ def _start(work: Path, task: Task) -> subprocess.Popen[bytes]:
 
 
 def _finish(work: Path, task: Task, status: int, progress: str) -> bool:
-    """Appends the record that a run left; whether there is one."""
+    """Appends the record that a run left, and returns whether there is one."""
     folder = run_folder(work, task)
     if status:
         last = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-3:]
@@ -241,7 +250,7 @@ def _finish(work: Path, task: Task, status: int, progress: str) -> bool:
 
 
 def one(work: Path, arm: str, seed: int) -> None:
-    """What each process does: one run, whose record it leaves beside it."""
+    """Does one run in this process, and leaves its record in the run's folder."""
     import torch
 
     from deit import __version__, files

@@ -1,1 +1,1 @@
-"""Speed beside the peers', a module for each comparison."""
+"""Compares speed with other libraries, in a module for each comparison."""

@@ -1,10 +1,10 @@
-"""Inference speed of the Keras backbone on the CPU beside keras-hub's, and beside our PyTorch one.
+"""Inference speed of our Keras backbone on the CPU, beside keras-hub's backbone and our PyTorch backbone.
 
     python -m bench.speed.keras [--rounds 7] [--case "tiny 1"|"tiny 32"|...]
 
-All compute in float32, on the same random pixels: channels first for ours, last for keras-hub's. Both Keras models, on
-TensorFlow, are called in three ways: `predict_on_batch`, which Keras compiles with XLA only where there is a GPU;
-`tf.function`; and `tf.function` compiled with XLA. The PyTorch model is called in inference mode.
+All models compute in float32 on the same random pixels, with channels first for ours and last for keras-hub's. Both
+Keras models run on TensorFlow and are called in three ways: `predict_on_batch`, which Keras compiles with XLA only if
+there is a GPU; `tf.function`; and `tf.function` compiled with XLA. The PyTorch model is called in inference mode.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CASES = {
 CONTENDERS = (*(f"{name} {way}" for name in ("deit", "keras-hub") for way in ("predict", "graph", "xla")), "pytorch")
 
 Built = tuple[Any, Iterable[Any], Any]
-"""A model, its parameters, and the pixels as it takes them. Frameworks are loaded by the contenders that need them."""
+"""A model, its parameters, and the pixels as it takes them. Only the contenders that need a framework load it."""
 Call = Callable[[], Any]
 
 
@@ -99,7 +99,7 @@ CALLS: dict[str, Callable[[Any, Any], Call]] = {
 
 
 def work(contender: str, variant: str, batch: int) -> None:
-    """Calls a contender on a batch, as often as it is asked to."""
+    """Calls a contender on a batch whenever it is asked to."""
     name, _, way = contender.partition(" ")
     config = VARIANTS[variant]
     random = np.random.default_rng(0)

@@ -1,15 +1,16 @@
-"""Speed from JPEG files to labels on the CPU, beside transformers' pipeline, and of the network beside bare OpenVINO.
+"""Speed from JPEG files to labels on the CPU, beside transformers' pipeline; the network's speed, beside bare OpenVINO.
 
     python -m bench.speed.predict [--rounds 7] [--case "tiny 1"|"tiny 32 network"|...]
 
 Models have random weights and 1,000 classes.
 
-The cases from files: `deit` is what `deit predict --engine auto` runs, `pytorch` the same with `--engine torch`,
-`transformers` is `pipeline("image-classification")` at its defaults. The photos are ImageNet's where
+In the cases with files, `deit` does the work of `deit predict --engine auto`, `pytorch` does the same with `--engine
+torch`, and `transformers` is `pipeline("image-classification")` at its defaults. The photos are ImageNet's if
 `shared/data/imagenet_sample.tar` is beside the repository, otherwise coarse random pictures of 500x375 pixels.
 
-The cases of the network begin with `pixel_values`: `deit` is the engine that `Predictor` calls, the peers are OpenVINO
-itself with the same file, one call after the other (`latency`), or as many at once as it advises (`throughput`).
+The cases with `network` begin with `pixel_values`. There `deit` is the engine that `Predictor` calls, and the peers are
+OpenVINO itself with the same file: one call after the other (`latency`), or as many at once as OpenVINO advises
+(`throughput`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from deit.export.engines import Engine
 
 SIZES = {("tiny", 1): 32, ("tiny", 32): 96, ("base", 1): 8, ("base", 32): 32}
-"""(model, batch): images of a step."""
+"""Number of images in a step, by (model, batch)."""
 CASES = {
     f"{size} {batch}{' network' if network else ''}": {
         "size": size,
@@ -47,7 +48,7 @@ Call = Callable[[], Any]
 
 
 def saved(size: str, folder: Path) -> Path:
-    """A model with random weights, the same in every process."""
+    """Saves a model with random weights, which are the same in every process."""
     import torch
 
     from deit import VARIANTS, DeiTForImageClassificationWithTeacher, DeiTImageProcessor
@@ -60,7 +61,7 @@ def saved(size: str, folder: Path) -> Path:
 
 
 def photos(count: int, folder: Path) -> list[Path]:
-    """The files of `count` photos, written to `folder`; a file stands more than once where there are fewer."""
+    """Writes photos to `folder`, and returns `count` files. If there are fewer photos, files are repeated."""
     if PHOTOS.is_file():
         with tarfile.open(PHOTOS) as archive:
             archive.extractall(folder, filter="data")
@@ -90,7 +91,7 @@ def piped(model: Path, files: list[Path], batch: int) -> Call:
 
 
 def engine_of(model: Path) -> Engine:
-    """The model in OpenVINO, as `Predictor` has it."""
+    """The model in OpenVINO, as `Predictor` uses it."""
     from deit.export.cache import cached_engine
     from deit.model.load import load_classifier
 
@@ -137,7 +138,7 @@ def contenders(case: Mapping[str, Any]) -> Iterable[str]:
 
 
 def work(contender: str, size: str, batch: int, images: int, network: bool) -> None:
-    """Classifies photos or random pixels with a contender, as often as it is asked to."""
+    """Classifies photos or random pixels with a contender whenever it is asked to."""
     with tempfile.TemporaryDirectory() as scratch:
         model = saved(size, Path(scratch, "model"))
         if network:

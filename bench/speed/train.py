@@ -1,9 +1,9 @@
-"""Training speed on the CPU beside timm's and transformers': one update of DeiT-Ti with distillation token.
+"""Training speed on the CPU, beside timm and transformers: steps of DeiT-Ti with distillation token.
 
     python -m bench.speed.train [--rounds 7] [--case "32/4"|"224/16"|...]
 
-An update is forward, the cross-entropies of both heads (labels and a teacher's decisions), backward, and a fused AdamW
-step. The peers run in their own float32 and in bfloat16 autocast.
+A step is the forward pass, the cross-entropies of both heads (with labels and a teacher's decisions), the backward
+pass, and fused AdamW. The peers run in their own float32 and in bfloat16 autocast.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def transformers_model(image: int, patch: int, drop_path: float) -> tuple[nn.Mod
 
 
 def _settings(image: int, patch: int) -> dict[str, Any]:
-    """What transformers' configuration and ours call the same."""
+    """The settings with the same names in transformers' configuration and ours."""
     return {
         "hidden_size": WIDTH,
         "num_hidden_layers": DEPTH,
@@ -90,7 +90,7 @@ def contenders(case: Mapping[str, Any]) -> list[str]:
 
 
 def work(contender: str, image: int, patch: int, batch: int, drop_path: float) -> None:
-    """Trains a contender on random pixels, as many updates as it is asked for."""
+    """Trains a contender on random pixels, for as many steps as it is asked to."""
     from deit.machine import resolve_precision
 
     name, _, precision = contender.partition(" ")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import io
 import json
 import os
+import re
+import select
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -15,21 +19,79 @@ from deit import choices, host
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit status: 0 done, 1 failed with a message, 2 wrong usage, 130 interrupted.
+    """Runs one command and returns the exit status.
+
+    It is 0 if the work is done, 1 if it failed with a message, 2 after wrong usage, 130 if it was interrupted, and 141
+    if nobody reads the output any more.
 
     A training that a signal stops ends the process itself, with status 130 or 143.
     """
     options = _parser().parse_args(arguments)
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else _NAMES)
+    with warnings.catch_warnings():
+        # Appended, so that -W and PYTHONWARNINGS come first. The room `image` refuses what is too large.
+        warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit", append=True)
+        formatted, warnings.formatwarning = warnings.formatwarning, _sentence(options.verb, warnings.formatwarning)
+        try:
+            status = int(options.run(options) or 0)
+            sys.stdout.flush()
+            return status
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            if isinstance(error, BrokenPipeError) and _nobody_reads():
+                return 141  # 128 + SIGPIPE, as a shell reports it
+            if options.debug:
+                raise
+            print(f"deit {options.verb}: {error}", file=sys.stderr)
+            return 1
+        finally:
+            warnings.formatwarning = formatted
+
+
+_NAMES = "deit.names"
+"""How standard output writes what its encoding lacks: the bytes of file names that are not text as they are, other
+characters as \\u escapes."""
+
+
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
     try:
-        return int(options.run(options) or 0)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if options.debug:
-            raise
-        print(f"deit {options.verb}: {error}", file=sys.stderr)
-        return 1
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+codecs.register_error(_NAMES, _escape)
+
+
+def _sentence(verb: str, otherwise: Any) -> Any:
+    """Formats the warnings that are meant for users in one line, like errors."""
+
+    def formatted(message: Any, category: Any, *where: Any, **more: Any) -> str:
+        return f"deit {verb}: {message}\n" if category is UserWarning else otherwise(message, category, *where, **more)
+
+    return formatted
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of standard output or standard error has gone away, as `head` does; then both lead nowhere."""
+    try:
+        places = [stream.fileno() for stream in (sys.stdout, sys.stderr)]
+    except (OSError, ValueError, AttributeError):
+        return False
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        for place in places:
+            poll.register(place, 0)  # errors are told unasked
+        if not any(event & select.POLLERR for _, event in poll.poll(0)):
+            return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for place in places:
+        os.dup2(nowhere, place)
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         "--time",
         type=_minutes,
         metavar="SPAN",
-        help="shorten the schedule so that training ends within this time, e.g. 90s, 30m, 1.5h",
+        help="shorten the schedule so that training ends within this time, e.g. 90s, 30m, 1h20m",
     )
     verb.set_defaults(run=_train)
 
@@ -402,15 +464,14 @@ def _add_head(verb: argparse.ArgumentParser) -> None:
 
 
 def _minutes(text: str) -> float:
-    """A span of time like 90s, 30m or 1.5h, in minutes."""
-    units = {"s": 1 / 60, "m": 1.0, "h": 60.0}
-    try:
-        minutes = float(text[:-1]) * units[text[-1:]]
-    except (ValueError, KeyError):
-        minutes = 0.0
-    if not 0 < minutes < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a time like 90s, 30m or 1.5h, found {text!r}")
-    return minutes
+    """A span of time like 90s, 1.5h or 4m30s, in minutes."""
+    number = r"(\d+\.?\d*|\.\d+)"
+    found = re.fullmatch(f"(?:{number}h)?(?:{number}m)?(?:{number}s)?", text, re.ASCII)
+    hours, minutes, seconds = (float(part or 0) for part in found.groups()) if found else (0.0, 0.0, 0.0)
+    whole = 60 * hours + minutes + seconds / 60
+    if not 0 < whole < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a time like 90s, 30m, 1.5h or 1h20m, found {text!r}")
+    return whole
 
 
 def _quickstart(options: argparse.Namespace) -> None:
@@ -427,9 +488,11 @@ def _train(options: argparse.Namespace) -> None:
     from deit.data.folders import read_data
     from deit.recipe import MaskedImage, override
     from deit.recipes import find
+    from deit.train.build import find_sources
     from deit.train.loop import train
 
     recipe = override(find(options.recipe), options.settings)
+    find_sources(recipe)
     labelled = not isinstance(recipe.objective, MaskedImage)
     splits = read_data(options.data, holdout=recipe.data.holdout, seed=recipe.seed, labelled=labelled)
     run = train(recipe, *splits, options.out, device=options.device, resume=options.resume, minutes=options.time)
@@ -461,8 +524,10 @@ def _teach(options: argparse.Namespace) -> None:
     from deit.recipe import override
     from deit.recipes import find
     from deit.train.labels import teach
+    from deit.train.teacher import find_teacher
 
     recipe = override(find(options.recipe), [*options.settings, f"objective.teacher={options.teacher}"])
+    find_teacher(recipe)
     split, _ = read_data(options.data, holdout=recipe.data.holdout, seed=recipe.seed)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     print(teach(recipe, split, options.out, epochs=options.epochs, device=options.device, rank=rank, world=world))
@@ -483,9 +548,6 @@ def _recipes(options: argparse.Namespace) -> None:
 def _predict(options: argparse.Namespace) -> int:
     from deit.predict.bulk import parse_shard, predict_files
 
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="surrogateescape")  # file names need not be UTF-8
     unreadable = predict_files(
         options.model,
         options.images,

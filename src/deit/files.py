@@ -8,7 +8,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import tempfile
+import time
+import urllib.parse
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -43,7 +47,7 @@ def find_file(
 ) -> Path:
     """Path of `filename` in a folder, or in the local cache of a hub repository. Downloads the file if allowed.
 
-    `force_download` fetches it again though the cache has it.
+    `force_download` fetches a file again that the cache has.
 
     `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` are respected. Raises `FileNotFoundError` with the reason.
     """
@@ -72,13 +76,47 @@ def find_file(
     )
 
 
+_PATIENCE = 5.0
+"""Seconds for the hub to accept a connection."""
+_FORGOTTEN = 60.0
+"""Seconds after which a hub that did not is tried again."""
+_failed: dict[str, float] = {}
+"""When which address did not answer."""
+
+
+def _reachable(address: str) -> bool:
+    """Whether a server accepts a connection. The hub's client would try each file six times, for half a minute.
+
+    What lies behind a proxy is taken to be reachable.
+    """
+    parts = urllib.parse.urlsplit(address)
+    host, port = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
+    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
+        return True
+    if time.monotonic() - _failed.get(address, -_FORGOTTEN) < _FORGOTTEN:
+        return False
+    try:
+        socket.create_connection((host, port), timeout=_PATIENCE).close()
+    except OSError:
+        _failed[address] = time.monotonic()
+        return False
+    return True
+
+
 def _download(name: str, filename: str, **options: Any) -> Path:
     try:
-        from huggingface_hub import errors, hf_hub_download
+        from huggingface_hub import constants, errors, hf_hub_download
     except ImportError:
         raise FileNotFoundError(
             str(host.missing(f"there is no folder {name}, and fetching it from the hub needs huggingface_hub", "hub"))
         ) from None
+    if not options["local_files_only"] and not constants.HF_HUB_OFFLINE:
+        options["local_files_only"] = not _reachable(constants.ENDPOINT)
+    if options["force_download"] and (options["local_files_only"] or constants.HF_HUB_OFFLINE):
+        raise NotFetched(
+            f"{filename} of {name} could not be fetched again (offline, no network, or the hub does not answer); "
+            "connect, or leave force_download out to read the local cache"
+        )
     try:
         return Path(hf_hub_download(name, filename, **options))
     except errors.EntryNotFoundError as error:

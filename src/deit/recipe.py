@@ -96,8 +96,14 @@ class ResizedCrop:
     """Smallest and largest width divided by height; drawn uniformly in the logarithm."""
 
     def __post_init__(self) -> None:
-        check(0 < self.scale[0] <= self.scale[1] <= 1, f"scale must rise within 0 and 1, found {self.scale}")
-        check(0 < self.ratio[0] <= self.ratio[1], f"ratio must be positive and rise, found {self.ratio}")
+        check(
+            0 < self.scale[0] <= self.scale[1] <= 1,
+            f"scale must be (smallest, largest), above 0 and up to 1, found {self.scale}",
+        )
+        check(
+            0 < self.ratio[0] <= self.ratio[1],
+            f"ratio must be (smallest, largest), both positive, found {self.ratio}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,8 +199,14 @@ class Erase:
 
     def __post_init__(self) -> None:
         _within(self, 0.0, 1.0, "probability")
-        check(0 < self.area[0] <= self.area[1] < 1, f"area must rise within 0 and 1, found {self.area}")
-        check(0 < self.ratio[0] <= self.ratio[1], f"ratio must be positive and rise, found {self.ratio}")
+        check(
+            0 < self.area[0] <= self.area[1] < 1,
+            f"area must be (smallest, largest), both above 0 and below 1, found {self.area}",
+        )
+        check(
+            0 < self.ratio[0] <= self.ratio[1],
+            f"ratio must be (smallest, largest), both positive, found {self.ratio}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,8 +231,8 @@ class Mix:
         _within(self, 0.0, 1.0, "probability", "switch")
         check(
             min(self.mixup, self.cutmix) >= 0 and max(self.mixup, self.cutmix) > 0,
-            "mixing needs a positive mixup "
-            f"or cutmix alpha, found mixup={self.mixup}, cutmix={self.cutmix}; for none, leave augment.mix None",
+            "mixing needs a positive mixup or cutmix alpha and no negative one, "
+            f"found mixup={self.mixup}, cutmix={self.cutmix}; to turn mixing off, set augment.mix to None",
         )
 
 
@@ -263,7 +275,7 @@ class Supervised:
         check(
             self.loss != "binary" or not self.smoothing,
             "smoothing makes every class a yes for the binary loss, "
-            f"found smoothing={self.smoothing}; set it to 0, or loss='cross_entropy'",
+            f"found smoothing={self.smoothing}; set it to 0, or set loss='cross_entropy'",
         )
 
 
@@ -457,9 +469,9 @@ class Recipe:
     optim: Optimizer
     schedule: Cosine
     augment: Augment = field(default_factory=Augment)
-    start: str = ""
-    """Folder, weight file or hub name of the weights to fine-tune; empty to start from random weights. Positions and
-    patches are resized, and a head for other labels is initialised anew."""
+    start: str | None = ""
+    """Folder, weight file or hub name of the weights to fine-tune; empty or None to train from scratch, from random
+    weights. Positions and patches are resized, and a head for other labels is initialised anew."""
     ema: float = 0.0
     """Decay per step of the exponential moving average of the weights, 0 to <1. The average is evaluated and saved; 0
     takes the weights themselves."""
@@ -469,6 +481,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "start", self.start or "")  # one way to write it in a recipe.json
         try:
             self._check()
         except ValueError as error:
@@ -481,20 +494,23 @@ class Recipe:
             if objective.token == "distillation":
                 check(
                     token,
-                    "distillation through its own token needs a model with one; set "
+                    "distillation through the distillation token needs a model that has one; set "
                     "model.distillation_token=True, or objective.token=class",
                 )
             else:
                 check(
                     not token,
-                    "with objective.token=class the distillation token would learn nothing; set "
+                    "with objective.token=class, the distillation token would learn nothing; set "
                     "model.distillation_token=False",
                 )
         if isinstance(objective, MaskedImage):
-            check(isinstance(model, DeiTConfig), "masked images need a DeiT or ViT model")
+            check(
+                isinstance(model, DeiTConfig),
+                f"masked images need a DeiT or ViT model, found {type(model).__name__}; choose another model",
+            )
             check(
                 self.augment.mix is None and self.augment.erase is None,
-                "masked images have no labels to mix and every pixel counts; set augment.mix and augment.erase to None",
+                "masked images have no labels to mix, and each pixel counts; set augment.mix and augment.erase to None",
             )
             rows, columns = model.patch_hw  # type: ignore[union-attr]
             check(
@@ -511,18 +527,23 @@ class Recipe:
         )
         check(
             len(self.data.mean) == model.num_channels,
-            f"data.mean has {len(self.data.mean)} entries for {model.num_channels} channels",
+            f"data.mean has {len(self.data.mean)} entries for {model.num_channels} channels; set data.mean and "
+            "data.std to one entry per channel",
         )
         check(0.0 <= self.ema < 1.0, f"ema must be at least 0 and below 1, found {self.ema}")
-        check(self.evaluate.amount > 0, "evaluate must be longer than nothing")
+        check(
+            self.evaluate.amount > 0,
+            f"evaluate must be longer than 0, found {self.evaluate.amount} {self.evaluate.unit}",
+        )
         if isinstance(model, ConvNetConfig):
             check(
                 not self.compute.checkpoint_blocks and not self.start,
-                "the built-in ConvNet has neither checkpoint_blocks nor a start",
+                "the built-in ConvNet supports neither compute.checkpoint_blocks nor start; leave both out",
             )
             check(
                 isinstance(self.optim, AdamW | SGD | LAMB) and self.optim.layer_decay == 1,
-                "Muon and layer_decay know the blocks of a transformer; choose AdamW, SGD or LAMB for the ConvNet",
+                "Muon and layer_decay need the blocks of a transformer; for the ConvNet, choose AdamW, SGD or LAMB "
+                "and leave layer_decay out",
             )
         check(self.seed >= 0, f"seed can't be negative, found {self.seed}")
 

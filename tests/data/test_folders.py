@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import unicodedata
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -190,7 +192,8 @@ def test_hidden_nested_and_linked(tmp_path):
     for i in (1, 0):
         write(tmp_path / "elsewhere" / f"{i}.png")
     (root / "train" / "eel").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    train = read_split(root, "train")
+    with pytest.warns(UserWarning, match=r"train: 1 file was passed over, .*: 1 \.db$"):
+        train = read_split(root, "train")
     assert names(train) == [
         "cat/0.png",
         "cat/1.png",
@@ -387,3 +390,74 @@ def test_evaluation_is_of_the_same_pixels_as_training(tmp_path):
     assert len(judged) == 8
     assert torch.equal(judged.pixels[4], processor_for(recipe())(split.files[4], return_tensors="pt").pixel_values[0])
     assert_close(found["alpha.png"], judged.pixels[[file.name for file in split.files].index("alpha.png")], 1e-6)
+
+
+# --------------------------------------------------------------------------------------------- files that are no images
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".JPE", ".avif", ".jp2", ".mpo", ".ppm", ".tga", ".qoi", ".ico"])
+def test_every_format_that_pillow_reads_is_taken(tmp_path, suffix):
+    form = {".mpo": "MPO", ".JPE": "JPEG"}.get(suffix)
+    for name in ("cat", "dog"):
+        write(tmp_path / "train" / name / f"0{suffix}", np.full((24, 24, 3), 90, np.uint8), format=form)
+    split = read_split(tmp_path, "train")
+    assert names(split) == [f"cat/0{suffix}", f"dog/0{suffix}"]
+    pixels = next(iter(EvaluationBatches(split, processor_for(recipe()), 2)))
+    assert pixels.faults == ()
+    flat = EvaluationBatches(
+        replace(split, files=(write(tmp_path / "flat.png", np.full((24, 24, 3), 90, np.uint8)),) * 2),
+        processor_for(recipe()),
+        2,
+    )
+    assert_close(pixels.pixels, next(iter(flat)).pixels, 0.03)  # two grey levels of a lossy format
+
+
+def test_what_is_passed_over_is_counted_in_one_line(tmp_path):
+    root = folder(tmp_path / "data")
+    for path in ("cat/a.heic", "cat/deep/b.HEIC", "dog/c.heic", "dog/clip.mp4", "notes", "list.csv", ".hidden.heic"):
+        (root / "train" / path).parent.mkdir(exist_ok=True)
+        (root / "train" / path).write_bytes(b"-")
+    sentence = (
+        f"{root}: 6 files were passed over, because they are no images that Pillow reads: "
+        "3 .heic, 1 without a suffix, 1 .csv, 1 .mp4"
+    )
+    for labelled in (True, False):
+        with pytest.warns(UserWarning, match="passed over") as caught:
+            read_data(root, holdout=0.3, seed=0, labelled=labelled)
+        [warning] = caught
+        assert str(warning.message) == sentence
+
+
+def test_a_folder_of_nothing_else_says_what_was_passed_over(tmp_path):
+    root = folder(tmp_path / "data")
+    (root / "train" / "eel").mkdir()
+    (root / "train" / "eel" / "1.heic").write_bytes(b"-")
+    with raises_saying(ValueError, root / "train" / "eel", "has no images (1 file was passed over", "1 .heic)"):
+        read_split(root, "train")
+
+
+# ------------------------------------------------------------------------------------------------------------ one class
+
+CAFE = {form: unicodedata.normalize(form, "café") for form in ("NFC", "NFD")}
+
+
+def test_spellings_of_an_accent_are_one_class(tmp_path):
+    assert CAFE["NFC"] != CAFE["NFD"]
+    folder(folder(tmp_path, ((CAFE["NFD"], 2), ("dog", 2))), ((CAFE["NFC"], 1), ("dog", 1)), "val")
+    train, val = read_data(tmp_path, holdout=0, seed=0)
+    assert train.classes == val.classes == (CAFE["NFC"], "dog")
+    assert (train.labels, val.labels) == ((0, 0, 1, 1), (0, 1))
+    for model in CAFE.values():
+        split = read_split(tmp_path, "train", ["dog", model])
+        assert (split.classes, split.labels) == (("dog", model), (1, 1, 0, 0))
+
+
+def test_folders_of_both_spellings_are_merged_with_a_word(tmp_path):
+    folder(tmp_path, ((CAFE["NFD"], 2), ("dog", 1), (CAFE["NFC"], 1)))
+    if len(list((tmp_path / "train").iterdir())) < 3:
+        pytest.skip("this file system has one spelling only")
+    with pytest.warns(UserWarning, match="has 2 folders 'café', whose names differ only in how accents are written"):
+        split = read_split(tmp_path, "train")
+    assert split.classes == (CAFE["NFC"], "dog")
+    assert split.labels == (0, 0, 0, 1)
+    assert {file.parent.name for file in split.files[:3]} == set(CAFE.values())

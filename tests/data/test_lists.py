@@ -1,6 +1,8 @@
 """Images to judge a model by: splits, lists of files, and classes found by name."""
 
 import json
+import os
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from support.checks import raises_saying
 from support.runs import photos
 
 from deit.data.folders import Split, fingerprint, matched, read_examples, read_split
+from deit.image.decode import ImageError, load_image
 
 
 def write(path, *lines, encoding="utf-8"):
@@ -107,7 +110,7 @@ def test_the_same_images_by_folder_and_by_list(tmp_path):
         (["path,label", "a.png"], ["line 2", "found 1"]),
         (["path,label", "a.png,"], ["line 2", 'label is ""', "name of a class"]),
         (["path,label", ",cat"], ["line 2", 'path is ""']),
-        (["path,label", "a.png,cat", "b.png,cat", "./a.png,dog"], ["line 4", "a.png is listed already in line 2"]),
+        (["path,label", "a.png,cat", "b.png,cat", "./a.png,dog"], ["line 4", "a.png is already listed in line 2"]),
         (["path,label"], ["lists no images"]),
         ([""], ["line 1", "found nothing"]),
         (["path,label", '"a.png,cat'], ["can't be read as CSV"]),
@@ -126,7 +129,7 @@ def test_csv_lists_that_are_refused(lines, saying, tmp_path):
         ('{"path": "b.png", "class": "cat"}', ["line 2", '"path" and "label"', "'path', 'class'"]),
         ('["b.png", "cat"]', ["line 2", "found list"]),
         ('{"path": "b.png", "label": "cat"', ["line 2", "not valid JSON"]),
-        ('{"path": "a.png", "label": "cat"}', ["line 2", "listed already in line 1"]),
+        ('{"path": "a.png", "label": "cat"}', ["line 2", "already listed in line 1"]),
     ],
 )
 def test_jsonl_lists_that_are_refused(line, saying, tmp_path):
@@ -137,7 +140,7 @@ def test_jsonl_lists_that_are_refused(line, saying, tmp_path):
 def test_other_lists_that_are_refused(tmp_path):
     with raises_saying(ValueError, "UTF-8"):
         read_examples(write(tmp_path / "list.csv", "path,label", "a.png,café", encoding="latin-1"))
-    with raises_saying(ValueError, "is a list and has no splits", "--split val"):
+    with raises_saying(ValueError, "is a list, which has no splits", "--split val"):
         read_examples(write(tmp_path / "list.csv", "path,label", "a.png,cat"), "val")
 
 
@@ -163,9 +166,9 @@ def test_classes_are_found_by_name_in_any_order():
 @pytest.mark.parametrize(
     ("classes", "saying"),
     [
-        (["Dog", "cat"], ["no class 'dog', which 1.png is of", "knows 'Dog'"]),
+        (["Dog", "cat"], ["no class 'dog', which is the class of 1.png", "knows 'Dog'"]),
         (["cat", "hot dog, red hot", "dogs"], ["no class 'dog'", "knows 'dogs' and 'hot dog, red hot'"]),
-        (["x", "y"], ["no class 'cat', which 2.png is of", "1 more are unknown", "knows 'x', 'y'"]),
+        (["x", "y"], ["no class 'cat', which is the class of 2.png", "1 more are unknown", "knows 'x', 'y'"]),
         ([f"LABEL_{i}" for i in range(9)], ["'LABEL_4' and others"]),
     ],
 )
@@ -178,3 +181,36 @@ def test_a_name_that_the_model_gives_twice_is_refused_where_it_is_used():
     with raises_saying(ValueError, "calls 2 of its classes 'dog'", "id2label"):
         matched(SPLIT, ["dog", "cat", "dog"])
     assert matched(SPLIT, ["crane", "cat", "dog", "crane"]).labels == (2, 1, 2)
+
+
+@pytest.mark.skipif(os.sep != "/", reason="backslashes are separators here")
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_paths_of_windows(tmp_path, suffix):
+    photos(tmp_path / "photos", split="birds", classes="ab", count=1)
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "back\\slash.png").write_bytes((tmp_path / "photos/birds/a/0.png").read_bytes())
+    paths = ["..\\photos\\birds\\a\\0.png", "..\\photos\\birds/b/0.png", "back\\slash.png", "..\\photos\\gone.png"]
+    rows = [json.dumps({"path": path, "label": "a"}) for path in paths]
+    file = tmp_path / "lists" / f"all{suffix}"
+    write(file, *(["path,label", *(f"{path},a" for path in paths)] if suffix == ".csv" else rows))
+    split, _ = read_examples(file)
+    assert [os.path.relpath(path, tmp_path) for path in split.files] == [
+        "photos/birds/a/0.png",
+        "photos/birds/b/0.png",
+        "lists/back\\slash.png",
+        "lists/..\\photos\\gone.png",
+    ]
+    with raises_saying(ImageError, "gone.png does not exist; write its path with / instead of \\"):
+        load_image(split.files[3])
+
+
+def test_labels_are_one_class_however_an_accent_is_written(tmp_path):
+    cafe = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
+    file = write(tmp_path / "all.csv", "path,label", f"1.png,{cafe[0]}", f"2.png,{cafe[1]}", "3.png,dog")
+    split, _ = read_examples(file)
+    assert (split.classes, split.labels) == ((cafe[0], "dog"), (0, 0, 1))
+    for name in cafe:
+        found = matched(split, ["dog", name])
+        assert (found.classes, found.labels) == (("dog", name), (1, 1, 0))
+    with raises_saying(ValueError, "the model calls 2 of its classes 'café'"):
+        matched(split, ["dog", *cafe])

@@ -19,7 +19,7 @@ def test_a_class_folder_without_images_is_refused(data, command):
     (data / "train" / "empty").mkdir()
     (data / "train" / "empty" / "notes.txt").write_text("later")
     command.assert_refused(
-        data, saying=[data / "train" / "empty", "has no images", "expected files *{.bmp", "or no such folder"]
+        data, saying=[data / "train" / "empty", "has no images", "expected files *{.bmp", "or remove the folder"]
     )
 
 
@@ -36,7 +36,7 @@ def test_a_class_that_validation_lacks(data, command):
     """The score is over the images that are there, and the model keeps all classes."""
     for path in (data / "val" / "b").iterdir():
         path.unlink()
-    command.assert_refused(data, saying=[data / "val" / "b", "has no images", "or no such folder"])
+    command.assert_refused(data, saying=[data / "val" / "b", "has no images", "or remove the folder"])
     (data / "val" / "b").rmdir()
     train, val = found_in(data)
     assert train.classes == val.classes == ("a", "b", "c")
@@ -95,9 +95,9 @@ def test_one_image_of_each_class_can_not_be_held_out(tmp_path, command):
 
 def test_images_beside_class_folders_are_refused(data, command):
     save(data / "train" / "stray.JPG")
-    command.assert_refused(data, saying=[data / "train" / "stray.JPG", "lies in no class folder", "move"])
+    command.assert_refused(data, saying=[data / "train" / "stray.JPG", "is in no class folder", "move"])
     (data / "train" / "stray.JPG").rename(data / "val" / "stray.JPG")
-    command.assert_refused(data, saying=[data / "val" / "stray.JPG", "lies in no class folder", "move"])
+    command.assert_refused(data, saying=[data / "val" / "stray.JPG", "is in no class folder", "move"])
 
 
 def test_images_without_classes_are_refused(tmp_path, command):

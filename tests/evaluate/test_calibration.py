@@ -63,7 +63,9 @@ def test_the_threshold_is_a_rank():
     assert found.threshold == 0.4
     assert found.answered == 0.75  # of the last one both labels reach it
     assert fit(lambda t: probabilities, np.array([0, 0, 0, 0]), 0.4).threshold == 0.7
-    with raises_saying(ValueError, "4 images can't vouch for an error rate of 0.1; give at least 9, or a higher rate"):
+    with raises_saying(
+        ValueError, "4 images are too few for an error rate of 0.1; give at least 9 images, or a higher rate"
+    ):
         fit(lambda t: probabilities, np.array([0, 0, 0, 0]), 0.1)
     with raises_saying(ValueError, "error_rate must be above 0 and below 1, found 1"):
         fit(lambda t: probabilities, np.array([0, 0, 0, 0]), 1)
@@ -110,7 +112,7 @@ def test_calibrated_predictions(folder, capsys):
             assert answer.sure == ((row >= found["threshold"]).sum() == 1)
     assert main(["predict", str(folder / "m"), str(paths[0])]) == 0
     shown = capsys.readouterr()
-    assert shown.err.startswith("calibrated on 40 images; sure means at most 0.4 errors")
+    assert shown.err.startswith("calibrated on 40 images; at most 0.4 of images like these")
     unsure = not next(Predictor(folder / "m").stream(paths[:1])).sure
     assert ("I don't know (" in shown.out) == unsure
     assert main(["predict", str(folder / "m"), str(paths[0]), "--json"]) == 0
@@ -119,10 +121,10 @@ def test_calibrated_predictions(folder, capsys):
 
 def test_refusals(folder, capsys):
     assert main(["calibrate", str(folder / "m"), "--data", str(folder / "data"), "--error-rate", "0.01"]) == 1
-    assert "40 images can't vouch for an error rate of 0.01; give at least 99" in capsys.readouterr().err
+    assert "40 images are too few for an error rate of 0.01; give at least 99" in capsys.readouterr().err
     assert not (folder / "m/calibration.json").exists()
     assert main(["calibrate", "facebook/deit-tiny", "--data", str(folder / "data")]) == 1
-    assert "is no folder here, and a calibration is stored beside the model" in capsys.readouterr().err
+    assert "is not a folder on this machine, and the calibration is stored in" in capsys.readouterr().err
     for text in ('{"heads": {}}', "[]", '{"heads": {"fused": {"temperature": -1}}}'):
         (folder / "m/calibration.json").write_text(text)
         with raises_saying(ValueError, "calibration.json"):
@@ -130,7 +132,7 @@ def test_refusals(folder, capsys):
     good = HeadCalibration(temperature=2.0, threshold=0.5, nll=(1.0, 0.9), answered=0.5)
     Calibration(error_rate=0.1, images=20, data="x", heads={"class": good}).save(folder / "m")
     assert Calibration.of_model(folder / "m").heads == {"class": good}
-    with raises_saying(ValueError, "the calibration knows no head 'fused'; it has class"):
+    with raises_saying(ValueError, "the calibration has no head 'fused'; choose one of class"):
         Predictor(folder / "m")([folder / "data/val/a/0.png"])
     assert math.isclose(Predictor(folder / "m", head="class").calibration.temperature("class"), 2.0)
 

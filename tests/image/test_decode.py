@@ -1,14 +1,17 @@
 """Files and Pillow images decoded to upright RGB pictures."""
 
 import io
+import os
+import re
 import warnings
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
+from PIL.PngImagePlugin import PngInfo
 from support.pictures import encode, exif, noise, smooth
 
-from deit.image.decode import ImageError, load_image, to_rgb
+from deit.image.decode import ImageError, image_suffixes, load_image, to_rgb
 from deit.image.processor import DeiTImageProcessor
 
 MODES = [
@@ -279,3 +282,126 @@ def test_lazy_pillow_image(tmp_path):
 def test_exif_matches_pillow():
     file = encode(smooth(60, 80), exif=exif(5))
     np.testing.assert_array_equal(load_image(file), ImageOps.exif_transpose(Image.open(io.BytesIO(file))))
+
+
+def tiff(values, **options):
+    return encode(Image.fromarray(values), "TIFF", **options)
+
+
+def grey_of(file):
+    image = np.asarray(load_image(file))
+    np.testing.assert_array_equal(image[..., 0], image[..., 2])
+    return image[..., 0]
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "float32"])
+@pytest.mark.parametrize(("low", "high"), [(0, 4095), (100, 1123), (0, 65535)])
+def test_deep_greys_are_scaled_from_the_range_that_the_file_states(dtype, low, high):
+    grey = np.asarray(smooth(20, 30).convert("L"))
+    values = (low + grey * ((high - low) / 255)).round().astype(dtype)
+    kinds = (340, 341) if dtype == "float32" else (280, 281)
+    bounds = (float(low), float(high)) if dtype == "float32" else (low, high)
+    file = tiff(values, tiffinfo=dict(zip(kinds, bounds, strict=True)))
+    np.testing.assert_array_equal(grey_of(file), grey)
+    with pytest.raises(ImageError, match=r"<bytes> is an? .* image .* states 0..200"):
+        load_image(tiff(values, tiffinfo=dict(zip(kinds, (type(bounds[0])(0), type(bounds[0])(200)), strict=True))))
+
+
+def test_eight_bits_in_wide_integers_are_what_they_were():
+    grey = smooth(20, 30).convert("L")
+    np.testing.assert_array_equal(grey_of(encode(grey.convert("I"), "TIFF")), grey)
+    np.testing.assert_array_equal(to_rgb(grey.convert("I")), grey.convert("RGB"))
+    np.testing.assert_array_equal(to_rgb(grey.convert("F")), grey.convert("RGB"))
+
+
+def test_twelve_bits_are_twelve_bits():
+    """Pillow reads such a TIFF file as 16 bits, of which four stay empty; it can't write one."""
+    values = np.arange(0, 4096, 273, np.uint16).reshape(4, 4)
+    file = bytearray(tiff(values))
+    entry = file.index(np.array([258, 3], "<u2").tobytes() + np.array([1, 16], "<u4").tobytes())
+    file[entry + 8 : entry + 10] = np.array([12], "<u2").tobytes()
+    bits = "".join(f"{value:012b}" for value in values.ravel())
+    packed = int(bits, 2).to_bytes(24, "big")
+    start = file.index(values.tobytes())
+    file[start : start + 24] = packed
+    np.testing.assert_array_equal(grey_of(bytes(file)), np.arange(0, 256, 17).reshape(4, 4))
+
+
+def test_white_may_be_zero():
+    grey = np.asarray(smooth(20, 30).convert("L"))
+    file = tiff(255 * 257 - grey.astype(np.uint16) * 257, tiffinfo={262: 0})
+    np.testing.assert_array_equal(grey_of(file), grey)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "top", "message"),
+    [
+        ("uint16", 255, "is an integer image (mode I;16) that holds 0..255, which is nearly black where 0..65535"),
+        ("uint16", 4095, "which is nearly black where 0..65535 is expected; scale it first, or state MinSampleValue"),
+        ("int32", 1000, "is an integer image (mode I) that holds 0..1000, which is nearly black where 0..65535"),
+        ("int32", 15, "which is nearly black where 0..255"),
+        ("int32", 70_000, "holds 0..70000, expected 0..65535"),
+        ("float32", 1, "is a float image (mode F) that holds 0..1, expected 0..255; multiply it by 255"),
+        ("float32", 15, "which is nearly black where 0..255"),
+        ("float32", 65535, "holds 0..65535, expected 0..255; scale it first"),
+        ("float32", 900, "holds 0..900, expected 0..255; scale it first"),
+        ("float32", np.nan, "holds NaN or infinity"),
+    ],
+)
+def test_deep_greys_of_unknown_range_are_refused_by_name(tmp_path, dtype, top, message):
+    values = (np.linspace(0, 1, 600).reshape(20, 30) ** 0.5 * top).astype(dtype)
+    path = tmp_path / "deep.tif"
+    path.write_bytes(tiff(values))
+    for read in (load_image, DeiTImageProcessor()):
+        with pytest.raises(ImageError, match=f"^{re.escape(f'{path} ')}.*{re.escape(message)}"):
+            read(path)
+
+
+def test_black_is_black():
+    for dtype in ("uint16", "int32", "float32"):
+        assert not grey_of(tiff(np.zeros((4, 4), dtype))).any()
+
+
+@pytest.mark.parametrize("kind", ["zTXt", "iTXt", "iCCP", "many"])
+def test_large_texts_and_profiles_cost_no_pixel(kind):
+    picture, texts, options = smooth(20, 30), PngInfo(), {}
+    if kind == "iCCP":
+        options["icc_profile"] = bytes(3 * 2**20)
+    elif kind == "many":
+        for i in range(70):
+            texts.add_text(f"key {i}", "x" * 2**20, zip=True)
+    else:
+        (texts.add_text if kind == "zTXt" else texts.add_itxt)("key", "x" * (3 * 2**20), zip=True)
+    file = encode(picture, "PNG", pnginfo=texts, exif=exif(6), **options)
+    with pytest.raises(ValueError), Image.open(io.BytesIO(file)) as opened:  # Pillow's own answer
+        opened.load()
+    np.testing.assert_array_equal(load_image(file), np.rot90(picture, -1))
+    with pytest.raises(ImageError, match="<bytes> is damaged or cut short"):
+        load_image(file[: file.index(b"IDAT") + 100])
+
+
+def test_every_picture_format_counts_and_nothing_that_runs_programs():
+    suffixes = image_suffixes()
+    assert {".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".mpo", ".jp2", ".webp", ".tif", ".bmp", ".ppm"} <= suffixes
+    assert (".avif" in suffixes) == features.check("avif")
+    assert not {".eps", ".ps", ".pdf", ".mpg", ".mpeg", ".flc", ".h5", ".hdf", ".grib", ".wmf", ".emf"} & suffixes
+    assert all(suffix == suffix.lower() and suffix.startswith(".") for suffix in suffixes)
+    with pytest.raises(ImageError, match="<bytes> is an EPS file, expected a picture; render it to PNG first"):
+        load_image(encode(smooth(20, 30), "EPS"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_only_regular_files_are_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    for name, kind in (("pipe.png", "a named pipe"), ("device.png", "a device")):
+        for read in (load_image, DeiTImageProcessor()):
+            with pytest.raises(ImageError, match=rf"{name} is {kind}, expected a regular file; take it away"):
+                read(tmp_path / name)
+    reading, writing = os.pipe()
+    try:
+        os.write(writing, encode(smooth(20, 30), "PNG", compress_level=9))
+        os.close(writing)
+        np.testing.assert_array_equal(load_image(f"/dev/fd/{reading}"), smooth(20, 30))  # as of a shell's <(command)
+    finally:
+        os.close(reading)

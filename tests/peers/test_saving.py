@@ -261,6 +261,14 @@ def test_download_is_forced(model, tmp_path, monkeypatch):
         return str(tmp_path / filename)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    for local in ({}, {"local_files_only": True}):
+        with raises_saying(
+            FileNotFoundError, "model.safetensors of org/tiny could not be fetched again", "leave force"
+        ):
+            load("org/tiny", force_download=True, **local)
+    assert asked == []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("deit.files._reachable", lambda _: True)
     for force in (True, False):
         load("org/tiny", force_download=force)
     assert asked == [(name, force) for force in (True, False) for name in ("config.json", "model.safetensors")]

@@ -78,7 +78,7 @@ def test_patterns_lists_and_shards(folder, capsys, monkeypatch):
     assert main(["predict", str(folder / "m"), "-", "--engine", "torch", "--shard", "3/5", "--json"]) == 0
     assert [json.loads(line)["image"] for line in capsys.readouterr().out.splitlines()] == [whole[2], whole[7]]
     for text in ("0/3", "4/3", "2", "a/b"):
-        with raises_saying(ValueError, "a shard is i/N with i from 1 to N, like 2/8"):
+        with raises_saying(ValueError, "expected a shard i/N with i from 1 to N, found"):
             parse_shard(text)
 
 
@@ -133,7 +133,7 @@ def test_stopped_work_goes_on(folder, name, capsys, monkeypatch):
         else:
             assert main(command("stopped")) == 1
     assert len(read) < 10
-    assert "going on after 6 images" in capsys.readouterr().err
+    assert "continuing after 6 images" in capsys.readouterr().err
     assert (folder / "stopped" / name).read_bytes() == (folder / "whole" / name).read_bytes()
     assert [path.name for path in (folder / "stopped").iterdir()] == [name]
     if name.endswith("parquet"):
@@ -167,7 +167,7 @@ def test_other_work_is_not_gone_on_with(tmp_path, monkeypatch):
     again = Results(tmp_path / "rows.jsonl", job)
     assert again.done == 2
     assert list(again.remaining([row["image"] for row in rows])) == ["2.png", "3.png", "4.png"]
-    with raises_saying(ValueError, "the images have changed since", "remove", "rows.jsonl.parts to start anew"):
+    with raises_saying(ValueError, "the images have changed since", "remove", "rows.jsonl.parts to start over"):
         again.remaining(["1.png", "0.png"])
     with raises_saying(ValueError, "holds parts of other work (head differ)"):
         Results(tmp_path / "rows.jsonl", replace(job, head="class"))
@@ -177,9 +177,9 @@ def test_other_work_is_not_gone_on_with(tmp_path, monkeypatch):
         Results(tmp_path / "rows.jsonl", replace(job, engine="openvino, bf16"))
     list(again.write(iter(rows[2:])))
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
-    with raises_saying(FileExistsError, "rows.jsonl is there already; remove it to predict again"):
+    with raises_saying(FileExistsError, "rows.jsonl exists already; remove it to predict again"):
         Results(tmp_path / "rows.jsonl", job)
-    with raises_saying(ValueError, "results go into a .jsonl, .csv, .parquet file, found"):
+    with raises_saying(ValueError, "expected a .jsonl, .csv, .parquet file for the results, found"):
         Results(tmp_path / "rows.txt", job)
 
 
@@ -239,3 +239,35 @@ def test_memory_does_not_grow_with_the_number_of_images(folder, monkeypatch):
     for count in range(1, 41):
         next(stream)
         assert len(asked) <= count + 4 * 4
+
+
+def test_lists_of_any_system(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for name in ("photos/a.png", "b.png\r", "c\\d.png"):
+        (tmp_path / name).touch()
+    for text in (
+        "\ufeffphotos/a.png\r\nb.png\r\n\r\nc\\d.png",
+        "ï»¿photos\\a.png\nb.png\r\nc\\d.png\r\n",
+    ):
+        assert list(find_images(["-"], io.StringIO(text, newline=""))) == ["photos/a.png", "b.png\r", "c\\d.png"]
+    assert list(find_images(["-"], io.StringIO("x\\y.png\r\n", newline=""))) == ["x\\y.png"]
+    for encoding in ("utf-16-le", "utf-16-be"):
+        listed = "\ufeffa.png\n".encode(encoding).decode("utf-8", "surrogateescape")
+        with raises_saying(ValueError, "is in UTF-16, expected UTF-8"):
+            list(find_images(["-"], io.StringIO(listed)))
+
+
+def test_what_is_passed_over_is_said_once(folder, capsys):
+    for name in ("x/1.heic", "x/2.heic", "y/clip.mp4"):
+        (folder / "photos" / name).write_bytes(b"-")
+    (folder / "photos/x/3.png").unlink()
+    given = [str(folder / "photos/x"), str(folder / "photos/y*")]
+    assert main(["predict", str(folder / "m"), *given, "--json"]) == 0
+    shown = capsys.readouterr()
+    images = [json.loads(line)["image"] for line in shown.out.splitlines()]
+    assert len(images) == 9
+    assert all(image.endswith(".png") for image in images)
+    assert [line for line in shown.err.splitlines() if "passed over" in line] == [
+        "deit predict: 4 files were passed over, because they are no images that Pillow reads: 2 .heic, 1 .mp4, 1 .txt"
+    ]

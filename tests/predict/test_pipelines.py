@@ -124,7 +124,7 @@ def test_addresses_only_when_allowed(folder):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         pipe = deit.pipeline(model=model)
-        with raises_saying(ValueError, "is an address, and nothing is fetched unless allowed; pass allow_urls=True"):
+        with raises_saying(ValueError, "is an address, and fetching is not allowed; pass allow_urls=True"):
             pipe(f"{address}/0.png")
         allowed = deit.pipeline(model=model, allow_urls=True)
         assert allowed(f"{address}/0.png") == pipe(folder / "0.png")
@@ -141,7 +141,7 @@ def test_addresses_only_when_allowed(folder):
         (
             lambda model, at: deit.pipeline(model=model)(7),
             ValueError,
-            "an image is a path, bytes, a Pillow image or an",
+            "expected a path, bytes, a Pillow image or an array",
         ),
         (lambda model, at: deit.pipeline(model=model)(at / "0.png", top_k=0), ValueError, "top_k must be at least 1"),
         (lambda model, at: deit.pipeline(model=model, batch_size=-1)(at / "0.png"), ValueError, "batch_size must be"),
@@ -154,7 +154,7 @@ def test_addresses_only_when_allowed(folder):
         (
             lambda model, at: deit.pipeline("image-feature-extraction", model=model, pool=True),
             ValueError,
-            "has no pooler, and pool=True asks for its output",
+            "pool=True needs a model with a pooler, found none in",
         ),
     ],
 )
@@ -170,3 +170,29 @@ def test_our_model_inside_their_pipeline(folder, quiet_transformers):
         "image-classification", model=deit.load_model(at), image_processor=DeiTImageProcessor.from_pretrained(at)
     )
     assert_same(pipe(str(folder / "0.png")), deit.pipeline(model=at)(folder / "0.png"))
+
+
+@pytest.mark.parametrize("kind", ["with_teacher", "plain", "convnet"])
+def test_a_model_in_memory(tmp_path, photos, kind):
+    folder = trained_folder(tmp_path / "m", kind)
+    model, processor = deit.load_model(folder).train(), DeiTImageProcessor.from_pretrained(folder)
+    pipe = deit.pipeline(model=model, image_processor=processor)
+    assert pipe([str(path) for path in photos]) == deit.pipeline(model=folder)([str(path) for path in photos])
+    assert not model.training
+    with raises_saying(ValueError, "a model in memory says nothing about its images; pass image_processor too"):
+        deit.pipeline(model=model)
+    features = {"task": "image-feature-extraction", "image_processor": processor}
+    if kind == "convnet":
+        with raises_saying(ValueError, "found a ConvNet, expected a model of the DeiT family"):
+            deit.pipeline(model=model, **features)
+    else:
+        expected = deit.pipeline("image-feature-extraction", model=folder)(str(photos[0]))
+        assert np.allclose(deit.pipeline(model=model, **features)(str(photos[0])), expected, atol=1e-6)
+
+
+def test_another_processor_than_the_folders(tmp_path, photos):
+    folder = trained_folder(tmp_path / "m")
+    processor = DeiTImageProcessor.from_pretrained(folder, image_mean=[0.1, 0.2, 0.3])
+    found = deit.pipeline(model=folder, image_processor=processor)(str(photos[0]))
+    assert found == deit.pipeline(model=deit.load_model(folder), image_processor=processor)(str(photos[0]))
+    assert found != deit.pipeline(model=folder)(str(photos[0]))

@@ -90,7 +90,7 @@ def test_a_damaged_checkpoint_costs_its_steps_only(given, tmp_path):
     newest.write_bytes(newest.read_bytes()[:-100])
     output = finish(start(*command(given, out)))
     assert f"{newest} is damaged" in output
-    assert "going on from an earlier one" in output
+    assert "resuming from an earlier one" in output
     assert_same_end(out, given[2])
 
 
@@ -99,7 +99,7 @@ def test_what_is_refused(given, tmp_path):
     whole = given[2]
     before = metrics(whole)
     plain = ("train", f"{given[1]}:student", "--data", given[0], "--out", whole)
-    assert f"{whole} holds a run already; --resume goes on with it" in finish(start(*plain), 1)
+    assert f"{whole} already holds a run; continue it with --resume" in finish(start(*plain), 1)
     changed = finish(start(*plain, "--resume", "--set", "optim.lr=0.5"), 1)
     assert "optim.lr is 0.01 there and 0.5 here" in changed
     other, _ = data_and_recipes(tmp_path)

@@ -238,7 +238,7 @@ def test_few_images_and_one_class():
     page = checked(document.page(None, evaluation(count=40, names=["only"])))
     page.sees("No image was taken for another class.")
     apart = evaluation(count=5, classes=50)
-    checked(document.page(None, apart)).sees("neither shown nor answered")
+    checked(document.page(None, apart)).sees("without images or answers")
 
 
 def test_two_models_are_compared():

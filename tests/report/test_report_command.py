@@ -28,7 +28,7 @@ def test_training_ends_with_a_report(trained, capsys):
     assert about["precision"] == "float32"
     page.sees(f"Judged by 3 validation images in {trained / 'data'}", "15 steps", fingerprint(validation))
     assert len(page.all("img")) == 3 + 2 * 3  # and of each of the three what its one token looked at
-    page.sees("What answers rest on", "as far as it speaks for the answer of the model")
+    page.sees("What answers rest on", "as far as it supports the answer of the model")
     before = (run / document.FILE).read_text()
     (run / document.FILE).unlink()
     assert main(["report", str(run), "--device", "cpu"]) == 0  # finds the held-out images again
@@ -96,7 +96,7 @@ def test_images_that_are_gone_or_cost_too_much(trained, tmp_path, monkeypatch):
     checked(document.of_training(tmp_path / "run", split).read_text()).sees("1 found, none can be read")
     monkeypatch.setattr("deit.report.document.examine_split", lambda *_, **__: pytest.fail("evaluated"))
     split = read_split(trained / "data", "train")
-    checked(document.of_training(tmp_path / "run", split).read_text()).sees("were not looked at once more")
+    checked(document.of_training(tmp_path / "run", split).read_text()).sees("was not evaluated again")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):

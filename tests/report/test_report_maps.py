@@ -71,7 +71,7 @@ def test_maps_are_those_of_explain(judged, ratio):
     assert len(images) <= gallery + len(expected)
     [link] = [entry for entry in page.all("a") if entry[1]["href"] == "#maps"]
     assert link[2] == "What answers rest on"
-    page.sees("Most wrong", "Most doubtful", "Surest of what is right", "the answer of each token\u2019s own head")
+    page.sees("Most wrong", "Most doubtful", "Surest right answers", "the answer of each token\u2019s own head")
     assert len(document.page(None, judged, maps=maps)) - len(document.page(None, judged)) < 300_000
 
 

@@ -57,7 +57,7 @@ def test_an_exported_folder_predicts_the_same(distilled, photos, tmp_path, to):
             # A CPU with bfloat16 lets OpenVINO compute in it.
             atol = 2e-2 if to == "openvino" else 1e-4
             assert [entry["score"] for entry in row] == pytest.approx([entry["score"] for entry in other], abs=atol)
-    with raises_saying(ValueError, "is an exported model, which runs on the CPU here, and device is cuda"):
+    with raises_saying(ValueError, "is an exported model, which needs the device cpu, found cuda"):
         Predictor(exported, device="cuda")
     with raises_saying(ValueError, "is an exported model, whose inside can't be seen"):
         explain_file(exported, photos[0])
@@ -67,7 +67,7 @@ def test_an_exported_folder_predicts_the_same(distilled, photos, tmp_path, to):
         assert answer.status_code == 501
         assert "whose inside can't be seen" in answer.json()["error"]
     other = "onnx" if to == "torch" else "torch"
-    with raises_saying(ValueError, f"is exported for {to}, and engine is {other}"):
+    with raises_saying(ValueError, f"is exported for {to}, but engine is {other}"):
         Predictor(exported, engine=other)
     assert Predictor(exported, engine=to).engine == Predictor(exported, engine="auto").engine
 
@@ -152,13 +152,13 @@ def test_auto_is_openvino_where_it_is_to_be_had(distilled, photos, monkeypatch, 
         assert Predictor(distilled, engine="auto").engine == "torch"
     with monkeypatch.context() as patch:  # no home that can be written to
         patch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-        with pytest.warns(UserWarning, match="PyTorch computes because OpenVINO can.t"):
+        with pytest.warns(UserWarning, match="using PyTorch because OpenVINO can't be used"):
             predictor = Predictor(distilled, engine="auto")
         assert predictor.engine == "torch"
         assert predictor(photos) == Predictor(distilled)(photos)
         with pytest.raises(OSError):
             Predictor(distilled, engine="openvino")
-    with raises_saying(ValueError, "openvino computes on the CPU here, and device is cuda; leave one out"):
+    with raises_saying(ValueError, "engine openvino needs the device cpu, found cuda; leave one of them out"):
         Predictor(distilled, device="cuda", engine="openvino")
     with raises_saying(ValueError, "engine is 'tensorrt', expected one of auto, torch, openvino, onnx"):
         Predictor(distilled, engine="tensorrt")

@@ -178,7 +178,7 @@ def test_an_answer_that_differs_is_refused_and_nothing_is_left(models, tmp_path,
         *(
             ["(1, 4), expected (1, 5)"]
             if change == "shape"
-            else [f"{to} was not kept", "random pictures", "at most 0.0001 are allowed"]
+            else [f"{to} was not kept", "random pictures", "differ by at most 0.0001"]
         ),
     ):
         write.export(models / "convnet", to, tmp_path / "out")

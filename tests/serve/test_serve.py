@@ -1,9 +1,12 @@
 """Labels over HTTP: the values, who may ask, and what every answer carries."""
 
 import base64
+import io
 import re
 
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from support.checks import raises_saying, run_python
 from support.models import trained_folder
 from support.serving import RAW, ask, assert_labels, assert_refused, calibrated, client, metric, picture
@@ -88,7 +91,7 @@ def test_keys(folder, tmp_path):
         for path in ("/", "/healthz", "/readyz", "/metrics"):
             assert web.get(path).status_code == 200
     (tmp_path / "none").write_text("\n")
-    with raises_saying(ValueError, "none holds no key; write one on a line"):
+    with raises_saying(ValueError, "none holds no key; write one on each line"):
         read_keys(tmp_path / "none")
 
 
@@ -139,7 +142,7 @@ def test_metrics_count(folder):
 def test_settings_that_make_no_sense_are_refused(folder, capsys):
     with raises_saying(ValueError, "a queue of 8 images can't fill a batch of 32"):
         Service(queue=8)
-    with raises_saying(ValueError, "max_pixels must be at most 178956970, where Pillow refuses"):
+    with raises_saying(ValueError, "max_pixels must be at most 178956970, because Pillow refuses larger images"):
         Service(max_pixels=10**9)
     with raises_saying(ValueError, "timeout must be above 0, found 0"):
         Service(timeout=0)
@@ -158,3 +161,34 @@ def test_what_is_not_installed_is_named():
         )
         == 'serving needs uvicorn: pip install "deit[serve]"'
     )
+
+
+def test_base64_as_any_program_writes_it(folder):
+    data = next(data for data in (picture(i) for i in range(100)) if {"+", "/"} <= set(base64.b64encode(data).decode()))
+    safe = base64.urlsafe_b64encode(data).decode()
+    texts = [
+        base64.encodebytes(data).decode(),
+        base64.encodebytes(data).decode().replace("\n", "\r\n"),
+        safe,
+        safe.rstrip("="),
+        f"data:image/png;base64,{base64.b64encode(data).decode()}",
+        f" DATA:image/png;name=a.png;BASE64,\n{safe}",
+    ]
+    with client(folder) as web:
+        [expected] = web.predictor([data])
+        answer = web.post("/v1/classify", json={"images": texts})
+        assert answer.status_code == 200, answer.text
+        for result in answer.json()["results"]:
+            assert_labels(result["labels"], expected)
+
+
+def test_a_large_text_in_a_png_costs_no_answer(folder):
+    picture_of, texts = Image.open(io.BytesIO(picture(0))), PngInfo()
+    texts.add_text("key", "x" * (3 * 2**20), zip=True)
+    file = io.BytesIO()
+    picture_of.save(file, "PNG", pnginfo=texts)
+    with client(folder) as web:
+        [expected] = web.predictor([picture(0)])
+        answer = ask(web, file.getvalue())
+        assert answer.status_code == 200, answer.text
+        assert_labels(answer.json()["results"][0]["labels"], expected)

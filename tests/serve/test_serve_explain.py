@@ -300,7 +300,7 @@ def as_json(count=1, **fields):
         (png_of(60_000, 60_000), RAW, 422, "the image has more than the 50000000 pixels allowed here; shrink it"),
         (picture(0), {"Content-Type": "text/html"}, 415, "expected Content-Type image/*"),
         (picture(0), {**RAW, "Content-Encoding": "gzip"}, 415, "the body is compressed"),
-        (PART + PART + b"--x--", FORM, 413, "at most 1 image here; send the others in another one"),
+        (PART + PART + b"--x--", FORM, 413, "at most 1 image here; send the others in another request"),
         (as_json(2), TEXT, 413, "at most 1 image here"),
         (as_json(0), TEXT, 400, "the request holds no image"),
         (as_json(top_k=3), TEXT, 400, 'expected {"images": ["<base64>"], "method": "relevance", "target": "cat"}'),

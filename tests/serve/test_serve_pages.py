@@ -116,7 +116,7 @@ def test_an_image_dropped_on_the_page(folder, engine):
             assert page.evaluate("document.getElementById('preview').naturalWidth") == 24
             page.evaluate("document.querySelector('#labels').replaceChildren()")
         assert page.evaluate(DROP, None)[-2:] == [True, False]
-        assert page.inner_text("#error") == "That was no image file. Choose one from this device."
+        assert page.inner_text("#error") == "That was not an image file. Choose one from this device."
         assert page.is_hidden("#why")
         assert said == []
         assert page.url == f"{address}/"

@@ -18,8 +18,8 @@ from deit.model.network import (
     DeiTForImageClassificationWithTeacher,
     DeiTForMaskedImageModeling,
 )
-from deit.recipe import Distilled, MaskedImage, Supervised
-from deit.train.build import build_model
+from deit.recipe import Distilled, MaskedImage, Recipe, Supervised, override
+from deit.train.build import build_model, find_sources
 from deit.weights.hub import write_tensors
 from deit.weights.names import resize_matrix
 
@@ -179,3 +179,35 @@ def test_an_incomplete_start_is_refused(tmp_path):
     write_tensors(tmp_path, tensors)
     with raises_saying(CheckpointError, "lacks deit.blocks.1.mlp.fc2.bias"):
         build_model(recipe_for(Supervised(), start=str(tmp_path)), CLASSES)
+
+
+def test_no_start_is_written_in_one_way():
+    """None, none on the command line, null in a recipe.json and nothing: random weights."""
+    started = replace(recipe_for(Supervised()), start="somewhere")
+    alone = replace(started, start=None)
+    assert alone == recipe_for(Supervised())
+    assert alone.to_dict()["start"] == ""
+    for setting in ("start=none", "start=None", "start=''"):
+        assert override(started, [setting]).to_dict() == alone.to_dict()
+    assert Recipe.from_dict({**started.to_dict(), "start": None}).to_dict() == alone.to_dict()
+    fresh, again = build_model(alone, CLASSES), build_model(recipe_for(Supervised()), CLASSES)
+    assert all(torch.equal(one, other) for one, other in zip(fresh.parameters(), again.parameters(), strict=True))
+
+
+def test_a_start_that_is_not_there_names_the_setting(tmp_path):
+    recipe = recipe_for(Supervised(), start=str(tmp_path / "gone"))
+    for call in (find_sources, lambda recipe: build_model(recipe, CLASSES)):
+        with raises_saying(
+            FileNotFoundError,
+            f"the recipe starts from {tmp_path / 'gone'}: {tmp_path / 'gone'} does not exist",
+            "--set start=FOLDER, or train from scratch with --set start=none",
+        ):
+            call(recipe)
+    saved(tmp_path / "gone")
+    find_sources(recipe)
+
+
+def test_labels_of_a_start_are_the_same_however_an_accent_is_written(tmp_path):
+    model = saved(tmp_path, classes=("cafe\u0301", "dog"))
+    built = build_model(recipe_for(Supervised(), start=str(tmp_path)), ("caf\u00e9", "dog"))
+    assert torch.equal(built.classifier.weight, model.classifier.weight)

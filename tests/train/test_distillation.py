@@ -326,7 +326,7 @@ def test_labels_of_other_images_are_refused(place, stored, change, tmp_path, cap
 
 def test_no_labels_and_no_teacher_are_refused(place, tmp_path, capsys):
     assert place.train(tmp_path / "run") == 1
-    assert "distils without naming a teacher; --set objective.teacher=" in capsys.readouterr().err
+    assert "distils but names no teacher; use --set objective.teacher=" in capsys.readouterr().err
     assert place.train(tmp_path / "other", f"objective.cache={tmp_path / 'none'}") == 1
     assert f"{tmp_path / 'none'} holds no cache.json" in capsys.readouterr().err
 

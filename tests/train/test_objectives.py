@@ -238,7 +238,7 @@ def test_what_build_refuses(given, tmp_path):
     def build(objective, data=split):
         return objectives.build(recipe_for(objective), data, CPU)
 
-    with raises_saying(ValueError, "recipe x distils without naming a teacher", "objective.teacher=timm:NAME"):
+    with raises_saying(ValueError, "recipe x distils but names no teacher", "objective.teacher=timm:NAME"):
         build(Distilled())
     with raises_saying(FileNotFoundError, tmp_path / "none", "holds no cache.json", "deit teach"):
         build(Distilled(cache=str(tmp_path / "none")))
@@ -256,7 +256,7 @@ def test_what_build_refuses(given, tmp_path):
 def test_a_second_head_that_nobody_teaches_cannot_be(given):
     """facebookresearch/deit: a distilled model trained without teacher left its second head without gradient. A model
     for labels alone has one head, with or without the token; all its weights learn."""
-    with raises_saying(ValueError, "needs a model with one", "objective.token=class"):
+    with raises_saying(ValueError, "needs a model that has one", "objective.token=class"):
         recipe_for(Distilled(), model=small(distillation_token=False))
     with raises_saying(ValueError, "the distillation token would learn nothing"):
         recipe_for(Distilled(token="class"), model=small(distillation_token=True))

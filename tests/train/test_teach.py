@@ -189,7 +189,7 @@ def test_more_epochs_extend_a_cache(tmp_path, split, teacher):
     run(recipe, split, tmp_path / "cache", 1.5)
     run(recipe, split, tmp_path / "cache", 4)
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
-    with raises_saying(ValueError, "cache of 18 steps, 5 are asked for"):
+    with raises_saying(ValueError, "cache of 18 steps, but 5 are asked for"):
         run(recipe, split, tmp_path / "cache", 1)
 
 
@@ -265,7 +265,7 @@ def test_other_data_is_refused(tmp_path, split, teacher):
     recipe = pupil(teacher)
     run(recipe, split, tmp_path / "cache")
     fewer = Split(split.files[:-1], split.labels[:-1], split.classes)
-    with raises_saying(ValueError, "was taught with other data: 18 images there, 17 here; bring that data back"):
+    with raises_saying(ValueError, "was taught with other data: 18 images there, 17 here; restore that data"):
         LabelCache.open(tmp_path / "cache", fewer, recipe)
     Image.new("RGB", (12, 12)).save(split.files[3])
     for act in (
@@ -324,7 +324,7 @@ def test_a_damaged_record(tmp_path, split, teacher):
     with raises_saying(CheckpointError, path, "lacks 'steps'"):
         LabelCache.open(tmp_path / "cache", split, pupil(teacher))
     path.write_text(text.replace('"version": 1', '"version": 9', 1))
-    with raises_saying(ValueError, path, "has version 9, this package reads 1"):
+    with raises_saying(ValueError, path, "has version 9, but this package reads 1"):
         run(pupil(teacher), split, tmp_path / "cache")
 
 
@@ -334,7 +334,7 @@ def test_folders_of_something_else(tmp_path, split, teacher):
         LabelCache.open(tmp_path / "none", split, recipe)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with raises_saying(ValueError, "holds thesis.txt, which is no part of a label cache"):
+    with raises_saying(ValueError, "holds thesis.txt, which is not part of a label cache"):
         run(recipe, split, tmp_path / "mine")
     run(recipe, split, tmp_path / "cache")
     (tmp_path / "cache" / "cache.json").unlink()

@@ -146,7 +146,7 @@ def test_a_transformer_of_one_size_is_refused_at_another():
     assert Teacher.of(model, CLASSES, student(24), labels=CLASSES, image_size=32).size == (32, 32)
     with raises_saying(
         ValueError,
-        "VisionTransformer can't answer to the student's images of (3, 24, 24)",
+        "VisionTransformer can't process the student's images of (3, 24, 24)",
         "set objective.resolution=teacher",
     ):
         Teacher.of(model, CLASSES, student(24, resolution="student"), labels=CLASSES)
@@ -166,7 +166,7 @@ def test_grey_statistics_of_its_own_and_colour_for_a_grey_teacher(tmp_path):
     raw = torch.rand(2, 1, 16, 16)
     found = Teacher.load(name, CLASSES, student(mean=(0.2,), std=(0.3,)))(normal(raw, (0.2,), (0.3,)))
     assert_close(found, model(normal(raw, (0.7,), (0.4,))).logits)
-    with raises_saying(ValueError, name, "takes 1 channels, the student's images have 3"):
+    with raises_saying(ValueError, name, "takes 1 channels, but the student's images have 3"):
         Teacher.load(name, CLASSES, student())
 
 
@@ -229,7 +229,7 @@ def test_a_bare_module_is_taken_to_be_like_the_student():
     with pytest.warns(UserWarning, match=r"does not name its 4 outputs.* can't be checked"):
         teacher = Teacher.of(module, CLASSES, student())
     assert_close(teacher(pixels), module(pixels))
-    with raises_saying(ValueError, "Bare has 4 outputs without names, the data has 3 classes"):
+    with raises_saying(ValueError, "Bare has 4 outputs without names, but the data has 3 classes"):
         Teacher.of(Bare(), CLASSES[:3], student())
 
 
@@ -259,7 +259,7 @@ def test_every_form_of_output(wrap):
     ("module", "parts"),
     [
         (Bare(lambda logits: logits[None]), ("with shape (1, 1, 4)", "choose a classifier")),
-        (Bare(lambda logits: "cat"), ("can't answer", "'str' object has no attribute 'logits'")),
+        (Bare(lambda logits: "cat"), ("can't process", "'str' object has no attribute 'logits'")),
         (Bare(classes=["ant", "bee"]), ("has 4 outputs and 2 class names",)),
         (Bare(classes="ant"), ("expected a list of names",)),
         (Bare(std=(0.1, 0.2)), ("states mean=", "one entry for each")),
@@ -271,7 +271,7 @@ def test_modules_that_are_no_teacher(module, parts):
 
 
 def test_an_objective_without_teacher():
-    with raises_saying(ValueError, "recipe pupil has no use for a teacher", "Supervised"):
+    with raises_saying(ValueError, "recipe pupil can't use a teacher", "Supervised"):
         Teacher.of(
             Bare(), CLASSES, Recipe.from_dict({**student().to_dict(), "objective": {"kind_of": Supervised.__name__}})
         )
@@ -308,7 +308,7 @@ def number():
     assert_close(found, raw.flatten(1)[:, :4].flip(1) + 3)
     assert Teacher.load(f"{file}:ready", CLASSES, student()).classes == CLASSES
     for classes, other in ((CLASSES[:2], student()), (CLASSES, recipe)):
-        with raises_saying(ValueError, file, "returned a Teacher made for other classes"):
+        with raises_saying(ValueError, file, "returned a Teacher for other classes"):
             Teacher.load(f"{file}:ready", classes, other)
     with raises_saying(ValueError, f"{file}:number returned int"):
         Teacher.load(f"{file}:number", CLASSES, recipe)
@@ -368,7 +368,7 @@ def test_timm_from_a_folder(tmp_path):
     for classes in (CLASSES, ("n1", "n2", "n3", "n4")):
         found = Teacher.load(f"timm:{tmp_path}", classes, student(64))(normal(raw, MEAN, STD))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    with raises_saying(ValueError, f"as a teacher, timm:{tmp_path} opens it with timm"):
+    with raises_saying(ValueError, f"to load it as a teacher with timm, give timm:{tmp_path}"):
         Teacher.load(str(tmp_path), CLASSES, student(64))
     (tmp_path / "model.safetensors").unlink()
     with raises_saying(FileNotFoundError, f"{tmp_path} holds no weights"):
@@ -386,7 +386,7 @@ def test_imagenet_names_of_timm(tmp_path):
         ("goldfish, Carassius auratus", "tench, Tinca tinca", "ostrich, Struthio camelus"),
     ):
         torch.testing.assert_close(Teacher.load(name, classes, recipe)(pixels), expected, rtol=1e-4, atol=1e-4)
-    with raises_saying(ValueError, "has 1000 outputs without names, the data has 4 classes"):
+    with raises_saying(ValueError, "has 1000 outputs without names, but the data has 4 classes"):
         Teacher.load(name, CLASSES, recipe)
     with pytest.warns(UserWarning, match="does not name its 1000 outputs"):
         Teacher.load(name, [f"kind {i}" for i in range(1000)], recipe)

@@ -368,3 +368,12 @@ def test_quantised_weights_are_not_saved(tmp_path):
         assert not list(tmp_path.iterdir())
         with raises_saying(ValueError, "quantised to int8", "save the model before quantize()"):
             save()
+
+
+@pytest.mark.parametrize("kind", TWIN_OF)
+def test_from_a_config_of_either_kind(kind):
+    model = TWIN_OF[kind](small())
+    for config in (model.get_config(), small()):
+        again = TWIN_OF[kind].from_config(config)
+        assert again.config == model.config
+        assert again.tensors().keys() == model.tensors().keys()

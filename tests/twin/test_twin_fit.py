@@ -147,11 +147,62 @@ def test_classification_with_its_own_loss_and_with_keras():
         twin.compile("adamw", loss=loss, metrics=["accuracy"], **UNCOMPILED)
         history = twin.fit(X, Y, batch_size=6, verbose=0).history
         assert history["loss"] == [pytest.approx(expected, abs=1e-5)]
-    weights = np.array([1.0, 0, 0, 0, 0, 0], "float32")
-    twin.fit(X, Y, sample_weight=weights, verbose=0)
+
+
+WEIGHTS = np.array([1.0, 0, 3.0, 0.5, 0, 2.0], "float32")
+
+
+@pytest.mark.parametrize("loss", ["own", "Keras'"])
+@pytest.mark.parametrize("place", ["targets", "inputs"])
+@pytest.mark.parametrize("given", ["sample_weight", "class_weight"])
+def test_weights_of_images_and_classes(loss, place, given):
+    """Keras' rule: the mean over the batch of each image's loss times its weight, wherever the labels are."""
+    ours, twin = twins("classification", small())
+    own = {} if loss == "own" else {"loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True)}
+    twin.compile("adamw", **own, **UNCOMPILED)
+    by_class = {i: 0.5 * (i + 1) for i in range(5)}
+    weights = WEIGHTS if given == "sample_weight" else np.array([by_class[i] for i in Y])
+    with torch.no_grad():
+        each = torch.nn.functional.cross_entropy(
+            ours(torch.from_numpy(X)).logits, torch.from_numpy(Y), reduction="none"
+        )
+    data = (X, Y) if place == "targets" else ({"pixel_values": X, "labels": Y},)
+    options = {given: WEIGHTS if given == "sample_weight" else by_class}
+    if given == "sample_weight":
+        found = twin.evaluate(*data, batch_size=6, verbose=0, **options)
+        assert float(found) == pytest.approx(float((each.numpy() * weights).mean()), abs=1e-5)
+    history = twin.fit(*data, batch_size=6, verbose=0, **options).history
+    assert history["loss"] == [pytest.approx(float((each.numpy() * weights).mean()), abs=1e-5)]
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_weights_of_images_for_a_student(kind):
+    ours, twin = twins("with_teacher", small())
+    twin.compile("adamw", distillation=kind, **UNCOMPILED)
+    with torch.no_grad():
+        out = ours(torch.from_numpy(X))
+    each = [
+        float(
+            losses.distillation_loss(
+                out.cls_logits[i : i + 1],
+                out.distillation_logits[i : i + 1],
+                torch.from_numpy(Y[i : i + 1]),
+                torch.from_numpy(TEACHER[i : i + 1]),
+                kind=kind,
+            )
+        )
+        for i in range(6)
+    ]
+    given = {"pixel_values": X, "labels": Y, "teacher_logits": TEACHER}
+    history = twin.fit(given, batch_size=6, sample_weight=WEIGHTS, verbose=0).history
+    assert history["loss"] == [pytest.approx(float((np.array(each) * WEIGHTS).mean()), abs=1e-5)]
+
+
+def test_masked_images_have_no_weights():
+    _, twin = twins("masked_image", small())
     twin.compile("adamw", **UNCOMPILED)
-    with pytest.raises(ValueError, match="the model's own loss weighs all images alike"):
-        twin.fit(X, Y, sample_weight=weights, verbose=0)
+    with pytest.raises(ValueError, match="weighs all images alike"):
+        twin.evaluate(as_arrays(given_for(small(), 6, mask=True)), np.zeros(6), sample_weight=WEIGHTS, verbose=0)
 
 
 def test_masked_images_fit():

@@ -2,6 +2,7 @@
 
 import http.server
 import re
+import socket
 import threading
 from pathlib import Path
 
@@ -272,3 +273,34 @@ def test_card_of_many_classes():
     assert "LABEL_19 and 5 more." in card
     assert "without a distillation token" in card
     assert "- vit\n" in card
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_hub_that_is_not_there_is_tried_once_and_at_once(tmp_path, closed):
+    """Its client would try six times for each file, half a minute long, with a line for every time."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    address = f"http://127.0.0.1:{port}" if closed else "http://no-such-hub.invalid"
+    code = """
+import socket, sys, time
+from deit import files
+from deit.weights import hub
+asked, connect = [], socket.create_connection
+def counted(*place, **options):
+    asked.append(sys._getframe(1).f_globals["__name__"])
+    return connect(*place, **options)
+socket.create_connection = counted
+began = time.monotonic()
+for read in (hub.read_checkpoint, hub.read_checkpoint):
+    try: read("org/tiny")
+    except FileNotFoundError as error: print(error)
+files._failed.clear()
+try: read("org/tiny")
+except FileNotFoundError: print(asked.count('deit.files'), time.monotonic() - began < 30)
+"""
+    environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": None, "NO_PROXY": "*"}
+    sentence = (
+        "model.safetensors of org/tiny is not in the local cache and could not be fetched (offline, no network, or "
+        "the hub does not answer); connect, or give a local folder"
+    )
+    assert run_python(code, **environment).splitlines() == [sentence, sentence, "2 True"]

@@ -1,11 +1,15 @@
 """Weight files: what is written, and what is read from them."""
 
+import argparse
+import datetime
 import json
 import os
+import re
 import stat
 import warnings
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -248,3 +252,30 @@ def test_averaged_weights_come_before_raw_ones(tmp_path, average, raw):
     expected = models[average].state_dict()
     assert found.tensors.keys() == expected.keys()
     assert all(torch.equal(found.tensors[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_scores_paths_and_times_beside_the_weights_are_left_unread(tmp_path, zipped):
+    tensors = {"weight": torch.randn(2, 3)}
+    beside = {
+        "accuracy": np.float64(0.5),
+        "best": {"epoch": 3, "scores": [np.float32(0.25), np.int64(3), np.bool_(True)]},
+        "path": Path("runs") / "a",
+        "there": PureWindowsPath("c:/runs"),
+        "curve": np.ones((2, 3)),
+        "type": np.dtype("float32"),
+        "when": datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
+        "args": argparse.Namespace(lr=1e-3),
+    }
+    path = tmp_path / "best.pth"
+    torch.save({"model": tensors, "epoch": 3, **beside}, path, _use_new_zipfile_serialization=zipped)
+    sentence = f"{path}: {', '.join(beside)} are pickled objects and were not read; the weights are"
+    with pytest.warns(UserWarning, match=f"^{re.escape(sentence)}$"):
+        found = hub.read_tensors(path)
+    assert_close(found, tensors, 0)
+
+
+def test_weights_that_are_no_tensors_are_refused(tmp_path):
+    torch.save({"weight": np.ones(3)}, tmp_path / "arrays.pth")
+    with raises_saying(ValueError, tmp_path / "arrays.pth", "'weight' is a pickled object, expected tensors only"):
+        hub.read_tensors(tmp_path / "arrays.pth")

@@ -1,4 +1,4 @@
-"""Training-time changes to images. Every choice is a function of (seed, epoch, image, repeat), not of what came before.
+"""Changes to training images. Every choice is a function of (seed, epoch, image, repeat), not of what came before.
 
 So a batch depends neither on the number of loader processes nor on where a run was stopped. Sizes are (height,
 width), except in calls to Pillow, which takes (width, height).
@@ -19,7 +19,7 @@ from deit.recipe import Affine, Augment, Erase, ResizedCrop, SimpleCrop
 
 Source = Image.Image | str | Path | bytes
 
-_ATTEMPTS = 10  # of timm and torchvision, for crops and for erasing
+_ATTEMPTS = 10  # as in timm and torchvision, for crops and for erasing
 
 
 # --------------------------------------------------------------------------------------------------------------- crops
@@ -28,12 +28,12 @@ _ATTEMPTS = 10  # of timm and torchvision, for crops and for erasing
 def crop(
     source: Source, size: tuple[int, int], settings: ResizedCrop | SimpleCrop, rng: np.random.Generator
 ) -> Image.Image:
-    """A random part of an image, RGB, of `size`.
+    """A random crop of an image, as an RGB image of `size`.
 
-    A path or bytes are decoded here. A JPEG is decoded at 1/2, 1/4 or 1/8 scale as long as what is cut from it keeps
-    twice the pixels of `size` on each side, which changes the result by 0.6/255 on average.
+    A path or bytes are decoded here. A JPEG is decoded at 1/2, 1/4 or 1/8 scale as long as the crop keeps twice the
+    pixels of `size` on each side. This changes the result by 0.6/255 on average.
 
-    Raises `ImageError` for what cannot be read.
+    Raises `ImageError` if the image can't be read.
     """
     if isinstance(settings, SimpleCrop):
         return _simple_crop(source, size, settings, rng)
@@ -45,11 +45,11 @@ def _resized_crop(
 ) -> Image.Image:
     @functools.cache
     def drawn(full: tuple[int, int]) -> tuple[int, int, int, int]:
-        """Drawn once, by whoever asks first: a scaled decode must know the box beforehand."""
+        """The box. It is drawn at the first call, because a scaled decode must know it beforehand."""
         return crop_box(full, settings, rng)
 
     def needed(full: tuple[int, int]) -> tuple[int, int]:
-        """Sides of the whole image at which the box has the pixels of `size`."""
+        """Smallest size of the whole image at which the box has the pixels of `size`."""
         _, _, height, width = drawn(full)
         return math.ceil(size[0] * full[0] / height), math.ceil(size[1] * full[1] / width)
 
@@ -58,19 +58,21 @@ def _resized_crop(
     with reading(name_of(source)):
         image = to_rgb(image)
     x, y, right, bottom = shown or (0.0, 0.0, float(image.width), float(image.height))
-    across, down = (right - x) / columns, (bottom - y) / rows  # pixels of `image` for one of the file
+    across, down = (right - x) / columns, (bottom - y) / rows  # pixels of `image` per pixel of the file
     x0, x1 = x + left * across, min(x + (left + width) * across, image.width)
     y0, y1 = y + top * down, min(y + (top + height) * down, image.height)
-    outer = (math.floor(x0), math.floor(y0), math.ceil(x1), math.ceil(y1))  # cut first: a resize sees past its box
+    # cut first, because a resize also reads pixels beyond its box
+    outer = (math.floor(x0), math.floor(y0), math.ceil(x1), math.ceil(y1))
     box = (x0 - outer[0], y0 - outer[1], x1 - outer[0], y1 - outer[1])
     return image.crop(outer).resize(size[::-1], Image.Resampling.BICUBIC, box=box)
 
 
 def crop_box(full: tuple[int, int], settings: ResizedCrop, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random rectangle of an image of size `full`, in pixels.
+    """Top, left, height and width, in pixels, of a random rectangle in an image of size `full`.
 
-    Its area is uniform and its width over height uniform in the logarithm. Where ten draws do not fit the image, it
-    is the largest central rectangle whose ratio is allowed (Szegedy et al. 2014, section 6; torchvision's limits).
+    The area is drawn uniformly, and width divided by height uniformly in the logarithm. If none of ten draws fits the
+    image, the result is the largest central rectangle with an allowed ratio (Szegedy et al. 2014, section 6;
+    torchvision's limits).
     """
     rows, columns = full
     narrowest, widest = settings.ratio
@@ -87,7 +89,7 @@ def crop_box(full: tuple[int, int], settings: ResizedCrop, rng: np.random.Genera
 
 def _simple_crop(source: Source, size: tuple[int, int], settings: SimpleCrop, rng: np.random.Generator) -> Image.Image:
     def covering(full: tuple[int, int]) -> tuple[int, int]:
-        """The smallest size of the image's shape that covers `size`."""
+        """The smallest size that covers `size` and has the image's shape."""
         if size[0] * full[1] >= size[1] * full[0]:
             return size[0], int(size[0] * full[1] / full[0])
         return int(size[1] * full[0] / full[1]), size[1]
@@ -104,7 +106,7 @@ def _simple_crop(source: Source, size: tuple[int, int], settings: SimpleCrop, rn
 
 
 def _reflected(places: np.ndarray, length: int) -> np.ndarray:
-    """Places beyond 0 to `length` - 1 folded back at the outermost pixels, which are not repeated."""
+    """Folds places outside 0 to `length` - 1 back at the outermost pixels, which are not repeated."""
     last = length - 1
     return last - np.abs(last - places % (2 * last)) if last else np.zeros_like(places)
 
@@ -115,11 +117,11 @@ def _reflected(places: np.ndarray, length: int) -> np.ndarray:
 def augment(
     image: Image.Image, settings: Augment, rng: np.random.Generator, fill: tuple[int, ...] = (128, 128, 128)
 ) -> Image.Image:
-    """One training view of an image that already has the model's size: flip, affine, policy, jitter.
+    """Makes one training view of an image that already has the model's size: flip, affine, policy, jitter.
 
-    `image` is RGB or grey (mode L) and keeps size and mode. `fill`, one entry (0 to 255) for each of its channels, is
-    the colour of what a policy's rotations and shifts uncover. Cropping comes before (`crop`), erasing after
-    (`erase`), mixing last (`deit.mixing`).
+    `image` is RGB or grey (mode L) and keeps its size and mode. `fill`, one entry (0 to 255) for each channel, is the
+    colour of the pixels that a policy's rotations and shifts uncover. Cropping comes before (`crop`), erasing after
+    (`erase`), and mixing last (`deit.data.mixing`).
     """
     if settings.flip > 0 and rng.random() < settings.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -156,8 +158,11 @@ def random_affine(image: Image.Image, settings: Affine, rng: np.random.Generator
 
 
 def erase(pixels: np.ndarray, settings: Erase, rng: np.random.Generator) -> None:
-    """Standard normal noise over a random rectangle of `pixels`, (channels, height, width) float32, normalised; in
-    place. Nothing where ten draws do not fit the image (Zhong et al. 2017, algorithm 1; timm's mode `pixel`)."""
+    """Fills a random rectangle of `pixels` with standard normal noise, in place.
+
+    `pixels` is (channels, height, width) float32, normalised. Nothing changes if none of ten draws fits the image
+    (Zhong et al. 2017, algorithm 1; timm's mode `pixel`).
+    """
     if rng.random() >= settings.probability:
         return
     channels, rows, columns = pixels.shape
@@ -177,14 +182,15 @@ def erase(pixels: np.ndarray, settings: Erase, rng: np.random.Generator) -> None
 
 
 def patch_mask(grid: tuple[int, int], unit: tuple[int, int], ratio: float, rng: np.random.Generator) -> np.ndarray:
-    """Which patches a masked-image model must guess: (rows * columns,) bool, True for hidden.
+    """The patches that a masked-image model must guess: (rows * columns,) bool, True for hidden.
 
-    `grid` and `unit` are (rows, columns) of patches: of the image, and of the squares that are hidden as a whole.
-    `ratio`, 0 to 1, of the squares are hidden, rounded up, all choices equally likely (SimMIM, Xie et al. 2021,
-    section 3.2). Where squares do not divide the grid, those at the right and bottom edges are cut off.
+    `grid` is the size of the image and `unit` that of the squares that are hidden as a whole, both in (rows, columns)
+    of patches. The share `ratio`, 0 to 1, of the squares is hidden, rounded up, and all choices are equally likely
+    (SimMIM, Xie et al. 2021, section 3.2). If the squares do not divide the grid, those at the right and bottom edges
+    are cut off.
     """
     rows, columns = (math.ceil(grid[axis] / unit[axis]) for axis in (0, 1))
     hidden = np.zeros(rows * columns, bool)
-    hidden[rng.permutation(rows * columns)[: math.ceil(ratio * rows * columns - 1e-9)]] = True  # 0.55 * 20 is 11
+    hidden[rng.permutation(rows * columns)[: math.ceil(ratio * rows * columns - 1e-9)]] = True  # so 0.55 * 20 is 11
     patches = hidden.reshape(rows, columns).repeat(unit[0], 0).repeat(unit[1], 1)
     return patches[: grid[0], : grid[1]].reshape(-1)

@@ -1,9 +1,9 @@
-"""From image files to batches. N images of a split, B of a global batch.
+"""From image files to batches. N images of a split, B images of a global batch, R views of an image in a cycle.
 
-Training is one endless stream of views, and everything in it is a function of its place: step `step` takes places
-step * B to (step + 1) * B. With R views of an image (repeated augmentation, Hoffer et al. 2020), R * N places are a
-cycle with an order of its own, in which the R views of an image stand side by side. So every image comes R times in R
-epochs, for any N and B; many processes share the batches of one; and the state of the stream is `step` alone.
+Training is one endless stream of views, and each view is a function of its place in the stream. Step `step` takes the
+places step * B to (step + 1) * B. A cycle is R * N places with an order of its own, in which the R views of an image
+stand side by side (repeated augmentation, Hoffer et al. 2020). So every image comes R times in R epochs, for any N and
+B. Any number of processes share the same batches. The number `step` alone is the state of the stream.
 """
 
 from __future__ import annotations
@@ -38,40 +38,40 @@ from deit.image.processor import DeiTImageProcessor
 from deit.recipe import MaskedImage, Recipe
 
 CACHE_BYTES = 2**30
-"""A split's decoded images are kept in memory up to this size, by all loader processes of a training process together.
-"""
+"""Limit of the memory that keeps a split's decoded images, for all loader processes of a training process together."""
 KEPT_PIXELS = 512 * 512
-"""Under a random crop, larger images are not kept: they are decoded at the scale that each crop needs."""
+"""Pixels of the largest image that is kept under a random crop. Larger images are decoded anew for each crop, at the
+scale that it needs."""
 
 _STAND_IN_ATTEMPTS = 100
-_PIXEL_BYTES = 4  # of an RGB image in Pillow's memory
+_PIXEL_BYTES = 4  # for each pixel of an RGB image in Pillow's memory
 
 
 @dataclass(frozen=True)
 class Batch:
     pixels: Tensor
-    """(B, channels, height, width) float32, normalised, erased."""
+    """(B, channels, height, width) float32, normalised and erased."""
     labels: Tensor
-    """(B,) int64 class indices, after mixing (B, classes) float32 probabilities. In evaluation -1 is padding, or an
-    image that can't be read."""
+    """(B,) int64 class indices; after mixing, (B, classes) float32 probabilities. In evaluation, -1 marks padding and
+    images that can't be read."""
     step: int = 0
-    """The step that it belongs to."""
+    """The step that the batch belongs to."""
     positions: Tensor | None = None
     """(B,) int64, on the CPU: places in the global batch. Row i and row B-1-i are mirror images there too."""
     mask: Tensor | None = None
-    """(B, patches) bool, of masked-image runs: True for hidden."""
+    """(B, patches) bool, in masked-image runs: True for hidden."""
     faults: tuple[tuple[str, str], ...] = ()
-    """(file, reason) of images that can't be read; in training another stands in for each."""
+    """(file, reason) of each image that can't be read. In training, another image stands in for it."""
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def to(self, device: torch.device | str) -> Batch:
-        """All but the positions on another device."""
+        """A copy on another device. The positions stay on the CPU."""
         return self._changed(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """In memory that a GPU copies from while it computes; the loader calls it."""
+        """A copy in memory that a GPU can copy from while it computes. The loader calls this."""
         return self._changed(Tensor.pin_memory)
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -79,10 +79,12 @@ class Batch:
         return replace(self, pixels=change(self.pixels), labels=change(self.labels), mask=mask)
 
     def parts(self, count: int) -> list[Batch]:
-        """`count` nearly equal micro-batches, or as many as there are mirror pairs where those are fewer. In each, row
-        i and the i-th row from its end are mirror images. The faults stay with the whole."""
+        """Divides the batch into `count` nearly equal micro-batches, or into one per mirror pair if that is fewer.
+
+        In each, row i and the i-th row from its end are mirror images. The faults stay with the whole batch.
+        """
         if count < 1:
-            raise ValueError(f"a batch is divided into 1 part or more, found {count}")
+            raise ValueError(f"a batch is divided into at least 1 part, found {count}")
         found = []
         for part in range(min(count, (len(self) + 1) // 2)):
             rows = torch.from_numpy(_mirrored_share(len(self), part, min(count, (len(self) + 1) // 2)))
@@ -99,8 +101,10 @@ class Batch:
 
 
 def _mirrored_share(size: int, part: int, parts: int) -> np.ndarray:
-    """Places of the `part`-th share of whole mirror pairs (j, size-1-j), rising: its own row i and row -1-i are
-    mirror images again. The middle of an odd size is its own mirror image."""
+    """Places of the `part`-th share of whole mirror pairs (j, size-1-j), in rising order.
+
+    Row i and row -1-i of the share are mirror images again. The middle of an odd size is its own mirror image.
+    """
     pairs = np.array_split(np.arange((size + 1) // 2), parts)[part]
     mirrored = size - 1 - pairs[::-1]
     return np.concatenate([pairs, mirrored[1:] if mirrored[0] == pairs[-1] else mirrored])
@@ -114,30 +118,30 @@ class BadImages(RuntimeError):
 
 
 class Faults:
-    """The unreadable images of a run's `images` training images; more than 1 % of them end it."""
+    """The unreadable ones of a run's `images` training images. The run ends if they are more than 1 %."""
 
     def __init__(self, images: int):
         self.images = images
         self.reasons: dict[str, str] = {}
-        """By file."""
+        """The reason for each file."""
 
     def __len__(self) -> int:
         return len(self.reasons)
 
     def add(self, faults: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Those (file, reason) that are new. Raises `BadImages` when they are more than 1 % of all."""
+        """Adds (file, reason) pairs and returns the new ones. Raises `BadImages` if more than 1 % of images fail."""
         new = {file: reason for file, reason in faults if file not in self.reasons}
         self.reasons |= new
         if new and len(self) > 0.01 * self.images:
             first = "; ".join(f"{file} {reason}" for file, reason in itertools.islice(self.reasons.items(), 3))
             raise BadImages(
                 f"{len(self)} of {self.images} images can't be read, more than 1 %: {first}"
-                f"{' ...' if len(self) > 3 else ''}. Replace or remove such files, then go on"
+                f"{' ...' if len(self) > 3 else ''}. Replace or remove such files, then resume"
             )
         return list(new.items())
 
     def state(self) -> dict[str, str]:
-        """What `load_state` takes, as JSON types."""
+        """The state that `load_state` takes, as JSON types."""
         return dict(self.reasons)
 
     def load_state(self, state: Mapping[str, str] | None) -> None:
@@ -159,8 +163,11 @@ def processor_for(recipe: Recipe) -> DeiTImageProcessor:
 
 
 class _Files:
-    """Files and labels as two arrays: lists of objects would be copied into each loader process, page by page, as
-    their reference counts change (1.3 million paths take 0.4 GB)."""
+    """Files and labels as two arrays.
+
+    Lists of objects would be copied into each loader process, page by page, because their reference counts change (1.3
+    million paths take 0.4 GB).
+    """
 
     def __init__(self, split: Split):
         self.paths = np.array([os.fsencode(file) for file in split.files])
@@ -174,7 +181,7 @@ class _Files:
 
 
 class _Views(Dataset[Any]):
-    """Training batches by (step, positions, keys): a row for each position, drawn from its key alone."""
+    """Training batches by (step, positions, keys). There is a row for each position, drawn from its key alone."""
 
     def __init__(self, split: Split, recipe: Recipe, budget: int):
         self.files, self.recipe, self.budget = _Files(split), recipe, budget
@@ -185,10 +192,11 @@ class _Views(Dataset[Any]):
         self.small: dict[int, bool] = {}
         self.kept: dict[int, Image.Image] = {}
         self.spent = 0
-        """Bytes of the images kept."""
+        """Bytes of the kept images."""
 
     def __getitem__(self, wanted: tuple[int, np.ndarray, np.ndarray]) -> Batch | BadImages:
-        """An exception is returned: raised in a loader process, it would come with a traceback for its message."""
+        """Returns an exception instead of raising it, because one raised in a loader process would arrive with its
+        traceback as the message."""
         step, positions, keys = wanted
         recipe = self.recipe
         pixels = np.empty((len(keys), recipe.model.num_channels, *recipe.model.image_hw), np.float32)
@@ -203,7 +211,7 @@ class _Views(Dataset[Any]):
                     faults.append(_fault(self.files[index], error))
             else:
                 return BadImages(
-                    f"{_STAND_IN_ATTEMPTS} training images in a row can't be read, the last is "
+                    f"{_STAND_IN_ATTEMPTS} training images in a row can't be read, the last one: "
                     f"{' '.join(faults[-1])}; check the folder"
                 )
             labels[row] = self.files.labels[index]
@@ -217,14 +225,14 @@ class _Views(Dataset[Any]):
         )
 
     def _candidates(self, epoch: int, index: int, repeat: int) -> Iterator[int]:
-        """The image, and what stands in for it, one after the other."""
+        """Yields the image and then those that may stand in for it."""
         yield index
         others = draws(self.recipe.seed, epoch, index, repeat, Stream.STAND_INS)
         for _ in range(_STAND_IN_ATTEMPTS - 1):
             yield int(others.integers(len(self.files)))
 
     def _draw(self, index: int, rng: np.random.Generator, out: np.ndarray) -> None:
-        """A view of an image into `out`, (channels, height, width)."""
+        """Writes a view of an image into `out`, (channels, height, width)."""
         settings = self.recipe.augment
         if settings.crop is None:
             image = self._once(index, self._resized)
@@ -238,7 +246,7 @@ class _Views(Dataset[Any]):
             erase(out, settings.erase, rng)
 
     def _once(self, index: int, read: Callable[[Path], Image.Image]) -> Image.Image:
-        """An image, RGB, read only once where the budget allows."""
+        """An RGB image. It is read only once if the budget allows it."""
         if index in self.kept:
             return self.kept[index]
         image = read(self.files[index])
@@ -249,7 +257,7 @@ class _Views(Dataset[Any]):
         return image
 
     def _resized(self, file: Path) -> Image.Image:
-        """Resized and cropped as for evaluation."""
+        """An image, resized and cropped as for evaluation."""
         [pixels] = self.processor(
             [file], do_rescale=False, do_normalize=False, data_format="channels_last"
         ).pixel_values
@@ -276,7 +284,7 @@ class _Views(Dataset[Any]):
 
 
 def hidden_patches(recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
-    """What a masked-image recipe hides of one image: (patches,) bool."""
+    """The patches of one image that a masked-image recipe hides: (patches,) bool."""
     objective, model = recipe.objective, recipe.model
     assert isinstance(objective, MaskedImage)
     assert isinstance(model, DeiTConfig)
@@ -285,7 +293,7 @@ def hidden_patches(recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
 
 
 def _sides(file: Path) -> tuple[int, int] | None:
-    """Width and height of an image, from its header; None where that can't be read, which decoding will explain."""
+    """Width and height of an image, from its header. None if that can't be read; decoding will report why."""
     try:
         with Image.open(file) as image:
             return image.size
@@ -299,10 +307,10 @@ class TrainingBatches:
     A share holds whole pairs of mirror images (row i and row B-1-i), which mixing needs together.
 
     Args:
-        rank, world: this process among all.
-        cycle: steps after which views and mixing come again, as those of cached teacher labels do.
+        rank, world: number of this process and number of all processes.
+        cycle: number of steps after which views and mixing repeat, as cached teacher labels require.
 
-    Raises `ValueError` where some process would have no pair.
+    Raises `ValueError` if a process would have no pair.
     """
 
     def __init__(self, split: Split, recipe: Recipe, *, rank: int = 0, world: int = 1, cycle: int | None = None):
@@ -320,11 +328,11 @@ class TrainingBatches:
 
     @property
     def steps_per_epoch(self) -> float:
-        """An epoch is as many views as there are images."""
+        """Number of steps, with a fraction, that take as many views as there are images."""
         return len(self.split) / self.recipe.data.batch
 
     def keys(self, step: int) -> np.ndarray:
-        """(B, 3) int64: epoch, image and repeat of every place of the global batch, which its view is drawn from."""
+        """(B, 3) int64: epoch, image and repeat of every place of the global batch. They determine its view."""
         batch, repeats, images = self.recipe.data.batch, self.recipe.data.repeats, len(self.split)
         places = self._drawn(step) * batch + np.arange(batch)
         cycles, within = np.divmod(places, images * repeats)
@@ -344,16 +352,19 @@ class TrainingBatches:
         return step % self.cycle if self.cycle else step
 
     def from_step(self, step: int) -> Iterator[Batch]:
-        """This process's share of every batch from `step` on, without end; closing it ends the loader processes.
+        """Yields this process's share of every batch from `step` on, without end.
 
-        Raises `LoaderDied`, and `BadImages` where no image can stand in for one that can't be read.
+        Closing the iterator ends the loader processes. Raises `LoaderDied` if one of them dies, and `BadImages` if no
+        image can stand in for one that can't be read.
         """
         wanted = ((number, self.positions, self.keys(number)[self.positions]) for number in itertools.count(step))
         return _loaded(self.views, wanted, self.workers)
 
     def mix(self, batch: Batch) -> Batch:
-        """Mixup and CutMix, on the device of the batch, which is a share of a global batch or a part of one; as it is
-        where the recipe does not mix."""
+        """Applies Mixup and CutMix on the device of the batch, which is a share of a global batch or a part of one.
+
+        If the recipe does not mix, the batch is returned as it is.
+        """
         recipe = self.recipe.augment.mix
         if recipe is None:
             return batch
@@ -369,7 +380,7 @@ class TrainingBatches:
 
 
 def _fits(split: Split, recipe: Recipe) -> bool:
-    """Whether all that is kept of the images fits into the cache, by the headers of a few."""
+    """Whether all images can be kept in the cache, judged by the headers of a few."""
     if recipe.augment.crop is None:
         height, width = recipe.model.image_hw
         return len(split) * height * width * _PIXEL_BYTES <= CACHE_BYTES
@@ -385,15 +396,15 @@ def _fits(split: Split, recipe: Recipe) -> bool:
 class EvaluationBatches:
     """Every image of a split once, in order, through the processor. Can be iterated again and again.
 
-    Of `world` processes, `rank` has every `world`-th image. All give the same number of batches, so that they meet in
-    collective operations: rows without an image, and those whose image can't be read, are zero and labelled -1.
-    Decoded once where this process's images fit into `CACHE_BYTES` as float32.
+    Of `world` processes, `rank` has every `world`-th image. All processes give the same number of batches, because they
+    meet in collective operations. Rows without an image, and rows whose image can't be read, are zero and labelled -1.
+    If this process's images fit into `CACHE_BYTES` as float32, they are decoded only once.
 
     Args:
-        batch: rows of each batch; the last may have fewer.
-        workers: loader processes; None chooses as for training.
-        masks: gives the mask, (patches,) bool, of an image by its number in the split, for masked-image runs.
-        keep: False for a single pass: nothing is kept in memory.
+        batch: number of rows of each batch; the last may have fewer.
+        workers: number of loader processes; None chooses as for training.
+        masks: function from an image's number in the split to its mask, (patches,) bool, for masked-image runs.
+        keep: False for a single pass, which keeps nothing in memory.
     """
 
     def __init__(
@@ -430,7 +441,7 @@ class EvaluationBatches:
 
 
 class _EvaluationViews(Dataset[Batch]):
-    """Evaluation batches of one process by their number."""
+    """Evaluation batches of one process, by number."""
 
     def __init__(
         self,
@@ -474,12 +485,14 @@ class _EvaluationViews(Dataset[Batch]):
 
 
 class LoaderDied(RuntimeError):
-    """A loader process is gone."""
+    """A loader process died."""
 
 
 def _workers(asked: int | None, fits: Callable[[], bool]) -> int:
-    """Loader processes of this process: what is asked for, or none where images are decoded but once, or its share of
-    this machine's cores, 8 at most."""
+    """Number of loader processes for this process.
+
+    `asked` if it is set, 0 if images are decoded only once, and otherwise its share of this machine's cores, up to 8.
+    """
     if asked is not None:
         return asked
     if fits():
@@ -488,7 +501,7 @@ def _workers(asked: int | None, fits: Callable[[], bool]) -> int:
 
 
 def _loaded(views: Dataset[Any], wanted: Iterable[Any], workers: int) -> Iterator[Batch]:
-    """What `views` gives for each of `wanted`, in their order, read ahead by loader processes that end with it."""
+    """Yields what `views` gives for each of `wanted`, in order. Loader processes read ahead and end with it."""
     loader = DataLoader(
         views,
         sampler=wanted,
@@ -497,8 +510,8 @@ def _loaded(views: Dataset[Any], wanted: Iterable[Any], workers: int) -> Iterato
         collate_fn=_unchanged,
         worker_init_fn=_begin_worker,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),
-    )  # of its own: PyTorch's global one is the model's
+        generator=torch.Generator(),  # its own, because PyTorch's global one is the model's
+    )
     with _child_signal_kept():
         batches = iter(loader)
     died = ""
@@ -512,10 +525,10 @@ def _loaded(views: Dataset[Any], wanted: Iterable[Any], workers: int) -> Iterato
                 if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
                     raise
                 died = str(error).splitlines()[0]
-            if died:  # raised here, where no traceback holds on to the other processes
+            if died:  # raised here, because the traceback of `error` would keep the other processes alive
                 raise LoaderDied(
-                    f"a loader process died ({died}), most likely killed for lack of memory, or of shared "
-                    f"memory (/dev/shm); set compute.workers below {workers}"
+                    f"a loader process died ({died}), most likely because memory or shared memory (/dev/shm) ran "
+                    f"out; set compute.workers below {workers}"
                 )
             if isinstance(batch, BadImages):
                 raise batch
@@ -530,13 +543,16 @@ def _unchanged(batch: Any) -> Any:
 
 def _begin_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the parent ends this one
-    gc.freeze()  # a collection would write to, and so copy, all memory that is shared with the parent
+    gc.freeze()  # a collection would write to all memory that is shared with the parent, and so copy it
 
 
 @contextmanager
 def _child_signal_kept() -> Iterator[None]:
-    """PyTorch's handler for the end of a child raises wherever the parent is, be it in the midst of saving. Without
-    it, waiting for a batch finds the death, within 5 seconds."""
+    """Keeps the present handler for the end of a child process, which PyTorch would replace.
+
+    PyTorch's handler raises wherever the parent is, even while it saves. Without it, waiting for a batch finds the
+    death within 5 seconds.
+    """
     number = getattr(signal, "SIGCHLD", None)  # Windows has none
     before = None if number is None else signal.getsignal(number)
     yield

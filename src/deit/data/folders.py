@@ -1,4 +1,4 @@
-"""Labelled images on disk: folders and lists become splits, whose classes are found by name."""
+"""Labelled images on disk: reads folders and lists as splits, and matches their classes with a model's by name."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import itertools
 import json
 import os
 import stat
+import unicodedata
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,16 +23,18 @@ from PIL import Image
 
 from deit import host
 from deit.data.draws import Stream, draws
+from deit.image.decode import image_suffixes
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_COMMON = "*{.bmp,.gif,.jpeg,.jpg,.png,.tif,.tiff,.webp}"
+"""The image files that messages name; `image_suffixes` has all that are read."""
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
-"""Accepted folder names of each split."""
+"""Folder names that each split may have."""
 LIST_SUFFIXES = (".csv", ".jsonl")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Labelled image files; `labels[i]` is the index in `classes` of the class that `files[i]` shows."""
+    """Labelled image files. The class of `files[i]` is `classes[labels[i]]`."""
 
     files: tuple[Path, ...]
     labels: tuple[int, ...]
@@ -45,12 +50,14 @@ class Split:
 
 
 def read_split(root: str | Path, split: str, classes: Sequence[str] | None = None) -> Split:
-    """The image files of `root/SPLIT/CLASS/**`, classes in the order of their names, files in that of their paths.
+    """Reads the image files of `root/SPLIT/CLASS/**`, with classes sorted by name and files by path.
 
-    `split` is train, val or test. `classes` fixes the order (that of a trained model); a folder of another name is
-    refused. Hidden files and folders don't count; links to folders are followed.
+    `split` is train, val or test. `classes` fixes another order, such as that of a trained model; a folder of any other
+    name is refused. Hidden files and folders don't count. Links to folders are followed. Files
+    that are no images are passed over, and a warning counts them.
 
-    Raises `FileNotFoundError` or `ValueError` with what the folder should look like, `OSError` where it can't be read.
+    Raises `FileNotFoundError` or `ValueError` that says what the folder should look like, and `OSError` if it can't be
+    read.
     """
     root = Path(root)
     folder = _split_folder(root, split)
@@ -59,54 +66,57 @@ def read_split(root: str | Path, split: str, classes: Sequence[str] | None = Non
             f"{root} has no folder {' or '.join(SPLITS[split])}; expected {root}/{split}/CLASS/"
             "IMAGE files, one folder for each class"
         )
-    return _read_labelled(folder, classes)
+    with _counting(folder) as passed:
+        return _read_labelled(folder, passed, classes)
 
 
 def read_data(root: str | Path, *, holdout: float, seed: int, labelled: bool = True) -> tuple[Split, Split]:
-    """Training and validation images of a folder; those of `root/test` are never among them.
+    """Reads the training and validation images of a folder. The images of `root/test` are never among them.
 
-    `root/train/CLASS/**` and, where there is one, `root/val/CLASS/**` (or valid, validation). Without val, the share
-    `holdout` (0 to 1) of each class's training images is held out, drawn with `seed`: at least one of a class of two
-    or more, none of a class of one. With neither train nor val, `root/CLASS/**` are the training images.
+    They are `root/train/CLASS/**` and, if it exists, `root/val/CLASS/**` (or valid, validation). Without val, the share
+    `holdout` (0 to 1) of each class's training images is held out, drawn with `seed`: at least one image of a class of
+    two or more, and none of a class of one. With neither train nor val, `root/CLASS/**` are the training images.
 
-    `labelled=False`, for masked-image runs: all images below `root/train` or `root`, at any depth, as one class.
+    `labelled=False` is for masked-image runs: all images below `root/train` or `root`, at any depth, form one class.
 
-    Raises `FileNotFoundError` or `ValueError` with what the folder should look like, `OSError` where it can't be read.
+    Raises `FileNotFoundError` or `ValueError` that says what the folder should look like, and `OSError` if it can't be
+    read.
     """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder; expected one with {root}/train/CLASS/IMAGE files")
     train, val = _split_folder(root, "train"), _split_folder(root, "val")
     read, apart = (_read_labelled if labelled else _read_unlabelled), () if train else SPLITS["test"]
-    if train is None and (val is not None or not any(_listed(root, apart))):
+    if train is None and (val is not None or not any(_listed(root, apart)[:2])):
         raise FileNotFoundError(
             f"{root} has {'a folder ' + val.name if val else 'no images'} and no folder train; "
             f"expected {root}/train/CLASS/IMAGE files"
         )
-    if val is None:  # Test beside train is left alone
+    if val is None:  # beside train, only val matters: a folder Test is left alone
         _refuse_misnamed(root, SPLITS["val"] if train else tuple(itertools.chain(*SPLITS.values())))
-    whole = read(train or root, None, apart)
-    if labelled and len(whole.classes) < 2:
-        raise ValueError(
-            f"{train or root} has one class, {whole.classes[0]!r}, and a classifier needs two; add a "
-            "folder for each other class"
-        )
-    return (whole, read(val, whole.classes)) if val else _hold_out(whole, holdout, seed, train or root)
+    with _counting(root) as passed:
+        whole = read(train or root, passed, None, apart)
+        if labelled and len(whole.classes) < 2:
+            raise ValueError(
+                f"{train or root} has one class, {whole.classes[0]!r}, and a classifier needs two; add a "
+                "folder for each other class"
+            )
+        return (whole, read(val, passed, whole.classes)) if val else _hold_out(whole, holdout, seed, train or root)
 
 
 def read_examples(place: str | Path, split: str | None = None) -> tuple[Split, str | None]:
-    """Labelled images to judge a model by, with their own classes in the order of the names, and the split they are.
+    """Reads labelled images that judge a model. Returns them and the name of the split that was read.
 
-    `place` is a folder or a list. Of a folder with splits, `split` (train, val or test) is read; None takes test, or
-    where there is none val. Of a folder without splits, all of `place/CLASS/**`.
+    The images keep their own classes, sorted by name; `matched` brings the labels into a model's order.
 
-    A list is a file of paths and class names, one image in a line; relative paths start from the list's folder.
-    `.csv`: a header that names the columns `path` and `label`, commas, other columns ignored. `.jsonl`: an object with
-    the strings `path` and `label` in every line, other keys ignored. Both in UTF-8.
+    `place` is a folder or a list. If the folder has splits, `split` (train, val or test) is read; None takes test, or
+    val if there is no test. If it has none, all of `place/CLASS/**` is read, and the name of the split is None.
 
-    `matched` brings the labels into a model's order.
+    A list is a UTF-8 file of paths and class names, one image per line. Relative paths start from the list's folder.
+    A `.csv` file has commas and a header that names the columns `path` and `label`; other columns are ignored. A
+    `.jsonl` file has an object with the strings `path` and `label` in every line; other keys are ignored.
 
-    Raises `FileNotFoundError` or `ValueError` with what is expected there and, in a list, the line.
+    Raises `FileNotFoundError` or `ValueError` that says what is expected and, for a list, in which line.
     """
     place = Path(place)
     if place.is_dir():
@@ -115,57 +125,61 @@ def read_examples(place: str | Path, split: str | None = None) -> tuple[Split, s
             return read_split(place, found), found
         if _split_folder(place, "train"):
             raise ValueError(
-                f"{place} has a folder train, but neither test nor val; add one, or take --split train to "
+                f"{place} has a folder train, but neither test nor val; add one of them, or use --split train to "
                 "evaluate on the training images"
             )
         _refuse_misnamed(place, tuple(itertools.chain(*SPLITS.values())))
-        return _read_labelled(place), None
+        with _counting(place) as passed:
+            return _read_labelled(place, passed), None
     if not place.is_file():
         raise FileNotFoundError(
             f"{place} does not exist; expected a folder of images, or a list of them ({' or '.join(LIST_SUFFIXES)})"
         )
     if place.suffix.lower() not in LIST_SUFFIXES:
         raise ValueError(
-            f"{place} is neither a folder of images nor a list of them, which ends in "
-            f"{' or '.join(LIST_SUFFIXES)}; give one of the two"
+            f"{place} is neither a folder of images nor a list of them ({' or '.join(LIST_SUFFIXES)}); "
+            "give one of the two"
         )
     if split:
-        raise ValueError(f"{place} is a list and has no splits, but --split {split} is asked for; leave it out")
+        raise ValueError(f"{place} is a list, which has no splits, found --split {split}; leave it out")
     return _read_list(place), None
 
 
 def has_split(place: str | Path, split: str) -> bool:
-    """Whether a folder has images of this split (train, val or test) apart."""
+    """Whether a folder has a separate folder for this split (train, val or test)."""
     return Path(place).is_dir() and _split_folder(Path(place), split) is not None
 
 
 def matched(split: Split, classes: Sequence[str]) -> Split:
-    """The same images labelled by `classes`, a model's, in its order: found by name.
+    """The same images, labelled in the order of a model's `classes`. Classes are found by name, however the accents are
+    written.
 
-    Raises `ValueError` for a class that is not among them, and for one whose name stands there twice: the published
-    names of ImageNet call two classes "crane".
+    Raises `ValueError` if a class is not among `classes`, or if its name occurs there twice: the published names of
+    ImageNet call two classes "crane".
     """
     first = {label: file for file, label in zip(reversed(split.files), reversed(split.labels), strict=True)}
     names = {label: split.classes[label] for label in sorted(first)}
-    places = {name: number for number, name in enumerate(classes)}
+    known = [nfc(name) for name in classes]
+    places = {name: number for number, name in enumerate(known)}
+    names = {label: nfc(name) for label, name in names.items()}
     if unknown := [label for label, name in names.items() if name not in places]:
         name, more = names[unknown[0]], len(unknown) - 1
         raise ValueError(
-            f"the model knows no class {name!r}, which {first[unknown[0]]} is of"
+            f"the model knows no class {name!r}, which is the class of {first[unknown[0]]}"
             f"{f' ({more} more are unknown)' if more else ''}; {near(name, classes)}; rename the class, "
             "or leave its images out"
         )
-    if repeated := [name for name in names.values() if classes.count(name) > 1]:
+    if repeated := [name for name in names.values() if known.count(name) > 1]:
         raise ValueError(
-            f"the model calls {classes.count(repeated[0])} of its classes {repeated[0]!r}, so which one "
-            "the images of that name show is not known; make the names in id2label of the model's "
+            f"the model calls {known.count(repeated[0])} of its classes {repeated[0]!r}, so it is not clear "
+            "which of them the images of that name show; make the names in id2label of the model's "
             "config.json differ, or leave these images out"
         )
     return replace(split, labels=tuple(places[names[label]] for label in split.labels), classes=tuple(classes))
 
 
 def near(name: str, classes: Sequence[str]) -> str:
-    """What of `classes` may be meant by `name`."""
+    """Says which of `classes` may be meant by `name`."""
     folded = {one.casefold(): one for one in classes}
     close = [folded[one] for one in difflib.get_close_matches(name.casefold(), folded, n=3)]
     close += [one for key, one in folded.items() if name.casefold() in key and one not in close]
@@ -175,11 +189,11 @@ def near(name: str, classes: Sequence[str]) -> str:
 
 
 def _refuse_misnamed(root: Path, meant: Sequence[str]) -> None:
-    """Train or VAL would count as a class."""
+    """Refuses folders such as Train or VAL, because they would count as classes."""
     if misnamed := [name for name in _listed(root, meant)[0] if name.lower() in meant]:
         raise ValueError(
             f"{root / misnamed[0]} would not be read as a split; rename it to {misnamed[0].lower()} if it "
-            "is one, else to something else"
+            "is one, or to something else if it is not"
         )
 
 
@@ -187,64 +201,116 @@ def _split_folder(root: Path, split: str) -> Path | None:
     return next((root / name for name in SPLITS[split] if (root / name).is_dir()), None)
 
 
-def _read_labelled(folder: Path, classes: Sequence[str] | None = None, apart: Sequence[str] = ()) -> Split:
-    """`apart` are folders that are no classes."""
-    names, stray = _listed(folder, apart)
-    if stray:
-        more = f" and {len(stray) - 1} more images lie" if len(stray) > 1 else " lies"
-        raise ValueError(
-            f"{folder / stray[0]}{more} in no class folder, so the class is not known; move what lies "
-            f"there to {folder}/CLASS/, or away"
+def nfc(name: str) -> str:
+    """A class name with each accent in one character with its letter. macOS often writes two (NFD)."""
+    return unicodedata.normalize("NFC", name)
+
+
+@contextmanager
+def _counting(place: str | Path) -> Iterator[Counter[str]]:
+    """Counts files by suffix that are passed over because they are no images; at the end, one warning has them all."""
+    passed: Counter[str] = Counter()
+    yield passed
+    if passed and os.environ.get("RANK", "0") == "0":  # of the processes that share a run, one speaks
+        warnings.warn(
+            f"{place}: {passed_over(passed)}",
+            stacklevel=4,
         )
-    if not names:
-        raise ValueError(f"{folder} has no images; expected {folder}/CLASS/*{{{','.join(IMAGE_SUFFIXES)}}}")
-    order = tuple(names if classes is None else classes)
-    if unknown := sorted(set(names) - set(order)):
+
+
+def passed_over(passed: Counter[str]) -> str:
+    """How many files that are no images were passed over, with the suffixes."""
+    listed = sorted(passed.items(), key=lambda item: (-item[1], item[0]))
+    counts = ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in listed[:10])
+    counted = (
+        "1 file was passed over, because it is no image"
+        if passed.total() == 1
+        else (f"{passed.total()} files were passed over, because they are no images")
+    )
+    return f"{counted} that Pillow reads: {counts}{', and others' if len(passed) > 10 else ''}"
+
+
+def _read_labelled(
+    folder: Path, passed: Counter[str], classes: Sequence[str] | None = None, apart: Sequence[str] = ()
+) -> Split:
+    """Reads `folder/CLASS/**`. Folders named in `apart` are not classes. `passed` counts what is passed over."""
+    folders, stray, others = _listed(folder, apart)
+    passed += others
+    if stray:
+        more = f" and {len(stray) - 1} more images are" if len(stray) > 1 else " is"
+        raise ValueError(
+            f"{folder / stray[0]}{more} in no class folder, so the class is not known; move such images to "
+            f"{folder}/CLASS/, or remove them"
+        )
+    if not folders:
+        raise ValueError(f"{folder} has no images; expected {folder}/CLASS/{_COMMON}")
+    places: dict[str, list[Path]] = {}
+    for name in folders:
+        places.setdefault(nfc(name), []).append(folder / name)
+    if twice := [name for name in places if len(places[name]) > 1]:
+        warnings.warn(
+            f"{folder} has {len(places[twice[0]])} folders {twice[0]!r}, whose names differ only in how accents are "
+            "written (NFC, NFD); their images are taken as one class",
+            stacklevel=4,
+        )
+    order = tuple(sorted(places) if classes is None else classes)
+    label_of = {nfc(name): label for label, name in enumerate(order)}
+    if unknown := sorted(set(places) - set(label_of)):
         raise ValueError(
             f"{folder} has a class {unknown[0]!r} that the model does not know; it knows "
             f"{', '.join(order[:10])}{' and others' if len(order) > 10 else ''}; rename or remove the "
             "folder"
         )
-    label_of = {name: label for label, name in enumerate(order)}
     files: list[Path] = []
     labels: list[int] = []
-    for name in names:
-        found = _images(folder / name)
-        if not found:
-            raise ValueError(
-                f"{folder / name} has no images; expected files *{{{','.join(IMAGE_SUFFIXES)}}} there, or "
-                "no such folder"
-            )
-        files += found
-        labels += [label_of[name]] * len(found)
+    for name in sorted(places):
+        for place in places[name]:
+            within: Counter[str] = Counter()
+            found = _images(place, within)
+            if not found:
+                left = f" ({passed_over(within)})" if within else ""
+                raise ValueError(
+                    f"{place} has no images{left}; expected files {_COMMON} there; add some, or remove the folder"
+                )
+            passed += within
+            files += found
+            labels += [label_of[name]] * len(found)
     return Split(tuple(files), tuple(labels), order)
 
 
-def _read_unlabelled(folder: Path, classes: Sequence[str] | None = None, apart: Sequence[str] = ()) -> Split:
-    names, files = _listed(folder, apart)
+def _read_unlabelled(
+    folder: Path, passed: Counter[str], classes: Sequence[str] | None = None, apart: Sequence[str] = ()
+) -> Split:
+    names, files, others = _listed(folder, apart)
+    passed += others
     found = sorted(
-        [folder / file for file in files] + [path for name in names for path in _images(folder / name)], key=str
+        [folder / file for file in files] + [path for name in names for path in _images(folder / name, passed)], key=str
     )
     if not found:
-        raise ValueError(f"{folder} has no images; expected files *{{{','.join(IMAGE_SUFFIXES)}}} in it, at any depth")
+        left = f" ({passed_over(passed)})" if passed else ""
+        raise ValueError(f"{folder} has no images{left}; expected files {_COMMON} in it, at any depth")
     return Split(tuple(found), (0,) * len(found), ("image",))
 
 
-def _listed(folder: Path, apart: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names of the folders and of the image files in a folder, sorted, without hidden ones and those `apart`."""
+def _listed(folder: Path, apart: Sequence[str]) -> tuple[list[str], list[str], Counter[str]]:
+    """Sorted names of the folders and of the image files in a folder, without hidden ones and the folders `apart`; and
+    the count of what is passed over."""
     _, folders, files = next(os.walk(folder, onerror=_refuse))
-    return sorted(name for name in folders if not name.startswith(".") and name not in apart), sorted(
-        filter(_is_image, files)
-    )
+    passed: Counter[str] = Counter()
+    images = sorted(_only_images(files, passed))
+    return sorted(name for name in folders if not name.startswith(".") and name not in apart), images, passed
 
 
-def _images(folder: Path) -> list[Path]:
-    """Image files at any depth, by path; hidden ones don't count."""
-    return [Path(path) for path in sorted(walk_images(folder))]
+def _images(folder: Path, passed: Counter[str]) -> list[Path]:
+    """The image files at any depth, sorted by path. Hidden ones don't count."""
+    return [Path(path) for path in sorted(walk_images(folder, passed))]
 
 
-def walk_images(folder: str | Path) -> Iterator[str]:
-    """Image files at any depth, in an order that only their names decide; hidden ones don't count."""
+def walk_images(folder: str | Path, passed: Counter[str]) -> Iterator[str]:
+    """Yields the image files at any depth, in an order that depends only on their names. Hidden ones don't count.
+
+    `passed` counts the other files by suffix as they are passed over.
+    """
     visited: set[tuple[int, int]] = set()
     for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         status = os.stat(place)
@@ -253,11 +319,18 @@ def walk_images(folder: str | Path) -> Iterator[str]:
             continue
         visited.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (os.path.join(place, name) for name in sorted(names) if _is_image(name))
+        yield from (os.path.join(place, name) for name in sorted(_only_images(names, passed)))
 
 
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+def _only_images(names: Iterable[str], passed: Counter[str]) -> Iterator[str]:
+    suffixes = image_suffixes()
+    for name in names:
+        if not name.startswith("."):
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in suffixes:
+                yield name
+            else:
+                passed[suffix] += 1
 
 
 def _refuse(error: OSError) -> NoReturn:
@@ -275,8 +348,8 @@ def _hold_out(whole: Split, holdout: float, seed: int, folder: Path) -> tuple[Sp
     if not held.any():
         reason = f"no class of {folder} has two images" if holdout > 0 else f"data.holdout is {holdout:g}"
         raise ValueError(
-            f"there is nothing to validate on: no folder val beside the training images, and {reason}, so "
-            "none can be held out; add a folder val" + ("" if holdout > 0 else ", or set data.holdout")
+            f"there is nothing to validate on: there is no folder val beside the training images, and {reason}, so "
+            "none can be held out; add a folder val" + ("" if holdout > 0 else ", or set data.holdout above 0")
         )
     return whole.take(np.flatnonzero(~held)), whole.take(np.flatnonzero(held))
 
@@ -293,22 +366,30 @@ def _read_list(file: Path) -> Split:
                             f"{file}, line {number}: {key} is {json.dumps(value)}, expected "
                             f"{'a path' if key == 'path' else 'the name of a class'} as text"
                         )
-                path = os.path.normpath(os.path.join(root, path))
+                path, label = os.path.normpath(os.path.join(root, native(path, root))), nfc(label)
                 if path in rows:
                     raise ValueError(
-                        f"{file}, line {number}: {path} is listed already in line {rows[path][0]}, and "
-                        "counts once; remove one of the two"
+                        f"{file}, line {number}: {path} is already listed in line {rows[path][0]}, and each image "
+                        "counts once; remove one of the two lines"
                     )
                 rows[path] = (number, label)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(
-            f"{file} can't be read as {file.suffix[1:].upper()} in UTF-8 ({error}); write it again"
+            f"{file} can't be read as {file.suffix[1:].upper()} in UTF-8 ({error}); save it again in that format"
         ) from None
     if not rows:
-        raise ValueError(f"{file} lists no images; expected a line with a path and a label for each")
+        raise ValueError(f"{file} lists no images; expected a line with a path and a label for each image")
     classes = tuple(sorted({label for _, label in rows.values()}))
     label_of = {name: label for label, name in enumerate(classes)}
     return Split(tuple(map(Path, rows)), tuple(label_of[label] for _, label in rows.values()), classes)
+
+
+def native(path: str, root: str = "") -> str:
+    """A path as it is, or, if only that is there, with / for the backslashes that Windows writes."""
+    if "\\" in path and os.sep == "/" and not os.path.lexists(os.path.join(root, path)):
+        forward = path.replace("\\", "/")
+        return forward if os.path.lexists(os.path.join(root, forward)) else path
+    return path
 
 
 def _csv_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any, Any]]:
@@ -318,7 +399,7 @@ def _csv_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any, Any]
         if header.count(name) != 1:
             raise ValueError(
                 f"{file}, line 1: expected a header with one column {name!r}, found "
-                f"{', '.join(map(repr, header)) or 'nothing'}; the columns path and label are read"
+                f"{', '.join(map(repr, header)) or 'nothing'}; name the two columns path and label"
             )
     for row in reader:
         if not row:
@@ -326,7 +407,7 @@ def _csv_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any, Any]
         if len(row) != len(header):
             raise ValueError(
                 f"{file}, line {reader.line_num}: expected {len(header)} fields as in the header, found "
-                f'{len(row)}; a name with a comma stands in quotes: "tench, Tinca tinca"'
+                f'{len(row)}; put a name with a comma in quotes: "tench, Tinca tinca"'
             )
         yield reader.line_num, row[header.index("path")], row[header.index("label")]
 
@@ -351,8 +432,11 @@ def _jsonl_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any, An
 
 
 def fingerprint(split: Split) -> str:
-    """SHA-256, in hexadecimal, of the classes, of every file's label, size and path below the folder that holds them
-    all, and of the content of up to 256 files, evenly spread. Wherever that folder lies, it is the same."""
+    """A SHA-256 in hexadecimal that identifies the images, wherever their folder lies.
+
+    It covers the classes, the label, size and path of every file, and the content of up to 256 files, evenly spread.
+    Paths start from the folder that holds all the files.
+    """
     files = [os.fspath(file) for file in split.files]
     root = os.path.commonpath([os.path.dirname(min(files)), os.path.dirname(max(files))])
     digest = hashlib.sha256(repr(split.classes).encode())
@@ -360,13 +444,13 @@ def fingerprint(split: Split) -> str:
         digest.update(f"{os.path.relpath(file, root)!r} {label} {_size(file)}\n".encode())
     for i in np.unique(np.linspace(0, len(files) - 1, 256).round().astype(int)):
         if _size(files[i]) >= 0:
-            with suppress(OSError):  # no permission: an unreadable image
+            with suppress(OSError):  # without permission, it counts as an unreadable image
                 digest.update(hashlib.sha256(Path(files[i]).read_bytes()).digest())
     return digest.hexdigest()
 
 
 def _size(file: str) -> int:
-    """Bytes; -1 for what is no file, such as a link to nothing, which then counts as an unreadable image."""
+    """Size in bytes; -1 if it is not a file, such as a broken link, which then counts as an unreadable image."""
     try:
         status = os.stat(file)
         return status.st_size if stat.S_ISREG(status.st_mode) else -1
@@ -387,7 +471,7 @@ def write_digits(root: Path, *, seed: int = 0, side: int = 32) -> dict[str, int]
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError:
-        raise host.missing("the digits come with scikit-learn", "quickstart") from None
+        raise host.missing("the digits come from scikit-learn", "quickstart") from None
 
     scans = load_digits()
     rest, test = train_test_split(np.arange(len(scans.target)), test_size=360, random_state=seed, stratify=scans.target)

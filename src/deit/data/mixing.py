@@ -1,6 +1,6 @@
-"""Mixup (Zhang et al. 2017) and CutMix (Yun et al. 2019): every image with its mirror in the batch.
+"""Mixup (Zhang et al. 2017) and CutMix (Yun et al. 2019) of each image with the one at the mirrored place of the batch.
 
-B images of a batch; the partner of row i is row B-1-i, and the middle row of an odd batch is its own.
+B images of a batch. The partner of row i is row B-1-i. The middle row of an odd batch is its own partner.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from deit.recipe import Mix
 
 @dataclass(frozen=True)
 class Mixing:
-    """What was drawn for each row of a batch."""
+    """The draws for each row of a batch."""
 
     share: np.ndarray
-    """(B,) float32, 0 to 1: how much of the label, and for Mixup of every pixel, is the image's own. For CutMix, the
-    share of the image that stays outside the box, counted in pixels."""
+    """(B,) float32, 0 to 1: the image's own share of its label, and for Mixup of each pixel. For CutMix, the share of
+    its pixels that lie outside the box."""
     cut: np.ndarray
-    """(B,) bool: whether a box of the partner is pasted in, rather than the two blended."""
+    """(B,) bool: whether a box of the partner is pasted in instead of blending the two images."""
     box: np.ndarray
-    """(B, 4) int: top, bottom, left and right of what is pasted, in pixels; zeros where nothing is."""
+    """(B, 4) int: top, bottom, left and right of the pasted box, in pixels; zeros if nothing is pasted."""
 
     def at(self, positions: np.ndarray) -> Mixing:
-        """The rows of some places of the batch, (N,) int."""
+        """The draws at the given places of the batch, (N,) int."""
         return Mixing(self.share[positions], self.cut[positions], self.box[positions])
 
 
 def mixing(settings: Mix, batch: int, size: tuple[int, int], rng: np.random.Generator) -> Mixing:
-    """Draws for a whole batch of images of `size` (height, width), all processes' parts together."""
+    """Draws for a whole global batch of images of `size` (height, width), which all processes share."""
     count = {"batch": 1, "pair": (batch + 1) // 2, "element": batch}[settings.mode]
     mixed = rng.random(count) < settings.probability
     cut = np.full(count, settings.cutmix > 0)
@@ -51,7 +51,7 @@ def mixing(settings: Mix, batch: int, size: tuple[int, int], rng: np.random.Gene
 
 
 def _boxes(share: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """(N, 4) int: 1 - share of the image's area, around any pixel, cut off at the borders."""
+    """(N, 4) int: boxes with 1 - share of the image's area around a random pixel, cut off at the borders."""
     sides = []
     for length in size:
         extent = (length * np.sqrt(1 - share)).astype(np.int64)
@@ -61,17 +61,17 @@ def _boxes(share: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -
 
 
 def mix(pixels: Tensor, labels: Tensor, classes: int, drawn: Mixing) -> tuple[Tensor, Tensor]:
-    """Mixed images and what they are, on the device of `pixels`, without waiting for it.
+    """Mixed images and their targets, computed on the device of `pixels` without waiting for it.
 
-    `pixels` (B, channels, height, width) floating point; `labels` (B,) int64, 0 to `classes` - 1; `drawn` has B
-    rows. Returns new pixels of the same shape and type and targets (B, classes) float32, each row a distribution.
-    Any rows of a larger batch give what they give there, to the bit, as long as row i and row B-1-i are still
-    partners.
+    `pixels` is (B, channels, height, width) floating point, `labels` is (B,) int64 from 0 to `classes` - 1, and `drawn`
+    has B rows. Returns new pixels of the same shape and type, and targets (B, classes) float32, in which each row is a
+    distribution. Some rows of a larger batch give the same values as in that batch, to the bit, as long as row i and
+    row B-1-i are still partners.
     """
     if not len(pixels) == len(labels) == len(drawn.share):
         raise ValueError(
             f"mixing needs one label and one draw for each image, found {len(pixels)} images, "
-            f"{len(labels)} labels and {len(drawn.share)} draws; take drawn.at(positions) of the batch"
+            f"{len(labels)} labels and {len(drawn.share)} draws; select the images' draws with drawn.at(positions)"
         )
 
     def moved(values: np.ndarray) -> Tensor:
@@ -79,7 +79,7 @@ def mix(pixels: Tensor, labels: Tensor, classes: int, drawn: Mixing) -> tuple[Te
 
     share, mixed = moved(drawn.share)[:, None], pixels
     if not drawn.cut.all():
-        # two products and a sum, never a fused form: its rounding would depend on where a row lies in the batch
+        # two products and a sum, because the rounding of a fused form would depend on where a row lies in the batch
         own = moved(np.where(drawn.cut, np.float32(1), drawn.share))[:, None, None, None]
         mixed = pixels * own.to(pixels.dtype) + pixels.flip(0) * (1 - own).to(pixels.dtype)
     if drawn.cut.any():

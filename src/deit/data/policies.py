@@ -1,7 +1,7 @@
 """Changes of colour and shape drawn from a list: RandAugment, AutoAugment, 3-Augment and colour jitter.
 
-What an operation does (`OPERATIONS`) is kept apart from what is drawn. Names, lists, strengths and the order of the
-draws are those of timm (`timm/data/auto_augment.py`), whose `rand-m9-mstd0.5-inc1` is the paper's RandAugment.
+`OPERATIONS` says what each operation does, and the rest says what is drawn. Names, lists, strengths and the order of
+the draws are those of timm (`timm/data/auto_augment.py`), whose `rand-m9-mstd0.5-inc1` is the paper's RandAugment.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from deit.recipe import AutoAugment, Jitter, RandAugment, ThreeAugment
 
 Fill = tuple[int, ...]
 SubPolicy = tuple[tuple[str, float, float], ...]
-"""Operations in their order, each with its probability and its strength."""
+"""Operations in order, each with its probability and its strength."""
 
-HIGHEST = 10.0  # strength
+HIGHEST = 10.0  # strength of an operation
 
 
 class Operation(NamedTuple):
-    """A strength, 0 to 10, becomes an argument, and the argument changes an image. The strength of a `signed`
-    operation also goes from -10 to 0."""
+    """A change to an image. `argument` turns a strength, 0 to 10, into the argument of `apply`. A `signed` operation
+    also takes strengths from -10 to 0."""
 
     apply: Callable[[Image.Image, float, Fill], Image.Image]
     argument: Callable[[float], float] = lambda strength: strength
@@ -37,13 +37,13 @@ def _moved(image: Image.Image, matrix: tuple[float, ...], fill: Fill) -> Image.I
 
 
 def _mapped(image: Image.Image, table: list[int]) -> Image.Image:
-    """Every value of every channel replaced by its entry."""
+    """Replaces every value of every channel by its entry in `table`."""
     return image.point(table * len(image.getbands()))
 
 
 def _posterize(image: Image.Image, bits: float, _: Fill) -> Image.Image:
-    """The highest `bits` bits of each value. None of them is black; Pillow's own `posterize` refuses that, which
-    stops timm's `inc1` wherever a strength reaches 10."""
+    """Keeps the highest `bits` bits of each value. With 0 bits, the image is black. Pillow's own `posterize` refuses 0
+    bits, which stops timm's `inc1` whenever a strength reaches 10."""
     dropped = (1 << (8 - int(bits))) - 1
     return _mapped(image, [value & ~dropped for value in range(256)])
 
@@ -53,12 +53,12 @@ def _solarize_add(image: Image.Image, amount: float, _: Fill) -> Image.Image:
 
 
 def _enhanced(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
-    """0.1 to 1.9 times."""
+    """An enhancement by a factor of 0.1 to 1.9."""
     return Operation(lambda image, factor, _: kind(image).enhance(factor), lambda s: s / HIGHEST * 1.8 + 0.1)
 
 
 def _increasingly(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
-    """Away from 1 to either side, as far as 0.1 and 1.9."""
+    """An enhancement by a factor that moves away from 1 to either side, as far as 0.1 and 1.9."""
     return Operation(
         lambda image, factor, _: kind(image).enhance(factor), lambda s: max(0.1, 1.0 + s / HIGHEST * 0.9), signed=True
     )
@@ -69,7 +69,7 @@ def _solarized(image: Image.Image, threshold: float, _: Fill) -> Image.Image:
 
 
 def _posterized(argument: Callable[[int], int]) -> Operation:
-    """The bits that are kept, of a strength that goes from 0 to 4."""
+    """Posterisation. `argument` turns a strength that is scaled to 0 to 4 into the number of bits to keep."""
     return Operation(_posterize, lambda s: argument(int(s / HIGHEST * 4)))
 
 
@@ -113,8 +113,8 @@ OPERATIONS: dict[str, Operation] = {
     "BrightnessIncreasing": _increasingly(ImageEnhance.Brightness),
     "SharpnessIncreasing": _increasingly(ImageEnhance.Sharpness),
 }
-"""Everything that RandAugment and AutoAugment choose from. Translations are a share of the image's side; geometric
-operations resample with a bicubic kernel, and `fill` is the colour of what they uncover."""
+"""All operations that RandAugment and AutoAugment choose from. Translations are a share of the image's side. Geometric
+operations resample with a bicubic kernel and paint uncovered pixels in the colour `fill`."""
 
 RAND_AUGMENT = (
     "AutoContrast",
@@ -166,7 +166,7 @@ AUTO_AUGMENT: dict[str, tuple[SubPolicy, ...]] = {
         (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
         (("Equalize", 0.8, 8), ("Equalize", 0.6, 3)),
     ),
-    # of the EfficientNet code for TPUs
+    # from the EfficientNet code for TPUs
     "v0": (
         (("Equalize", 0.8, 1), ("ShearY", 0.8, 4)),
         (("Color", 0.4, 9), ("Equalize", 0.6, 3)),
@@ -200,7 +200,7 @@ AUTO_AUGMENT: dict[str, tuple[SubPolicy, ...]] = {
 def apply_policy(
     image: Image.Image, settings: RandAugment | AutoAugment | ThreeAugment, rng: np.random.Generator, fill: Fill
 ) -> Image.Image:
-    """`image`, RGB or grey, after the operations that `rng` draws; `fill` has one entry for each channel."""
+    """Applies the operations that `rng` draws to `image`, RGB or grey. `fill` has one entry for each channel."""
     if isinstance(settings, ThreeAugment):
         return _three_augment(image, rng)
     if isinstance(settings, RandAugment):
@@ -229,7 +229,7 @@ def _operate(
 
 
 def _three_augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Touvron et al. 2022 (DeiT III), section 3: one of three, which then always acts."""
+    """Always applies exactly one of three changes (Touvron et al. 2022, DeiT III, section 3)."""
     which = rng.integers(3)
     if which == 0:
         return image.convert("L").convert(image.mode)
@@ -239,7 +239,7 @@ def _three_augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def jitter(image: Image.Image, settings: Jitter, rng: np.random.Generator) -> Image.Image:
-    """Brightness, contrast and saturation times their own factors, in an order that is drawn too."""
+    """Multiplies brightness, contrast and saturation by a random factor each, in random order."""
     parts = (
         (ImageEnhance.Brightness, settings.brightness),
         (ImageEnhance.Contrast, settings.contrast),

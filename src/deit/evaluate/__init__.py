@@ -1,4 +1,4 @@
-"""What a model is worth: scores with intervals (NumPy only), models over images, calibration, tables."""
+"""Evaluation: scores with intervals (NumPy only), models over images, calibration, tables."""
 
 from typing import TYPE_CHECKING
 

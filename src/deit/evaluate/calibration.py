@@ -1,4 +1,4 @@
-"""Probabilities that mean what they say, and when not to answer. NumPy alone. N images, C classes."""
+"""Calibrated probabilities, and when a model should not answer. NumPy only. N images, C classes."""
 
 from __future__ import annotations
 
@@ -18,34 +18,35 @@ FILE = "calibration.json"
 
 @dataclass(frozen=True, kw_only=True)
 class HeadCalibration:
-    """One head's, from N labelled images that the model was not trained on."""
+    """The calibration of one head, from N labelled images that the model was not trained on."""
 
     temperature: float
-    """What logits are divided by (Guo et al. 2017, "On calibration of modern neural networks", section 4.2)."""
+    """Divisor of the logits (Guo et al. 2017, "On calibration of modern neural networks", section 4.2)."""
     threshold: float
-    """Labels of at least this probability, after the temperature, hold the true one for all but `error_rate` of new
-    images (split conformal prediction, Vovk et al. 2005; the score is 1 - probability of the true class)."""
+    """Least probability, after the temperature, of a likely label. For all but `error_rate` of new images, the true
+    label is among the likely ones (split conformal prediction, Vovk et al. 2005; the score is 1 - probability of the
+    true class)."""
     nll: tuple[float, float]
-    """Mean negative log likelihood of the true class, before and after."""
+    """Mean negative log likelihood of the true class, before and after the temperature."""
     answered: float
-    """Share of the N images of which exactly one label reaches the threshold."""
+    """Share of the N images for which exactly one label reaches the threshold."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """A model's `calibration.json`."""
+    """The calibration of a model. The content of `calibration.json`."""
 
     error_rate: float
-    """Largest share of new images that get a single label which is sure and wrong, for images like these."""
+    """Largest share of new images, if they are like these, that get a single sure label which is wrong."""
     images: int
-    """N."""
+    """Number of images, N."""
     data: str
     """Fingerprint of the images."""
     heads: Mapping[str, HeadCalibration]
 
     @classmethod
     def of_model(cls, name_or_folder: str | Path) -> Calibration | None:
-        """What `deit calibrate` stored beside a model's files; None where it didn't."""
+        """Reads what `deit calibrate` stored beside a model's files; None if there is nothing."""
         path = Path(name_or_folder) / FILE
         if not path.is_file():
             return None
@@ -62,7 +63,7 @@ class Calibration:
         except (TypeError, KeyError, AttributeError):
             valid = False
         if not valid:
-            raise ValueError(f"{path} is no calibration as `deit calibrate` writes it; remove it, and calibrate again")
+            raise ValueError(f"{path} is not a calibration that `deit calibrate` wrote; remove it and calibrate again")
         return found
 
     def save(self, folder: Path) -> Path:
@@ -73,22 +74,23 @@ class Calibration:
         return self._of(head).temperature
 
     def sure(self, probabilities: np.ndarray, head: str) -> list[bool]:
-        """For each row of probabilities (N, C), after the temperature, whether exactly one label is likely enough."""
+        """Whether exactly one label is likely enough, for each row of probabilities (N, C) after the temperature."""
         return ((probabilities >= self._of(head).threshold).sum(1) == 1).tolist()
 
     def _of(self, head: str) -> HeadCalibration:
         if head not in self.heads:
-            raise ValueError(f"the calibration knows no head {head!r}; it has {', '.join(self.heads)}")
+            raise ValueError(f"the calibration has no head {head!r}; choose one of {', '.join(self.heads)}")
         return self.heads[head]
 
 
 def fit(probabilities_at: Any, labels: np.ndarray, error_rate: float) -> HeadCalibration:
-    """A head's temperature and threshold.
+    """Finds the temperature and the threshold of a head.
 
     Args:
-        probabilities_at: temperature -> probabilities (N, C).
+        probabilities_at: function from a temperature to probabilities (N, C).
         labels: (N,) the true classes.
-        error_rate: above 0 and below 1; at least 1 / error_rate - 1 images are needed for any answer to be sure.
+        error_rate: above 0 and below 1. It needs at least 1 / error_rate - 1 images, because otherwise no answer could
+            be sure.
     """
     count = len(labels)
     if not 0.0 < error_rate < 1.0:
@@ -96,8 +98,8 @@ def fit(probabilities_at: Any, labels: np.ndarray, error_rate: float) -> HeadCal
     rank = math.ceil((count + 1) * (1 - error_rate))
     if rank > count:
         raise ValueError(
-            f"{count} images can't vouch for an error rate of {error_rate:g}; give at least "
-            f"{math.ceil(1 / error_rate) - 1}, or a higher rate"
+            f"{count} images are too few for an error rate of {error_rate:g}; give at least "
+            f"{math.ceil(1 / error_rate) - 1} images, or a higher rate"
         )
 
     def of_true(temperature: float) -> np.ndarray:
@@ -115,7 +117,7 @@ def fit(probabilities_at: Any, labels: np.ndarray, error_rate: float) -> HeadCal
 
 
 def _lowest(function: Any, low: float, high: float, tolerance: float = 1e-4) -> float:
-    """Where a function with one minimum has it, by golden sections."""
+    """The place of a function's only minimum, found by golden-section search."""
     ratio = (math.sqrt(5) - 1) / 2
     left, right = high - ratio * (high - low), low + ratio * (high - low)
     at_left, at_right = function(left), function(right)

@@ -1,6 +1,6 @@
-"""Trained classifiers over images: the quick accuracy of a training run, and the thorough look at a finished model.
+"""Runs trained classifiers over images: a quick accuracy during training, a thorough examination of a finished model.
 
-B images of a batch, N in all, C classes.
+B images of a batch, N images in all, C classes.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ from deit.model.network import (
 
 _BATCH = 64
 _MANY = 512
-"""Images from which on loader processes are worth their start."""
+"""Number of images from which on loader processes are worth starting."""
 
 
 def _answered(
     model: nn.Module, batches: Iterable[Batch], device: torch.device, precision: torch.dtype
 ) -> Iterator[tuple[Batch, Tensor, dict[Head, Tensor]]]:
-    """Each batch, its labels on the device, and the probabilities (B, C) of every head in evaluation mode; the model's
-    mode is restored."""
+    """Yields each batch, its labels on the device, and the probabilities (B, C) of every head.
+
+    The model is in evaluation mode meanwhile. Its own mode is restored.
+    """
     training = model.training
     model.eval()
     try:
@@ -54,10 +56,10 @@ def _answered(
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], us: Processes | None = None, precision: torch.dtype = torch.float32
 ) -> dict[Head, Accuracy]:
-    """Accuracy of each head over all batches, in evaluation mode; the model's mode is restored.
+    """Accuracy of each head over all batches, in evaluation mode. The model's mode is restored.
 
-    With many processes each gives its share of the batches, and all get the result on the whole. Rows labelled -1
-    (padding, unreadable images) do not count. Raises `ValueError` where nothing counts.
+    With many processes, each gives its share of the batches, and all get the result on all of them. Rows labelled -1
+    (padding and unreadable images) do not count. Raises `ValueError` if no row counts.
     """
     us = us or Processes(torch.device("cpu"))
     heads: list[Head] = []
@@ -83,22 +85,22 @@ def examine(
     device: torch.device | str = "cpu",
     precision: torch.dtype = torch.float32,
 ) -> Report:
-    """All that a model's answers say about it, in evaluation mode; the model's mode is restored.
+    """Computes a full report on a model's answers, in evaluation mode. The model's mode is restored.
 
-    Of each image a few numbers are kept, not its C probabilities. Rows labelled -1 do not count.
+    A few numbers are kept for each image, not its C probabilities. Rows labelled -1 do not count.
 
     Args:
-        batches: of `EvaluationBatches`, with the labels in the model's order.
+        batches: batches of `EvaluationBatches`, with labels in the model's order.
         classes: names of the model's C classes.
-        head: that calibration, classes and confusions are of; the accuracy is every head's.
+        head: head for calibration, classes and confusions. The accuracy is that of every head.
 
-    Raises `ValueError` where nothing counts, for a head that the model lacks, and for answers that are not finite.
+    Raises `ValueError` if no row counts, if the model lacks the head, or if answers are not finite.
     """
     rows: defaultdict[str, _Column] = defaultdict(_Column)
     ranks: defaultdict[str, _Column] = defaultdict(_Column)
     faults: list[tuple[str, str]] = []
     done = 0
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # else 10 bits of a convolution's numbers count
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would keep 10 bits of them
         for batch, labels, by_head in _answered(model, batches, torch.device(device), precision):
             _check(by_head, labels, head, classes, done)
             chosen = by_head[head]
@@ -128,8 +130,11 @@ def examine(
 
 
 class _Column:
-    """A growing array. Kept batch by batch, small arrays would lie between the large ones that come and go, whose gaps
-    then fit nothing: 12 KB more memory for every image."""
+    """A growing array.
+
+    If each batch's small arrays were kept instead, they would lie in memory between large ones that are freed, and
+    nothing would fit the gaps. That takes 12 KB more memory for every image.
+    """
 
     def __init__(self) -> None:
         self.values: np.ndarray = np.empty(0)
@@ -150,18 +155,19 @@ class _Column:
 
 
 def _ranks(probabilities: Tensor, true: Tensor) -> Tensor:
-    """(B,) how many of the C classes come before the true one, (B, 1): larger, or equal and of a lower number."""
+    """(B,) number of the C classes that come before the true one, (B, 1): those with a larger probability, or with an
+    equal one and a lower number."""
     own = probabilities.gather(1, true)
     earlier = torch.arange(probabilities.shape[1], device=true.device) < true  # (B, C)
     return ((probabilities > own) | ((probabilities == own) & earlier)).sum(-1)
 
 
 def _check(by_head: dict[Head, Tensor], labels: Tensor, head: Head, classes: Sequence[str], done: int) -> None:
-    """Refuses what can't be scored; `done` images came before."""
+    """Refuses answers that can't be scored. `done` images came before them."""
     refuse_head(head, tuple(by_head))
     if (outputs := by_head[head].shape[1]) != len(classes):
         raise ValueError(
-            f"the model gives {outputs} probabilities, for {len(classes)} class names; name each of its classes"
+            f"the model gives {outputs} probabilities for {len(classes)} class names; name each of its classes"
         )
     sums = torch.stack([probabilities.sum(-1) for probabilities in by_head.values()])  # (heads, B)
     for row in (labels >= 0).nonzero().flatten().tolist():
@@ -173,14 +179,14 @@ def _check(by_head: dict[Head, Tensor], labels: Tensor, head: Head, classes: Seq
 
 @dataclass(frozen=True)
 class Examined:
-    """A model, how its images were prepared, and what was found."""
+    """A model, how its images were prepared, and its report."""
 
     model: str
-    """Its folder or hub name."""
+    """Folder or hub name of the model."""
     image_size: tuple[int, int]
-    """(height, width) of the pixels that it saw."""
+    """(height, width) of the pixels that the model saw."""
     crop_ratio: float | None
-    """Side of the crop by the resized image's; None where nothing is resized."""
+    """Side of the crop divided by that of the resized image; None if nothing is resized."""
     report: Report
 
     def to_dict(self) -> dict[str, Any]:
@@ -189,14 +195,14 @@ class Examined:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `deit eval` found, on which images."""
+    """The result of `deit eval`, and the images that it is for."""
 
     data: str
     """The folder or list."""
     split: str | None
-    """train, val or test; None where the data has no splits."""
+    """train, val or test; None if the data has no splits."""
     fingerprint: str
-    """`data.fingerprint` of the images under their own class names: the same whichever model is evaluated."""
+    """`data.fingerprint` of the images under their own class names, so it is the same for every model."""
     main: Examined
     other: Examined | None = None
     files: tuple[Path, ...] = ()
@@ -207,7 +213,7 @@ class Evaluation:
         return None if self.other is None else compare(self.main.report, self.other.report)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types; the keys are in docs/evaluation.md. `comparison` is there where two models were compared."""
+        """As JSON types; the keys are in docs/evaluation.md. `comparison` is only there if two models were compared."""
         found = {
             **self.main.to_dict(),
             "data": {"path": self.data, "split": self.split, "fingerprint": self.fingerprint},
@@ -229,17 +235,19 @@ def examine_files(
     device: str = "auto",
     console: Console | None = None,
 ) -> Evaluation:
-    """Examines a model on labelled images, in float32: the result does not depend on what a machine is quick with.
+    """Examines a model on labelled images.
+
+    It computes in float32, so that the result does not depend on the number format that a machine is fast with.
 
     Args:
-        model: what `load_model` takes; its preprocessing is its own.
+        model: a model as for `load_model`. It has its own preprocessing.
         data, split: as for `read_examples`. The data's classes are found in the model by name.
-        crop_ratio: replaces that of the model's preprocessing (`DeiTImageProcessor.with_crop_ratio`).
+        crop_ratio: replaces the crop ratio of the model's preprocessing (`DeiTImageProcessor.with_crop_ratio`).
         other: a second model for the same images, with its own preprocessing throughout.
-        console: where progress and unreadable images are shown; standard error when not given.
+        console: where progress and unreadable images are shown; standard error if it is None.
 
-    Raises `ValueError` or `FileNotFoundError` where model, preprocessing, head and data don't fit, before any image is
-    evaluated.
+    Raises `ValueError` or `FileNotFoundError` if model, preprocessing, head and data don't fit together. That is before
+    any image is evaluated.
     """
     examples, found = read_examples(data, split)
     return examine_split(
@@ -259,7 +267,7 @@ def examine_split(
     device: str = "auto",
     console: Console | None = None,
 ) -> Evaluation:
-    """As `examine_files`, on images that are read already; `data` and `split` only name them."""
+    """Like `examine_files`, for a split that was already read. `data` and `split` only name it."""
     place = resolve_device(device)
     console = console or Console(stderr=True)
     subjects = [_Subject(model, examples, head, crop_ratio, place)]
@@ -271,7 +279,7 @@ def examine_split(
 
 
 class _Subject:
-    """A model that is about to be examined, with all that could be wrong already checked."""
+    """A model that is about to be examined. Everything that could be wrong with it is already checked."""
 
     def __init__(self, name: str | Path, examples: Split, head: Head, crop_ratio: float | None, device: torch.device):
         self.name, self.head, self.device = str(name), head, device
@@ -284,7 +292,7 @@ class _Subject:
         blank = self.processor([Image.new("RGB", (8, 8))], return_tensors="pt").pixel_values
         self.image_size = (blank.shape[2], blank.shape[3])
         with torch.inference_mode():
-            self.model(blank.to(device))  # fails before any image is read, if pixels and model don't fit
+            self.model(blank.to(device))  # fails before any image is read if pixels and model don't fit
 
     def examine(self, console: Console, tell: bool) -> Examined:
         batches = EvaluationBatches(

@@ -1,4 +1,4 @@
-"""How good answers are, and how sure that is. N images, C classes; NumPy alone, so that a report needs no model."""
+"""Scores of answers and their uncertainty. NumPy only, so that a report needs no model. N images, C classes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ import numpy as np
 BINS = 15
 """Number of bins of the calibration error, as in Guo et al. 2017."""
 LEAST = float(np.finfo(np.float32).tiny)
-"""1.2e-38, in place of a probability that float32 rounds to 0, so that one image adds at most 87.3 to the sum of logs.
-"""
+"""1.2e-38, which replaces probabilities that float32 rounds to 0. So one image adds at most 87.3 to the sum of logs."""
 _Z = 1.959963984540054  # two-sided 95 % of the normal distribution
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of correct decisions, and Wilson's 95 % interval for it (Wilson 1927)."""
+    """The share of correct decisions, and its 95 % interval (Wilson 1927)."""
 
     correct: int
     total: int
@@ -54,20 +53,23 @@ class Bin:
     high: float
     count: int
     confidence: float | None
-    """Mean over the images; None without any."""
+    """Mean over the images; None if there are none."""
     accuracy: float | None
-    """Share of correct answers; None without images."""
+    """Share of correct answers; None if there are no images."""
 
 
 @dataclass(frozen=True)
 class ClassScore:
-    """One class. What would be 0 / 0 is None: precision where it is never answered, recall where it is never shown."""
+    """The scores of one class.
+
+    A score that would be 0 / 0 is None: precision if the class is never the answer, recall if no image shows it.
+    """
 
     name: str
     support: int
-    """Images of it."""
+    """Number of images of this class."""
     predicted: int
-    """Images that it is the answer to."""
+    """Number of images for which this class is the answer."""
     correct: int
 
     @property
@@ -88,28 +90,28 @@ class ClassScore:
 class Report:
     """A classifier's answers on N images, in the data's order, and the scores that follow from them.
 
-    The arrays have a row for every image. One that could not be read is labelled -1 and counts nowhere.
+    The arrays have a row for every image. An image that could not be read is labelled -1 and never counts.
     """
 
     classes: tuple[str, ...]
     """Names of the model's classes."""
     head: str
-    """That `predicted` to `squares` are of."""
+    """The head that `predicted`, `confidence`, `probability` and `squares` belong to."""
     labels: np.ndarray
     """(N,) int64: the true class."""
     ranks: Mapping[str, np.ndarray]
-    """By head, (N,) int64: how many classes come before the true one. Of equal ones the lower number is first, as in
-    argmax."""
+    """By head, (N,) int64: how many classes come before the true one. If probabilities are equal, the lower number of a
+    class comes first, as in argmax."""
     predicted: np.ndarray
     """(N,) int64: the class of the largest probability."""
     confidence: np.ndarray
     """(N,) float64, 0 to 1: the largest probability."""
     probability: np.ndarray
-    """(N,) float64, 0 to 1: that of the true class."""
+    """(N,) float64, 0 to 1: the probability of the true class."""
     squares: np.ndarray
     """(N,) float64, 1/C to 1: the sum over classes of squared probabilities."""
     unreadable: tuple[tuple[str, str], ...] = ()
-    """(file, reason) of every image left out."""
+    """(file, reason) of each image that is left out."""
 
     @property
     def heads(self) -> list[str]:
@@ -123,21 +125,21 @@ class Report:
 
     @cached_property
     def read(self) -> np.ndarray:
-        """(N,) bool: which images count."""
+        """(N,) bool: the images that count."""
         return self.labels >= 0
 
     @property
     def images(self) -> int:
-        """That count."""
+        """Number of images that count."""
         return int(self.read.sum())
 
     def accuracy(self, head: str | None = None, top: int = 1) -> Accuracy:
-        """Images whose true class is among the `top` first of a head, `self.head` by default."""
+        """Share of images whose true class is among the `top` first answers of a head, by default `self.head`."""
         return Accuracy(int((self.ranks[head or self.head][self.read] < top).sum()), self.images)
 
     @property
     def nll(self) -> float:
-        """Mean negative log likelihood of the true class, in nats; probabilities below `LEAST` count as that."""
+        """Mean negative log likelihood of the true class, in nats. Probabilities below `LEAST` count as `LEAST`."""
         return float(-np.log(np.maximum(self.probability[self.read], LEAST)).mean())
 
     @property
@@ -148,7 +150,7 @@ class Report:
 
     @cached_property
     def bins(self) -> tuple[Bin, ...]:
-        """`BINS` bins of equal width over confidence: a reliability diagram."""
+        """The reliability diagram: `BINS` bins of equal width over confidence."""
         edges = np.arange(BINS + 1) / BINS
         confidence, correct = self.confidence[self.read], (self.predicted == self.labels)[self.read]
         places = np.digitize(confidence, edges[1:-1], right=True)
@@ -178,7 +180,7 @@ class Report:
         return tuple(zip(*pairs.tolist(), counts.tolist(), strict=True))
 
     def confusion(self) -> np.ndarray:
-        """The confusion matrix, (C, C) int64: rows are true classes, columns answers. 8 MB for 1000 classes."""
+        """The confusion matrix, (C, C) int64. Rows are true classes, columns are answers. 8 MB for 1000 classes."""
         matrix = np.zeros((len(self.classes),) * 2, np.int64)
         for label, answer, count in self.cells:
             matrix[label, answer] = count
@@ -186,7 +188,7 @@ class Report:
 
     @cached_property
     def by_class(self) -> tuple[ClassScore, ...]:
-        """In the model's order, those without images too."""
+        """The scores of every class, in the model's order. Classes without images are included."""
         count = len(self.classes)
         labels, predicted = self.labels[self.read], self.predicted[self.read]
         columns = [
@@ -221,7 +223,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two classifiers on the same images: how many both, one or neither of them got right."""
+    """Two classifiers on the same images: how many images both, one or neither of them got right."""
 
     both: int
     only_first: int
@@ -247,15 +249,17 @@ class Comparison:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the difference: method 10 of Newcombe 1998 (Statistics in Medicine 17, 2635), which puts the
-        Wilson intervals of both accuracies together with their correlation. It holds for few images and for accuracies
-        near 1, where the interval of the normal distribution is too short."""
+        """95 % interval of the difference: method 10 of Newcombe 1998 (Statistics in Medicine 17, 2635).
+
+        It combines the Wilson intervals of both accuracies with their correlation. It also holds for few images and for
+        accuracies near 1, for which the interval of the normal distribution is too short.
+        """
         first, second, n = self.first, self.second, self.images
         (low1, high1), (low2, high2) = first.interval, second.interval
         down1, up1, down2, up2 = (first.value - low1, high1 - first.value, second.value - low2, high2 - second.value)
         margins = first.correct * (n - first.correct) * second.correct * (n - second.correct)
         surplus = float(self.both * self.neither - self.only_first * self.only_second)
-        if surplus > 0:  # a correction for continuity, only here
+        if surplus > 0:  # only a positive correlation is corrected for continuity
             surplus = max(surplus - n / 2, 0.0)
         phi = surplus / math.sqrt(margins) if margins else 0.0
         down = math.sqrt(max(0.0, down1**2 - 2 * phi * down1 * up2 + up2**2))
@@ -264,8 +268,8 @@ class Comparison:
 
     @property
     def p_value(self) -> float:
-        """McNemar's exact test: how likely a split of the discordant images at least as uneven is where each falls to
-        either side alike. Two-sided."""
+        """Two-sided p-value of McNemar's exact test. It is the probability of a split of the discordant images at least
+        this uneven if each image falls to either side with equal probability."""
         return mcnemar(self.only_first, self.only_second)
 
     def to_dict(self) -> dict[str, Any]:
@@ -287,22 +291,28 @@ class Comparison:
 
 
 def compare(first: Report, second: Report) -> Comparison:
-    """Two reports on the same images in the same order; those that both could read count.
+    """Compares two reports on the same images in the same order. Images that both could read count.
 
-    Raises `ValueError` where the images are not the same in number, or none was read by both.
+    Raises `ValueError` if the numbers of images differ, or if no image was read by both.
     """
     if len(first.labels) != len(second.labels):
-        raise ValueError(f"the same images are compared, found {len(first.labels)} and {len(second.labels)}")
+        raise ValueError(
+            f"only reports on the same images can be compared, found {len(first.labels)} and "
+            f"{len(second.labels)} images; evaluate both models on the same data"
+        )
     read = first.read & second.read
     if not read.any():
-        raise ValueError("no image could be read by both models, so there is nothing to compare")
+        raise ValueError("no image could be read by both models, so there is nothing to compare; check the images")
     one, other = (report.ranks[report.head][read] == 0 for report in (first, second))
     return Comparison(*(int(found.sum()) for found in (one & other, one & ~other, ~one & other, ~one & ~other)))
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided exact p-value of two discordant counts: twice the tail of a binomial distribution of 1/2, at most 1
-    (McNemar 1947). In logarithms: 0.5**n is 0 in float64 for n above 1074."""
+    """Two-sided exact p-value of two discordant counts (McNemar 1947).
+
+    It is twice the tail of a binomial distribution with probability 1/2, and at most 1. It is computed in logarithms,
+    because 0.5**n is 0 in float64 for n above 1074.
+    """
     n, least = only_first + only_second, min(only_first, only_second)
     if only_first == only_second:
         return 1.0

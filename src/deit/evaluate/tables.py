@@ -1,4 +1,4 @@
-"""What a person sees of an evaluation."""
+"""Prints an evaluation as tables."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from deit.evaluate.models import Evaluation, Examined
 from deit.evaluate.scores import Comparison, Report
 
 _LINES = 10
-"""Number of worst classes, and of confusions, that are shown."""
+"""Number of worst classes and of confusions to show."""
 
 
 def show(evaluation: Evaluation, console: Console) -> None:
-    """The heads, calibration, the worst classes, the most common confusions, and the other model beside this one."""
+    """Prints heads, calibration, worst classes, most common confusions, and the comparison with the other model."""
     main, report = evaluation.main, evaluation.main.report
 
     def say(sentence: str) -> None:
@@ -86,7 +86,7 @@ def _worst(report: Report) -> Table:
 
 
 def _compare(main: Examined, other: Examined, found: Comparison, console: Console, say: Any) -> None:
-    say(f"\nBeside {_described(other)}, on {found.images} images that both read")
+    say(f"\nCompared with {_described(other)}, on {found.images} images that both models could read")
     console.print(
         _table(
             f"The {main.report.head} heads",
@@ -105,7 +105,7 @@ def _compare(main: Examined, other: Examined, found: Comparison, console: Consol
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-    """Text as it is (a name may hold what rich takes for markup), fractions with three digits, - for None."""
+    """A table with plain text, fractions with three digits, and - for None. A name may contain rich's markup."""
     table = Table(title=Text(title), title_justify="left")
     for place, column in enumerate(columns):
         table.add_column(column, justify="left" if place == 0 else "right")

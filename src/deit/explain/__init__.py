@@ -1,4 +1,4 @@
-"""What each token's answer to an image rests on: maps, their scores and the figure."""
+"""Maps of what each token's answer to an image rests on, with their scores and a figure."""
 
 from typing import TYPE_CHECKING
 

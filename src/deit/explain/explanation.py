@@ -1,4 +1,4 @@
-"""A model's answer to one image and the maps behind it, token by token: what `deit explain` shows.
+"""A model's answer to one image with the maps of each token, as `deit explain` shows them.
 
 B images, C classes, R x S grid of patches.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deit.choices import Method
 from deit.config import DeiTConfig
-from deit.data.folders import near
+from deit.data.folders import near, nfc
 from deit.explain.maps import (
     METHODS,
     Faithfulness,
@@ -36,7 +36,7 @@ from deit.predict.predictor import Predictor
 
 
 class Score(NamedTuple):
-    """As in `Faithfulness`, of one map, or the mean of random orders."""
+    """Deletion and insertion (see `Faithfulness`) of one map, or their means over random orders."""
 
     deletion: float
     insertion: float
@@ -44,17 +44,19 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenAnswer:
-    """What one head says about the image."""
+    """One head's answer to the image."""
 
     token: Token
     label: str
-    """What it decides, with which `probability`."""
+    """The class that the head decides for."""
     probability: float
+    """The probability of `label`."""
     target: str
-    """What is explained, and its probability; the decision where nothing else was asked for."""
+    """The class that is explained; `label` unless another one was asked for."""
     target_probability: float
+    """The probability of `target`."""
     chance: Score | None = None
-    """Score of random orders, which a map should beat; None where maps are not scored."""
+    """Score of random orders, which a map should beat; None if maps are not scored."""
 
     def to_dict(self) -> dict[str, Any]:
         return _flat(vars(self), "chance")
@@ -67,12 +69,13 @@ class Map:
     token: Token
     method: Method | Literal["occlusion"]
     values: np.ndarray
-    """(R, S); 0 or more but for occlusion, where a patch may speak against the target."""
+    """(R, S). Values are 0 or more, except for occlusion, where a patch that speaks against the target is below 0."""
     score: Score | None = None
 
     @property
     def strongest(self) -> str:
-        """Where its largest value is, in words for those who don't see it: of nine places, like `in the upper left`."""
+        """The place of the largest value in words, for readers who don't see the map: one of nine, like `in the upper
+        left`, or `nowhere more than elsewhere` if all values are equal."""
         if self.values.min() == self.values.max():
             return "nowhere more than elsewhere"
         middles = (
@@ -96,14 +99,14 @@ _PLACES = (
 
 
 def _flat(fields: Mapping[str, Any], score: str) -> dict[str, Any]:
-    """The score's two numbers in its place, where there is one."""
+    """The fields with the score replaced by its two numbers, or left out if it is None."""
     rest = {key: value for key, value in fields.items() if key != score}
     return rest if fields[score] is None else {**rest, **fields[score]._asdict()}
 
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """Every head's answer to one image, and the maps, token by token."""
+    """Every head's answer to one image, and the maps of each token."""
 
     model: str
     image: str
@@ -123,11 +126,11 @@ class Explanation:
         }
 
     def of(self, token: Token) -> list[Map]:
-        """A token's maps."""
+        """The maps of one token."""
         return [each for each in self.maps if each.token == token]
 
     def __str__(self) -> str:
-        """The answers, and a table of how the maps score, where they are scored."""
+        """The answers, and a table of the maps' scores if they are scored."""
         lines = [
             f"{answer.token} token: {answer.label} {answer.probability:.3f}"
             + (f"; explained: {answer.target} {answer.target_probability:.3f}" if answer.target != answer.label else "")
@@ -149,8 +152,10 @@ class Explanation:
 
 
 def explained_model(predictor: Predictor) -> Any:
-    """The model whose inside is looked at, on the predictor's device. Raises `ValueError` where there is none, or none
-    that can be explained."""
+    """Returns the predictor's PyTorch model, on its device.
+
+    Raises `ValueError` for an exported model, and for a model that can't be explained.
+    """
     if predictor.model is None:
         raise ValueError(
             "this is an exported model, whose inside can't be seen; explain the model that it was made from"
@@ -166,15 +171,17 @@ def explain_file(
     target: str | None = None,
     device: str | torch.device = "cpu",
 ) -> Explanation:
-    """Explains a trained model's answer to one image file, prepared as the model's files say, and scores the maps.
+    """Explains a trained model's answer to one image file, and scores the maps.
+
+    The image is prepared as the model's files say.
 
     Args:
-        name_or_folder: what `load_model` takes.
-        methods: of `explain`. Occlusion always stands beside them.
-        target: the name of the class to explain; None: what each head decides itself.
+        name_or_folder: a model, as for `load_model`.
+        methods: methods of `explain`. Occlusion is always added.
+        target: the name of the class to explain; None explains each head's own decision.
 
-    Raises `ImageError` for a file that can't be read, `FileNotFoundError` or `ValueError` for a model, a method or a
-    target that can't be explained.
+    Raises `ImageError` for a file that can't be read, and `FileNotFoundError` or `ValueError` for a model, a method or
+    a target that can't be explained.
     """
     predictor = Predictor(name_or_folder, device=device)
     model = explained_model(predictor)
@@ -193,7 +200,7 @@ def explain_file(
 
 
 def _score(areas: Faithfulness) -> Score:
-    """The score of the only image."""
+    """The score of a batch of one image."""
     return Score(float(areas.deletion), float(areas.insertion))
 
 
@@ -205,13 +212,15 @@ def explain_pixels(
     methods: Sequence[Method],
     target: int | None = None,
 ) -> Explanation:
-    """Explains a model's answer to one image that its `processor` has prepared, without scores and without names.
+    """Explains a model's answer to one image that its `processor` has prepared.
+
+    The maps are not scored, and the names of the model and the image are empty.
 
     Args:
         pixels: (1, channels, height, width), on the model's device.
         methods, target: as for `explain`.
 
-    Raises `ValueError` as `explain` does, and for answers and maps that are not finite.
+    Raises `ValueError` as `explain` does, and if an answer or a map is not finite.
     """
     config = checked(model).config
     labels = list(config.id2label.values())
@@ -231,25 +240,29 @@ def explain_pixels(
 
 
 def class_number(name: str, labels: Sequence[str]) -> int:
-    """Number of the class called `name`.
+    """The number of the class called `name`.
 
-    Raises `ValueError` for a name that the model doesn't know, or that several classes have.
+    Raises `ValueError` for a name that no class or more than one class of the model has.
     """
-    if name not in labels:
+    known, wanted = list(map(nfc, labels)), nfc(name)
+    if wanted not in known:
         raise ValueError(f"the model knows no class {name!r}; {near(name, labels)}; give one of its labels")
-    if labels.count(name) > 1:
+    if known.count(wanted) > 1:
         raise ValueError(
-            f"the model calls {labels.count(name)} of its classes {name!r}, so which one is meant is not "
-            "known; make the names in id2label of the model's config.json differ"
+            f"the model calls {known.count(wanted)} of its classes {name!r}, so the name doesn't say which one to "
+            "explain; make the names in id2label of the model's config.json differ"
         )
-    return labels.index(name)
+    return known.index(wanted)
 
 
 def seen_by(config: DeiTConfig, pixels: Tensor, processor: DeiTImageProcessor) -> list[Image.Image]:
-    """What a model saw in `pixels` (B, channels, height, width): rescaling and normalisation undone, and without what
-    lies beyond the last whole patch, so that a map covers all of it."""
+    """Turns `pixels` (B, channels, height, width) back into pictures of what the model saw.
+
+    Rescaling and normalisation are undone. Pixels beyond the last whole patch are left out, so a map covers the whole
+    picture.
+    """
     (rows, columns), (height, width) = config.grid, config.patch_hw
     shown = pixels[:, :, : rows * height, : columns * width].permute(0, 2, 3, 1).float().cpu().numpy()
     whole = processor.normalisation.undo(shown)
-    # Beyond red, green and blue there may be more channels; fewer are shown by the first.
+    # Of more than three channels the first three are shown as red, green and blue. Of fewer the first is shown as grey.
     return [Image.fromarray(each[..., :3] if each.shape[-1] >= 3 else each[..., 0]).convert("RGB") for each in whole]

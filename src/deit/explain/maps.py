@@ -1,4 +1,4 @@
-"""What a classifier looked at: maps over its patches, for the class and the distillation token side by side.
+"""Maps over a classifier's patches that show what its answer rests on, for the class token and the distillation token.
 
 B images, N tokens (prefix and patches), H heads, C classes, R x S grid of P patches, M ways to hide patches.
 """
@@ -18,34 +18,35 @@ from deit.model.outputs import ModelOutput
 
 Token = Literal["class", "distillation"]
 Target = int | Tensor | None
-"""The class to explain: one for all images, or (B,) integers. None: what each head decides itself."""
+"""The class to explain: one for all images, or integers (B,). None explains each head's own decision."""
 
 METHODS: tuple[Method, ...] = get_args(Method)
 _BATCH = 32
 _STEPS = 32
-"""Number of steps from a whole image to an empty one; fewer where the grid has fewer patches."""
+"""Number of steps from a whole image to an empty one. A grid with fewer patches takes a step for each patch."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- maps
 
 
 def explain(model: nn.Module, pixels: Tensor, method: Method, target: Target = None) -> dict[Token, Tensor]:
-    """How much each patch counts for each token that has a head of its own: maps (B, R, S), 0 or more.
+    """Returns a map for each token that has a head of its own: how much each patch counts, (B, R, S), 0 or more.
 
-    Only within a map do values compare. In evaluation mode, which is restored; gradients of parameters are neither
-    needed nor left.
+    Values can be compared within a map, but not between maps. The model runs in evaluation mode and gets its own mode
+    back. Gradients of its parameters are neither needed nor changed.
 
     Args:
-        model: `DeiTForImageClassification` or `DeiTForImageClassificationWithTeacher`, of two classes or more.
+        model: `DeiTForImageClassification` or `DeiTForImageClassificationWithTeacher`, with at least two classes.
         pixels: (B, channels, height, width), normalised, of the model's size.
         method:
-            `rollout`: the token's row of the product over blocks of (A + I) / 2, A the mean of the heads' attention
-            (Abnar & Zuidema 2020, arXiv 2005.00928). Sums to at most 1; the same for every target.
-            `relevance`: the token's row of the product over blocks of I + Ā, Ā the mean over heads of the positive
-            part of attention times its gradient, of the logit of `target` in the token's head (Chefer, Gur & Wolf
+            `rollout`: the token's row of the product over blocks of (A + I) / 2, where A is the mean of the heads'
+            attention (Abnar & Zuidema 2020, arXiv 2005.00928). It sums to at most 1 and is the same for every target.
+            `relevance`: the token's row of the product over blocks of I + Ā. Ā is the mean over heads of the positive
+            part of attention times its gradient, for the logit of `target` in the token's head (Chefer, Gur & Wolf
             2021, arXiv 2103.15679, equations 5 and 6).
-            `attention`: the mean of the heads' attention from the token in the last block. The same for every target.
-        target: what `relevance` explains.
+            `attention`: the mean of the heads' attention from the token in the last block. It is the same for every
+            target.
+        target: the class that `relevance` explains.
 
     Raises `ValueError` for another model, method or target.
     """
@@ -54,7 +55,7 @@ def explain(model: nn.Module, pixels: Tensor, method: Method, target: Target = N
     config = checked(model).config
     maps: dict[Token, Tensor] = {}
     with evaluating(model), torch.inference_mode(False), torch.set_grad_enabled(method == "relevance"):
-        # The image needs a gradient so that the attention has one also where every parameter is frozen.
+        # The image needs a gradient, because otherwise the attention has none if every parameter is frozen.
         pixels = pixels.detach().clone().requires_grad_(pixels.is_floating_point() and method == "relevance")
         out = model(pixels, output_attentions=True, output_hidden_states=False, return_dict=True)
         logits = _logits(out)
@@ -63,7 +64,7 @@ def explain(model: nn.Module, pixels: Tensor, method: Method, target: Target = N
         for place, (token, scores) in enumerate(logits.items()):
             row = torch.eye(heads[0].shape[-1], device=pixels.device)[place].expand(len(pixels), 1, -1)  # (B, 1, N)
             match method:
-                case "rollout":  # the rows of A sum to 1, and so do those of (A + I) / 2
+                case "rollout":  # the rows of A sum to 1, and so do the rows of (A + I) / 2
                     for attention in reversed(heads):
                         row = (row @ attention.mean(1) + row) / 2
                 case "relevance":
@@ -79,11 +80,11 @@ def explain(model: nn.Module, pixels: Tensor, method: Method, target: Target = N
 
 @torch.no_grad()
 def occlusion(model: nn.Module, pixels: Tensor, target: Target = None) -> dict[Token, Tensor]:
-    """How much the probability of `target` by each token's head drops when a grey square hides one patch: (B, R, S),
-    -1 to 1.
+    """Returns a map for each token's head: how much its probability of `target` drops if a grey square hides a patch.
 
-    What `explain` infers from inside, measured from outside (Zeiler & Fergus 2014, arXiv 1311.2901), at the price of
-    a forward pass for each patch. Grey is the normalised mean, 0. Arguments and errors as for `explain`.
+    Maps are (B, R, S), with values from -1 to 1. This measures from outside what `explain` infers from inside (Zeiler &
+    Fergus 2014, arXiv 1311.2901), and costs a forward pass for each patch. Grey is 0, the normalised mean. Arguments
+    and errors are as for `explain`.
     """
     config = checked(model).config
     with evaluating(model):
@@ -101,22 +102,27 @@ def occlusion(model: nn.Module, pixels: Tensor, target: Target = None) -> dict[T
 
 
 class Faithfulness(NamedTuple):
-    """Whether the patches that a map ranks first are those that the answer rests on (Petsiuk et al. 2018, RISE, arXiv
-    1806.07421): the mean probability of the target over all fractions of patches, by the trapezoid rule, each (B,).
+    """Two scores of a map, which judge whether the answer rests on the patches that the map ranks first.
+
+    Each is the mean probability of the target over all fractions of patches, by the trapezoid rule, (B,) (Petsiuk et
+    al. 2018, RISE, arXiv 1806.07421).
     """
 
     deletion: Tensor
-    """While the first are turned grey: the lower, the better."""
+    """The mean while the patches turn grey, the first one first. Lower is better."""
     insertion: Tensor
-    """While the first are uncovered in a grey image: the higher, the better."""
+    """The mean while the patches are uncovered in a grey image, the first one first. Higher is better."""
 
 
 @torch.no_grad()
 def deletion_insertion(
     model: nn.Module, pixels: Tensor, maps: Mapping[Token, Tensor], target: Target = None
 ) -> dict[Token, Faithfulness]:
-    """Deletion and insertion of each token's map (B, R, S), in 32 steps at most; patches of equal value go in the order
-    of reading. Probabilities are by the token's own head. Other arguments and errors as for `explain`."""
+    """Returns deletion and insertion of each token's map (B, R, S), by the probabilities of the token's own head.
+
+    Patches change in at most 32 steps. Patches of equal value go row by row, from left to right. Other arguments and
+    errors are as for `explain`.
+    """
     shape = (len(pixels), *checked(model).config.grid)
     with evaluating(model):
         _, targets = decided(model, pixels, target)
@@ -124,7 +130,7 @@ def deletion_insertion(
             if token not in targets or values.shape != shape:
                 raise ValueError(
                     f"a map for the {token} token is {tuple(values.shape)}, expected {shape} for the "
-                    f"{' and '.join(targets)} token; explain and occlusion make them"
+                    f"{' and '.join(targets)} token; take maps that explain or occlusion made for these images"
                 )
         orders = {token: values.flatten(1).argsort(descending=True, stable=True) for token, values in maps.items()}
         return {token: _areas(model, pixels, order, {token: targets[token]})[token] for token, order in orders.items()}
@@ -134,7 +140,7 @@ def deletion_insertion(
 def random_order(
     model: nn.Module, pixels: Tensor, target: Target = None, *, orders: int = 5, seed: int = 0
 ) -> dict[Token, Faithfulness]:
-    """What a map without meaning scores: the mean of `deletion_insertion` over some random orders of the patches."""
+    """Returns the scores of a map without meaning: the mean over `orders` random orders of the patches."""
     patches = checked(model).config.num_patches
     generator = torch.Generator().manual_seed(seed)
     with evaluating(model):
@@ -154,10 +160,10 @@ def random_order(
 def _areas(
     model: nn.Module, pixels: Tensor, order: Tensor, targets: Mapping[Token, Tensor]
 ) -> dict[Token, Faithfulness]:
-    """For one order of patches, (B, P) with the first to go in front."""
+    """Scores one order of patches (B, P), the first to change in front."""
     patches = order.shape[1]
     counts = torch.linspace(0, patches, min(patches, _STEPS) + 1).round()
-    turned = order.argsort(-1).cpu() < counts.view(-1, 1, 1)  # (M, B, P): whose turn has come
+    turned = order.argsort(-1).cpu() < counts.view(-1, 1, 1)  # (M, B, P): patches that have changed
     areas = {}
     for token, answers in _probabilities(model, pixels, torch.cat([~turned, turned]), targets).items():
         removed, revealed = (torch.trapezoid(curve.T, counts.to(curve) / patches) for curve in answers.chunk(2))
@@ -168,14 +174,15 @@ def _areas(
 def _probabilities(
     model: nn.Module, pixels: Tensor, seen: Tensor, targets: Mapping[Token, Tensor]
 ) -> dict[Token, Tensor]:
-    """Probabilities (M, B) of `targets` by each token's head, with every patch grey that is not in `seen` (M, B, P)."""
+    """The probabilities (M, B) that each token's head gives to `targets` if all patches outside `seen` (M, B, P) are
+    grey."""
     config: Any = model.config
     (rows, columns), (height, width) = config.grid, config.patch_hw
     flat = seen.to(pixels.device).flatten(0, 1).unflatten(1, (rows, columns))  # (M * B, R, S)
     owners = torch.arange(len(pixels), device=pixels.device).repeat(len(seen))
     found: dict[Token, list[Tensor]] = {token: [] for token in targets}
     for some, owner in zip(flat.split(_BATCH), owners.split(_BATCH), strict=True):
-        shown = torch.zeros_like(pixels[owner])  # also what lies beyond the last whole patch, where nobody looks
+        shown = torch.zeros_like(pixels[owner])  # grey beyond the last whole patch too, which no model sees
         area = (..., slice(rows * height), slice(columns * width))
         shown[area] = pixels[owner][area] * some.repeat_interleave(height, 1).repeat_interleave(width, 2).unsqueeze(1)
         by_head = head_scores(model(shown, output_attentions=False, output_hidden_states=False, return_dict=True))
@@ -188,23 +195,23 @@ def _probabilities(
 
 
 def checked(model: nn.Module) -> Any:
-    """The model. Raises `ValueError` where it can't be explained."""
+    """Returns the model. Raises `ValueError` if it can't be explained."""
     if not isinstance(model, DeiTForImageClassification | DeiTForImageClassificationWithTeacher):
         raise ValueError(
-            f"a {type(model).__name__} can't be explained: the maps are of attention, and of a decision "
-            "between classes; give a DeiT or ViT classifier"
+            f"a {type(model).__name__} can't be explained, because the maps show attention, and a decision between "
+            "classes; give a DeiT or ViT classifier"
         )
     if (model.config.num_labels or 0) < 2:
         raise ValueError(
-            f"the model has {model.config.num_labels} outputs, and explained are decisions between "
-            "classes, 2 or more; give a DeiT or ViT classifier"
+            f"the model has {model.config.num_labels} outputs, expected 2 or more, because the maps explain a decision "
+            "between classes; give a DeiT or ViT classifier"
         )
     return model
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every part is in its own again."""
+    """Puts the model into evaluation mode, and gives every part its own mode back afterwards."""
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
@@ -215,14 +222,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _logits(out: ModelOutput) -> dict[Token, Tensor]:
-    """By token, in their order, those of its own head, (B, C)."""
+    """The logits (B, C) of each token's own head, in the order of the tokens."""
     if "cls_logits" in out:
         return {"class": out["cls_logits"], "distillation": out["distillation_logits"]}
     return {"class": out["logits"]}
 
 
 def _targets(logits: Mapping[Token, Tensor], target: Target) -> dict[Token, Tensor]:
-    """By token the class to explain, (B,)."""
+    """The class to explain, (B,), for each token."""
     if target is None:
         return {token: scores.argmax(-1) for token, scores in logits.items()}
     count, classes = logits["class"].shape
@@ -240,11 +247,11 @@ def _targets(logits: Mapping[Token, Tensor], target: Target) -> dict[Token, Tens
 
 
 def decided(model: nn.Module, pixels: Tensor, target: Target) -> tuple[dict[Token, Tensor], dict[Token, Tensor]]:
-    """By token, its head's probabilities for the whole image, (B, C), and the target, (B,)."""
+    """For each token, its head's probabilities for the whole image (B, C), and the target (B,)."""
     logits = _logits(model(pixels, output_attentions=False, output_hidden_states=False, return_dict=True))
     return {token: scores.float().softmax(-1) for token, scores in logits.items()}, _targets(logits, target)
 
 
 def _of(target: Tensor, scores: Tensor) -> Tensor:
-    """(B,) those of the target (B,) among (B, C)."""
+    """The scores (B,) of the target (B,) among `scores` (B, C)."""
     return scores.gather(1, target.unsqueeze(1)).squeeze(1)

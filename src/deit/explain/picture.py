@@ -1,4 +1,4 @@
-"""Maps as pictures: one map over its image, and the figure of a whole explanation."""
+"""Draws maps: one map over its image, and the figure of a whole explanation."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _VIRIDIS = np.array(
         [0xFD, 0xE7, 0x25],
     ]
 )
-"""Every tenth of viridis (Smith & van der Walt 2015, CC0): even steps of lightness, with any colour vision and in grey.
-"""
+"""Viridis (Smith & van der Walt 2015, CC0) at 0, 0.1, …, 1. Its lightness rises evenly, with any colour vision and in
+grey."""
 _TITLES = {
     "rollout": "attention rollout",
     "relevance": "gradient-weighted relevance",
@@ -37,26 +37,28 @@ _INK, _PALE = (20, 20, 20), (95, 95, 95)
 
 
 def colours(values: np.ndarray) -> np.ndarray:
-    """(…,) from 0 to 1 as (…, 3) from 0 to 255: viridis."""
+    """Turns values (…,) from 0 to 1 into viridis colours (…, 3) from 0 to 255."""
     places = np.linspace(0, 1, len(_VIRIDIS))
     return np.stack([np.interp(values, places, channel) for channel in _VIRIDIS.T], axis=-1).round().astype(np.uint8)
 
 
 def overlay(picture: Image.Image, values: np.ndarray) -> Image.Image:
-    """A map (R, S) over the picture that it is of, which becomes grey: yellow is the map's largest value, violet its
-    smallest, or 0 where there are values below."""
+    """Draws a map (R, S) over its picture, which turns grey.
+
+    Yellow is the map's largest value. Violet is its smallest value, or 0 if that is larger.
+    """
     low, high = max(float(values.min()), 0.0), float(values.max())
     scaled = np.clip((values - low) / (high - low if high > low else 1.0), 0.0, 1.0)
-    # Bicubic goes beyond the values that it goes through.
+    # Bicubic interpolation overshoots, so values are clipped to 0 and 1 below.
     smooth = np.asarray(Image.fromarray(scaled.astype(np.float32)).resize(picture.size, Image.Resampling.BICUBIC))
     grey = ImageOps.grayscale(picture).convert("RGB")
     return Image.blend(grey, Image.fromarray(colours(smooth.clip(0, 1))), 0.7)
 
 
 def fitted(picture: Image.Image, side: int) -> Image.Image:
-    """The picture at a size for looking at: the longer side is at most `side` pixels.
+    """Resizes a picture for people to look at: its longer side is at most `side` pixels.
 
-    Where several fit, every pixel becomes a square of them.
+    A small picture is enlarged by a whole factor, so each of its pixels becomes a square.
     """
     times = side // max(picture.size)
     if times:
@@ -67,7 +69,7 @@ def fitted(picture: Image.Image, side: int) -> Image.Image:
 
 
 def figure(explanation: Explanation) -> Image.Image:
-    """A row for each token: the image as the model saw it, under its head's answer, and each map over it."""
+    """Draws a row for each token: the image as the model saw it, with the head's answer, then each map over it."""
     scale = _PANEL / max(explanation.seen.size)
     width, height = (max(1, round(side * scale)) for side in explanation.seen.size)
     picture = explanation.seen.resize((width, height), Image.Resampling.BICUBIC)
@@ -128,7 +130,7 @@ def _write(
     size: int = 14,
     ink: tuple[int, int, int] = _INK,
 ) -> None:
-    """In one line, shortened to `width` pixels."""
+    """Writes text in one line, shortened to `width` pixels."""
     font = ImageFont.load_default(size)
     text = " ".join(text.split())
     if font.getlength(text) > width:

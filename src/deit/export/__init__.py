@@ -1,4 +1,4 @@
-"""Models written for other runtimes and other projects, each checked against the model before it appears."""
+"""Writes models for other runtimes, each checked against the model before it appears, and for other projects."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Classifiers in another runtime, written the first time and kept in this user's cache."""
+"""Runs a classifier in another runtime. The first use exports it into this user's cache."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from deit.export.write import refuse_occupied
 from deit.model.load import Classifier
 
 _KEPT = 30 * 24 * 60 * 60
-"""Seconds that an unused folder of the cache stays."""
+"""Seconds that an unused folder stays in the cache."""
 
 
 def cached_engine(classifier: Classifier, to: Literal["onnx", "openvino"]) -> Engine:
-    """A trained subject in another runtime, in the precision that is the runtime's own.
+    """Returns a trained classifier in another runtime, in the precision that the runtime chooses.
 
-    The first time, it is written and checked as by `export`, into a folder of this user's cache that is named after the
-    content of the model. Folders that were not used for a month are removed then.
+    The first use writes and checks it as `export` does. The folder lies in this user's cache, and its name is a hash of
+    the model's content. That use also removes folders that were not used for a month.
 
-    Raises as `export` does.
+    Raises the errors of `export`.
     """
     import_packages(to)
     folder = files.cache_folder("engines") / f"{to}-{_digest(classifier.model, to)}"
@@ -41,7 +41,7 @@ def cached_engine(classifier: Classifier, to: Literal["onnx", "openvino"]) -> En
     except files.CheckpointError:
         shutil.rmtree(folder)
     else:
-        with suppress(OSError):  # another user's, or read-only
+        with suppress(OSError):  # the folder belongs to another user, or is read-only
             os.utime(folder)
         return engine
     subject = Subject(classifier)
@@ -56,7 +56,7 @@ def cached_engine(classifier: Classifier, to: Literal["onnx", "openvino"]) -> En
             written = load_engine(temporary)
     except OSError:
         if written is None:
-            raise  # otherwise another process was quicker, and this one has what it needs
+            raise  # otherwise another process moved its folder into place first, and the engine is loaded already
     for other in folder.parent.iterdir():
         if time.time() - other.stat().st_mtime > _KEPT:
             shutil.rmtree(other, ignore_errors=True)
@@ -66,7 +66,7 @@ def cached_engine(classifier: Classifier, to: Literal["onnx", "openvino"]) -> En
 
 
 def _digest(model: Any, to: Literal["onnx", "openvino"]) -> str:
-    """Hash of everything that decides what the exported file holds."""
+    """A hash of everything that decides the content of the exported file."""
     found = hashlib.sha256(json.dumps([versions(to), model.config.to_dict()], sort_keys=True).encode())
     for name, tensor in model.state_dict().items():
         found.update(name.encode())

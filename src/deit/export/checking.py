@@ -1,4 +1,4 @@
-"""What a written file is held to: images, with the PyTorch model's answers to them.
+"""Checks an exported file: images with the PyTorch model's answers, which the file has to give too.
 
 B images, C channels, H rows, W columns, K classes.
 """
@@ -22,18 +22,21 @@ from deit.export.subject import Subject
 from deit.image.decode import ImageError, load_image
 
 _CHECKED = {"random": 16, "real": 64}
-"""Number of images of the check."""
+"""Number of images in the check."""
 _SIZES = (1, 3)
-"""Sizes of the batches that the check uses, in turn."""
+"""Batch sizes that the check uses in turn."""
 _CALIBRATED = 300
-"""Largest number of images that the ranges of int8 are taken from."""
+"""Maximum number of int8 calibration images."""
 _JUDGED_BATCH = 16
 _TIE = 1e-4
-"""Two probabilities that differ by no more are on the same side of 0.5: rounding decides."""
+"""Largest difference of two probabilities that count as on the same side of 0.5, because only rounding parts them."""
 
 
 class Examples:
-    """Labelled images: some for the ranges of int8, the others to be judged by."""
+    """Labelled images for int8: some to calibrate its ranges, the others to judge its accuracy.
+
+    Raises `ValueError` for images that don't fit the model, and for a single image.
+    """
 
     def __init__(self, data: str | Path, subject: Subject):
         self.data, self.processor = data, subject.processor
@@ -48,11 +51,11 @@ class Examples:
             calibration, self.judged = (whole.take(range(first, len(whole), 2)) for first in (0, 1))
             self.source = f"{data}, every other image" + (f" of {found}" if found else "")
         if not len(self.judged):
-            raise ValueError(f"{data} has a single image; give at least two, better some hundreds")
+            raise ValueError(f"{data} has a single image, expected at least two; give some hundreds")
         self.calibration = _spread(calibration, _CALIBRATED)
 
     def pixels(self, split: Split) -> list[np.ndarray]:
-        """(1, C, H, W) of each image that can be read."""
+        """The pixels (1, C, H, W) of each image that can be read."""
         return [
             batch.pixels.numpy()
             for batch in EvaluationBatches(split, self.processor, 1, keep=False)
@@ -60,17 +63,17 @@ class Examples:
         ]
 
     def batches(self) -> EvaluationBatches:
-        """Batches of the images that judge int8; they can be iterated any number of times."""
+        """Batches of the images that judge int8. They can be iterated any number of times."""
         return EvaluationBatches(self.judged, self.processor, _JUDGED_BATCH)
 
 
 def _spread(split: Split, count: int) -> Split:
-    """At most `count` images, evenly spread."""
+    """At most `count` images of a split, evenly spread over it."""
     return split.take(np.unique(np.linspace(0, len(split) - 1, count).round().astype(int)).tolist())
 
 
 def _pictures(count: int) -> list[Image.Image]:
-    """Random colours, coarse enough to survive the resize, in frames of several shapes."""
+    """Pictures of random colours, coarse enough to survive the resize, in several shapes."""
     random = np.random.default_rng(0)
     found = []
     for _ in range(count):
@@ -82,15 +85,19 @@ def _pictures(count: int) -> list[Image.Image]:
 
 @dataclass(frozen=True)
 class Agreement:
+    """How far an engine's answers agree with the PyTorch model's."""
+
     images: int
     labels: float
-    """Share of the images to which every output gives the same class, or the same labels at 0.5; 1 for a regression."""
+    """Share of the images to which every output gives the same class as the PyTorch model, or the same labels at 0.5;
+    1 for a regression."""
     difference: float
-    """Largest difference of a probability; for a regression, of an output, relative to the largest above 1."""
+    """Largest difference of a probability. For a regression it is the largest difference of an output, divided by the
+    image's largest output if that is above 1."""
 
 
 class Checked:
-    """Images with the PyTorch model's answers, which a runtime's answers must equal."""
+    """Images with the PyTorch model's answers, which a runtime must give too."""
 
     def __init__(self, subject: Subject, examples: Examples | None):
         if examples is None:
@@ -100,7 +107,9 @@ class Checked:
             self.source = examples.source
             pixels = [one[0] for one in examples.pixels(_spread(examples.judged, _CHECKED["real"]))]
             if not pixels:
-                raise ValueError(f"none of the images of {examples.source} can be read, so nothing can be checked")
+                raise ValueError(
+                    f"none of the images in {examples.source} can be read to check the export; give others"
+                )
         self.images = len(pixels)
         self.batches: list[np.ndarray] = []
         while pixels:
@@ -112,7 +121,7 @@ class Checked:
         self._files = () if examples is None else _spread(examples.judged, _CHECKED["random"]).files
 
     def pictures(self) -> Iterator[Image.Image]:
-        """Random ones, each also enlarged, so that a resize makes it smaller; and some of the real ones, if any."""
+        """Yields random pictures, each also enlarged so that the resize shrinks it, and then some real ones, if any."""
         for picture in _pictures(_CHECKED["random"]):
             yield from (picture, picture.resize((3 * picture.width, 4 * picture.height)))
         for path in self._files:
@@ -120,6 +129,7 @@ class Checked:
                 yield load_image(path)
 
     def agreement(self, engine: Engine) -> Agreement:
+        """Compares an engine's answers with the model's. Raises `ValueError` for outputs of another shape."""
         alike, difference = 0, 0.0
         for batch, expected in zip(self.batches, self.expected, strict=True):
             found = _scores(engine(batch), self.scoring)
@@ -137,13 +147,13 @@ class Checked:
                     same &= ((found[name] > 0.5) == (reference > 0.5)).all(-1) | (apart <= _TIE)
                 else:  # a regression has no labels, and its outputs have any size
                     apart = apart / np.maximum(1.0, np.abs(reference).max(-1))
-                difference = float(np.maximum(difference, apart.max()))  # NaN stays
+                difference = float(np.maximum(difference, apart.max()))  # unlike max, np.maximum keeps NaN
             alike += int(same.sum())
         return Agreement(self.images, alike / self.images, difference)
 
 
 def _scores(logits: Mapping[str, np.ndarray], scoring: Scoring) -> dict[str, np.ndarray]:
-    """(B, K) float64 by the name of the output."""
+    """Scores (B, K) in float64, by the name of the output."""
     found = {}
     for name, values in logits.items():
         values = values.astype(np.float64)
@@ -157,7 +167,7 @@ def _scores(logits: Mapping[str, np.ndarray], scoring: Scoring) -> dict[str, np.
 
 
 def accuracy_of(answer: Callable[[np.ndarray], Mapping[str, np.ndarray]], batches: Iterable[Batch]) -> Accuracy:
-    """Accuracy of the fused heads."""
+    """The accuracy of the fused heads on labelled batches."""
     correct = total = 0
     for batch in batches:
         known = batch.labels.numpy() >= 0

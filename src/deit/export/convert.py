@@ -1,4 +1,4 @@
-"""A checkpoint of any project, rewritten for another."""
+"""Converts a checkpoint of one project for another project."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from deit.weights import hub
 
 
 def convert(source: str | Path, to: Dialect, out: str | Path, **where: Any) -> Path:
-    """Reads any checkpoint and writes it for `to`; returns what was written.
+    """Reads any checkpoint, writes it for the project `to`, and returns the path of what was written.
 
-    `hf`: a folder for this package and `transformers`. `timm`: a folder for `timm.create_model("local-dir:FOLDER",
-    pretrained=True)`. `original`: one `.pth` as facebookresearch/deit loads them. `keras`: `model.keras`, which
-    `keras.saving.load_model` opens once `deit.model_keras` is imported. The image preprocessing goes along where the
-    format has a place for it; beside `model.keras` it is a file of its own.
+    `hf` is a folder for this package and `transformers`. `timm` is a folder for
+    `timm.create_model("local-dir:FOLDER", pretrained=True)`. `original` is one `.pth`, as facebookresearch/deit loads
+    it. `keras` is `model.keras`, which `keras.saving.load_model` opens once `deit.model_keras` is imported.
+
+    The image preprocessing is written too if the format has a place for it. Beside `model.keras` it is a separate file.
+
+    Raises `ValueError` for another `to`, for an `out` that is the folder of `source`, and for a model that the project
+    can't express.
     """
     folder = Path(out)
     place = Path(source).parent if Path(source).is_file() else Path(source)
     if folder.resolve() == place.resolve():
-        raise ValueError(f"{folder} is where {source} lies, and its files would be replaced; write to another folder")
+        raise ValueError(f"writing to {folder} would replace the files of {source}; write to another folder")
     checkpoint = hub.read_checkpoint(source, arrays="numpy" if to == "keras" else "torch", **where)
     processor = _processor_of(source, checkpoint.config, where)
     if to == "hf":
@@ -61,7 +65,7 @@ def _to_keras(checkpoint: hub.Checkpoint, processor: DeiTImageProcessor, folder:
     }[weights.kind_of(checkpoint.tensors)]
     model, path = cls.from_checkpoint(checkpoint), folder / "model.keras"
     with files.replacing(path) as temporary:
-        renamed = temporary.with_suffix(".keras")  # the only ending that Keras writes
+        renamed = temporary.with_suffix(".keras")  # Keras writes to no other suffix
         model.save(renamed)
         renamed.replace(temporary)
     processor.save_pretrained(folder)
@@ -78,13 +82,13 @@ def _check_expressible(checkpoint: hub.Checkpoint, to: Dialect) -> None:
         )
     if config.hidden_act != "gelu" or config.layer_norm_eps > 1e-6:
         raise ValueError(
-            f"{to}'s models compute with gelu and a LayerNorm epsilon of 1e-6; {checkpoint.file} has "
-            f"{config.hidden_act} and {config.layer_norm_eps}, and would answer differently"
+            f"{to}'s models compute with gelu and a LayerNorm epsilon of 1e-6, but {checkpoint.file} has "
+            f"{config.hidden_act} and {config.layer_norm_eps}, so it would answer differently; keep --to hf"
         )
 
 
 def nearest_variant(config: DeiTConfig) -> str:
-    """The published architecture that shares most with `config`; raises `ValueError` where the family differs."""
+    """The name of the published architecture that is most like `config`. Raises `ValueError` if none has its family."""
 
     def distance(name: str) -> tuple[int, int, int]:
         other = VARIANTS[name]
@@ -114,7 +118,7 @@ _TIMM_LACKS = {
 
 
 def _timm_config(config: DeiTConfig, processor: DeiTImageProcessor) -> dict[str, Any]:
-    """timm's `config.json`: an architecture of its own, and in `model_args` what differs from it."""
+    """timm's `config.json`. It names one of timm's architectures, and `model_args` holds the differences from it."""
     name = nearest_variant(config)
     name = _TIMM_LACKS.get(name, name)
     near = VARIANTS[name]
@@ -135,7 +139,7 @@ def _timm_config(config: DeiTConfig, processor: DeiTImageProcessor) -> dict[str,
         for key, value in arguments.items()
     }
     if config.intermediate_size != 4 * config.hidden_size:
-        # timm rounds width x ratio down; half a unit more keeps a ratio that is no exact float on the right side.
+        # timm rounds width x ratio down. Half a unit more keeps rounding errors of the ratio from losing a unit.
         arguments["mlp_ratio"] = (config.intermediate_size + 0.5) / config.hidden_size
     cfg = {
         "num_classes": config.num_labels,

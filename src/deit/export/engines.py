@@ -1,4 +1,4 @@
-"""Exported folders, run: one interface over PyTorch, ONNX Runtime and OpenVINO.
+"""Runs exported folders: one interface over PyTorch, ONNX Runtime and OpenVINO.
 
 B images, C channels, H rows, W columns, K classes.
 """
@@ -20,20 +20,20 @@ import numpy as np
 from deit import files, host
 
 DESCRIPTION = "export.json"
-"""What an exported folder says about itself; the keys are in docs/export.md."""
+"""File that describes an exported folder; docs/export.md lists its keys."""
 Hint = Literal["latency", "throughput"]
 Precision = Literal["auto", "float32"]
 
 
 class Engine(ABC):
-    """An exported model in its runtime: pixels to logits. May be called from several threads.
+    """An exported model in its runtime, from pixels to logits. Several threads may call it.
 
     Args:
-        folder: holds the model's files.
+        folder: the folder with the model's files.
         description: the content of its `export.json`.
-        hint: `latency`, all cores for one call; `throughput`, OpenVINO's streams, for calls from several threads. The
-            other runtimes have no such choice.
-        precision: `auto` is the runtime's own, for OpenVINO bfloat16 where the CPU has it; or `float32`.
+        hint: `latency` gives all cores to one call. `throughput` is for calls from several threads and uses OpenVINO's
+            streams. The other runtimes ignore it.
+        precision: `float32`, or `auto` for the runtime's own choice; OpenVINO's is bfloat16 if the CPU has it.
     """
 
     name: ClassVar[str]
@@ -48,15 +48,15 @@ class Engine(ABC):
         self.hint, self.precision = hint, precision
 
     def __call__(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """Logits (B, K) float32 by the name of the output, for (B, C, H, W) float32 pixels as the folder's
-        `preprocessor_config.json` makes them; any B from 1 on.
+        """Returns float32 logits (B, K) by the name of the output.
 
-        Raises `ValueError` for other pixels.
+        `pixels` are (B, C, H, W) in float32, as the folder's `preprocessor_config.json` makes them; B is at least 1.
+        Raises `ValueError` for another shape or type.
         """
         if pixels.ndim != 4 or pixels.shape[1:] != self.shape or not len(pixels) or pixels.dtype != np.float32:
             raise ValueError(
                 f"pixels must be (images, {', '.join(map(str, self.shape))}) of float32, found "
-                f"{pixels.shape} of {pixels.dtype}; the DeiTImageProcessor of {self.folder} makes them"
+                f"{pixels.shape} of {pixels.dtype}; make them with the DeiTImageProcessor of {self.folder}"
             )
         return dict(zip(self.outputs, self._run(np.ascontiguousarray(pixels)), strict=True))
 
@@ -64,7 +64,7 @@ class Engine(ABC):
         return self.name
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process opens the same folder: no runtime's session can be sent."""
+        """Makes another process open the same folder, because a runtime's session can't be sent."""
         return partial(load_engine, self.folder.absolute(), hint=self.hint, precision=self.precision), ()
 
     @abstractmethod
@@ -99,7 +99,7 @@ class OnnxEngine(Engine):
             import onnxruntime
 
         settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = host.cores()  # its own choice counts the machine's, not this process's
+        settings.intra_op_num_threads = host.cores()  # by default it counts the machine's cores, not this process's
         settings.log_severity_level = 3
         path = folder / "model.onnx"
         with _reading(path, self.name):
@@ -128,7 +128,7 @@ class OpenVINOEngine(Engine):
 
     @property
     def inference_precision(self) -> str:
-        """What the runtime computes in: f32, bf16 or f16."""
+        """The precision that the runtime computes in: f32, bf16 or f16."""
         return str(self._model.get_property("INFERENCE_PRECISION_HINT").to_string())
 
     def _run(self, pixels: np.ndarray) -> list[np.ndarray]:
@@ -146,31 +146,34 @@ ENGINES: dict[str, type[Engine]] = {
     "openvino-int8": OpenVINOEngine,
     "web": OnnxEngine,
 }
-"""By the `format` of a description."""
+"""The engine for each `format` in a description."""
 
 
 def load_engine(folder: str | Path, *, hint: Hint = "latency", precision: Precision = "auto") -> Engine:
-    """The model of an exported folder, ready to run; the options are `Engine`'s.
+    """Returns the model of an exported folder, ready to run. The options are those of `Engine`.
 
-    A folder of format `torch` is read by `torch.export.load`, which can execute what a file holds: take such from
-    nobody whose code you would not run.
+    `torch.export.load` reads folders of format `torch`, and it can execute what a file holds. Take such folders only
+    from people whose code you would run.
 
-    Raises `FileNotFoundError` where there is no export, `CheckpointError` for damaged files, `ImportError` where the
-    runtime is not installed.
+    Raises `FileNotFoundError` if the folder holds no export, `CheckpointError` for damaged files, and `ImportError` if
+    the runtime is not installed.
     """
     folder = Path(folder)
     description = read_description(folder)
     for name, digest in description["files"].items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise files.CheckpointError(
-                f"{folder / name} is not the file that was exported, by the SHA-256 in "
-                f"{folder / DESCRIPTION}; copy or export it again"
+                f"{folder / name} is not the file that was exported, by the SHA-256 in {folder / DESCRIPTION}; copy or "
+                "export it again"
             )
     return ENGINES[description["format"]](folder, description, hint=hint, precision=precision)
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """`export.json` of an exported folder, with what `Engine` needs of it."""
+    """Reads `export.json` of an exported folder, and checks that it has what `Engine` needs.
+
+    Raises `FileNotFoundError` if there is none, and `CheckpointError` for a damaged one.
+    """
     path = folder / DESCRIPTION
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {DESCRIPTION}; give a folder that `deit export` wrote")
@@ -186,19 +189,24 @@ def read_description(folder: Path) -> dict[str, Any]:
         or not (isinstance(shape, list) and len(shape) == 4)
         or "name" not in description["input"]
     ):
-        raise files.CheckpointError(f"{path} lacks the files, the input or the outputs of the model; export it again")
+        raise files.CheckpointError(
+            f"{path} lacks the files, the input or the outputs of the model; export the model again"
+        )
     return description
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+    """The SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def import_openvino() -> Any:
-    """OpenVINO without its telemetry, which unasked reports every import and conversion, NNCF's too. Both do without
-    where that package is missing, as it is from here on."""
+    """Imports OpenVINO without telemetry.
+
+    OpenVINO and NNCF report every import and conversion without asking, but not if the package `openvino_telemetry` is
+    missing. From here on this process can't import that package.
+    """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     with needed("openvino"):
         import openvino
@@ -207,7 +215,7 @@ def import_openvino() -> Any:
 
 @contextmanager
 def needed(package: str) -> Iterator[None]:
-    """Imports of a package that may not be installed."""
+    """Turns a failed import of a package into an error that says how to install it."""
     try:
         yield
     except ImportError as error:
@@ -218,7 +226,7 @@ def needed(package: str) -> Iterator[None]:
 def _reading(path: Path, runtime: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # each runtime has classes of its own
+    except Exception as error:  # each runtime has its own exception classes
         reason = " ".join(str(error).split())[:200]
         raise files.CheckpointError(
             f"{path} can't be read by {runtime} ({reason}); export it again, or install the "

@@ -1,4 +1,4 @@
-"""Each format: what it needs, how its files are written, and their description with how they were checked."""
+"""The formats: the packages that each needs, how its files are written and checked, and their description."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from deit.image.processor import FILE_NAME
 from deit.model.load import heads_of
 
 TOLERANCE = 1e-4
-"""Largest difference of a probability from the PyTorch model's that a float format may have."""
+"""Largest allowed difference between a probability of a float format and the PyTorch model's."""
 LOSS = 0.005
-"""Largest loss of accuracy that int8 may have."""
+"""Largest allowed loss of accuracy in int8."""
 BESIDE = {"config.json", FILE_NAME, CALIBRATION, DESCRIPTION}
-"""Files of an export that are not its `files`."""
+"""Files of an export that its `files` does not list."""
 
 _SHARES = (0.0, 1 / 8, 1 / 4, 1 / 2)
-"""Shares of the layers that stay in float, tried in this order until int8 is accurate enough."""
+"""Shares of the layers that stay in float. They are tried in this order until int8 is accurate enough."""
 _ONNX_BYTES = 2**31 - 2**24
-"""An ONNX file can't be larger than 2 GiB, so the weights of a larger model lie in a file beside it."""
+"""Largest size of weights inside an ONNX file, which can't exceed 2 GiB. Larger weights go into a file beside it."""
 _PACKAGES: dict[Format, tuple[str, ...]] = {
     "torch": (),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
@@ -49,7 +49,7 @@ _PACKAGES: dict[Format, tuple[str, ...]] = {
 
 
 def import_packages(to: Format) -> None:
-    """Raises `ImportError` for the first package that a format needs and that is missing."""
+    """Imports the packages that a format needs. Raises `ImportError` for the first one that is missing."""
     for package in _PACKAGES[to]:
         if package == "openvino":
             import_openvino()
@@ -58,13 +58,13 @@ def import_packages(to: Format) -> None:
 
 
 def versions(to: Format) -> dict[str, str]:
-    """The version of everything that writes a format."""
+    """The versions of the packages that write a format."""
     return {name: version(name) for name in ("deit", "torch", *_PACKAGES[to])}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """The content of `export.json`, whose keys are in docs/export.md; what does not apply is None, and left out."""
+    """The content of `export.json`; docs/export.md explains its keys. Fields that don't apply are None and left out."""
 
     format: Format
     files: Mapping[str, str]
@@ -85,7 +85,7 @@ class Description:
 
 
 def _described(subject: Subject, to: Format, folder: Path) -> Description:
-    """The description of files that are written but not checked yet; `load_engine` needs it in the folder, so it is."""
+    """Describes files that are not checked yet, and saves that in the folder, because `load_engine` needs it there."""
     description = Description(
         format=to,
         files={path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name not in BESIDE},
@@ -100,7 +100,7 @@ def _described(subject: Subject, to: Format, folder: Path) -> Description:
 
 
 def _checked_description(description: Description, agreement: Agreement, checked: Checked, folder: Path) -> Description:
-    """The description with the agreement in float32, and for OpenVINO with that in the precision it chooses itself."""
+    """Adds the agreement to a description, and for OpenVINO also the agreement in the precision of its own choice."""
     description = replace(description, agreement={**vars(agreement), "source": checked.source})
     if not description.format.startswith("openvino"):
         return description
@@ -113,11 +113,11 @@ def _checked_description(description: Description, agreement: Agreement, checked
 
 
 class _Attempt(NamedTuple):
-    """One way of writing a format; the next one is taken where its answers differ."""
+    """One way of writing a format. If its answers differ from the model's, the next way is tried."""
 
     save: Callable[[Subject, Path], None]
     weights: str | None = None
-    """Type of the weights, where a format has a choice."""
+    """Type of the weights, if the format has a choice."""
 
 
 def _save_torch(subject: Subject, folder: Path) -> None:
@@ -125,8 +125,10 @@ def _save_torch(subject: Subject, folder: Path) -> None:
 
 
 def _save_onnx(subject: Subject, folder: Path) -> None:
-    """With a batch axis called `batch`, weights under the model's own names, and what other tools want in the metadata:
-    labels, preprocessing and scoring, as JSON."""
+    """Writes ONNX with a batch axis called `batch` and with weights under the model's own names.
+
+    The metadata hold labels, preprocessing and scoring for other tools; labels and preprocessing are JSON.
+    """
     program = torch.onnx.export(
         subject.program,
         (),
@@ -137,7 +139,7 @@ def _save_onnx(subject: Subject, folder: Path) -> None:
         dynamic_shapes={"pixel_values": {0: "batch"}},
     )
     assert program is not None
-    # The exporter stores the weights of matrix products transposed, and numbers them: they are known by their values.
+    # The exporter transposes the weights of matrix products and numbers them, so their values have to identify them.
     transposed = {
         weight.t().contiguous().numpy().tobytes(): f"{name}.T"
         for name, weight in subject.model.state_dict().items()
@@ -178,11 +180,11 @@ def write_float(
     checked: Checked,
     run: Callable[[Path, Mapping[str, Any]], AbstractContextManager[Engine]] | None = None,
 ) -> Description:
-    """Writes the model's files in a float format.
+    """Writes and checks the model's files in a float format, and returns their description.
 
-    `run` opens the folder in the runtime that the files are for, where that is not the one of `load_engine`.
+    `run` opens the folder in the runtime of the files, if this is not the one of `load_engine`.
 
-    Raises `ValueError` if every attempt answers otherwise than the PyTorch model.
+    Raises `ValueError` if the answers of every attempt differ from the PyTorch model's.
     """
     run = run or (lambda folder, _: nullcontext(load_engine(folder, precision="float32")))
     for attempt in _ATTEMPTS[to]:
@@ -193,10 +195,9 @@ def write_float(
         if agreement.labels == 1.0 and agreement.difference <= TOLERANCE:
             return _checked_description(replace(description, weights=attempt.weights), agreement, checked, folder)
     raise ValueError(
-        f"{to} was not kept: of {agreement.images} images ({checked.source}) "
-        f"{agreement.labels:.1%} are labelled as by the PyTorch model, and a probability differs by "
-        f"{agreement.difference:.2g}, where all and at most {TOLERANCE:g} are allowed; please report "
-        "it, and take another format"
+        f"{to} was not kept: expected the PyTorch model's labels for all {agreement.images} images ({checked.source}) "
+        f"and probabilities that differ by at most {TOLERANCE:g}, found its labels for {agreement.labels:.1%} and a "
+        f"difference of {agreement.difference:.2g}; take another format, and please report this"
     )
 
 
@@ -204,17 +205,17 @@ def write_float(
 
 
 def refuse_for_the_web(subject: Subject) -> None:
-    """Raises `ValueError` for preprocessing that the page can't do, and for weights that no browser loads."""
+    """Raises `ValueError` for preprocessing that the page can't do, and for weights that browsers can't load."""
     refuse_undone(subject.processor)
     if subject.bytes > _ONNX_BYTES:
         raise ValueError(
-            f"the weights of {subject.name} take {subject.bytes / 2**30:.1f} GiB, more than the 2 "
-            "GiB that a file for a browser can have; take a smaller model"
+            f"the weights of {subject.name} take {subject.bytes / 2**30:.1f} GiB, more than the 2 GiB that browsers "
+            "can load; take a smaller model"
         )
 
 
 def write_web(subject: Subject, page: Page, folder: Path, checked: Checked) -> Description:
-    """Writes the model and the page around it, and runs both in Node."""
+    """Writes the model and the page around it, checks both in Node, and returns their description."""
     page.write(folder)
     description = write_float(subject, "web", folder, checked, page.running)
     description = replace(description, versions={**description.versions, NodeEngine.name: VERSION})
@@ -226,7 +227,7 @@ def write_web(subject: Subject, page: Page, folder: Path, checked: Checked) -> D
 
 
 def write_int8(subject: Subject, to: Format, folder: Path, examples: Examples, checked: Checked) -> Description:
-    """Writes the model's files with as few layers in float as the accuracy allows.
+    """Writes the model's files in int8, with as few layers in float as the accuracy allows, and describes them.
 
     Raises `ValueError` if the accuracy falls by more than `LOSS` even with the largest share of layers in float.
     """
@@ -246,10 +247,10 @@ def write_int8(subject: Subject, to: Format, folder: Path, examples: Examples, c
             break
     else:
         raise ValueError(
-            f"{to} was not kept: on {before.total} images ({examples.source}) the accuracy is "
-            f"{after.value:.4f} after {before.value:.4f}, more than {LOSS:.1%} lower, even with "
-            f"{len(kept)} of {len(order)} layers in float; the ones that 8 bits hurt most are "
-            f"{', '.join(order[:5])}; take {to.removesuffix('-int8')}, or calibrate with more images"
+            f"{to} was not kept: on {before.total} images ({examples.source}) the accuracy falls from "
+            f"{before.value:.4f} to {after.value:.4f}, by more than {LOSS:.1%}, even with {len(kept)} of {len(order)} "
+            f"layers in float; the layers that 8 bits hurt most are {', '.join(order[:5])}; take "
+            f"{to.removesuffix('-int8')}, or calibrate with more images"
         )
     weights = {name: layer.weight.numel() for name, layer in subject.layers().items()}
     quantised = 1 - sum(weights[name] for name in kept) / sum(weights.values())

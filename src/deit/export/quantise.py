@@ -1,4 +1,4 @@
-"""Graphs in 8 bits by NNCF, layer by layer, and the layers that 8 bits hurt most."""
+"""Quantises graphs to 8 bits with NNCF, and finds the layers that 8 bits hurt most."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ import torch
 from torch import Tensor, nn
 
 Layers = Mapping[str, nn.Linear | nn.Conv2d]
-"""What multiplies with weights in the PyTorch model, by name."""
+"""The layers of the PyTorch model that multiply with weights, by name."""
 
 _RANKED = 32
-"""Images that layers are ranked by."""
+"""Maximum number of images that rank the layers."""
 
 
 def quantised_onnx(
     model: Any, layers: Layers, calibration: Sequence[np.ndarray], kept: Sequence[str], *, transformer: bool
 ) -> Any:
-    """An ONNX model in int8, but for the layers in `kept`; ranges are those over `calibration`, images of (1, C, H, W).
+    """Returns an ONNX model in int8, with the layers in `kept` in float.
 
-    Raises `ValueError` where a layer is not found in the graph.
+    `calibration` holds images (1, C, H, W), which set the ranges of the inputs. Raises `ValueError` if a layer is not
+    found in the graph.
     """
     import onnx
 
@@ -43,7 +44,7 @@ def quantised_onnx(
 def quantised_openvino(
     model: Any, layers: Layers, calibration: Sequence[np.ndarray], kept: Sequence[str], *, transformer: bool
 ) -> Any:
-    """The same of an OpenVINO model."""
+    """Does the same as `quantised_onnx` for an OpenVINO model."""
     weights = {}
     for node in model.get_ops():
         if node.get_type_name() in ("MatMul", "Convolution"):
@@ -63,24 +64,26 @@ def _quantised(
     weights: Mapping[str, np.ndarray],
     transformer: bool,
 ) -> Any:
-    """`nodes` are the names of all nodes of the graph, `weights` the constants of those that multiply with one.
+    """Quantises a graph.
 
-    What is inside attention, and every sum and norm, stays in float: the first so that runtimes know it for attention,
-    the others because 8 bits hurt a transformer most there, for little time saved.
+    `nodes` names all nodes of the graph. `weights` holds the constants of the nodes that multiply with one.
+
+    Products inside attention stay in float, because runtimes then recognise the attention. Sums and norms stay in float
+    because 8 bits hurt a transformer most there and save little time.
     """
     import nncf
     from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
     nncf.set_log_level(logging.ERROR)
-    # NNCF's correction of biases assumes images without borders: it took 5 points from a ConvNet at 16 pixels. Its
-    # ranges are means over images, beyond which half of these are cut: probabilities moved twice as far.
+    # NNCF's correction of biases ignores the padding at image borders, which cost a ConvNet at 16 pixels 5 points. Its
+    # default ranges are means over images, which clip half of them, and probabilities moved twice as far.
     settings = AdvancedQuantizationParameters(
         disable_bias_correction=True, activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
     )
     node_of = _nodes_of(layers, weights)
     chosen = {node for layer, node in node_of.items() if layer not in kept}
-    with redirect_stdout(io.StringIO()):  # a progress bar for each of its passes
+    with redirect_stdout(io.StringIO()):  # NNCF prints a progress bar for each pass
         return nncf.quantize(
             model,
             nncf.Dataset(calibration),
@@ -93,8 +96,11 @@ def _quantised(
 
 
 def _nodes_of(layers: Mapping[str, nn.Module], weights: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """For each layer the node that multiplies with its weights, found by their values: exporters rename and transpose
-    them, and multiply the factors of a norm into their rows."""
+    """Finds the node that multiplies with each layer's weights.
+
+    It compares values, because exporters rename and transpose weights, and multiply the factors of a norm into their
+    rows.
+    """
     left = {name: _directions(values) for name, values in weights.items()}
     turned = {name: _directions(values.T) for name, values in weights.items() if values.ndim == 2}
     found = {}
@@ -110,8 +116,8 @@ def _nodes_of(layers: Mapping[str, nn.Module], weights: Mapping[str, np.ndarray]
         ]
         if not same:
             raise ValueError(
-                f"the layer {layer} is not found in the exported graph, so int8 can't be had; please "
-                "report it, and take a float format"
+                f"the layer {layer} is not found in the exported graph, so int8 is not possible; take a float format, "
+                "and please report this"
             )
         found[layer] = same[0]
         del left[same[0]]
@@ -119,15 +125,17 @@ def _nodes_of(layers: Mapping[str, nn.Module], weights: Mapping[str, np.ndarray]
 
 
 def _directions(weights: np.ndarray) -> np.ndarray:
-    """Absolute values, (outputs, inputs), of rows brought to length 1."""
+    """The absolute values of weights as rows of length 1, (outputs, inputs)."""
     rows = np.abs(weights.reshape(len(weights), -1).astype(np.float64))
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
 
 
 @torch.inference_mode()
 def by_sensitivity(logits: nn.Module, layers: Layers, calibration: Sequence[np.ndarray]) -> list[str]:
-    """Names of the layers, first the one whose rounding to 8 bits, alone, moves the logits of some of the `calibration`
-    most."""
+    """Names of the layers, in the order of how far each one alone moves the logits if it is rounded to 8 bits.
+
+    The worst layer comes first. The logits are those of up to 32 of the `calibration` images.
+    """
     pixels = torch.from_numpy(np.concatenate(calibration[:: math.ceil(len(calibration) / _RANKED)]))
     exact = logits(pixels)["logits"]
     moved = {}
@@ -139,8 +147,11 @@ def by_sensitivity(logits: nn.Module, layers: Layers, calibration: Sequence[np.n
 
 @contextmanager
 def _rounded(layer: nn.Linear | nn.Conv2d) -> Iterator[None]:
-    """Weights and inputs of a layer in 8 bits: weights symmetric around zero for each output channel, the input in
-    steps of its whole range."""
+    """Rounds the weights and inputs of a layer to 8 bits.
+
+    Weights are rounded symmetrically around zero, for each output channel. Inputs are rounded in steps of their whole
+    range.
+    """
     exact = layer.weight
     step = exact.flatten(1).abs().amax(1).clamp(min=1e-12).view(-1, *[1] * (exact.dim() - 1)) / 127
 

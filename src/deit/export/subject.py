@@ -1,4 +1,4 @@
-"""What is exported: a subject with its preprocessing, as a graph that gives logits.
+"""The subject of an export: a classifier with its preprocessing, as a graph that gives logits.
 
 B images, C channels, H rows, W columns, K classes.
 """
@@ -41,7 +41,7 @@ class _Logits(nn.Module):
 
 
 class Subject:
-    """A classifier that is exported.
+    """A classifier to export.
 
     Raises `ValueError` if its preprocessing makes pixels of another shape than the model takes.
     """
@@ -52,19 +52,21 @@ class Subject:
         self.scoring: Scoring = config.scoring
         self.transformer = isinstance(self.model, PreTrained)
         if self.transformer:
-            self.model.set_attn_implementation("sdpa")  # one operation in the graph, which runtimes know as attention
+            self.model.set_attn_implementation(
+                "sdpa"
+            )  # one operation in the graph, which runtimes recognise as attention
         self.logits = _Logits(self.model).eval()
         self.shape = (config.num_channels, *config.image_hw)
         [made] = self.processor([Image.new("RGB", (8, 8))]).pixel_values
         if made.shape != self.shape:
             raise ValueError(
-                f"the {FILE_NAME} of {self.name} makes pixels of {made.shape}, the model takes "
-                f"{self.shape}; correct size, crop_size or data_format there"
+                f"the {FILE_NAME} of {self.name} makes pixels of {made.shape}, the model takes {self.shape}; correct "
+                "size, crop_size or data_format in that file"
             )
 
     @torch.inference_mode()
     def __call__(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """Logits (B, K) by name. Raises `NotFinite` if they are not finite."""
+        """Returns logits (B, K) by name for pixels (B, C, H, W). Raises `NotFinite` if they are not finite."""
         found = {name: value.numpy() for name, value in self.logits(torch.from_numpy(pixels)).items()}
         refuse_not_finite(found.values())
         return found
@@ -75,7 +77,7 @@ class Subject:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.logits.state_dict().values())
 
     def layers(self) -> dict[str, nn.Linear | nn.Conv2d]:
-        """The layers that multiply by weights, by name."""
+        """The layers that multiply with weights, by name."""
         return {name: layer for name, layer in self.model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
 
     @cached_property
@@ -89,6 +91,7 @@ class Subject:
 
     @cached_property
     def openvino_model(self) -> Any:
+        """The graph in OpenVINO, with named input and outputs."""
         model = import_openvino().convert_model(self.program)
         model.inputs[0].get_tensor().set_names({"pixel_values"})
         for output, name in zip(model.outputs, self.logits.names, strict=True):

@@ -1,4 +1,4 @@
-"""A classifier written for a runtime, and run there before its folder is returned."""
+"""Exports a classifier for a runtime, and runs it there before its folder appears."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from deit.model.load import load_classifier, refuse_other_scoring
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` wrote."""
+    """The result of `export`."""
 
     folder: Path
     description: dict[str, Any]
-    """The content of its `export.json`, whose keys are in docs/export.md."""
+    """The content of its `export.json`; docs/export.md explains the keys."""
 
     def __str__(self) -> str:
-        """In one line: format, agreement, and of int8 the accuracies."""
+        """One line with the format, the agreement, and for int8 the accuracies."""
         found, accuracy = self.description["agreement"], self.description.get("accuracy")
         said = (
             f"{self.folder}: {self.description['format']}, {round(found['labels'] * found['images'])} of "
@@ -51,36 +51,41 @@ class Exported:
 def export(
     source: str | Path, to: Format, out: str | Path, *, calibrate: str | Path | None = None, **where: Any
 ) -> Exported:
-    """Writes a classifier for a runtime into the folder `out`, for images of the model's size in batches of any number:
-    the model's file, `config.json` with the labels, `preprocessor_config.json`, in a float format the model's
-    `calibration.json` where it has one, and `export.json` (see docs/export.md).
+    """Writes a classifier for a runtime into the folder `out`.
 
-    `torch`: `model.pt2`, of `torch.export`. `onnx`: `model.onnx`. `openvino`: `model.xml` and `model.bin`, the weights
-    in float16 where that keeps the agreement. `web`: a page that labels images in the browser: `model.onnx`, the page's
-    files, and onnxruntime-web, which npm fetches the first time. `onnx-int8`, `openvino-int8`: quantised by NNCF.
+    The exported model takes images of the model's size, in batches of any number. Beside its file, the folder holds
+    `config.json` with the labels, `preprocessor_config.json`, `export.json` (see docs/export.md), and in a float format
+    the model's `calibration.json` if there is one. The model's file depends on the format:
 
-    The folder appears only after the file has answered in its runtime as the PyTorch model does: in a float format the
-    same labels, and probabilities within `TOLERANCE`; in int8 an accuracy at most `LOSS` lower. A former export in
-    `out` is replaced then; on failure it stays, and nothing else is left.
+    - `torch`: `model.pt2`, a program of `torch.export`.
+    - `onnx`: `model.onnx`.
+    - `openvino`: `model.xml` and `model.bin`, with weights in float16 if that keeps the agreement.
+    - `web`: a page that labels images in the browser: `model.onnx`, the page's files, and onnxruntime-web, which npm
+      fetches the first time.
+    - `onnx-int8` and `openvino-int8`: the same files as without int8, quantised by NNCF.
+
+    The folder appears only after the file has passed a check in its runtime. A float format must give the PyTorch
+    model's labels, with probabilities within `TOLERANCE`. int8 may lose at most `LOSS` of the accuracy. An earlier
+    export in `out` is replaced only then. If the export fails, the earlier one stays and nothing else is left.
 
     Args:
-        source: what `load_model` takes; `where` as for `from_pretrained`.
-        calibrate: labelled images, as `read_examples` takes them. A float format is checked on some of them, else on
-            random pictures; int8 is calibrated on those of `train` and judged on those of `test` or `val`, or on every
-            other image where there is no such pair.
+        source: a model, as for `load_model`; `where` as for `from_pretrained`.
+        calibrate: labelled images, as for `read_examples`. A float format is checked on some of them; without them, on
+            random pictures. int8 is calibrated on the images of `train` and judged on those of `test` or `val`. If
+            there is no such pair, the images go alternately to both.
 
     Raises:
-        ValueError: no classifier; images that don't fit it; an answer that differs, or int8 that costs accuracy.
-        FileExistsError: `out` holds anything but a former export.
+        ValueError: `source` is no classifier, the images don't fit it, an answer differs, or int8 costs accuracy.
+        FileExistsError: `out` holds anything but an earlier export.
         ImportError: a package is missing.
-        FileNotFoundError: `web` without Node, or without npm or its registry where onnxruntime-web isn't cached.
+        FileNotFoundError: for `web`, Node is missing, or onnxruntime-web is not cached and can't be fetched.
     """
     if to not in get_args(Format):
         raise ValueError(f"there is no format {to!r}; choose {', '.join(get_args(Format))}")
     if to.endswith("int8") and calibrate is None:
         raise ValueError(
-            f"{to} needs images to take the ranges of its numbers from, and to be judged by; give "
-            "labelled ones with --calibrate DATA"
+            f"{to} needs images to calibrate its ranges and to judge its accuracy; give labelled images with "
+            "--calibrate DATA"
         )
     folder = Path(out).absolute()
     refuse_occupied(folder)
@@ -97,7 +102,7 @@ def export(
         files.write_json(temporary / "config.json", subject.model.config.to_dict())
         subject.processor.save_pretrained(temporary)
         if not to.endswith("int8") and (calibration := Calibration.of_model(source)) is not None:
-            calibration.save(temporary)  # int8 answers differ by more: they want their own, of `deit calibrate DIR`
+            calibration.save(temporary)  # int8 differs too much, and needs its own by `deit calibrate DIR`
         if examples is not None and to.endswith("int8"):
             description = write_int8(subject, to, temporary, examples, checked)
         elif page is not None:
@@ -109,7 +114,7 @@ def export(
 
 
 def refuse_occupied(folder: Path) -> None:
-    """Raises `FileExistsError` unless `folder` is absent, empty, or a former export and nothing else."""
+    """Raises `FileExistsError` unless `folder` is missing, empty, or an earlier export and nothing else."""
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():

@@ -8,18 +8,34 @@ from __future__ import annotations
 import io
 import math
 import os
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
-__all__ = ["Decoded", "ImageError", "convert", "decode", "is_encoded", "load_image", "name_of", "reading", "to_rgb"]
+__all__ = [
+    "Decoded",
+    "ImageError",
+    "convert",
+    "decode",
+    "image_suffixes",
+    "is_encoded",
+    "load_image",
+    "name_of",
+    "reading",
+    "to_rgb",
+    "without_texts",
+]
 
 MAX_PIXELS = 178_956_970  # above it, Pillow with its default settings raises DecompressionBombError
 
+_NO_PICTURES = {"BUFR", "EPS", "FLI", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}
+"""Formats whose suffixes Pillow registers, but which are no pictures: data, video, and pages and drawings that another
+program would have to draw. EPS runs Ghostscript."""
 _ORIENTATION = 0x0112  # EXIF tag
 _DRAFT_GAP = 2  # a scaled decode keeps twice the wanted sides, as Pillow's thumbnails do; it costs 0.4/255 on average
 
@@ -35,6 +51,16 @@ class Decoded(NamedTuple):
     image: Image.Image
     full: tuple[int, int]  # (height, width) of the file as it is displayed
     box: tuple[float, float, float, float] | None  # the part of `image` that the file covers; None: all of it
+
+
+def image_suffixes() -> frozenset[str]:
+    """The suffixes of image files, in lower case with the dot: those of every picture format that Pillow reads here."""
+    Image.init()
+    return frozenset(
+        suffix
+        for suffix, form in Image.registered_extensions().items()
+        if (form in Image.OPEN or form == "MPO") and form not in _NO_PICTURES  # the JPEG plugin opens MPO
+    )
 
 
 def load_image(
@@ -60,22 +86,26 @@ def load_image(
         raise ValueError(f'mode is {mode!r}, expected "RGB", "L" or None; convert the returned image yourself')
     decoded = decode(source, min_side, max_pixels).image
     with reading(name_of(source)):
-        return convert(decoded, mode)
+        return convert(decoded, mode, name_of(source))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image as "RGB", with 8 bits a channel. An RGB image is returned as it is.
 
     Alpha and transparent colours are dropped, not blended, like `Image.convert("RGB")` in the published evaluation
-    code and in timm. Modes I, I;16 and I;16B hold 16-bit data, 0..65535, and are scaled to 0..255 (Pillow's own
-    `convert` clips them). Mode F holds 0..255, as Pillow's conversions write it; it is rounded and clipped.
+    code and in timm.
 
-    Raises `ImageError` for values outside those ranges, NaN included, and for an F image in 0..1.
+    Greys of more than 8 bits are scaled from the range that their TIFF file states to 0..255 (Pillow's own `convert`
+    clips them). Where none is stated, I;16 and I;16B hold 0..65535. Mode I holds 0..65535 too, or 0..255 where no value
+    is larger. Mode F holds 0..255, as Pillow's conversions write it; it is rounded and clipped.
+
+    Raises `ImageError` for values outside those ranges, NaN included, for an F image in 0..1, and for values that take
+    so little of their range that the picture would be nearly black.
     """
-    if image.mode == "RGB":
-        return image
-    if image.mode == "F" or image.mode.startswith("I"):
-        return _deep_to_grey(image).convert("RGB")
+    return convert(image, "RGB")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("La", "RGBa"):  # premultiplied: Pillow only converts them to their plain forms
         image = image.convert(image.mode.upper())
     elif isinstance(image.info.get("transparency"), bytes):  # same colours, but the direct conversion makes Pillow warn
@@ -99,8 +129,21 @@ def decode(
         return Decoded(upright, (upright.height, upright.width), None)
 
     data = _read_bytes(source, name)
+    try:
+        return _decode(data, name, min_side, max_pixels)
+    except ImageError:
+        if (bare := without_texts(data)) is None:
+            raise
+    return _decode(bare, name, min_side, max_pixels)
+
+
+def _decode(
+    data: bytes, name: str, min_side: Sides | Callable[[tuple[int, int]], Sides] | None, max_pixels: int
+) -> Decoded:
     with reading(name, data):
         image = Image.open(io.BytesIO(data))
+    if image.format in _NO_PICTURES:
+        raise ImageError(f"{name} is an {image.format} file, expected a picture; render it to PNG first")
     _check_pixels(image, name, max_pixels)
     with reading(name):
         full, drafted = image.size, None
@@ -118,6 +161,27 @@ def decode(
     if drafted is None:
         return Decoded(image, (image.height, image.width), None)
     return Decoded(image, full if orientation >= 5 else full[::-1], _draft_box(image, drafted[1], orientation))
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+
+
+def without_texts(data: bytes) -> bytes | None:
+    """A PNG file without its texts and its colour profile; None for a file that has none.
+
+    Pillow refuses a whole file where these take more than a megabyte, and none of them changes a pixel.
+    """
+    if not data.startswith(_PNG):
+        return None
+    kept, place = [_PNG], len(_PNG)
+    while place + 12 <= len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        if data[place + 4 : place + 8] not in _TEXTS:
+            kept.append(data[place:end])
+        place = end
+    bare = b"".join(kept)
+    return bare if len(bare) < len(data) else None
 
 
 def _draft_box(
@@ -175,11 +239,28 @@ def _read_bytes(source: Any, name: str) -> bytes:
     return data
 
 
+_NO_FILES = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+"""What may wait for ever, or never end, by the type that `stat` gives."""
+
+
 def _read_path(path: str | os.PathLike[str], name: str) -> bytes:
     try:
+        kind = stat.S_IFMT(os.stat(Path(path)).st_mode)
+        if kind in _NO_FILES and not name.startswith(("/dev/stdin", "/dev/fd/")):  # a shell's <(command) is asked for
+            raise ImageError(
+                f"{name} is {_NO_FILES[kind]}, expected a regular file; take it away, or save what it gives"
+            )
         return Path(path).read_bytes()
+    except ImageError:
+        raise
     except FileNotFoundError:
-        raise ImageError(f"{name} does not exist; check the path") from None
+        slashes = "write its path with / instead of \\" if "\\" in name and os.sep == "/" else "check the path"
+        raise ImageError(f"{name} does not exist; {slashes}") from None
     except IsADirectoryError:
         raise ImageError(f"{name} is a folder, expected one image file; give the files in it one by one") from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
@@ -225,26 +306,76 @@ def _orientation(image: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
-def convert(image: Image.Image, mode: str | None) -> Image.Image:
-    """The image in a mode: "RGB" (see `to_rgb`), "L" (grey), or None to keep its own."""
+def convert(image: Image.Image, mode: str | None, name: str | None = None) -> Image.Image:
+    """The image in a mode: "RGB" (see `to_rgb`), "L" (grey), or None to keep its own. Messages call it `name`."""
     if mode is None or image.mode == mode:
         return image
-    if mode == "RGB":
-        return to_rgb(image)
     if image.mode == "F" or image.mode.startswith("I"):
-        return _deep_to_grey(image)
-    return (image if image.mode in ("1", "LA") else to_rgb(image)).convert("L")
+        grey = _deep_to_grey(image, name or name_of(image))
+        return grey if mode == "L" else grey.convert(mode)
+    if mode == "RGB":
+        return _to_rgb(image)
+    return (image if image.mode in ("1", "LA") else _to_rgb(image)).convert("L")
 
 
-def _deep_to_grey(image: Image.Image) -> Image.Image:
+def _deep_to_grey(image: Image.Image, name: str) -> Image.Image:
+    """Scales a grey image of more than 8 bits to 8 bits: from the range that its file states, or from its mode's."""
     values = np.asarray(image)
     low, high = values.min(), values.max()
-    if image.mode == "F":
-        if not math.isfinite(low) or not math.isfinite(high):
-            raise ImageError("a float image (mode F) holds NaN or infinity, expected 0..255; replace those pixels")
+    kind = "a float image" if image.mode == "F" else "an integer image"
+    held = f"{name} is {kind} (mode {image.mode}) that holds"
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise ImageError(f"{held} NaN or infinity, expected finite values; replace those pixels")
+    held += f" {low:g}..{high:g}" if image.mode == "F" else f" {low}..{high}"
+    stated = _stated_range(image)
+    if stated is not None:
+        start, end = stated
+        if low < start or high > end:
+            raise ImageError(f"{held}, but states {start:g}..{end:g} (MinSampleValue, MaxSampleValue); correct these")
+    elif image.mode == "F":
         if low >= 0 and 0 < high <= 1:
-            raise ImageError("a float image (mode F) holds 0..1, expected 0..255; multiply it by 255")
-        return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
-    if low < 0 or high > 65535:
-        raise ImageError(f"an integer image (mode {image.mode}) holds {low}..{high}, expected 0..65535; scale it first")
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))  # 257 = 65535 / 255
+            raise ImageError(f"{held}, expected 0..255; multiply it by 255")
+        if max(-low, high) > _OVERSHOOT * 255 or ((values < 0) | (values > 255)).mean() > 0.5:
+            raise ImageError(f"{held}, expected 0..255; scale it first, or state MinSampleValue and MaxSampleValue")
+        start, end = 0, 255
+    else:
+        if low < 0 or high > 65535:
+            raise ImageError(f"{held}, expected 0..65535; scale it first, or state MinSampleValue and MaxSampleValue")
+        start, end = 0, 255 if image.mode == "I" and high <= 255 else 65535
+    if stated is None and 0 < high < (end + 1) / _DARK:
+        raise ImageError(
+            f"{held}, which is nearly black where 0..{end} is expected; scale it first, or state MinSampleValue and "
+            "MaxSampleValue"
+        )
+    levels = (values.astype(np.float64) - start) * (255 / (end - start))
+    return Image.fromarray(np.clip(_inverted(image, np.rint(levels)), 0, 255).astype(np.uint8))
+
+
+_OVERSHOOT = 4
+"""Values of a float image up to so many times 255 are what a filter left, and are clipped."""
+_DARK = 16
+"""An image whose largest value is below this part of its range was measured on another scale."""
+_BITS, _PHOTOMETRIC = 258, 262  # TIFF tags
+_RANGES = ((340, 341), (280, 281))  # SMinSampleValue and SMaxSampleValue, MinSampleValue and MaxSampleValue
+
+
+def _stated_range(image: Image.Image) -> tuple[float, float] | None:
+    """The lowest and the highest value that a TIFF file says its pixels may have."""
+    tags = getattr(image, "tag_v2", {})
+    for lowest, highest in _RANGES:
+        with suppress(TypeError, ValueError, IndexError):  # damaged tags state nothing
+            start, end = (
+                float(np.ravel(tags[tag])[0]) if tag in tags else low
+                for tag, low in ((lowest, 0.0), (highest, math.nan))
+            )
+            if math.isfinite(start) and math.isfinite(end) and start < end:
+                return start, end
+    bits = tags.get(_BITS, (0,))
+    if image.mode.startswith("I;16") and len(bits) == 1 and 8 < bits[0] < 16:
+        return 0, 2 ** bits[0] - 1
+    return None
+
+
+def _inverted(image: Image.Image, levels: np.ndarray) -> np.ndarray:
+    """Light and dark exchanged where a TIFF file says that 0 is white, which Pillow heeds in 8 bits alone."""
+    return 255 - levels if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0 else levels

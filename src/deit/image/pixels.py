@@ -69,7 +69,7 @@ def _picture(source: Any, options: Mapping[str, Any]) -> Decoded:
         decoded = decode(source, side if options["do_resize"] else None)
     with reading(name_of(source)):
         decoded.image.load()
-        return decoded._replace(image=convert(decoded.image, _wanted_mode(options)))
+        return decoded._replace(image=convert(decoded.image, _wanted_mode(options), name_of(source)))
 
 
 def _wanted_mode(options: Mapping[str, Any]) -> str | None:

@@ -74,12 +74,23 @@ def load_classifier(name_or_folder: str | Path, **where: Any) -> Classifier:
     prepared.
     """
     model = load_model(name_or_folder, **where)
+    _refuse_no_classifier(model, f"{name_or_folder} holds")
+    return classifier_of(model, DeiTImageProcessor.of_model(name_or_folder, model.config, **where), str(name_or_folder))
+
+
+def classifier_of(model: Any, processor: DeiTImageProcessor, name: str = "") -> Classifier:
+    """A classifier that is in memory already, which it puts into evaluation mode. `name` is what messages call it.
+
+    Raises `ValueError` for a model without classes.
+    """
+    _refuse_no_classifier(model, "found")
+    return Classifier(name or type(model).__name__, model.eval(), processor, tuple(model.config.id2label.values()))
+
+
+def _refuse_no_classifier(model: Any, found: str) -> None:
     kinds = (DeiTForImageClassification, DeiTForImageClassificationWithTeacher, ConvNet)
     if not isinstance(model, kinds) or not model.config.num_labels:
-        raise ValueError(f"{name_or_folder} holds a {type(model).__name__} without classes; expected a classifier")
-    processor = DeiTImageProcessor.of_model(name_or_folder, model.config, **where)  # type: ignore[arg-type]
-    labels: dict[int, str] = model.config.id2label  # type: ignore[assignment]
-    return Classifier(str(name_or_folder), model, processor, tuple(labels.values()))
+        raise ValueError(f"{found} a {type(model).__name__} without classes; expected a classifier")
 
 
 def heads_of(distilled: bool, scoring: Scoring) -> tuple[Head, ...]:

@@ -3,6 +3,8 @@
 They compute in float32 whatever the logits' type. A class that the model does not have makes the loss NaN, because a
 compiled function can't raise.
 
+Their `weights` (B,) are Keras' sample weights, which `deit.model.losses` doesn't have.
+
 B images, C classes or regression targets.
 """
 
@@ -28,7 +30,13 @@ def _is_whole(x: Any) -> bool:
     return keras.backend.is_int_dtype(x.dtype)
 
 
-def cross_entropy(logits: Any, targets: Any, smoothing: float = 0.0) -> Any:
+def _mean(values: Any, weights: Any = None) -> Any:
+    """Mean over images of values (B, ...), each times its weight (B,), as Keras' losses reduce them."""
+    values = ops.mean(ops.reshape(values, (ops.shape(values)[0], -1)), axis=1)
+    return ops.mean(values if weights is None else values * ops.reshape(ops.cast(weights, values.dtype), (-1,)))
+
+
+def cross_entropy(logits: Any, targets: Any, smoothing: float = 0.0, weights: Any = None) -> Any:
     """Cross-entropy, as a mean over images. `targets` are class indices (B,) or probabilities (B, C)."""
     logits = ops.cast(logits, "float32")
     classes = logits.shape[-1]
@@ -36,24 +44,24 @@ def cross_entropy(logits: Any, targets: Any, smoothing: float = 0.0) -> Any:
         known = (targets >= 0) & (targets < classes)
         targets = ops.where(known[:, None], ops.one_hot(targets, classes, dtype="float32"), float("nan"))
     targets = ops.cast(targets, "float32") * (1 - smoothing) + smoothing / classes
-    return -ops.mean(ops.sum(targets * ops.log_softmax(logits), axis=-1))
+    return _mean(-ops.sum(targets * ops.log_softmax(logits), axis=-1), weights)
 
 
-def classification_loss(logits: Any, labels: Any, config: DeiTConfig) -> Any:
+def classification_loss(logits: Any, labels: Any, config: DeiTConfig, weights: Any = None) -> Any:
     """The loss for `labels`, by `config.problem_type` or by `transformers`' own decision, as in `deit.model.losses`."""
     whole = _is_whole(labels)
     problem = problem_type(config, labels.dtype, whole)
     if problem == "single_label_classification":
         labels = ops.reshape(labels, (-1,))
         check_labels(labels.shape, logits.shape[:1], problem)
-        return cross_entropy(logits, labels)
+        return cross_entropy(logits, labels, weights=weights)
     logits, labels = ops.cast(logits, "float32"), ops.cast(labels, "float32")
     if config.num_labels == 1:
         logits, labels = ops.reshape(logits, (-1,)), ops.reshape(labels, (-1,))
     check_labels(labels.shape, logits.shape, problem)
     if problem == "regression":
-        return ops.mean(ops.square(logits - labels))
-    return ops.mean(ops.softplus(logits) - logits * labels)  # binary cross-entropy
+        return _mean(ops.square(logits - labels), weights)
+    return _mean(ops.softplus(logits) - logits * labels, weights)  # binary cross-entropy
 
 
 def distillation_loss(
@@ -67,19 +75,20 @@ def distillation_loss(
     temperature: float | None = None,
     normalisation: Normalisation = "images",
     smoothing: float = 0.0,
+    weights: Any = None,
 ) -> Any:
     """The loss of a student that has a teacher (Touvron et al. 2020, eq. 2, 3). Arguments as in `deit.model.losses`."""
     weight, tau = distillation_settings(kind, weight, temperature)
-    truth = cross_entropy(cls_logits, labels, smoothing)
+    truth = cross_entropy(cls_logits, labels, smoothing, weights)
     if kind == "hard":
         decisions = ops.argmax(teacher, axis=-1) if len(teacher.shape) == 2 else teacher
-        taught = cross_entropy(distillation_logits, decisions)
+        taught = cross_entropy(distillation_logits, decisions, weights=weights)
     else:
         check_soft_teacher(distillation_logits.shape, teacher.shape)
         log_p = ops.log_softmax(ops.cast(teacher, "float32") / tau)
         log_q = ops.log_softmax(ops.cast(distillation_logits, "float32") / tau)
         divergence = ops.sum(ops.exp(log_p) * (log_p - log_q), axis=-1)  # (B,)
-        taught = tau**2 * ops.mean(divergence) / (1 if normalisation == "images" else teacher.shape[-1])
+        taught = tau**2 * _mean(divergence, weights) / (1 if normalisation == "images" else teacher.shape[-1])
     return (1 - weight) * truth + weight * taught
 
 

@@ -438,7 +438,11 @@ class TFDeiTForMaskedImageModeling(_WithHead):
             )
         return self._result(return_dict, found)
 
-    def own_loss(self, output: Any, given: Mapping[str, Any], training: bool) -> Any:
+    def own_loss(self, output: Any, given: Mapping[str, Any], training: bool, weights: Any = None) -> Any:
+        if weights is not None:
+            raise ValueError(
+                "masked image modelling weighs all images alike, found sample or class weights; leave them out"
+            )
         mask = given.get("bool_masked_pos")
         if mask is None:
             raise ValueError(
@@ -501,10 +505,10 @@ class TFDeiTForImageClassification(_WithHead):
             ImageClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions),
         )
 
-    def own_loss(self, output: Any, given: Mapping[str, Any], training: bool) -> Any:
+    def own_loss(self, output: Any, given: Mapping[str, Any], training: bool, weights: Any = None) -> Any:
         if given.get("labels") is None:
             raise ValueError("classification trains on labels, found none; give fit images and labels")
-        return classification_loss(output.logits, given["labels"], self.config)
+        return classification_loss(output.logits, given["labels"], self.config, weights)
 
 
 @keras.saving.register_keras_serializable("deit")
@@ -583,14 +587,19 @@ class TFDeiTForImageClassificationWithTeacher(_WithHead):
             found.loss = self.own_loss(found, {"labels": labels, "teacher_logits": teacher_logits}, training)
         return self._result(return_dict, found)
 
-    def own_loss(self, output: Any, given: Mapping[str, Any], training: bool) -> Any:
+    def own_loss(self, output: Any, given: Mapping[str, Any], training: bool, weights: Any = None) -> Any:
         labels, teacher_logits = given.get("labels"), given.get("teacher_logits")
         if labels is not None and teacher_logits is not None:
             return distillation_loss(
-                output.cls_logits, output.distillation_logits, labels, teacher_logits, **self._distillation
+                output.cls_logits,
+                output.distillation_logits,
+                labels,
+                teacher_logits,
+                **self._distillation,
+                weights=weights,
             )
         if labels is not None and not training:
-            return classification_loss(output.logits, labels, self.config)
+            return classification_loss(output.logits, labels, self.config, weights)
         raise ValueError(
             "distillation trains on labels and teacher_logits together, found only "
             f"{'images' if labels is None else 'labels'}; pass both, or train "

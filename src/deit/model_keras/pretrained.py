@@ -110,6 +110,13 @@ def by_name(call: Callable[..., Any]) -> Callable[..., Any]:
 # --------------------------------------------------------------------------------------------------------------- models
 
 
+def _weighable(x: Any, y: Any, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    weighed = options.get("sample_weight") is not None or options.get("class_weight") is not None
+    if not weighed or y is not None or not isinstance(x, Mapping) or "labels" not in x:
+        return x, y
+    return {name: value for name, value in x.items() if name != "labels"}, x["labels"]
+
+
 _PUSH = ("repo_id", "token", "private", "revision", "commit_message")
 
 
@@ -331,7 +338,10 @@ class PreTrainedKeras(keras.Model):
         }
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+    def from_config(cls, config: dict[str, Any] | DeiTConfig, custom_objects: Any = None) -> Any:
+        """A fresh model from what `get_config` gave, or from a `DeiTConfig` as in `transformers`."""
+        if isinstance(config, DeiTConfig):
+            return cls(config)
         settings = dict(config)
         dtype = settings.pop("dtype", None)
         if isinstance(dtype, dict):
@@ -340,9 +350,17 @@ class PreTrainedKeras(keras.Model):
 
     # ---- training
 
-    def own_loss(self, output: Any, given: Mapping[str, Any], training: bool) -> Any:
-        """The model's own loss, from its output and the tensors of the data by name."""
+    def own_loss(self, output: Any, given: Mapping[str, Any], training: bool, weights: Any = None) -> Any:
+        """The model's own loss, from its output, the tensors of the data by name, and a weight (B,) for each image."""
         raise ValueError(f"{type(self).__name__} has no loss of its own; give compile() a loss")
+
+    def fit(self, x: Any = None, y: Any = None, *args: Any, **options: Any) -> Any:
+        """Keras' `fit`. With weights, labels among the inputs become the targets: Keras weighs nothing else."""
+        return super().fit(*_weighable(x, y, options), *args, **options)
+
+    def evaluate(self, x: Any = None, y: Any = None, *args: Any, **options: Any) -> Any:
+        """Keras' `evaluate`, with the same rule."""
+        return super().evaluate(*_weighable(x, y, options), *args, **options)
 
     def compile(self, *args: Any, **options: Any) -> None:
         """Keras' `compile`. Without `loss`, training minimises the model's own loss."""
@@ -359,12 +377,7 @@ class PreTrainedKeras(keras.Model):
         """Keras' hook for the loss: a compiled loss of the field `answer`, or else the model's own loss."""
         if self._compile_loss is not None:
             return super().compute_loss(x, self._labels(x, y), y_pred[self.answer], sample_weight, training)
-        if sample_weight is not None:
-            raise ValueError(
-                "the model's own loss weighs all images alike, found sample or class weights; leave them out, or give "
-                "compile() a loss"
-            )
-        return self.own_loss(y_pred, _named("pixel_values", x) | _named("labels", y), training)
+        return self.own_loss(y_pred, _named("pixel_values", x) | _named("labels", y), training, sample_weight)
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
         return super().compute_metrics(x, self._labels(x, y), y_pred[self.answer], sample_weight)

@@ -1,4 +1,4 @@
-"""From files to labels: one `Predictor` is the only way, for the commands, the pipelines and the server."""
+"""From image files to labels. The commands, the pipelines and the server all use one `Predictor` for this."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What computes for a `Predictor`: a model in PyTorch, or an exported file in its runtime.
+"""The back ends of a `Predictor`: a model in PyTorch, or an exported file in its runtime.
 
 B images, C channels, H rows, W columns.
 """
@@ -24,10 +24,10 @@ class Backend(Protocol):
     """The heads that can decide."""
 
     def __call__(self, pixels: np.ndarray) -> ModelOutput:
-        """The model's output for pixels (B, C, H, W), in float32."""
+        """Returns the model's output for float32 pixels (B, C, H, W)."""
 
     def __str__(self) -> str:
-        """What computes, for people."""
+        """The back end's name, for people to read."""
 
 
 class TorchBackend:

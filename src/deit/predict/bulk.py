@@ -1,7 +1,7 @@
 """Labels for any number of image files.
 
-Images are found as they are asked for, and rows are written as they come. A file of results grows in parts, so that
-work that was stopped goes on after its last part.
+Paths are looked up as images are needed, and each row is written as soon as it is known. A results file grows in parts,
+so work that was stopped continues after its last whole part.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
@@ -23,14 +24,14 @@ from typing import IO, Any, Literal
 
 from deit import files, host
 from deit.choices import Head, Runtime
-from deit.data.folders import walk_images
+from deit.data.folders import native, passed_over, walk_images
 from deit.export.engines import sha256
 from deit.predict.predictor import Predictor
 
 PART = 2048
-"""Images in a part: the most that is lost when work is stopped."""
+"""Number of images in a part. Work that is stopped loses at most this many."""
 MANY = 256
-"""Number of images from which preparing another engine pays: it takes some seconds, the first time."""
+"""Number of images from which `auto` takes OpenVINO. Preparing it takes some seconds the first time."""
 Form = Literal["text", "json", "csv"]
 
 
@@ -53,22 +54,24 @@ def predict_files(
     Args:
         model, head, device: as for `Predictor`.
         inputs: as for `find_images`.
-        to: a `.jsonl`, `.csv` or `.parquet` file, which grows in parts (`Results`), or the form of the rows on standard
-            output.
-        top_k: labels for each image.
-        batch: images computed at once.
-        shard: (i, N): only every N-th image, from the i-th on, 1 to N.
-        engine: as for `Predictor`; `auto` takes OpenVINO only for `MANY` images or more.
+        to: a `.jsonl`, `.csv` or `.parquet` file, which grows in parts (see `Results`), or the form of the rows on
+            standard output.
+        top_k: number of labels for each image.
+        batch: number of images computed at once.
+        shard: (i, N) takes every N-th image, beginning with the i-th; i is from 1 to N.
+        engine: as for `Predictor`, but `auto` takes OpenVINO only for a list on standard input or for `MANY` images or
+            more.
     """
-    paths = share(find_images(inputs, sys.stdin), shard)
-    if engine == "auto" and "-" not in inputs:  # a list may come slowly, and is not waited for
+    passed: Counter[str] = Counter()
+    paths = share(find_images(inputs, sys.stdin, passed), shard)
+    if engine == "auto" and "-" not in inputs:  # counting a list would wait for its end, and it may come slowly
         many, paths = peek(paths, MANY)
         engine = "auto" if many else None
     predictor = Predictor(model, head=head, device=device, engine=engine)
     if predictor.calibration is not None:
         print(
-            f"calibrated on {predictor.calibration.images} images; sure means at most "
-            f"{predictor.calibration.error_rate:.3g} errors",
+            f"calibrated on {predictor.calibration.images} images; at most {predictor.calibration.error_rate:.3g} of "
+            "images like these get a label that is sure and wrong",
             file=sys.stderr,
         )
     results = None
@@ -77,7 +80,7 @@ def predict_files(
         results = Results(to, job)
         paths = results.remaining(paths)
         if results.done:
-            print(f"going on after {results.done} images", file=sys.stderr)
+            print(f"continuing after {results.done} images", file=sys.stderr)
     tally = Tally(sys.stderr, predictor.engine)
     rows = tally.counted(answer.to_dict() for answer in predictor.stream(paths, top_k=top_k, batch=batch))
     if results is not None:
@@ -93,6 +96,8 @@ def predict_files(
             elif "error" not in row:
                 print(_line(row), flush=True)
     tally.finish()
+    if passed:
+        print(f"deit predict: {passed_over(passed)}", file=sys.stderr)
     return tally.unreadable + (results.unreadable if results else 0)
 
 
@@ -103,7 +108,7 @@ def _line(row: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """What decides the rows of a file of results. Work goes on only under the same."""
+    """Everything that decides the rows of a results file. Stopped work continues only if all of it is the same."""
 
     model: str
     files: str
@@ -113,28 +118,34 @@ class Job:
     top_k: int
     inputs: tuple[str, ...]
     shard: tuple[int, int] = (1, 1)
-    """(i, N): every N-th image, from the i-th on, 1 to N."""
+    """(i, N) takes every N-th image, beginning with the i-th; i is from 1 to N."""
 
 
 def identity(model: str) -> str:
-    """What a folder holds, its calibration included, as one digest; of a hub name nothing is known."""
+    """One digest of the files in a model's folder, its calibration included; empty for the name of a model on the hub,
+    whose files are not compared."""
     if not os.path.isdir(model):
         return ""
     held = {path.name: sha256(path) for path in sorted(Path(model).iterdir()) if path.is_file()}
     return hashlib.sha256(json.dumps(held).encode()).hexdigest()
 
 
-def find_images(inputs: Iterable[str], listed: IO[str] | None = None) -> Iterator[str]:
-    """Paths of images, in a fixed order: files as they are, image files of folders and their folders, by name, what
-    globs match, and for `-` the lines of `listed`.
+def find_images(
+    inputs: Iterable[str], listed: IO[str] | None = None, passed: Counter[str] | None = None
+) -> Iterator[str]:
+    """Yields the paths of images in a fixed order.
 
-    Raises `FileNotFoundError` for what matches nothing.
+    A file gives itself. A folder gives the image files in it and in its folders, sorted by name. A pattern gives what
+    it matches, and `-` gives the lines of `listed`. `passed` counts the other files in folders by suffix.
+
+    Raises `FileNotFoundError` for a pattern that matches nothing.
     """
+    passed = Counter() if passed is None else passed
     for given in inputs:
         if given == "-":
-            yield from (line.rstrip("\n") for line in listed or () if line.strip())
+            yield from _paths(listed or ())
         elif os.path.isdir(given):
-            yield from walk_images(given)
+            yield from walk_images(given, passed)
         elif os.path.isfile(given) or not glob.has_magic(given):
             yield given  # a missing file is a row like any other unreadable one
         else:
@@ -142,32 +153,47 @@ def find_images(inputs: Iterable[str], listed: IO[str] | None = None) -> Iterato
             if not matches:
                 raise FileNotFoundError(f"{given} matches no file; check the pattern")
             for match in matches:
-                yield from walk_images(match) if os.path.isdir(match) else [match]
+                yield from walk_images(match, passed) if os.path.isdir(match) else [match]
+
+
+def _paths(lines: Iterable[str]) -> Iterator[str]:
+    """The paths of a list, as any system writes it: with a byte order mark, carriage returns and backslashes, or
+    without."""
+    for number, line in enumerate(lines):
+        if number == 0:
+            if line.startswith(("\udcff\udcfe", "\udcfe\udcff", "ÿþ", "þÿ")):
+                raise ValueError("the list on standard input is in UTF-16, expected UTF-8; write it again")
+            line = line.removeprefix("\ufeff").removeprefix("ï»¿")  # the second is UTF-8 in a console of Windows
+        path = line.rstrip("\n")
+        if path.endswith("\r") and not os.path.lexists(path):
+            path = path[:-1]
+        if path.strip():
+            yield native(path)
 
 
 def share(paths: Iterable[str], shard: tuple[int, int]) -> Iterator[str]:
-    """One of N equal parts of the work."""
+    """Yields every N-th path, beginning with the i-th; `shard` is (i, N)."""
     return islice(paths, shard[0] - 1, None, shard[1])
 
 
 def peek(paths: Iterable[str], count: int) -> tuple[bool, Iterator[str]]:
-    """Whether there are as many, and the paths, all of them."""
+    """Returns whether there are at least `count` paths, and an iterator over all of them."""
     iterator = iter(paths)
     first = list(islice(iterator, count))
     return len(first) == count, chain(first, iterator)
 
 
 class Results:
-    """A file of rows, `.jsonl`, `.csv` or `.parquet`, that is written part by part into `FILE.parts/` beside it.
+    """A `.jsonl`, `.csv` or `.parquet` file of rows. Its rows gather part by part in `FILE.parts/` beside it.
 
-    Raises `ValueError` for parts of other work, `FileExistsError` where the file is finished already.
+    Raises `ValueError` for another suffix or for parts of other work, and `FileExistsError` if the file exists already.
     """
 
     def __init__(self, path: Path, job: Job):
         if path.suffix not in _WRITERS:
-            raise ValueError(f"results go into a {', '.join(_WRITERS)} file, found {path}; give such a name")
+            raise ValueError(f"expected a {', '.join(_WRITERS)} file for the results, found {path}; rename it")
         if path.exists():
-            raise FileExistsError(f"{path} is there already; remove it to predict again")
+            raise FileExistsError(f"{path} exists already; remove it to predict again")
         if path.suffix == ".parquet":
             _pyarrow()
         self.path, self.job, self.folder = path, job, path.with_name(path.name + ".parts")
@@ -176,8 +202,8 @@ class Results:
             if (other := files.read_json(begun)) != described:
                 differing = [key for key in described if described[key] != other.get(key)]
                 raise ValueError(
-                    f"{self.folder} holds parts of other work ({', '.join(differing)} differ); finish "
-                    "that with its own command, or remove the folder to start anew"
+                    f"{self.folder} holds parts of other work ({', '.join(differing)} differ); finish that work with "
+                    "its own command, or remove the folder to start over"
                 )
         else:
             files.write_json(begun, described)
@@ -186,12 +212,15 @@ class Results:
 
     @property
     def done(self) -> int:
-        """Images that have their rows."""
+        """Number of images whose rows are written."""
         return len(self.parts) * PART
 
     def remaining(self, paths: Iterable[str]) -> Iterator[str]:
-        """The images after those that are done, of which `unreadable` counts some. Raises `ValueError` where these are
-        not the same as then."""
+        """Returns the images that follow the ones already done, and adds the unreadable ones among those to
+        `unreadable`.
+
+        Raises `ValueError` if the images already done differ from those in the parts.
+        """
         iterator = iter(paths)
         for part in self.parts:
             with part.open(encoding="utf-8") as rows:
@@ -199,12 +228,12 @@ class Results:
             self.unreadable += sum("error" in row for row in done)
             if [row["image"] for row in done] != list(islice(iterator, PART)):
                 raise ValueError(
-                    f"the images have changed since {part} was written; remove {self.folder} to start anew"
+                    f"the images have changed since {part} was written; remove {self.folder} to start over"
                 )
         return iterator
 
     def write(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Writes rows as they pass, and the whole file after the last."""
+        """Writes each row as it passes through, and the whole file after the last one."""
         iterator = iter(rows)
         while True:
             with files.replacing(path := self.folder / f"{len(self.parts):06}.jsonl") as temporary:
@@ -228,7 +257,7 @@ class Results:
 
 
 def csv_lines(rows: Iterable[dict[str, Any]], top_k: int) -> Iterator[str]:
-    """A header and a line for each row: image, label_1, score_1, …, sure, error."""
+    """Yields a header and a line for each row: image, label_1, score_1, …, sure, error."""
     names = ["image", *(f"{what}_{i}" for i in range(1, top_k + 1) for what in ("label", "score")), "sure", "error"]
     line = io.StringIO(newline="")
     writer = csv.DictWriter(line, names, lineterminator="\n")
@@ -248,7 +277,7 @@ def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]], top_k: int) -> None
 
 
 def _write_csv(path: Path, rows: Iterable[dict[str, Any]], top_k: int) -> None:
-    # Names of files need not be UTF-8; like this they come out as they are on the disk.
+    # File names need not be UTF-8. With this handler their bytes come out as they are on the disk.
     with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.writelines(csv_lines(rows, top_k))
 
@@ -287,7 +316,7 @@ def _write_parquet(path: Path, rows: Iterable[dict[str, Any]], top_k: int) -> No
 
 
 def _utf8(text: str | None) -> str | None:
-    """With a replacement character for each byte of a file's name that is not UTF-8; Parquet has no place for it."""
+    """The text with a replacement character for each byte that is not UTF-8, because Parquet holds only UTF-8."""
     return text and text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
@@ -303,7 +332,7 @@ _WRITERS = {".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parqu
 
 
 class Tally:
-    """Counts rows; says which image can't be read, and on a terminal how far and how fast it goes."""
+    """Counts rows and names each image that can't be read. On a terminal it also shows the progress and the speed."""
 
     def __init__(self, stream: Any, engine: str):
         self.stream, self.engine, self.images, self.unreadable = stream, engine, 0, 0
@@ -330,8 +359,8 @@ class Tally:
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """`2/8` to (2, 8). Raises `ValueError`."""
+    """Turns `2/8` into (2, 8). Raises `ValueError` if the text is no shard."""
     index, _, count = text.partition("/")
     if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
-        raise ValueError(f"a shard is i/N with i from 1 to N, like 2/8, found {text!r}")
+        raise ValueError(f"expected a shard i/N with i from 1 to N, found {text!r}; write it like 2/8")
     return int(index), int(count)

@@ -1,4 +1,4 @@
-"""A model's calibration, from labelled images that it was not trained on."""
+"""Calibrates a model with labelled images that it was not trained on."""
 
 from __future__ import annotations
 
@@ -34,16 +34,18 @@ def calibrate(
     """Fits every head's temperature and threshold and stores them as `calibration.json` in the model's folder.
 
     Args:
-        folder: a trained model's, on this machine.
-        data, split: as for `read_examples`, but that of a folder with splits val is taken; the classes are found in the
-            model by name.
-        error_rate: share of new images, above 0 and below 1, that may get one sure and wrong label.
+        folder: the folder of a trained model, on this machine.
+        data, split: as for `read_examples`, except that `split` is `val` by default if the data has such a split.
+            Classes are matched to the model's by name.
+        error_rate: share of new images that may get a label that is sure and wrong; above 0 and below 1.
 
-    Raises `ValueError` where images and model don't fit or the images are too few; then nothing is stored.
+    Raises `FileNotFoundError` if there is no such folder, and `ValueError` if the images don't fit the model or are too
+    few. Nothing is stored then.
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(
-            f"{folder} is no folder here, and a calibration is stored beside the model; save the model first"
+            f"{folder} is not a folder on this machine, and the calibration is stored in the model's folder; save the "
+            "model first"
         )
     console = console or Console(stderr=True)
     predictor = Predictor(folder, device=device)
@@ -65,7 +67,7 @@ def calibrate(
             parts[name].append(value.float().cpu())
         labels.append(batch.labels[read].numpy())
     if not labels:
-        raise ValueError(f"none of the images of {data} can be read; give others")
+        raise ValueError(f"none of the images in {data} can be read; give other images")
     output = kind(**{name: torch.cat(values) for name, values in parts.items()})
     truth = np.concatenate(labels)
     heads: dict[str, HeadCalibration] = {

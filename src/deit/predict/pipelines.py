@@ -1,4 +1,4 @@
-"""`pipeline()` with the inputs and outputs of transformers' image pipelines, on this package's models.
+"""`pipeline()` for this package's models, with the inputs and outputs of transformers' image pipelines.
 
 B images, N tokens, D width, C classes.
 """
@@ -14,11 +14,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from deit.choices import Head, Runtime, Scoring
 from deit.image.processor import DeiTImageProcessor
-from deit.model.network import DeiTModel
+from deit.model.load import classifier_of
+from deit.model.network import DeiTModel, PreTrained
 from deit.predict.predictor import Predictor
 
 Function = Literal["default", "softmax", "sigmoid", "none"]
@@ -26,21 +27,24 @@ Task = Literal["image-classification", "image-feature-extraction"]
 Device = str | int | torch.device | None
 
 MAX_DOWNLOAD = 32 * 2**20
-"""Bytes of one image behind a URL."""
+"""Largest download of one image, in bytes."""
 
 
-def pipeline(task: Task | None = None, model: str | Path | None = None, **options: Any) -> Any:
-    """A callable from images to answers, as `transformers.pipeline` makes it.
+def pipeline(task: Task | None = None, model: str | Path | nn.Module | None = None, **options: Any) -> Any:
+    """Returns a callable that turns images into answers, as `transformers.pipeline` does.
 
     Args:
         task: `image-classification` (`ImageClassificationPipeline`) or `image-feature-extraction`
-            (`ImageFeatureExtractionPipeline`); None is classification.
-        model: a trained folder or a hub name.
-        options: those of the class.
+            (`ImageFeatureExtractionPipeline`); None means classification.
+        model: a trained folder, a hub name, or a model in memory together with its `image_processor`.
+        options: the options of that class.
+
+    Raises `ValueError` for another task, or if no model is given.
     """
     if model is None:
         raise ValueError(
-            "pipeline needs a model: a trained folder, or a hub name like facebook/deit-tiny-distilled-patch16-224"
+            "pipeline needs a model, found None; give a trained folder, or a hub name like "
+            "facebook/deit-tiny-distilled-patch16-224"
         )
     classes: dict[Any, Any] = {
         None: ImageClassificationPipeline,
@@ -53,25 +57,28 @@ def pipeline(task: Task | None = None, model: str | Path | None = None, **option
 
 
 class ImageClassificationPipeline:
-    """Images to `[{"label": name, "score": number}, …]`, best first.
+    """Turns each image into `[{"label": name, "score": number}, …]`, best first.
 
     Args:
-        model: a trained folder or a hub name.
+        model: a trained folder, a hub name, or a model in memory.
+        image_processor: replaces the folder's. A model in memory needs one.
         head: which of a distilled model's heads decides.
-        top_k: labels for each image; all of them when there are fewer.
-        function_to_apply: `default` is softmax, or sigmoid for one label and multi-label models, or none for
-            regression. Softmax takes the head and the calibration of `Predictor`; sigmoid and none take its logits.
-        batch_size: images computed at once.
-        device: `cpu`, `cuda`, a number of a GPU, or -1 or None for the CPU.
+        top_k: number of labels for each image; if the model has fewer, all of them.
+        function_to_apply: `softmax` gives the probabilities of `Predictor`, with its head and calibration. `sigmoid`
+            and `none` use its logits. `default` is `none` for regression, `sigmoid` for models with a single label or
+            with many labels for an image, and otherwise `softmax`.
+        batch_size: number of images computed at once.
+        device: `cpu`, `cuda`, the number of a GPU, or -1 or None for the CPU.
         engine: as for `Predictor`; `auto` is the fastest on a CPU.
-        allow_urls: fetch images from `http://` and `https://` addresses; refused otherwise.
+        allow_urls: fetch images from `http://` and `https://` addresses. Without it they are refused.
         timeout: seconds to wait for such an address.
     """
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | nn.Module,
         *,
+        image_processor: DeiTImageProcessor | None = None,
         head: Head = "fused",
         top_k: int = 5,
         function_to_apply: Function | None = None,
@@ -81,7 +88,9 @@ class ImageClassificationPipeline:
         allow_urls: bool = False,
         timeout: float | None = 10.0,
     ):
-        self.predictor = Predictor(model, head=head, device=_device(device), engine=engine)
+        given = classifier_of(model, _needed(image_processor)) if isinstance(model, nn.Module) else model
+        self.predictor = Predictor(given, head=head, device=_device(device), engine=engine)
+        self.predictor.processor = image_processor or self.predictor.processor
         self.top_k, self.batch_size = top_k, batch_size
         self.function_to_apply, self.allow_urls, self.timeout = function_to_apply, allow_urls, timeout
 
@@ -94,11 +103,14 @@ class ImageClassificationPipeline:
         batch_size: int | None = None,
         timeout: float | None = None,
     ) -> Any:
-        """Answers for `inputs`: a path, an address, the bytes of a file, a Pillow image or an array (H, W, C) or
-        (C, H, W) gives one list; a list of these gives a list of lists; any other iterable gives an iterator, which
-        reads as it is asked.
+        """Answers one image or many.
 
-        The other arguments replace those of the constructor for this call. Raises `ImageError` for what can't be read.
+        A path, an address, the bytes of a file, a Pillow image or an array (H, W, C) or (C, H, W) gives one list of
+        labels. A list of these gives a list of such lists. Any other iterable gives an iterator, which reads an image
+        only when its answer is asked for.
+
+        The other arguments replace those of the constructor for this call. Raises `ImageError` for an image that can't
+        be read.
         """
         score = self._score(function_to_apply or self.function_to_apply or "default")
         count = self.top_k if top_k is None else top_k
@@ -125,19 +137,23 @@ class ImageClassificationPipeline:
 
 
 class ImageFeatureExtractionPipeline:
-    """Images to their tokens after the last block and the final LayerNorm: nested lists (1, N, D) for each image.
+    """Turns each image into its tokens after the last block and the final LayerNorm, as nested lists (1, N, D).
 
     Args:
-        model: a trained folder or a hub name; its heads are left out.
-        pool: the pooler's output (1, D) instead, of a model that has one.
-        return_tensors: tensors instead of lists.
+        model: a trained folder, a hub name, or a model in memory; its heads are left out.
+        image_processor: as for classification.
+        pool: return the output of the model's pooler (1, D) instead.
+        return_tensors: return tensors instead of lists.
         batch_size, device, allow_urls, timeout: as for classification.
+
+    Raises `ValueError` if `pool` is set and the model has no pooler.
     """
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | nn.Module,
         *,
+        image_processor: DeiTImageProcessor | None = None,
         pool: bool = False,
         return_tensors: bool = False,
         batch_size: int = 1,
@@ -146,15 +162,21 @@ class ImageFeatureExtractionPipeline:
         timeout: float | None = 10.0,
     ):
         self.device = torch.device(_device(device))
-        self.model = DeiTModel.from_pretrained(model).to(self.device)
-        self.processor = DeiTImageProcessor.of_model(model, self.model.config)
+        if isinstance(model, nn.Module):
+            if not isinstance(model, PreTrained):
+                raise ValueError(f"found a {type(model).__name__}, expected a model of the DeiT family")
+            self.model: Any = model.eval().to(self.device).backbone
+            self.processor = _needed(image_processor)
+        else:
+            self.model = DeiTModel.from_pretrained(model).to(self.device)
+            self.processor = image_processor or DeiTImageProcessor.of_model(model, self.model.config)
         if pool and self.model.pooler is None:
-            raise ValueError(f"{model} has no pooler, and pool=True asks for its output; leave it out")
+            raise ValueError(f"pool=True needs a model with a pooler, found none in {model}; leave pool out")
         self.pool, self.return_tensors, self.batch_size = pool, return_tensors, batch_size
         self.allow_urls, self.timeout = allow_urls, timeout
 
     def __call__(self, inputs: Any, *, batch_size: int | None = None, timeout: float | None = None) -> Any:
-        """Features of `inputs`, which may be what `ImageClassificationPipeline` takes, one or many in the same way."""
+        """Returns the features of one image or many, given in the same ways as to `ImageClassificationPipeline`."""
         fetched = _fetching(self.allow_urls, self.timeout if timeout is None else timeout)
         return _like_the_input(inputs, fetched, self._features, batch_size or self.batch_size)
 
@@ -175,8 +197,8 @@ def _like_the_input(
         return answer([fetched(inputs)])[0]
     if not isinstance(inputs, Iterable):
         raise ValueError(
-            f"an image is a path, bytes, a Pillow image or an array, found {type(inputs).__name__}; give "
-            "one, a list of them, or an iterable"
+            f"expected a path, bytes, a Pillow image or an array, found {type(inputs).__name__}; give one of these, a "
+            "list of them, or an iterable"
         )
 
     def answers() -> Iterator[Any]:
@@ -192,12 +214,12 @@ def _fetching(allowed: bool, timeout: float | None) -> Callable[[Any], Any]:
         if not (isinstance(image, str) and image.lower().startswith(("http://", "https://"))):
             return image
         if not allowed:
-            raise ValueError(f"{image} is an address, and nothing is fetched unless allowed; pass allow_urls=True")
+            raise ValueError(f"{image} is an address, and fetching is not allowed; pass allow_urls=True to allow it")
         from urllib.error import HTTPError, URLError
         from urllib.request import urlopen
 
         try:
-            with urlopen(image, timeout=timeout) as response:  # http and https only, redirects too
+            with urlopen(image, timeout=timeout) as response:  # redirects lead to http, https and ftp only
                 content: bytes = response.read(MAX_DOWNLOAD + 1)
         except (URLError, TimeoutError, OSError) as error:
             if isinstance(error, HTTPError):
@@ -210,6 +232,12 @@ def _fetching(allowed: bool, timeout: float | None) -> Callable[[Any], Any]:
         return content
 
     return fetched
+
+
+def _needed(processor: DeiTImageProcessor | None) -> DeiTImageProcessor:
+    if processor is None:
+        raise ValueError("a model in memory says nothing about its images; pass image_processor too")
+    return processor
 
 
 def _device(device: Device) -> str | torch.device:

@@ -1,4 +1,4 @@
-"""From image files to labels: the one way in which a trained folder is used."""
+"""From image files to labels: everything that uses a trained folder goes through `Predictor`."""
 
 from __future__ import annotations
 
@@ -37,18 +37,19 @@ Source = str | Path | bytes | Image.Image
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a model says of one image, or why it says nothing."""
+    """A model's labels for one image, or the reason why there are none."""
 
     source: Source
     labels: list[dict[str, Any]]
     """`{"label": name, "score": probability}`, best first."""
     sure: bool | None = None
-    """Whether the best label holds at the stated error rate; None where the model is not calibrated."""
+    """Whether exactly one label is likely enough at the calibration's error rate; None if the model is not calibrated.
+    """
     error: str | None = None
-    """Why the image could not be read; then there are no labels."""
+    """Why the image could not be read. There are no labels then."""
 
     def to_dict(self) -> dict[str, Any]:
-        """A row of `deit predict --json`; fields that are None are left out, and images that have no name."""
+        """A row of `deit predict --json`. Fields that are None are left out, and so is an image without a path."""
         named = {"image": str(self.source)} if isinstance(self.source, str | Path) else {}
         rest = {"labels": self.labels, "sure": self.sure, "error": self.error}
         return named | {key: value for key, value in rest.items() if value is not None}
@@ -58,27 +59,27 @@ class Predictor:
     """A classifier with its preprocessing, its labels and its calibration: the only way from files to labels.
 
     Args:
-        name_or_folder: what `deit`, `transformers` or timm saved, a hub name, or what `deit export` wrote.
+        name_or_folder: what `deit`, `transformers`, timm or `deit export` wrote, a hub name, or a `Classifier`.
         head: which of a distilled model's heads decides (`fuse_heads`).
         device: `cpu`, `cuda`, …; `auto` is the GPU if there is one and PyTorch computes.
-        engine: what computes. None: PyTorch, and an exported model's own runtime. `openvino`, `onnx`: that runtime, for
-            which the model is exported the first time (`cached_engine`: some seconds), on the CPU. `auto`: OpenVINO on
-            the CPU where it is installed, otherwise PyTorch.
+        engine: the software that computes. None is PyTorch, or for an exported model its own runtime. `openvino` and
+            `onnx` compute on the CPU; the first use exports the model for them, which takes some seconds
+            (`cached_engine`). `auto` is OpenVINO if the device is the CPU and it is installed, otherwise PyTorch.
 
-    A folder with a `calibration.json` (`deit calibrate`) has its temperature in every probability.
+    If the folder has a `calibration.json` (`deit calibrate`), its temperature is part of every probability.
 
     Raises `FileNotFoundError` if the files don't say how images are prepared. Raises `ValueError` for a model without
     classes, for a head that it doesn't have, and for an engine that can't compute it on this device.
     """
 
     model: Any
-    """In PyTorch, whatever computes; None for an exported one."""
+    """The PyTorch model, whatever the engine; None for an exported model."""
     engine: str
-    """What computes: `torch`, or the name of a runtime and the precision it has chosen."""
+    """The software that computes: `torch`, or the name of a runtime and the precision that it has chosen."""
 
     def __init__(
         self,
-        name_or_folder: str | Path,
+        name_or_folder: str | Path | Classifier,
         *,
         head: Head = "fused",
         device: str | torch.device = "cpu",
@@ -89,8 +90,9 @@ class Predictor:
             raise ValueError(f"engine is {engine!r}, expected one of {', '.join(get_args(Runtime))}")
         self.config: DeiTConfig | ConvNetConfig
         self.model: Any = None
-        folder = Path(name_or_folder)
-        exported = (folder / DESCRIPTION).is_file()
+        given = name_or_folder if isinstance(name_or_folder, Classifier) else None
+        folder = Path() if isinstance(name_or_folder, Classifier) else Path(name_or_folder)
+        exported = given is None and (folder / DESCRIPTION).is_file()
         if device == "auto" and (exported or engine in ("openvino", "onnx")):
             device = "cpu"
         if exported:
@@ -100,20 +102,20 @@ class Predictor:
             self._backend: Backend = EngineBackend(_exported(folder, self.device, engine), self.config.scoring)
         else:
             if engine in ("openvino", "onnx") and torch.device(device).type != "cpu":
-                raise ValueError(f"{engine} computes on the CPU here, and device is {device}; leave one out")
+                raise ValueError(f"engine {engine} needs the device cpu, found {device}; leave one of them out")
             self.device = resolve_device(device)
-            classifier = load_classifier(name_or_folder)
+            classifier = given or load_classifier(name_or_folder)  # type: ignore[arg-type]
             self.model, self.config, self.processor = classifier.model, classifier.model.config, classifier.processor
             self._backend = _backend_for(classifier, self.device, engine)
         refuse_head(head, self._backend.heads)
         self.engine = str(self._backend)
-        self.calibration = Calibration.of_model(name_or_folder)
+        self.calibration = None if given else Calibration.of_model(folder)
         if self.calibration is not None:
-            refuse_other_scoring(name_or_folder, self.config.scoring, "its calibration.json")
+            refuse_other_scoring(folder, self.config.scoring, "its calibration.json")
         self.labels = list(self.config.id2label.values())  # type: ignore[union-attr]
 
     def __call__(self, images: Sequence[Source], top_k: int = 5) -> list[list[dict[str, Any]]]:
-        """For each image its `top_k` most likely labels: `{"label": name, "score": probability}`, best first.
+        """Returns the `top_k` most likely labels of each image: `{"label": name, "score": probability}`, best first.
 
         Raises `ImageError` naming the first image that can't be read.
         """
@@ -122,9 +124,9 @@ class Predictor:
         return [answer.labels for answer in self.answers(images, np.stack([*map(self.prepared, images)]), top_k)]
 
     def stream(self, sources: Iterable[Source], *, top_k: int = 5, batch: int = 32) -> Iterator[Answer]:
-        """An answer for each image, in order; unreadable ones are answers with an `error`.
+        """Yields an answer for each image, in order. The answer for an unreadable image has an `error`.
 
-        Any number of images: two batches are read ahead, by threads, while one is computed.
+        Threads read two batches ahead while one is computed, so any number of images takes the same memory.
         """
         with ThreadPoolExecutor(cores()) as pool:
             waiting: deque[list[tuple[Source, Future[np.ndarray]]]] = deque()
@@ -150,11 +152,11 @@ class Predictor:
             yield next(answers) if errors[i] is None else Answer(source=source, labels=[], error=str(errors[i]))
 
     def prepared(self, source: Source) -> np.ndarray:
-        """One image as the model sees it, (channels, height, width), float32. Raises `ImageError`."""
+        """One image as the model sees it: (channels, height, width) in float32. Raises `ImageError`."""
         return self.processor([source]).pixel_values[0]
 
     def answers(self, sources: Sequence[Source], pixels: np.ndarray, top_k: int) -> list[Answer]:
-        """Answers for images that are `prepared`: pixels (B, channels, height, width)."""
+        """The answers for `prepared` images, whose pixels are (B, channels, height, width)."""
         scores = self.scores(pixels)
         best = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]  # (B, top_k)
         sure = [None] * len(sources) if self.calibration is None else self.calibration.sure(scores, self.head)
@@ -166,13 +168,14 @@ class Predictor:
         ]
 
     def scores(self, pixels: np.ndarray, scoring: Scoring | None = None) -> np.ndarray:
-        """Scores (B, C) by the head, calibrated if the model is, of pixels (B, channels, height, width).
+        """The head's scores (B, C) for pixels (B, channels, height, width).
 
-        They are what the model's configuration says (`DeiTConfig.scoring`): probabilities of classes that exclude each
-        other, a probability for each label, or the outputs of a regression. `scoring` asks for others, which no
-        calibration applies to.
+        The model's configuration decides what they are (`DeiTConfig.scoring`): probabilities of classes that exclude
+        each other, a probability for each label, or the outputs of a regression. `scoring` asks for another kind. Only
+        probabilities of classes that exclude each other are calibrated, if the model is.
 
-        Raises `NotFinite` for answers that are not numbers.
+        Raises `NotFinite` for answers that are not numbers, and `ValueError` for a head without logits if these are
+        needed. The head `softmax` has none, because it fuses probabilities.
         """
         scoring = scoring or self.config.scoring
         temperature = 1.0
@@ -181,8 +184,8 @@ class Predictor:
         found = head_scores(self.logits(pixels), scoring, temperature)
         if self.head not in found:
             raise ValueError(
-                f"head {self.head!r} has no logits of its own, so no score by {scoring}; choose {', '.join(found)}, or "
-                "softmax as function_to_apply"
+                f"head {self.head!r} has no logits of its own, so it has no score by {scoring}; choose the head "
+                f"{' or '.join(found)}, or set function_to_apply to softmax"
             )
         return found[self.head].cpu().numpy()
 
@@ -201,19 +204,20 @@ def _config_of(folder: Path) -> DeiTConfig | ConvNetConfig:
 def _exported(folder: Path, device: torch.device, engine: Runtime | None) -> Engine:
     if device.type != "cpu":
         raise ValueError(
-            f"{folder} is an exported model, which runs on the CPU here, and device is {device}; leave it "
-            "out, or give the model itself"
+            f"{folder} is an exported model, which needs the device cpu, found {device}; leave the device out, or give "
+            "the model that was exported"
         )
     own = read_description(folder)["format"]
     if engine not in (None, "auto", own.partition("-")[0]):
         raise ValueError(
-            f"{folder} is exported for {own}, and engine is {engine}; leave it out, or give the model itself"
+            f"{folder} is exported for {own}, but engine is {engine}; leave the engine out, or give the model that was "
+            "exported"
         )
     return load_engine(folder)
 
 
 def _backend_for(classifier: Classifier, device: torch.device, engine: Runtime | None) -> Backend:
-    """What computes a trained model."""
+    """The back end that computes a trained model."""
     if engine is None or engine == "torch":
         return TorchBackend(classifier, device)
     if engine != "auto":
@@ -222,12 +226,12 @@ def _backend_for(classifier: Classifier, device: torch.device, engine: Runtime |
         try:
             return EngineBackend(cached_engine(classifier, "openvino"), classifier.model.config.scoring)
         except (ValueError, OSError, ImportError, RuntimeError) as error:
-            warnings.warn(f"PyTorch computes because OpenVINO can't: {error}", stacklevel=3)
+            warnings.warn(f"using PyTorch because OpenVINO can't be used: {error}", stacklevel=3)
     return TorchBackend(classifier, device)
 
 
 _AHEAD = 2
-"""Batches that are read while another one is computed."""
+"""Number of batches that are read while another one is computed."""
 
 
 def _batched(items: Iterable[Source], size: int) -> Iterator[list[Source]]:

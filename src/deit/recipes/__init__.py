@@ -53,7 +53,7 @@ def find(name: str) -> Recipe:
     raise ValueError(
         f"there is no recipe {name!r}; "
         + (f"did you mean {' or '.join(close)}? " if close else "")
-        + "`deit recipes` lists them, and FILE.py:FUNCTION or a recipe.json is taken too"
+        + "`deit recipes` lists them, and FILE.py:FUNCTION or a recipe.json works too"
     )
 
 
@@ -99,8 +99,8 @@ def _read(file: Path) -> Recipe:
     try:
         return Recipe.from_dict(json.loads(file.read_text()))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no text ({error.reason}); expected the JSON of a recipe") from None
+        raise ValueError(f"{file} is not text ({error.reason}); expected the JSON of a recipe") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is no JSON ({error}); expected what `deit recipes NAME` prints") from None
+        raise ValueError(f"{file} is not JSON ({error}); expected what `deit recipes NAME` prints") from None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None

@@ -1,4 +1,4 @@
-"""The page that a run or an evaluation ends as: one HTML file without scripts or requests."""
+"""The report of a run or an evaluation: one HTML file without scripts or requests."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""A run, or an evaluation, as one HTML file that needs nothing else: no script, no network, no other file."""
+"""Puts the report of a run or an evaluation together, as one HTML file that needs no script, network or other file."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from deit.train.records import MODEL, RECIPE, Record, is_number, span
 
 FILE = "report.html"
 _SHARE = 0.1
-"""Images that may be evaluated at the end of a training for each view that it showed. A view costs at least three times
-as much, for its backward pass, so this adds 4 % to the run at most."""
+"""Largest number of images that are evaluated at the end of a training, for each view that the training showed. A view
+costs at least three times as much as an image, because of its backward pass, so this adds at most 4 % to the run."""
 Figure = tuple[str, Image.Image]
 """A caption and a picture."""
 
@@ -45,14 +45,14 @@ def page(
     figures: Sequence[Figure] = (),
     missing: str = "",
 ) -> str:
-    """The document.
+    """Returns the report as HTML. It needs a record or an evaluation.
 
     Args:
-        record: of the run; None for a model that is not in one.
-        evaluation: of its model.
-        maps: of `report_maps.explained`, for that evaluation.
+        record: the record of the run; None for a model outside a run.
+        evaluation: the evaluation of the model.
+        maps: what `report_maps.explained` returned for that evaluation.
         figures: more pictures to show, each with its caption.
-        missing: why there is no evaluation, as a sentence.
+        missing: a sentence that says why there is no evaluation.
     """
     assert record is not None or evaluation is not None
     parts = []
@@ -112,7 +112,7 @@ def page(
     )
     body = element(
         "body",
-        element("a", "To the content", href="#content", class_="skip"),
+        element("a", "Skip to the content", href="#content", class_="skip"),
         _header(record, evaluation, contents),
         element("main", *(part.html for part in shown), id="content"),
         element(
@@ -136,7 +136,7 @@ def write(
     figures: Sequence[Figure] = (),
     missing: str = "",
 ) -> Path:
-    """Writes the document, whole or not at all; arguments as for `page`."""
+    """Writes the report as a whole or not at all. The arguments are those of `page`."""
     files.write_text(Path(file), page(record, evaluation, maps=maps, figures=figures, missing=missing))
     return Path(file)
 
@@ -144,12 +144,13 @@ def write(
 def of_training(run: str | Path, val_split: Split, *, device: str = "auto") -> Path:
     """Writes `RUN/report.html` at the end of a training.
 
-    The model is examined on the validation images where that costs little beside the training."""
+    The model is examined on the validation images if that costs little beside the training.
+    """
     record, evaluation, missing = Record.read(run), None, ""
     if record.labelled and len(val_split) > _SHARE * (record.last("images") or 0):
         missing = (
-            f"The training showed so few views that its {len(val_split):,} validation images were not looked at "
-            "once more, one by one."
+            f"The training was so short that the model was not evaluated again on its {len(val_split):,} validation "
+            "images."
         )
     elif record.labelled:
         folder = record.about.data if record.about else ""
@@ -167,10 +168,10 @@ def of_training(run: str | Path, val_split: Split, *, device: str = "auto") -> P
 def of_run(
     run: str | Path, data: str | Path | None = None, *, device: str = "auto", console: Console | None = None
 ) -> Path:
-    """Writes `RUN/report.html` anew.
+    """Writes `RUN/report.html` again.
 
-    `data` is what the model is judged by, as for `deit eval`; None takes the run's own validation images, where they
-    still are. Raises `FileNotFoundError` where there is no run, and what `examine_files` raises for `data`.
+    `data` are the images to judge the model by, as for `deit eval`. None takes the run's own validation images, if they
+    are still there. Raises `FileNotFoundError` if there is no run, and the errors of `examine_files` for `data`.
     """
     record, evaluation, missing = Record.read(run), None, ""
     if data is not None:
@@ -190,7 +191,7 @@ def of_run(
 def _examined(
     record: Record, images: Callable[[], tuple[Split, str]], device: str, console: Console | None
 ) -> tuple[Evaluation | None, str]:
-    """The run's model on its validation images, or a sentence on why that can't be had."""
+    """Evaluates the run's model on its validation images, or says in a sentence why that is not possible."""
     try:
         split, folder = images()
         return examine_split(record.folder / MODEL, split, folder, "val", device=device, console=console), ""
@@ -199,7 +200,7 @@ def _examined(
 
 
 def _explained(evaluation: Evaluation | None, device: str) -> Maps | None:
-    """A report is worth more than its maps, so what goes wrong with them becomes a sentence in it."""
+    """Returns the maps for an evaluation. If they fail, a sentence says why, because the report must not fail."""
     try:
         return report_maps.explained(evaluation, resolve_device(device)) if evaluation else None
     except Exception as error:
@@ -207,7 +208,7 @@ def _explained(evaluation: Evaluation | None, device: str) -> Maps | None:
 
 
 def of_evaluation(file: str | Path, evaluation: Evaluation, *, device: str = "auto") -> Path:
-    """Writes what `deit eval` found; where the model is that of a run, the run's record stands beside it."""
+    """Writes the report of an evaluation. If the model belongs to a run, the run's record is part of it."""
     record = None
     folder = Path(evaluation.main.model)
     if folder.is_dir() and folder.resolve().name == MODEL:
@@ -222,12 +223,14 @@ def _validation(record: Record) -> tuple[Split, str]:
     """The validation images of a run, and the folder that they lie in."""
     about, data, seed = record.about, record.recipe.get("data"), record.recipe.get("seed")
     if about is None or not about.data or not isinstance(data, dict) or not isinstance(seed, int):
-        raise ValueError("the run does not say where they are; --data DATA names them")
+        raise ValueError("the run does not say where they are; give images with --data DATA")
     holdout = data.get("holdout")
     split = read_data(about.data, holdout=holdout if isinstance(holdout, float) else 0.0, seed=seed)[1]
     counts = np.bincount(split.labels, minlength=len(split.classes)).tolist()
     if (split.classes, tuple(counts)) != (about.classes, about.val):
-        raise ValueError(f"the images in {about.data} are not those of the run any more; --data DATA names others")
+        raise ValueError(
+            f"the images in {about.data} are not those of the run any more; give other images with --data DATA"
+        )
     return split, about.data
 
 
@@ -237,7 +240,7 @@ def _reconstruction(record: Record) -> list[Figure]:
         try:
             return [
                 (
-                    "Validation images, what the model saw of them, and what it made of the hidden patches "
+                    "Validation images, the parts that the model saw, and what it painted in the hidden patches "
                     f"({path.name})",
                     load_image(path),
                 )
@@ -270,7 +273,7 @@ def _name(record: Record | None, evaluation: Evaluation | None) -> str:
 
 
 def _story(record: Record) -> Html:
-    """One sentence on the training."""
+    """A sentence about the training."""
     steps, epoch, about = record.last("step"), record.last("epoch"), record.about
     parts: list[object] = [element("code", named(record.folder)), ": "]
     if steps is None:
@@ -280,7 +283,7 @@ def _story(record: Record) -> Html:
         kinds = f" of {len(about.classes):,} classes" if record.labelled else ""
         parts.append(f", on {sum(about.train):,} images{kinds}")
     if skipped := record.last("skipped"):
-        parts.append(f"; {skipped:,.0f} steps were skipped, as their loss or gradient was not finite")
+        parts.append(f"; {skipped:,.0f} steps were skipped because their loss or gradient was not finite")
     if bad := record.last("bad_images"):
         parts.append(f"; {bad:,.0f} training images can't be read")
     return joined([*parts, "."])
@@ -314,7 +317,7 @@ def _headline(record: Record | None, evaluation: Evaluation | None) -> Html:
         which = deciding(report)
         tiles.append(_accuracy_tile("accuracy" + f", {which}" * (which != "model"), report.accuracy()))
         if len(report.classes) > 5:
-            tiles.append(_accuracy_tile("among the first five", report.accuracy(top=5)))
+            tiles.append(_accuracy_tile("top-5 accuracy", report.accuracy(top=5)))
         tiles.append(
             ("calibration error", f"{report.calibration_error:.3f}", [f"negative log likelihood {report.nll:.3f}"])
         )
@@ -328,7 +331,9 @@ def _headline(record: Record | None, evaluation: Evaluation | None) -> Html:
             tiles.append(("accuracy on validation images", f"{best['val_accuracy']:.3f}", after))
     if record and (seconds := record.last("seconds")) is not None:
         memory = record.last("memory")
-        tiles.append(("training time", span(seconds), [f"{memory / 2**30:.1f} GiB at most"] if memory else []))
+        tiles.append(
+            ("training time", span(seconds), [f"at most {memory / 2**30:.1f} GiB of memory"] if memory else [])
+        )
     if record and (rate := record.last("images_per_second")):
         tiles.append(("images/s in training", f"{rate:,.0f}", [record.about.device] if record.about else []))
     shown = (
@@ -348,8 +353,11 @@ def _accuracy_tile(name: str, accuracy: Accuracy) -> tuple[str, str, Sequence[st
 
 
 def _repeat(record: Record | None, evaluation: Evaluation | None) -> Section:
-    """The commands. A run's report evaluates its own validation images by itself, and `deit eval` can't where they were
-    held out of the training images."""
+    """The section with the commands.
+
+    It leaves out `deit eval` for the run's own validation images. `deit report` evaluates those itself, and `deit eval`
+    can't find them if they were held out of the training images.
+    """
     lines, about = [], record.about if record else None
     own = evaluation is not None and about is not None and (evaluation.data, evaluation.split) == (about.data, "val")
     if record:

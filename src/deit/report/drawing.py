@@ -1,4 +1,4 @@
-"""Diagrams as SVG. Colours, dashes and type are those of the page around them (`report.css`), by class."""
+"""Diagrams as SVG. Their colours, dashes and fonts come from the classes in the page's style sheet (`report.css`)."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from deit.report.markup import Html, element, joined, shortened
 _WIDTH, _HEIGHT = 480, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 30, 40
 _POINTS = 600
-"""Largest number of points of a line, because no screen shows more apart."""
+"""Maximum number of points in a line, because no screen shows more of them apart."""
 _MARKS = 16
-"""Shapes along a line."""
+"""Maximum number of shapes along a line."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A series: points with x rising; a y that is not finite interrupts it."""
+    """A series of points with rising x. A y that is not finite interrupts the line."""
 
     name: str
     points: Sequence[tuple[float, float]]
     style: int
-    """0 to 5: which colour, dashes and shape it has."""
+    """Number of its colour, dashes and shape, 0 to 5."""
 
 
 def curves(
@@ -35,9 +35,9 @@ def curves(
     epoch: float | None = None,
     within: tuple[float, float] = (-math.inf, math.inf),
 ) -> Html:
-    """Lines over steps, and over epochs where `epoch`, the steps of one, is known.
+    """Draws lines over steps. If `epoch` is given, the number of steps in an epoch, there is an axis of epochs too.
 
-    `within` holds the axis of the values to what they can be. Raises `ValueError` where no point is finite.
+    `within` limits the axis of values to the range that they can have. Raises `ValueError` if no point is finite.
     """
     finite = [(x, y) for line in lines for x, y in line.points if math.isfinite(y)]
     if not finite:
@@ -46,7 +46,7 @@ def curves(
     step = _step(max(ys) - min(ys))
     low = max(math.floor(min(ys) / step + 1e-9) * step, within[0])
     high = min(max(low + step, math.ceil(max(ys) / step - 1e-9) * step), within[1])
-    if high <= low:  # a flat line along the end of what can be
+    if high <= low:  # a flat line at the limit of the range
         low = high - step
     across = _Axis(0, right, _LEFT, _WIDTH - _RIGHT)
     up = _Axis(low, high, _HEIGHT - _BOTTOM, _TOP)
@@ -75,7 +75,7 @@ def curves(
 
 
 def swatch(style: int) -> Html:
-    """A piece of a line, for a legend."""
+    """Draws a piece of a line for a legend."""
     line = Line("", [(0, 0), (1, 0), (2, 0)], style)
     return element(
         "svg",
@@ -88,7 +88,7 @@ def swatch(style: int) -> Html:
 
 
 def intervals(key: str, title: str, rows: Sequence[tuple[str, Accuracy]]) -> Html:
-    """A dot and a whisker for each accuracy and its interval."""
+    """Draws each accuracy as a dot and its interval as a whisker."""
     low = min(accuracy.interval[0] for _, accuracy in rows)
     step = _step(max(1 - low, 0.01))
     across = _Axis(max(0.0, math.floor(low / step + 1e-9) * step), 1.0, 112, _WIDTH - 18)
@@ -120,8 +120,8 @@ def intervals(key: str, title: str, rows: Sequence[tuple[str, Accuracy]]) -> Htm
 
 
 def reliability(key: str, title: str, bins: Sequence[Bin]) -> Html:
-    """Accuracy over confidence with 95 % intervals, the line of perfect calibration, and how many images each bin
-    has."""
+    """Draws accuracy over confidence with 95 % intervals, the line of perfect calibration, and the number of images in
+    each bin."""
     top, bottom, floor, height = 12, 232, 322, 60
     across, up = _Axis(0, 1, _LEFT, _WIDTH - _RIGHT), _Axis(0, 1, bottom, top)
     most = max(each.count for each in bins)
@@ -164,7 +164,7 @@ def reliability(key: str, title: str, bins: Sequence[Bin]) -> Html:
 
 
 def bar(share: float) -> Html:
-    """A small bar inside a table, beside the number that it shows."""
+    """Draws a small bar for a table, beside the number that it shows."""
     return element(
         "svg",
         element("rect", x=0, y=0, width=40, height=6, class_="track"),
@@ -180,7 +180,7 @@ def bar(share: float) -> Html:
 
 @dataclass(frozen=True)
 class _Axis:
-    """From values to places: `low` is at `start`, `high` at `end`."""
+    """Turns values into places: `low` lies at `start`, `high` at `end`."""
 
     low: float
     high: float
@@ -254,7 +254,7 @@ def _path(points: Sequence[tuple[float, float]], across: _Axis, up: _Axis, style
 
 
 def _mark(x: float, y: float, style: int) -> Html:
-    """A circle, square, triangle, diamond, cross or ring: the shape tells what the colour tells."""
+    """Draws a circle, square, triangle, diamond, cross or ring. The shape says the same as the colour."""
     shape = (
         "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0",
         "M-3.6-3.6h7.2v7.2h-7.2z",
@@ -267,7 +267,7 @@ def _mark(x: float, y: float, style: int) -> Html:
 
 
 def _step(span: float) -> float:
-    """1, 2 or 5 times a power of ten, so that there are about five of them."""
+    """The distance between ticks: 1, 2 or 5 times a power of ten, so that there are about five ticks."""
     if not span > 0 or not math.isfinite(span):
         return 1.0
     power = 10.0 ** math.floor(math.log10(span / 5))
@@ -275,5 +275,5 @@ def _step(span: float) -> float:
 
 
 def _short(count: int) -> str:
-    """At most four characters."""
+    """A count in at most four characters."""
     return str(count) if count < 10_000 else f"{count / 1000:.0f}k" if count < 1_000_000 else f"{count / 1e6:.1f}M"

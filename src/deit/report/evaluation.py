@@ -1,4 +1,4 @@
-"""The sections of a report that an evaluation fills. Each function returns a piece of the page."""
+"""The sections of a report about an evaluation. Each function returns a piece of the page."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from deit.report.markup import (
 )
 
 _ROWS = 30
-"""Largest number of classes for a confusion matrix, and for a table of classes that is shown unfolded."""
+"""Largest number of classes in a confusion matrix, and in a table of classes that is shown unfolded."""
 _FEW = 10
-"""Worst classes and most common confusions."""
+"""Number of worst classes that are shown, and of most common confusions."""
 _PICTURES = 12
-"""Most wrong images, and most doubtful ones."""
+"""Number of most wrong images that are shown, and of most doubtful ones."""
 _NAME = 60
-"""Characters of a class in a table or a caption."""
+"""Maximum number of characters of a class in a table or a caption."""
 _SIDE = 128
-"""Pixels of a thumbnail's longer side."""
+"""Longer side of a thumbnail, in pixels."""
 
 
 def accuracy(report: Report) -> Section:
@@ -92,11 +92,11 @@ def comparison(main: Examined, other: Examined, evaluation: Evaluation) -> Secti
         joined(
             [
                 sentence(
-                    f"Two models on the {found.images:,} images that both could read; their {main.report.head} heads."
+                    f"The {main.report.head} heads of two models, on the {found.images:,} images that both could read."
                 ),
                 table(
                     "Two models on the same images",
-                    ["model", "top-1", "95 % interval", "correct", "right alone"],
+                    ["model", "top-1", "95 % interval", "correct", "only this one correct"],
                     [
                         [named(main.model), *found.first.cells(), found.first.correct, found.only_first],
                         [named(other.model), *found.second.cells(), found.second.correct, found.only_second],
@@ -104,7 +104,7 @@ def comparison(main: Examined, other: Examined, evaluation: Evaluation) -> Secti
                 ),
                 sentence(
                     f"Difference {found.difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f} (Newcombe's, for "
-                    f"paired proportions); McNemar's exact test: p = {found.p_value:.3g}."
+                    f"paired proportions). McNemar's exact test: p = {found.p_value:.3g}."
                 ),
             ]
         ),
@@ -119,12 +119,12 @@ def _calibration(report: Report) -> Section:
     ]
     figure = element(
         "figure",
-        element("figcaption", "Accuracy over confidence, with 95 % intervals; below, the images of each bin"),
-        drawing.reliability("reliability", "Accuracy over confidence, and the images of each bin", report.bins),
+        element("figcaption", "Accuracy over confidence, with 95 % intervals, and below it the images in each bin"),
+        drawing.reliability("reliability", "Accuracy over confidence, and the images in each bin", report.bins),
     )
     told = sentence(
-        f"Confidence is the largest probability of the {deciding(report)}. On the dashed line it equals "
-        "the accuracy; above it the model is too modest, below it too sure."
+        f"Confidence is the largest probability of the {deciding(report)}. On the dashed line, confidence equals "
+        "accuracy. Above the line the model is not sure enough, and below the line it is too sure."
     )
     scores = facts(
         [
@@ -167,8 +167,8 @@ def _confusions(report: Report) -> Html:
         rest = len(used) - len(chosen)
         parts.append(
             sentence(
-                f"The {len(chosen)} classes with most confusions, and the {rest:,} others together; "
-                "among these, what is shown as right may still be one taken for another."
+                f"The {len(chosen)} classes with the most confusions, and the {rest:,} others together. If one of the "
+                "others was taken for another of them, it is shown as right."
             )
         )
         names = [report.classes[place] for place in chosen] + [f"{rest:,} others"]
@@ -177,8 +177,8 @@ def _confusions(report: Report) -> Html:
     if absent := len(report.classes) - len(used):
         parts.append(
             sentence(
-                f"{plural(absent, 'class', 'classes')} of the model {'is' if absent == 1 else 'are'} "
-                "neither shown nor answered, and left out."
+                f"{plural(absent, 'class', 'classes')} of the model without images or answers "
+                f"{'is' if absent == 1 else 'are'} left out."
             )
         )
     parts += [
@@ -186,7 +186,7 @@ def _confusions(report: Report) -> Html:
             _matrix(names, _counts(cells, chosen, len(names))),
             table(
                 "Most common confusions",
-                ["class", "taken for", "images", "of the class"],
+                ["class", "taken for", "images", "share of the class"],
                 [
                     [
                         named(report.classes[label], _NAME),
@@ -203,7 +203,8 @@ def _confusions(report: Report) -> Html:
 
 
 def _counts(cells: Iterable[tuple[int, int, int]], chosen: Sequence[int], side: int) -> np.ndarray:
-    """(side, side) images by true class and answer; what is not chosen counts in the last row or column."""
+    """Numbers of images (side, side) by true class and answer. All classes outside `chosen` share the last row and
+    column."""
     place_of, found = {label: place for place, label in enumerate(chosen)}, np.zeros((side, side), np.int64)
     for label, answer, count in cells:
         found[place_of.get(label, side - 1), place_of.get(answer, side - 1)] += count
@@ -223,7 +224,7 @@ def _matrix(names: Sequence[str], counts: np.ndarray) -> Html:
         rows.append(element("tr", element("th", named(name, 40), scope="row"), *row))
     head = element(
         "tr",
-        element("th", "shown ↓ answered →", scope="col"),
+        element("th", "true ↓ answered →", scope="col"),
         *(element("th", element("span", named(name, 40)), scope="col") for name in names),
     )
     return scrolled(
@@ -244,7 +245,7 @@ def _classes(report: Report) -> Html:
     note = (
         [
             sentence(
-                f"{plural(left_out, 'class', 'classes')} without images and never answered "
+                f"{plural(left_out, 'class', 'classes')} without images or answers "
                 f"{'is' if left_out == 1 else 'are'} left out."
             )
         ]
@@ -283,8 +284,8 @@ def _class_table(title: str, rows: Iterable[ClassScore], *, hidden: bool = False
 
 
 def wrong_and_doubtful(report: Report) -> tuple[np.ndarray, np.ndarray]:
-    """The images that are worth a look, as rows, the first most: wrong answers of the highest confidence, and of the
-    others those of the lowest."""
+    """The rows of the images that are worth a look: the wrong answers of the highest confidence, the highest first, and
+    of the other images the answers of the lowest confidence, the lowest first."""
     wrong = np.flatnonzero(report.read & (report.labels != report.predicted))
     wrong = wrong[np.argsort(-report.confidence[wrong], kind="stable")][:_PICTURES]
     doubtful = np.setdiff1d(np.flatnonzero(report.read), wrong)
@@ -294,12 +295,12 @@ def wrong_and_doubtful(report: Report) -> tuple[np.ndarray, np.ndarray]:
 def _wrong_and_doubtful(evaluation: Evaluation) -> Html:
     report = evaluation.main.report
     if len(evaluation.files) != len(report.labels):
-        return sentence("The files of the images are not known, so none is shown.")
+        return sentence("The files of the images are not known, so no image is shown.")
     wrong, doubtful = wrong_and_doubtful(report)
     parts = []
     for title, rows, none in (
         ("Most wrong", wrong, "No answer is wrong."),
-        ("Most doubtful", doubtful, "There is no other image."),
+        ("Most doubtful", doubtful, "There are no other images."),
     ):
         about = (
             "Wrong answers of the highest confidence: hard images, or wrong labels."
@@ -328,13 +329,13 @@ def _example(evaluation: Evaluation, row: int) -> Html:
 
 
 def told(report: Report, row: int) -> str:
-    """An image and its answer in a sentence, for those who don't see it."""
+    """A sentence with an image's label and answer, for readers who don't see the image."""
     label, answer = (report.classes[int(each[row])] for each in (report.labels, report.predicted))
     return f"True label {isolated(label)}; predicted {isolated(answer)} with probability {report.confidence[row]:.2f}"
 
 
 def answered(report: Report, row: int) -> Html:
-    """The answer to an image, and the truth where that is another one."""
+    """The answer to an image, and the true class if the answer is wrong."""
     label, answer = int(report.labels[row]), int(report.predicted[row])
     found = joined(
         [
@@ -344,7 +345,7 @@ def answered(report: Report, row: int) -> Html:
         ]
     )
     return (
-        element("p", found, ", rightly")
+        element("p", found, ", correct")
         if label == answer
         else element("p", found)
         + element(
@@ -357,7 +358,7 @@ def answered(report: Report, row: int) -> Html:
 
 
 def picture(image: Image.Image, alt: str, caption: Html, side: int) -> Html:
-    """A figure whose picture is within the document: small ones as PNG, others as JPEG."""
+    """A figure with its picture inside the document, as PNG if the picture is small, else as JPEG."""
     crisp = max(image.size) <= side / 2
     if image.mode not in ("L", "RGB"):
         image = image.convert("RGB")

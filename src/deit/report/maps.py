@@ -1,4 +1,4 @@
-"""The section of a report that shows what answers rest on: maps over a few images, token by token."""
+"""The section of a report that shows what answers rest on: maps over a few images, for each token."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ from deit.report.evaluation import answered, told, wrong_and_doubtful
 from deit.report.markup import Html, Section, element, isolated, joined, named, pictured, sentence
 
 _METHOD: Method = "relevance"
-"""The method of the maps: it scores best of those that see inside (docs/explain.md), and it tells classes apart."""
+"""The method of the maps. Of those that look inside the model it scores best (docs/explain.md), and it tells classes
+apart."""
 _TITLE = "What answers rest on"
-_GROUPS = ("Most wrong", "Most doubtful", "Surest of what is right")
+_GROUPS = ("Most wrong", "Most doubtful", "Surest right answers")
 _SIDE = 160
-"""Pixels of a picture's longer side."""
+"""Longer side of a picture, in pixels."""
 
 
 @dataclass(frozen=True)
 class Maps:
-    """Explanations of answers in an evaluation, by the image's row there; or a sentence on why there are none."""
+    """Explanations of answers by the image's row in the evaluation, or a sentence that says why there are none."""
 
     found: Mapping[int, Explanation] = field(default_factory=dict)
     missing: str = ""
 
 
 def explained(evaluation: Evaluation, device: str | torch.device = "cpu") -> Maps | None:
-    """Maps over the images that `section` shows, computed one by one; those that can't be read are left out.
+    """Computes maps over the images that `section` shows, one by one. Images that can't be read are left out.
 
-    None for a model that can't be explained, and where the files of the images are not known.
+    Returns None for a model that can't be explained, and if the files of the images are not known.
     """
     main = evaluation.main
     classifier = load_classifier(main.model)
@@ -63,14 +64,14 @@ def explained(evaluation: Evaluation, device: str | torch.device = "cpu") -> Map
 
 
 def _chosen(report: Report) -> list[np.ndarray]:
-    """Rows of the images in each of `_GROUPS`."""
+    """The rows of the images in each of `_GROUPS`."""
     wrong, doubtful = wrong_and_doubtful(report)
     right = np.setdiff1d(np.flatnonzero(report.read & (report.labels == report.predicted)), doubtful[:2])
     return [wrong[:4], doubtful[:2], right[np.argsort(-report.confidence[right], kind="stable")][:2]]
 
 
 def section(evaluation: Evaluation, maps: Maps) -> Section:
-    """Empty where there is nothing to show."""
+    """The section with the maps. It is empty if there is nothing to show."""
     report, parts = evaluation.main.report, []
     for title, rows in zip(_GROUPS, _chosen(report), strict=True):
         drawn = [_example(evaluation, int(row), maps.found[int(row)]) for row in rows if int(row) in maps.found]
@@ -83,10 +84,10 @@ def section(evaluation: Evaluation, maps: Maps) -> Section:
         "p",
         "Gradient-weighted relevance (",
         element("a", "Chefer, Gur and Wolf 2021", href="https://arxiv.org/abs/2103.15679"),
-        "): attention, as far as it speaks for the answer of ",
+        ") follows attention through all blocks, as far as it supports the answer of ",
         "each token\u2019s own head" if two else "the model",
-        ", followed through all blocks. The maps lie over the image, as the model saw it, in grey; their colours "
-        "compare within a map, not between maps. ",
+        ". Each map lies over the image as the model saw it, in grey. You can compare colours within a map, but not "
+        "between maps. ",
         element("code", "deit explain"),
         " draws other methods too, and scores them.",
     )

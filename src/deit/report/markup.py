@@ -1,7 +1,7 @@
-"""HTML and SVG as text, escaped by construction: what is not `Html` already is escaped on its way into an element.
+"""Builds HTML and SVG as text. Whatever is not `Html` is escaped when it becomes part of an element.
 
 Names of classes and files come from strangers. They may hold markup, quotes, control characters, halves of surrogate
-pairs (names of files that are not UTF-8) and marks that turn the direction of writing.
+pairs (from file names that are not UTF-8) and marks that turn the direction of writing.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from datetime import UTC, datetime
 from PIL import Image
 
 LONGEST = 160
-"""Characters of a name that are shown; of a longer one the middle is left out."""
+"""Maximum number of characters of a name that are shown. A longer name loses its middle."""
 _VOID = {"img", "meta"}
 _ILLEGAL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
-"""What HTML and XML have no place for."""
+"""Characters that HTML and XML can't hold."""
 
 
 class Html(str):
@@ -37,7 +37,7 @@ class Html(str):
 
 
 def clean(text: object) -> str:
-    """The text with a replacement character for each that no document may hold; not escaped."""
+    """The text with a replacement character for each character that no document may hold. It is not escaped."""
     return _ILLEGAL.sub("\ufffd", str(text))
 
 
@@ -60,7 +60,7 @@ def element(name: str, /, *children: object, **attributes: object) -> Html:
 
 
 def shortened(name: object, longest: int = LONGEST) -> str:
-    """A name with its middle left out where it is long; both ends tell most. Not escaped."""
+    """A name without its middle if it is long, because both ends say the most. It is not escaped."""
     text = clean(name)
     if len(text) <= longest:
         return text
@@ -69,12 +69,13 @@ def shortened(name: object, longest: int = LONGEST) -> str:
 
 
 def isolated(name: object) -> str:
-    """A name inside a plain sentence (an attribute) whose direction it can't turn. Not escaped."""
+    """A name for plain text, such as an attribute, isolated so that it can't turn the direction of the text around it.
+    It is not escaped."""
     return f"\u2068{shortened(name)}\u2069"
 
 
 def named(name: object, longest: int = LONGEST) -> Html:
-    """A name inside markup, whose direction it can't turn."""
+    """A name for markup, isolated so that it can't turn the direction of the text around it."""
     return element("bdi", shortened(name, longest))
 
 
@@ -111,12 +112,15 @@ def facts(facts: Iterable[tuple[str, object]]) -> Html:
 
 
 def scrolled(label: str, body: Html) -> Html:
-    """What may be wider than the page scrolls by itself, by keyboard too."""
+    """A part that may be wider than the page. It scrolls on its own, with the keyboard too."""
     return element("div", body, class_="scroll", tabindex=0, role="group", aria_label=label)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, hidden: bool = False) -> Html:
-    """Numbers to the right, fractions with three digits, a dash for None. The first column heads its row."""
+    """A table with numbers on the right, three digits for fractions and a dash for None.
+
+    The first cell of a row is its heading.
+    """
     kept = [list(row) for row in rows]
     right = ["n" if all(_is_numeric(row[i]) for row in kept) else None for i in range(len(columns))]
     head = element("tr", *(element("th", name, scope="col", class_=right[i]) for i, name in enumerate(columns)))
@@ -142,7 +146,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
 
 
 def _is_numeric(cell: object) -> bool:
-    """Whether a cell holds a number, or an interval of two."""
+    """Whether a cell holds a number or an interval."""
     return not isinstance(cell, str) or (cell[:1].isdigit() if not isinstance(cell, Html) else cell[-1:].isdigit())
 
 
@@ -155,7 +159,7 @@ def _cell(value: object) -> Html:
 
 
 def data_uri(picture: Image.Image, *, crisp: bool = False) -> str:
-    """A picture, in RGB or grey, within a document: as PNG where every pixel shall stay what it is, else as JPEG."""
+    """A picture in RGB or grey as a data: URI: as PNG if `crisp`, which keeps every pixel exact, else as JPEG."""
     buffer = io.BytesIO()
     if crisp:
         picture.save(buffer, "PNG", optimize=True)
@@ -165,7 +169,7 @@ def data_uri(picture: Image.Image, *, crisp: bool = False) -> str:
 
 
 def pictured(picture: Image.Image, alt: str, *, crisp: bool = False) -> Html:
-    """A picture within the page; a crisp one that is enlarged shows its pixels as squares."""
+    """A picture as part of the page. If it is `crisp` and the browser enlarges it, its pixels show as squares."""
     return element(
         "img",
         src=data_uri(picture, crisp=crisp),

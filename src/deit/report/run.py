@@ -1,4 +1,4 @@
-"""The sections of a report that the record of a run fills. What is missing there is said in a sentence."""
+"""The sections of a report about a run. If the run's record lacks something, a section says so in a sentence."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from deit.report.markup import (
 from deit.train.records import Record, is_number, span
 
 _METRICS = 120
-"""Rows of the table behind the curves."""
+"""Maximum number of rows in the table behind the curves."""
 _FAULTS = 200
-"""Unreadable images that are named."""
+"""Maximum number of unreadable images that are named."""
 _CURVES = (
     ("loss", "Loss", ("loss", "val_loss"), (0.0, math.inf)),
     (
@@ -56,7 +56,7 @@ _CALLED = {
 
 
 def unevaluated(record: Record, missing: str) -> Section:
-    """What the metrics alone say of the model that was kept."""
+    """The section about a model without an evaluation: what the metrics say about the model that was kept."""
     if not record.labelled:
         return Section(
             "accuracy",
@@ -75,9 +75,9 @@ def unevaluated(record: Record, missing: str) -> Section:
     if best and rows:
         parts.append(
             sentence(
-                f"Accuracy on the validation images of the model that was kept, after step "
-                f"{best['step']:,.0f}. It was chosen by the first of these numbers, so they flatter it; "
-                "test images do not."
+                "Accuracy of the model that was kept, on the validation images after step "
+                f"{best['step']:,.0f}. It was chosen by the first of these numbers, so they flatter it. Test images "
+                "do not."
             )
         )
         whole = [(head, found) for head, found in rows if isinstance(found, Accuracy)]
@@ -101,7 +101,10 @@ def unevaluated(record: Record, missing: str) -> Section:
 
 
 def counted(record: Record, value: float) -> Accuracy | None:
-    """The count that a share of the validation images comes from; None where it is none, as when some can't be read."""
+    """The accuracy that gives this share of the validation images.
+
+    None if no whole number of images gives it, for example because some can't be read.
+    """
     total = sum(record.about.val) if record.about else 0
     correct = round(value * total)
     whole = total > 0 and 0 <= correct <= total and abs(correct - value * total) < 1e-6 * total
@@ -158,7 +161,7 @@ def training(record: Record) -> Section:
 
 
 def _per_epoch(record: Record) -> float | None:
-    """Steps of one epoch."""
+    """Steps in an epoch; None if the metrics don't say."""
     last = record.rows[-1]
     return last["step"] / last["epoch"] if is_number(last.get("epoch")) and last["epoch"] > 0 < last["step"] else None
 
@@ -227,7 +230,7 @@ def recipe(record: Record) -> Section:
 
 
 def _flat(record: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Fields by their dotted names; a duration is one value."""
+    """The fields of a recipe by their dotted names. A duration is one value."""
     found: dict[str, Any] = {}
     for key, value in record.items():
         name = f"{path}{key}"
@@ -255,20 +258,22 @@ def data(record: Record | None, evaluation: Evaluation | None) -> Section:
     about = record.about if record else None
     if record and about:
         known += [
-            ("folder", element("code", named(about.data)) if about.data else "none that all images share"),
+            ("folder", element("code", named(about.data)) if about.data else "the images have no common folder"),
             ("training images", f"{sum(about.train):,}"),
             ("validation images", f"{sum(about.val):,}"),
             *([("classes", f"{len(about.classes):,}")] if record.labelled else []),
-            ("fingerprint of training", element("code", about.fingerprint)),
+            ("fingerprint of the training images", element("code", about.fingerprint)),
         ]
     elif record:
         parts += [
-            sentence(f"What the run was trained on is not known: {gap}.") for gap in record.gaps if "about" in gap
+            sentence(f"The images that the run was trained on are not known: {gap}.")
+            for gap in record.gaps
+            if "about" in gap
         ]
     if evaluation:
         known += [
             ("evaluated", f"{evaluation.main.report.images:,} " + images_of(evaluation)),
-            ("fingerprint of these", element("code", evaluation.fingerprint)),
+            ("fingerprint of the evaluated images", element("code", evaluation.fingerprint)),
         ]
     if known:
         parts.append(facts(known))
@@ -321,9 +326,11 @@ def machine(record: Record) -> Section:
     if (seconds := record.last("seconds")) is not None:
         known.append(("training time", span(seconds)))
     if memory := record.last("memory"):
-        known.append(("memory at most", f"{memory / 2**30:.2f} GiB"))
+        known.append(("largest memory", f"{memory / 2**30:.2f} GiB"))
     return Section(
         "machine",
         "Speed and machine",
-        facts(known) if known else sentence("Neither the metrics nor about.json say how fast the run was, and where."),
+        facts(known)
+        if known
+        else sentence("Neither the metrics nor about.json say how fast the run was, or on which machine."),
     )

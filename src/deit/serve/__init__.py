@@ -1,7 +1,7 @@
 """A model behind HTTP.
 
-`question` reads what clients ask, `batcher` makes batches of it, `app` answers within `limits` as
-`described` says, and `server` is the process around it.
+`question` reads requests, `batcher` joins their images into batches, and `app` answers within `limits`. `described`
+holds the API's description, and `server` is the process around all of it.
 """
 
 from deit import host

@@ -1,7 +1,8 @@
-"""The application: what is answered where.
+"""The application: the routes and their answers.
 
-Everything a stranger sends stays in memory, within limits, and ends as an answer or as one sentence:
-`{"error": …}` under a 4xx status, 503 when there is no room, 504 when there was no time.
+Everything that a stranger sends stays in memory, within limits. Each request ends with an answer or with one sentence,
+`{"error": …}`: under a 4xx status, 501 if the model can't be explained, 503 if there is no room, and 504 if the time is
+up.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ from deit.serve.question import (
 
 _Read = TypeVar("_Read")
 
-_GONE = 499  # nobody reads it; for the metrics
-_SIDE = 224  # pixels of the longer side of a picture in an answer, at least
+_GONE = 499  # for the metrics only, because the client that would read it has gone
+_SIDE = 224  # smallest longer side of a picture in an answer, in pixels
 
 _HEADERS = [
     (name.lower().encode(), value.encode())
@@ -87,7 +88,7 @@ _PAGES = {
 
 
 class _Json(Response):
-    """ASCII JSON, so that no text, however odd, fails to be encoded."""
+    """JSON in ASCII, because any text can be encoded in it."""
 
     media_type = "application/json"
 
@@ -103,13 +104,13 @@ class _Metrics:
         self.registry = prometheus.CollectorRegistry()
         self.requests = prometheus.Counter(
             "deit_requests",
-            "Requests by route and status (499: the client had gone).",
+            "Requests by route and status (499: the client has gone).",
             ["route", "status"],
             registry=self.registry,
         )
         self.seconds = prometheus.Histogram(
             "deit_request_seconds",
-            "From a request's head to its whole answer, of /v1/*.",
+            "Seconds from a request's head to its whole answer, for /v1/*.",
             ["route"],
             registry=self.registry,
             buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
@@ -127,7 +128,7 @@ class _Metrics:
 
 
 class _Outermost:
-    """Headers on every answer, and every request counted."""
+    """Adds headers to every answer, and counts every request."""
 
     def __init__(self, app: ASGIApp, metrics: _Metrics):
         self.app, self.metrics = app, metrics
@@ -155,7 +156,7 @@ class _Outermost:
 
 
 class _Routes:
-    """What is answered where."""
+    """The answers of each route."""
 
     def __init__(self, predictor: Predictor, service: Service, name: str):
         self.predictor, self.service, self.name = predictor, service, name
@@ -171,7 +172,8 @@ class _Routes:
         self.metrics = _Metrics(service, lambda: self.batcher.waiting)
         self.bodies = Bodies(service.max_bytes, service.timeout)
         self.keys = [key.encode() for key in service.keys]
-        # In a thread, for 20 MiB would keep all others waiting; in one only, for as JSON they can become 500 MB.
+        # A thread parses bodies, because 20 MiB would keep all other requests waiting. It is only one thread, because
+        # 20 MiB of JSON can become 500 MB.
         self.parser = ThreadPoolExecutor(1, thread_name_prefix="deit-parse")
         self.ending = False
 
@@ -188,7 +190,9 @@ class _Routes:
     def _check_key(self, request: Request) -> None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         found = given.strip().encode("latin-1", "replace")
-        matches = [hmac.compare_digest(found, key) for key in self.keys]  # all, so that time doesn't tell which
+        matches = [
+            hmac.compare_digest(found, key) for key in self.keys
+        ]  # all keys, so that the time doesn't tell which one
         if self.keys and not (scheme.lower() == "bearer" and any(matches)):
             refuse(401, "this needs a key; send it as Authorization: Bearer KEY", **{"WWW-Authenticate": "Bearer"})
 
@@ -196,7 +200,7 @@ class _Routes:
     async def _asked(
         self, request: Request, question: Question, read: Callable[[Mapping[str, Any]], _Read]
     ) -> AsyncIterator[tuple[list[bytes], _Read]]:
-        """The images of a request, and what `read` makes of its fields; its body has room until the block ends."""
+        """Reads the images of a request, and its fields with `read`. The body keeps its room until the block ends."""
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             refuse(415, "the body is compressed; send it as it is")
 
@@ -212,7 +216,7 @@ class _Routes:
                 refuse(503, str(error), **{"Retry-After": str(error.seconds)})
 
     async def classify(self, request: Request) -> Response:
-        """Labels for one image or many: raw bytes, a form of files, or base64 in JSON."""
+        """Labels for one image or many, sent as raw bytes, as files in a form, or as base64 in JSON."""
         self._check_key(request)
         question = Question(("top_k",), '{"images": ["<base64>", ...], "top_k": 3}', self.service.max_batch)
         async with self._asked(request, question, labels_asked) as (images, top_k):
@@ -233,8 +237,8 @@ class _Routes:
         return _Json({"model": self.name, "results": results})
 
     async def explain(self, request: Request) -> Response:
-        """What the answer to one image rests on, for each token: maps as numbers, in words and as pictures; or with
-        Accept: image/png one figure."""
+        """Maps of what the answer to one image rests on, one for each token, as numbers, in words and as pictures. With
+        Accept: image/png, one figure."""
         self._check_key(request)
         if self.unexplained:
             refuse(501, self.unexplained)
@@ -256,12 +260,12 @@ class _Routes:
         return _Json(await asyncio.to_thread(_explained, found, self.name))
 
     async def _done(self, request: Request, futures: list[Future[Any]]) -> None:
-        """Returns when all are; what isn't in time, or has nobody left to wait for it, is cancelled."""
+        """Waits until all futures are done. Cancels them if the time is up or the client has gone."""
         awaited = [asyncio.wrap_future(future) for future in futures]
-        for each in awaited:  # asyncio reports errors that nobody looked at, here those of requests given up
+        for each in awaited:  # looks at every error, because asyncio reports the ones that nobody has looked at
             each.add_done_callback(lambda each: each.cancelled() or each.exception())
         answers = asyncio.ensure_future(asyncio.wait(awaited))
-        gone = asyncio.ensure_future(request.receive())  # after the body, only that the client has gone is received
+        gone = asyncio.ensure_future(request.receive())  # after the body, the only message is that the client has gone
         try:
             await asyncio.wait([answers, gone], timeout=self.service.timeout, return_when=asyncio.FIRST_COMPLETED)
             if not answers.done():
@@ -270,7 +274,7 @@ class _Routes:
                 refuse(504, f"no answer within {self.service.timeout:g} s; try again, or send fewer images")
         finally:
             for future in futures:
-                future.cancel()  # an image that is not being computed yet never will be
+                future.cancel()  # takes out images that are not being computed yet
             answers.cancel()
             gone.cancel()
 
@@ -281,7 +285,7 @@ class _Routes:
             refuse(503, str(error), **{"Retry-After": "1"})
 
     async def model(self) -> Response:
-        """What is served, and its limits."""
+        """The model that is served, and the limits."""
         calibration, head, limits = self.predictor.calibration, self.predictor.head, self.service
         return _Json(
             {
@@ -309,18 +313,18 @@ class _Routes:
         return _Json({"status": "ok"})
 
     async def readyz(self) -> Response:
-        """200 while requests are answered; 503 where the model's thread has ended, and while the server ends."""
+        """200 while requests are answered; 503 if the model's thread has ended, and while the server shuts down."""
         if self.ending or not self.batcher.alive:
-            refuse(503, "the server is ending; ask another one", **{"Retry-After": "1"})
+            refuse(503, "the server is shutting down; ask another one", **{"Retry-After": "1"})
         return _Json({"status": "ready"})
 
     async def metrics_text(self) -> Response:
-        """Prometheus' text format."""
+        """Metrics in Prometheus' text format."""
         return Response(prometheus.generate_latest(self.metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
 
 
 def _unexplained(predictor: Predictor) -> str:
-    """Why there are no explanations; empty where there are."""
+    """The reason why the model can't be explained; empty if it can."""
     try:
         explained_model(predictor)
     except ValueError as error:
@@ -329,7 +333,10 @@ def _unexplained(predictor: Predictor) -> str:
 
 
 def _explained(found: Explanation, model: str) -> dict[str, Any]:
-    """As JSON types, with pictures of what the model saw, enlarged where that is small, and of each map over it."""
+    """An explanation as JSON types, with pictures of what the model saw and of each map over it.
+
+    The pictures are enlarged if what the model saw is small.
+    """
     seen = fitted(found.seen, max(_SIDE, *found.seen.size))
     known = found.to_dict()
     return {
@@ -353,14 +360,14 @@ async def _gone(_: Request, __: Exception) -> Response:
 
 async def _refused(_: Request, error: HTTPException) -> Response:
     sentence = {
-        404: "there is nothing here; / is a page to try, /api lists what there is",
-        405: "this method is not for this address; /api lists what there is",
+        404: "there is nothing here; see /api for all addresses, or try the page at /",
+        405: "this method is not for this address; see /api for all addresses",
     }
     return _Json({"error": sentence.get(error.status_code, str(error.detail))}, error.status_code, error.headers)
 
 
 def create_app(predictor: Predictor, service: Service, name: str) -> FastAPI:
-    """The application. `name` is what answers call the model; `app.state.routes.batcher` makes the batches."""
+    """Returns the application. `name` is the model's name in answers; `app.state.routes.batcher` makes the batches."""
     routes = _Routes(predictor, service, name)
     app = FastAPI(
         title="deit",

@@ -1,4 +1,4 @@
-"""Dynamic batching: images of many requests, decoded by threads, computed together by the one thread with the model.
+"""Dynamic batching. Threads decode the images of many requests, and one thread with the model computes them together.
 
 ```
 submit ─┐                                  ┌─► batch of 1 to max_batch ─┐
@@ -29,24 +29,24 @@ from PIL import Image
 from deit.choices import Method
 from deit.explain.explanation import Explanation, explain_pixels, explained_model
 from deit.host import cores
-from deit.image.decode import ImageError, reading
+from deit.image.decode import ImageError, reading, without_texts
 from deit.predict.predictor import Answer, Predictor
 
 FORMATS = {"JPEG": "JPEG", "MPO": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "TIFF": "TIFF", "BMP": "BMP"}
-"""What is decoded for strangers: Pillow's name to the usual one. Pillow knows more formats, one of which (EPS) starts a
-program."""
+"""The formats that are decoded for strangers, from Pillow's name to the usual one. Pillow knows more formats, but one
+of them (EPS) starts a program."""
 
 _FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"GIF8", b"II*\x00", b"MM\x00*", b"BM")
 
 _EXPLAINED = 4
-"""An explanation costs several images' time, so at most one place of this many in the queue is for them: maps shall not
-keep labels out."""
+"""Explanations get at most one of this many places in the queue. Each one costs the time of several images, and they
+must not keep requests for labels out."""
 
 _log = logging.getLogger("deit.serve")
 
 
 class Full(Exception):
-    """The queue has no room; `seconds` is when there should be some."""
+    """The queue has no room. It should have some in `seconds`."""
 
     def __init__(self, seconds: int):
         super().__init__(f"too many images wait already; try again in {seconds} s")
@@ -54,37 +54,38 @@ class Full(Exception):
 
 
 class ModelFailed(RuntimeError):
-    """The model raised an exception on a batch."""
+    """The model raised an exception."""
 
 
 class Why(NamedTuple):
-    """What of an answer is to be explained."""
+    """The part of an answer to explain, and the method."""
 
     method: Method
     target: int | None
-    """The class; None: what each head decides."""
+    """The class to explain; None explains each head's own decision."""
 
 
 @dataclass(eq=False)
 class _Job:
     data: bytes
     top_k: int = 0
-    why: Why | None = None  # an explanation instead of labels
+    why: Why | None = None  # if set, the job asks for an explanation instead of labels
     answer: Future[Any] = field(default_factory=Future)
     pixels: np.ndarray | None = None  # (channels, height, width)
     ready: float = 0.0  # monotonic seconds
 
 
 class Batcher:
-    """Answers for images as they come.
+    """Answers images as they come.
 
     Args:
-        predictor: called by one thread only, but for `prepared`, which many call.
-        max_batch: images computed together, at most.
+        predictor: the predictor. One thread calls it, and several threads call its `prepared`.
+        max_batch: largest number of images computed together.
         max_wait: seconds that a decoded image waits for others.
-        queue_size: images that may be decoding or waiting; more are refused. A quarter may wait for explanations.
-        max_pixels: images with more are refused from their header.
-        computed: told the number of images of each batch.
+        queue_size: number of images that may be decoding or waiting; more are refused. A quarter of them may wait for
+            explanations.
+        max_pixels: largest image, in pixels. Larger ones are refused by their header.
+        computed: called with the number of images in each batch.
     """
 
     def __init__(
@@ -103,33 +104,34 @@ class Batcher:
         self._shape = predictor.prepared(Image.new("RGB", (width, height))).shape  # (channels, height, width)
         self._lock = threading.Lock()
         self._waiting = 0
-        self._unexplained = 0  # of those that wait
+        self._unexplained = 0  # the part of them that waits for explanations
         self._seconds_per_image = self._seconds_per_explanation = 0.0
         self._ready: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        Image.init()  # not safe in several threads at once
+        Image.init()  # now, because it is not safe in several threads at once
         self._decoders = ThreadPoolExecutor(cores(), thread_name_prefix="deit-decode")
         self._owner = threading.Thread(target=self._run, name="deit-model", daemon=True)
         self._owner.start()
 
     @property
     def waiting(self) -> int:
-        """Images that are decoding, or decoded and not yet being computed."""
+        """Number of images that are decoding, or decoded and not yet being computed."""
         return self._waiting
 
     @property
     def alive(self) -> bool:
-        """Whether there is a thread to compute."""
+        """Whether the thread that computes still runs."""
         return self._owner.is_alive()
 
     def submit(self, images: list[bytes], top_k: int) -> list[Future[Answer]]:
-        """A future for each image; cancelled before its batch begins, it is not computed.
+        """Returns a future for each image. If it is cancelled before its batch begins, the image is not computed.
 
-        Futures raise `ImageError` for what can't be read, `ModelFailed`. Raises `Full` where not all have room.
+        Futures raise `ImageError` for an image that can't be read, and `ModelFailed`. Raises `Full` if the queue has no
+        room for all images.
         """
         return self._enter([_Job(data, top_k) for data in images])
 
     def explain(self, image: bytes, why: Why) -> Future[Explanation]:
-        """As `submit`, for what the answer to one image rests on, by a model that `explained_model` finds."""
+        """Does the same as `submit` for an explanation of one image. `explained_model` must accept the predictor."""
         [found] = self._enter([_Job(image, why=why)])
         return found
 
@@ -156,7 +158,7 @@ class Batcher:
         return [job.answer for job in jobs]
 
     def close(self) -> None:
-        """Ends after everything that was submitted has its answer."""
+        """Waits until everything that was submitted has its answer, and ends the threads."""
         self._decoders.shutdown()
         self._ready.put(None)
         self._owner.join()
@@ -169,13 +171,13 @@ class Batcher:
         try:
             check_header(data, self.max_pixels)
             job.pixels = self.predictor.prepared(data)
-            if job.pixels.shape != self._shape:  # where the preprocessing doesn't resize; it would spoil its batch
-                raise ImageError(f"the image gives {job.pixels.shape} values, expected {self._shape}; resize it")
+            if job.pixels.shape != self._shape:  # possible if nothing is resized; it would spoil its batch
+                raise ImageError(f"the image gives pixels of {job.pixels.shape}, expected {self._shape}; resize it")
         except MemoryError:
-            self._fail(job, ImageError("the image takes more memory to decode than there is; shrink it"))
+            self._fail(job, ImageError("the image takes more memory to decode than is free; shrink it"))
         except (ImageError, ValueError) as error:
             self._fail(job, ImageError(str(error).replace("<bytes>", "the image")))
-        except Exception as error:  # a job that is lost would hold its place in the queue for ever
+        except Exception as error:  # a lost job would keep its place in the queue for ever
             _log.exception("decoding failed")
             self._fail(job, ImageError(f"the image can't be decoded ({type(error).__name__}); convert it to PNG"))
         else:
@@ -183,7 +185,7 @@ class Batcher:
             self._ready.put(job)
 
     def _leave(self, job: _Job) -> bool:
-        """Gives up a job's place in the queue; True where someone still waits for its answer."""
+        """Gives up a job's place in the queue. Returns whether someone still waits for its answer."""
         with self._lock:
             self._waiting -= 1
             self._unexplained -= job.why is not None
@@ -194,7 +196,7 @@ class Batcher:
             job.answer.set_exception(error)
 
     def _run(self) -> None:
-        aside: deque[_Job] = deque()  # explanations, of which one follows each batch
+        aside: deque[_Job] = deque()  # explanations; one of them follows each batch
         open_ = True
         while open_ or aside:
             if open_:
@@ -208,8 +210,10 @@ class Batcher:
                     break
 
     def _collected(self, aside: deque[_Job]) -> tuple[list[_Job], bool]:
-        """Images for one batch, none where only explanations wait, which come to the end of `aside`; and whether more
-        may come."""
+        """Returns images for one batch, and whether more may come.
+
+        Explanations go to the end of `aside`. If nothing else waits, the batch is empty.
+        """
         collected: list[_Job] = []
         while len(collected) < self.max_batch:
             try:
@@ -270,12 +274,21 @@ def _recent(mean: float, seconds: float) -> float:
 
 
 def _forget(job: _Job, _: Future[Answer]) -> None:
-    """A cancelled job may wait long to be noticed; its memory shall not."""
+    """Frees the memory of a job that is done. A cancelled job may stay in the queue for long."""
     job.data, job.pixels = b"", None
 
 
 def check_header(data: bytes, max_pixels: int) -> None:
-    """Raises `ImageError` for what is not in `FORMATS` or has more than `max_pixels`, before anything is decoded."""
+    """Raises `ImageError` for a format outside `FORMATS` or more than `max_pixels`, before anything is decoded."""
+    try:
+        _check_header(data, max_pixels)
+    except ImageError:
+        if (bare := without_texts(data)) is None:
+            raise
+        _check_header(bare, max_pixels)
+
+
+def _check_header(data: bytes, max_pixels: int) -> None:
     too_large = f"the image has more than the {max_pixels} pixels allowed here; shrink it"
     found = None
     if data.startswith(_FIRST_BYTES):

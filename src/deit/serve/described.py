@@ -1,4 +1,4 @@
-"""What the API says of itself: its answers and requests, for /openapi.json and for the page /api."""
+"""The API's description: its requests and answers, for /openapi.json and for the page /api."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Label(BaseModel):
 
 
 class Result(BaseModel):
-    """Labels, best first; or of one of many images why it has none."""
+    """Labels, best first. If one of many images can't be read, error says why."""
 
     labels: list[Label] | None = None
     sure: bool | None = None
@@ -30,7 +30,7 @@ class Answers(BaseModel):
 
 
 class TokenAnswer(BaseModel):
-    """What a token's own head decides, and what of that is explained; probabilities are not calibrated."""
+    """The label that a token's own head decides for, and the target explained. Probabilities are not calibrated."""
 
     token: str
     label: str
@@ -50,7 +50,7 @@ class TokenMap(BaseModel):
 
 
 class Explained(BaseModel):
-    """Pictures are data: URIs; image_size is the height and width of what the model saw, which the maps cover."""
+    """Pictures are data: URIs. image_size is the height and width of what the model saw, which the maps cover."""
 
     model: str
     image_size: list[int]
@@ -93,16 +93,16 @@ SAID = {
     401: "An API key is needed.",
     408: "The body came too slowly.",
     413: "The body is too large, or holds too many images.",
-    415: "The body is of another type.",
+    415: "The body has another type, or is compressed.",
     422: "No image can be read.",
-    503: "No room; try again after Retry-After seconds.",
-    504: "Not answered in time.",
+    503: "There is no room, or the model failed. Try again after Retry-After seconds.",
+    504: "The time is up.",
 }
-NOT_EXPLAINED = {**SAID, 501: "The model served can't be explained (GET /model says so)."}
+NOT_EXPLAINED = {**SAID, 501: "The model can't be explained (GET /model says so too)."}
 
 
 def _described(most: int | None, fields: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """A request of at most so many images, and of fields, which may also stand in the query, in OpenAPI."""
+    """Describes a request in OpenAPI: at most `most` images, and fields, which may be in the body or in the query."""
     images: dict[str, Any] = {"type": "array", "minItems": 1, **({} if most is None else {"maxItems": most})}
     schemas = {
         name: {key: value for key, value in field.items() if key != "description"} for name, field in fields.items()
@@ -139,22 +139,23 @@ def _described(most: int | None, fields: dict[str, dict[str, Any]]) -> dict[str,
 
 
 CLASSIFY = _described(
-    None, {"top_k": {"type": "integer", "minimum": 1, "default": TOP_K, "description": "Labels for each image."}}
+    None,
+    {"top_k": {"type": "integer", "minimum": 1, "default": TOP_K, "description": "Number of labels for each image."}},
 )
 EXPLAIN = _described(
     1,
     {
-        "method": {"type": "string", "enum": list(METHODS), "default": METHOD, "description": "How the maps are made."},
+        "method": {"type": "string", "enum": list(METHODS), "default": METHOD, "description": "Method of the maps."},
         "target": {
             "type": "string",
-            "description": "Label to explain; without it what each token\u2019s head decides.",
+            "description": "Label to explain. Without it, the label that each token\u2019s own head decides for.",
         },
     },
 )
 
 
 def api_page(described: dict[str, Any]) -> str:
-    """The page /api, from the OpenAPI description."""
+    """Returns the page /api, made from the OpenAPI description."""
     rows = []
     for path, methods in described["paths"].items():
         for method, operation in methods.items():
@@ -174,6 +175,7 @@ def api_page(described: dict[str, Any]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         '<link rel="stylesheet" href="/shown.css"><link rel="stylesheet" href="/page.css"></head><body><main>'
         "<h1>The API</h1>"
-        '<p>In full: <a href="/openapi.json">openapi.json</a>. To try it: <a href="/">the page</a>.</p>'
+        '<p>The full description is <a href="/openapi.json">openapi.json</a>. '
+        'You can try the API on <a href="/">the page</a>.</p>'
         f"{''.join(rows)}</main></body></html>"
     )

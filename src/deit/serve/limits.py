@@ -1,4 +1,4 @@
-"""What a server takes: the limits that its owner sets, and the keys that open it."""
+"""The limits of a server, and the keys that open it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class Service:
     """The limits of a server."""
 
     max_batch: int = 32
-    """Images computed together, and images of one request, at most."""
+    """Largest number of images computed together, and of images in a request."""
     max_wait_ms: float = 5.0
-    """Milliseconds that an image waits for others to be computed with."""
+    """Milliseconds that an image waits for others to fill its batch."""
     queue: int = 256
-    """Images decoding or waiting; a request that doesn't fit is answered 503."""
+    """Largest number of images that are decoding or waiting. A request that doesn't fit is answered 503."""
     max_bytes: int = 20 * 2**20
     """Largest body of a request, in bytes."""
     max_pixels: int = MAX_PIXELS
-    """Largest image, in pixels; Pillow sets a limit of its own."""
+    """Largest image, in pixels. Pillow's own limit is the highest value."""
     timeout: float = 30.0
-    """Seconds for a request's head to arrive, for its body (408), and for its answer (504)."""
+    """Seconds for a request's head to arrive, for its body to arrive (408), and for its answer (504)."""
     keys: tuple[str, ...] = ()
-    """Any of these opens /v1/*; none: open to all."""
+    """Keys, each of which opens /v1/*. Without keys, it is open to all."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "queue", "max_bytes", "max_pixels", "timeout"):
@@ -36,21 +36,21 @@ class Service:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
         if self.max_pixels > decode.MAX_PIXELS:
             raise ValueError(
-                f"max_pixels must be at most {decode.MAX_PIXELS}, where Pillow refuses an image itself, "
-                f"found {self.max_pixels}"
+                f"max_pixels must be at most {decode.MAX_PIXELS}, because Pillow refuses larger images, found "
+                f"{self.max_pixels}"
             )
         if self.max_wait_ms < 0:
             raise ValueError(f"max_wait_ms must be at least 0, found {self.max_wait_ms:g}")
         if self.queue < self.max_batch:
             raise ValueError(
-                f"a queue of {self.queue} images can't fill a batch of {self.max_batch}; give a queue of "
-                "at least max_batch"
+                f"a queue of {self.queue} images can't fill a batch of {self.max_batch}; give a queue of at least "
+                f"{self.max_batch}"
             )
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
-    """API keys, one a line. Raises `ValueError` for a file that has none."""
+    """Reads API keys from a file, one on each line. Raises `ValueError` if the file has none."""
     keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     if not keys:
-        raise ValueError(f"{path} holds no key; write one on a line")
+        raise ValueError(f"{path} holds no key; write one on each line")
     return keys

@@ -1,15 +1,15 @@
 import { at, fail, listen, preview, say, show } from "./shown.js";
 
 const asSentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + ".";
-const UNREACHABLE = "the server can\u2019t be reached, try again later";
+const UNREACHABLE = "the server can\u2019t be reached; try again later";
 let asking = new AbortController();
 let calibration = null;
 let explains = false;
 let sent = null;  // the image that labels are shown for
-let looking = false;  // whether its explanation is on the way
+let looking = false;  // whether its explanation is on its way
 let found = null;  // its explanation
 
-// What the server answers; on failure {error: a sentence}, and null to a question that is out of date.
+// Returns the server's answer, {error: a sentence} on failure, or null if the question is out of date.
 async function post(path, file, mine) {
   const headers = { "Content-Type": "application/octet-stream" };
   if (at("key").value) headers.Authorization = "Bearer " + at("key").value.trim();

@@ -1,5 +1,6 @@
-"""From a request to what it asks: images, held in memory within limits, and the fields beside them. What is neither is
-refused with one sentence.
+"""Reads a request: its images, which are held in memory within limits, and the fields beside them.
+
+Anything else is refused with one sentence.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from deit.explain.maps import METHODS
 from deit.serve.batcher import Why
 
 _HELD = 16
-"""Bodies of the largest size that may be in memory at once; then 503."""
+"""Number of bodies of the largest size that may be in memory at once. More are answered 503."""
 _DISCARDED = 3
-"""A body that is too large is read to its end up to this many times the limit, so that its sender reads the answer."""
+"""A body that is too large is read to its end, up to this many times the limit, because otherwise its sender would not
+read the answer."""
 _PARTS = 8  # of a form, beyond its images
 TOP_K = 5
-METHOD = "relevance"  # the best of those that see inside, docs/explain.md
-_LONGEST, _MANY = 200, 1000  # characters of a label that is not known, and labels that may be meant by it
+METHOD = "relevance"  # scores best of those that look inside the model, see docs/explain.md
+_LONGEST, _MANY = 200, 1000  # longest unknown label (in characters) and most labels for which similar ones are searched
 
 _DISPOSITION = re.compile(rb"^content-disposition:(.*)$", re.IGNORECASE | re.MULTILINE)
 _FILE = re.compile(rb";\s*filename\*?=", re.IGNORECASE)
@@ -41,11 +43,11 @@ def refuse(status: int, sentence: str, **headers: str) -> NoReturn:
 
 
 class Bodies:
-    """Reads bodies into memory, with one account of how much all of them take.
+    """Reads bodies into memory, and counts how much all of them take.
 
     Args:
-        limit: bytes of one.
-        timeout: seconds for one to arrive.
+        limit: largest body, in bytes.
+        timeout: seconds for a body to arrive.
     """
 
     def __init__(self, limit: int, timeout: float):
@@ -53,7 +55,7 @@ class Bodies:
 
     @contextmanager
     def room(self) -> Iterator[bytearray]:
-        """A place for a body, accounted for until the block ends."""
+        """A place for a body. Its bytes count until the block ends."""
         body = bytearray()
         try:
             yield body
@@ -75,7 +77,7 @@ class Bodies:
         too_large = f"the body has more than the {self.limit} bytes allowed; send a smaller image, or fewer"
         declared = request.headers.get("content-length", "0")
         if not (declared.isascii() and declared.isdigit()):
-            refuse(400, "Content-Length is not a number; leave it to your HTTP library")
+            refuse(400, "Content-Length is not a number; let your HTTP library set it")
         if len(declared) > 15 or int(declared) > _DISCARDED * self.limit:
             refuse(413, too_large, Connection="close")
         count = 0
@@ -100,25 +102,27 @@ def _content_type(text: str) -> email.message.Message:
 
 @dataclass(frozen=True)
 class Question:
-    """What a body may hold beside its images."""
+    """A kind of request: what its body may hold."""
 
     fields: tuple[str, ...]
+    """Names of the fields beside the images."""
     example: str
-    """In JSON."""
+    """A body in JSON, for error messages."""
     most: int
-    """Images."""
+    """Largest number of images."""
 
     def too_many(self) -> NoReturn:
         refuse(
             413,
-            f"a request may hold at most {self.most} image{'s' * (self.most > 1)} here; send the others in another one",
+            f"a request may hold at most {self.most} image{'s' * (self.most > 1)} here; send the others in another "
+            "request",
         )
 
 
 def read_request(
     body: bytes, content_type: str, query: Mapping[str, str], question: Question
 ) -> tuple[list[bytes], dict[str, Any]]:
-    """The images of a body, and the fields that it or the query holds, as they are; refuses what is neither."""
+    """Returns the images of a body, and the unchecked fields of the body and the query. Refuses anything else."""
     message = _content_type(content_type)
     kind = message.get_content_type() if content_type.strip() else "none"
     fields: dict[str, Any] = {name: query[name] for name in question.fields if name in query}
@@ -146,14 +150,14 @@ def _from_json(body: bytes, fields: dict[str, Any], question: Question) -> list[
     expected = f"expected {question.example}"
 
     def constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is no JSON")
+        raise ValueError(f"{name} is not JSON")
 
     try:
         found = json.loads(body, parse_constant=constant)
     except (ValueError, RecursionError):
         refuse(400, f"the body is not valid JSON; {expected}")
     if not isinstance(found, dict) or not set(found) <= {"images", *question.fields}:
-        refuse(400, f"the body is other JSON than this; {expected}")
+        refuse(400, f"the body is other JSON than expected; {expected}")
     texts = found.pop("images", None)
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         refuse(400, f"images is not a list of texts; {expected}")
@@ -161,17 +165,30 @@ def _from_json(body: bytes, fields: dict[str, Any], question: Question) -> list[
         question.too_many()
     fields |= found
     try:
-        return [base64.b64decode(text, validate=True) for text in texts]
+        return list(map(_from_base64, texts))
     except (binascii.Error, ValueError):
-        refuse(400, "an image is not valid base64; encode the bytes of the file, without a data: prefix")
+        refuse(400, "an image is not valid base64; encode the bytes of the file")
+
+
+_DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
+
+
+def _from_base64(text: str) -> bytes:
+    """Bytes from base64 as any program writes it: in one line or many, with + and / or - and _, padded or not, bare or
+    as a data: URL. Raises `ValueError`."""
+    text = text.lstrip()
+    if prefix := _DATA_URL.match(text):
+        text = text[prefix.end() :]
+    text = "".join(text.split()).replace("-", "+").replace("_", "/").rstrip("=")
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
 def _from_form(body: bytes, boundary: Any, fields: dict[str, Any], question: Question) -> list[bytes]:
-    """RFC 7578. Names of files are never looked at."""
-    damaged = "the multipart body is damaged or cut short; leave its making to your HTTP library"
+    """Reads a form (RFC 7578). File names are ignored."""
+    damaged = "the multipart body is damaged or cut short; let your HTTP library make it"
     if not isinstance(boundary, str) or not 1 <= len(boundary) <= 70 or not boundary.isascii():
-        refuse(400, "multipart/form-data has no boundary; leave Content-Type to your HTTP library")
-    # Split at most as often as is allowed: a body of nothing but boundaries costs no more than any other.
+        refuse(400, "multipart/form-data has no boundary; let your HTTP library set Content-Type")
+    # The number of splits is limited, so a body of nothing but boundaries costs no more than any other.
     _, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary.encode(), question.most + _PARTS + 1)
     images: list[bytes] = []
     for part in parts:
@@ -213,7 +230,7 @@ def explanation_asked(fields: Mapping[str, Any], labels: list[str]) -> Why:
         refuse(400, f"method is not one of {', '.join(METHODS)}; give one of them, or leave it out")
     if target is None:
         return Why(method, None)
-    # What could be meant takes a third of a second to find at most: with more labels, or a longer name, nobody looks.
+    # The search for similar labels takes at most a third of a second. It is left out for more labels or a longer name.
     if not isinstance(target, str) or (target not in labels and (len(target) > _LONGEST or len(labels) > _MANY)):
         refuse(400, "target is not one of the model's labels; give one that /model lists, or leave it out")
     try:
@@ -223,6 +240,6 @@ def explanation_asked(fields: Mapping[str, Any], labels: list[str]) -> Why:
 
 
 def wants_picture(accept: str) -> bool:
-    """Whether it names PNG, and not JSON."""
+    """Whether an Accept header names PNG and not JSON."""
     kinds = [kind.partition(";")[0].strip().lower() for kind in accept.split(",")]
     return "image/png" in kinds and "application/json" not in kinds

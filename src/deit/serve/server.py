@@ -20,9 +20,9 @@ from deit.serve.limits import Service
 
 
 def _prompt(seconds: float) -> type[H11Protocol]:
-    """Connections that end when the head of a request takes longer than `seconds`.
+    """Returns a class of connections that close if the head of a request takes longer than `seconds`.
 
-    uvicorn alone would wait for ever: it times only connections that are idle after an answer.
+    uvicorn alone would wait for ever, because it times only connections that are idle after an answer.
     """
 
     class Connection(H11Protocol):
@@ -55,22 +55,24 @@ def _prompt(seconds: float) -> type[H11Protocol]:
 def serve(
     predictor: Predictor, service: Service, name: str, *, host: str, port: int, listening: Callable[[str], object]
 ) -> None:
-    """Serves until SIGTERM or Ctrl-C, then takes no more connections, answers what came before, and returns.
+    """Serves until SIGTERM or Ctrl-C. Then it takes no more connections, answers the requests that came, and returns.
 
     Args:
         predictor, service, name: as for `create_app`.
-        host, port: the address; port 0 is any free one.
-        listening: is called with the address once connections are taken.
+        host, port: the address; port 0 takes any free port.
+        listening: called with the address once connections are taken.
 
     Raises `OSError` if the address can't be used.
     """
     height, width = predictor.config.image_hw
-    predictor([Image.new("RGB", (width, height))])  # the first takes longest, and fails for a head that the model lacks
+    predictor(
+        [Image.new("RGB", (width, height))]
+    )  # the first call takes longest, and fails if the model lacks the head
     with socket.create_server(
         (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
     ) as listener:
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-        logging.getLogger("uvicorn").setLevel(logging.ERROR)  # below that it tells of every client's mistake
+        logging.getLogger("uvicorn").setLevel(logging.ERROR)  # lower levels report every client's mistake
         server = uvicorn.Server(
             uvicorn.Config(
                 create_app(predictor, service, name),
@@ -83,7 +85,7 @@ def serve(
                 timeout_graceful_shutdown=int(2 * service.timeout) + 1,
             )
         )
-        # uvicorn raises the signal again after its end; this makes that end the exit status 0.
+        # uvicorn raises the signal again when it has ended. This handler keeps the exit status 0 then.
         signal.signal(signal.SIGTERM, lambda *_: None)
         shown = f"[{host}]" if ":" in host else host
         listening(f"http://{shown}:{listener.getsockname()[1]}")

@@ -1,4 +1,4 @@
-"""The training of a recipe: the loop, what it minimises, who teaches, and the run's folder."""
+"""Training a recipe: the loop, its objectives, the teachers, and the folder of a run."""
 
 from typing import TYPE_CHECKING
 

@@ -1,14 +1,16 @@
-"""From a recipe to the model it trains: freshly initialised, or with the weights of another run."""
+"""Builds the model that a recipe trains: freshly initialised, or with the weights of another run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from deit import files, weights
 from deit.config import ConvNetConfig, DeiTConfig
+from deit.data.folders import nfc
 from deit.model.convnet import ConvNet
 from deit.model.network import (
     DeiTForImageClassification,
@@ -17,6 +19,7 @@ from deit.model.network import (
     PreTrained,
 )
 from deit.recipe import Distilled, MaskedImage, Recipe
+from deit.train.teacher import find_teacher
 from deit.weights import hub
 
 _SAME = (
@@ -29,18 +32,18 @@ _SAME = (
     "qkv_bias",
     "position_on_class_token",
 )
-"""Fields in which a model and the weights it starts from must agree."""
+"""Fields that must be the same in a model and in the weights that it starts from."""
 _HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.")
 
 
 def build_model(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
-    """A model of the class that the recipe's objective trains, with the data's labels, on the CPU.
+    """Builds a model of the class that the recipe's objective trains, with the data's labels, on the CPU.
 
-    Fresh values depend on `recipe.seed` alone. With `recipe.start`, every tensor that the start has is its: positions
-    are resized to the recipe's grid (bicubic) and the patch projection to its patches, a distillation token is added or
-    left out, and heads are kept where the start's labels are the data's, in the same order, and fresh otherwise.
+    Fresh values depend on `recipe.seed` alone. With `recipe.start`, every tensor that the start has is taken from it.
+    Positions are resized to the recipe's grid (bicubic), and the patch projection to its patches. A distillation token
+    is added or left out. Heads are kept if the start's labels are the data's, in the same order, and fresh otherwise.
 
-    Raises `ValueError` where the start is another architecture, `FileNotFoundError` and `CheckpointError` as
+    Raises `ValueError` if the start has another architecture, and `FileNotFoundError` and `CheckpointError` as
     `from_pretrained` does.
     """
     config = recipe.model.replace(id2label=dict(enumerate(classes)))
@@ -55,8 +58,32 @@ def build_model(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
     else:
         model = DeiTForImageClassification(config)
     if recipe.start:
-        _start_from(model, hub.read_checkpoint(recipe.start), classes)
+        with _starting(recipe.start):
+            found = hub.read_checkpoint(recipe.start)
+        _start_from(model, found, classes)
     return model
+
+
+def find_sources(recipe: Recipe) -> None:
+    """Raises `FileNotFoundError` if the weights that a recipe starts from, or its teacher, are not there.
+
+    Long work begins with it. What comes from the hub is fetched.
+    """
+    if recipe.start:
+        with _starting(recipe.start):
+            hub.find_weights(recipe.start)
+    find_teacher(recipe)
+
+
+@contextmanager
+def _starting(start: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the recipe starts from {start}: {error}; set it with --set start=FOLDER, or train from scratch with "
+            "--set start=none"
+        ) from None
 
 
 @torch.no_grad()
@@ -64,14 +91,14 @@ def _start_from(model: PreTrained, found: hub.Checkpoint, classes: Sequence[str]
     ours, theirs = model.config, found.config
     for name in (*_SAME, "layer_scale_init_value"):
         mine, other = getattr(ours, name), getattr(theirs, name)
-        if name == "layer_scale_init_value":  # its value matters to a fresh model only
+        if name == "layer_scale_init_value":  # its value matters only to a fresh model
             mine, other = mine is not None, other is not None
         if mine != other:
             raise ValueError(
                 f"start {found.file} has {name}={getattr(theirs, name)}, the recipe's model has "
                 f"{getattr(ours, name)}; set model.{name}, or choose another start"
             )
-    same_labels = list((theirs.id2label or {}).values()) == list(classes)
+    same_labels = list(map(nfc, (theirs.id2label or {}).values())) == list(map(nfc, classes))
     missing = []
     for name, tensor in model._tensors().items():
         given = found.tensors.get(name)
@@ -85,13 +112,13 @@ def _start_from(model: PreTrained, found: hub.Checkpoint, classes: Sequence[str]
             missing.append(name)
     if missing:
         raise files.CheckpointError(
-            f"start {found.file} lacks {missing[0]}, which the recipe's model needs; the file "
-            "is incomplete, or another model's"
+            f"start {found.file} lacks {missing[0]}, which the recipe's model needs, so it is incomplete or "
+            "another model's; choose another start"
         )
 
 
 def _positions(given: Tensor, theirs: DeiTConfig, ours: DeiTConfig, fresh: Tensor) -> Tensor:
-    """(1, prefix + patches, D): the start's, resized to our grid; the place of a token it lacks stays fresh."""
+    """(1, prefix + patches, D): the start's positions, resized to our grid. That of a token it lacks stays fresh."""
     resized = torch.from_numpy(weights.resize_positions(given.float().numpy(), theirs, ours))
     prefix, grid = resized.tensor_split([theirs.num_prefix_positions], dim=1)
     front = fresh[:, : ours.num_prefix_positions].clone()

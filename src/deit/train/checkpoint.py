@@ -1,7 +1,7 @@
-"""A run's state on disk: written whole or not at all, checked when read.
+"""A run's state on disk. It is written whole or not at all, and checked when it is read.
 
-`RUN/checkpoints/step-000001234.safetensors` holds every tensor of the run; its header holds the rest of the state as
-JSON and a checksum of both. The two newest are kept: should one be damaged, the other goes on.
+`RUN/checkpoints/step-000001234.safetensors` holds every tensor of the run. Its header holds the rest of the state as
+JSON and a checksum of both. The two newest are kept, because the run can resume from the other if one is damaged.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def saved(folder: Path) -> list[Path]:
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    """Writes the state after step `step`, and removes all but the newest.
+    """Writes the state after step `step`, and removes all but the newest checkpoints.
 
-    Raises `OSError` where it can't be written; the checkpoints that were there are untouched.
+    Raises `OSError` if it can't be written. The older checkpoints are then untouched.
     """
     path = folder / f"step-{step:09}.safetensors"
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -44,8 +44,8 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
         left = saved(folder)
         raise OSError(
             f"{path} can't be written ({error}); "
-            + (f"{left[-1].name} is untouched: " if left else "")
-            + "free space, then go on with --resume"
+            + (f"{left[-1].name} is untouched; " if left else "")
+            + "free space, then continue with --resume"
         ) from None
     for old in saved(folder)[:-KEPT]:
         old.unlink(missing_ok=True)
@@ -53,9 +53,10 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
 
 
 def restore(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]] | None:
-    """Tensors, state, and a sentence for each newer checkpoint that was damaged; None where there is no checkpoint.
+    """Reads the newest good checkpoint. None if there is no checkpoint at all.
 
-    Raises `CheckpointError` where all are damaged.
+    Returns its tensors, its state, and a sentence for each newer checkpoint that is damaged. Raises `CheckpointError`
+    if all are damaged.
     """
     problems: list[str] = []
     for path in reversed(saved(folder)):
@@ -65,7 +66,7 @@ def restore(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]
             problems.append(str(error))
     if problems:
         raise files.CheckpointError(
-            f"{'; '.join(problems)}; no good checkpoint is left: start the run anew in another folder"
+            f"{'; '.join(problems)}; no good checkpoint is left, start a new run in another folder"
         )
     return None
 

@@ -1,11 +1,11 @@
-"""A teacher's answers written once, and learnt from again and again. B images of a batch, C classes, k kept classes.
+"""A teacher's answers, written once and used in many runs. B images of a batch, C classes.
 
-Every view of a training image is a function of the recipe's seed and the step's number, so the answers to the views
-of some epochs stand for the teacher in any run that sees the same views: the recipe's fields that decide them are kept
-with the answers, and compared.
+Every view of a training image is a function of the recipe's seed and the step's number. So the answers to the views of
+some epochs can replace the teacher in any run that sees the same views. The fields of the recipe that determine the
+views are stored with the answers, and compared.
 
-A cache is a folder: `cache.json` says what it holds, and each `labels-00000.safetensors` holds the same number of
-steps (the last one may hold fewer), a row of B for each.
+A cache is a folder. `cache.json` describes its content. Each `labels-00000.safetensors` is a part with the same number
+of steps (the last one may have fewer), and a row of B answers for each step.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ from deit.train.teacher import Teacher, condense, expand
 VERSION = 1
 """Version of the files' layout."""
 VIEWS_VERSION = 1
-"""To be raised whenever the code of `data` or `augment` draws or computes other views than before: older caches are
-then refused."""
+"""Version of the views. Raise it whenever the code of `data` or `augment` draws or computes other views than before, so
+that older caches are refused."""
 PART_BYTES = 16 * 2**20
-"""Most bytes that a part holds; a single step that is larger has a part of its own."""
+"""Largest size of a part in bytes. A single step that is larger has a part of its own."""
 _FILE = re.compile(r"labels-(\d{5,})\.safetensors")
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """What the parts of a cache hold."""
+    """The layout of a cache and its parts."""
 
     steps: int
-    """Steps, in all parts."""
+    """Number of steps in all parts together."""
     steps_per_part: int
     batch: int
     classes: int
@@ -71,7 +71,7 @@ class _Layout:
         return range(first, min(first + self.steps_per_part, self.steps))
 
     def tensors(self, steps: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-        """Type and shape of what a part of so many steps holds; classes in the narrowest integers that hold them."""
+        """Type and shape of each tensor of a part with so many steps. Classes have the narrowest integers that fit."""
         rows = (steps, self.batch)
         index = np.dtype(
             next((kind for kind in (np.uint8, np.uint16) if self.classes <= np.iinfo(kind).max + 1), np.int32)
@@ -83,7 +83,7 @@ class _Layout:
         return {"index": (index, (*rows, self.top_k)), "probability": (np.dtype(np.float16), (*rows, self.top_k))}
 
     def size(self, steps: int) -> int:
-        """Bytes of the tensors of so many steps."""
+        """Size of the tensors of so many steps, in bytes."""
         return sum(kind.itemsize * math.prod(shape) for kind, shape in self.tensors(steps).values())
 
 
@@ -108,25 +108,26 @@ def teach(
     rank: int = 0,
     world: int = 1,
 ) -> Path:
-    """Writes the answers of the recipe's teacher to the views of `epochs` epochs into the folder `out`.
+    """Writes the teacher's answers to the views of `epochs` epochs into the folder `out`.
 
-    Training with `objective.cache` set to it goes through these views, and after them begins anew. A run that was
-    stopped goes on where the same call is made again: parts that are whole stay, damaged ones are made anew. More
-    `epochs` than before extend the cache.
+    Training with `objective.cache` set to this folder sees these views, and then the same views again. If the work was
+    stopped, the same call resumes it: complete parts stay, and damaged ones are made again. More `epochs` than before
+    extend the cache.
 
     Args:
-        rank, world: of several processes each does every `world`-th part, independently of the others.
+        rank, world: number of this process and number of all. Each process writes every `world`-th part, independently
+            of the others.
 
     Raises:
-        ValueError: the recipe has no teacher, or `out` holds something else, or answers that data, views or teacher of
-            this call don't give.
+        ValueError: the recipe has no teacher, `out` holds something else, or its answers come from other data, other
+            views or another teacher.
         data.BadImages: too many images can't be read.
     """
     out, place = Path(out), resolve_device(device)
     objective = recipe.objective
     if not isinstance(objective, Distilled) or not objective.teacher:
         raise ValueError(
-            f"recipe {recipe.name} names no teacher; --set objective.teacher=timm:NAME, a trained model's "
+            f"recipe {recipe.name} names no teacher; use --set objective.teacher=timm:NAME, a trained model's "
             "folder or FILE.py:FUNCTION"
         )
     if not epochs > 0:
@@ -162,7 +163,7 @@ class _Work:
     place: torch.device
 
     def answers(self, batch: Batch, batches: TrainingBatches) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Positions and what is kept of the answers to them, in the micro-batches and the precision of training."""
+        """Yields positions and what is kept of the answers to them, in training's micro-batches and precision."""
         compute, objective = self.recipe.compute, self.recipe.objective
         assert isinstance(objective, Distilled)
         precision = resolve_precision(compute.precision, self.place)
@@ -179,7 +180,7 @@ def _write_parts(work: _Work, out: Path, todo: list[int], prints: Mapping[str, s
     faults = Faults(len(work.split))
     total = layout.batch * sum(len(layout.steps_of(part)) for part in todo)
     done, began = 0, time.perf_counter()
-    kept: dict[str, Tensor] = {}  # of one part, on the device: fetched once
+    kept: dict[str, Tensor] = {}  # of one part, on the device, so that it is fetched only once
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -190,7 +191,7 @@ def _write_parts(work: _Work, out: Path, todo: list[int], prints: Mapping[str, s
         disable=not console.is_terminal,
     ) as progress:
         bar = progress.add_task(work.teacher.name, total=total, rate=0.0)
-        for part, row, batch in _updates(batches, layout, todo):
+        for part, row, batch in _rows(batches, layout, todo):
             for file, reason in faults.add(batch.faults):
                 _say(console, f"{file} {reason}. Another image stands in for it")
             rows = len(layout.steps_of(part))
@@ -213,8 +214,8 @@ def _write_parts(work: _Work, out: Path, todo: list[int], prints: Mapping[str, s
                     )
 
 
-def _updates(batches: TrainingBatches, layout: _Layout, parts: list[int]) -> Iterator[tuple[int, int, Batch]]:
-    """Part, row in it and batch; parts that follow each other are read in one stream."""
+def _rows(batches: TrainingBatches, layout: _Layout, parts: list[int]) -> Iterator[tuple[int, int, Batch]]:
+    """Yields part, row in the part, and batch. Consecutive parts are read in one stream."""
     stream: Iterator[Batch] = iter(())
     at = -1
     for part in parts:
@@ -231,7 +232,7 @@ def _say(console: Console, sentence: str) -> None:
 
 
 class LabelCache:
-    """The teacher's answers, from the folder that `teach` wrote; `steps` steps, after which they come again."""
+    """The teacher's answers from a folder that `teach` wrote. They cover `steps` steps and then repeat."""
 
     def __init__(self, folder: Path, layout: _Layout, prints: Mapping[str, str], teacher: str):
         self.folder, self.layout, self.steps, self.prints = folder, layout, layout.steps, dict(prints)
@@ -241,8 +242,11 @@ class LabelCache:
 
     @classmethod
     def open(cls, folder: str | Path, split: Split, recipe: Recipe) -> LabelCache:
-        """Raises `FileNotFoundError` where there is no cache, `ValueError` where it is not complete, or where it is of
-        other images or other views than this recipe's."""
+        """Opens a cache for this recipe.
+
+        Raises `FileNotFoundError` if there is no cache, and `ValueError` if it is not complete, or if it has other
+        images or other views than this recipe.
+        """
         folder = Path(folder)
         description = _description(folder)
         _compare(folder, description, recipe, split, {"data": fingerprint(split), "views": _hash(views(recipe))})
@@ -250,19 +254,19 @@ class LabelCache:
         whole = sum(_is_whole(folder, layout, part) for part in range(layout.parts))
         if whole < layout.parts:
             raise ValueError(
-                f"{folder} holds {whole} of {layout.parts} parts; run the same deit teach again, it makes "
-                "those that are missing"
+                f"{folder} holds {whole} of {layout.parts} parts; run the same deit teach again, which makes the "
+                "missing ones"
             )
         return cls(folder, layout, description["fingerprints"], str(description["teacher"]))
 
     def labels(self, step: int, positions: Tensor) -> Tensor:
-        """What `answers` gave for `positions` (B,) of the global batch of step `step`: decisions (B,) int64 or
+        """The result of `answers` for `positions` (B,) of the global batch of step `step`: decisions (B,) int64 or
         log-probabilities (B, C) float32, on the CPU.
 
-        Raises `CheckpointError` where the part is damaged.
+        Raises `CheckpointError` if the part is damaged.
         """
         part, row = divmod(step % self.steps, self.layout.steps_per_part)
-        if part != self.part:  # a part is read whole: its checksum needs every byte
+        if part != self.part:  # a part is read whole, because its checksum needs every byte
             self.kept = _read(self.folder, self.layout, part, self.prints, verify=part not in self.verified)
             self.part = part
             self.verified.add(part)
@@ -274,11 +278,11 @@ class LabelCache:
         return expand(taken, self.layout.classes)
 
 
-# --------------------------------------------------------------------------------------------------- what a cache is of
+# -------------------------------------------------------------------------------------------------------- descriptions
 
 
 def views(recipe: Recipe) -> dict[str, Any]:
-    """Everything that decides what the teacher sees and what of its answers is kept, as JSON types."""
+    """Everything that determines what the teacher sees and what is kept of its answers, as JSON types."""
     description = recipe.to_dict()
     chosen = {"data": ("batch", "repeats", "crop_ratio", "mean", "std"), "objective": ("kind", "top_k", "resolution")}
     return {
@@ -295,7 +299,7 @@ def _hash(content: Any) -> str:
 
 
 _KEYS = ("fingerprints", "teacher", "steps", "steps_per_part", "images", "views", "deit")
-"""Keys of cache.json that adding to a cache needs."""
+"""Keys of cache.json that are needed to use or extend a cache."""
 
 
 def _description(folder: Path) -> dict[str, Any]:
@@ -305,18 +309,18 @@ def _description(folder: Path) -> dict[str, Any]:
     description = files.read_json(path)
     if description.get("version") != VERSION:
         raise ValueError(
-            f"{path} has version {description.get('version')!r}, this package reads {VERSION}; run deit teach "
+            f"{path} has version {description.get('version')!r}, but this package reads {VERSION}; run deit teach "
             "into another folder"
         )
     if missing := [name for name in _KEYS if name not in description]:
-        raise files.CheckpointError(f"{path} lacks {missing[0]!r}; it is damaged, run deit teach into another folder")
+        raise files.CheckpointError(f"{path} is damaged, it lacks {missing[0]!r}; run deit teach into another folder")
     return description
 
 
 def _compare(
     folder: Path, description: Mapping[str, Any], recipe: Recipe, split: Split, prints: Mapping[str, str]
 ) -> None:
-    """Refuses a cache of other data, views or teacher, by name."""
+    """Refuses a cache of other data, views or teacher, and says which differs."""
     differing = [name for name in prints if description["fingerprints"].get(name) != prints[name]]
     if not differing:
         return
@@ -332,24 +336,23 @@ def _compare(
         reason = (
             difference(then, now)
             if then.get("version") == now["version"]
-            else "the code of augmentation has "
-            f"changed since (version {then.get('version')} there, {now['version']} here)"
+            else "the code of augmentation has changed since "
+            f"(version {then.get('version')} there, {now['version']} here)"
         )
     else:
-        reason = f"its weights, classes or preprocessing differ from those of {description['teacher']} then"
-    moves = {"data": "bring that data back", "views": "set it back", "teacher": "take that teacher"}
+        reason = f"its weights, classes or preprocessing differ from those that {description['teacher']} had then"
+    moves = {"data": "restore that data", "views": "set it back", "teacher": "use that teacher"}
     raise ValueError(
         f"{folder} was taught with other {name}: {reason}; {moves[name]}, or run deit teach into another folder"
     )
 
 
 def _claim(out: Path, recipe: Recipe, split: Split, layout: _Layout, prints: Mapping[str, str]) -> _Layout:
-    """Makes `out` the cache of these answers, or goes on with it as it is laid out; refuses a folder of anything
-    else."""
+    """Makes `out` the cache of these answers, or extends it in its own layout. Refuses a folder of anything else."""
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     names = {name for name in names if not re.match(r"\.(cache\.json|labels-\d+\.safetensors)\.", name)}  # half written
     if foreign := sorted(name for name in names if name != "cache.json" and not _FILE.fullmatch(name)):
-        raise ValueError(f"{out} holds {foreign[0]}, which is no part of a label cache; choose an empty or new folder")
+        raise ValueError(f"{out} holds {foreign[0]}, which is not part of a label cache; choose an empty or new folder")
     objective = recipe.objective
     assert isinstance(objective, Distilled)
     description = {
@@ -371,15 +374,13 @@ def _claim(out: Path, recipe: Recipe, split: Split, layout: _Layout, prints: Map
         _compare(out, found, recipe, split, prints)
         if found["steps"] > layout.steps:
             raise ValueError(
-                f"{out} is a cache of {found['steps']} steps, {layout.steps} are asked for; ask for as "
-                "many epochs or more, or choose another folder"
+                f"{out} is a cache of {found['steps']} steps, but {layout.steps} are asked for; ask for at least as "
+                "many epochs, or choose another folder"
             )
         layout = replace(layout, steps_per_part=found["steps_per_part"])
         description |= {"steps_per_part": layout.steps_per_part, "deit": found["deit"]}
     elif names:
-        raise ValueError(
-            f"{out} holds {min(names)} but no cache.json that says what it is of; choose an empty or new folder"
-        )
+        raise ValueError(f"{out} holds {min(names)} but no cache.json that describes it; choose an empty or new folder")
     files.write_json(out / "cache.json", description)
     return layout
 
@@ -392,7 +393,7 @@ def _path(folder: Path, part: int) -> Path:
 
 
 def _is_whole(folder: Path, layout: _Layout, part: int) -> bool:
-    """Whether a part is there and of the right length; its checksum is compared when it is read."""
+    """Whether a part exists and has the right length. Its checksum is compared when it is read."""
     try:
         with open(_path(folder, part), "rb") as file:
             header = int.from_bytes(file.read(8), "little")
@@ -402,7 +403,7 @@ def _is_whole(folder: Path, layout: _Layout, part: int) -> bool:
 
 
 def _checksum(arrays: Mapping[str, np.ndarray], part: int, prints: Mapping[str, str]) -> str:
-    """Hash of the contents, of whose part it is and of its number, so that exchanged parts are noticed."""
+    """Hash of a part's content, its number and its cache, so that exchanged parts are noticed."""
     digest = hashlib.sha256(json.dumps([part, prints], sort_keys=True).encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
@@ -424,24 +425,24 @@ def _read(
     path, expected = _path(folder, part), layout.tensors(len(layout.steps_of(part)))
     try:
         with safe_open(path, "np") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
             checksum = (file.metadata() or {}).get("sha256")
     except (SafetensorError, OSError) as error:
         raise files.CheckpointError(
-            f"{path} is truncated or corrupt ({error}); the same deit teach makes it anew"
+            f"{path} is truncated or corrupt ({error}); the same deit teach replaces it"
         ) from None
     found = {name: (array.dtype, array.shape) for name, array in arrays.items()}
     if found != expected or (verify and checksum != _checksum(arrays, part, prints)):
         raise files.CheckpointError(
             f"{path} is damaged, or a part of another cache (its checksum or shapes are "
-            "wrong); the same deit teach makes it anew"
+            "wrong); the same deit teach replaces it"
         )
     return arrays
 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """SIGTERM and Ctrl-C wait until the block ends: what is finished is written."""
+    """Makes SIGTERM and Ctrl-C wait until the block ends, so that a finished part is written."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,7 +1,7 @@
-"""The training loop: one for every model, objective and number of processes.
+"""The training loop, one for every model, objective and number of processes.
 
-A run's whole state is its tensors and `State`. Everything random is a function of the step's number, so a run that
-is stopped anywhere goes on from its last checkpoint to the same end, bit by bit.
+A run's whole state is its tensors and `State`. Everything random is a function of the step's number. So a run that
+stopped anywhere can resume from its last checkpoint and reach the same end, bit for bit.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ from deit.data.folders import Split
 from deit.machine import Processes, keep_memory, processes, synchronised
 from deit.recipe import Recipe, steps
 from deit.train import objectives, optim, runs
+from deit.train.build import find_sources
 from deit.train.progress import Reporter
 from deit.train.runs import State, Work
 
 _MOST_SKIPPED = 5
-"""Steps in a row whose loss or gradient is not finite, before the run stops."""
+"""Number of steps in a row without a finite loss and gradient that stop the run."""
 _ROWS = 50
-"""Steps between rows of metrics, where evaluations are further apart."""
+"""Largest number of steps between two rows of metrics."""
 
 
 class _Interrupted(Exception):
@@ -46,23 +47,24 @@ class _Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left behind."""
+    """The result of a run."""
 
     model: Path
     """Folder of the model with the best validation score: weights, config, preprocessing."""
     score: float
-    """Its score on the validation images: accuracy of the fused heads, 0 to 1, or minus the loss of masked images."""
+    """Its score on the validation images: the accuracy of the fused heads, 0 to 1, or the negative loss of masked
+    images."""
     seconds: float
-    """Training time, of all sessions together."""
+    """Training time of all sessions together."""
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss is not finite again and again."""
 
 
 class Stopped(SystemExit):
-    """SIGTERM or Ctrl-C ended the run early; its state is saved. Unless caught, the process ends with status 143 or
-    130."""
+    """SIGTERM or Ctrl-C ended the run early, and its state is saved. If this is not caught, the process ends with
+    status 143 or 130."""
 
 
 def train(
@@ -76,25 +78,27 @@ def train(
     resume: bool = False,
     minutes: float | None = None,
 ) -> Run:
-    """Trains a recipe on images; under torchrun, together with the other processes.
+    """Trains a recipe on images. Under torchrun, it trains together with the other processes.
 
-    Leaves in `out`: `recipe.json`, `about.json`, `metrics.jsonl`, the best model in `model/`, and the run's state in
-    `checkpoints/`.
+    Writes `recipe.json`, `about.json` and `metrics.jsonl` into `out`, the best model into `out/model/`, and the run's
+    state into `out/checkpoints/`.
 
     Args:
-        device: `auto` is CUDA where there is one, else the CPU.
-        console: where progress goes; standard error when not given.
-        resume: goes on where a run of this recipe in `out` stopped. What only concerns the machine (`compute`) may
-            differ. Implied where torchrun starts a process again.
-        minutes: the schedule is shortened so that the run ends within this time.
+        device: `auto` is CUDA if there is a CUDA device, otherwise the CPU.
+        console: where progress is shown; standard error if it is None.
+        resume: continues a stopped run of this recipe in `out`. The settings of the machine (`compute`) may differ.
+            Implied if torchrun starts a process again.
+        minutes: shortens the schedule so that the run ends within this time.
 
     Raises:
-        FileExistsError: `out` holds a run, and `resume` is not asked for.
-        ValueError: the run to go on with is of another recipe or of other images.
+        FileExistsError: `out` holds a run, and `resume` is False.
+        ValueError: the run to resume has another recipe or other images.
         Diverged: the loss is not finite again and again; the best model so far stays in `out/model`.
-        Stopped: SIGTERM or Ctrl-C came; the state is saved. It is a `SystemExit`.
-        data.BadImages, data.LoaderDied: too many images can't be read; a loader process died.
+        Stopped: SIGTERM or Ctrl-C ended the run, and its state is saved. It is a `SystemExit`.
+        data.BadImages: too many images can't be read.
+        data.LoaderDied: a loader process died.
     """
+    find_sources(recipe)
     end = math.inf if minutes is None else time.perf_counter() + 60 * minutes
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     with processes(device) as us, _Signals() as signals:
@@ -113,9 +117,9 @@ def _train(
     resume: bool,
     end: float,
 ) -> Run:
-    """`end` is when it should end, by `time.perf_counter`. Holds nothing of the run any more when it returns."""
+    """Trains until `end` at the latest, a time of `time.perf_counter`. Keeps nothing of the run when it returns."""
     found = runs.find(out, recipe, resume, planned=end < math.inf)
-    us.wait()  # nobody writes before all have looked
+    us.wait()  # because no process may write before all have looked
     if found is not None:
         recipe = replace(recipe, schedule=found.schedule)
     elif end < math.inf:
@@ -127,7 +131,7 @@ def _train(
         runs.write_about(work, state, *splits, out)
     with Reporter(out, recipe, us, console, done=state.step, total=work.total, written=state.written) as reporter:
         for problem in found.problems if found else []:
-            reporter.say(f"{problem}: going on from an earlier one")
+            reporter.say(f"{problem}: resuming from an earlier one")
         if us.main and not state.step:
             for sentence in work.objective.introduction(splits[1], us):
                 reporter.say(sentence)
@@ -136,7 +140,7 @@ def _train(
 
 
 class _Session:
-    """One stretch of a run, from its beginning or a checkpoint to its end or a signal."""
+    """One part of a run, from its beginning or a checkpoint to its end or a signal."""
 
     def __init__(self, work: Work, state: State, out: Path, reporter: Reporter, signals: _Signals, deadline: float):
         self.work, self.state, self.out = work, state, out
@@ -146,15 +150,15 @@ class _Session:
         self.last_saved = time.perf_counter()
         self.began = self.last_saved - state.seconds
         self.judging = 0.0
-        """Seconds that an evaluation takes."""
+        """Seconds that the last evaluation took."""
 
     @property
     def seconds(self) -> float:
-        """Training time, of all sessions together."""
+        """Training time of all sessions together."""
         return time.perf_counter() - self.began
 
     def wishes(self) -> tuple[bool, bool, bool]:
-        """Whether to stop, to save and to end early. The main process has the clock; any may be told to stop."""
+        """Whether to stop, to save and to end early. The main process has the clock; signals reach any process."""
         now, main = time.perf_counter(), self.work.us.main
         return (
             self.signals.caught != 0,
@@ -172,23 +176,23 @@ class _Session:
         self.save()
         self.reporter.say(
             f"stopped by {self.signals.name} after step {self.state.step} of {self.work.total}; the "
-            "state is saved, --resume goes on"
+            "state is saved, continue with --resume"
         )
         raise Stopped(128 + (self.signals.caught or signal.SIGTERM))
 
     def judge(self) -> None:
-        """Scores the model, saves it where it is the best so far, and writes a row."""
+        """Scores the model, saves it if it is the best so far, and writes a row."""
         began = time.perf_counter()
         try:
             verdict = _judge(self.work, self.state, self.out, self.validation())
-        except _Interrupted:  # it comes again, first of all. Saved here, where the model has its own weights again
+        except _Interrupted:  # saved here, where the model has its own weights again; a resumed run evaluates first
             self.stop()
         self.row(verdict.numbers)
         self.judging = time.perf_counter() - began
 
     def validation(self) -> Iterator[Batch]:
         for batch in self.work.validation:
-            if self.signals.caught and self.work.us.world == 1:  # many would have to agree
+            if self.signals.caught and self.work.us.world == 1:  # many processes would have to agree
                 raise _Interrupted
             for file, reason in self.val_faults.add(batch.faults):
                 self.reporter.say(f"{file} {reason}. The evaluation leaves it out")
@@ -239,7 +243,7 @@ def _loop(session: _Session) -> None:
             try:
                 batch = next(stream)
             except LoaderDied:
-                if session.signals.caught and work.us.world == 1:  # one that was meant for all processes
+                if session.signals.caught and work.us.world == 1:  # the signal reached the loader process too
                     session.stop()
                 raise
             session.tell(batch.faults)
@@ -251,7 +255,7 @@ def _loop(session: _Session) -> None:
             session.reporter.advance(state.step, numbers, time.perf_counter() - began)
 
             if late and state.step < work.total:
-                say(f"the time is up after step {state.step} of {work.total}; --resume would go on")
+                say(f"the time is up after step {state.step} of {work.total}; continue with --resume")
                 session.judge()
                 break
             if stop:
@@ -266,8 +270,10 @@ def _loop(session: _Session) -> None:
 def _update(
     work: Work, state: State, batch: Batch, wishes: tuple[bool, ...], say: Callable[[str], None]
 ) -> tuple[dict[str, float], list[bool]]:
-    """One step of the weights, or none where loss or gradient is not finite; whether any process wishes for what
-    `wishes` holds."""
+    """Takes one step, or skips it if the loss or the gradient is not finite.
+
+    Returns the logged numbers and, for each of `wishes`, whether any process has it.
+    """
     buffers = [buffer.clone() for buffer in work.model.buffers()]  # running statistics change in the forward pass
     names, means = _gradients(work, state, batch, buffers, say)
     norm = optim.clip_gradients(work.model.parameters(), work.recipe.optim.clip)
@@ -278,7 +284,7 @@ def _update(
             torch.tensor(wishes, dtype=torch.float32).to(work.us.device),
         ]
     )
-    found = work.us.sum(values).tolist()  # the one host-device synchronisation of a step
+    found = work.us.sum(values).tolist()  # the only host-device synchronisation of a step
     numbers = dict(zip([*names, "gradient_norm"], found, strict=False))
     state.step += 1
     if math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient_norm"]):
@@ -294,7 +300,7 @@ def _update(
         _undo(work, buffers)
         state.skipped += 1
         state.skipped_in_a_row += 1
-        say(f"step {state.step} is skipped: loss {numbers['loss']}, norm of the gradient {numbers['gradient_norm']}")
+        say(f"step {state.step} is skipped: loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}")
         if state.skipped_in_a_row >= _MOST_SKIPPED:
             optimizer = work.recipe.optim
             raise Diverged(
@@ -309,9 +315,9 @@ def _update(
 def _gradients(
     work: Work, state: State, batch: Batch, buffers: list[Tensor], say: Callable[[str], None]
 ) -> tuple[list[str], Tensor]:
-    """Gradients of the mean loss over the global batch, and this process's share of all logged means.
+    """Computes the gradients of the mean loss over the global batch. Returns this process's share of the logged means.
 
-    Out of memory, the micro-batches are halved and the batch is computed again.
+    If memory runs out, the micro-batches are halved and the batch is computed again.
     """
     while True:
         try:
@@ -319,15 +325,18 @@ def _gradients(
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
-            if work.us.world > 1:  # the others wait within a collective operation
+            if work.us.world > 1:  # the others wait in a collective operation
                 raise _too_large(work, batch) from error
         _undo(work, buffers)
         _halve(work, batch, say)
 
 
 def _fit(work: Work, state: State, batch: Batch, say: Callable[[str], None]) -> None:
-    """Halves the micro-batches of all processes until each can compute its share by itself, which is not used: out of
-    memory within a collective operation, a process would leave the others waiting."""
+    """Halves the micro-batches of all processes until each process can compute its share by itself.
+
+    The results are not used. Without this trial, a process that runs out of memory in a collective operation would
+    leave the others waiting.
+    """
     if work.recipe.compute.parallel == "shard":
         return
     while True:
@@ -345,7 +354,7 @@ def _fit(work: Work, state: State, batch: Batch, say: Callable[[str], None]) -> 
 
 
 def _halve(work: Work, batch: Batch, say: Callable[[str], None]) -> None:
-    if work.accumulate >= (len(batch) + 1) // 2:  # mirror images stay together
+    if work.accumulate >= (len(batch) + 1) // 2:  # mirror images can't be separated
         raise _too_large(work, batch)
     work.accumulate *= 2
     if work.us.device.type == "cuda":
@@ -356,7 +365,7 @@ def _halve(work: Work, batch: Batch, say: Callable[[str], None]) -> None:
 def _too_large(work: Work, batch: Batch) -> RuntimeError:
     return RuntimeError(
         f"out of memory with micro-batches of {len(batch.parts(work.accumulate)[0])} images; set "
-        f"compute.accumulate above {work.accumulate}, compute.checkpoint_blocks=True, or a smaller "
+        f"compute.accumulate above {work.accumulate} or compute.checkpoint_blocks=True, or take a smaller "
         "model"
     )
 
@@ -380,15 +389,15 @@ def _accumulated(work: Work, state: State, batch: Batch, computing: nn.Module) -
         with synchronised(computing, i == len(parts) - 1):
             with torch.autocast(us.device.type, work.precision, enabled=work.precision != torch.float32):
                 found = work.objective(computing, part, rows)
-            # DDP and FSDP take the mean over processes; the loss is a sum of shares.
+            # DDP and FSDP take the mean over processes, but the loss is a sum of shares.
             (found["loss"] * (share * us.world)).backward()
         totals.append(torch.stack([value.detach().float() for value in found.values()]) * share)
     return list(found), torch.stack(totals).sum(0)
 
 
 def _depth_draws(recipe: Recipe, step: int, passes: int) -> Tensor | None:
-    """(passes, batch, blocks, 2) for the global batch: each image's stochastic depth is the same however the batch is
-    divided."""
+    """(passes, batch, blocks, 2) for the global batch, so that each image's stochastic depth is the same however the
+    batch is divided. None if the model has no stochastic depth."""
     config = recipe.model
     if not isinstance(config, DeiTConfig) or not config.drop_path_rate:
         return None
@@ -397,10 +406,10 @@ def _depth_draws(recipe: Recipe, step: int, passes: int) -> Tensor | None:
 
 
 def _judge(work: Work, state: State, out: Path, validation: Iterable[Batch]) -> objectives.Verdict:
-    """Scores the model on the validation images, and saves it where it is the best so far."""
+    """Scores the model on the validation images, and saves it if it is the best so far."""
     with work.average.averaged() if work.average else nullcontext():
         verdict = work.objective.judge(work.model, validation, work.us, work.precision)
-        # On a tie the later one: it has seen more, at a lower learning rate.
+        # On a tie, the later model is better, because it has seen more images at a lower learning rate.
         if math.isfinite(verdict.score) and (state.best is None or verdict.score >= state.best):
             state.best = verdict.score
             runs.save_model(work, out / "model")
@@ -426,15 +435,17 @@ def _out_of_memory(error: BaseException) -> bool:
 def _plan(
     recipe: Recipe, train_split: Split, val_split: Split, us: Processes, seconds: float, console: Console | None
 ) -> Recipe:
-    """The recipe with a schedule that ends within `seconds`: steps and evaluation are timed on a model that is then
-    thrown away, so that the record of the run stays complete. Never longer than the recipe's own."""
+    """The recipe with a schedule that ends within `seconds` and is never longer than the recipe's own.
+
+    Steps and evaluation are timed on a model that is then thrown away, so that the record of the run stays complete.
+    """
     began = time.perf_counter()
     work, state = runs.prepare(recipe, train_split, val_split, us, None)
     times: list[float] = []
     stream = work.batches.from_step(0)
 
     def by_main(value: float) -> float:
-        """The main process's, in all: their clocks differ, and what they do must not."""
+        """The main process's value, in all processes, because their clocks differ and their work must not."""
         return float(us.sum(torch.tensor(float(value) if us.main else 0.0, device=us.device)))
 
     while len(times) < 3 or (len(times) < 12 and by_main(sum(times) < 0.05 * seconds)):
@@ -444,7 +455,7 @@ def _plan(
         times.append(time.perf_counter() - started)
     stream.close()  # type: ignore[attr-defined]
     sample = min(3, len(work.validation))
-    work.objective.judge(work.model, islice(work.validation, 1), us, work.precision)  # the first one is slow
+    work.objective.judge(work.model, islice(work.validation, 1), us, work.precision)  # because the first one is slow
     started = time.perf_counter()
     work.objective.judge(work.model, islice(work.validation, sample), us, work.precision)
     judging = (time.perf_counter() - started) * len(work.validation) / sample
@@ -453,8 +464,8 @@ def _plan(
     total = int(by_main(left / (per_step + judging / work.every)))
     if total < 1:
         raise ValueError(
-            f"a step takes about {per_step:.1f} s and an evaluation {judging:.1f} s: none fits into "
-            f"the {seconds:.0f} s that are left; give more time, or a smaller model"
+            f"a step takes about {per_step:.1f} s and an evaluation {judging:.1f} s, so not even one step fits into "
+            f"the {seconds:.0f} s that are left; give more time, or take a smaller model"
         )
     if us.main:
         (console or Console(stderr=True)).print(
@@ -467,7 +478,7 @@ def _plan(
 
 
 class _Signals:
-    """Remembers SIGTERM and Ctrl-C, so that the loop can stop where its state is whole. A second Ctrl-C stops at
+    """Remembers SIGTERM and Ctrl-C, so that the loop can stop when its state is complete. A second Ctrl-C stops it at
     once."""
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""What a run minimises and what it is judged by, as objects that the loop calls. B images, C classes.
+"""Objectives: what a run minimises and how it is judged, as objects that the loop calls. B images, C classes.
 
-`objective(model, batch, depth_draws)` is the loss of a micro-batch and its parts; `objective.judge(...)` scores a model
-on the validation images. The loop knows no more of them.
+`objective(model, batch, depth_draws)` returns the loss of a micro-batch and the numbers to log. `objective.judge(...)`
+scores a model on the validation images. The loop knows nothing else about them.
 """
 
 from __future__ import annotations
@@ -30,39 +30,39 @@ from deit.train.teacher import Teacher, answers
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an evaluation found."""
+    """The result of an evaluation."""
 
     score: float
-    """The higher, the better: the best model is chosen by it."""
+    """Score that chooses the best model. Higher is better."""
     numbers: dict[str, float]
-    """To be logged."""
+    """Numbers to log."""
     picture: Image.Image | None = None
-    """Something to look at."""
+    """Picture of the results, if the objective paints one."""
 
 
 class Objective(Protocol):
     passes: int
-    """Forward passes over each batch, each with its own stochastic depth."""
+    """Number of forward passes over each batch, each with its own stochastic depth."""
     cycle: int | None
-    """Steps after which the batches come again; None: never."""
+    """Number of steps after which the batches repeat; None if they never do."""
 
     def introduction(self, validation: Split, us: Processes) -> Iterable[str]:
         """Sentences for people, before the first step."""
         ...
 
     def __call__(self, model: nn.Module, batch: Batch, depth_draws: Tensor | None) -> dict[str, Tensor]:
-        """Means over the micro-batch, scalars: `loss` has the gradient, the others are to be logged.
+        """Means over the micro-batch, as scalars. `loss` has the gradient, and the others are only logged.
 
-        `depth_draws` (passes * B, blocks, 2) decide stochastic depth; None where the model has none.
+        `depth_draws` (passes * B, blocks, 2) decides stochastic depth; None if the model has none.
         """
         ...
 
     def validation(self, split: Split, us: Processes) -> EvaluationBatches:
-        """This process's share of the images to be judged by."""
+        """This process's share of the validation images."""
         ...
 
     def judge(self, model: nn.Module, batches: Iterable[Batch], us: Processes, precision: torch.dtype) -> Verdict:
-        """A collective operation: every process calls it with its share, and gets the verdict on all."""
+        """Scores a model. A collective operation: each process calls it with its share and gets the verdict on all."""
         ...
 
 
@@ -71,13 +71,13 @@ def _forward(model: nn.Module, pixels: Tensor, depth_draws: Tensor | None) -> An
 
 
 def _agreement(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of equal decisions; a mixed image counts for its larger part."""
+    """Share of equal decisions. A mixed image has the label of its larger part."""
     labels = labels.argmax(-1) if labels.dim() == 2 else labels
     return (logits.detach().argmax(-1) == labels).float().mean()
 
 
 def _share(recipe: r.Recipe, split: Split, us: Processes, **options: Any) -> EvaluationBatches:
-    """This process's share of the images that a run is judged by."""
+    """This process's share of the validation images."""
     return EvaluationBatches(
         split,
         processor_for(recipe),
@@ -90,7 +90,7 @@ def _share(recipe: r.Recipe, split: Split, us: Processes, **options: Any) -> Eva
 
 
 class ClassificationObjective:
-    """How a classifier is judged, whatever it learns from."""
+    """The part that all classifiers share: how they are judged."""
 
     cycle: int | None = None
 
@@ -112,7 +112,7 @@ class ClassificationObjective:
 
 
 class SupervisedObjective(ClassificationObjective):
-    """Labels alone."""
+    """Learning from the labels alone."""
 
     def __init__(self, recipe: r.Recipe, settings: r.Supervised):
         super().__init__(recipe)
@@ -132,7 +132,8 @@ class SupervisedObjective(ClassificationObjective):
 
 
 class DistilledObjective(ClassificationObjective):
-    """Labels for the class token's head, and a teacher for the distillation token's (or for the class token's too).
+    """Learning from the labels through the class token, and from a teacher through the distillation token (or the
+    class token too).
 
     The teacher's answers come from the teacher itself or from a cache of them. Both are the same to the bit.
     """
@@ -151,7 +152,7 @@ class DistilledObjective(ClassificationObjective):
         return self.source.introduction(self.recipe, validation, "validation", us.device)
 
     def taught(self, batch: Batch) -> Tensor:
-        """The teacher's answers to a batch: labels (B,) if distillation is hard, otherwise probabilities (B, C)."""
+        """The teacher's answers to a batch: labels (B,) if distillation is hard, otherwise log-probabilities (B, C)."""
         if isinstance(self.source, LabelCache):
             assert batch.positions is not None
             return self.source.labels(batch.step, batch.positions).to(batch.pixels.device)
@@ -182,9 +183,9 @@ class DistilledObjective(ClassificationObjective):
 
 
 class MaskedImageObjective:
-    """The hidden pixels.
+    """Predicting the pixels of hidden patches.
 
-    Judged by the same loss on the validation images, each with a mask of its own that never changes.
+    A model is judged by the same loss on the validation images. Each has a mask of its own that never changes.
     """
 
     passes = 1
@@ -230,11 +231,11 @@ class MaskedImageObjective:
         model.train(training)
         total, count = us.sum(totals.to(us.device)).tolist()
         if not count:
-            raise ValueError("there is no image to evaluate on")
+            raise ValueError("none of the validation images can be read; check them")
         return Verdict(-total / count, {"val_loss": total / count}, picture)
 
     def _paint(self, batch: Batch, painted: Tensor) -> Image.Image:
-        """Rows of original, what the model saw, and what it made of it."""
+        """A picture with a row for each image: the original, what the model saw, and its reconstruction."""
         count = min(self.shown, len(batch.pixels))
         data, config = self.recipe.data, self.recipe.model
         assert isinstance(config, DeiTConfig)
@@ -251,7 +252,7 @@ class MaskedImageObjective:
 
 
 def build(recipe: r.Recipe, split: Split, device: torch.device) -> Objective:
-    """The objective of a recipe; its teacher or cache is opened and checked against the data."""
+    """Builds the objective of a recipe. Its teacher or cache is opened and checked against the data."""
     match recipe.objective:
         case r.Supervised() as settings:
             return SupervisedObjective(recipe, settings)
@@ -262,6 +263,6 @@ def build(recipe: r.Recipe, split: Split, device: torch.device) -> Objective:
         case r.Distilled(teacher=teacher) as settings if teacher:
             return DistilledObjective(recipe, settings, Teacher.load(teacher, split.classes, recipe).to(device))
     raise ValueError(
-        f"recipe {recipe.name} distils without naming a teacher; --set objective.teacher=timm:NAME, a "
-        "trained model's folder or FILE.py:FUNCTION, or objective.cache to what deit teach wrote"
+        f"recipe {recipe.name} distils but names no teacher; use --set objective.teacher=timm:NAME, a trained "
+        "model's folder or FILE.py:FUNCTION, or set objective.cache to a folder that deit teach wrote"
     )

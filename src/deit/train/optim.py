@@ -1,6 +1,6 @@
 """Parameter groups, the optimizers, learning rate, gradient clipping, and the average of the weights.
 
-What the optimizers and the average remember is a flat dictionary by parameter name. It holds whole tensors, also where
+The state of the optimizers and of the average is a flat dictionary by parameter name. It holds whole tensors even if
 the parameters are sharded over processes (FSDP2), so it fits any number of processes.
 """
 
@@ -21,7 +21,7 @@ from deit.recipe import LAMB, SGD, AdamW, Cosine, Muon, Optimizer
 _NEVER_DECAYED = {"position", "cls_token", "mask_token"}
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 _INPUT = re.compile(r"(?:^|\.)(?:patch\.|(?:position|cls_token|distillation_token|mask_token)$)")
-"""What comes before the first block."""
+"""Names of the parameters before the first block."""
 _FUSED_ON = ("cpu", "cuda")
 
 
@@ -29,15 +29,16 @@ _FUSED_ON = ("cpu", "cuda")
 
 
 def parameter_groups(model: nn.Module, settings: Optimizer) -> list[dict[str, Any]]:
-    """The parameters that train, in groups of one `weight_decay` and one `lr_scale` (the group's learning rate over
-    the main one).
+    """The trainable parameters, in groups that share `weight_decay` and `lr_scale`.
 
-    No weight decay on vectors (biases, norms, LayerScale), positions, class and mask token, as in the original code;
-    the distillation token as the settings say. The scale is `layer_decay ** (last - depth)` with depth 0 for patches,
-    tokens and positions, i + 1 for block i, and last = blocks + 1 for all that follows them (Clark et al. 2020; BEiT,
-    Bao et al. 2021). timm counts the final norm to the last block, one power lower.
+    `lr_scale` is the group's learning rate divided by the main one.
 
-    Raises `ValueError` where `layer_decay` is below 1 and the model has no blocks.
+    As in the original code, vectors (biases, norms, LayerScale), positions, class token and mask token have no weight
+    decay. The settings decide on the distillation token. The scale is `layer_decay ** (last - depth)`. Depth is 0 for
+    patches, tokens and positions, i + 1 for block i, and last = blocks + 1 for everything after the blocks (Clark et
+    al. 2020; BEiT, Bao et al. 2021). timm counts the final norm as part of the last block, one power lower.
+
+    Raises `ValueError` if `layer_decay` is below 1 and the model has no blocks.
     """
     return _groups(model, settings, _trained(model))
 
@@ -69,10 +70,10 @@ def _groups(model: nn.Module, settings: Optimizer, chosen: Mapping[str, Tensor])
 
 
 class Optimizers:
-    """The optimizers of one model, which step together; `build` makes them.
+    """The optimizers of one model, which step together. `build` makes them.
 
-    What they remember exists from the start, at the values that each would begin with, so a run's state has the same
-    names before its first step as after it.
+    Their state exists from the start, with the values that each optimizer would begin with. So a run's state has the
+    same names before its first step as after it.
     """
 
     def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]):
@@ -88,23 +89,23 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def set_lr(self, lr: float) -> None:
-        """`lr` for the recipe's own rate; every group in its proportion to that."""
+        """Sets the main learning rate to `lr`, and each group's rate in proportion."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
 
     def state(self) -> dict[str, Tensor]:
-        """All that the optimizers remember, `"{parameter}.{what}"` -> whole tensor.
+        """The state of all optimizers, `"{parameter}.{what}"` -> whole tensor.
 
-        The tensors themselves, not copies, unless they are sharded: then all processes must call, and each gets whole
-        copies in main memory.
+        Returns the tensors themselves, not copies. If they are sharded, all processes must call this, and each gets
+        whole copies in main memory.
         """
         return _gathered(self._state())
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on where `state` was taken, bit for bit; with sharded parameters all processes must call.
+        """Restores `state`, bit for bit. With sharded parameters, all processes must call this.
 
-        Raises `ValueError` for a name that is missing or unknown, or another shape, and changes nothing then.
+        Raises `ValueError` if a name is missing or unknown or a shape differs, and then changes nothing.
         """
         _fill(self._state(), state, "the optimizer's state")
 
@@ -118,17 +119,16 @@ class Optimizers:
 
 
 def build(model: nn.Module, settings: Optimizer) -> Optimizers:
-    """The optimizers that the settings ask for, on the model's device, for the parameters that train.
+    """Builds the optimizers of these settings for the model's trainable parameters, on its device.
 
-    The learning rate is that of the settings, for a batch of `per_images`, until `Optimizers.set_lr`. Parameters that
-    are sharded later are not followed: spread the model over processes first.
+    The learning rate is that of the settings, for a batch of `per_images`, until `Optimizers.set_lr`. Spread the model
+    over processes first, because parameters that are sharded later are not followed.
 
-    Raises `ValueError` for what the model has nothing for (blocks, for `Muon` and `layer_decay`), or where nothing
-    trains.
+    Raises `ValueError` if no parameter is trainable, or if `Muon` or `layer_decay` needs blocks that the model lacks.
     """
     trained = _trained(model)
     if not trained:
-        raise ValueError(f"every parameter of {type(model).__name__} is frozen; set requires_grad of those to train")
+        raise ValueError(f"every parameter of {type(model).__name__} is frozen; set requires_grad on those to train")
     matrices = {
         name: p for name, p in trained.items() if isinstance(settings, Muon) and p.ndim == 2 and _BLOCK.search(name)
     }
@@ -162,7 +162,7 @@ def build(model: nn.Module, settings: Optimizer) -> Optimizers:
 def _muon(model: nn.Module, settings: Muon, matrices: Mapping[str, Tensor]) -> torch.optim.Optimizer:
     if not matrices:
         raise ValueError(
-            f"Muon is for the matrices of a transformer's blocks, {type(model).__name__} trains none; choose AdamW"
+            f"Muon trains the matrices of a transformer's blocks, {type(model).__name__} trains none; choose AdamW"
         )
     if not hasattr(torch.optim, "Muon"):
         raise ValueError(f"Muon needs PyTorch 2.9 or newer, found {torch.__version__}; update it, or choose AdamW")
@@ -179,18 +179,18 @@ def _begin(optimizer: torch.optim.Optimizer) -> None:
             continue
         for parameter in group["params"]:
             state = optimizer.state[parameter]
-            if adaptive:  # a fused kernel counts on the parameter's device, everything else on the CPU
+            if adaptive:  # a fused kernel counts steps on the parameter's device, everything else on the CPU
                 state["step"] = torch.zeros((), device=parameter.device if group.get("fused") else "cpu")
             for what in ("exp_avg", "exp_avg_sq") if adaptive else ("momentum_buffer",):
                 state[what] = torch.zeros_like(parameter, requires_grad=False)
 
 
 class _Lamb(torch.optim.Optimizer):
-    """You et al. 2020 as Nvidia implemented it, and DeiT III trained with it.
+    """LAMB (You et al. 2020) as Nvidia implemented it and DeiT III used it.
 
-    Gradients are divided by their global norm where that exceeds 1. AdamW's bias-corrected step plus weight decay is
-    scaled, tensor by tensor, by the norm of the weights over its own; tensors without weight decay are not scaled, nor
-    where either norm is 0.
+    Gradients are divided by their global norm if that exceeds 1. For each tensor, AdamW's bias-corrected step plus
+    weight decay is scaled by the norm of the weights divided by the step's own norm. Tensors without weight decay are
+    not scaled, and neither are those for which one of the norms is 0.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float):
@@ -207,11 +207,11 @@ class _Lamb(torch.optim.Optimizer):
                     self._step(group, parameters, divisor)
 
     def _step(self, group: dict[str, Any], parameters: list[Tensor], divisor: Tensor) -> None:
-        """One group, of which all `parameters` have gradients. Takes room for two more copies of them."""
+        """Steps one group. All `parameters` have gradients. Takes memory for two more copies of them."""
         first, second = group["betas"]
         states = [self.state[p] for p in parameters]
         means, squares = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-        steps = [s["step"] for s in states]  # on the CPU: reading them waits for no device
+        steps = [s["step"] for s in states]  # on the CPU, so that reading them waits for no device
         torch._foreach_add_(steps, 1)
         counts = [float(step) for step in steps]
 
@@ -238,10 +238,10 @@ class _Lamb(torch.optim.Optimizer):
 
 
 def clip_gradients(parameters: Iterable[Tensor], limit: float | None) -> Tensor:
-    """The norm of all gradients together before clipping, a number on their device, whether finite or not.
+    """Scales the gradients down to the norm `limit`, in place, if their norm exceeds it.
 
-    Where it exceeds `limit`, the gradients are scaled down to that in place. With sharded parameters all processes
-    must call, and each gets the whole norm.
+    Returns the norm of all gradients together before clipping, a number on their device, which need not be finite. With
+    sharded parameters, all processes must call this, and each gets the whole norm.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     if not parameters:
@@ -278,9 +278,9 @@ def peak_lr(settings: Optimizer, batch: int) -> float:
 def learning_rate(settings: Cosine, peak: float, step: int, total_steps: int, warmup_steps: int = 0) -> float:
     """Learning rate of step `step`, counted from 0.
 
-    A line from `settings.start` (the rate of step 0) to `peak` (the rate of step `warmup_steps`), then half a cosine
-    to `settings.floor` at `total_steps`, where it stays. By step, where the original code goes by epoch and runs the
-    first two at `start`.
+    It rises in a line from `settings.start` (the rate of step 0) to `peak` (the rate of step `warmup_steps`), then
+    falls along half a cosine to `settings.floor` at `total_steps`, and stays there. It changes with every step, whereas
+    the original code changes it with every epoch and runs the first two epochs at `start`.
     """
     if step < warmup_steps:
         return settings.start + (peak - settings.start) * step / warmup_steps
@@ -292,10 +292,10 @@ def learning_rate(settings: Cosine, peak: float, step: int, total_steps: int, wa
 
 
 class EMA:
-    """An average of the model's parameters, which follows them at `1 - decay` of the way per step.
+    """An exponential moving average of the model's parameters, which moves `1 - decay` of the way to them per step.
 
-    The first steps follow faster, at `1 / (updates + 1)` of the way: the average forgets where it started. Buffers
-    are the model's own. It takes the room of the parameters once more, on their device and sharded as they are.
+    In the first steps it moves further, `1 / (updates + 1)` of the way, so that it forgets where it started. Buffers
+    are the model's own. It takes as much memory as the parameters, on their device and sharded as they are.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -306,15 +306,18 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """After each step of the optimizer."""
+        """Follows the parameters. To be called after each step of the optimizer."""
         self.updates += 1
         share = max(1.0 - self.decay, 1.0 / (self.updates + 1))
         torch._foreach_lerp_(list(self._averages.values()), list(self._parameters.values()), share)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within, the model has the average for its parameters; afterwards its own again, bit for bit, whatever
-        happened. Takes room for the parameters once more meanwhile."""
+        """Gives the model the averages as its parameters within the block.
+
+        Afterwards the model has its own parameters again, bit for bit, even if the block raised. Takes memory for one
+        more copy of the parameters meanwhile.
+        """
         own = [parameter.detach().clone() for parameter in self._parameters.values()]
         try:
             self._put(self._averages.values())
@@ -323,11 +326,11 @@ class EMA:
             self._put(own)
 
     def state(self) -> dict[str, Tensor]:
-        """The average by parameter name, whole tensors as in `Optimizers.state`, and the count of `updates`."""
+        """The averages by parameter name, as whole tensors as in `Optimizers.state`, and the count of `updates`."""
         return _gathered(self._averages) | {"updates": torch.tensor(self.updates)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on where `state` was taken; raises as `Optimizers.load_state` does."""
+        """Restores `state`. Raises like `Optimizers.load_state`."""
         updates = torch.tensor(self.updates)
         _fill(self._averages | {"updates": updates}, state, "the average of the weights")
         self.updates = int(updates)
@@ -336,7 +339,7 @@ class EMA:
     def _put(self, values: Iterable[Tensor]) -> None:
         for parameter, value in zip(self._parameters.values(), values, strict=True):
             parameter.copy_(value)
-        # FSDP2 may keep parameters that it gathered in the last forward pass; from now on they are out of date.
+        # FSDP2 may keep parameters that it gathered in the last forward pass, which are now out of date.
         for module in self._model.modules():
             if hasattr(module, "reshard"):
                 module.reshard()  # type: ignore[operator]
@@ -346,18 +349,18 @@ class EMA:
 
 
 def _gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors; those that had to be gathered go to main memory, so that a device holds one of them at a time."""
+    """Whole tensors. Gathered ones go to main memory, so that a device holds only one of them at a time."""
     return {name: whole(tensor).cpu() if _is_sharded(tensor) else tensor.detach() for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
 def _fill(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
-    """Copies the whole tensors of `state` into those of the same name, each process its share."""
+    """Copies the whole tensors of `state` into those of the same name. Each process copies its share."""
     for problem, names in (("lacks", tensors.keys() - state.keys()), ("knows no", state.keys() - tensors.keys())):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise ValueError(
-                f"{what} {problem} {min(names)}{more}; it was saved for another model or optimizer: "
+                f"{what} {problem} {min(names)}{more}; it was saved for another model or optimizer, so "
                 "resume with the recipe that it was saved from"
             )
     for name, tensor in tensors.items():

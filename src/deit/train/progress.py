@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live line, `metrics.jsonl`, and TensorBoard where it is installed."""
+"""Shows and logs the progress of a run: a live line, `metrics.jsonl`, and TensorBoard if it is installed."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from deit.recipe import Recipe
 from deit.train.records import span
 
 _SETTLED = 10
-"""Steps after which the rate is worth an estimate: the first ones compile, allocate and fill caches."""
+"""Steps before the first estimate of the remaining time. The first steps compile, allocate and fill caches."""
 _RECENT = 50
-"""Steps whose median duration is the rate."""
+"""Number of latest steps whose median duration gives the rate."""
 
 
 class Reporter:
-    """Writes and shows, in the main process; silent in the others.
+    """Shows and logs a run in the main process. It is silent in the others.
 
     Args:
         out: the run's folder.
-        done, total: steps so far, and in all.
-        written: bytes of `metrics.jsonl` that belong to the run so far; what a stopped run wrote after its last
-            checkpoint is cut off, and written again.
+        done, total: number of steps so far and in all.
+        written: number of bytes of `metrics.jsonl` that belong to the run so far. Whatever a stopped run wrote after
+            its last checkpoint is cut off and written again.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Reporter:
         self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     def advance(self, step: int, numbers: dict[str, float], seconds: float) -> None:
-        """After every step, which took `seconds`: the line moves."""
+        """Moves the line. To be called after every step, which took `seconds`."""
         since = step - self.first
         self.durations.append(seconds)
         self.rate = self.recipe.data.batch / statistics.median(self.durations)
@@ -94,7 +94,7 @@ class Reporter:
         self.bar.update(self.task, completed=step, note=self._note())
 
     def row(self, row: dict[str, Any]) -> None:
-        """One line of `metrics.jsonl`."""
+        """Writes one line of `metrics.jsonl`."""
         if not self.us.main:
             return
         row = row | {"images_per_second": round(self.rate, 1), "memory": peak_memory(self.us.device)}

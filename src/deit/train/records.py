@@ -1,4 +1,4 @@
-"""What the folder of a run says of it, read without a framework."""
+"""Reads what a run's folder says about it, without a framework."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ ABOUT, RECIPE, METRICS, MODEL = "about.json", "recipe.json", "metrics.jsonl", "m
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a run is besides its recipe: its images and its machine. `RUN/about.json`."""
+    """The part of a run that its recipe doesn't say: its images and its machine. The content of `RUN/about.json`."""
 
     began: str
     """Date and time in UTC, ISO 8601."""
     data: str
-    """The folder that holds the images of training and validation; empty where they share none."""
+    """The folder that holds the training and validation images; empty if they share none."""
     fingerprint: str
     """`folders.fingerprint` of the training images."""
     classes: tuple[str, ...]
     train: tuple[int, ...]
-    """Training images of each class."""
+    """Number of training images of each class."""
     val: tuple[int, ...]
-    """Validation images of each class."""
+    """Number of validation images of each class."""
     device: str
-    """In words."""
+    """Name of the device, in words."""
     processes: int
     precision: str
     """Number format of the forward and backward pass."""
@@ -41,7 +41,7 @@ class About:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> About:
-        """The inverse; unknown keys are left alone. Raises `ValueError` for what `to_dict` does not write."""
+        """The inverse of `to_dict`. Ignores unknown keys; raises `ValueError` for values that it doesn't write."""
         kinds: dict[str, Any] = {"classes": str, "train": int, "val": int}
         found: dict[str, Any] = {}
         for each in fields(cls):
@@ -64,7 +64,7 @@ class About:
 
 @dataclass(frozen=True)
 class Record:
-    """A run as its folder tells it. What is missing or damaged is empty here, and said in `gaps`."""
+    """A run as its folder describes it. Missing and damaged parts are empty here and named in `gaps`."""
 
     folder: Path
     recipe: Mapping[str, Any]
@@ -73,10 +73,11 @@ class Record:
     """Rows of `metrics.jsonl`; keys and units are in docs/evaluation.md."""
     about: About | None
     gaps: tuple[str, ...]
+    """What is missing or damaged, in words."""
 
     @classmethod
     def read(cls, folder: str | Path) -> Record:
-        """Raises `FileNotFoundError` where there is no run at all."""
+        """Reads the folder of a run. Raises `FileNotFoundError` if it holds no run at all."""
         folder = Path(folder)
         if not any((folder / name).exists() for name in (RECIPE, METRICS)):
             raise FileNotFoundError(
@@ -103,8 +104,8 @@ class Record:
 
     @property
     def best(self) -> Mapping[str, Any] | None:
-        """The row whose model was kept: of the highest accuracy, or the lowest loss on validation images; of equal
-        ones the last."""
+        """The row of the model that was kept, which has the highest accuracy or the lowest loss on validation images.
+        Of equal rows, the last one counts."""
         scored = [
             (-row["val_loss"] if "val_loss" in row else row["val_accuracy"], place)
             for place, row in enumerate(self.rows)
@@ -113,12 +114,12 @@ class Record:
         return self.rows[max(scored)[1]] if scored else None
 
     def last(self, key: str) -> float | None:
-        """The latest number under a key of the metrics."""
+        """The latest number under a key of the metrics; None if there is none."""
         return next((row[key] for row in reversed(self.rows) if is_number(row.get(key))), None)
 
 
 def is_number(value: object) -> bool:
-    """Whether it is finite: neither missing, nor text, nor what became of a division by zero."""
+    """Whether a value is a finite number: not missing, not text, and neither infinite nor NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -134,11 +135,13 @@ def _object(path: Path, gaps: list[str]) -> dict[str, Any]:
 
 
 def _rows(path: Path, gaps: list[str]) -> tuple[dict[str, Any], ...]:
-    """Rows with a number of steps, which all have that are written whole."""
+    """Rows with a number of steps. Every row that was written whole has one."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        gaps.append(f"{path.name} {'is missing' if isinstance(error, FileNotFoundError) else f'is not read ({error})'}")
+        gaps.append(
+            f"{path.name} {'is missing' if isinstance(error, FileNotFoundError) else f'could not be read ({error})'}"
+        )
         return ()
     rows, damaged = [], 0
     for line in lines:

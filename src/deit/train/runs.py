@@ -1,4 +1,4 @@
-"""A run's parts and its state: begun, written down, and gone on with."""
+"""The parts and the state of a run: builds, saves and restores them."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from deit.train.records import ABOUT, About
 
 @dataclass
 class State:
-    """What a run is besides its tensors, after `step` steps."""
+    """The state of a run after `step` steps, apart from its tensors."""
 
     step: int = 0
     evaluated: int = 0
-    """Step after which the last evaluation was."""
+    """The step after which the model was last evaluated."""
     best: float | None = None
     seconds: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
     sums: dict[str, float] = field(default_factory=dict)
-    """Sums of what the objective logs, over the `counted` steps since the last row of metrics."""
+    """Sums of the logged numbers over the `counted` steps since the last row of metrics."""
     counted: int = 0
     written: int = 0
-    """Bytes of metrics.jsonl."""
+    """Number of bytes of metrics.jsonl."""
     faults: Any = None
     data: str = ""
     """Fingerprint of the training images."""
@@ -47,13 +47,13 @@ class State:
 
 @dataclass
 class Work:
-    """A run's parts."""
+    """The parts of a run."""
 
     recipe: Recipe
     us: Processes
     model: nn.Module
     computing: nn.Module
-    """What is called in training: the model, or what spreads it over the processes."""
+    """The module that training calls: the model, or a wrapper that spreads it over the processes."""
     objective: objectives.Objective
     optimizers: optim.Optimizers
     average: optim.EMA | None
@@ -64,43 +64,43 @@ class Work:
     total: int
     warmup: int
     every: float
-    """Steps between evaluations."""
+    """Number of steps between evaluations."""
     accumulate: int
-    """Parts that this process's share of a batch is computed in."""
+    """Number of parts in which this process computes its share of a batch."""
 
     def lr(self, step: int) -> float:
         peak = optim.peak_lr(self.recipe.optim, self.recipe.data.batch)
         return optim.learning_rate(self.recipe.schedule, peak, step, self.total, self.warmup)
 
     def due(self, step: int, every: float) -> bool:
-        """Whether something that happens `every` so many steps happens after this one."""
+        """Whether an event that happens once every `every` steps happens after this step."""
         return step == self.total or int(step / every) > int((step - 1) / every)
 
 
 @dataclass(frozen=True)
 class Stopped:
-    """A run that stopped, as its newest readable checkpoint has it."""
+    """A stopped run, as its newest readable checkpoint describes it."""
 
     tensors: dict[str, Tensor]
-    """The tensors of the model, its average and the optimizers, each under the prefix of its part."""
+    """The tensors of the model, its average and the optimizers. The prefix of each name tells the part."""
     state: State
     schedule: Cosine
-    """The one the run began with, which a time budget may have shortened."""
+    """The schedule that the run began with. A time budget may have shortened it."""
     problems: list[str]
-    """Why newer checkpoints could not be read, one sentence each."""
+    """One sentence for each newer checkpoint, which says why it could not be read."""
 
 
 def find(out: Path, recipe: Recipe, resume: bool, planned: bool) -> Stopped | None:
-    """The run in `out` that is to be resumed; None where there is none to resume, so that a new one begins.
+    """The run in `out` to resume. None if there is none, and a new run begins.
 
-    `planned`: the schedule comes from a time budget, so that it may differ from the run's.
+    If `planned`, the schedule comes from a time budget, so it may differ from the run's.
 
-    Raises `FileExistsError` for a run in `out` without `resume`, `ValueError` for the run of another recipe.
+    Raises `FileExistsError` if `out` holds a run and `resume` is False, and `ValueError` if the run has another recipe.
     """
     folder = out / "checkpoints"
     if not resume:
         if checkpoint.saved(folder) or (out / "metrics.jsonl").exists():
-            raise FileExistsError(f"{out} holds a run already; --resume goes on with it, or choose another --out")
+            raise FileExistsError(f"{out} already holds a run; continue it with --resume, or choose another --out")
         return None
     found = checkpoint.restore(folder)
     if found is None:
@@ -110,7 +110,7 @@ def find(out: Path, recipe: Recipe, resume: bool, planned: bool) -> Stopped | No
     same = replace(recipe, compute=theirs.compute, schedule=theirs.schedule if planned else recipe.schedule)
     if changed := difference(theirs.to_dict(), same.to_dict()):
         raise ValueError(
-            f"{out} holds a run of another recipe: {changed}; go on with its own recipe "
+            f"{out} holds a run of another recipe: {changed}; continue with its own recipe "
             f"({out / 'recipe.json'}), or choose another --out"
         )
     return Stopped(tensors, State(**values), theirs.schedule, problems)
@@ -119,15 +119,15 @@ def find(out: Path, recipe: Recipe, resume: bool, planned: bool) -> Stopped | No
 def prepare(
     recipe: Recipe, train_split: Split, val_split: Split, us: Processes, found: Stopped | None
 ) -> tuple[Work, State]:
-    """Builds a run's parts and, in this order, gives them the state that was found."""
+    """Builds the parts of a run and restores the state that was found into them, in this order."""
     data = fingerprint(train_split)
     tensors, state = (found.tensors, found.state) if found else ({}, State(data=data))
     if state.data != data:
         raise ValueError(
             "the training images are not those that the run began with (names, sizes or contents differ); "
-            "bring them back, or choose another --out"
+            "restore them, or choose another --out"
         )
-    # 1. The model, before it is spread over processes.
+    # 1. The model, before it is spread over the processes.
     model = build_model(recipe if not found else replace(recipe, start=""), train_split.classes).to(us.device)
     if found:
         model.load_state_dict(_part(tensors, "model."))
@@ -137,14 +137,14 @@ def prepare(
         for part in getattr(getattr(model, "backbone", None), "blocks", [model]):
             part.compile()
     computing = us.spread(model, recipe.compute.parallel)
-    # 2. Optimizer and average, which hold on to the model's parameters.
+    # 2. The optimizers and the average, which refer to the model's parameters.
     optimizers = optim.build(model, recipe.optim)
     average = optim.EMA(model, recipe.ema) if recipe.ema else None
     if found:
         optimizers.load_state(_part(tensors, "optim."))
         if average:
             average.load_state(_part(tensors, "ema."))
-    # 3. The objective and the images; the stream begins at `state.step`.
+    # 3. The objective and the images. Their stream begins at `state.step`.
     objective = objectives.build(recipe, train_split, us.device)
     batches = TrainingBatches(train_split, recipe, rank=us.rank, world=us.world, cycle=objective.cycle)
     per_epoch = batches.steps_per_epoch
@@ -170,7 +170,7 @@ def prepare(
 
 
 def write_about(work: Work, state: State, train_split: Split, val_split: Split, out: Path) -> None:
-    """Writes `about.json`: what the recipe does not say. A run that goes on keeps the date of its beginning."""
+    """Writes `about.json`, which says what the recipe does not. A resumed run keeps the date of its beginning."""
     try:
         began = About.from_dict(files.read_json(out / ABOUT)).began if state.step else ""
     except (OSError, ValueError):
@@ -218,7 +218,7 @@ def save(work: Work, state: State, out: Path) -> None:
 
 
 def save_model(work: Work, folder: Path) -> None:
-    """A folder that predicts by itself: weights, config with labels, preprocessing."""
+    """Writes a folder that is enough for prediction: weights, config with labels, and preprocessing."""
     model: Any = work.model
     if work.recipe.compute.parallel == "shard" and work.us.world > 1:
         tensors = {name: whole(value) for name, value in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Who teaches: any trained classifier, brought to the student's images and classes. B images, C classes."""
+"""Teachers: any trained classifier, adapted to the student's images and classes. B images, C classes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from deit import files, host
 from deit.data.batches import EvaluationBatches, processor_for
-from deit.data.folders import Split
+from deit.data.folders import Split, nfc
 from deit.evaluate.scores import Accuracy
 from deit.model.load import load_classifier
 from deit.model.network import PreTrained
@@ -29,18 +29,18 @@ from deit.weights import hub
 _JUDGED = 512
 """Largest number of validation images that a teacher is tried on before a run."""
 TINY = 2.0**-24
-"""The least probability that a kept class, or the rest together, counts with: float16's smallest number."""
+"""Smallest probability of a kept class, or of all other classes together: float16's smallest number."""
 
 
 class Teacher:
     """A frozen classifier that sees the student's batch with its own normalisation, channels and resolution.
 
-    The student's augmented, mixed batch is what the teacher decides on (Touvron et al. 2020, section 4); only the
-    normalisation is undone and the teacher's applied, a grey image repeated for a teacher of three channels, and the
-    image resized (bicubic, antialiased) where `objective.resolution` is "teacher" and the sizes differ. It is always in
-    evaluation mode, is no submodule of anything, and needs no gradient.
+    The teacher answers to the student's augmented and mixed batch (Touvron et al. 2020, section 4). The student's
+    normalisation is replaced by the teacher's. A grey image is repeated if the teacher has three channels. The image is
+    resized (bicubic, antialiased) if `objective.resolution` is "teacher" and the sizes differ. The teacher is always in
+    evaluation mode, is not a submodule of anything, and needs no gradient.
 
-    `classes` are the names its answers are in the order of: the data's.
+    Its answers are in the order of `classes`, the names of the data's classes.
     """
 
     def __init__(
@@ -56,25 +56,27 @@ class Teacher:
         size: tuple[int, int],
         assumed: Sequence[str] = (),
     ):
-        """`Teacher.load` and `Teacher.of` find these out. `assumed` names those that nobody stated and that are taken
-        from the student. `vocabularies`: lists of names of the model's outputs, any of
-        which the data may use; none where nothing is known."""
+        """`Teacher.load` and `Teacher.of` find these arguments out.
+
+        `vocabularies` are lists of names of the model's outputs. The data may use any of them. Empty if the names are
+        not known. `assumed` names what nobody stated, so that it is the student's.
+        """
         self.name, self.classes, self.size, self.assumed = name, tuple(classes), size, tuple(assumed)
         self.student = _student(recipe)
         self.model = model.eval().requires_grad_(False)
         self.resizes = self.student["resolution"] == "teacher"
-        # A transformer of ours takes other image sizes than its own where it is told so.
+        # our own transformers accept other image sizes only with this option
         self.options = {} if self.resizes or not isinstance(model, PreTrained) else {"interpolate_pos_encoding": True}
         self.mean, self.std = list(map(float, mean)), list(map(float, std))
         if len(self.mean) != len(self.std) or min(self.std) <= 0:
             raise ValueError(
                 f"teacher {name} states mean={self.mean} and std={self.std}; expected one entry for each "
-                "of its channels in both, std positive"
+                "of its channels in both, and a positive std"
             )
         channels = len(self.student["mean"])
         if len(self.mean) != channels and channels != 1:
             raise ValueError(
-                f"teacher {name} takes {len(self.mean)} channels, the student's images have {channels}; "
+                f"teacher {name} takes {len(self.mean)} channels, but the student's images have {channels}; "
                 "choose a teacher for such images"
             )
         place = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
@@ -91,19 +93,19 @@ class Teacher:
 
     @classmethod
     def load(cls, name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
-        """The teacher that `objective.teacher` names, for data of these `classes`, in this order.
+        """Loads the teacher that `objective.teacher` names, for data of these `classes`, in this order.
 
-        - `timm:NAME`: a published model, downloaded; `timm:NAME:WEIGHT_FILE`: that architecture with the `state_dict`
-          of a safetensors file or of a `.pth` file of tensors; `timm:FOLDER`: what timm saved. Image size and
-          normalisation are its `pretrained_cfg`'s. Class names are those it states, or ImageNet's where it has as many
-          outputs: "n01440764", or "tench, Tinca tinca".
-        - a folder or hub name: a model of ours, or DeiT or ViT as transformers or timm saved it.
-        - `FILE.py:FUNCTION`: what the function returns without arguments, a `Teacher` or any module (`Teacher.of`).
+        - `timm:NAME` is a published model, which is downloaded. `timm:NAME:WEIGHT_FILE` is that architecture with the
+          `state_dict` of a safetensors file or of a `.pth` file of tensors. `timm:FOLDER` is a folder that timm saved.
+          Image size and normalisation come from the model's `pretrained_cfg`. Class names are those that it states, or
+          ImageNet's if it has as many outputs: "n01440764", or "tench, Tinca tinca".
+        - A folder or hub name is a model of this package, or DeiT or ViT as transformers or timm saved it.
+        - `FILE.py:FUNCTION` is the result of a function without arguments: a `Teacher` or any module (`Teacher.of`).
 
-        A teacher may know more classes than the data, in any order: they are matched by name.
+        A teacher may know more classes than the data, in any order, because classes are matched by name.
 
-        Raises `ValueError` where it does not fit the data or its images, `FileNotFoundError` where it is not found,
-        `ImportError` without timm.
+        Raises `ValueError` if the teacher does not fit the data or its images, `FileNotFoundError` if it is not found,
+        and `ImportError` if it needs timm, which is not installed.
         """
         if name.startswith("timm:"):
             return _from_timm(name, classes, recipe)
@@ -115,8 +117,8 @@ class Teacher:
         if isinstance(made, Teacher):
             if (made.classes, made.student) != (tuple(classes), _student(recipe)):
                 raise ValueError(
-                    f"{name} returned a Teacher made for other classes, or for a student of other "
-                    "image size, mean, std or resolution; return the module, which is then adapted"
+                    f"{name} returned a Teacher for other classes, or for a student of another image size, mean, std "
+                    "or resolution; return the module instead, which is then adapted"
                 )
             return made
         if not isinstance(made, nn.Module):
@@ -136,19 +138,22 @@ class Teacher:
         image_size: int | tuple[int, int] | None = None,
         name: str = "",
     ) -> Teacher:
-        """Any module that maps images (B, channels, height, width) to logits (B, outputs), which it freezes.
+        """Makes a teacher of any module that maps images (B, channels, height, width) to logits (B, outputs).
 
-        It may also return a tuple that starts with them, or an object or mapping with `logits`. `labels` names its
-        outputs. What is None here is the module's attribute of that name (`classes` for the labels); what it lacks
-        too is the student's, but for the labels: without them there must be as many outputs as `classes`, and a
-        warning says that their order is not checked.
+        The module is frozen. It may also return a tuple that starts with the logits, or an object or mapping with
+        `logits`.
+
+        `labels` names its outputs. An argument that is None is read from the module's attribute of the same name
+        (`classes` for the labels). If the module lacks that too, the student's value is used. Labels can't come from
+        the student: without them there must be as many outputs as `classes`, and a warning says that their order is
+        not checked.
         """
         stated = {"classes": labels, "mean": mean, "std": std, "image_size": image_size}
         stated = {key: getattr(module, key, None) if value is None else value for key, value in stated.items()}
         names, size, student = stated["classes"], stated["image_size"], _student(recipe)
         name = name or type(module).__name__
         if names is not None and (isinstance(names, str) or not isinstance(names, Sequence)):
-            raise ValueError(f"teacher {name} has classes={names!r}, expected a list of names, one for each output")
+            raise ValueError(f"teacher {name} has classes={names!r}; expected a list of names, one for each output")
         mean_std = [
             torch.as_tensor(student[key] if stated[key] is None else stated[key], dtype=torch.float64)
             .flatten()
@@ -180,7 +185,7 @@ class Teacher:
 
     @torch.no_grad()
     def _logits(self, pixels: Tensor) -> Any:
-        if self.model.training:  # someone has trained a parent of it
+        if self.model.training:  # because train() of a parent module also changes this one
             self.model.eval()
         pixels = pixels * self.gain + self.shift  # one channel becomes the teacher's three by broadcasting
         if self.resizes and tuple(pixels.shape[2:]) != self.size:
@@ -233,7 +238,7 @@ class Teacher:
             )
 
     def _count_outputs(self, place: torch.device) -> int:
-        """Classes that the model tells apart, seen from its answer to a black image of the student's size."""
+        """Number of the model's outputs, counted in its answer to a blank image of the student's size."""
         shape = (1, len(self.student["mean"]), *self.student["size"])
         try:
             logits = self._logits(torch.zeros(shape, device=place))
@@ -245,21 +250,23 @@ class Teacher:
                 else "set objective.resolution=teacher if it only takes images of its own size"
             )
             raise ValueError(
-                f"teacher {self.name} can't answer to the student's images of {shape[1:]} as "
+                f"teacher {self.name} can't process the student's images of {shape[1:]} as "
                 f"{len(self.mean)} channels of {self.size if self.resizes else shape[2:]} "
                 f"({reason}); {move}"
             ) from error
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 1 or not logits.shape[1]:
             found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
-                f"teacher {self.name} answers to one image with {found}, expected logits (1, classes); "
-                "choose a classifier"
+                f"teacher {self.name} answers one image with {found}, expected logits (1, classes); choose a classifier"
             )
         return logits.shape[1]
 
     def fingerprint(self) -> str:
-        """SHA-256 of what decides its answers, whatever it is called: all tensors with their names, the normalisation,
-        image size, order of classes and `objective.resolution`."""
+        """SHA-256 of everything that determines the teacher's answers, but not of its name.
+
+        It covers all tensors with their names, the normalisation, the image size, the order of the classes and
+        `objective.resolution`.
+        """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             if isinstance(tensor, Tensor):
@@ -274,10 +281,10 @@ class Teacher:
 
 
 def condense(logits: Tensor, settings: Distilled) -> dict[str, Tensor]:
-    """What of a teacher's logits (B, C) is kept, by name; `expand` makes its answers of it.
+    """The part of a teacher's logits (B, C) that is kept, by name. `expand` turns it into answers.
 
-    Hard: `hard` (B,) int64. Soft: `log_probability` (B, C) float32, or, where `settings.top_k` is below C, the most
-    likely classes, `index` (B, top_k) int64, and `probability` (B, top_k) float16.
+    Hard: `hard` (B,) int64. Soft: `log_probability` (B, C) float32; if `settings.top_k` is below C, instead `index`
+    (B, top_k) int64, the most likely classes, and their `probability` (B, top_k) float16.
     """
     logits = logits.float()
     if settings.kind == "hard":
@@ -289,25 +296,26 @@ def condense(logits: Tensor, settings: Distilled) -> dict[str, Tensor]:
 
 
 def expand(kept: Mapping[str, Tensor], classes: int) -> Tensor:
-    """The answers of which `condense` kept this: decisions (B,) int64, or log-probabilities (B, classes) float32.
+    """The answers that `condense` stored as `kept`: decisions (B,) int64, or log-probabilities (B, classes) float32.
 
-    The certainty that the kept classes leave is spread evenly over the others.
+    The probability that the kept classes leave is spread evenly over the others.
     """
     if "hard" in kept:
         return kept["hard"]
     if "log_probability" in kept:
         return kept["log_probability"]
-    index, probability = kept["index"], kept["probability"].double()  # in float64 all devices round to the same float32
+    index, probability = kept["index"], kept["probability"].double()  # all devices round float64 to the same float32
     rest = (1 - probability.sum(-1, keepdim=True)).clamp(min=TINY) / (classes - index.shape[1])
     return rest.log().float().repeat(1, classes).scatter(1, index, probability.log().float())
 
 
 def answers(logits: Tensor, settings: Distilled) -> Tensor:
-    """What the student learns from a teacher's logits (B, C).
+    """The answers that the student learns from, made of a teacher's logits (B, C).
 
     Hard: the decisions (B,) int64 (Touvron et al. 2020, equation 3). Soft: log-probabilities (B, C) float32 at
-    temperature 1, which any temperature can be applied to as to logits: they differ by a constant for each image. With
-    `settings.top_k` below C, that many probabilities are kept, in float16, and the rest of 1 is spread evenly.
+    temperature 1. Any temperature can be applied to them as to logits, because they differ from logits by a constant
+    for each image. If `settings.top_k` is below C, that many probabilities are kept in float16, and the remaining
+    probability is spread evenly.
     """
     return expand(condense(logits, settings), logits.shape[1])
 
@@ -316,10 +324,10 @@ def answers(logits: Tensor, settings: Distilled) -> Tensor:
 
 
 def _student(recipe: Recipe) -> dict[str, Any]:
-    """What of the student decides on how a teacher is adapted."""
+    """The properties of the student that determine how a teacher is adapted."""
     if not isinstance(recipe.objective, Distilled):
         raise ValueError(
-            f"recipe {recipe.name} has no use for a teacher: its objective is "
+            f"recipe {recipe.name} can't use a teacher, because its objective is "
             f"{type(recipe.objective).__name__}; set objective=Distilled()"
         )
     return {
@@ -336,22 +344,24 @@ def _pair(size: Any) -> tuple[int, int]:
 
 
 def _order(name: str, vocabularies: Sequence[Sequence[str]], classes: Sequence[str], outputs: int) -> list[int] | None:
-    """The teacher's output for each of the data's classes; None where they are the same already."""
+    """Number of the teacher's output for each of the data's classes; None if the order is already the same."""
     for names in vocabularies:
         if len(names) != outputs:
             raise ValueError(f"teacher {name} has {outputs} outputs and {len(names)} class names; name each output")
     if not vocabularies:
         if outputs != len(classes):
             raise ValueError(
-                f"teacher {name} has {outputs} outputs without names, the data has {len(classes)} classes;"
+                f"teacher {name} has {outputs} outputs without names, but the data has {len(classes)} classes;"
                 " choose a teacher that names its classes (a module may have an attribute `classes`)"
             )
         warnings.warn(
-            f"teacher {name} does not name its {outputs} outputs: they are taken to be the data's classes in "
-            "the order of their names, which can't be checked",
+            f"teacher {name} does not name its {outputs} outputs, so they are taken to be the data's classes in "
+            "the order of their names; this can't be checked",
             stacklevel=2,
         )
         return None
+    classes = [nfc(one) for one in classes]
+    vocabularies = [[nfc(one) for one in names] for names in vocabularies]
     names = min(vocabularies, key=lambda names: len(set(classes).difference(names)))
     place = {one: i for i, one in enumerate(names)}
     if missing := [one for one in classes if one not in place]:
@@ -364,8 +374,8 @@ def _order(name: str, vocabularies: Sequence[Sequence[str]], classes: Sequence[s
     counts = Counter(names)
     if repeated := [one for one in classes if counts[one] > 1]:
         raise ValueError(
-            f"teacher {name} gives the name {repeated[0]!r} to {counts[repeated[0]]} of its classes, so "
-            "which one is meant is not known; choose a teacher whose names differ"
+            f"teacher {name} gives the name {repeated[0]!r} to {counts[repeated[0]]} of its classes, so it "
+            "is not clear which one is meant; choose a teacher whose names differ"
         )
     return None if list(names) == list(classes) else [place[one] for one in classes]
 
@@ -375,10 +385,10 @@ def _from_folder(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
         classifier = load_classifier(name)
     except ValueError as error:
         if (Path(name).expanduser() / "config.json").is_file() and "timm architecture" in str(error):
-            raise ValueError(f"{error}; as a teacher, timm:{name} opens it with timm") from None
+            raise ValueError(f"{error}; to load it as a teacher with timm, give timm:{name}") from None
         raise
     normalisation, config = classifier.processor.normalisation, classifier.model.config
-    # A teacher's mean and std are those of levels from 0 to 1.
+    # a teacher's mean and std are for levels from 0 to 1
     mean, std = (
         np.broadcast_to(stated / (255 * normalisation.factor), config.num_channels).tolist()
         for stated in (normalisation.mean, normalisation.std)
@@ -396,11 +406,8 @@ def _from_folder(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
 
 
 def _call(name: str) -> Any:
-    """What `FILE.py:FUNCTION` returns."""
-    path, _, function = name.rpartition(":")
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise FileNotFoundError(f"teacher {name}: there is no file {file}; give FILE.py:FUNCTION")
+    """The result of the function that `FILE.py:FUNCTION` names."""
+    file, function = _source_file(name), name.rpartition(":")[2]
     spec = importlib.util.spec_from_file_location(f"deit_teacher_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
@@ -413,13 +420,65 @@ def _call(name: str) -> Any:
     return made()
 
 
-def _from_timm(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
+def find_teacher(recipe: Recipe) -> None:
+    """Raises `FileNotFoundError`, `ValueError` or `ImportError` if the teacher that a recipe asks is not there.
+
+    Long work begins with it. What `Teacher.load` reads from the hub is fetched; what timm downloads is only known by
+    its name.
+    """
+    if not isinstance(recipe.objective, Distilled) or recipe.objective.cache or not recipe.objective.teacher:
+        return
+    name = recipe.objective.teacher
+    if name.startswith("timm:"):
+        _timm_source(name)
+    elif ".py:" in name:
+        _source_file(name)
+    elif not name.endswith(".py") and not Path(name).expanduser().exists():
+        try:
+            try:
+                files.find_file(name, "config.json")
+            except FileNotFoundError as error:
+                hub.find_weights(name, local_files_only=isinstance(error, files.NotFetched))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"teacher {name}: {error}") from None
+
+
+def _source_file(name: str) -> Path:
+    """The file of `FILE.py:FUNCTION`."""
+    file = Path(name.rpartition(":")[0]).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"teacher {name}: there is no file {file}; give FILE.py:FUNCTION")
+    return file
+
+
+def _timm_source(name: str) -> tuple[str, Path | None]:
+    """What stands after `timm:`: an architecture, empty for a folder, and the weight file or folder if one is named."""
     try:
         import timm
     except ImportError:
         raise host.missing(f"teacher {name} needs timm", "teachers") from None
     given = name.removeprefix("timm:")
     if (folder := Path(given).expanduser()).is_dir():
+        return "", folder
+    elsewhere = re.match("hf[-_]hub:", given)  # hf-hub:USER/MODEL is one name to timm
+    architecture, _, file = (given, "", "") if elsewhere else given.partition(":")
+    if not elsewhere and not timm.is_model(architecture):
+        raise ValueError(
+            f"teacher {name}: {architecture!r} is neither a timm model nor a folder; "
+            f"timm.list_models('*{architecture[:4]}*') lists names"
+        )
+    path = Path(file).expanduser() if file else None
+    if path is not None and not path.is_file():
+        raise FileNotFoundError(f"teacher {name}: there is no file {path}; give timm:NAME:WEIGHT_FILE")
+    return architecture, path
+
+
+def _from_timm(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
+    architecture, path = _timm_source(name)
+    import timm
+
+    if path is not None and not architecture:
+        folder = path
         count = files.read_json(files.find_file(folder, "config.json")).get("num_classes")
         path = next((folder / file for file in hub.WEIGHT_FILES if (folder / file).is_file()), None)
         if path is None:
@@ -428,26 +487,16 @@ def _from_timm(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
             )
         model = _timm_model(f"local-dir:{folder}", path, hub.read_tensors(path), count)
         return _of_timm(name, model, classes, recipe, own=True)
-    elsewhere = re.match("hf[-_]hub:", given)  # hf-hub:USER/MODEL is one name to timm
-    architecture, _, file = (given, "", "") if elsewhere else given.partition(":")
-    if not elsewhere and not timm.is_model(architecture):
-        raise ValueError(
-            f"teacher {name}: {architecture!r} is neither a timm model nor a folder; "
-            f"timm.list_models('*{architecture[:4]}*') lists names"
-        )
-    if not file:
+    if path is None:
         try:
             model = timm.create_model(architecture, pretrained=True)
-        except Exception as error:  # of the network, the hub, the cache or the file
+        except Exception as error:  # from the network, the hub, the cache or the file
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise OSError(
                 f"teacher {name} could not be fetched ({reason}); connect to the network, or give its "
                 f"weights as timm:{architecture}:WEIGHT_FILE"
             ) from error
         return _of_timm(name, model, classes, recipe, own=True)
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"teacher {name}: there is no file {path}; give timm:NAME:WEIGHT_FILE")
     tensors = {
         key.removeprefix("_orig_mod.").removeprefix("module."): tensor for key, tensor in hub.read_tensors(path).items()
     }
@@ -455,7 +504,7 @@ def _from_timm(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
     head = head if isinstance(head, str) else next(iter(head or ()), None)
     if f"{head}.weight" not in tensors:
         raise files.CheckpointError(
-            f"{path} has no {head}.weight, the classifier of timm's {architecture}; give a "
+            f"{path} has no {head}.weight, which is the classifier of timm's {architecture}; give a "
             "file of that architecture's weights"
         )
     model = _timm_model(architecture, path, tensors, len(tensors[f"{head}.weight"]))
@@ -477,7 +526,7 @@ def _timm_model(architecture: str, path: Path, tensors: Mapping[str, Tensor], co
 
 
 def _of_timm(name: str, model: nn.Module, classes: Sequence[str], recipe: Recipe, *, own: bool) -> Teacher:
-    """`own`: the weights are those that the model's `pretrained_cfg` describes."""
+    """Makes a teacher of a timm model. `own` says that its `pretrained_cfg` describes these very weights."""
     stated: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     channels, height, width = stated["input_size"]
     mean, std = (
@@ -500,7 +549,7 @@ def _timm_names(model: Any, stated: Mapping[str, Any], classes: Sequence[str], o
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     if own and (names := stated.get("label_names")):
-        if isinstance(names, Mapping):  # by number, which JSON writes as text
+        if isinstance(names, Mapping):  # by number, which is text in JSON
             names = [names[key] for key in sorted(names, key=int)]
         descriptions = stated.get("label_descriptions") or {}
         if not isinstance(descriptions, Mapping):
@@ -509,7 +558,7 @@ def _timm_names(model: Any, stated: Mapping[str, Any], classes: Sequence[str], o
     if subset := infer_imagenet_subset(model):
         info = ImageNetInfo(subset)
         found = [list(info.label_names()), list(info.label_descriptions())]
-        # A file of as many classes may be of other data; its names are not known then.
+        # A file with as many classes may come from other data, and then its names are not known.
         if own or any(set(classes) <= set(names) for names in found):
             return found
     return []

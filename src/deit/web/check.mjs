@@ -1,11 +1,17 @@
-// What `deit export` runs in Node: an exported folder's model in its own onnxruntime-web, and its preprocessing.
+// `deit export` runs this in Node. It runs an exported folder's model in the folder's onnxruntime-web, and the folder's
+// preprocessing.
 //
-//   node check.mjs FOLDER CODE      CODE holds copies of the folder's scripts, and says that they are modules
+//   node check.mjs FOLDER CODE      CODE holds copies of the folder's scripts, with a package.json that says "module"
 //
-// Requests come on standard input and answers go to standard output, each a line of JSON and the bytes that it
-// announces: {"pixels": [B, C, H, W]} with floats is answered by {"outputs": [dims, ...]} with floats, in the order of
-// export.json; {"picture": [H, W]} with bytes, four to a pixel, by {"outputs": [dims]} with floats; and what goes wrong
-// by {"error": sentence}. It ends when its input does.
+// Requests come on standard input, and answers go to standard output. Each is a line of JSON, followed by the bytes
+// that it announces:
+//
+// - {"pixels": [B, C, H, W]} with floats is answered by {"outputs": [dims, ...]} with floats, in the order of
+//   export.json.
+// - {"picture": [H, W]} with bytes, four to a pixel, is answered by {"outputs": [dims]} with floats.
+// - A failure is answered by {"error": sentence}.
+//
+// The program ends when its input does.
 
 import { readFileSync, readSync, writeSync } from "node:fs";
 import { pathToFileURL } from "node:url";
@@ -36,7 +42,7 @@ async function answered(request, bytes) {
   return record.outputs.map((name) => found[name]);
 }
 
-// The next `count` bytes of standard input, or null at its end.
+// Returns the next `count` bytes of standard input, or null at its end.
 function read(count) {
   const bytes = new Uint8Array(count);
   for (let done = 0; done < count;) {

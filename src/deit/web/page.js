@@ -1,4 +1,4 @@
-// What a person sees. The work is done by worker.js, so that the page never stands still.
+// The part of the page that people see. worker.js does the work, so the page never freezes.
 
 import { at, fail, listen, preview, say, show } from "./shown.js";
 
@@ -7,11 +7,11 @@ const megabytes = (bytes) => (bytes / 1e6).toFixed(1);
 at("unstarted").remove();
 
 let worker = null, ready = false, errorRate = null;
-let asked = 0;  // images so far; answers to former ones are not shown
+let asked = 0;  // number of images so far; only the answer to the latest one is shown
 
 function ask(file) {
   preview(file);
-  if (!worker) return;  // what is missing stands there already
+  if (!worker) return;  // the page says already what is missing
   at("error").textContent = "";
   say(ready ? "Looking\u2026" : "Waiting for the model\u2026");
   worker.postMessage({ id: ++asked, file });
@@ -48,7 +48,7 @@ function start() {
       "it, or try another one." });
     return;
   }
-  // A worker of a blob is under this page's policy; one of an address would be under its own, which a page can't set.
+  // A worker made from a blob obeys this page's policy. A worker with an address would obey the headers of its server.
   const code = `import ${JSON.stringify(new URL("worker.js", import.meta.url))};`;
   worker = new Worker(URL.createObjectURL(new Blob([code], { type: "text/javascript" })), { type: "module" });
   worker.onmessage = ({ data }) => heard[data.kind](data);

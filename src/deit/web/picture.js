@@ -1,10 +1,10 @@
-// From an image file to its pixels, upright, in the values that the file holds. Bytes, four to a pixel: red, green,
+// Decodes an image file to its pixels: upright, with the values that the file holds. A pixel is four bytes: red, green,
 // blue, alpha.
 
 const MAX_PIXELS = 178956970;  // as in deit's own decoding
-const STRIP = 2 ** 22;  // pixels that go through a canvas at once: browsers limit its size
+const STRIP = 2 ** 22;  // pixels that go through a canvas at once, because browsers limit its size
 
-// Raises an Error that holds a sentence for the reader of the page.
+// Throws an Error with a sentence for the reader of the page.
 export async function decoded(file) {
   let image;
   try {
@@ -46,8 +46,8 @@ function hasAlpha(data) {
   return false;
 }
 
-// A canvas multiplies colours by alpha and so loses those of transparent pixels; a texture keeps them. Null where the
-// browser has no WebGL, or none for so large an image.
+// A canvas multiplies colours by alpha, so it loses the colours of transparent pixels; a texture keeps them. Returns
+// null if the browser has no WebGL, or if the image is too large for it.
 function unblended(image) {
   const { height, width } = image;
   const gl = new OffscreenCanvas(1, 1).getContext("webgl");
@@ -60,6 +60,6 @@ function unblended(image) {
   const found = new Uint8Array(4 * height * width);
   gl.readPixels(0, 0, width, height, gl.RGBA, gl.UNSIGNED_BYTE, found);
   const failed = gl.getError() !== gl.NO_ERROR;
-  gl.getExtension("WEBGL_lose_context")?.loseContext();  // browsers keep few
+  gl.getExtension("WEBGL_lose_context")?.loseContext();  // browsers allow few contexts
   return failed ? null : found;
 }

@@ -1,12 +1,12 @@
-// From a decoded picture to pixel_values: the preprocessing of deit's DeiTImageProcessor, number for number.
+// Turns a decoded picture into pixel_values: the preprocessing of deit's DeiTImageProcessor, number for number.
 //
 // A picture is {data, height, width}: bytes, four to a pixel (red, green, blue, alpha), row after row. C channels, H
 // rows, W columns. Sizes are {height, width}. `options` is the content of preprocessor_config.json.
 
-const BITS = 22;  // of the fraction in Pillow's weights: 8 bits of a byte and 2 for sums beyond it are left of 32
-const LARGE = 2 ** 25;  // pixels of a resized image from which on only what the crop keeps is computed
+const BITS = 22;  // fraction of Pillow's weights: 32 bits less 8 for a byte and 2 for sums beyond it
+const LARGE = 2 ** 25;  // pixels; of a resized image with more, only the part that the crop keeps is computed
 
-// Pillow's filters by their number in the file: how far they reach, and their weight at a distance.
+// Pillow's filters by their number in the file, with their reach and their weight at a distance.
 const sinc = (x) => (x === 0 ? 1 : Math.sin(Math.PI * x) / (Math.PI * x));
 const FILTERS = {
   1: { name: "lanczos", reach: 3, weight: (x) => (x >= -3 && x < 3 ? sinc(x) * sinc(x / 3) : 0) },
@@ -16,7 +16,8 @@ const FILTERS = {
   5: { name: "hamming", reach: 1, weight: (x) => (Math.abs(x) < 1 ? sinc(x) * hamming(x) : 0) },
 };
 
-const hamming = (x) => Math.fround(0.54) + Math.fround(0.46) * Math.cos(Math.PI * x);  // in single precision there, too
+// Pillow has both constants in single precision.
+const hamming = (x) => Math.fround(0.54) + Math.fround(0.46) * Math.cos(Math.PI * x);
 
 function cubic(distance) {
   const x = Math.abs(distance), a = -0.5;  // Keys' kernel
@@ -24,7 +25,7 @@ function cubic(distance) {
   return x < 2 ? (((x - 5) * x + 8) * x - 4) * a : 0;
 }
 
-// pixel_values of a picture: {data: Float32Array, dims: [C, H, W]}.
+// Returns the pixel_values of a picture: {data: Float32Array, dims: [C, H, W]}.
 export function pixelValues(picture, options) {
   let image = inChannels(picture, options);
   if (options.do_resize) {
@@ -36,7 +37,7 @@ export function pixelValues(picture, options) {
   return normalized(image, options);
 }
 
-// Without alpha, which is dropped, not blended; in grey where the model has one channel.
+// Drops alpha without blending. Turns the picture grey if the model has one channel.
 function inChannels({ data, height, width }, options) {
   const count = height * width, grey = Array.isArray(options.image_mean) && options.image_mean.length === 1 &&
     !options.do_convert_rgb;
@@ -67,14 +68,14 @@ function targetSize({ height, width }, size) {
   return height <= width ? { height: newShort, width: newLong } : { height: newLong, width: newShort };
 }
 
-// Python's rounding: a half goes to the even neighbour.
+// Rounds as Python does: a half goes to the even neighbour.
 function roundedToEven(value) {
   const below = Math.floor(value), rest = value - below;
   return rest < 0.5 || (rest === 0.5 && below % 2 === 0) ? below : below + 1;
 }
 
-// What a central crop keeps of a resize to `size`: its size, and the part of the picture that it shows. Pillow takes
-// such a part in single precision.
+// Returns the size of what a central crop keeps of a resize to `size`, and the part of the picture that it shows.
+// Pillow takes such a part in single precision.
 function middle(box, size, crop) {
   const part = (whole, kept, start, end) => {
     const first = Math.max(0, Math.floor((whole - kept) / 2)), scale = (end - start) / whole;
@@ -86,18 +87,18 @@ function middle(box, size, crop) {
   return [{ height, width }, { left, top, right, bottom }];
 }
 
-// A resize in two passes, first along the rows, each rounded to bytes, as Pillow does it: the filter is widened to what
-// one new pixel covers.
+// Resizes in two passes, first along the rows, and rounds each to bytes, as Pillow does. The filter is widened to what
+// a new pixel covers.
 function resize(image, size, box, filter) {
   const columns = weights(image.width, box.left, box.right, size.width, filter);
   const rows = weights(image.height, box.top, box.bottom, size.height, filter);
-  // As from version 13 on: columns first where they lose more than twice as many pixels as the rows.
+  // As Pillow does since version 13: columns first if they lose more than twice as many pixels as the rows.
   const lost = image.height - size.height, columnsFirst = lost > 0 && lost > 2 * (image.width - size.width);
   return columnsFirst ? alongRows(alongColumns(image, rows), columns) : alongColumns(alongRows(image, columns), rows);
 }
 
-// For each new position along one side: where its old ones begin, and their weights as whole numbers. None where
-// nothing changes.
+// Returns for each new position along one side where its old positions begin, and their weights as whole numbers.
+// Returns null if nothing changes.
 function weights(length, start, end, count, filter) {
   if (count === length && start === 0 && end === length) return null;
   const scale = (end - start) / count, widened = Math.max(scale, 1), reach = filter.reach * widened;
@@ -155,7 +156,7 @@ function alongColumns(image, rows) {
   return { data: found, height: rows.length, width, channels };
 }
 
-// The middle of an image; what lies outside is 0.
+// Returns the middle of an image. Pixels outside the image are 0.
 function centerCrop({ data, height, width, channels }, crop) {
   const top = Math.floor((height - crop.height) / 2), left = Math.floor((width - crop.width) / 2);
   const found = new Uint8Array(crop.height * crop.width * channels);
@@ -167,7 +168,7 @@ function centerCrop({ data, height, width, channels }, crop) {
   return { data: found, height: crop.height, width: crop.width, channels };
 }
 
-// Times a factor, plus a term, for each channel in single precision; channels first.
+// Multiplies each channel by a factor and adds a term, in single precision. Returns channels first.
 function normalized({ data, height, width, channels }, options) {
   const count = height * width, found = new Float32Array(count * channels);
   const of = (statistic, c) => (Array.isArray(statistic) ? statistic[c] : statistic);

@@ -1,4 +1,4 @@
-// What the server's page and the exported one have in common: the ways to give an image, and how an answer is shown.
+// Shared by the server's page and the exported page: the ways to give an image, and the display of an answer.
 
 export const at = (id) => document.getElementById(id);
 const percent = (score) => (score > 0 && score < 0.001 ? "under 0.1" : (100 * score).toFixed(1)) + " %";
@@ -26,13 +26,13 @@ function row({ label, score }) {
   return found;
 }
 
-// `sure` is true or false of a calibrated model, whose errors `errorRate` bounds.
+// `sure` is true or false if the model is calibrated; `errorRate` then bounds its errors.
 export function show({ labels, sure }, errorRate) {
   if (sure === false) {
     say("I don\u2019t know", "No single label is certain enough. The candidates:", labels);
   } else {
-    const note = sure && errorRate ? `Sure: at most ${percent(errorRate)} of such images get a wrong label that is ` +
-      "called sure." : "";
+    const note = sure && errorRate ? `Sure: at most ${percent(errorRate)} of images like this get a label that is ` +
+      "sure and wrong." : "";
     say(labels[0].label, note, labels);
   }
 }
@@ -49,10 +49,10 @@ export function preview(file) {
   image.hidden = false;
 }
 
-// Calls `ask` with each file that is chosen, photographed, pasted or dropped, and `refuse` with a sentence where that
-// was none.
+// Calls `ask` with each file that is chosen, photographed, pasted or dropped. If it was no file, calls `refuse` with a
+// sentence.
 export function listen(ask, refuse) {
-  const given = ([file]) => (file ? ask(file) : refuse("That was no image file. Choose one from this device."));
+  const given = ([file]) => (file ? ask(file) : refuse("That was not an image file. Choose one from this device."));
   for (const id of ["file", "camera"]) {
     at(id).addEventListener("change", (event) => {
       const [file] = event.target.files;

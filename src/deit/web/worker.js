@@ -1,11 +1,11 @@
-// Loads the model, and answers one image after the other.
+// Loads the model, and answers images one after the other.
 
 import { answer } from "./answer.js";
 import * as ort from "./ort.wasm.bundle.min.js";
 import { decoded } from "./picture.js";
 import { pixelValues } from "./pixels.js";
 
-let latest = 0;  // an image that is followed by another one is passed over
+let latest = 0;  // number of the latest image; older ones that still wait are skipped
 let working = load().catch((error) => {
   const sentence = `The model can\u2019t be loaded (${error.message}). Reload the page to try again.`;
   postMessage({ kind: "broken", sentence });
@@ -29,7 +29,7 @@ async function load() {
     json("config.json").then((config) => config.id2label), json("calibration.json", true)]);
   const large = ["ort-wasm-simd-threaded.wasm", "model.onnx"];
   const [runtime, model] = await Promise.all(large.map((name) => bytes(name, report)));
-  // Threads share memory, which only a page that its server isolates may do.
+  // Threads need shared memory, which browsers allow only if the server isolates the page.
   ort.env.wasm.numThreads = crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
   ort.env.wasm.wasmBinary = runtime;
   session = await ort.InferenceSession.create(model, { executionProviders: ["wasm"] });
@@ -56,7 +56,7 @@ async function json(name, optional = false) {
 async function bytes(name, report) {
   const response = await fetched(name);
   if (!response.ok) throw new Error(`${name}: ${response.status}`);
-  // Of a compressed answer the length says nothing.
+  // Content-Length gives the compressed size, so it is of no use for a compressed answer.
   const size = response.headers.get("Content-Encoding") ? 0 : Number(response.headers.get("Content-Length"));
   const parts = [];
   let count = 0;

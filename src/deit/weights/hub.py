@@ -13,7 +13,6 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,7 +46,7 @@ def _named(filename: str, variant: str | None) -> str:
     return filename if variant is None else f"{stem}.{variant}.{ending}"
 
 
-def _find_weights(
+def find_weights(
     name_or_folder: str | Path, variant: str | None = None, use_safetensors: bool | None = None, **where: Any
 ) -> list[Path]:
     """The weight file, or all shards of it."""
@@ -202,9 +201,13 @@ def read_checkpoint(
     files like `model.fp16.safetensors`. `use_safetensors` allows such files alone, or none.
     """
     if config is None:
-        with suppress(FileNotFoundError):
+        try:
             config = DeiTConfig.from_pretrained(name_or_folder, **where)
-    paths = _find_weights(name_or_folder, variant, use_safetensors, **where)
+        except NotFetched:
+            where["local_files_only"] = True
+        except FileNotFoundError:
+            pass
+    paths = find_weights(name_or_folder, variant, use_safetensors, **where)
     tensors: dict[str, Any] = {}
     for path in paths:
         tensors |= read_tensors(path, arrays)
@@ -294,14 +297,41 @@ def _read_h5(path: Path) -> dict[str, np.ndarray]:
 
 
 class _Refused:
-    """Stands in for a pickled object that is not read. It accepts any state and keeps none."""
+    """Stands in for a pickled object that is not read. It accepts any arguments and state, and keeps none."""
+
+    def __init__(self, *_: object):
+        pass
 
     def __setstate__(self, state: object) -> None:
         pass
 
 
+_UNREAD = (
+    "argparse.Namespace",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(f"numpy.{name}" for name in ("dtype", "ndarray", "bool_", "float32", "float64", "int32", "int64")),
+    *(
+        f"{module}.{pure}{system}Path"
+        for module in ("pathlib", "pathlib._local")
+        for pure in ("", "Pure")
+        for system in ("", "Posix", "Windows")
+    ),
+    *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
+)
+"""What training scripts keep beside the weights: settings, scores, paths and times."""
+
+
+def _refused(value: object) -> bool:
+    """Whether a value is, or holds, what is not read."""
+    if isinstance(value, Mapping):
+        return any(map(_refused, (*value, *value.values())))
+    if isinstance(value, list | tuple | set):
+        return any(map(_refused, value))
+    return isinstance(value, _Refused | argparse.Namespace) or value is _Refused
+
+
 def _read_pickle(path: Path) -> dict[str, Any]:
-    """Reads with PyTorch's restricted unpickler. Skips the `argparse.Namespace` in the original repository's files."""
+    """Reads with PyTorch's restricted unpickler. Skips the objects in `_UNREAD`."""
     try:
         import torch
     except ImportError:
@@ -309,7 +339,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
             f"{path} is a PyTorch file, and reading it needs PyTorch: pip install torch, or ask for a safetensors file"
         ) from None
     try:
-        with torch.serialization.safe_globals([(_Refused, "argparse.Namespace")]):
+        with torch.serialization.safe_globals([(_Refused, name) for name in _UNREAD]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
@@ -324,19 +354,21 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is truncated, corrupt or no PyTorch file ({reason}); fetch it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} should hold a dictionary of tensors, found {type(content).__name__}")
-    refused = [str(name) for name, value in content.items() if isinstance(value, _Refused | argparse.Namespace)]
-    if refused:
-        warnings.warn(
-            f"{path}: {', '.join(refused)} is a pickled object and was not read; the weights are", stacklevel=2
-        )
     held = [key for key in _WEIGHT_KEYS if isinstance(content.get(key), dict)]
     tensors = content[held[0]] if held else content
     if len(held) > 1:
         warnings.warn(f"{path} holds {' and '.join(held)}; the weights are taken from {held[0]}", stacklevel=2)
     if other := [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]:
+        kind = "a pickled object" if _refused(tensors[other[0]]) else type(tensors[other[0]]).__name__
         raise CheckpointError(
-            f"{path}: {other[0]!r} is {type(tensors[other[0]]).__name__}, expected tensors only, or "
-            'a dictionary with them under "model"'
+            f'{path}: {other[0]!r} is {kind}, expected tensors only, or a dictionary with them under "model"'
+        )
+    if refused := [str(name) for name, value in content.items() if _refused(value)]:
+        many = len(refused) > 1
+        warnings.warn(
+            f"{path}: {', '.join(refused)} {'are pickled objects and were' if many else 'is a pickled object and was'} "
+            "not read; the weights are",
+            stacklevel=2,
         )
     return dict(tensors)
 

@@ -240,7 +240,7 @@ def test_real_images_are_preprocessed_too(page, models, tmp_path):
 
 def test_an_answer_that_differs_is_refused_and_nothing_is_left(page, models, tmp_path, monkeypatch):
     tampering(monkeypatch, lambda answers: answers | {"logits": answers["logits"] + np.eye(5, dtype=np.float32)[0]})
-    with raises_saying(ValueError, "web was not kept", "random pictures", "at most 0.0001 are allowed"):
+    with raises_saying(ValueError, "web was not kept", "random pictures", "differ by at most 0.0001"):
         export.export(models / "convnet", "web", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -163,7 +163,7 @@ def test_the_page_in_a_browser(calibrated, chromium, scheme, width):
             assert shown(page) == expected_of(answer)
             assert page.inner_text("#error") == ""
         page.evaluate("document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: new DataTransfer()}))")
-        assert page.inner_text("#error") == "That was no image file. Choose one from this device."
+        assert page.inner_text("#error") == "That was not an image file. Choose one from this device."
         assert said == []  # a breach of the policy would be said there
         assert [url for url in requests if not url.startswith(f"blob:{address}")] == []
         assert sorted(asked) == loaded
