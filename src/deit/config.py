@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from deit import files
 from deit.choices import Scoring
@@ -38,10 +39,68 @@ PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_class
 
 _NOT_WRITTEN = ("extra",)
 
+_LEFT_OUT_AT_DEFAULT = (
+    "id2label",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+)
+"""Fields that every config of `transformers` has, whatever its architecture."""
 
-@dataclass(frozen=True, kw_only=True)
+C = TypeVar("C", bound="DeiTConfig")
+
+
+def _open(cls: type[C]) -> type[C]:
+    """Lets a frozen config hold more than its fields: keywords that it does not know, and attributes that are set."""
+    build: Any = cls.__init__
+    names = frozenset(f.name for f in fields(cls))
+
+    @wraps(build)
+    def init(self: C, **values: Any) -> None:
+        model_type = values.pop("model_type", None)
+        if model_type is not None:
+            if model_type not in ("deit", "vit", "deit3"):
+                raise ValueError(f"model_type is {model_type!r}; this package reads deit, vit and deit3")
+            values.setdefault("distillation_token", model_type == "deit")
+        unknown = {name: values.pop(name) for name in list(values) if name not in names}
+        build(self, **{**values, "extra": {**(values.get("extra") or {}), **unknown}})
+
+    cls.__init__ = init  # type: ignore[method-assign, assignment]
+    cls.__setattr__ = _set_attribute  # type: ignore[assignment]
+    cls.__delattr__ = _delete_attribute  # type: ignore[assignment]
+    return cls
+
+
+def _set_attribute(self: DeiTConfig, name: str, value: Any) -> None:
+    if name in (f.name for f in fields(self)) or hasattr(type(self), name):
+        raise FrozenInstanceError(
+            f"{type(self).__name__} does not change its {name}; use config.replace({name}=...), and give the changed "
+            "copy to the model when it is built or loaded"
+        )
+    if name.startswith("_"):
+        self.__dict__[name] = value
+    else:
+        self.extra[name] = value
+
+
+def _delete_attribute(self: DeiTConfig, name: str) -> None:
+    if name in self.extra:
+        del self.extra[name]
+    elif name.startswith("_") and name in self.__dict__:
+        del self.__dict__[name]
+    else:
+        raise FrozenInstanceError(f"{type(self).__name__} keeps its {name}; attributes that were set can be deleted")
+
+
+@_open
+@dataclass(frozen=True, kw_only=True, eq=False)
 class DeiTConfig:
-    """Architecture and labels of a DeiT or ViT model. Immutable: `config.replace(...)` gives a changed copy.
+    """Architecture and labels of a DeiT or ViT model.
+
+    Fields do not change: `config.replace(...)` gives a changed copy. Other attributes can be set, and are kept with the
+    unknown keys of a file; those that begin with an underscore are not written.
 
     Fields and defaults are those of `transformers` 5's `DeiTConfig`, so that a `config.json` means the same in both
     (LayerNorm's epsilon of 1e-12 included; the published sizes in `VARIANTS` have the paper's 1e-6). The fields from
@@ -108,6 +167,16 @@ class DeiTConfig:
             object.__setattr__(self, name, _pair_or_int(name, getattr(self, name)))
         self._settle_labels()
         self._check()
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(getattr(self, f.name) == getattr(other, f.name) for f in fields(self))
+
+    def __hash__(self) -> int:
+        """Of the fields alone: attributes may be set while a config is a key."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_WRITTEN}
+        return hash(tuple(tuple(value.items()) if isinstance(value, dict) else value for value in values.values()))
 
     def _settle_labels(self) -> None:
         names = self.id2label
@@ -263,7 +332,27 @@ class DeiTConfig:
         """A copy with some fields changed. A new number of labels, or new names, replaces all of the old labels."""
         if not changes.keys().isdisjoint({"num_labels", "id2label", "label2id"}):
             changes = {"num_labels": None, "id2label": None, "label2id": None, **changes}
-        return replace(self, **changes)
+        return replace(self, **{"extra": dict(self.extra), **changes})
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Sets attributes that are not fields. Fields may be among `values` if that leaves them as they are.
+
+        Raises `FrozenInstanceError`, and sets nothing, if a field would change.
+        """
+        names = {f.name for f in fields(self)}
+        given = {name: value for name, value in values.items() if name in names - {"extra"}}
+        wanted = self.replace(**given)
+        changed = [name for name in given if getattr(wanted, name) != getattr(self, name)]
+        if values.get("model_type", self.model_type) != self.model_type:
+            changed.append("model_type")
+        if changed:
+            raise FrozenInstanceError(
+                f"{type(self).__name__} does not change its {', '.join(changed)}; use config.replace(...), and give "
+                "the changed copy to the model when it is built or loaded"
+            )
+        for name, value in {**values, **values.get("extra", {})}.items():
+            if name not in names and name != "model_type":
+                setattr(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `config.json`: all fields, the unknown keys that were read, and `model_type`."""
@@ -273,8 +362,34 @@ class DeiTConfig:
         del known["num_labels"]  # derived from id2label, as in `transformers`
         return {**self.extra, **known, "model_type": self.model_type}
 
-    def to_json_string(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+    def to_diff_dict(self) -> dict[str, Any]:
+        """`to_dict` without what says nothing about the architecture and is at its default: labels, `problem_type`,
+        `output_hidden_states`, `output_attentions` and `return_dict`. It reads back as the same config."""
+        default = type(self)(num_labels=2).to_dict()
+        return {
+            name: value
+            for name, value in self.to_dict().items()
+            if name not in _LEFT_OUT_AT_DEFAULT or value != default[name]
+        }
+
+    def to_json_string(self, use_diff: bool = False) -> str:
+        """`to_dict` as text, or `to_diff_dict` with `use_diff`; keys sorted, ending in a newline."""
+        values = self.to_diff_dict() if use_diff else self.to_dict()
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, path: str | Path, use_diff: bool = False) -> None:
+        """Writes `to_json_string` into a file."""
+        files.write_text(Path(path), self.to_json_string(use_diff))
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> Self:
+        """Reads one file in the format of `config.json`."""
+        try:
+            return cls.from_dict(files.read_json(Path(path)))
+        except files.CheckpointError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Self:
@@ -291,8 +406,8 @@ class DeiTConfig:
         names = {f.name for f in fields(cls)} - set(_NOT_WRITTEN)
         if unknown := overrides.keys() - names:
             raise ValueError(f"{cls.__name__} has no field {_few(sorted(unknown))}; it has {', '.join(sorted(names))}")
-        extra = {name: value for name, value in values.items() if name not in names}
-        known = {name: value for name, value in values.items() if name in names}
+        extra = {name: value for name, value in values.items() if name not in {*names, "model_type"}}
+        known = {name: value for name, value in values.items() if name not in extra}
         config = cls(**known, extra=extra)
         return config.replace(**overrides) if overrides else config
 
@@ -306,6 +421,7 @@ class DeiTConfig:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        force_download: bool = False,
         **overrides: Any,
     ) -> Self:
         """Reads `config.json` from a folder, or from a repository on the Hugging Face hub."""
@@ -317,6 +433,7 @@ class DeiTConfig:
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             token=token,
+            force_download=force_download,
         )
         values = files.read_json(path)
         try:
@@ -324,12 +441,47 @@ class DeiTConfig:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `config.json` into `folder`, and makes the folder if it is missing."""
+    @classmethod
+    def get_config_dict(cls, name_or_folder: str | Path, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The content of `config.json` as it is written, and those `options` that don't say where it lies."""
+        where = {name: options.pop(name) for name in files.WHERE if name in options}
+        return files.read_json(files.find_file(name_or_folder, "config.json", **where)), options
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> None:
+        """Writes `config.json` into `folder`, and makes the folder if it is missing.
+
+        The options from `repo_id` on are for `push_to_hub`, and refused without it.
+        """
+        push = files.push_options(
+            push_to_hub,
+            folder,
+            repo_id=repo_id,
+            token=token,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+        )
         files.write_text(Path(folder) / "config.json", self.to_json_string())
+        if push_to_hub:
+            self.push_to_hub(**push)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads `config.json` (`token`, `private`, `revision`, `commit_message`); returns the commit's address."""
+        return files.upload_saved(self.save_pretrained, repo_id, **{"commit_message": "Upload config", **options})
 
 
-@dataclass(frozen=True, kw_only=True)
+@_open
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ViTConfig(DeiTConfig):
     """`DeiTConfig` for a model without a distillation token (`model_type: vit`)."""
 

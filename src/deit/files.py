@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 import time
 import urllib.parse
 import urllib.request
@@ -29,6 +30,10 @@ class NotFetched(FileNotFoundError):
     """A file is not in the local cache, and the hub was not reachable or not asked."""
 
 
+WHERE = ("revision", "subfolder", "cache_dir", "local_files_only", "token", "force_download")
+"""The options of `find_file`, which everything that reads files of a model takes."""
+
+
 def find_file(
     name_or_folder: str | Path,
     filename: str,
@@ -38,8 +43,11 @@ def find_file(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     token: str | bool | None = None,
+    force_download: bool = False,
 ) -> Path:
     """Path of `filename` in a folder, or in the local cache of a hub repository. Downloads the file if allowed.
+
+    `force_download` fetches a file again that the cache has.
 
     `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` are respected. Raises `FileNotFoundError` with the reason.
     """
@@ -64,6 +72,7 @@ def find_file(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
         token=token,
+        force_download=force_download,
     )
 
 
@@ -103,6 +112,11 @@ def _download(name: str, filename: str, **options: Any) -> Path:
         ) from None
     if not options["local_files_only"] and not constants.HF_HUB_OFFLINE:
         options["local_files_only"] = not _reachable(constants.ENDPOINT)
+    if options["force_download"] and (options["local_files_only"] or constants.HF_HUB_OFFLINE):
+        raise NotFetched(
+            f"{filename} of {name} could not be fetched again (offline, no network, or the hub does not answer); "
+            "connect, or leave force_download out to read the local cache"
+        )
     try:
         return Path(hf_hub_download(name, filename, **options))
     except errors.EntryNotFoundError as error:
@@ -204,3 +218,42 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload model",
+) -> str:
+    """Uploads a folder to the hub, and creates the repository if it is missing. Returns the commit's address."""
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise host.missing("pushing to the hub needs huggingface_hub", "hub") from None
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message))
+
+
+def upload_saved(save: Callable[[Path], object], repo_id: str, **options: Any) -> str:
+    """`upload` of what `save` writes, and of nothing else."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder))
+        return upload(Path(folder), repo_id, **options)
+
+
+def push_options(push_to_hub: bool, folder: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
+    """The options of `upload` that were given; those of a call that does not push are refused.
+
+    The repository's name is the folder's if no `repo_id` is given.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if not push_to_hub and given:
+        raise ValueError(
+            f"{', '.join(given)} is for the hub, and nothing is pushed; pass push_to_hub=True, or leave it out"
+        )
+    return {"repo_id": Path(folder).resolve().name, **given}

@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -198,12 +198,20 @@ class BatchFeature(dict[str, Any]):
             raise AttributeError(f"no entry {name!r}, this batch has {', '.join(self)}") from None
 
     def to(self, *args: Any, **kwargs: Any) -> BatchFeature:
-        """Moves or casts every entry with `torch.Tensor.to`, in place. Needs return_tensors="pt"."""
+        """Moves or casts every entry with `torch.Tensor.to`, in place. Needs return_tensors="pt".
+
+        Only entries of floating point take another dtype. Labels and masks keep theirs, and move.
+        """
         torch = sys.modules.get("torch")
+        if torch is None or not all(isinstance(value, torch.Tensor) for value in self.values()):
+            name, value = next((n, v) for n, v in self.items() if torch is None or not isinstance(v, torch.Tensor))
+            raise ValueError(f'{name} is {type_of(value)}, .to() needs torch tensors; pass return_tensors="pt"')
+        device, _, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         for name, value in self.items():
-            if torch is None or not isinstance(value, torch.Tensor):
-                raise ValueError(f'{name} is {type_of(value)}, .to() needs torch tensors; pass return_tensors="pt"')
-            self[name] = value.to(*args, **kwargs)
+            if value.is_floating_point():
+                self[name] = value.to(*args, **kwargs)
+            elif device is not None:
+                self[name] = value.to(device, non_blocking=non_blocking)
         return self
 
 
@@ -226,6 +234,8 @@ class DeiTImageProcessor:
 
     None as a value means the default. Raises `ValueError` for unknown options and bad values.
     """
+
+    model_input_names: ClassVar[list[str]] = ["pixel_values"]
 
     do_resize: bool
     size: Any
@@ -405,6 +415,7 @@ class DeiTImageProcessor:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        force_download: bool = False,
         **overrides: Any,
     ) -> DeiTImageProcessor:
         """Reads `preprocessor_config.json` from a folder, or from a model on the hub. `overrides` replace its options.
@@ -419,6 +430,7 @@ class DeiTImageProcessor:
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             token=token,
+            force_download=force_download,
         )
         return cls.from_json_file(path, **overrides)
 
@@ -474,14 +486,39 @@ class DeiTImageProcessor:
         """`to_dict` as text with sorted keys. It ends in a newline."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> Path:
         """Writes `preprocessor_config.json` into `folder`, whole or not at all. Makes the folder if it is missing.
 
-        Returns the path of the file.
+        The options from `repo_id` on are for `push_to_hub`, and refused without it. Returns the path of the file.
         """
+        push = files.push_options(
+            push_to_hub,
+            folder,
+            repo_id=repo_id,
+            token=token,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+        )
         path = Path(folder, FILE_NAME)
         files.write_text(path, self.to_json_string())
+        if push_to_hub:
+            self.push_to_hub(**push)
         return path
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads the file (`token`, `private`, `revision`, `commit_message`); returns the commit's address."""
+        return files.upload_saved(self.save_pretrained, repo_id, **{"commit_message": "Upload processor", **options})
 
 
 class DeiTFeatureExtractor(DeiTImageProcessor):

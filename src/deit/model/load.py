@@ -34,11 +34,7 @@ _OF_KIND = {cls.kind: cls for cls in _CLASS.values()}
 
 def load_model(name_or_folder: str | Path, **options: Any) -> Any:
     """A trained model in evaluation mode, of the class that its files need. `options` are as for `from_pretrained`."""
-    where = {
-        key: options[key]
-        for key in ("revision", "subfolder", "cache_dir", "local_files_only", "token")
-        if key in options
-    }
+    where = {key: options[key] for key in files.WHERE if key in options}
     try:
         config = files.read_json(files.find_file(name_or_folder, "config.json", **where))
     except FileNotFoundError:
@@ -48,8 +44,9 @@ def load_model(name_or_folder: str | Path, **options: Any) -> Any:
     name = next(iter(config.get("architectures") or []), "").removeprefix("DeiT").removeprefix("ViT")
     if name in _CLASS:
         return _CLASS[name].from_pretrained(name_or_folder, **options)
-    found = hub.read_checkpoint(name_or_folder, config=options.pop("config", None), **where)
-    others = {key: value for key, value in options.items() if key not in where}
+    reading = where | {key: options[key] for key in ("config", "variant", "use_safetensors") if key in options}
+    found = hub.read_checkpoint(name_or_folder, **reading)
+    others = {key: value for key, value in options.items() if key not in reading}
     return _OF_KIND[weights.kind_of(found.tensors)].from_checkpoint(found, **others)
 
 

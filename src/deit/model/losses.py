@@ -52,23 +52,35 @@ def cosub_loss(one: Tensor, other: Tensor, targets: Tensor, *, binary: bool, smo
     return total / 4  # type: ignore[return-value]
 
 
-def classification_loss(logits: Tensor, labels: Tensor, config: DeiTConfig) -> Tensor:
+def classification_loss(
+    logits: Tensor, labels: Tensor, config: DeiTConfig, items: Tensor | int | None = None
+) -> Tensor:
     """The loss that `transformers` computes for `labels`, by `config.problem_type` or by its own decision.
 
     It decides like this. One target: regression (mean squared error). Whole numbers: one class for each image
     (cross-entropy over (B,)). Otherwise: multi-label (binary cross-entropy over (B, C)).
+
+    The mean over the labels, or with `items` their sum divided by that number: the labels of a whole step, if it is
+    made of several batches.
     """
+    reduction = "mean" if items is None else "sum"
     whole = not labels.is_floating_point() and labels.dtype != torch.bool
     problem = problem_type(config, labels.dtype, whole)
     if problem == "single_label_classification":
         check_labels(labels.reshape(-1).shape, logits.shape[:1], problem)
-        return cross_entropy(logits, labels.reshape(-1))
+        return _per_item(F.cross_entropy(logits, labels.reshape(-1).long(), reduction=reduction), items)
     labels = labels.to(logits.dtype)
     if config.num_labels == 1:
         logits, labels = logits.reshape(-1), labels.reshape(-1)
     check_labels(labels.shape, logits.shape, problem)
     loss = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
-    return loss(logits, labels)
+    return _per_item(loss(logits, labels, reduction=reduction), items)
+
+
+def _per_item(total: Tensor, items: Tensor | int | None) -> Tensor:
+    if items is None:
+        return total
+    return total / (items.to(total.device) if isinstance(items, Tensor) else items)
 
 
 def distillation_loss(

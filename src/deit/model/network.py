@@ -12,12 +12,12 @@ from typing import Any, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from deit import weights
 from deit.choices import Head, Scoring
 from deit.config import DeiTConfig, ViTConfig
 from deit.model import cpu_training
+from deit.model.checkpointing import Checkpointing
 from deit.model.loss_rules import Distillation
 from deit.model.losses import classification_loss, distillation_loss, masked_image_loss
 from deit.model.outputs import (
@@ -241,7 +241,7 @@ class DeiTModel(PreTrained):
 
     def __init__(self, config: DeiTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
         super().__init__()
-        self._config = config
+        self._config = config.replace()  # attributes that are set on it stay with this model
         width = config.hidden_size
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.distillation_token = nn.Parameter(torch.empty(1, 1, width)) if config.distillation_token else None
@@ -254,6 +254,7 @@ class DeiTModel(PreTrained):
         self.pooler = nn.Linear(width, config.pooler_width) if add_pooling_layer else None
         self.pooler_activation = _ACTIVATION[config.pooler_act]()
         self.gradient_checkpointing = False
+        self.checkpointing = Checkpointing()
         initialise(self, config)
 
     @property
@@ -304,7 +305,7 @@ class DeiTModel(PreTrained):
         states, attentions = [x], []
         for i, block in enumerate(self.blocks):
             if self.gradient_checkpointing and self.training:
-                x, attention = checkpoint(block, x, masks[i], need_weights, keeps[i], reads[i], use_reentrant=False)
+                x, attention = self.checkpointing(i, block, x, masks[i], need_weights, keeps[i], reads[i])
             else:
                 x, attention = block(x, masks[i], need_weights, keeps[i], reads[i])
             note(trace, f"block{i:02}", x)
@@ -520,6 +521,7 @@ class DeiTForImageClassification(_WithHead):
     """A linear classifier on the class token."""
 
     kind = "classification"
+    accepts_loss_kwargs = True
 
     def __init__(self, config: DeiTConfig):
         super().__init__(config)
@@ -535,12 +537,16 @@ class DeiTForImageClassification(_WithHead):
         return_dict: bool | None = None,
         interpolate_pos_encoding: bool = False,
         *,
+        num_items_in_batch: Tensor | int | None = None,
         depth_draws: Tensor | None = None,
         trace: Trace | None = None,
     ) -> ImageClassifierOutput | tuple[Any, ...]:
         """Like `DeiTModel.forward`. With `labels`, the output has the `loss`.
 
         `labels` are class indices (B,), or (B, C) for multi-label and regression.
+
+        `num_items_in_batch` is the number of labels in a whole step of several batches. The loss is then the sum over
+        this batch, divided by that number, so that the batches' losses add up to the step's mean.
         """
         out = self.deit(
             pixel_values,
@@ -555,7 +561,7 @@ class DeiTForImageClassification(_WithHead):
             trace=trace,
         )
         logits = note(trace, "logits", self.classifier(out.last_hidden_state[:, 0]))
-        loss = None if labels is None else classification_loss(logits, labels, self.config)
+        loss = None if labels is None else classification_loss(logits, labels, self.config, num_items_in_batch)
         return _result(
             self,
             return_dict,
@@ -571,6 +577,7 @@ class DeiTForImageClassificationWithTeacher(_WithHead):
     """
 
     kind = "with_teacher"
+    accepts_loss_kwargs = True
 
     def __init__(self, config: DeiTConfig):
         if not config.distillation_token:
@@ -592,6 +599,7 @@ class DeiTForImageClassificationWithTeacher(_WithHead):
         interpolate_pos_encoding: bool = False,
         *,
         labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         teacher_logits: Tensor | None = None,
         distillation: Distillation = "hard",
         distillation_weight: float | None = None,
@@ -606,6 +614,7 @@ class DeiTForImageClassificationWithTeacher(_WithHead):
 
         Args:
             labels: class indices (B,), or probabilities (B, C) for mixed labels.
+            num_items_in_batch: as for `DeiTForImageClassification`.
             teacher_logits: (B, C), or the teacher's decisions (B,) for hard distillation.
             distillation, distillation_weight, temperature: as in `losses.distillation_loss`.
         """
@@ -637,8 +646,10 @@ class DeiTForImageClassificationWithTeacher(_WithHead):
                 weight=distillation_weight,
                 temperature=temperature,
             )
+            if num_items_in_batch is not None:
+                loss = loss * labels.numel() / num_items_in_batch
         elif labels is not None and not self.training:
-            loss = classification_loss(logits, labels, self.config)
+            loss = classification_loss(logits, labels, self.config, num_items_in_batch)
         elif (labels is None) != (teacher_logits is None):
             raise ValueError(
                 "distillation trains on labels and teacher_logits together, found only "

@@ -5,52 +5,67 @@ B images, N tokens (prefix and patches), D width, H heads, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NoReturn, Self
 
 
-@dataclass(kw_only=True)
-class ModelOutput:
+@dataclass(init=False, eq=False)
+class ModelOutput(OrderedDict[str, Any]):
     """Fields by attribute (`out.logits`), key (`out["logits"]`), index and slice (`out[0]`), or `to_tuple()`.
 
-    A field that is None is absent from keys, indices and tuples.
+    It is a dictionary, in the order of its fields. A field that is None is absent from keys, indices and tuples. It
+    is built from keywords, or from one dictionary or one sequence of pairs, as libraries build dictionaries again.
     """
+
+    def __init__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), /, **named: Any) -> None:
+        super().__init__()
+        given = {**dict(values), **named}
+        for field in fields(self):
+            value = given.pop(field.name, None)
+            object.__setattr__(self, field.name, value)
+            if value is not None:
+                super().__setitem__(field.name, value)
+        if given:
+            known = ", ".join(field.name for field in fields(self))
+            raise TypeError(f"{type(self).__name__} has no field {', '.join(map(repr, given))}; it has {known}")
 
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(self.values())
 
-    def keys(self) -> list[str]:
-        return [f.name for f in fields(self) if getattr(self, f.name) is not None]
-
-    def values(self) -> list[Any]:
-        return [getattr(self, name) for name in self.keys()]
-
-    def items(self) -> list[tuple[str, Any]]:
-        return [(name, getattr(self, name)) for name in self.keys()]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        value = getattr(self, name, None)
-        return default if value is None else value
-
     def __getitem__(self, key: str | int | slice) -> Any:
-        if not isinstance(key, str):
-            return self.to_tuple()[key]
-        if key not in self:
-            raise KeyError(f"{key!r} is not in this output, which has {', '.join(self.keys())}")
-        return getattr(self, key)
+        if isinstance(key, str):
+            return super().__getitem__(key)
+        return self.to_tuple()[key]
 
-    def __contains__(self, key: object) -> bool:
-        return key in self.keys()
+    def __missing__(self, key: str) -> NoReturn:
+        raise KeyError(f"{key!r} is not in this output, which has {', '.join(self)}")
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
+    def __setitem__(self, key: str, value: Any) -> None:
+        setattr(self, key, value)
 
-    def __len__(self) -> int:
-        return len(self.keys())
+    def __setattr__(self, name: str, value: Any) -> None:
+        changed = type(self)({**self, name: value})  # in the order of the fields, whatever was set first
+        super().clear()
+        for field in fields(self):
+            object.__setattr__(self, field.name, getattr(changed, field.name))
+            if field.name in changed:
+                super().__setitem__(field.name, changed[field.name])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+    def copy(self) -> Self:
+        return type(self)(self)
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} keeps its fields; make a dictionary of it first: dict(output)")
+
+    __delitem__ = pop = popitem = setdefault = update = clear = move_to_end = _refuse
 
 
-@dataclass(kw_only=True)
+@dataclass(init=False, eq=False)
 class BaseModelOutputWithPooling(ModelOutput):
     last_hidden_state: Any = None
     """(B, N, D), after the final LayerNorm."""
@@ -62,7 +77,7 @@ class BaseModelOutputWithPooling(ModelOutput):
     """Attention weights of each block, after the softmax: each (B, H, N, N)."""
 
 
-@dataclass(kw_only=True)
+@dataclass(init=False, eq=False)
 class MaskedImageModelingOutput(ModelOutput):
     loss: Any = None
     """Mean absolute difference on the masked pixels; None without a mask."""
@@ -72,7 +87,7 @@ class MaskedImageModelingOutput(ModelOutput):
     attentions: tuple[Any, ...] | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass(init=False, eq=False)
 class ImageClassifierOutput(ModelOutput):
     loss: Any = None
     logits: Any = None
@@ -81,7 +96,7 @@ class ImageClassifierOutput(ModelOutput):
     attentions: tuple[Any, ...] | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass(init=False, eq=False)
 class DeiTForImageClassificationWithTeacherOutput(ModelOutput):
     loss: Any = None
     logits: Any = None

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from deit.weights.names import BASE as BASE
     from deit.weights.names import DIALECTS as DIALECTS
     from deit.weights.names import Kind as Kind
+    from deit.weights.names import detect as detect
     from deit.weights.names import from_ours as from_ours
     from deit.weights.names import from_tensorflow as from_tensorflow
     from deit.weights.names import infer_config as infer_config
@@ -31,6 +32,7 @@ __getattr__, __dir__ = offer(
             "BASE",
             "DIALECTS",
             "Kind",
+            "detect",
             "from_ours",
             "from_tensorflow",
             "infer_config",

@@ -21,8 +21,9 @@ import numpy as np
 
 from deit import host
 from deit.config import DeiTConfig
-from deit.files import CheckpointError, NotFetched, find_file, read_json, replacing, write_json, write_text
+from deit.files import CheckpointError, NotFetched, find_file, read_json, replacing, upload, write_json, write_text
 from deit.weights import names as weights
+from deit.weights.card import NOTHING_KNOWN, Facts, model_card
 
 Arrays = Literal["torch", "numpy"]
 
@@ -39,12 +40,27 @@ WEIGHT_FILES = (
 # ---------------------------------------------------------------------------------------------------------- finding
 
 
-def find_weights(name_or_folder: str | Path, **where: Any) -> list[Path]:
+def _named(filename: str, variant: str | None) -> str:
+    """The name that `transformers` gives the file of a variant: `model.fp16.safetensors`."""
+    stem, _, ending = filename.rpartition(".")
+    return filename if variant is None else f"{stem}.{variant}.{ending}"
+
+
+def find_weights(
+    name_or_folder: str | Path, variant: str | None = None, use_safetensors: bool | None = None, **where: Any
+) -> list[Path]:
     """The weight file, or all shards of it."""
     if (place := Path(name_or_folder).expanduser()).is_file():
+        if use_safetensors is not None and use_safetensors != (place.suffix == ".safetensors"):
+            raise ValueError(f"use_safetensors={use_safetensors} contradicts the file {place}; leave it out")
         return [place]
     reasons = []
-    for filename in WEIGHT_FILES:
+    names = [
+        _named(name, variant)
+        for name in WEIGHT_FILES
+        if use_safetensors is None or use_safetensors == name.startswith("model.safetensors")
+    ]
+    for filename in names:
         try:
             path = find_file(name_or_folder, filename, **where)
         except FileNotFoundError as error:
@@ -52,7 +68,7 @@ def find_weights(name_or_folder: str | Path, **where: Any) -> list[Path]:
             if isinstance(error, NotFetched):  # each try waits long for the hub; the cache may still hold another file
                 where["local_files_only"] = True
             continue
-        if not filename.endswith(".index.json"):
+        if ".index." not in filename:
             return [path]
         shards = read_json(path).get("weight_map")
         if not isinstance(shards, dict) or not shards:
@@ -65,10 +81,13 @@ def find_weights(name_or_folder: str | Path, **where: Any) -> list[Path]:
             ) from None
     if place.is_dir():
         place = place / where.get("subfolder", "")
-        loose = sorted(place.glob("*.pth"))
+        loose = sorted(place.glob("*.pth")) if variant is None and use_safetensors is not True else []
         if len(loose) == 1:
             return loose
-        raise FileNotFoundError(f"{place} holds no weights; expected one of {', '.join(WEIGHT_FILES)} or one .pth file")
+        asked = "" if variant is None else f" of variant {variant!r}"
+        asked += "" if use_safetensors is None else f" with use_safetensors={use_safetensors}"
+        also = "" if variant is not None or use_safetensors else " or one .pth file"
+        raise FileNotFoundError(f"{place} holds no weights{asked}; expected one of {', '.join(names)}{also}")
     raise reasons[0]
 
 
@@ -168,11 +187,18 @@ def _others(names: list[str]) -> str:
 
 
 def read_checkpoint(
-    name_or_folder: str | Path, *, config: DeiTConfig | None = None, arrays: Arrays = "torch", **where: Any
+    name_or_folder: str | Path,
+    *,
+    config: DeiTConfig | None = None,
+    arrays: Arrays = "torch",
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+    **where: Any,
 ) -> Checkpoint:
     """Reads a folder, a hub repository or a weight file, in any dialect. `where` is as in `find_file`.
 
-    If there is neither a `config` nor a `config.json`, the shapes of the tensors tell the architecture.
+    If there is neither a `config` nor a `config.json`, the shapes of the tensors tell the architecture. `variant` reads
+    files like `model.fp16.safetensors`. `use_safetensors` allows such files alone, or none.
     """
     if config is None:
         try:
@@ -181,11 +207,17 @@ def read_checkpoint(
             where["local_files_only"] = True
         except FileNotFoundError:
             pass
-    paths = find_weights(name_or_folder, **where)
+    paths = find_weights(name_or_folder, variant, use_safetensors, **where)
     tensors: dict[str, Any] = {}
     for path in paths:
         tensors |= read_tensors(path, arrays)
-    file = str(paths[0])
+    return of_tensors(tensors, config, str(paths[0]))
+
+
+def of_tensors(
+    tensors: Mapping[str, Any], config: DeiTConfig | None = None, file: str = "the state_dict"
+) -> Checkpoint:
+    """A checkpoint of tensors in memory, under the names of any dialect; `file` is what messages call it."""
     ours = weights.to_ours(tensors, join=_concatenate, file=file)
     return Checkpoint(config or weights.infer_config(ours, file=file), ours, file)
 
@@ -354,15 +386,24 @@ def _culprit(message: str) -> str:
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Any], *, max_shard_size: int | str = "5GB") -> None:
-    """Writes `model.safetensors`, or numbered shards and their index if the file would exceed `max_shard_size`."""
+def write_tensors(
+    folder: Path, tensors: Mapping[str, Any], *, max_shard_size: int | str = "5GB", variant: str | None = None
+) -> None:
+    """Writes `model.safetensors`, or numbered shards and their index if the file would exceed `max_shard_size`.
+
+    With a variant, e.g. "fp16", the files are named as `transformers` names them: `model.fp16.safetensors`.
+    """
+    if variant is not None and not re.fullmatch(r"\w+", variant):
+        raise ValueError(f"variant={variant!r} is part of a file's name; use letters, digits and _, e.g. fp16")
     shards = _shards(tensors, _bytes(max_shard_size))
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    names = names if len(shards) > 1 else ["model.safetensors"]
+    whole = _named("model.safetensors", variant)
+    stem = whole.removesuffix(".safetensors")
+    names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else [whole]
     for name, shard in zip(names, shards, strict=True):
         with replacing(folder / name) as temporary:
             _save_file(shard, temporary)
-    index = folder / "model.safetensors.index.json"
+    index = folder / _named("model.safetensors.index.json", variant)
     if len(shards) > 1:
         content = {
             "metadata": {"total_size": sum(value.nbytes for value in tensors.values())},
@@ -371,9 +412,10 @@ def write_tensors(folder: Path, tensors: Mapping[str, Any], *, max_shard_size: i
         write_json(index, content)
     else:
         index.unlink(missing_ok=True)
-    for stale in folder.glob("model*.safetensors"):
-        if stale.name not in names and _WEIGHT_FILE.fullmatch(stale.name):
-            stale.unlink()
+    stale = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors")
+    for path in folder.glob("model*.safetensors"):
+        if path.name not in names and stale.fullmatch(path.name):
+            path.unlink()
 
 
 def _save_file(tensors: Mapping[str, Any], path: Path) -> None:
@@ -386,9 +428,6 @@ def _save_file(tensors: Mapping[str, Any], path: Path) -> None:
         from safetensors.torch import save_file
 
         save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=metadata)
-
-
-_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def _shards(tensors: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
@@ -414,7 +453,12 @@ def _bytes(size: int | str) -> int:
 
 
 def write_checkpoint(
-    folder: Path, config: DeiTConfig, tensors: Mapping[str, Any], *, max_shard_size: int | str = "5GB"
+    folder: Path,
+    config: DeiTConfig,
+    tensors: Mapping[str, Any],
+    *,
+    max_shard_size: int | str = "5GB",
+    variant: str | None = None,
 ) -> None:
     """Writes `config.json` and the weights under Hugging Face's names. `transformers` can read the folder."""
     kind = weights.kind_of(tensors)
@@ -429,7 +473,7 @@ def write_checkpoint(
     }[kind]
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     config = config.replace(extra={**config.extra, "architectures": [family + architecture], "dtype": dtype})
-    write_tensors(folder, named, max_shard_size=max_shard_size)
+    write_tensors(folder, named, max_shard_size=max_shard_size, variant=variant)
     config.save_pretrained(folder)
 
 
@@ -444,18 +488,16 @@ def push_folder(
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str = "Upload model",
+    facts: Facts = NOTHING_KNOWN,
 ) -> str:
-    """Uploads a saved folder to the hub, and creates the repository if it is missing. Returns the commit's address."""
-    try:
-        from huggingface_hub import HfApi
-    except ImportError:
-        raise host.missing("pushing to the hub needs huggingface_hub", "hub") from None
+    """Uploads a saved folder to the hub, and creates the repository if it is missing. Returns the commit's address.
+
+    A README.md is written if there is none; `facts` are what it says beyond the files.
+    """
     card = folder / "README.md"
     if not card.exists():
-        write_text(card, model_card(DeiTConfig.from_pretrained(folder), repo_id))
-    api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message))
+        write_text(card, model_card(DeiTConfig.from_pretrained(folder), repo_id, facts))
+    return upload(folder, repo_id, token=token, private=private, revision=revision, commit_message=commit_message)
 
 
 def push_saved(save: Callable[[Path], object], repo_id: str, **options: Any) -> str:
@@ -463,36 +505,3 @@ def push_saved(save: Callable[[Path], object], repo_id: str, **options: Any) -> 
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder))
         return push_folder(Path(folder), repo_id, **options)
-
-
-def model_card(config: DeiTConfig, name: str) -> str:
-    """The README.md of a hub repository: metadata that the hub indexes, what the model is, and how to load it.
-
-    `config` must come from a saved model, because only that names the architecture.
-    """
-    architecture = config.extra["architectures"][0]
-    task = {"Model": "image-feature-extraction", "ForMaskedImageModeling": "image-feature-extraction"}.get(
-        architecture.removeprefix("DeiT").removeprefix("ViT"), "image-classification"
-    )
-    labels: Sequence[str] = list((config.id2label or {}).values())
-    shown = ", ".join(labels[:20]) + (f" and {len(labels) - 20} more" if len(labels) > 20 else "")
-    classes = f"\nClasses: {shown}.\n" if task == "image-classification" else ""
-    kind = "with" if config.distillation_token else "without"
-    return f"""---
-library_name: deit
-pipeline_tag: {task}
-tags:
-- {config.model_type}
----
-# {name.rsplit("/", maxsplit=1)[-1]}
-
-A vision transformer {kind} a distillation token: width {config.hidden_size}, {config.num_hidden_layers} blocks,
-{config.num_attention_heads} heads, patches of {config.patch_hw[0]}x{config.patch_hw[1]} pixels, images of
-{config.image_hw[0]}x{config.image_hw[1]}.
-{classes}
-```python
-import deit
-
-model = deit.load_model("{name}")
-```
-"""
