@@ -8,11 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
-import tempfile
 import time
-import urllib.parse
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -89,6 +85,10 @@ def _reachable(address: str) -> bool:
 
     What lies behind a proxy is taken to be reachable.
     """
+    import socket  # here and not above, because these slow the start of every command
+    import urllib.parse
+    import urllib.request
+
     parts = urllib.parse.urlsplit(address)
     host, port = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
     if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
@@ -241,6 +241,8 @@ def upload(
 
 def upload_saved(save: Callable[[Path], object], repo_id: str, **options: Any) -> str:
     """`upload` of what `save` writes, and of nothing else."""
+    import tempfile
+
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder))
         return upload(Path(folder), repo_id, **options)
