@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+<<<<<<< HEAD
 import socket
 import tempfile
+=======
+>>>>>>> do-poor
 import time
-import urllib.parse
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -89,6 +90,10 @@ def _reachable(address: str) -> bool:
 
     What lies behind a proxy is taken to be reachable.
     """
+    import socket
+    import urllib.parse
+    import urllib.request  # slow to import, and only needed for a download
+
     parts = urllib.parse.urlsplit(address)
     host, port = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
     if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
