@@ -8,11 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-<<<<<<< HEAD
-import socket
-import tempfile
-=======
->>>>>>> do-poor
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -246,6 +241,8 @@ def upload(
 
 def upload_saved(save: Callable[[Path], object], repo_id: str, **options: Any) -> str:
     """`upload` of what `save` writes, and of nothing else."""
+    import tempfile
+
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder))
         return upload(Path(folder), repo_id, **options)
