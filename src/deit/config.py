@@ -570,6 +570,8 @@ def _in_order(names: Mapping[Any, Any]) -> dict[int, str]:
     """Labels by their numbers, 0 to the last. The order of a file says nothing: keys sorted as text are 0, 1, 10, 2."""
     if not isinstance(names, Mapping):
         raise ValueError(f"id2label must be a dictionary from numbers to names, found {names!r}")
+    if list(names) == list(range(len(names))):  # as most are
+        return {i: str(label) for i, label in names.items()}
     numbers = [_label_number(i) for i in names]
     if sorted(numbers) != list(range(len(numbers))):
         raise ValueError(

@@ -85,9 +85,9 @@ def _reachable(address: str) -> bool:
 
     What lies behind a proxy is taken to be reachable.
     """
-    import socket  # here and not above, because these slow the start of every command
+    import socket
     import urllib.parse
-    import urllib.request
+    import urllib.request  # slow to import, and only needed for a download
 
     parts = urllib.parse.urlsplit(address)
     host, port = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)

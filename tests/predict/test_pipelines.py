@@ -120,6 +120,14 @@ def test_addresses_only_when_allowed(folder):
         def log_message(self, *_):
             pass
 
+        def do_GET(self):
+            if self.path.startswith("/to/"):
+                self.send_response(302)
+                self.send_header("Location", self.path.removeprefix("/to/"))
+                self.end_headers()
+            else:
+                super().do_GET()
+
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
@@ -130,6 +138,10 @@ def test_addresses_only_when_allowed(folder):
         assert allowed(f"{address}/0.png") == pipe(folder / "0.png")
         with raises_saying(ValueError, "can't be fetched", "404"):
             allowed(f"{address}/gone.png")
+        assert allowed(f"{address}/to/{address}/0.png") == pipe(folder / "0.png")
+        for elsewhere in ("ftp://127.0.0.1/0.png", f"file://{folder}/0.png"):
+            with raises_saying(ValueError, "can't be fetched", elsewhere):
+                allowed(f"{address}/to/{elsewhere}")
         server.shutdown()
 
 

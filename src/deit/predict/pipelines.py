@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import numpy as np
 import torch
@@ -216,10 +216,14 @@ def _fetching(allowed: bool, timeout: float | None) -> Callable[[Any], Any]:
         if not allowed:
             raise ValueError(f"{image} is an address, and fetching is not allowed; pass allow_urls=True to allow it")
         from urllib.error import HTTPError, URLError
-        from urllib.request import urlopen
+        from urllib.request import FTPHandler, build_opener
+
+        class NoFTP(FTPHandler):  # urllib follows redirects to http, https and ftp
+            def ftp_open(self, req: Any) -> NoReturn:
+                raise URLError(f"it leads to {req.full_url}, expected http or https")
 
         try:
-            with urlopen(image, timeout=timeout) as response:  # redirects lead to http, https and ftp only
+            with build_opener(NoFTP).open(image, timeout=timeout) as response:
                 content: bytes = response.read(MAX_DOWNLOAD + 1)
         except (URLError, TimeoutError, OSError) as error:
             if isinstance(error, HTTPError):
