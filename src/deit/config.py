@@ -174,7 +174,7 @@ class DeiTConfig:
         return all(getattr(self, f.name) == getattr(other, f.name) for f in fields(self))
 
     def __hash__(self) -> int:
-        """Of the fields alone: attributes may be set while a config is a key."""
+        """The hash of the fields alone, because attributes may be set while a config is a key."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_WRITTEN}
         return hash(tuple(tuple(value.items()) if isinstance(value, dict) else value for value in values.values()))
 

@@ -85,9 +85,9 @@ def _reachable(address: str) -> bool:
 
     What lies behind a proxy is taken to be reachable.
     """
-    import socket
+    import socket  # here and not above, because these slow the start of every command
     import urllib.parse
-    import urllib.request  # slow to import, and only needed for a download
+    import urllib.request
 
     parts = urllib.parse.urlsplit(address)
     host, port = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)

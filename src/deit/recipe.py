@@ -40,7 +40,7 @@ def epochs(amount: float) -> Duration:
 
 
 def steps(amount: float) -> Duration:
-    """A length of `amount` steps of the weights."""
+    """A length of `amount` steps."""
     return Duration(float(amount), "steps")
 
 
@@ -459,7 +459,7 @@ class Compute:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The complete record of an experiment."""
+    """The complete description of an experiment."""
 
     name: str
     model: DeiTConfig | ConvNetConfig

@@ -21,7 +21,7 @@ class Checkpointing:
     """Which blocks are recomputed, and how."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of `torch.utils.checkpoint.checkpoint`."""
+    """The options of `torch.utils.checkpoint.checkpoint`."""
     every: int = 1
     """Every so many blocks are recomputed, the first included."""
     offload: bool = False
