@@ -425,7 +425,7 @@ def test_stored_labels_cost_no_more_than_none(tmp_path):
     def update(name):
         (work, state), batch = works[name], next(streams[name])
         began = time.perf_counter()
-        loop._update(work, state, batch, (False,), lambda _: None)
+        loop._step(work, state, batch, (False,), lambda _: None)
         return time.perf_counter() - began
 
     ratios = []

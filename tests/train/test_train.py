@@ -210,7 +210,7 @@ def test_a_model_is_there_before_the_first_evaluation(splits, tmp_path, monkeypa
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "_update", interrupted)
+    monkeypatch.setattr(loop, "_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(PLAIN, splits, tmp_path)
     model = load_model(tmp_path / "model")
@@ -302,7 +302,7 @@ def test_a_loss_that_is_not_finite_skips_its_update(splits, tmp_path, monkeypatc
     """The weights, running statistics and average are as if the step had not been."""
     recipe = replace(CONVNET, schedule=Cosine(total=steps(5)), ema=0.9)
     states = []
-    update = loop._update
+    update = loop._step
 
     def watched(work, *rest):
         found = update(work, *rest)
@@ -312,7 +312,7 @@ def test_a_loss_that_is_not_finite_skips_its_update(splits, tmp_path, monkeypatc
         )
         return found
 
-    monkeypatch.setattr(loop, "_update", watched)
+    monkeypatch.setattr(loop, "_step", watched)
     poisoned(monkeypatch, {2, 3})
     run(recipe, splits, tmp_path)
     for name, before in states[1].items():

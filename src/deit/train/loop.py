@@ -251,7 +251,7 @@ def _loop(session: _Session) -> None:
                 _fit(work, state, batch, say)
                 fitted = True
             work.optimizers.set_lr(work.lr(state.step))
-            numbers, (stop, save, late) = _update(work, state, batch, session.wishes(), say)
+            numbers, (stop, save, late) = _step(work, state, batch, session.wishes(), say)
             session.reporter.advance(state.step, numbers, time.perf_counter() - began)
 
             if late and state.step < work.total:
@@ -267,7 +267,7 @@ def _loop(session: _Session) -> None:
     session.save()
 
 
-def _update(
+def _step(
     work: Work, state: State, batch: Batch, wishes: tuple[bool, ...], say: Callable[[str], None]
 ) -> tuple[dict[str, float], list[bool]]:
     """Takes one step, or skips it if the loss or the gradient is not finite.
@@ -451,7 +451,7 @@ def _plan(
     while len(times) < 3 or (len(times) < 12 and by_main(sum(times) < 0.05 * seconds)):
         started = time.perf_counter()
         work.optimizers.set_lr(work.lr(0))
-        _update(work, state, next(stream), (False,), lambda _: None)
+        _step(work, state, next(stream), (False,), lambda _: None)
         times.append(time.perf_counter() - started)
     stream.close()  # type: ignore[attr-defined]
     sample = min(3, len(work.validation))
