@@ -557,6 +557,8 @@ def _child_signal_kept() -> Iterator[None]:
     """
     number = getattr(signal, "SIGCHLD", None)  # Windows has none
     before = None if number is None else signal.getsignal(number)
-    yield
-    if threading.current_thread() is threading.main_thread() and number is not None and before is not None:
-        signal.signal(number, before)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and number is not None and before is not None:
+            signal.signal(number, before)

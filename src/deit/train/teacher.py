@@ -384,7 +384,8 @@ def _from_folder(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
     try:
         classifier = load_classifier(name)
     except ValueError as error:
-        if (Path(name).expanduser() / "config.json").is_file() and "timm architecture" in str(error):
+        config = Path(name).expanduser() / "config.json"
+        if config.is_file() and "architecture" in files.read_json(config):  # timm's
             raise ValueError(f"{error}; to load it as a teacher with timm, give timm:{name}") from None
         raise
     normalisation, config = classifier.processor.normalisation, classifier.model.config
