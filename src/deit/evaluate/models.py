@@ -170,8 +170,9 @@ def _check(by_head: dict[Head, Tensor], labels: Tensor, head: Head, classes: Seq
             f"the model gives {outputs} probabilities for {len(classes)} class names; name each of its classes"
         )
     sums = torch.stack([probabilities.sum(-1) for probabilities in by_head.values()])  # (heads, B)
-    for row in (labels >= 0).nonzero().flatten().tolist():
-        refuse_not_finite([sums[:, row]], f" to image {done + row} of the data")
+    broken = (~sums.isfinite().all(0) & (labels >= 0)).nonzero().flatten().tolist()
+    if broken:
+        refuse_not_finite([sums[:, broken[0]]], f" to image {done + broken[0]} of the data")
 
 
 # --------------------------------------------------------------------------------------------------------------- files

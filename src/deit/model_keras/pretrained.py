@@ -25,7 +25,7 @@ else:
     with suppress(ImportError):
         import triton  # noqa: F401
 
-from deit import host
+from deit import files, host
 
 try:
     import keras
@@ -117,16 +117,6 @@ def _weighable(x: Any, y: Any, options: Mapping[str, Any]) -> tuple[Any, Any]:
     return {name: value for name, value in x.items() if name != "labels"}, x["labels"]
 
 
-_PUSH = ("repo_id", "token", "private", "revision", "commit_message")
-
-
-def _refuse_unknown(push: Mapping[str, Any], asked: bool) -> None:
-    if unknown := sorted(push.keys() - set(_PUSH)):
-        raise TypeError(f"save_pretrained has no option {unknown[0]!r}; check its spelling, or leave it out")
-    if push and not asked:
-        raise TypeError(f"save_pretrained has {sorted(push)[0]!r} without push_to_hub=True; add that, or leave it out")
-
-
 class PreTrainedKeras(keras.Model):
     """Base class of the models.
 
@@ -164,7 +154,11 @@ class PreTrainedKeras(keras.Model):
         safe_serialization: bool = True,
         max_shard_size: int | str = "5GB",
         push_to_hub: bool = False,
-        **push: Any,
+        repo_id: str | None = None,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
     ) -> None:
         """Writes `config.json` and `model.safetensors` (or shards), which the PyTorch classes and `transformers` read.
 
@@ -172,21 +166,29 @@ class PreTrainedKeras(keras.Model):
             saved_model: also writes a TensorFlow SavedModel into `saved_model/VERSION`, as `export` does.
             safe_serialization: False asks for an h5 file, which is refused.
             max_shard_size: bytes, or a size like "5GB".
-            push_to_hub: uploads the folder too. `push` may hold `repo_id`, `token`, `private`, `revision` and
-                `commit_message`.
+            push_to_hub: uploads the folder afterwards. The options from `repo_id` on are for that, and refused without
+                it. `repo_id` is the folder's name if it is not given.
 
-        Raises `TypeError` for other options, and `ValueError` for a model whose weights are quantised.
+        Raises `ValueError` for a model whose weights are quantised.
         """
         if not safe_serialization:
             raise ValueError(
                 "safe_serialization=False asks for an h5 file, which this package reads and doesn't write; leave it out"
             )
-        _refuse_unknown(push, push_to_hub)
+        push = files.push_options(
+            push_to_hub,
+            folder,
+            repo_id=repo_id,
+            token=token,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+        )
         hub.write_checkpoint(Path(folder), self.config, self.tensors(), max_shard_size=max_shard_size)
         if saved_model:
             self.export(Path(folder) / "saved_model" / str(version))
         if push_to_hub:
-            hub.push_folder(Path(folder), push.pop("repo_id", Path(folder).name), **push)
+            hub.push_folder(Path(folder), **push)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Uploads the model to the hub and returns the commit's address.
