@@ -447,6 +447,8 @@ class Compute:
     images fit into memory once decoded."""
     save_minutes: float = 10.0
     """Minutes between checkpoints. A run that ends or is stopped writes one too."""
+    log: Literal["wandb", "mlflow"] | None = None
+    """Where the metrics are sent too: Weights & Biases (`wandb`) or MLflow."""
 
     def __post_init__(self) -> None:
         check(self.accumulate >= 1, f"accumulate must be at least 1, found {self.accumulate}")

@@ -4,10 +4,8 @@ import json
 import math
 import os
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,7 +42,7 @@ from deit.recipe import (
     epochs,
     steps,
 )
-from deit.train import checkpoint, loop, objectives, optim, progress, records, runs
+from deit.train import checkpoint, loop, objectives, optim, records, runs
 from deit.train.build import build_model
 from deit.train.loop import Diverged, train
 
@@ -497,29 +495,6 @@ def test_progress_and_estimate(splits, tmp_path):
         assert f"step {step} of 30: loss " in line
         for part in ("accuracy", "val ", "images/s", "GiB"):
             assert part in line
-
-
-def test_tensorboard_gets_the_rows(splits, tmp_path, monkeypatch):
-    """A stand-in for TensorBoard, which the tests do without."""
-    written = []
-
-    class Writer:
-        def __init__(self, folder, purge_step):
-            written.append((folder, purge_step))
-
-        def add_scalar(self, *scalar):
-            written.append(scalar)
-
-        def flush(self):
-            pass
-
-        close = flush
-
-    monkeypatch.setattr(progress, "find_spec", lambda name: name == "tensorboard")
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
-    run(CONVNET, splits, tmp_path)
-    assert written[0] == (str(tmp_path / "tensorboard"), 1)
-    assert written[1:] == [(name, value, row["step"]) for row in rows(tmp_path) for name, value in row.items()]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (89, "89 s"), (300, "5 min"), (2 * 3600, "2.0 h")])

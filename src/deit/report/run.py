@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
-from typing import Any
 
 from deit import recipes
 from deit.evaluate.models import Evaluation
@@ -27,7 +25,7 @@ from deit.report.markup import (
     shortened,
     table,
 )
-from deit.train.records import Record, is_number, span
+from deit.train.records import Record, flat, is_number, span
 
 _METRICS = 120
 """Maximum number of rows in the table behind the curves."""
@@ -199,13 +197,13 @@ def _metric(key: str, value: object) -> str | None:
 def recipe(record: Record) -> Section:
     if not record.recipe:
         return Section("recipe", "Recipe", joined(sentence(f"{gap}.") for gap in record.gaps if "recipe" in gap))
-    ours = _flat(record.recipe)
+    ours = flat(record.recipe)
     parts = []
     shipped = recipes.shipped().get(record.name)
     if shipped is None:
         parts.append(sentence("No shipped recipe has this name, so there is none to compare with."))
     else:
-        theirs = _flat(shipped().to_dict())
+        theirs = flat(shipped().to_dict())
         changed = [
             [element("code", key), named(_setting(theirs.get(key))), named(_setting(ours.get(key)))]
             for key in {**theirs, **ours}
@@ -227,20 +225,6 @@ def recipe(record: Record) -> Section:
     )
     parts.append(folded("The whole recipe", element("div", *blocks, class_="groups")))
     return Section("recipe", "Recipe", joined(parts))
-
-
-def _flat(record: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """The fields of a recipe by their dotted names. A duration is one value."""
-    found: dict[str, Any] = {}
-    for key, value in record.items():
-        name = f"{path}{key}"
-        if isinstance(value, dict) and {"amount", "unit"} <= value.keys():
-            found[name] = f"{_setting(value['amount'])} {value['unit']}"
-        elif isinstance(value, dict) and value:
-            found |= _flat(value, f"{name}.")
-        else:
-            found[name] = list(value) if isinstance(value, tuple) else value
-    return found
 
 
 def _setting(value: object) -> str:
