@@ -454,6 +454,7 @@ class Compute:
         check(self.accumulate >= 1, f"accumulate must be at least 1, found {self.accumulate}")
         check(self.workers is None or self.workers >= 0, f"workers can't be negative, found {self.workers}")
         check(self.save_minutes >= 0, f"save_minutes can't be negative, found {self.save_minutes}")
+        check(self.log in (None, "wandb", "mlflow"), f"log must be wandb, mlflow or None, found {self.log!r}")
 
 
 # --------------------------------------------------------------------------------------------------------- the recipe

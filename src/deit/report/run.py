@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
+from collections.abc import Sequence
 
 from deit import recipes
 from deit.evaluate.models import Evaluation
@@ -31,6 +33,8 @@ _METRICS = 120
 """Maximum number of rows in the table behind the curves."""
 _FAULTS = 200
 """Maximum number of unreadable images that are named."""
+_NAMES = 60
+"""Maximum number of characters that the names of classes take in the title. If they take more, they are counted."""
 _CURVES = (
     ("loss", "Loss", ("loss", "val_loss"), (0.0, math.inf)),
     (
@@ -51,6 +55,21 @@ _CALLED = {
     "val_accuracy_distillation": "validation, distillation head",
     "lr": "learning rate",
 }
+
+
+def title(record: Record) -> tuple[str, Sequence[str]]:
+    """The name of the folder that holds the run's data, and its classes, or their number if their names are long.
+
+    If the data are not known, the name of the run's folder stands for them.
+    """
+    about = record.about
+    if about is None or not about.data:
+        return record.folder.absolute().name, ()
+    folder = os.path.basename(os.path.abspath(about.data)) or about.data
+    if not record.labelled:
+        return folder, ()
+    long = len(", ".join(about.classes)) > _NAMES
+    return folder, [plural(len(about.classes), "class", "classes")] if long else about.classes
 
 
 def unevaluated(record: Record, missing: str) -> Section:
