@@ -413,6 +413,16 @@ def test_parts_of_a_batch(size, count):
             assert torch.equal(getattr(part, name), getattr(batch, name)[part.labels])
 
 
+def test_a_single_part_is_the_batch_itself():
+    """Pinned memory would not stay pinned in a copy, and a copy of the pixels takes long."""
+    batch = Batch(torch.randn(8, 3, 2, 2), torch.arange(8), 4, torch.arange(8))
+    for count, size in ((1, 8), (1, 1), (5, 2)):
+        part_of = replace(batch, pixels=batch.pixels[:size], labels=batch.labels[:size])
+        [part] = part_of.parts(count)
+        assert part.pixels.data_ptr() == batch.pixels.data_ptr()
+        assert part is part_of
+
+
 def test_a_batch_moves_with_all_but_its_positions():
     mask = torch.ones(2, 4, dtype=torch.bool)
     batch = Batch(torch.zeros(2, 1), torch.zeros(2), 3, torch.arange(2), mask, (("f", "r"),))

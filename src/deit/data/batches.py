@@ -81,33 +81,34 @@ class Batch:
     def parts(self, count: int) -> list[Batch]:
         """Divides the batch into `count` nearly equal micro-batches, or into one per mirror pair if that is fewer.
 
-        In each, row i and the i-th row from its end are mirror images. The faults stay with the whole batch.
+        In each, row i and the i-th row from its end are mirror images. A single part is the batch itself. Several are
+        copies on the device of the batch, and the faults stay with the whole batch.
         """
         if count < 1:
             raise ValueError(f"a batch is divided into at least 1 part, found {count}")
-        found = []
-        for part in range(min(count, (len(self) + 1) // 2)):
-            rows = torch.from_numpy(_mirrored_share(len(self), part, min(count, (len(self) + 1) // 2)))
-            found.append(
-                Batch(
-                    self.pixels[rows],
-                    self.labels[rows],
-                    self.step,
-                    None if self.positions is None else self.positions[rows],
-                    None if self.mask is None else self.mask[rows],
-                )
-            )
-        return found
+        count = min(count, (len(self) + 1) // 2)
+        if count == 1:
+            return [self]
+        shares = [_mirrored_share(len(self), part, count) for part in range(count)]
+        return [self._at(share) for share in shares]
+
+    def _at(self, share: tuple[slice, slice]) -> Batch:
+        def taken(tensor: Tensor) -> Tensor:  # no list of rows, which would have to be copied to the device
+            return torch.cat([tensor[rows] for rows in share])
+
+        return replace(
+            self._changed(taken), positions=None if self.positions is None else taken(self.positions), faults=()
+        )
 
 
-def _mirrored_share(size: int, part: int, parts: int) -> np.ndarray:
+def _mirrored_share(size: int, part: int, parts: int) -> tuple[slice, slice]:
     """Places of the `part`-th share of whole mirror pairs (j, size-1-j), in rising order.
 
     Row i and row -1-i of the share are mirror images again. The middle of an odd size is its own mirror image.
     """
-    pairs = np.array_split(np.arange((size + 1) // 2), parts)[part]
-    mirrored = size - 1 - pairs[::-1]
-    return np.concatenate([pairs, mirrored[1:] if mirrored[0] == pairs[-1] else mirrored])
+    pairs = np.array_split(np.arange((size + 1) // 2), parts)[part].tolist()
+    first, last = pairs[0], pairs[-1] + 1
+    return slice(first, last), slice(max(last, size - last), size - first)
 
 
 # --------------------------------------------------------------------------------------------------- unreadable images
@@ -323,7 +324,7 @@ class TrainingBatches:
                 f"set data.batch to {2 * world} or more, or start fewer processes"
             )
         self.split, self.recipe, self.cycle = split, recipe, cycle
-        self.positions = _mirrored_share(batch, rank, world)
+        self.positions = np.concatenate([np.arange(batch)[rows] for rows in _mirrored_share(batch, rank, world)])
         self.workers = _workers(recipe.compute.workers, lambda: _fits(split, recipe))
         self.views = _Views(split, recipe, CACHE_BYTES // max(1, self.workers))
         self._orders: dict[int, np.ndarray] = {}

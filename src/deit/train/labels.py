@@ -167,9 +167,9 @@ class _Work:
         compute, objective = self.recipe.compute, self.recipe.objective
         assert isinstance(objective, Distilled)
         precision = resolve_precision(compute.precision, self.place)
-        for part in batch.parts(compute.accumulate):
+        for part in batch.to(self.place).parts(compute.accumulate):
             assert part.positions is not None
-            pixels = batches.mix(part.to(self.place)).pixels
+            pixels = batches.mix(part).pixels
             with torch.autocast(self.place.type, precision, enabled=precision != torch.float32):
                 yield part.positions.to(self.place), condense(self.teacher(pixels), objective)
 
