@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 
@@ -483,17 +484,57 @@ def test_the_number_of_workers(split, monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
 
-    def chosen(workers=None, **parts):
-        return TrainingBatches(split, recipe(workers=workers, **parts)).workers
+    def chosen(workers=None, device="cpu", **parts):
+        return TrainingBatches(split, recipe(workers=workers, **parts), device=torch.device(device)).workers
 
     assert [chosen(0), chosen(3), chosen(), chosen(augment=PAPER)] == [0, 3, 0, 0]  # all fit into memory
     with monkeypatch.context() as patch:
         patch.setattr(data, "CACHE_BYTES", 1000)
         assert [chosen(), chosen(0), chosen(augment=PAPER)] == [8, 0, 8]
+        assert [chosen(device="cuda:1"), chosen(3, device="cuda")] == [11, 3]  # all cores but one
         patch.setenv("LOCAL_WORLD_SIZE", "3")
-        assert chosen() == 4
+        assert [chosen(), chosen(device="cuda")] == [4, 3]
+        patch.setenv("LOCAL_WORLD_SIZE", "12")
+        assert [chosen(), chosen(device="cuda")] == [1, 1]
         patch.setenv("LOCAL_WORLD_SIZE", "16")
-        assert chosen() == 1
+        assert [chosen(), chosen(device="cuda")] == [1, 1]
+        many = EvaluationBatches(split, processor_for(recipe()), 4, workers=None, device=torch.device("cuda"))
+        assert many.workers == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+@pytest.mark.parametrize("kind", ["training", "evaluation"])
+def test_memory_is_pinned_for_the_gpu_of_the_run(split, monkeypatch, device, kind):
+    """A GPU that the run doesn't use is left alone: memory is pinned in the context of the present GPU."""
+    present, pinned = [0], []
+
+    @contextmanager
+    def made_present(device):
+        present.append(device.index)
+        try:
+            yield
+        finally:
+            present.pop()
+
+    class Pinning(torch.utils.data.DataLoader):
+        def __init__(self, *arguments, pin_memory, **options):
+            self.pins = pin_memory
+            super().__init__(*arguments, **options)
+
+        def __iter__(self):
+            for batch in super().__iter__():
+                pinned.append((self.pins, present[-1]))
+                yield batch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", made_present)
+    monkeypatch.setattr(data, "DataLoader", Pinning)
+    if kind == "training":
+        take(TrainingBatches(split, recipe(), device=torch.device(device)), 2)
+    else:
+        list(EvaluationBatches(split, processor_for(recipe()), 15, device=torch.device(device)))
+    assert pinned == [(False, 0) if device == "cpu" else (True, 1)] * 2
+    assert present == [0]
 
 
 # --------------------------------------------------------------------------------------------------- unreadable images

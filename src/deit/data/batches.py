@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ KEPT_PIXELS = 512 * 512
 """Pixels of the largest image that is kept under a random crop. Larger images are decoded anew for each crop, at the
 scale that it needs."""
 
+_CPU = torch.device("cpu")
 _STAND_IN_ATTEMPTS = 100
 _PIXEL_BYTES = 4  # for each pixel of an RGB image in Pillow's memory
 
@@ -312,20 +313,30 @@ class TrainingBatches:
     Args:
         rank, world: number of this process and number of all processes.
         cycle: number of steps after which views and mixing repeat, as cached teacher labels require.
+        device: device that the batches will be copied to. They stay on the CPU, in pinned memory if it is a GPU.
 
     Raises `ValueError` if a process would have no pair.
     """
 
-    def __init__(self, split: Split, recipe: Recipe, *, rank: int = 0, world: int = 1, cycle: int | None = None):
+    def __init__(
+        self,
+        split: Split,
+        recipe: Recipe,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        cycle: int | None = None,
+        device: torch.device = _CPU,
+    ):
         batch, pairs = recipe.data.batch, (recipe.data.batch + 1) // 2
         if pairs < world:
             raise ValueError(
                 f"a batch of {batch} has {pairs} pairs of mirror images, too few for {world} processes; "
                 f"set data.batch to {2 * world} or more, or start fewer processes"
             )
-        self.split, self.recipe, self.cycle = split, recipe, cycle
+        self.split, self.recipe, self.cycle, self.device = split, recipe, cycle, device
         self.positions = np.concatenate([np.arange(batch)[rows] for rows in _mirrored_share(batch, rank, world)])
-        self.workers = _workers(recipe.compute.workers, lambda: _fits(split, recipe))
+        self.workers = _workers(recipe.compute.workers, lambda: _fits(split, recipe), device)
         self.views = _Views(split, recipe, CACHE_BYTES // max(1, self.workers))
         self._orders: dict[int, np.ndarray] = {}
 
@@ -361,7 +372,7 @@ class TrainingBatches:
         image can stand in for one that can't be read.
         """
         wanted = ((number, self.positions, self.keys(number)[self.positions]) for number in itertools.count(step))
-        return _loaded(self.views, wanted, self.workers)
+        return _loaded(self.views, wanted, self.workers, self.device)
 
     def mix(self, batch: Batch) -> Batch:
         """Applies Mixup and CutMix on the device of the batch, which is a share of a global batch or a part of one.
@@ -408,6 +419,7 @@ class EvaluationBatches:
         workers: number of loader processes; None chooses as for training.
         masks: function from an image's number in the split to its mask, (patches,) bool, for masked-image runs.
         keep: False for a single pass, which keeps nothing in memory.
+        device: as for training.
     """
 
     def __init__(
@@ -421,11 +433,12 @@ class EvaluationBatches:
         workers: int | None = 0,
         masks: Callable[[int], np.ndarray] | None = None,
         keep: bool = True,
+        device: torch.device = _CPU,
     ):
-        self.split = split
+        self.split, self.device = split, device
         self.views = _EvaluationViews(split, processor, batch, rank, world, masks)
         self.keeps = keep and self.views.rows * 4 * int(np.prod(self.views.shape)) <= CACHE_BYTES
-        self.workers = _workers(workers, lambda: self.keeps)
+        self.workers = _workers(workers, lambda: self.keeps, device)
         self.kept: list[Batch] = []
 
     def __len__(self) -> int:
@@ -436,7 +449,7 @@ class EvaluationBatches:
             yield from self.kept
             return
         kept: list[Batch] = []
-        for batch in _loaded(self.views, range(len(self)), self.workers):
+        for batch in _loaded(self.views, range(len(self)), self.workers, self.device):
             if self.keeps:
                 kept.append(batch)
             yield batch
@@ -491,20 +504,33 @@ class LoaderDied(RuntimeError):
     """A loader process died."""
 
 
-def _workers(asked: int | None, fits: Callable[[], bool]) -> int:
+def _workers(asked: int | None, fits: Callable[[], bool], device: torch.device) -> int:
     """Number of loader processes for this process.
 
-    `asked` if it is set, 0 if images are decoded only once, and otherwise its share of this machine's cores, up to 8.
+    `asked` if it is set, 0 if images are decoded only once, and otherwise a number that depends on this process's share
+    of the machine's cores. If a GPU computes, the loaders get the whole share but one core, which feeds the GPU: a core
+    prepares some 150 images of ImageNet a second, and a GPU trains on thousands. If the CPU computes, the model needs
+    the cores itself and is slower than a few loaders, so there are at most 8.
     """
     if asked is not None:
         return asked
     if fits():
         return 0
-    return max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, share) if device.type == "cpu" else share - 1)
 
 
-def _loaded(views: Dataset[Any], wanted: Iterable[Any], workers: int) -> Iterator[Batch]:
-    """Yields what `views` gives for each of `wanted`, in order. Loader processes read ahead and end with it."""
+def _loaded(views: Dataset[Any], wanted: Iterable[Any], workers: int, device: torch.device) -> Iterator[Batch]:
+    """Yields what `views` gives for each of `wanted`, in order. Loader processes read ahead and end with it.
+
+    The batches are in memory that is pinned for `device` if that is a GPU.
+    """
+    pinned = device.type == "cuda"
+
+    def opened() -> AbstractContextManager[Any]:
+        """Makes `device` the present GPU, because pinning opens the present one. It takes memory for each process."""
+        return torch.cuda.device(device) if pinned else nullcontext()
+
     loader = DataLoader(
         views,
         sampler=wanted,
@@ -512,16 +538,17 @@ def _loaded(views: Dataset[Any], wanted: Iterable[Any], workers: int) -> Iterato
         num_workers=workers,
         collate_fn=_unchanged,
         worker_init_fn=_begin_worker,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pinned,
         generator=torch.Generator(),  # its own, because PyTorch's global one is the model's
     )
-    with _child_signal_kept():
+    with _child_signal_kept(), opened():
         batches = iter(loader)
     died = ""
     try:
         while True:
             try:
-                batch = next(batches)
+                with opened():
+                    batch = next(batches)
             except StopIteration:
                 return
             except RuntimeError as error:

@@ -297,7 +297,12 @@ class _Subject:
 
     def examine(self, console: Console, tell: bool) -> Examined:
         batches = EvaluationBatches(
-            self.split, self.processor, _BATCH, keep=False, workers=None if len(self.split) >= _MANY else 0
+            self.split,
+            self.processor,
+            _BATCH,
+            keep=False,
+            workers=None if len(self.split) >= _MANY else 0,
+            device=self.device,
         )
         shown = track(batches, self.name, console=console, disable=not console.is_terminal)
         report = examine(

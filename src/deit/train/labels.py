@@ -124,6 +124,8 @@ def teach(
         data.BadImages: too many images can't be read.
     """
     out, place = Path(out), resolve_device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)  # or else every process would also open the first GPU
     objective = recipe.objective
     if not isinstance(objective, Distilled) or not objective.teacher:
         raise ValueError(
@@ -176,7 +178,7 @@ class _Work:
 
 def _write_parts(work: _Work, out: Path, todo: list[int], prints: Mapping[str, str], console: Console) -> None:
     layout = work.layout
-    batches = TrainingBatches(work.split, work.recipe, cycle=layout.steps)
+    batches = TrainingBatches(work.split, work.recipe, cycle=layout.steps, device=work.place)
     faults = Faults(len(work.split))
     total = layout.batch * sum(len(layout.steps_of(part)) for part in todo)
     done, began = 0, time.perf_counter()

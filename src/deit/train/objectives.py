@@ -85,6 +85,7 @@ def _share(recipe: r.Recipe, split: Split, us: Processes, **options: Any) -> Eva
         rank=us.rank,
         world=us.world,
         workers=recipe.compute.workers,
+        device=us.device,
         **options,
     )
 
