@@ -27,9 +27,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from deit.config import DeiTConfig
-from deit.data.augment import augment, crop, erase, patch_mask
+from deit.data.augment import augment, crop, erased, patch_mask
 from deit.data.draws import Stream, draws
 from deit.data.folders import Split
+from deit.data.levels import Levels
 from deit.data.mixing import mix, mixing
 from deit.host import cores
 from deit.image.decode import ImageError, load_image, name_of
@@ -50,8 +51,8 @@ _PIXEL_BYTES = 4  # for each pixel of an RGB image in Pillow's memory
 
 @dataclass(frozen=True)
 class Batch:
-    pixels: Tensor
-    """(B, channels, height, width) float32, normalised and erased."""
+    images: Tensor | Levels
+    """The pixels, or 8-bit levels that they have yet to be made of, as loader processes hand them over."""
     labels: Tensor
     """(B,) int64 class indices; after mixing, (B, classes) float32 probabilities. In evaluation, -1 marks padding and
     images that can't be read."""
@@ -65,7 +66,19 @@ class Batch:
     """(file, reason) of each image that can't be read. In training, another image stands in for it."""
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return len(self.labels)
+
+    @property
+    def pixels(self) -> Tensor:
+        """(B, channels, height, width) float32, normalised and erased, on the device of the batch.
+
+        They are computed each time, unless the batch is finished.
+        """
+        return self.images.pixels() if isinstance(self.images, Levels) else self.images
+
+    def finished(self) -> Batch:
+        """The batch with its pixels computed, which take four times the memory."""
+        return replace(self, images=self.pixels)
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy on another device. The positions stay on the CPU."""
@@ -76,8 +89,9 @@ class Batch:
         return self._changed(Tensor.pin_memory)
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        images = self.images.changed(change) if isinstance(self.images, Levels) else change(self.images)
         mask = None if self.mask is None else change(self.mask)
-        return replace(self, pixels=change(self.pixels), labels=change(self.labels), mask=mask)
+        return replace(self, images=images, labels=change(self.labels), mask=mask)
 
     def parts(self, count: int) -> list[Batch]:
         """Divides the batch into `count` nearly equal micro-batches, or into one per mirror pair if that is fewer.
@@ -98,7 +112,12 @@ class Batch:
             return torch.cat([tensor[rows] for rows in share])
 
         return replace(
-            self._changed(taken), positions=None if self.positions is None else taken(self.positions), faults=()
+            self,
+            images=self.images.at(share) if isinstance(self.images, Levels) else taken(self.images),
+            labels=taken(self.labels),
+            positions=None if self.positions is None else taken(self.positions),
+            mask=None if self.mask is None else taken(self.mask),
+            faults=(),
         )
 
 
@@ -201,13 +220,15 @@ class _Views(Dataset[Any]):
         traceback as the message."""
         step, positions, keys = wanted
         recipe = self.recipe
-        pixels = np.empty((len(keys), recipe.model.num_channels, *recipe.model.image_hw), np.float32)
+        levels = np.empty((len(keys), recipe.model.num_channels, *recipe.model.image_hw), np.uint8)
+        given: list[tuple[int, int, int, np.ndarray]] = []
         labels = np.empty(len(keys), np.int64)
         faults: list[tuple[str, str]] = []
         for row, key in enumerate(keys.tolist()):
             for index in self._candidates(*key):
                 try:
-                    self._draw(index, draws(recipe.seed, *key), pixels[row])
+                    box = self._draw(index, draws(recipe.seed, *key), levels[row])
+                    given += [] if box is None else [(row, *box)]
                     break
                 except ImageError as error:
                     faults.append(_fault(self.files[index], error))
@@ -218,7 +239,7 @@ class _Views(Dataset[Any]):
                 )
             labels[row] = self.files.labels[index]
         return Batch(
-            torch.from_numpy(pixels),
+            Levels.of(levels, self.normalisation, given),
             torch.from_numpy(labels),
             step,
             torch.from_numpy(positions),
@@ -233,8 +254,8 @@ class _Views(Dataset[Any]):
         for _ in range(_STAND_IN_ATTEMPTS - 1):
             yield int(others.integers(len(self.files)))
 
-    def _draw(self, index: int, rng: np.random.Generator, out: np.ndarray) -> None:
-        """Writes a view of an image into `out`, (channels, height, width)."""
+    def _draw(self, index: int, rng: np.random.Generator, out: np.ndarray) -> tuple[int, int, np.ndarray] | None:
+        """Writes a view of an image into `out`, (channels, height, width) uint8, and returns what erases a part."""
         settings = self.recipe.augment
         if settings.crop is None:
             image = self._once(index, self._resized)
@@ -243,9 +264,8 @@ class _Views(Dataset[Any]):
             image = crop(source, self.recipe.model.image_hw, settings.crop, rng)
         image = augment(image, settings, rng, self.fill)
         array = np.asarray(image if len(out) == 3 else image.convert("L"))
-        self.normalisation.apply(array if array.ndim == 3 else array[..., None], out)
-        if settings.erase is not None:
-            erase(out, settings.erase, rng)
+        out[:] = array.transpose(2, 0, 1) if array.ndim == 3 else array
+        return None if settings.erase is None else erased(out.shape, settings.erase, rng)
 
     def _once(self, index: int, read: Callable[[Path], Image.Image]) -> Image.Image:
         """An RGB image. It is read only once if the budget allows it."""
@@ -260,10 +280,9 @@ class _Views(Dataset[Any]):
 
     def _resized(self, file: Path) -> Image.Image:
         """An image, resized and cropped as for evaluation."""
-        [pixels] = self.processor(
-            [file], do_rescale=False, do_normalize=False, data_format="channels_last"
-        ).pixel_values
-        array = pixels.astype(np.uint8)
+        levels = self.processor.levels(file)
+        assert levels is not None  # the processor resizes, and that gives 8 bits
+        array = levels.transpose(1, 2, 0)
         return Image.fromarray(array if array.shape[-1] == 3 else array[..., 0]).convert("RGB")
 
     def _is_small(self, index: int) -> bool:
@@ -390,7 +409,7 @@ class TrainingBatches:
             draws(self.recipe.seed, self._drawn(batch.step), 0, 0, Stream.MIXING),
         )
         pixels, labels = mix(batch.pixels, batch.labels, len(self.split.classes), drawn.at(batch.positions.numpy()))
-        return replace(batch, pixels=pixels, labels=labels)
+        return replace(batch, images=pixels, labels=labels)
 
 
 def _fits(split: Split, recipe: Recipe) -> bool:
@@ -412,7 +431,7 @@ class EvaluationBatches:
 
     Of `world` processes, `rank` has every `world`-th image. All processes give the same number of batches, because they
     meet in collective operations. Rows without an image, and rows whose image can't be read, are zero and labelled -1.
-    If this process's images fit into `CACHE_BYTES` as float32, they are decoded only once.
+    If this process's images fit into `CACHE_BYTES` as 8-bit levels, they are decoded only once.
 
     Args:
         batch: number of rows of each batch; the last may have fewer.
@@ -437,7 +456,7 @@ class EvaluationBatches:
     ):
         self.split, self.device = split, device
         self.views = _EvaluationViews(split, processor, batch, rank, world, masks)
-        self.keeps = keep and self.views.rows * 4 * int(np.prod(self.views.shape)) <= CACHE_BYTES
+        self.keeps = keep and self.views.rows * int(np.prod(self.views.shape)) <= CACHE_BYTES
         self.workers = _workers(workers, lambda: self.keeps, device)
         self.kept: list[Batch] = []
 
@@ -479,22 +498,37 @@ class _EvaluationViews(Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         rows = range(number * self.batch, min((number + 1) * self.batch, self.rows))
         indices = [row * self.world + self.rank for row in rows]
-        pixels = np.zeros((len(rows), *self.shape), np.float32)
+        levels = np.zeros((len(rows), *self.shape), np.uint8)
+        given = []
         labels = np.full(len(rows), -1)
         faults = []
         for row, index in enumerate(indices):
+            found, pixels = None, np.zeros(self.shape, np.float32)
             if index < len(self.files):
+                file = self.files[index]
                 try:
-                    pixels[row] = self.processor([self.files[index]]).pixel_values[0]
+                    found = self.processor.levels(file)
+                    if found is None:
+                        pixels[:] = self.processor([file]).pixel_values[0]
                     labels[row] = self.files.labels[index]
                 except ImageError as error:
-                    faults.append(_fault(self.files[index], error))
+                    faults.append(_fault(file, error))
+            if found is None:
+                given.append((row, 0, 0, pixels))
+            else:
+                levels[row] = found
         mask = (
             None
             if self.masks is None
             else torch.from_numpy(np.stack([self.masks(min(index, len(self.files) - 1)) for index in indices]))
         )
-        return Batch(torch.from_numpy(pixels), torch.from_numpy(labels), mask=mask, faults=tuple(faults))
+        first = self.processor.data_format == "channels_first"
+        return Batch(
+            Levels.of(levels, self.processor.normalisation, given, channels_first=first),
+            torch.from_numpy(labels),
+            mask=mask,
+            faults=tuple(faults),
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- loader processes

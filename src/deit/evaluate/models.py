@@ -44,10 +44,10 @@ def _answered(
     model.eval()
     try:
         for batch in batches:
-            pixels, labels = batch.pixels.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+            there = batch.to(device)
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                by_head = head_probabilities(model(pixels))
-            yield batch, labels, by_head
+                by_head = head_probabilities(model(there.pixels))
+            yield batch, there.labels, by_head
     finally:
         model.train(training)
 

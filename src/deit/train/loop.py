@@ -385,7 +385,7 @@ def _accumulated(work: Work, state: State, batch: Batch, computing: nn.Module) -
     for i, part in enumerate(parts):
         share = len(part) / recipe.data.batch
         rows = None if depth is None else torch.cat([each[part.positions] for each in depth])
-        part = work.batches.mix(part)
+        part = work.batches.mix(part.finished())
         with synchronised(computing, i == len(parts) - 1):
             with torch.autocast(us.device.type, work.precision, enabled=work.precision != torch.float32):
                 found = work.objective(computing, part, rows)

@@ -218,7 +218,7 @@ class MaskedImageObjective:
         picture = None
         for batch in batches:
             real = batch.labels >= 0
-            batch = batch.to(us.device)
+            batch = batch.to(us.device).finished()
             with torch.autocast(us.device.type, precision, enabled=precision != torch.float32):
                 out = model(batch.pixels, batch.mask)
             if picture is None:
