@@ -6,8 +6,10 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -18,11 +20,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from support.checks import raises_saying
 from support.models import small
-from support.runs import photos, small_recipe
+from support.runs import assert_same_end, photos, small_recipe
 
 from deit import machine
 from deit.config import ConvNetConfig
-from deit.data.batches import BadImages, EvaluationBatches, TrainingBatches, processor_for
+from deit.data.ahead import Ahead
+from deit.data.batches import BadImages, EvaluationBatches, LoaderDied, TrainingBatches, processor_for
 from deit.data.draws import draws
 from deit.data.folders import Split, read_data
 from deit.evaluate.models import evaluate
@@ -47,6 +50,7 @@ from deit.recipe import (
 from deit.train import checkpoint, loop, objectives, optim, progress, records, runs
 from deit.train.build import build_model
 from deit.train.loop import Diverged, train
+from deit.train.progress import Reporter
 
 QUIET = Console(quiet=True)
 CONVNET = small_recipe(
@@ -97,6 +101,81 @@ def test_a_run_leaves_a_model_that_scores_as_recorded(splits, tmp_path):
     assert written[-1]["loss"] < written[0]["loss"]
     assert [math.floor(row["epoch"]) for row in written[:-1]] == [1, 2, 3]
     assert json.loads((tmp_path / "recipe.json").read_text()) == json.loads(json.dumps(CONVNET.to_dict()))
+
+
+class Ordered(Ahead):
+    """As on a GPU, with streams that do nothing, and a record of what the loop does when."""
+
+    done: ClassVar[list[str]] = []
+
+    def __init__(self, batches, device):
+        super().__init__(batches, device, torch.cpu)
+
+    def __next__(self):
+        self.done.append("next")
+        return super().__next__()
+
+    def fetch(self):
+        self.done.append("fetch")
+        super().fetch()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_that_are_fetched_ahead_change_nothing(splits, tmp_path, monkeypatch, workers):
+    """The next batch is fetched when a step's gradients are queued, and before its numbers are read. The last step
+    fetches none."""
+    recipe = replace(
+        PLAIN, augment=Augment(erase=Erase(), mix=Mix(mixup=0.8)), compute=replace(PLAIN.compute, workers=workers)
+    )
+    run(recipe, splits, tmp_path / "plain")
+    monkeypatch.setattr(loop, "Ahead", Ordered)
+    Ordered.done.clear()
+    clip, tolist = optim.clip_gradients, torch.Tensor.tolist
+
+    def clipped(*given):
+        Ordered.done.append("gradients")
+        return clip(*given)
+
+    def read(tensor):
+        if Ordered.done and Ordered.done[-1] in ("gradients", "fetch") and tensor.numel() > 3:
+            Ordered.done.append("numbers")
+        return tolist(tensor)
+
+    monkeypatch.setattr(optim, "clip_gradients", clipped)
+    monkeypatch.setattr(torch.Tensor, "tolist", read)
+    run(recipe, splits, tmp_path / "ahead")
+    monkeypatch.undo()
+    # `next` calls `fetch` itself, which finds the batch that is there already
+    step = ["next", "fetch", "gradients", "fetch", "numbers"]
+    assert Ordered.done == 9 * step + ["next", "fetch", "gradients", "numbers"]
+    assert_same_end(tmp_path / "plain", tmp_path / "ahead")
+
+
+def test_a_loader_that_dies_while_a_step_is_computed_spoils_no_step(splits, tmp_path, monkeypatch):
+    """Its error is raised in place of the next batch, so the state is complete then."""
+    steps = []
+
+    class Dying(Ordered):
+        def __init__(self, batches, device):
+            def until_it_dies():
+                yield from islice(batches, 3)
+                raise LoaderDied("a loader process died")
+
+            super().__init__(until_it_dies(), device)
+
+        def __next__(self):
+            try:
+                return super().__next__()
+            except LoaderDied:
+                steps.append("died")
+                raise
+
+    advance = Reporter.advance
+    monkeypatch.setattr(Reporter, "advance", lambda self, step, *rest: (steps.append(step), advance(self, step, *rest)))
+    monkeypatch.setattr(loop, "Ahead", Dying)
+    with pytest.raises(LoaderDied):
+        run(PLAIN, splits, tmp_path)
+    assert steps == [1, 2, 3, "died"]
 
 
 def test_the_record_and_the_schedule(splits, tmp_path):

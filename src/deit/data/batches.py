@@ -88,6 +88,16 @@ class Batch:
         """A copy in memory that a GPU can copy from while it computes. The loader calls this."""
         return self._changed(Tensor.pin_memory)
 
+    def used_by(self, stream: torch.Stream) -> None:
+        """Keeps the GPU memory of the batch until a stream is done with it, if another stream made the batch."""
+
+        def record(tensor: Tensor) -> Tensor:
+            if tensor.is_cuda:
+                tensor.record_stream(stream)
+            return tensor
+
+        self._changed(record)
+
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
         images = self.images.changed(change) if isinstance(self.images, Levels) else change(self.images)
         mask = None if self.mask is None else change(self.mask)

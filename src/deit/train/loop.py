@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from deit import files
 from deit.config import DeiTConfig
+from deit.data.ahead import Ahead
 from deit.data.batches import Batch, Faults, LoaderDied
 from deit.data.draws import Stream, draws
 from deit.data.folders import Split
@@ -229,7 +230,7 @@ def _loop(session: _Session) -> None:
     if not state.step:
         runs.save_model(work, session.out / "model")
     fitted = work.us.world == 1
-    stream = work.batches.from_step(state.step)
+    stream = Ahead(work.batches.from_step(state.step), work.us.device)
     try:
         while True:
             if state.evaluated < state.step and work.due(state.step, work.every):
@@ -251,7 +252,8 @@ def _loop(session: _Session) -> None:
                 _fit(work, state, batch, say)
                 fitted = True
             work.optimizers.set_lr(work.lr(state.step))
-            numbers, (stop, save, late) = _step(work, state, batch, session.wishes(), say)
+            ahead = stream.fetch if state.step + 1 < work.total else None
+            numbers, (stop, save, late) = _step(work, state, batch, session.wishes(), say, ahead)
             session.reporter.advance(state.step, numbers, time.perf_counter() - began)
 
             if late and state.step < work.total:
@@ -263,14 +265,19 @@ def _loop(session: _Session) -> None:
             if save and not state.skipped_in_a_row:
                 session.save()
     finally:
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
     session.save()
 
 
 def _step(
-    work: Work, state: State, batch: Batch, wishes: tuple[bool, ...], say: Callable[[str], None]
+    work: Work,
+    state: State,
+    batch: Batch,
+    wishes: tuple[bool, ...],
+    say: Callable[[str], None],
+    meanwhile: Callable[[], None] | None = None,
 ) -> tuple[dict[str, float], list[bool]]:
-    """Takes one step, or skips it if the loss or the gradient is not finite.
+    """Takes one step, or skips it if the loss or the gradient is not finite. Calls `meanwhile` while a GPU computes.
 
     Returns the logged numbers and, for each of `wishes`, whether any process has it.
     """
@@ -284,7 +291,10 @@ def _step(
             torch.tensor(wishes, dtype=torch.float32).to(work.us.device),
         ]
     )
-    found = work.us.sum(values).tolist()  # the only host-device synchronisation of a step
+    totals = work.us.sum(values)
+    if meanwhile:
+        meanwhile()
+    found = totals.tolist()  # the only host-device synchronisation of a step
     numbers = dict(zip([*names, "gradient_norm"], found, strict=False))
     state.step += 1
     if math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient_norm"]):
@@ -363,8 +373,9 @@ def _halve(work: Work, batch: Batch, say: Callable[[str], None]) -> None:
 
 
 def _too_large(work: Work, batch: Batch) -> RuntimeError:
-    return RuntimeError(
-        f"out of memory with micro-batches of {len(batch.parts(work.accumulate)[0])} images; set "
+    pairs = (len(batch) + 1) // 2
+    return RuntimeError(  # the size is computed, because to divide the batch takes memory
+        f"out of memory with micro-batches of {min(len(batch), 2 * -(-pairs // work.accumulate))} images; set "
         f"compute.accumulate above {work.accumulate} or compute.checkpoint_blocks=True, or take a smaller "
         "model"
     )
@@ -442,7 +453,7 @@ def _plan(
     began = time.perf_counter()
     work, state = runs.prepare(recipe, train_split, val_split, us, None)
     times: list[float] = []
-    stream = work.batches.from_step(0)
+    stream = Ahead(work.batches.from_step(0), us.device)
 
     def by_main(value: float) -> float:
         """The main process's value, in all processes, because their clocks differ and their work must not."""
@@ -451,9 +462,9 @@ def _plan(
     while len(times) < 3 or (len(times) < 12 and by_main(sum(times) < 0.05 * seconds)):
         started = time.perf_counter()
         work.optimizers.set_lr(work.lr(0))
-        _step(work, state, next(stream), (False,), lambda _: None)
+        _step(work, state, next(stream), (False,), lambda _: None, stream.fetch)
         times.append(time.perf_counter() - started)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     sample = min(3, len(work.validation))
     work.objective.judge(work.model, islice(work.validation, 1), us, work.precision)  # because the first one is slow
     started = time.perf_counter()
