@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -169,7 +170,7 @@ def command(*arguments: Any, env: dict[str, str] | None = None, launcher: tuple[
         env=os.environ | (env or {}),
     )
     if run.returncode:
-        raise RuntimeError(f"status {run.returncode}: {' '.join(map(str, arguments))}\n{run.stderr[-3000:]}")
+        raise RuntimeError(f"status {run.returncode}: {' '.join(map(str, arguments))}\n{run.stderr[-9000:]}")
     return run.stdout, time.perf_counter() - began
 
 
@@ -243,7 +244,7 @@ def machine(place: Place) -> Iterator[Found]:
         yield {f"{kind}_copy_gb_per_second": round(len(host) / statistics.median(seconds) / 1e9, 1)}
 
 
-# ----------------------------------------------------------------------------------------------------- equality of values
+# --------------------------------------------------------------------------------------------------- equality of values
 
 
 def _network(place: Place) -> tuple[nn.Module, Tensor]:
@@ -480,7 +481,7 @@ def two_processes(place: Place) -> Iterator[Found]:
         try:
             command("train", *arguments, "--data", data, "--device", device, env=env, launcher=launcher)
         except RuntimeError as error:
-            yield {"parallel": parallel, "ok": False, "failed": str(error)[-1500:]}
+            yield {"parallel": parallel, "ok": False, "failed": str(error)[:3000]}
             continue
         one, two = (rows(place.folder / run)[-1] for run in ("one", parallel))
         yield check(f"two processes, {parallel}", abs(one["loss"] - two["loss"]) / one["loss"], 1e-3)
@@ -553,7 +554,7 @@ def serving(place: Place) -> Iterator[Found]:
         server.wait(timeout=30)
 
 
-# ------------------------------------------------------------------------------------------------------------------ speed
+# ---------------------------------------------------------------------------------------------------------------- speed
 
 
 def _pretraining(size: str, place: Place, **compute: Any) -> Any:
@@ -566,24 +567,24 @@ def _pretraining(size: str, place: Place, **compute: Any) -> Any:
     return replace(recipe, compute=r.Compute(workers=8, **compute))
 
 
-def _flops(work: Any) -> float:
-    """Operations of the products in a forward and backward pass of one image."""
+def _flops(config: Any) -> float:
+    """Operations of the products in the forward and backward pass of one image."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    model, config = work.model, work.model.config
-    pixels = torch.randn(1, config.num_channels, *config.image_hw, device=work.us.device)
-    training = model.training
-    model.eval()  # the plain modules, which the counter knows
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(pixels)
-    model.train(training)
+    from deit.model.network import DeiTForImageClassification
+
+    with torch.device("meta"):
+        model = DeiTForImageClassification(config).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.empty(1, config.num_channels, *config.image_hw))
     return 3.0 * counter.get_total_flops()
 
 
 def _timm_step(size: str, batch: int, place: Place, compiled: bool) -> Callable[[], Any]:
-    """A step of timm's model with the same recipe: mixing, cross-entropy, bfloat16 and fused AdamW."""
+    """A step of timm's model with the same recipe, its own loader's way to the GPU, and fused AdamW."""
     import timm
     from timm.data import Mixup
+    from timm.data.loader import PrefetchLoader
     from timm.loss import SoftTargetCrossEntropy
 
     model: Any = timm.create_model(f"deit_{size}_patch16_224", num_classes=1000, drop_path_rate=0.1).to(place.device)
@@ -592,24 +593,21 @@ def _timm_step(size: str, batch: int, place: Place, compiled: bool) -> Callable[
     run = torch.compile(model) if compiled else model
     mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=1000)
     criterion = SoftTargetCrossEntropy()
-    pixels = torch.randn(batch, 3, 224, 224)
-    labels = torch.randint(1000, (batch,))
+    pixels, labels = torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8), torch.randint(1000, (batch,))
     if not place.toy:
         pixels, labels = pixels.pin_memory(), labels.pin_memory()
+    stream = iter(
+        PrefetchLoader(itertools.repeat((pixels, labels)), device=place.device, re_prob=0.25, re_mode="pixel")
+    )
 
     def step() -> None:
-        given, wanted = pixels.to(place.device, non_blocking=True), labels.to(place.device, non_blocking=True)
-        given, target = mixup(given.clone(), wanted)
+        given, target = mixup(*next(stream))
         with torch.autocast(place.device.type, torch.bfloat16):
             loss = criterion(run(given).float(), target)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step.counted % 50 == 0:  # type: ignore[attr-defined]
-            loss.item()
-        step.counted += 1  # type: ignore[attr-defined]
 
-    step.counted = 0  # type: ignore[attr-defined]
     return step
 
 
@@ -653,7 +651,7 @@ def _compare(place: Place, steps: dict[str, Callable[[], Any]], images: int) -> 
 def _speed(size: str, place: Place, compiled: bool) -> Iterator[Found]:
     data = write_photos(place.folder / "photos", 64, 256)
     ours, work = _our_step(size, place, data, compile=compiled)
-    batch, flops = work.recipe.data.batch, _flops(work)
+    batch, flops = work.recipe.data.batch, _flops(work.model.config)
     steps = {"deit": ours}
     if importlib.util.find_spec("timm"):
         steps["timm"] = _timm_step(size, batch, place, compiled)
@@ -696,12 +694,22 @@ def base_compiled(place: Place) -> Iterator[Found]:
 @stage(60, alone=True)
 def profile(place: Place) -> Iterator[Found]:
     """Where five steps of DeiT-Ti spend their time: kernels, waits, copies."""
+    yield from _profiled(place, False)
+
+
+@stage(60, alone=True)
+def profile_compiled(place: Place) -> Iterator[Found]:
+    """The same with compiled blocks."""
+    yield from _profiled(place, not place.toy)
+
+
+def _profiled(place: Place, compiled: bool) -> Iterator[Found]:
     import warnings
 
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 
-    step, work = _our_step("tiny", place, write_photos(place.folder / "photos", 64, 256))
+    step, work = _our_step("tiny", place, write_photos(place.folder / "photos", 64, 256), compile=compiled)
     for _ in range(3):
         step()
     place.wait()
@@ -776,7 +784,7 @@ def teacher(place: Place) -> Iterator[Found]:
     ):
         model, given = model.to(memory_format=layout), pixels.to(memory_format=layout)
 
-        def answer(given: Tensor = given, dtype: torch.dtype = dtype) -> None:
+        def answer(model: nn.Module = model, given: Tensor = given, dtype: torch.dtype = dtype) -> None:
             with torch.inference_mode(), torch.autocast(place.device.type, dtype, enabled=dtype != torch.float32):
                 model(given)
 
@@ -813,7 +821,7 @@ def predicting(place: Place) -> Iterator[Found]:
         yield {"network": name, "images_per_second": round(len(pixels) / statistics.median(found))}
 
 
-# --------------------------------------------------------------------------------------------------------- running stages
+# ------------------------------------------------------------------------------------------------------- running stages
 
 
 class Runner:
@@ -845,6 +853,7 @@ class Runner:
             process = subprocess.Popen(
                 [sys.executable, "-m", "bench.gpu", "--device", self.device, "--stage", name],
                 stdout=subprocess.PIPE, stderr=messages, text=True, start_new_session=True,
+                env=os.environ | ({} if STAGES[name].alone else {"OMP_NUM_THREADS": "2"}),
             )  # fmt: skip
             timer = threading.Timer(limit, lambda: os.killpg(process.pid, signal.SIGKILL))
             timer.start()
