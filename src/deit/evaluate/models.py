@@ -44,10 +44,10 @@ def _answered(
     model.eval()
     try:
         for batch in batches:
-            pixels, labels = batch.pixels.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+            there = batch.to(device)
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                by_head = head_probabilities(model(pixels))
-            yield batch, labels, by_head
+                by_head = head_probabilities(model(there.pixels))
+            yield batch, there.labels, by_head
     finally:
         model.train(training)
 
@@ -297,7 +297,12 @@ class _Subject:
 
     def examine(self, console: Console, tell: bool) -> Examined:
         batches = EvaluationBatches(
-            self.split, self.processor, _BATCH, keep=False, workers=None if len(self.split) >= _MANY else 0
+            self.split,
+            self.processor,
+            _BATCH,
+            keep=False,
+            workers=None if len(self.split) >= _MANY else 0,
+            device=self.device,
         )
         shown = track(batches, self.name, console=console, disable=not console.is_terminal)
         report = examine(

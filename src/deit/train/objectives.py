@@ -85,6 +85,7 @@ def _share(recipe: r.Recipe, split: Split, us: Processes, **options: Any) -> Eva
         rank=us.rank,
         world=us.world,
         workers=recipe.compute.workers,
+        device=us.device,
         **options,
     )
 
@@ -217,7 +218,7 @@ class MaskedImageObjective:
         picture = None
         for batch in batches:
             real = batch.labels >= 0
-            batch = batch.to(us.device)
+            batch = batch.to(us.device).finished()
             with torch.autocast(us.device.type, precision, enabled=precision != torch.float32):
                 out = model(batch.pixels, batch.mask)
             if picture is None:
