@@ -11,7 +11,7 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +25,10 @@ from deit.host import cores
 
 _PATIENCE = timedelta(minutes=30)
 """How long a process waits for the others. On a loaded machine, one process' first evaluation may take that long."""
+_NO_MEMORY = re.compile(
+    "out of memory|not enough memory|can(?:'t|not) allocate memory|ALLOC_FAILED|ALLOCATION_FAILED", re.IGNORECASE
+)
+"""The texts of these errors: CUDA and NCCL, then the CPU, then cuBLAS and cuDNN."""
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
@@ -183,6 +187,60 @@ def _own_part(store: distributed.Store, rank: int, world: int) -> distributed.St
         f"expected {world} processes, but process {rank} waited {_PATIENCE} for the others; check that torchrun "
         "started them all"
     )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out: main memory, or a GPU's as PyTorch, CUDA or its libraries say it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+    )
+
+
+class Rows:
+    """Computes rows of tensors, in smaller parts from the time on when memory runs out.
+
+    Args:
+        say: called with a sentence when the parts become smaller.
+        divides: False raises the error at once, because many processes that hold one model must compute alike.
+    """
+
+    def __init__(self, say: Callable[[str], object], divides: bool = True):
+        self.say, self.divides = say, divides
+        self.most: int | None = None
+        """The largest number of rows that are computed at once; None while there is no limit."""
+
+    def __call__(self, compute: Callable[..., Mapping[str, Any]], *given: Tensor) -> dict[str, Tensor]:
+        """The tensors that `compute` gives for all rows of `given`. Each of its rows must depend on the same row alone.
+
+        Raises the error itself if memory runs out for a single row.
+        """
+        while True:
+            count = len(given[0])
+            size = count if self.most is None else min(count, self.most)
+            try:
+                found = [
+                    compute(*(tensor[start : start + size] for tensor in given)) for start in range(0, count, size)
+                ]
+                return {name: _joined([part[name] for part in found]) for name in found[0]}
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error) or size == 1 or not self.divides:
+                    raise
+            free_memory()
+            self.most = (size + 1) // 2
+            self.say(
+                f"out of memory: {self.most} images are now computed at once instead of {size}; the answers stay the same"
+            )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def free_memory() -> None:
+    """Gives the memory that PyTorch keeps for later back to the GPU. To be called outside of the `except` block of an
+    error, whose traceback holds tensors."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def peak_memory(device: torch.device) -> int:

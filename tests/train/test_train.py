@@ -376,6 +376,35 @@ def test_out_of_memory_with_single_pairs_is_said(splits, tmp_path, monkeypatch):
         run(PLAIN, splits, tmp_path)
 
 
+@pytest.mark.parametrize("objective", [Supervised(smoothing=0.1), MaskedImage(unit=8)], ids=["accuracy", "masked"])
+def test_an_evaluation_survives_lack_of_memory_with_the_same_score(objective, splits, tmp_path, monkeypatch):
+    """Of the 9 validation images, 3 at once fit; this is said once in the run and remembered."""
+    recipe = replace(PLAIN, objective=objective, evaluate=steps(5))
+    run(recipe, splits, tmp_path / "whole")
+    kind = type(build_model(recipe, splits[0].classes))
+    honest, seen, said = kind.forward, [], []
+
+    def limited(self, pixels, *rest, **options):
+        if not self.training:
+            seen.append(len(pixels))
+            if len(pixels) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return honest(self, pixels, *rest, **options)
+
+    monkeypatch.setattr(kind, "forward", limited)
+    monkeypatch.setattr(progress.Reporter, "say", lambda self, sentence: said.append(sentence))
+    run(recipe, splits, tmp_path / "parts")
+    assert [sentence for sentence in said if "memory" in sentence] == [
+        f"out of memory: {now} images are now computed at once instead of {before}; the answers stay the same"
+        for now, before in ((4, 8), (2, 4))
+    ]
+    assert seen == [8, 4, 2, 2, 2, 2, 1] + [2, 2, 2, 2, 1] * (len(seen) // 5 - 1)
+    one, other = rows(tmp_path / "whole"), rows(tmp_path / "parts")
+    for name in ("val_accuracy", "val_loss"):
+        assert [row.get(name) for row in one] == pytest.approx([row.get(name) for row in other], abs=1e-6)
+    assert all(torch.equal(value, model_end(tmp_path / "parts")[name]) for name, value in model_end(tmp_path / "whole").items())
+
+
 def test_other_errors_are_not_taken_for_lack_of_memory(splits, tmp_path, monkeypatch):
     def fails(*_):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

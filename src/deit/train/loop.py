@@ -28,7 +28,7 @@ from deit.config import DeiTConfig
 from deit.data.batches import Batch, Faults, LoaderDied
 from deit.data.draws import Stream, draws
 from deit.data.folders import Split
-from deit.machine import Processes, keep_memory, processes, synchronised
+from deit.machine import Processes, Rows, free_memory, keep_memory, out_of_memory, processes, synchronised
 from deit.recipe import Recipe, steps
 from deit.train import objectives, optim, runs
 from deit.train.build import find_sources
@@ -149,6 +149,8 @@ class _Session:
         self.faults.load_state(state.faults)
         self.last_saved = time.perf_counter()
         self.began = self.last_saved - state.seconds
+        sharded = work.recipe.compute.parallel == "shard" and work.us.world > 1
+        self.rows = Rows(reporter.say, divides=not sharded)
         self.judging = 0.0
         """Seconds that the last evaluation took."""
 
@@ -184,7 +186,7 @@ class _Session:
         """Scores the model, saves it if it is the best so far, and writes a row."""
         began = time.perf_counter()
         try:
-            verdict = _judge(self.work, self.state, self.out, self.validation())
+            verdict = _judge(self.work, self.state, self.out, self.validation(), self.rows)
         except _Interrupted:  # saved here, where the model has its own weights again; a resumed run evaluates first
             self.stop()
         self.row(verdict.numbers)
@@ -323,7 +325,7 @@ def _gradients(
         try:
             return _accumulated(work, state, batch, work.computing)
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             if work.us.world > 1:  # the others wait in a collective operation
                 raise _too_large(work, batch) from error
@@ -344,7 +346,7 @@ def _fit(work: Work, state: State, batch: Batch, say: Callable[[str], None]) -> 
         try:
             _accumulated(work, state, batch, work.model)
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             failed = True
         _undo(work, buffers)
@@ -357,8 +359,7 @@ def _halve(work: Work, batch: Batch, say: Callable[[str], None]) -> None:
     if work.accumulate >= (len(batch) + 1) // 2:  # mirror images can't be separated
         raise _too_large(work, batch)
     work.accumulate *= 2
-    if work.us.device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory()
     say(f"out of memory: the batch is now computed in {work.accumulate} parts; the result is the same")
 
 
@@ -405,10 +406,10 @@ def _depth_draws(recipe: Recipe, step: int, passes: int) -> Tensor | None:
     return torch.from_numpy(draws(recipe.seed, step, 0, 0, stream=Stream.DEPTH).random(shape, dtype="float32"))
 
 
-def _judge(work: Work, state: State, out: Path, validation: Iterable[Batch]) -> objectives.Verdict:
+def _judge(work: Work, state: State, out: Path, validation: Iterable[Batch], rows: Rows) -> objectives.Verdict:
     """Scores the model on the validation images, and saves it if it is the best so far."""
     with work.average.averaged() if work.average else nullcontext():
-        verdict = work.objective.judge(work.model, validation, work.us, work.precision)
+        verdict = work.objective.judge(work.model, validation, work.us, work.precision, rows)
         # On a tie, the later model is better, because it has seen more images at a lower learning rate.
         if math.isfinite(verdict.score) and (state.best is None or verdict.score >= state.best):
             state.best = verdict.score
@@ -419,14 +420,6 @@ def _judge(work: Work, state: State, out: Path, validation: Iterable[Batch]) -> 
             verdict.picture.save(temporary, "PNG")
     state.evaluated = state.step
     return verdict
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
-        or "not enough memory" in str(error)
-        or "can't allocate memory" in str(error)
-    )
 
 
 # ------------------------------------------------------------------------------------------------- time, interruptions
