@@ -11,24 +11,26 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
 from deit.host import cores
 
+_Named = TypeVar("_Named", bound=dict[Any, Any])
 _PATIENCE = timedelta(minutes=30)
 """How long a process waits for the others. On a loaded machine, one process' first evaluation may take that long."""
 _NO_MEMORY = re.compile(
     "out of memory|not enough memory|can(?:'t|not) allocate memory|ALLOC_FAILED|ALLOCATION_FAILED", re.IGNORECASE
 )
 """The texts of these errors: CUDA and NCCL, then the CPU, then cuBLAS and cuDNN."""
+_LOST = re.compile("CUDA error:|device-side assert|cuDNN error:.*EXECUTION_FAILED")
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
@@ -189,10 +191,38 @@ def _own_part(store: distributed.Store, rank: int, world: int) -> distributed.St
     )
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Computes products and convolutions of float32 in float32. On a GPU, PyTorch would round the inputs of
+    convolutions to TF32, which has 10 bits, and those of products too if somebody has asked for it."""
+    places: list[Any] = [getattr(torch.backends.cudnn, "conv", None), torch.backends.cuda.matmul]
+    name, value = "fp32_precision", "ieee"
+    if places[0] is None:  # PyTorch before 2.9; both ways can't be mixed
+        places, name, value = [torch.backends.cudnn, torch.backends.cuda.matmul], "allow_tf32", False  # type: ignore[assignment]
+    before = [getattr(place, name) for place in places]
+    try:
+        for place in places:
+            setattr(place, name, value)
+        yield
+    finally:
+        for place, old in zip(places, before, strict=True):
+            setattr(place, name, old)
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out: main memory, or a GPU's as PyTorch, CUDA or its libraries say it."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+    )
+
+
+def device_lost(error: BaseException) -> bool:
+    """Whether an error means that no later work on the GPU can succeed in this process. After such an error, CUDA
+    answers every call with an error, until the process is started again."""
+    return (
+        isinstance(error, RuntimeError)
+        and not out_of_memory(error)
+        and (type(error).__name__ == "AcceleratorError" or _LOST.search(str(error)) is not None)
     )
 
 
@@ -209,7 +239,7 @@ class Rows:
         self.most: int | None = None
         """The largest number of rows that are computed at once; None while there is no limit."""
 
-    def __call__(self, compute: Callable[..., Mapping[str, Any]], *given: Tensor) -> dict[str, Tensor]:
+    def __call__(self, compute: Callable[..., _Named], *given: Tensor) -> _Named:
         """The tensors that `compute` gives for all rows of `given`. Each of its rows must depend on the same row alone.
 
         Raises the error itself if memory runs out for a single row.
@@ -221,19 +251,18 @@ class Rows:
                 found = [
                     compute(*(tensor[start : start + size] for tensor in given)) for start in range(0, count, size)
                 ]
-                return {name: _joined([part[name] for part in found]) for name in found[0]}
+                if len(found) == 1:
+                    return found[0]
+                return type(found[0])({name: torch.cat([part[name] for part in found]) for name in found[0]})
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error) or size == 1 or not self.divides:
                     raise
             free_memory()
             self.most = (size + 1) // 2
             self.say(
-                f"out of memory: {self.most} images are now computed at once instead of {size}; the answers stay the same"
+                f"out of memory: {self.most} images are now computed at once instead of {size}; "
+                "the answers stay the same"
             )
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def free_memory() -> None:

@@ -166,21 +166,6 @@ def test_names_for_another_number_of_classes_are_refused():
         examine(Lookup(heads=1), batches()[2], "abc")
 
 
-def test_float32_is_float32_on_a_gpu_too():
-    """PyTorch would let a convolution round its inputs to TF32."""
-    asked = []
-
-    class Asked(Lookup):
-        def forward(self, pixels):
-            asked.append(torch.backends.cudnn.allow_tf32)
-            return super().forward(pixels)
-
-    before = torch.backends.cudnn.allow_tf32
-    examine(Asked(heads=1), batches()[2], NAMES[:5])
-    assert set(asked) == {False}
-    assert torch.backends.cudnn.allow_tf32 is before is True
-
-
 class Narrow(Lookup):
     """A model on a machine whose memory holds three images."""
 
@@ -193,7 +178,7 @@ class Narrow(Lookup):
 def test_lack_of_memory_changes_no_value():
     """Batches of 8 become parts of 4 and 2. The report and the accuracies are those of a large machine."""
     parts = batches()[2]
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning, match="out of memory") as said:
         found = evaluate(Narrow(heads=2), parts)
     assert [str(each.message).partition(";")[0] for each in said] == [
         f"out of memory: {now} images are now computed at once instead of {before}" for now, before in ((4, 8), (2, 4))

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from deit.choices import Head
 from deit.data.batches import Batch, EvaluationBatches
 from deit.data.folders import Split, fingerprint, matched, read_examples
 from deit.evaluate.scores import Accuracy, Comparison, Report, compare
-from deit.machine import Processes, Rows, resolve_device
+from deit.machine import Processes, Rows, full_float32, resolve_device
 from deit.model.load import load_classifier, refuse_head, refuse_not_finite, refuse_other_scoring
 from deit.model.network import (
     head_probabilities,
@@ -43,7 +43,7 @@ def _answered(
     The model is in evaluation mode meanwhile. Its own mode is restored.
     """
 
-    def computed(pixels: Tensor) -> Mapping[str, Tensor]:
+    def computed(pixels: Tensor) -> dict[Head, Tensor]:
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             return head_probabilities(model(pixels.to(device, non_blocking=True)))
 
@@ -51,7 +51,7 @@ def _answered(
     model.eval()
     try:
         for batch in batches:
-            by_head = cast(dict[Head, Tensor], rows(computed, batch.pixels))
+            by_head = rows(computed, batch.pixels)
             yield batch, batch.labels.to(device, non_blocking=True), by_head
     finally:
         model.train(training)
@@ -114,7 +114,7 @@ def examine(
     ranks: defaultdict[str, _Column] = defaultdict(_Column)
     faults: list[tuple[str, str]] = []
     done = 0
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would keep 10 bits of them
+    with full_float32():
         for batch, labels, by_head in _answered(model, batches, torch.device(device), precision, rows):
             _check(by_head, labels, head, classes, done)
             chosen = by_head[head]
