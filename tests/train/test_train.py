@@ -402,7 +402,9 @@ def test_an_evaluation_survives_lack_of_memory_with_the_same_score(objective, sp
     one, other = rows(tmp_path / "whole"), rows(tmp_path / "parts")
     for name in ("val_accuracy", "val_loss"):
         assert [row.get(name) for row in one] == pytest.approx([row.get(name) for row in other], abs=1e-6)
-    assert all(torch.equal(value, model_end(tmp_path / "parts")[name]) for name, value in model_end(tmp_path / "whole").items())
+    assert all(
+        torch.equal(value, model_end(tmp_path / "parts")[name]) for name, value in model_end(tmp_path / "whole").items()
+    )
 
 
 def test_other_errors_are_not_taken_for_lack_of_memory(splits, tmp_path, monkeypatch):
