@@ -108,10 +108,14 @@ class Processes:
     def spread(self, model: nn.Module, parallel: Literal["replicate", "shard"]) -> nn.Module:
         """The module that computes `model` in all processes.
 
-        `replicate` wraps `model` in DDP. `shard` returns `model` itself with its parameters sharded (FSDP2).
+        `replicate` wraps `model` in DDP. `shard` returns `model` itself with its parameters sharded (FSDP2). Batch
+        normalisation takes its statistics from the images of all processes (`SharedBatchNorm`).
         """
         if self.world == 1:
             return model
+        for part in model.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.__class__ = SharedBatchNorm  # keeps parameters and their names
         if parallel == "replicate":
             where = [self.device.index] if self.device.type == "cuda" else None
             return nn.parallel.DistributedDataParallel(model, device_ids=where, gradient_as_bucket_view=True)
@@ -121,6 +125,66 @@ class Processes:
             fully_shard(block)
         fully_shard(model)
         return model
+
+
+class SharedBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation with the statistics of the images of all processes together.
+
+    It computes with sums over processes that autograd knows, so it works on every device. `nn.SyncBatchNorm` refuses
+    the CPU.
+    """
+
+    alone = False
+    """Whether this process takes the statistics of its own images, and talks to no other."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, channels, height, width)
+        if not self.training or self.alone:
+            return super().forward(x)
+        assert self.momentum is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        values, channels = x.float(), (1, -1, 1, 1)
+        own = values.new_tensor([x.numel() / x.shape[1]])
+        *totals, count = _SumOfAll.apply(torch.cat([values.sum((0, 2, 3)), own])).split([x.shape[1], 1])
+        mean = totals[0] / count
+        centred = values - mean.view(channels)
+        variance = _SumOfAll.apply(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale.view(channels) + self.bias.view(channels)).to(x.dtype)
+
+
+class _SumOfAll(torch.autograd.Function):
+    """The sum over all processes. Each one's loss depends on it, so its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        values = values.clone()
+        distributed.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        distributed.all_reduce(gradient)
+        return gradient
+
+
+@contextmanager
+def alone(model: nn.Module) -> Iterator[None]:
+    """Lets a model that `Processes.spread` spread compute in this process by itself, except if it is sharded."""
+    parts = [part for part in model.modules() if isinstance(part, SharedBatchNorm)]
+    for part in parts:
+        part.alone = True
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.alone = False
 
 
 @contextmanager

@@ -376,6 +376,25 @@ def test_out_of_memory_with_single_pairs_is_said(splits, tmp_path, monkeypatch):
         run(PLAIN, splits, tmp_path)
 
 
+def test_batch_normalisation_is_never_divided_in_silence(splits, tmp_path, monkeypatch):
+    """Its micro-batches would have other statistics, and so other gradients."""
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(objectives.SupervisedObjective, "__call__", fails)
+    with raises_saying(
+        RuntimeError,
+        "out of memory with 8 images at once",
+        "batch normalisation",
+        "would train another model",
+        "set data.batch below 8",
+    ):
+        run(CONVNET, splits, tmp_path)
+    with raises_saying(ValueError, "compute.accumulate is 2", "batch normalisation", "compute.accumulate=1"):
+        replace(CONVNET, compute=replace(CONVNET.compute, accumulate=2))
+
+
 @pytest.mark.parametrize("objective", [Supervised(smoothing=0.1), MaskedImage(unit=8)], ids=["accuracy", "masked"])
 def test_an_evaluation_survives_lack_of_memory_with_the_same_score(objective, splits, tmp_path, monkeypatch):
     """Of the 9 validation images, 3 at once fit; this is said once in the run and remembered."""

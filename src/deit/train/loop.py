@@ -28,8 +28,8 @@ from deit.config import DeiTConfig
 from deit.data.batches import Batch, Faults, LoaderDied
 from deit.data.draws import Stream, draws
 from deit.data.folders import Split
-from deit.machine import Processes, Rows, free_memory, keep_memory, out_of_memory, processes, synchronised
-from deit.recipe import Recipe, steps
+from deit.machine import Processes, Rows, alone, free_memory, keep_memory, out_of_memory, processes, synchronised
+from deit.recipe import MICRO_BATCHES_REFUSED, Recipe, steps
 from deit.train import objectives, optim, runs
 from deit.train.build import find_sources
 from deit.train.progress import Reporter
@@ -344,7 +344,8 @@ def _fit(work: Work, state: State, batch: Batch, say: Callable[[str], None]) -> 
     while True:
         buffers, failed = [buffer.clone() for buffer in work.model.buffers()], False
         try:
-            _accumulated(work, state, batch, work.model)
+            with alone(work.model):
+                _accumulated(work, state, batch, work.model)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -356,6 +357,11 @@ def _fit(work: Work, state: State, batch: Batch, say: Callable[[str], None]) -> 
 
 
 def _halve(work: Work, batch: Batch, say: Callable[[str], None]) -> None:
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in work.model.modules()):
+        raise RuntimeError(
+            f"out of memory with {len(batch)} images at once; {MICRO_BATCHES_REFUSED}: set data.batch below "
+            f"{work.recipe.data.batch} (the learning rate follows it), or take a smaller model"
+        )
     if work.accumulate >= (len(batch) + 1) // 2:  # mirror images can't be separated
         raise _too_large(work, batch)
     work.accumulate *= 2
