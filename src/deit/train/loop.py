@@ -37,6 +37,8 @@ from deit.train.runs import State, Work
 
 _MOST_SKIPPED = 5
 """Number of steps in a row without a finite loss and gradient that stop the run."""
+_PLANNED, _MOST_PLANNED = 0.05, 0.2
+"""Parts of a time budget: the usual one that planning takes, and the largest."""
 _ROWS = 50
 """Largest number of steps between two rows of metrics."""
 
@@ -447,18 +449,29 @@ def _plan(
         """The main process's value, in all processes, because their clocks differ and their work must not."""
         return float(us.sum(torch.tensor(float(value) if us.main else 0.0, device=us.device)))
 
-    while len(times) < 3 or (len(times) < 12 and by_main(sum(times) < 0.05 * seconds)):
+    def spent_above(part: float) -> bool:
+        return by_main(sum(times) > part * seconds) > 0
+
+    # Loader processes give batches in bursts of as many as there are loaders, with waits between the bursts. At the
+    # start, they have time to make two bursts ahead. So whole bursts count, and only those after that.
+    burst = max(1, work.batches.workers)
+    first = max(2, 2 * burst) if work.batches.workers else 2
+    while len(times) < 3 or not (
+        spent_above(_MOST_PLANNED)
+        or (len(times) >= first + max(4, burst) and (len(times) - first) % burst == 0 and spent_above(_PLANNED))
+        or len(times) >= first + 12 * burst
+    ):
         started = time.perf_counter()
         work.optimizers.set_lr(work.lr(0))
         _step(work, state, next(stream), (False,), lambda _: None)
         times.append(time.perf_counter() - started)
     stream.close()  # type: ignore[attr-defined]
+    per_step = _seconds_per_step(times, first, burst)
     sample = min(3, len(work.validation))
     work.objective.judge(work.model, islice(work.validation, 1), us, work.precision)  # because the first one is slow
     started = time.perf_counter()
     work.objective.judge(work.model, islice(work.validation, sample), us, work.precision)
     judging = (time.perf_counter() - started) * len(work.validation) / sample
-    per_step = statistics.median(times[2:])
     left = 0.9 * (seconds - (time.perf_counter() - began)) - judging
     total = int(by_main(left / (per_step + judging / work.every)))
     if total < 1:
@@ -474,6 +487,13 @@ def _plan(
         return recipe
     shorter = replace(recipe.schedule, total=steps(total), warmup=steps(round(work.warmup * total / work.total)))
     return replace(recipe, schedule=shorter)
+
+
+def _seconds_per_step(times: list[float], first: int, burst: int) -> float:
+    """The mean over the whole bursts of steps from the `first` on; if there is none, over all but the two first steps,
+    which start things, although loaders then gave some batches that they had made ahead."""
+    whole = (len(times) - first) // burst * burst
+    return statistics.fmean(times[first : first + whole] if whole > 0 else times[2:])
 
 
 class _Signals:
