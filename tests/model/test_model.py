@@ -193,6 +193,23 @@ def test_each_block_drops_by_its_rate_and_its_draws(schedule, rates):
     assert_close(model.eval()(x, depth_draws=draws).last_hidden_state, model(x).last_hidden_state, 0)
 
 
+def test_the_factor_of_a_kept_branch_is_not_rounded_in_bfloat16():
+    """1 / 0.9 is 1.1094 in bfloat16, which would make each kept branch 0.15 % too small."""
+    model = build("backbone", small(num_hidden_layers=2, drop_path_rate=0.1)).train()
+    block, x = model.blocks[1], torch.randn(4, 6, 24)
+    model.set_attn_implementation("eager")
+    keep = torch.tensor([[1 / 0.9, 0.0, 1 / 0.9, 0.0], [0.0] * 4])
+    with torch.autocast("cpu", torch.bfloat16):
+        branch = block.attention(block.norm1(x))[0]
+        found = block(x, keep=keep)[0]
+    assert branch.dtype == torch.bfloat16
+    expected = x.double() + branch.double() * keep[0].double().view(-1, 1, 1)
+    assert_close(found.double(), expected, 1e-6)
+    assert (branch.double().abs() * (1 / 0.9 - 1.1094)).max() > 1e-4  # what rounding would cost
+    model.bfloat16()
+    assert block(x.bfloat16(), keep=keep)[0].dtype == torch.bfloat16
+
+
 def test_depth_draws_are_made_where_none_are_given_and_checked():
     model = build("with_teacher", small(drop_path_rate=0.4)).train()
     x = images(model.config, 3)

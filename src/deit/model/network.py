@@ -166,8 +166,8 @@ class Block(nn.Module):
         if self._by_hand(x, head_mask, need_weights):
             return self._trained_on_cpu(x, first, second, x.shape[1] if read is None else read), None
         y, attention = self.attention(self.norm1(x), head_mask, need_weights, read)
-        x = x[:, :read] + self._branch(y, self.scale1, first)
-        x = x + self._branch(self.mlp(self.norm2(x)), self.scale2, second)
+        x = x[:, :read] + self._branch(y, self.scale1, first, x.dtype)
+        x = x + self._branch(self.mlp(self.norm2(x)), self.scale2, second, x.dtype)
         return x, attention
 
     def _by_hand(self, x: Tensor, head_mask: Tensor | None, need_weights: bool) -> bool:
@@ -217,10 +217,11 @@ class Block(nn.Module):
                 self.scale2,
             )
 
-    def _branch(self, y: Tensor, scale: Tensor | None, keep: Tensor | None) -> Tensor:
+    def _branch(self, y: Tensor, scale: Tensor | None, keep: Tensor | None, dtype: torch.dtype) -> Tensor:
         y = self.dropout(y)
         y = y if scale is None else y * scale
-        return y if keep is None else y * keep.to(y.dtype).view(-1, 1, 1)
+        # The factor stays in float32, because bfloat16 would round 1 / 0.9 to 1.1094.
+        return y if keep is None else (y * keep.view(-1, 1, 1)).to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------- models
