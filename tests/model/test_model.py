@@ -9,6 +9,7 @@ from support.models import CLASS_OF, build, images, loss_of, mask_for, small
 
 from deit import weights
 from deit.config import ViTConfig
+from deit.model import network
 from deit.model.network import (
     DeiTForImageClassificationWithTeacher,
     DeiTForMaskedImageModeling,
@@ -70,6 +71,20 @@ def test_masked_image_modelling(changes, size):
                 errors.append(np.abs(patch - x[b, :, top : top + height, left : left + width].numpy()).mean())
     assert_close(out.reconstruction, torch.tensor(painted).float())
     assert out.loss.item() == pytest.approx(np.mean(errors), abs=1e-5)
+
+
+@pytest.mark.parametrize(("size", "patch"), [((16, 16), (4, 4)), ((17, 22), (4, 5)), ((7, 9), (7, 3))])
+def test_the_product_that_projects_patches_on_a_gpu_is_the_convolution(size, patch):
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(3, 24, patch, patch).double()
+    pixels = torch.randn(2, 3, *size, dtype=torch.float64)
+    expected = convolution(pixels)
+    found = network._product(convolution, pixels, *expected.shape[2:])
+    assert_close(found, expected.flatten(2).transpose(1, 2), 1e-12)
+    upstream = torch.randn_like(found)
+    theirs = torch.autograd.grad(expected, convolution.parameters(), upstream.transpose(1, 2).view_as(expected))
+    for ours, other in zip(torch.autograd.grad(found, convolution.parameters(), upstream), theirs, strict=True):
+        assert_close(ours, other, 1e-12)
 
 
 def test_mask_hides_pixels():

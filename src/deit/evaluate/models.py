@@ -26,9 +26,7 @@ from deit.data.folders import Split, fingerprint, matched, read_examples
 from deit.evaluate.scores import Accuracy, Comparison, Report, compare
 from deit.machine import Processes, Rows, full_float32, resolve_device
 from deit.model.load import load_classifier, refuse_head, refuse_not_finite, refuse_other_scoring
-from deit.model.network import (
-    head_probabilities,
-)
+from deit.model.network import head_probabilities
 
 _BATCH = 64
 _MANY = 512
@@ -45,14 +43,15 @@ def _answered(
 
     def computed(pixels: Tensor) -> dict[Head, Tensor]:
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            return head_probabilities(model(pixels.to(device, non_blocking=True)))
+            return head_probabilities(model(pixels))
 
     training = model.training
     model.eval()
     try:
         for batch in batches:
-            by_head = rows(computed, batch.pixels)
-            yield batch, batch.labels.to(device, non_blocking=True), by_head
+            there = batch.to(device)
+            by_head = rows(computed, there.pixels)
+            yield batch, there.labels, by_head
     finally:
         model.train(training)
 
@@ -311,7 +310,12 @@ class _Subject:
 
     def examine(self, console: Console, tell: bool) -> Examined:
         batches = EvaluationBatches(
-            self.split, self.processor, _BATCH, keep=False, workers=None if len(self.split) >= _MANY else 0
+            self.split,
+            self.processor,
+            _BATCH,
+            keep=False,
+            workers=None if len(self.split) >= _MANY else 0,
+            device=self.device,
         )
         shown = track(batches, self.name, console=console, disable=not console.is_terminal)
         report = examine(

@@ -390,12 +390,12 @@ def _accumulated(work: Work, state: State, batch: Batch, computing: nn.Module) -
     recipe, us = work.recipe, work.us
     torch.manual_seed(int(draws(recipe.seed, state.step, us.rank, 0, stream=Stream.DROPOUT).integers(2**62)))
     depth = _depth_draws(recipe, state.step, work.objective.passes)
-    parts = batch.parts(work.accumulate)
+    parts = batch.to(us.device).parts(work.accumulate)
     totals: list[Tensor] = []
     for i, part in enumerate(parts):
         share = len(part) / recipe.data.batch
         rows = None if depth is None else torch.cat([each[part.positions] for each in depth])
-        part = work.batches.mix(part.to(us.device))
+        part = work.batches.mix(part.finished())
         with synchronised(computing, i == len(parts) - 1):
             with torch.autocast(us.device.type, work.precision, enabled=work.precision != torch.float32):
                 found = work.objective(computing, part, rows)

@@ -96,6 +96,7 @@ def _share(recipe: r.Recipe, split: Split, us: Processes, **options: Any) -> Eva
         rank=us.rank,
         world=us.world,
         workers=recipe.compute.workers,
+        device=us.device,
         **options,
     )
 
@@ -248,7 +249,7 @@ class MaskedImageObjective:
         picture = None
         for batch in batches:
             real = batch.labels >= 0
-            batch = batch.to(us.device)
+            batch = batch.to(us.device).finished()
             assert batch.mask is not None
             painted = rows(computed, batch.pixels, batch.mask)["reconstruction"].float()
             if picture is None:

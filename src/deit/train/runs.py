@@ -145,7 +145,9 @@ def prepare(
             average.load_state(_part(tensors, "ema."))
     # 3. The objective and the images. Their stream begins at `state.step`.
     objective = objectives.build(recipe, train_split, us.device)
-    batches = TrainingBatches(train_split, recipe, rank=us.rank, world=us.world, cycle=objective.cycle)
+    batches = TrainingBatches(
+        train_split, recipe, rank=us.rank, world=us.world, cycle=objective.cycle, device=us.device
+    )
     per_epoch = batches.steps_per_epoch
     total = max(1, recipe.schedule.total.in_steps(per_epoch))
     every = max(1.0, recipe.evaluate.amount * (per_epoch if recipe.evaluate.unit == "epochs" else 1))
