@@ -1,9 +1,12 @@
 """What the machine says when memory runs out, and how the work is then divided."""
 
+import socket
+from contextlib import nullcontext
+
 import pytest
 import torch
 from support.checks import raises_saying
-from support.models import trained_folder
+from support.models import build, small, trained_folder
 
 from deit import machine
 from deit.data.batches import Batch
@@ -136,3 +139,61 @@ def test_float32_is_float32_on_a_gpu_too(wish, tmp_path):
     exact = ["ieee"] * 2 if isinstance(before[0], str) else [False] * 2
     assert len(asked) >= 3
     assert all(each == exact for each in asked)
+
+
+# ------------------------------------------------------------------------------------------------------ many processes
+
+
+@pytest.fixture
+def alone_under_torchrun(monkeypatch):
+    """The variables that torchrun would set for a single process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize(
+    ("error", "backend", "ending"),
+    [
+        (None, "nccl", "destroyed"),
+        (SystemExit(143), "nccl", "destroyed"),
+        (RuntimeError("one process failed"), "nccl", "aborted"),
+        (KeyboardInterrupt(), "nccl", "aborted"),
+        (RuntimeError("one process failed"), "gloo", "destroyed"),
+    ],
+)
+def test_a_process_that_failed_does_not_wait_for_the_others(error, backend, ending, alone_under_torchrun, monkeypatch):
+    distributed, endings = torch.distributed, []
+    destroy = distributed.destroy_process_group
+    monkeypatch.setattr(distributed, "get_backend", lambda: backend)
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda: endings.append("destroyed") or destroy())
+    monkeypatch.setattr(
+        distributed.distributed_c10d,
+        "_abort_process_group",
+        lambda: endings.append("aborted") or destroy(),
+        raising=False,
+    )
+    with pytest.raises(type(error)) if error else nullcontext(), machine.processes("cpu") as us:
+        assert (us.rank, us.world) == (0, 1)
+        if error:
+            raise error
+    assert endings == [ending]
+    assert not distributed.is_initialized()
+
+
+def test_parameters_are_sharded_on_the_device_of_the_run(monkeypatch):
+    """FSDP alone would take the GPU of the machine, also for a run on the CPU."""
+    from torch.distributed import fsdp
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    meshes = []
+    monkeypatch.setattr(fsdp, "fully_shard", lambda module, *, mesh: meshes.append((type(module).__name__, mesh)))
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        machine.Processes(torch.device("cpu"), 0, 2).spread(build("classification", small()), "shard")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert [name for name, _ in meshes] == ["Block"] * 3 + ["DeiTForImageClassification"]
+    assert {(mesh.device_type, mesh.size()) for _, mesh in meshes} == {("cpu", 2)}

@@ -119,11 +119,13 @@ class Processes:
         if parallel == "replicate":
             where = [self.device.index] if self.device.type == "cuda" else None
             return nn.parallel.DistributedDataParallel(model, device_ids=where, gradient_as_bucket_view=True)
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        mesh = init_device_mesh(self.device.type, (self.world,))  # without it, the GPU is taken even for the CPU
         for block in getattr(getattr(model, "backbone", None), "blocks", ()):
-            fully_shard(block)
-        fully_shard(model)
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
         return model
 
 
@@ -218,11 +220,26 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     distributed.init_process_group(
         "nccl" if place.type == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=_PATIENCE
     )
+    failed = True
     try:
         yield Processes(place, rank, world)
         distributed.barrier()  # a process that leaves early aborts what the others still exchange
+        failed = False
+    except SystemExit:  # all processes stop together
+        failed = False
+        raise
     finally:
         gc.collect()  # frees DDP, which keeps the group: the group's threads must end before the interpreter does
+        _leave(failed)
+
+
+def _leave(failed: bool) -> None:
+    """Ends the process group. After a failure, NCCL would wait for what the other processes no longer do, so it is
+    aborted."""
+    abort = getattr(distributed.distributed_c10d, "_abort_process_group", None)  # PyTorch has it for NCCL alone
+    if failed and abort is not None and distributed.get_backend() == "nccl":
+        abort()
+    else:
         distributed.destroy_process_group()
 
 

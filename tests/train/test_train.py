@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from support.checks import raises_saying
 from support.models import small
 from support.runs import photos, small_recipe
+from torch._dynamo.utils import counters
 
 from deit import machine
 from deit.config import ConvNetConfig
@@ -44,7 +45,7 @@ from deit.recipe import (
     epochs,
     steps,
 )
-from deit.train import checkpoint, loop, objectives, optim, progress, records, runs
+from deit.train import checkpoint, compiling, loop, objectives, optim, progress, records, runs
 from deit.train.build import build_model
 from deit.train.loop import Diverged, train
 
@@ -658,11 +659,83 @@ def test_distillation_needs_a_teacher(splits, tmp_path):
         run(recipe, splits, tmp_path)
 
 
+GRAPHS = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+"""PyTorch's compiler looks at every tensor, and hides this warning in its own way."""
+
+
+def quick(monkeypatch):
+    """Compilation without a compiler: graphs are computed eagerly, and counted."""
+    torch._dynamo.reset()
+    counters.clear()
+    honest = compiling.compile_parts
+    monkeypatch.setattr(compiling, "compile_parts", lambda model: honest(model, backend="eager"))
+    return replace(PLAIN, compute=replace(PLAIN.compute, compile=True))
+
+
+@GRAPHS
 def test_compiled_blocks_train(splits, tmp_path, monkeypatch):
-    """Each block is compiled by itself: eagerly here, which is quick and shows that the names of the weights stay."""
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
-    run(replace(PLAIN, compute=replace(PLAIN.compute, compile=True)), splits, tmp_path / "a")
-    run(PLAIN, splits, tmp_path / "b")
-    assert compiled == ["Block"] * 3
-    assert model_end(tmp_path / "a").keys() == model_end(tmp_path / "b").keys()
+    """The blocks give the run that they give without compilation, and the weights keep their names."""
+    run(quick(monkeypatch), splits, tmp_path / "a")
+    run(replace(PLAIN, compute=replace(PLAIN.compute, compile=False)), splits, tmp_path / "b")
+    one, other = model_end(tmp_path / "a"), model_end(tmp_path / "b")
+    assert one.keys() == other.keys()
+    assert counters["stats"]["unique_graphs"] > 0
+    for name, value in other.items():
+        if not name.endswith("qkv.bias"):  # the keys' part has no gradient but rounding errors
+            torch.testing.assert_close(one[name], value, atol=1e-4, rtol=0, msg=name)
+
+
+@GRAPHS
+def test_few_graphs_serve_all_sizes_of_micro_batches(splits, tmp_path, monkeypatch):
+    """Five, for micro-batches of 8, 4 and 2 and for an evaluation of 8 images.
+
+    The evaluation's last batch has one image. PyTorch compiles that number by itself, so there are two more.
+    """
+    honest, sizes, said = objectives.SupervisedObjective.__call__, set(), []
+
+    def limited(self, model, batch, draws):
+        if len(batch) > 8 >> batch.step // 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.add(len(batch))
+        return honest(self, model, batch, draws)
+
+    recipe = replace(quick(monkeypatch), schedule=Cosine(total=steps(6)), evaluate=steps(2))
+    monkeypatch.setattr(objectives.SupervisedObjective, "__call__", limited)
+    monkeypatch.setattr(progress.Reporter, "say", lambda self, sentence: said.append(sentence))
+    run(recipe, splits, tmp_path)
+    assert sizes == {8, 4, 2}
+    assert counters["stats"]["unique_graphs"] == 5 + 2
+    assert not [sentence for sentence in said if "torch.compile" in sentence]
+
+
+@GRAPHS
+def test_the_limit_of_graphs_is_said_once(splits, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(progress.Reporter, "say", lambda self, sentence: said.append(sentence))
+    recipe = quick(monkeypatch)
+    name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    with torch._dynamo.config.patch({name: 2}):
+        run(recipe, splits, tmp_path)
+    [sentence] = [sentence for sentence in said if "torch.compile" in sentence]
+    assert "has met its limit of graphs" in sentence
+    assert "compute.compile=False" in sentence
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "recipe", "expected"),
+    [
+        (None, "cuda", PLAIN, True),
+        (None, "cpu", PLAIN, False),
+        (None, "cuda", CONVNET, False),
+        (False, "cuda", PLAIN, False),
+        (True, "cpu", CONVNET, True),
+    ],
+)
+def test_what_is_compiled_if_the_recipe_leaves_it_open(setting, device, recipe, expected, monkeypatch):
+    model = build_model(recipe, "abc")
+    monkeypatch.setattr(compiling, "find_spec", lambda name: name)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: name if name == "gcc" else None)
+    us = machine.Processes(torch.device(device))
+    assert compiling.wanted(setting, model, us) is expected
+    monkeypatch.setattr(compiling.shutil, "which", lambda _: None)
+    assert compiling.wanted(setting, model, us) is (setting is True)  # no C compiler

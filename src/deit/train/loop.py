@@ -30,7 +30,7 @@ from deit.data.draws import Stream, draws
 from deit.data.folders import Split
 from deit.machine import Processes, Rows, alone, free_memory, keep_memory, out_of_memory, processes, synchronised
 from deit.recipe import MICRO_BATCHES_REFUSED, Recipe, steps
-from deit.train import objectives, optim, runs
+from deit.train import compiling, objectives, optim, runs
 from deit.train.build import find_sources
 from deit.train.progress import Reporter
 from deit.train.runs import State, Work
@@ -137,7 +137,8 @@ def _train(
         if us.main and not state.step:
             for sentence in work.objective.introduction(splits[1], us):
                 reporter.say(sentence)
-        _loop(_Session(work, state, out, reporter, signals, end))
+        with compiling.limit_said(reporter.say):
+            _loop(_Session(work, state, out, reporter, signals, end))
     return Run(out / "model", state.best if state.best is not None else -math.inf, state.seconds)
 
 
