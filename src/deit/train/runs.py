@@ -19,7 +19,7 @@ from deit.data.folders import Split, fingerprint
 from deit.image.processor import DeiTImageProcessor
 from deit.machine import Processes, described, resolve_precision, whole
 from deit.recipe import Cosine, Recipe, difference
-from deit.train import checkpoint, objectives, optim
+from deit.train import checkpoint, compiling, objectives, optim
 from deit.train.build import build_model
 from deit.train.records import ABOUT, About
 
@@ -133,9 +133,8 @@ def prepare(
         model.load_state_dict(_part(tensors, "model."))
     if recipe.compute.checkpoint_blocks:
         model.gradient_checkpointing_enable()  # type: ignore[operator]
-    if recipe.compute.compile:  # the blocks are alike, so one is compiled for all
-        for part in getattr(getattr(model, "backbone", None), "blocks", [model]):
-            part.compile()
+    if compiling.wanted(recipe.compute.compile, model, us):
+        compiling.compile_parts(model)
     computing = us.spread(model, recipe.compute.parallel)
     # 2. The optimizers and the average, which refer to the model's parameters.
     optimizers = optim.build(model, recipe.optim)
