@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
+import platform
 import shutil
 import statistics
 import time
@@ -60,7 +61,7 @@ def machine(place: Place) -> Iterator[Found]:
     from deit.host import cores
     from deit.machine import described
 
-    found: Found = {"device": described(place.device), "cores": cores(), "python": sys.version.split()[0]}
+    found: Found = {"device": described(place.device), "cores": cores(), "python": platform.python_version()}
     found["torch"] = torch.__version__
     found["cuda"] = torch.version.cuda
     found["shared_memory_gib"] = (

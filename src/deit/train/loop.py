@@ -138,7 +138,7 @@ def _train(
         if us.main and not state.step:
             for sentence in work.objective.introduction(splits[1], us):
                 reporter.say(sentence)
-        with compiling.limit_said(reporter.say):
+        with compiling.graphs(reporter.say) if work.compiled else nullcontext():
             _loop(_Session(work, state, out, reporter, signals, end))
     return Run(out / "model", state.best if state.best is not None else -math.inf, state.seconds)
 

@@ -67,6 +67,7 @@ class Work:
     """Number of steps between evaluations."""
     accumulate: int
     """Number of parts in which this process computes its share of a batch."""
+    compiled: bool
 
     def lr(self, step: int) -> float:
         peak = optim.peak_lr(self.recipe.optim, self.recipe.data.batch)
@@ -133,7 +134,8 @@ def prepare(
         model.load_state_dict(_part(tensors, "model."))
     if recipe.compute.checkpoint_blocks:
         model.gradient_checkpointing_enable()  # type: ignore[operator]
-    if compiling.wanted(recipe.compute.compile, model, us):
+    compiled = compiling.wanted(recipe.compute.compile, model, us)
+    if compiled:
         compiling.compile_parts(model)
     computing = us.spread(model, recipe.compute.parallel)
     # 2. The optimizers and the average, which refer to the model's parameters.
@@ -167,6 +169,7 @@ def prepare(
         recipe.schedule.warmup.in_steps(per_epoch),
         every,
         recipe.compute.accumulate,
+        compiled,
     ), state
 
 
