@@ -25,12 +25,13 @@ from torch import Tensor, nn
 
 from deit import files
 from deit.config import DeiTConfig
+from deit.data.ahead import Ahead
 from deit.data.batches import Batch, Faults, LoaderDied
 from deit.data.draws import Stream, draws
 from deit.data.folders import Split
-from deit.machine import Processes, keep_memory, processes, synchronised
-from deit.recipe import Recipe, steps
-from deit.train import objectives, optim, runs
+from deit.machine import Processes, Rows, alone, free_memory, keep_memory, out_of_memory, processes, synchronised
+from deit.recipe import MICRO_BATCHES_REFUSED, Recipe, steps
+from deit.train import compiling, objectives, optim, runs
 from deit.train.build import find_sources
 from deit.train.progress import Reporter
 from deit.train.receivers import Receiver, named
@@ -38,6 +39,8 @@ from deit.train.runs import State, Work
 
 _MOST_SKIPPED = 5
 """Number of steps in a row without a finite loss and gradient that stop the run."""
+_PLANNED, _MOST_PLANNED = 0.05, 0.2
+"""Parts of a time budget: the usual one that planning takes, and the largest."""
 _ROWS = 50
 """Largest number of steps between two rows of metrics."""
 
@@ -142,7 +145,8 @@ def _train(
         if us.main and not state.step:
             for sentence in work.objective.introduction(splits[1], us):
                 reporter.say(sentence)
-        _loop(_Session(work, state, out, reporter, signals, end))
+        with compiling.graphs(reporter.say) if work.compiled else nullcontext():
+            _loop(_Session(work, state, out, reporter, signals, end))
     return Run(out / "model", state.best if state.best is not None else -math.inf, state.seconds)
 
 
@@ -156,6 +160,8 @@ class _Session:
         self.faults.load_state(state.faults)
         self.last_saved = time.perf_counter()
         self.began = self.last_saved - state.seconds
+        sharded = work.recipe.compute.parallel == "shard" and work.us.world > 1
+        self.rows = Rows(reporter.say, divides=not sharded)
         self.judging = 0.0
         """Seconds that the last evaluation took."""
 
@@ -191,7 +197,7 @@ class _Session:
         """Scores the model, saves it if it is the best so far, and writes a row."""
         began = time.perf_counter()
         try:
-            verdict = _judge(self.work, self.state, self.out, self.validation())
+            verdict = _judge(self.work, self.state, self.out, self.validation(), self.rows)
         except _Interrupted:  # saved here, where the model has its own weights again; a resumed run evaluates first
             self.stop()
         self.row(verdict.numbers)
@@ -236,7 +242,7 @@ def _loop(session: _Session) -> None:
     if not state.step:
         runs.save_model(work, session.out / "model")
     fitted = work.us.world == 1
-    stream = work.batches.from_step(state.step)
+    stream = Ahead(work.batches.from_step(state.step), work.us.device)
     try:
         while True:
             if state.evaluated < state.step and work.due(state.step, work.every):
@@ -258,7 +264,8 @@ def _loop(session: _Session) -> None:
                 _fit(work, state, batch, say)
                 fitted = True
             work.optimizers.set_lr(work.lr(state.step))
-            numbers, (stop, save, late) = _step(work, state, batch, session.wishes(), say)
+            ahead = stream.fetch if state.step + 1 < work.total else None
+            numbers, (stop, save, late) = _step(work, state, batch, session.wishes(), say, ahead)
             session.reporter.advance(state.step, numbers, time.perf_counter() - began)
 
             if late and state.step < work.total:
@@ -270,14 +277,19 @@ def _loop(session: _Session) -> None:
             if save and not state.skipped_in_a_row:
                 session.save()
     finally:
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
     session.save()
 
 
 def _step(
-    work: Work, state: State, batch: Batch, wishes: tuple[bool, ...], say: Callable[[str], None]
+    work: Work,
+    state: State,
+    batch: Batch,
+    wishes: tuple[bool, ...],
+    say: Callable[[str], None],
+    meanwhile: Callable[[], None] | None = None,
 ) -> tuple[dict[str, float], list[bool]]:
-    """Takes one step, or skips it if the loss or the gradient is not finite.
+    """Takes one step, or skips it if the loss or the gradient is not finite. Calls `meanwhile` while a GPU computes.
 
     Returns the logged numbers and, for each of `wishes`, whether any process has it.
     """
@@ -291,7 +303,10 @@ def _step(
             torch.tensor(wishes, dtype=torch.float32).to(work.us.device),
         ]
     )
-    found = work.us.sum(values).tolist()  # the only host-device synchronisation of a step
+    totals = work.us.sum(values)
+    if meanwhile:
+        meanwhile()
+    found = totals.tolist()  # the only host-device synchronisation of a step
     numbers = dict(zip([*names, "gradient_norm"], found, strict=False))
     state.step += 1
     if math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient_norm"]):
@@ -330,7 +345,7 @@ def _gradients(
         try:
             return _accumulated(work, state, batch, work.computing)
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             if work.us.world > 1:  # the others wait in a collective operation
                 raise _too_large(work, batch) from error
@@ -349,9 +364,10 @@ def _fit(work: Work, state: State, batch: Batch, say: Callable[[str], None]) -> 
     while True:
         buffers, failed = [buffer.clone() for buffer in work.model.buffers()], False
         try:
-            _accumulated(work, state, batch, work.model)
+            with alone(work.model):
+                _accumulated(work, state, batch, work.model)
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             failed = True
         _undo(work, buffers)
@@ -361,17 +377,22 @@ def _fit(work: Work, state: State, batch: Batch, say: Callable[[str], None]) -> 
 
 
 def _halve(work: Work, batch: Batch, say: Callable[[str], None]) -> None:
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in work.model.modules()):
+        raise RuntimeError(
+            f"out of memory with {len(batch)} images at once; {MICRO_BATCHES_REFUSED}: set data.batch below "
+            f"{work.recipe.data.batch} (the learning rate follows it), or take a smaller model"
+        )
     if work.accumulate >= (len(batch) + 1) // 2:  # mirror images can't be separated
         raise _too_large(work, batch)
     work.accumulate *= 2
-    if work.us.device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory()
     say(f"out of memory: the batch is now computed in {work.accumulate} parts; the result is the same")
 
 
 def _too_large(work: Work, batch: Batch) -> RuntimeError:
-    return RuntimeError(
-        f"out of memory with micro-batches of {len(batch.parts(work.accumulate)[0])} images; set "
+    pairs = (len(batch) + 1) // 2
+    return RuntimeError(  # the size is computed, because to divide the batch takes memory
+        f"out of memory with micro-batches of {min(len(batch), 2 * -(-pairs // work.accumulate))} images; set "
         f"compute.accumulate above {work.accumulate} or compute.checkpoint_blocks=True, or take a smaller "
         "model"
     )
@@ -387,12 +408,12 @@ def _accumulated(work: Work, state: State, batch: Batch, computing: nn.Module) -
     recipe, us = work.recipe, work.us
     torch.manual_seed(int(draws(recipe.seed, state.step, us.rank, 0, stream=Stream.DROPOUT).integers(2**62)))
     depth = _depth_draws(recipe, state.step, work.objective.passes)
-    parts = batch.parts(work.accumulate)
+    parts = batch.to(us.device).parts(work.accumulate)
     totals: list[Tensor] = []
     for i, part in enumerate(parts):
         share = len(part) / recipe.data.batch
         rows = None if depth is None else torch.cat([each[part.positions] for each in depth])
-        part = work.batches.mix(part.to(us.device))
+        part = work.batches.mix(part.finished())
         with synchronised(computing, i == len(parts) - 1):
             with torch.autocast(us.device.type, work.precision, enabled=work.precision != torch.float32):
                 found = work.objective(computing, part, rows)
@@ -412,10 +433,10 @@ def _depth_draws(recipe: Recipe, step: int, passes: int) -> Tensor | None:
     return torch.from_numpy(draws(recipe.seed, step, 0, 0, stream=Stream.DEPTH).random(shape, dtype="float32"))
 
 
-def _judge(work: Work, state: State, out: Path, validation: Iterable[Batch]) -> objectives.Verdict:
+def _judge(work: Work, state: State, out: Path, validation: Iterable[Batch], rows: Rows) -> objectives.Verdict:
     """Scores the model on the validation images, and saves it if it is the best so far."""
     with work.average.averaged() if work.average else nullcontext():
-        verdict = work.objective.judge(work.model, validation, work.us, work.precision)
+        verdict = work.objective.judge(work.model, validation, work.us, work.precision, rows)
         # On a tie, the later model is better, because it has seen more images at a lower learning rate.
         if math.isfinite(verdict.score) and (state.best is None or verdict.score >= state.best):
             state.best = verdict.score
@@ -426,14 +447,6 @@ def _judge(work: Work, state: State, out: Path, validation: Iterable[Batch]) -> 
             verdict.picture.save(temporary, "PNG")
     state.evaluated = state.step
     return verdict
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
-        or "not enough memory" in str(error)
-        or "can't allocate memory" in str(error)
-    )
 
 
 # ------------------------------------------------------------------------------------------------- time, interruptions
@@ -449,24 +462,35 @@ def _plan(
     began = time.perf_counter()
     work, state = runs.prepare(recipe, train_split, val_split, us, None)
     times: list[float] = []
-    stream = work.batches.from_step(0)
+    stream = Ahead(work.batches.from_step(0), us.device)
 
     def by_main(value: float) -> float:
         """The main process's value, in all processes, because their clocks differ and their work must not."""
         return float(us.sum(torch.tensor(float(value) if us.main else 0.0, device=us.device)))
 
-    while len(times) < 3 or (len(times) < 12 and by_main(sum(times) < 0.05 * seconds)):
+    def spent_above(part: float) -> bool:
+        return by_main(sum(times) > part * seconds) > 0
+
+    # Loader processes give batches in bursts of as many as there are loaders, with waits between the bursts. At the
+    # start, they have time to make two bursts ahead. So whole bursts count, and only those after that.
+    burst = max(1, work.batches.workers)
+    first = max(2, 2 * burst) if work.batches.workers else 2
+    while len(times) < 3 or not (
+        spent_above(_MOST_PLANNED)
+        or (len(times) >= first + max(4, burst) and (len(times) - first) % burst == 0 and spent_above(_PLANNED))
+        or len(times) >= first + 12 * burst
+    ):
         started = time.perf_counter()
         work.optimizers.set_lr(work.lr(0))
-        _step(work, state, next(stream), (False,), lambda _: None)
+        _step(work, state, next(stream), (False,), lambda _: None, stream.fetch)
         times.append(time.perf_counter() - started)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
+    per_step = _seconds_per_step(times, first, burst)
     sample = min(3, len(work.validation))
     work.objective.judge(work.model, islice(work.validation, 1), us, work.precision)  # because the first one is slow
     started = time.perf_counter()
     work.objective.judge(work.model, islice(work.validation, sample), us, work.precision)
     judging = (time.perf_counter() - started) * len(work.validation) / sample
-    per_step = statistics.median(times[2:])
     left = 0.9 * (seconds - (time.perf_counter() - began)) - judging
     total = int(by_main(left / (per_step + judging / work.every)))
     if total < 1:
@@ -482,6 +506,13 @@ def _plan(
         return recipe
     shorter = replace(recipe.schedule, total=steps(total), warmup=steps(round(work.warmup * total / work.total)))
     return replace(recipe, schedule=shorter)
+
+
+def _seconds_per_step(times: list[float], first: int, burst: int) -> float:
+    """The mean over the whole bursts of steps from the `first` on; if there is none, over all but the two first steps,
+    which start things, although loaders then gave some batches that they had made ahead."""
+    whole = (len(times) - first) // burst * burst
+    return statistics.fmean(times[first : first + whole] if whole > 0 else times[2:])
 
 
 class _Signals:

@@ -23,7 +23,10 @@ from deit.train.records import span
 _SETTLED = 10
 """Steps before the first estimate of the remaining time. The first steps compile, allocate and fill caches."""
 _RECENT = 50
-"""Number of latest steps whose median duration gives the rate."""
+"""Number of latest steps whose mean duration gives the rate. Batches may come in bursts, so a median would ignore the
+waits between them."""
+_STARTING = 2
+"""Number of first steps that do not count for the rate after them, because they start things."""
 
 
 class Reporter:
@@ -107,8 +110,10 @@ class Reporter:
     def advance(self, step: int, numbers: dict[str, float], seconds: float) -> None:
         """Moves the line. To be called after every step, which took `seconds`."""
         since = step - self.first
+        if since == _STARTING + 1:
+            self.durations.clear()
         self.durations.append(seconds)
-        self.rate = self.recipe.data.batch / statistics.median(self.durations)
+        self.rate = self.recipe.data.batch / statistics.fmean(self.durations)
         self.latest |= numbers
         if since == _SETTLED and self.total > 2 * _SETTLED:
             left = (self.total - step) * self.recipe.data.batch / self.rate

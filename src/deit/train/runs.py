@@ -19,7 +19,7 @@ from deit.data.folders import Split, fingerprint
 from deit.image.processor import DeiTImageProcessor
 from deit.machine import Processes, described, resolve_precision, whole
 from deit.recipe import Cosine, Recipe, difference
-from deit.train import checkpoint, objectives, optim
+from deit.train import checkpoint, compiling, objectives, optim
 from deit.train.build import build_model
 from deit.train.records import ABOUT, About
 
@@ -67,6 +67,7 @@ class Work:
     """Number of steps between evaluations."""
     accumulate: int
     """Number of parts in which this process computes its share of a batch."""
+    compiled: bool
 
     def lr(self, step: int) -> float:
         peak = optim.peak_lr(self.recipe.optim, self.recipe.data.batch)
@@ -133,9 +134,9 @@ def prepare(
         model.load_state_dict(_part(tensors, "model."))
     if recipe.compute.checkpoint_blocks:
         model.gradient_checkpointing_enable()  # type: ignore[operator]
-    if recipe.compute.compile:  # the blocks are alike, so one is compiled for all
-        for part in getattr(getattr(model, "backbone", None), "blocks", [model]):
-            part.compile()
+    compiled = compiling.wanted(recipe.compute.compile, model, us)
+    if compiled:
+        compiling.compile_parts(model)
     computing = us.spread(model, recipe.compute.parallel)
     # 2. The optimizers and the average, which refer to the model's parameters.
     optimizers = optim.build(model, recipe.optim)
@@ -146,7 +147,9 @@ def prepare(
             average.load_state(_part(tensors, "ema."))
     # 3. The objective and the images. Their stream begins at `state.step`.
     objective = objectives.build(recipe, train_split, us.device)
-    batches = TrainingBatches(train_split, recipe, rank=us.rank, world=us.world, cycle=objective.cycle)
+    batches = TrainingBatches(
+        train_split, recipe, rank=us.rank, world=us.world, cycle=objective.cycle, device=us.device
+    )
     per_epoch = batches.steps_per_epoch
     total = max(1, recipe.schedule.total.in_steps(per_epoch))
     every = max(1.0, recipe.evaluate.amount * (per_epoch if recipe.evaluate.unit == "epochs" else 1))
@@ -166,6 +169,7 @@ def prepare(
         recipe.schedule.warmup.in_steps(per_epoch),
         every,
         recipe.compute.accumulate,
+        compiled,
     ), state
 
 
