@@ -403,6 +403,65 @@ def test_a_loss_that_is_not_finite_skips_its_update(splits, tmp_path, monkeypatc
     assert all(math.isfinite(row["loss"]) for row in rows(tmp_path) if "loss" in row)
 
 
+def deciding(monkeypatch):
+    """The CPU decides by itself whether to skip a step, and the loop reads its numbers one step late, as on a GPU."""
+    honest = runs.prepare
+
+    def prepare(*given):
+        work, state = honest(*given)
+        assert work.optimizers.can_skip
+        work.decides = True
+        return work, state
+
+    monkeypatch.setattr(runs, "prepare", prepare)
+
+
+LATE = replace(PLAIN, optim=AdamW(lr=1e-3, per_images=8), schedule=Cosine(total=steps(7)), ema=0.9)
+
+
+def test_numbers_that_are_read_late_give_the_same_run(splits, tmp_path, monkeypatch):
+    run(LATE, splits, tmp_path / "a")
+    deciding(monkeypatch)
+    run(LATE, splits, tmp_path / "b")
+    for name, value in model_end(tmp_path / "a").items():
+        torch.testing.assert_close(model_end(tmp_path / "b")[name], value, atol=1e-6, rtol=0, msg=name)
+    one, other = rows(tmp_path / "a"), rows(tmp_path / "b")
+    assert [row["step"] for row in one] == [row["step"] for row in other]
+    for name in ("loss", "gradient_norm", "val_accuracy"):
+        assert [row[name] for row in one if name in row] == pytest.approx([row[name] for row in other if name in row])
+
+
+@pytest.mark.parametrize("recipe", [LATE, replace(CONVNET, optim=LATE.optim, schedule=LATE.schedule, ema=0.9)])
+def test_a_device_that_decides_skips_what_is_not_finite(recipe, splits, tmp_path, monkeypatch):
+    states, update = [], loop._step
+
+    def watched(work, *rest):
+        found = update(work, *rest)
+        states.append({name: value.clone() for name, value in work.model.state_dict().items()})
+        states[-1] |= {f"ema.{name}": value.clone() for name, value in work.average.state().items()}
+        states[-1] |= {f"optim.{name}": value.clone() for name, value in work.optimizers.state().items()}
+        return found
+
+    deciding(monkeypatch)
+    monkeypatch.setattr(loop, "_step", watched)
+    poisoned(monkeypatch, {2, 3})
+    run(recipe, splits, tmp_path)
+    for name, before in states[1].items():
+        if name != "ema.updates":  # is right once the numbers are read
+            assert torch.equal(states[2][name], before), name
+            assert torch.equal(states[3][name], before), name
+    assert any(not torch.equal(states[4][name], before) for name, before in states[1].items())
+    assert states[-1]["ema.updates"] == 7 - 2
+    assert rows(tmp_path)[-1]["skipped"] == 2
+
+
+def test_a_device_that_decides_gives_up_too(splits, tmp_path, monkeypatch):
+    deciding(monkeypatch)
+    poisoned(monkeypatch, range(1, 7))
+    with pytest.raises(Diverged, match="in 5 steps in a row, up to 6"):
+        run(LATE, splits, tmp_path)
+
+
 def test_a_run_that_only_skips_stops(splits, tmp_path, monkeypatch):
     poisoned(monkeypatch, set(range(6, 99)))
     recipe = replace(CONVNET, compute=replace(CONVNET.compute, save_minutes=0))
