@@ -293,7 +293,7 @@ def _step(
         [
             means,
             norm.detach().float().reshape(1) / work.us.world,
-            torch.tensor(wishes, dtype=torch.float32).to(work.us.device),
+            torch.tensor(wishes, dtype=torch.float32).to(work.us.device, non_blocking=True),
         ]
     )
     totals = work.us.sum(values)
