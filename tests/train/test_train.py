@@ -152,6 +152,37 @@ def test_batches_that_are_fetched_ahead_change_nothing(splits, tmp_path, monkeyp
     assert_same_end(tmp_path / "plain", tmp_path / "ahead")
 
 
+@pytest.mark.parametrize("kind", ["mixed", "masked"])
+def test_no_copy_to_the_device_waits_for_it(splits, tmp_path, monkeypatch, kind):
+    """PyTorch waits for all that a GPU has queued when it copies without `non_blocking`. That would keep the next batch
+    from being fetched meanwhile."""
+    recipe = (
+        replace(PLAIN, augment=Augment(erase=Erase(), mix=Mix(mixup=0.8)))
+        if kind == "mixed"
+        else replace(PLAIN, objective=MaskedImage(unit=8), augment=Augment(crop=ResizedCrop()))
+    )
+    moved, inside = [], []
+    to, step = torch.Tensor.to, loop._step
+
+    def noted(tensor, *given, **options):
+        if inside and any(isinstance(one, torch.device) for one in (*given, options.get("device"))):
+            moved.append(options.get("non_blocking", False))
+        return to(tensor, *given, **options)
+
+    def stepped(*given):
+        inside.append(True)
+        try:
+            return step(*given)
+        finally:
+            inside.clear()
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    monkeypatch.setattr(loop, "_step", stepped)
+    run(recipe, splits, tmp_path)
+    assert len(moved) >= 40  # pixels, labels and wishes in each of 10 steps
+    assert all(moved)
+
+
 def test_a_loader_that_dies_while_a_step_is_computed_spoils_no_step(splits, tmp_path, monkeypatch):
     """Its error is raised in place of the next batch, so the state is complete then."""
     steps = []
