@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -776,29 +775,6 @@ def test_the_rate_counts_the_waits_between_bursts(tmp_path):
             if step > 20:
                 assert reporter.rate == pytest.approx(8, rel=0.25)
     assert reporter.rate == pytest.approx(8, rel=0.1)
-
-
-def test_tensorboard_gets_the_rows(splits, tmp_path, monkeypatch):
-    """A stand-in for TensorBoard, which the tests do without."""
-    written = []
-
-    class Writer:
-        def __init__(self, folder, purge_step):
-            written.append((folder, purge_step))
-
-        def add_scalar(self, *scalar):
-            written.append(scalar)
-
-        def flush(self):
-            pass
-
-        close = flush
-
-    monkeypatch.setattr(progress, "find_spec", lambda name: name == "tensorboard")
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
-    run(CONVNET, splits, tmp_path)
-    assert written[0] == (str(tmp_path / "tensorboard"), 1)
-    assert written[1:] == [(name, value, row["step"]) for row in rows(tmp_path) for name, value in row.items()]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (89, "89 s"), (300, "5 min"), (2 * 3600, "2.0 h")])

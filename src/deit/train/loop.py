@@ -12,7 +12,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -34,6 +34,7 @@ from deit.recipe import MICRO_BATCHES_REFUSED, Recipe, steps
 from deit.train import compiling, objectives, optim, runs
 from deit.train.build import find_sources
 from deit.train.progress import Reporter
+from deit.train.receivers import Receiver, named
 from deit.train.runs import State, Unread, Work
 
 _MOST_SKIPPED = 5
@@ -80,6 +81,7 @@ def train(
     console: Console | None = None,
     resume: bool = False,
     minutes: float | None = None,
+    receivers: Sequence[Receiver] = (),
 ) -> Run:
     """Trains a recipe on images. Under torchrun, it trains together with the other processes.
 
@@ -92,6 +94,7 @@ def train(
         resume: continues a stopped run of this recipe in `out`. The settings of the machine (`compute`) may differ.
             Implied if torchrun starts a process again.
         minutes: shortens the schedule so that the run ends within this time.
+        receivers: what receives the rows of `metrics.jsonl` too, beside the recipe's `compute.log`.
 
     Raises:
         FileExistsError: `out` holds a run, and `resume` is False.
@@ -102,12 +105,13 @@ def train(
         data.LoaderDied: a loader process died.
     """
     find_sources(recipe)
+    receivers = [*receivers, *named(recipe.compute.log)]
     end = math.inf if minutes is None else time.perf_counter() + 60 * minutes
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     with processes(device) as us, _Signals() as signals:
         if us.device.type == "cpu":
             keep_memory()
-        return _train(recipe, (train_split, val_split), Path(out), us, signals, console, resume, end)
+        return _train(recipe, (train_split, val_split), Path(out), us, signals, console, resume, end, receivers)
 
 
 def _train(
@@ -119,6 +123,7 @@ def _train(
     console: Console | None,
     resume: bool,
     end: float,
+    receivers: Sequence[Receiver],
 ) -> Run:
     """Trains until `end` at the latest, a time of `time.perf_counter`. Keeps nothing of the run when it returns."""
     found = runs.find(out, recipe, resume, planned=end < math.inf)
@@ -132,7 +137,9 @@ def _train(
     work, state = runs.prepare(recipe, *splits, us, found)
     if us.main:
         runs.write_about(work, state, *splits, out)
-    with Reporter(out, recipe, us, console, done=state.step, total=work.total, written=state.written) as reporter:
+    with Reporter(
+        out, recipe, us, console, done=state.step, total=work.total, written=state.written, receivers=receivers
+    ) as reporter:
         for problem in found.problems if found else []:
             reporter.say(f"{problem}: resuming from an earlier one")
         if us.main and not state.step:
