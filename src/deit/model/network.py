@@ -65,7 +65,8 @@ class Attention(nn.Module):
     """Multi-head self-attention. `implementation` chooses the kernel, never the result.
 
     `sdpa` is PyTorch's fused kernel, `eager` is two batched matmuls. `auto` is `sdpa`, except in training on the CPU,
-    because the fused kernel's backward pass is slower there. A call that needs the weights or masks heads is `eager`.
+    because the fused kernel's backward pass is slower there, and under `torch.func` and forward-mode differentiation,
+    because the fused kernel has no rule for them. A call that needs the weights or masks heads is `eager`.
     """
 
     implementation: AttnImplementation
@@ -99,7 +100,7 @@ class Attention(nn.Module):
 
     def _eager(self, x: Tensor) -> bool:
         if self.implementation == "auto":
-            return self.training and x.device.type == "cpu"
+            return (self.training and x.device.type == "cpu") or cpu_training.transforms_active()
         return self.implementation == "eager"
 
 
@@ -132,7 +133,7 @@ class Block(nn.Module):
 
     In training on the CPU, `cpu_training` computes both branches, because it gives the same values with less work.
     Autograd takes over if only it can do what is needed: dropout, attention weights, another activation, compilation,
-    hooks on the parts, replaced parts.
+    `torch.func`, forward-mode differentiation, hooks on the parts, replaced parts.
     """
 
     scale1: Tensor | None
@@ -177,6 +178,7 @@ class Block(nn.Module):
             and self.attention.dropout == 0.0
             and self.dropout.p == 0.0
             and not torch.compiler.is_compiling()
+            and not cpu_training.transforms_active()
             and all(_untouched(part) for child in self.children() for part in child.modules())
         )
 
