@@ -148,11 +148,19 @@ _DEIT: dict[str, Any] = {
     "input_data_format": None,
 }
 _VIT = {**_DEIT, "size": 224, "resample": Image.Resampling.BILINEAR, "do_center_crop": False}
+_BIT = {  # the processor of DINOv2's files
+    **_DEIT,
+    "size": {"shortest_edge": 224},
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+    "do_convert_rgb": True,
+}
 # Every processor type that a published file may name, with the defaults of its class.
 _TYPES = {
     f"{family}{kind}": defaults
-    for family, defaults in (("DeiT", _DEIT), ("ViT", _VIT))
+    for family, defaults in (("DeiT", _DEIT), ("ViT", _VIT), ("Bit", _BIT))
     for kind in ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
+    if (family, kind) != ("Bit", "FeatureExtractor")  # which never was
 }
 # Options of transformers that have no counterpart here, and what to do instead.
 _UNDONE = {
@@ -457,7 +465,7 @@ class DeiTImageProcessor:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], **overrides: Any) -> DeiTImageProcessor:
-        """Builds a processor from the content of a file of any DeiT or ViT processor or feature extractor.
+        """Builds a processor from the content of a file of a DeiT, ViT or BiT processor or feature extractor.
 
         The type that the file names sets the defaults (a ViT type: 224x224, bilinear, no crop). Unknown keys are kept
         for `to_dict`. Raises `ValueError` for other types, and for options that cannot be honoured.
