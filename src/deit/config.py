@@ -417,7 +417,8 @@ class DeiTConfig:
     def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Self:
         """Builds a config from the content of a `config.json`: timm's, or Hugging Face's of a known family.
 
-        Those are `deit`, `vit`, `deit3` and `dinov2`. `overrides` replace fields; unknown ones are refused. Unknown keys in `values` are kept in `extra`.
+        Those are `deit`, `vit`, `deit3` and `dinov2`. `overrides` replace fields; unknown ones are refused. Unknown
+        keys in `values` are kept in `extra`.
         """
         values = _known_fields(values)
         names = {f.name for f in fields(cls)} - set(_NOT_WRITTEN)
