@@ -399,28 +399,28 @@ class DeiTConfig:
         values = self.to_diff_dict() if use_diff else self.to_dict()
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
-    def to_json_file(self, path: str | Path, use_diff: bool = False) -> None:
+    def to_json_file(self, json_file_path: str | Path, use_diff: bool = False) -> None:
         """Writes `to_json_string` into a file."""
-        files.write_text(Path(path), self.to_json_string(use_diff))
+        files.write_text(Path(json_file_path), self.to_json_string(use_diff))
 
     @classmethod
-    def from_json_file(cls, path: str | Path) -> Self:
+    def from_json_file(cls, json_file: str | Path) -> Self:
         """Reads one file in the format of `config.json`."""
         try:
-            return cls.from_dict(files.read_json(Path(path)))
+            return cls.from_dict(files.read_json(Path(json_file)))
         except files.CheckpointError:
             raise
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{json_file}: {error}") from None
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Self:
+    def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> Self:
         """Builds a config from the content of a `config.json`: timm's, or Hugging Face's of a known family.
 
         Those are `deit`, `vit`, `deit3` and `dinov2`. `overrides` replace fields; unknown ones are refused. Unknown
-        keys in `values` are kept in `extra`.
+        keys in `config_dict` are kept in `extra`.
         """
-        values = _known_fields(values)
+        values = _known_fields(config_dict)
         names = {f.name for f in fields(cls)} - set(_NOT_WRITTEN)
         if unknown := overrides.keys() - names:
             raise ValueError(f"{cls.__name__} has no field {_few(sorted(unknown))}; it has {', '.join(sorted(names))}")
@@ -432,7 +432,7 @@ class DeiTConfig:
     @classmethod
     def from_pretrained(
         cls,
-        name_or_folder: str | Path,
+        pretrained_model_name_or_path: str | Path,
         *,
         revision: str | None = None,
         subfolder: str = "",
@@ -444,7 +444,7 @@ class DeiTConfig:
     ) -> Self:
         """Reads `config.json` from a folder, or from a repository on the Hugging Face hub."""
         path = files.find_file(
-            name_or_folder,
+            pretrained_model_name_or_path,
             "config.json",
             revision=revision,
             subfolder=subfolder,
@@ -460,14 +460,16 @@ class DeiTConfig:
             raise ValueError(f"{path}: {error}") from None
 
     @classmethod
-    def get_config_dict(cls, name_or_folder: str | Path, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | Path, **options: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The content of `config.json` as it is written, and those `options` that don't say where it lies."""
         where = {name: options.pop(name) for name in files.WHERE if name in options}
-        return files.read_json(files.find_file(name_or_folder, "config.json", **where)), options
+        return files.read_json(files.find_file(pretrained_model_name_or_path, "config.json", **where)), options
 
     def save_pretrained(
         self,
-        folder: str | Path,
+        save_directory: str | Path,
         *,
         push_to_hub: bool = False,
         repo_id: str | None = None,
@@ -476,20 +478,20 @@ class DeiTConfig:
         revision: str | None = None,
         commit_message: str | None = None,
     ) -> None:
-        """Writes `config.json` into `folder`, and makes the folder if it is missing.
+        """Writes `config.json` into `save_directory`, and makes the folder if it is missing.
 
         The options from `repo_id` on are for `push_to_hub`, and refused without it.
         """
         push = files.push_options(
             push_to_hub,
-            folder,
+            save_directory,
             repo_id=repo_id,
             token=token,
             private=private,
             revision=revision,
             commit_message=commit_message,
         )
-        files.write_text(Path(folder) / "config.json", self.to_json_string())
+        files.write_text(Path(save_directory) / "config.json", self.to_json_string())
         if push_to_hub:
             self.push_to_hub(**push)
 

@@ -416,7 +416,7 @@ class DeiTImageProcessor:
     @classmethod
     def from_pretrained(
         cls,
-        name_or_folder: str | Path,
+        pretrained_model_name_or_path: str | Path,
         *,
         revision: str | None = None,
         subfolder: str = "",
@@ -431,7 +431,7 @@ class DeiTImageProcessor:
         Raises `FileNotFoundError` if there is no such file, `ValueError` if it cannot be honoured.
         """
         path = files.find_file(
-            name_or_folder,
+            pretrained_model_name_or_path,
             FILE_NAME,
             revision=revision,
             subfolder=subfolder,
@@ -459,18 +459,18 @@ class DeiTImageProcessor:
             ) from None
 
     @classmethod
-    def from_json_file(cls, path: str | os.PathLike[str], **overrides: Any) -> DeiTImageProcessor:
+    def from_json_file(cls, json_file: str | os.PathLike[str], **overrides: Any) -> DeiTImageProcessor:
         """Reads one file in the format of `preprocessor_config.json`."""
-        return cls.from_dict(files.read_json(Path(path)), **overrides)
+        return cls.from_dict(files.read_json(Path(json_file)), **overrides)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], **overrides: Any) -> DeiTImageProcessor:
+    def from_dict(cls, image_processor_dict: Mapping[str, Any], **overrides: Any) -> DeiTImageProcessor:
         """Builds a processor from the content of a file of a DeiT, ViT or BiT processor or feature extractor.
 
         The type that the file names sets the defaults (a ViT type: 224x224, bilinear, no crop). Unknown keys are kept
         for `to_dict`. Raises `ValueError` for other types, and for options that cannot be honoured.
         """
-        extra = copy.deepcopy(dict(data))
+        extra = copy.deepcopy(dict(image_processor_dict))
         kinds = [extra.pop("image_processor_type", None), extra.pop("feature_extractor_type", None)]
         kind = str(kinds[0] or kinds[1] or "DeiTImageProcessor")
         if kind not in _TYPES:
@@ -496,7 +496,7 @@ class DeiTImageProcessor:
 
     def save_pretrained(
         self,
-        folder: str | os.PathLike[str],
+        save_directory: str | os.PathLike[str],
         *,
         push_to_hub: bool = False,
         repo_id: str | None = None,
@@ -505,20 +505,20 @@ class DeiTImageProcessor:
         revision: str | None = None,
         commit_message: str | None = None,
     ) -> Path:
-        """Writes `preprocessor_config.json` into `folder`, whole or not at all. Makes the folder if it is missing.
+        """Writes `preprocessor_config.json` into the folder, whole or not at all. Makes the folder if it is missing.
 
         The options from `repo_id` on are for `push_to_hub`, and refused without it. Returns the path of the file.
         """
         push = files.push_options(
             push_to_hub,
-            folder,
+            save_directory,
             repo_id=repo_id,
             token=token,
             private=private,
             revision=revision,
             commit_message=commit_message,
         )
-        path = Path(folder, FILE_NAME)
+        path = Path(save_directory, FILE_NAME)
         files.write_text(path, self.to_json_string())
         if push_to_hub:
             self.push_to_hub(**push)
