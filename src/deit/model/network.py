@@ -118,11 +118,15 @@ class MLP(nn.Module):
 _KNOWN_BY_HAND = {Attention, MLP, nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout}
 
 
-def _untouched(module: nn.Module) -> bool:
-    """Whether `cpu_training` computes this module: it is neither replaced (adapters, parametrizations) nor hooked."""
-    return type(module) in _KNOWN_BY_HAND and not (
+def _hooked(module: nn.Module) -> bool:
+    return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def _untouched(module: nn.Module) -> bool:
+    """Whether `cpu_training` computes this module: it is neither replaced (adapters, parametrizations) nor hooked."""
+    return type(module) in _KNOWN_BY_HAND and not _hooked(module)
 
 
 class Block(nn.Module):
@@ -292,7 +296,8 @@ class DeiTModel(PreTrained):
             depth_draws: (B, blocks, 2), uniform in [0, 1), for stochastic depth in training. A branch is dropped for an
                 image if its number is below the block's rate. None draws the numbers here.
             read: the number of tokens that the caller reads from `last_hidden_state`, from the first on. The last block
-                then computes no others. With hidden states, attentions or a trace, it computes all of them.
+                then computes no others. With hidden states, attentions, a trace or hooks on that block or on `norm`, it
+                computes all of them.
             trace: a dict to fill with every intermediate by name.
         """
         config = self.config
@@ -302,7 +307,7 @@ class DeiTModel(PreTrained):
         keeps = self._keeps(pixel_values, depth_draws)
         x = note(trace, "embeddings", self._embed(pixel_values, bool_masked_pos, interpolate_pos_encoding))
         reads: list[int | None] = [None] * len(self.blocks)
-        if reads and not (need_weights or keep_states or trace is not None):
+        if reads and not (need_weights or keep_states or trace is not None or self._watched()):
             reads[-1] = read
         states, attentions = [x], []
         for i, block in enumerate(self.blocks):
@@ -325,6 +330,10 @@ class DeiTModel(PreTrained):
                 attentions=tuple(attentions) if need_weights else None,
             ),
         )
+
+    def _watched(self) -> bool:
+        """Whether hooks see what the last block and the norm after it compute. They expect all tokens."""
+        return any(_hooked(module) for part in (self.blocks[-1], self.norm) for module in part.modules())
 
     def _keeps(self, pixels: Tensor | None, draws: Tensor | None) -> Sequence[Tensor | None]:
         """The factors (2, B) of each block's branches: 0, or 1 / (1 - rate) so that the expectation stays the same."""
