@@ -163,7 +163,8 @@ def _rounded(layer: nn.Linear | nn.Conv2d) -> Iterator[None]:
         return apply(((x - low) / width).round() * width + low)
 
     layer.weight = nn.Parameter((exact / step).round() * step, requires_grad=False)
-    layer.forward = with_rounded_input  # no hook, because the last block would compute more tokens for it
+    # No hook, because the last block would compute more tokens for it.
+    layer.forward = with_rounded_input  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
