@@ -107,14 +107,26 @@ def first_batch(work: Any) -> Any:
         stream.close()
 
 
-def take_step(work: Any, state: Any, batch: Any) -> dict[str, float]:
-    """A step of the training loop itself."""
+def stepper(work: Any, state: Any, batches: Iterator[Any]) -> Callable[[], Any]:
+    """What takes a step of the training loop itself, with each batch fetched as the loop does it."""
+    from deit.data.ahead import Ahead
     from deit.train import loop
 
-    numbers, _ = loop._step(
-        work, state, batch, (False, False, False), lambda sentence: print(sentence, file=sys.stderr)
-    )
-    return numbers
+    stream = Ahead(batches, work.us.device)
+    return lambda: loop._step(work, state, next(stream), (False, False, False), _tell, stream.fetch)
+
+
+def take_step(work: Any, state: Any, batch: Any) -> dict[str, float]:
+    """The numbers of a step of the training loop."""
+    from deit.train import loop
+
+    numbers, _ = loop._step(work, state, batch, (False, False, False), _tell)
+    left = loop._settle(work, state, _tell)
+    return left[0] if left else numbers
+
+
+def _tell(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
 
 
 def tiny_recipe(place: Place, **changes: Any) -> Any:

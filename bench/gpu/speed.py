@@ -29,7 +29,7 @@ from bench.gpu.place import (
     rows,
     saved_recipe,
     stage,
-    take_step,
+    stepper,
     write_photos,
 )
 
@@ -141,7 +141,7 @@ def _our_step(size: str, place: Place, data: Path, **compute: Any) -> tuple[Call
     if not place.toy:
         batch = batch.pin_memory()
     work.optimizers.set_lr(1e-4)
-    return lambda: take_step(work, state, batch), work
+    return stepper(work, state, (batch for _ in itertools.count())), work
 
 
 def _compare(place: Place, steps: dict[str, Callable[[], Any]], images: int) -> Iterator[Found]:

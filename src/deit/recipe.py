@@ -445,8 +445,8 @@ class Compute:
     parallel: Literal["replicate", "shard"] = "replicate"
     """Whether each of many processes holds the whole model (DDP), or a share of it (FSDP2)."""
     workers: int | None = None
-    """Number of loader processes for each training process. None is one for each of its cores, up to 8, or 0 if all
-    images fit into memory once decoded."""
+    """Number of loader processes for each training process. On a GPU, None is one for each of its cores but one. On the
+    CPU, it is one for each core, up to 8, or 0 if all images fit into memory once decoded."""
     save_minutes: float = 10.0
     """Minutes between checkpoints. A run that ends or is stopped writes one too."""
     log: Literal["wandb", "mlflow"] | None = None

@@ -151,6 +151,37 @@ def test_batches_that_are_fetched_ahead_change_nothing(splits, tmp_path, monkeyp
     assert_same_end(tmp_path / "plain", tmp_path / "ahead")
 
 
+@pytest.mark.parametrize("kind", ["mixed", "masked"])
+def test_no_copy_to_the_device_waits_for_it(splits, tmp_path, monkeypatch, kind):
+    """PyTorch waits for all that a GPU has queued when it copies without `non_blocking`. That would keep the next batch
+    from being fetched meanwhile."""
+    recipe = (
+        replace(PLAIN, augment=Augment(erase=Erase(), mix=Mix(mixup=0.8)))
+        if kind == "mixed"
+        else replace(PLAIN, objective=MaskedImage(unit=8), augment=Augment(crop=ResizedCrop()))
+    )
+    moved, inside = [], []
+    to, step = torch.Tensor.to, loop._step
+
+    def noted(tensor, *given, **options):
+        if inside and any(isinstance(one, torch.device) for one in (*given, options.get("device"))):
+            moved.append(options.get("non_blocking", False))
+        return to(tensor, *given, **options)
+
+    def stepped(*given):
+        inside.append(True)
+        try:
+            return step(*given)
+        finally:
+            inside.clear()
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    monkeypatch.setattr(loop, "_step", stepped)
+    run(recipe, splits, tmp_path)
+    assert len(moved) >= 40  # pixels, labels and wishes in each of 10 steps
+    assert all(moved)
+
+
 def test_a_loader_that_dies_while_a_step_is_computed_spoils_no_step(splits, tmp_path, monkeypatch):
     """Its error is raised in place of the next batch, so the state is complete then."""
     steps = []
@@ -400,6 +431,65 @@ def test_a_loss_that_is_not_finite_skips_its_update(splits, tmp_path, monkeypatc
     assert not torch.equal(states[4]["classifier.weight"], states[1]["classifier.weight"])
     assert rows(tmp_path)[-1]["skipped"] == 2
     assert all(math.isfinite(row["loss"]) for row in rows(tmp_path) if "loss" in row)
+
+
+def deciding(monkeypatch):
+    """The CPU decides by itself whether to skip a step, and the loop reads its numbers one step late, as on a GPU."""
+    honest = runs.prepare
+
+    def prepare(*given):
+        work, state = honest(*given)
+        assert work.optimizers.can_skip
+        work.decides = True
+        return work, state
+
+    monkeypatch.setattr(runs, "prepare", prepare)
+
+
+LATE = replace(PLAIN, optim=AdamW(lr=1e-3, per_images=8), schedule=Cosine(total=steps(7)), ema=0.9)
+
+
+def test_numbers_that_are_read_late_give_the_same_run(splits, tmp_path, monkeypatch):
+    run(LATE, splits, tmp_path / "a")
+    deciding(monkeypatch)
+    run(LATE, splits, tmp_path / "b")
+    for name, value in model_end(tmp_path / "a").items():
+        torch.testing.assert_close(model_end(tmp_path / "b")[name], value, atol=1e-6, rtol=0, msg=name)
+    one, other = rows(tmp_path / "a"), rows(tmp_path / "b")
+    assert [row["step"] for row in one] == [row["step"] for row in other]
+    for name in ("loss", "gradient_norm", "val_accuracy"):
+        assert [row[name] for row in one if name in row] == pytest.approx([row[name] for row in other if name in row])
+
+
+@pytest.mark.parametrize("recipe", [LATE, replace(CONVNET, optim=LATE.optim, schedule=LATE.schedule, ema=0.9)])
+def test_a_device_that_decides_skips_what_is_not_finite(recipe, splits, tmp_path, monkeypatch):
+    states, update = [], loop._step
+
+    def watched(work, *rest):
+        found = update(work, *rest)
+        states.append({name: value.clone() for name, value in work.model.state_dict().items()})
+        states[-1] |= {f"ema.{name}": value.clone() for name, value in work.average.state().items()}
+        states[-1] |= {f"optim.{name}": value.clone() for name, value in work.optimizers.state().items()}
+        return found
+
+    deciding(monkeypatch)
+    monkeypatch.setattr(loop, "_step", watched)
+    poisoned(monkeypatch, {2, 3})
+    run(recipe, splits, tmp_path)
+    for name, before in states[1].items():
+        if name != "ema.updates":  # is right once the numbers are read
+            assert torch.equal(states[2][name], before), name
+            assert torch.equal(states[3][name], before), name
+    assert any(not torch.equal(states[4][name], before) for name, before in states[1].items())
+    assert states[-1]["ema.updates"] == 7 - 2
+    assert rows(tmp_path)[-1]["skipped"] == 2
+
+
+def test_a_device_that_decides_gives_up_too(splits, tmp_path, monkeypatch):
+    deciding(monkeypatch)
+    poisoned(monkeypatch, range(1, 7))
+    with pytest.raises(Diverged, match="in 5 steps in a row, up to 6"):
+        run(LATE, splits, tmp_path)
 
 
 def test_a_run_that_only_skips_stops(splits, tmp_path, monkeypatch):

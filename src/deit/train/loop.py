@@ -12,7 +12,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -35,7 +35,7 @@ from deit.train import compiling, objectives, optim, runs
 from deit.train.build import find_sources
 from deit.train.progress import Reporter
 from deit.train.receivers import Receiver, named
-from deit.train.runs import State, Work
+from deit.train.runs import State, Unread, Work
 
 _MOST_SKIPPED = 5
 """Number of steps in a row without a finite loss and gradient that stop the run."""
@@ -180,6 +180,7 @@ class _Session:
         )
 
     def save(self) -> None:
+        _settle(self.work, self.state, self.reporter.say)
         self.state.seconds, self.state.written = self.seconds, self.reporter.written
         self.state.faults = self.faults.state()
         runs.save(self.work, self.state, self.out)
@@ -245,6 +246,8 @@ def _loop(session: _Session) -> None:
     stream = Ahead(work.batches.from_step(state.step), work.us.device)
     try:
         while True:
+            if work.due(state.step, work.every) or work.due(state.step, per_row):
+                _settle(work, state, say)
             if state.evaluated < state.step and work.due(state.step, work.every):
                 session.judge()
             elif state.counted and work.due(state.step, per_row):
@@ -268,6 +271,8 @@ def _loop(session: _Session) -> None:
             numbers, (stop, save, late) = _step(work, state, batch, session.wishes(), say, ahead)
             session.reporter.advance(state.step, numbers, time.perf_counter() - began)
 
+            if late or stop or save:
+                _settle(work, state, say)
             if late and state.step < work.total:
                 say(f"the time is up after step {state.step} of {work.total}; continue with --resume")
                 session.judge()
@@ -291,47 +296,78 @@ def _step(
 ) -> tuple[dict[str, float], list[bool]]:
     """Takes one step, or skips it if the loss or the gradient is not finite. Calls `meanwhile` while a GPU computes.
 
-    Returns the logged numbers and, for each of `wishes`, whether any process has it.
+    Returns the logged numbers and, for each of `wishes`, whether any process has it. On a GPU, these are usually those
+    of the step before, because the GPU would stand still while the host reads its numbers and then gives it new work.
+    So the GPU decides by itself whether to skip. `_settle` reads what is left.
     """
     buffers = [buffer.clone() for buffer in work.model.buffers()]  # running statistics change in the forward pass
     names, means = _gradients(work, state, batch, buffers, say)
-    norm = optim.clip_gradients(work.model.parameters(), work.recipe.optim.clip)
-    values = torch.cat(
-        [
-            means,
-            norm.detach().float().reshape(1) / work.us.world,
-            torch.tensor(wishes, dtype=torch.float32).to(work.us.device),
-        ]
-    )
-    totals = work.us.sum(values)
+    norm = optim.clip_gradients(work.model.parameters(), work.recipe.optim.clip).detach().float() / work.us.world
+    asked = torch.tensor(wishes, dtype=torch.float32).to(work.us.device, non_blocking=True)
+    totals = work.us.sum(torch.cat([means, norm.reshape(1), asked]))
+    names = [*names, "gradient_norm"]
+    state.step += 1
+    unread = Unread.of(state.step, names, totals)
     if meanwhile:
         meanwhile()
-    found = totals.tolist()  # the only host-device synchronisation of a step
-    numbers = dict(zip([*names, "gradient_norm"], found, strict=False))
-    state.step += 1
-    if math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient_norm"]):
+    if work.decides:
+        earlier = _settle(work, state, say) or ({}, [False] * len(wishes))
+        judged = torch.stack([totals[names.index(name)] for name in ("loss", "gradient_norm")])
+        skip = 1.0 - judged.isfinite().all().float()
+        work.optimizers.step(skip)
+        if work.average:
+            work.average.update(skip)
+        for buffer, kept in zip(work.model.buffers(), buffers, strict=True):
+            buffer.copy_(torch.where(skip > 0, kept, buffer))
+        work.optimizers.zero_grad()
+        work.unread = unread
+        return earlier
+    numbers, wanted = unread.read()
+    if _is_finite(numbers):
         work.optimizers.step()
         if work.average:
             work.average.update()
         work.optimizers.zero_grad()
+    else:
+        _undo(work, buffers)
+    _count(work, state, unread.step, numbers, say)
+    return numbers, wanted
+
+
+def _settle(work: Work, state: State, say: Callable[[str], None]) -> tuple[dict[str, float], list[bool]] | None:
+    """Reads what `_step` has left unread, if anything. Then `state` is that of the model."""
+    unread, work.unread = work.unread, None
+    if unread is None:
+        return None
+    numbers, wanted = unread.read()
+    if work.average and not _is_finite(numbers):
+        work.average.not_updated()
+    _count(work, state, unread.step, numbers, say)
+    return numbers, wanted
+
+
+def _is_finite(numbers: Mapping[str, float]) -> bool:
+    return math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient_norm"])
+
+
+def _count(work: Work, state: State, step: int, numbers: Mapping[str, float], say: Callable[[str], None]) -> None:
+    """Counts a step that was taken or skipped. Raises `Diverged` if too many in a row were skipped."""
+    if _is_finite(numbers):
         state.skipped_in_a_row = 0
         state.counted += 1
         for name, value in numbers.items():
             state.sums[name] = state.sums.get(name, 0.0) + value
-    else:
-        _undo(work, buffers)
-        state.skipped += 1
-        state.skipped_in_a_row += 1
-        say(f"step {state.step} is skipped: loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}")
-        if state.skipped_in_a_row >= _MOST_SKIPPED:
-            optimizer = work.recipe.optim
-            raise Diverged(
-                f"{work.recipe.name}: the loss or its gradient was not finite in {_MOST_SKIPPED} steps in "
-                f"a row, up to {state.step}; the last good checkpoint and model are kept. Lower optim.lr "
-                f"(now {optimizer.lr}), set optim.clip (now {optimizer.clip}), lengthen schedule.warmup, or "
-                "set compute.precision=float32"
-            )
-    return numbers, [wish > 0 for wish in found[-len(wishes) :]]
+        return
+    state.skipped += 1
+    state.skipped_in_a_row += 1
+    say(f"step {step} is skipped: loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}")
+    if state.skipped_in_a_row >= _MOST_SKIPPED:
+        optimizer = work.recipe.optim
+        raise Diverged(
+            f"{work.recipe.name}: the loss or its gradient was not finite in {_MOST_SKIPPED} steps in a row, up to "
+            f"{step}; the last good checkpoint and model are kept. Lower optim.lr (now {optimizer.lr}), set optim.clip "
+            f"(now {optimizer.clip}), lengthen schedule.warmup, or set compute.precision=float32"
+        )
 
 
 def _gradients(
