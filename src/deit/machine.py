@@ -11,20 +11,26 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
 from deit.host import cores
 
+_Named = TypeVar("_Named", bound=dict[Any, Any])
 _PATIENCE = timedelta(minutes=30)
 """How long a process waits for the others. On a loaded machine, one process' first evaluation may take that long."""
+_NO_MEMORY = re.compile(
+    "out of memory|not enough memory|can(?:'t|not) allocate memory|ALLOC_FAILED|ALLOCATION_FAILED", re.IGNORECASE
+)
+"""The texts of these errors: CUDA and NCCL, then the CPU, then cuBLAS and cuDNN."""
+_LOST = re.compile("CUDA error:|device-side assert|cuDNN error:.*EXECUTION_FAILED")
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
@@ -102,19 +108,85 @@ class Processes:
     def spread(self, model: nn.Module, parallel: Literal["replicate", "shard"]) -> nn.Module:
         """The module that computes `model` in all processes.
 
-        `replicate` wraps `model` in DDP. `shard` returns `model` itself with its parameters sharded (FSDP2).
+        `replicate` wraps `model` in DDP. `shard` returns `model` itself with its parameters sharded (FSDP2). Batch
+        normalisation takes its statistics from the images of all processes (`SharedBatchNorm`).
         """
         if self.world == 1:
             return model
+        for part in model.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.__class__ = SharedBatchNorm  # keeps parameters and their names
         if parallel == "replicate":
             where = [self.device.index] if self.device.type == "cuda" else None
             return nn.parallel.DistributedDataParallel(model, device_ids=where, gradient_as_bucket_view=True)
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        mesh = init_device_mesh(self.device.type, (self.world,))  # without it, the GPU is taken even for the CPU
         for block in getattr(getattr(model, "backbone", None), "blocks", ()):
-            fully_shard(block)
-        fully_shard(model)
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
         return model
+
+
+class SharedBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation with the statistics of the images of all processes together.
+
+    It computes with sums over processes that autograd knows, so it works on every device. `nn.SyncBatchNorm` refuses
+    the CPU.
+    """
+
+    alone = False
+    """Whether this process takes the statistics of its own images, and talks to no other."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, channels, height, width)
+        if not self.training or self.alone:
+            return super().forward(x)
+        assert self.momentum is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        values, channels = x.float(), (1, -1, 1, 1)
+        own = values.new_tensor([x.numel() / x.shape[1]])
+        *totals, count = _SumOfAll.apply(torch.cat([values.sum((0, 2, 3)), own])).split([x.shape[1], 1])
+        mean = totals[0] / count
+        centred = values - mean.view(channels)
+        variance = _SumOfAll.apply(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale.view(channels) + self.bias.view(channels)).to(x.dtype)
+
+
+class _SumOfAll(torch.autograd.Function):
+    """The sum over all processes. Each one's loss depends on it, so its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        values = values.clone()
+        distributed.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        distributed.all_reduce(gradient)
+        return gradient
+
+
+@contextmanager
+def alone(model: nn.Module) -> Iterator[None]:
+    """Lets a model that `Processes.spread` spread compute in this process by itself, except if it is sharded."""
+    parts = [part for part in model.modules() if isinstance(part, SharedBatchNorm)]
+    for part in parts:
+        part.alone = True
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.alone = False
 
 
 @contextmanager
@@ -146,13 +218,33 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = _own_part(store, rank, world)
     distributed.init_process_group(
-        "nccl" if place.type == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=_PATIENCE
+        "nccl" if place.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=_PATIENCE,
+        device_id=place if place.type == "cuda" else None,  # otherwise NCCL guesses the GPU from the rank
     )
+    failed = True
     try:
         yield Processes(place, rank, world)
         distributed.barrier()  # a process that leaves early aborts what the others still exchange
+        failed = False
+    except SystemExit:  # all processes stop together
+        failed = False
+        raise
     finally:
         gc.collect()  # frees DDP, which keeps the group: the group's threads must end before the interpreter does
+        _leave(failed)
+
+
+def _leave(failed: bool) -> None:
+    """Ends the process group. After a failure, NCCL would wait for what the other processes no longer do, so it is
+    aborted."""
+    abort = getattr(distributed.distributed_c10d, "_abort_process_group", None)  # PyTorch has it for NCCL alone
+    if failed and abort is not None and distributed.get_backend() == "nccl":
+        abort()
+    else:
         distributed.destroy_process_group()
 
 
@@ -183,6 +275,87 @@ def _own_part(store: distributed.Store, rank: int, world: int) -> distributed.St
         f"expected {world} processes, but process {rank} waited {_PATIENCE} for the others; check that torchrun "
         "started them all"
     )
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Computes products and convolutions of float32 in float32. On a GPU, PyTorch would round the inputs of
+    convolutions to TF32, which has 10 bits, and those of products too if somebody has asked for it."""
+    places: list[Any] = [getattr(torch.backends.cudnn, "conv", None), torch.backends.cuda.matmul]
+    name, value = "fp32_precision", "ieee"
+    if places[0] is None:  # PyTorch before 2.9; both ways can't be mixed
+        places, name, value = [torch.backends.cudnn, torch.backends.cuda.matmul], "allow_tf32", False  # type: ignore[assignment]
+    before = [getattr(place, name) for place in places]
+    try:
+        for place in places:
+            setattr(place, name, value)
+        yield
+    finally:
+        for place, old in zip(places, before, strict=True):
+            setattr(place, name, old)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out: main memory, or a GPU's as PyTorch, CUDA or its libraries say it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+    )
+
+
+def device_lost(error: BaseException) -> bool:
+    """Whether an error means that no later work on the GPU can succeed in this process. After such an error, CUDA
+    answers every call with an error, until the process is started again."""
+    return (
+        isinstance(error, RuntimeError)
+        and not out_of_memory(error)
+        and (type(error).__name__ == "AcceleratorError" or _LOST.search(str(error)) is not None)
+    )
+
+
+class Rows:
+    """Computes rows of tensors, in smaller parts from the time on when memory runs out.
+
+    Args:
+        say: called with a sentence when the parts become smaller.
+        divides: False raises the error at once, because many processes that hold one model must compute alike.
+    """
+
+    def __init__(self, say: Callable[[str], object], divides: bool = True):
+        self.say, self.divides = say, divides
+        self.most: int | None = None
+        """The largest number of rows that are computed at once; None while there is no limit."""
+
+    def __call__(self, compute: Callable[..., _Named], *given: Tensor) -> _Named:
+        """The tensors that `compute` gives for all rows of `given`. Each of its rows must depend on the same row alone.
+
+        Raises the error itself if memory runs out for a single row.
+        """
+        while True:
+            count = len(given[0])
+            size = count if self.most is None else min(count, self.most)
+            try:
+                found = [
+                    compute(*(tensor[start : start + size] for tensor in given)) for start in range(0, count, size)
+                ]
+                if len(found) == 1:
+                    return found[0]
+                return type(found[0])({name: torch.cat([part[name] for part in found]) for name in found[0]})
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error) or size == 1 or not self.divides:
+                    raise
+            free_memory()
+            self.most = (size + 1) // 2
+            self.say(
+                f"out of memory: {self.most} images are now computed at once instead of {size}; "
+                "the answers stay the same"
+            )
+
+
+def free_memory() -> None:
+    """Gives the memory that PyTorch keeps for later back to the GPU. To be called outside of the `except` block of an
+    error, whose traceback holds tensors."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def peak_memory(device: torch.device) -> int:

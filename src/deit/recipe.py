@@ -434,24 +434,36 @@ class Compute:
     """Number format of the forward and backward pass. `auto` is bfloat16 if the hardware computes with it, and float32
     otherwise."""
     accumulate: int = 1
-    """Number of parts in which a process computes its share of a batch. It is doubled if memory runs out."""
+    """Number of parts in which a process computes its share of a batch. It is doubled if memory runs out. A model with
+    batch normalisation (the ConvNet) has only 1."""
     checkpoint_blocks: bool = False
     """Whether to recompute each block in the backward pass. This takes far less memory for about a third more
     computation."""
-    compile: bool = False
-    """Whether to use `torch.compile`. It takes minutes at the start, and then steps are faster on a GPU."""
+    compile: bool | None = None
+    """Whether to use `torch.compile`. It takes minutes at the start, and then steps are faster on a GPU. None is True
+    for a DeiT or ViT on CUDA, if Triton and a C compiler are there, and False otherwise."""
     parallel: Literal["replicate", "shard"] = "replicate"
     """Whether each of many processes holds the whole model (DDP), or a share of it (FSDP2)."""
     workers: int | None = None
-    """Number of loader processes for each training process. None is one for each of its cores, up to 8, or 0 if all
-    images fit into memory once decoded."""
+    """Number of loader processes for each training process. On a GPU, None is one for each of its cores but one. On the
+    CPU, it is one for each core, up to 8, or 0 if all images fit into memory once decoded."""
     save_minutes: float = 10.0
     """Minutes between checkpoints. A run that ends or is stopped writes one too."""
+    log: Literal["wandb", "mlflow"] | None = None
+    """Where the metrics are sent too: Weights & Biases (`wandb`) or MLflow."""
 
     def __post_init__(self) -> None:
         check(self.accumulate >= 1, f"accumulate must be at least 1, found {self.accumulate}")
         check(self.workers is None or self.workers >= 0, f"workers can't be negative, found {self.workers}")
         check(self.save_minutes >= 0, f"save_minutes can't be negative, found {self.save_minutes}")
+        check(self.log in (None, "wandb", "mlflow"), f"log must be wandb, mlflow or None, found {self.log!r}")
+
+
+MICRO_BATCHES_REFUSED = (
+    "batch normalisation takes its statistics from the images that are computed together, so micro-batches would train "
+    "another model"
+)
+"""Why a model with batch normalisation is not computed in parts."""
 
 
 # --------------------------------------------------------------------------------------------------------- the recipe
@@ -516,6 +528,13 @@ class Recipe:
             check(
                 objective.unit % rows == 0 and objective.unit % columns == 0,
                 f"objective.unit={objective.unit} must be a multiple of the patch size {rows}x{columns}",
+            )
+        if isinstance(model, ConvNetConfig):
+            check(
+                self.compute.accumulate == 1,
+                f"compute.accumulate is {self.compute.accumulate}, but {MICRO_BATCHES_REFUSED}; set "
+                "compute.accumulate=1, and data.batch below the present one if memory is short (the learning rate "
+                "follows it)",
             )
         if isinstance(objective, Supervised) and objective.cosub:
             check(

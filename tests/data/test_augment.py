@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
 from support.checks import raises_saying
+from support.pictures import erase
 from torchvision.transforms import RandomCrop, Resize
 from torchvision.transforms import functional as reference
 
-from deit.data.augment import augment, crop, crop_box, erase, patch_mask, random_affine
+from deit.data.augment import augment, crop, crop_box, patch_mask, random_affine
 from deit.data.draws import draws
 from deit.data.mixing import Mixing, mix, mixing
 from deit.image.decode import ImageError, decode, load_image

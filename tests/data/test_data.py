@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 
@@ -16,11 +17,12 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from support.checks import assert_close, raises_saying
+from support.pictures import erase
 from support.runs import small_recipe
 
 from deit.config import DeiTConfig
 from deit.data import batches as data
-from deit.data.augment import augment, crop, erase, patch_mask
+from deit.data.augment import augment, crop, patch_mask
 from deit.data.batches import BadImages, Batch, EvaluationBatches, Faults, LoaderDied, TrainingBatches, processor_for
 from deit.data.draws import draws
 from deit.data.folders import Split, read_split, write_digits
@@ -39,6 +41,7 @@ from deit.recipe import (
     RandAugment,
     ResizedCrop,
     SimpleCrop,
+    Supervised,
 )
 from deit.recipes.digits import digits
 
@@ -191,8 +194,8 @@ def test_a_key_costs_little_for_many_images():
     assert sorted(times)[20] < 0.005
 
 
-def view_by_hand(split, given, key):
-    """Pixels in 64 bits of one view before erasing, and its generator at that point."""
+def levels_by_hand(split, given, key):
+    """The 8-bit levels (height, width, channels) of one view before erasing, and its generator at that point."""
     rng = np.random.Generator(np.random.Philox(key=[given.seed, 0], counter=[0, *key]))
     file, size = split.files[key[1]], given.model.image_hw
     if given.augment.crop is None:
@@ -207,8 +210,13 @@ def view_by_hand(split, given, key):
     fill = tuple(round(255 * value) for value in given.data.mean)
     image = augment(image, given.augment, rng, fill * 3 if len(fill) == 1 else fill)
     image = image.convert("L") if given.model.num_channels == 1 else image
-    pixels = np.asarray(image, np.float64).reshape(*size, -1)
-    return ((pixels / 255 - given.data.mean) / given.data.std).transpose(2, 0, 1), rng
+    return np.asarray(image).reshape(*size, -1), rng
+
+
+def view_by_hand(split, given, key):
+    """Pixels in 64 bits of one view before erasing, and its generator at that point."""
+    levels, rng = levels_by_hand(split, given, key)
+    return ((levels.astype(np.float64) / 255 - given.data.mean) / given.data.std).transpose(2, 0, 1), rng
 
 
 GREY = {"model": MODEL.replace(num_channels=1), "mean": (0.3,), "std": (0.2,)}
@@ -242,6 +250,52 @@ def test_any_batch_can_be_made_by_hand(split, parts):
                 erase(expected, given.augment.erase, rng)
             np.testing.assert_allclose(found[step].pixels[row], expected, atol=2e-6, rtol=0)
             assert found[step].labels[row] == split.labels[key[1]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"augment": replace(PAPER, mix=Mix(mixup=0.8, cutmix=1.0, mode="element"))},
+        {"augment": replace(PAPER, mix=Mix(mixup=0.8)), **GREY},
+        {"augment": PAPER, "objective": Supervised(cosub=True), "model": MODEL.replace(drop_path_rate=0.1)},
+        {"augment": Augment(crop=ResizedCrop()), "objective": MaskedImage(ratio=0.5, unit=8)},
+        {},
+        GREY,
+    ],
+    ids=["mixed", "mixed_grey", "cosub", "masked", "evaluation", "evaluation_grey"],
+)
+def test_pixels_are_those_of_float32_arithmetic_to_the_bit(split, parts, workers):
+    """One product and one sum of each level, and the noise; however the batch is divided, and after it has moved."""
+    given = recipe(batch=7, workers=workers, **parts)
+    mean, std = np.array(given.data.mean), np.array(given.data.std)
+    scale, shift = (1 / 255 / std).astype(np.float32), (-mean / std).astype(np.float32)
+    batches = TrainingBatches(split, given)
+    erasings = 0
+    for batch in take(batches, 3, step=1):
+        expected = []
+        for row in range(7):
+            levels, rng = levels_by_hand(split, given, key_by_hand(batch.step * 7 + row, 29, 1, 5))
+            image = levels.transpose(2, 0, 1).astype(np.float32) * scale[:, None, None] + shift[:, None, None]
+            if given.augment.erase:
+                plain = image.copy()
+                erase(image, given.augment.erase, rng)
+                erasings += not np.array_equal(plain, image)
+            expected.append(torch.from_numpy(image))
+        expected = torch.stack(expected)
+        assert batch.images.values.dtype == torch.uint8
+        assert torch.equal(batch.pixels, expected)
+        finished = batch.finished()
+        assert torch.equal(finished.images, expected)
+        assert finished.pixels is finished.images
+        assert torch.equal(batch.to("cpu").pixels, expected)
+        for part in (batch, *batch.parts(2), *batch.parts(3), *batch.parts(2)[1].parts(2)):
+            rows = part.positions
+            assert torch.equal(part.pixels, expected[rows])
+            whole = replace(part, images=expected[rows])
+            assert torch.equal(batches.mix(part).pixels, batches.mix(whole).pixels)
+            assert torch.equal(batches.mix(part).labels, batches.mix(whole).labels)
+    assert (erasings > 7) == (given.augment.erase is not None)
 
 
 def test_training_and_evaluation_see_the_same_part_of_a_photo(tmp_path):
@@ -413,6 +467,16 @@ def test_parts_of_a_batch(size, count):
             assert torch.equal(getattr(part, name), getattr(batch, name)[part.labels])
 
 
+def test_a_single_part_is_the_batch_itself():
+    """Pinned memory would not stay pinned in a copy, and a copy of the pixels takes long."""
+    batch = Batch(torch.randn(8, 3, 2, 2), torch.arange(8), 4, torch.arange(8))
+    for count, size in ((1, 8), (1, 1), (5, 2)):
+        part_of = replace(batch, images=batch.pixels[:size], labels=batch.labels[:size])
+        [part] = part_of.parts(count)
+        assert part.pixels.data_ptr() == batch.pixels.data_ptr()
+        assert part is part_of
+
+
 def test_a_batch_moves_with_all_but_its_positions():
     mask = torch.ones(2, 4, dtype=torch.bool)
     batch = Batch(torch.zeros(2, 1), torch.zeros(2), 3, torch.arange(2), mask, (("f", "r"),))
@@ -473,17 +537,60 @@ def test_the_number_of_workers(split, monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
 
-    def chosen(workers=None, **parts):
-        return TrainingBatches(split, recipe(workers=workers, **parts)).workers
+    def chosen(workers=None, device="cpu", **parts):
+        return TrainingBatches(split, recipe(workers=workers, **parts), device=torch.device(device)).workers
 
     assert [chosen(0), chosen(3), chosen(), chosen(augment=PAPER)] == [0, 3, 0, 0]  # all fit into memory
+    assert [chosen(device="cuda"), chosen(0, device="cuda")] == [11, 0]  # a GPU would wait for a single process
     with monkeypatch.context() as patch:
         patch.setattr(data, "CACHE_BYTES", 1000)
         assert [chosen(), chosen(0), chosen(augment=PAPER)] == [8, 0, 8]
+        assert [chosen(device="cuda:1"), chosen(3, device="cuda")] == [11, 3]  # all cores but one
         patch.setenv("LOCAL_WORLD_SIZE", "3")
-        assert chosen() == 4
+        assert [chosen(), chosen(device="cuda")] == [4, 3]
+        patch.setenv("LOCAL_WORLD_SIZE", "12")
+        assert [chosen(), chosen(device="cuda")] == [1, 1]
         patch.setenv("LOCAL_WORLD_SIZE", "16")
-        assert chosen() == 1
+        assert [chosen(), chosen(device="cuda")] == [1, 1]
+        many = EvaluationBatches(split, processor_for(recipe()), 4, workers=None, device=torch.device("cuda"))
+        assert many.workers == 1
+    once = EvaluationBatches(split, processor_for(recipe()), 4, workers=None, device=torch.device("cuda"))
+    assert once.workers == 0  # they are kept after the first time
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+@pytest.mark.parametrize("kind", ["training", "evaluation"])
+def test_memory_is_pinned_for_the_gpu_of_the_run(split, monkeypatch, device, kind):
+    """A GPU that the run doesn't use is left alone: memory is pinned in the context of the present GPU."""
+    present, pinned = [0], []
+
+    @contextmanager
+    def made_present(device):
+        present.append(device.index)
+        try:
+            yield
+        finally:
+            present.pop()
+
+    class Pinning(torch.utils.data.DataLoader):
+        def __init__(self, *arguments, pin_memory, **options):
+            self.pins = pin_memory
+            super().__init__(*arguments, **options)
+
+        def __iter__(self):
+            for batch in super().__iter__():
+                pinned.append((self.pins, present[-1]))
+                yield batch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", made_present)
+    monkeypatch.setattr(data, "DataLoader", Pinning)
+    if kind == "training":
+        take(TrainingBatches(split, recipe(), device=torch.device(device)), 2)
+    else:
+        list(EvaluationBatches(split, processor_for(recipe()), 15, device=torch.device(device)))
+    assert pinned == [(False, 0) if device == "cpu" else (True, 1)] * 2
+    assert present == [0]
 
 
 # --------------------------------------------------------------------------------------------------- unreadable images
@@ -561,7 +668,7 @@ def test_evaluation_sees_every_image_once_through_the_processor(root, monkeypatc
     assert torch.equal(torch.cat([batch.pixels for batch in batches]), expected)
     again = list(source)
     assert all(one is other for one, other in zip(batches, again, strict=True))
-    monkeypatch.setattr(data, "CACHE_BYTES", 360 * 3 * 32 * 32 * 4 - 1)
+    monkeypatch.setattr(data, "CACHE_BYTES", 360 * 3 * 32 * 32 - 1)
     large = EvaluationBatches(split, processor, 100, workers=1)
     for _ in range(2):
         assert all(torch.equal(one.pixels, other.pixels) for one, other in zip(large, batches, strict=True))
@@ -605,6 +712,35 @@ def test_unreadable_images_do_not_count_in_an_evaluation(tmp_path):
     assert file == str(many.files[3])
     assert "empty" in reason
     assert first.faults == ()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_an_evaluation_of_images_of_more_than_8_bits(tmp_path, layout, workers):
+    """A processor that neither resizes nor converts keeps their values, beside those of 8 bits and unreadable files."""
+    draw = np.random.default_rng(0)
+    arrays = [
+        draw.integers(0, 256, (8, 8, 3), dtype=np.uint8),
+        draw.integers(0, 65536, (8, 8), dtype=np.uint16),
+        None,
+        draw.integers(0, 256, (8, 8), dtype=np.uint8),
+        draw.normal(size=(8, 8)).astype(np.float32),
+    ]
+    files = tuple(tmp_path / f"{i}.tif" for i in range(5))
+    for file, array in zip(files, arrays, strict=True):
+        file.write_bytes(b"") if array is None else Image.fromarray(array).save(file)
+    options = {"do_resize": False, "do_center_crop": False, "do_convert_rgb": False, "data_format": layout}
+    processor = DeiTImageProcessor(**options, image_mean=0.4, image_std=0.2)
+    source = EvaluationBatches(Split(files, (0, 1, 2, 3, 4), tuple("abcde")), processor, 3, workers=workers)
+    found = torch.cat([batch.pixels for batch in source])
+    for pixels, file, array in zip(found, files, arrays, strict=True):
+        expected = torch.zeros(3, 8, 8)
+        if array is not None:
+            values = (array.reshape(8, 8, -1) / 255 - 0.4) / 0.2
+            expected = torch.from_numpy(values.transpose(2, 0, 1)).float().expand(3, 8, 8)
+            exact = processor([file], return_tensors="pt").pixel_values[0]
+            assert torch.equal(pixels, exact.expand_as(pixels))
+        assert_close(pixels if layout == "channels_first" else pixels.permute(2, 0, 1), expected, 2e-4)
 
 
 def test_an_evaluation_of_grey_images_without_any(tmp_path):

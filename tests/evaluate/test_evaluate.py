@@ -9,6 +9,7 @@ from torch import nn
 
 from deit.data.batches import Batch
 from deit.evaluate.models import evaluate, examine
+from deit.machine import Rows
 from deit.model.outputs import DeiTForImageClassificationWithTeacherOutput, ImageClassifierOutput
 
 
@@ -165,19 +166,28 @@ def test_names_for_another_number_of_classes_are_refused():
         examine(Lookup(heads=1), batches()[2], "abc")
 
 
-def test_float32_is_float32_on_a_gpu_too():
-    """PyTorch would let a convolution round its inputs to TF32."""
-    asked = []
+class Narrow(Lookup):
+    """A model on a machine whose memory holds three images."""
 
-    class Asked(Lookup):
-        def forward(self, pixels):
-            asked.append(torch.backends.cudnn.allow_tf32)
-            return super().forward(pixels)
+    def forward(self, pixels):
+        if len(pixels) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(pixels)
 
-    before = torch.backends.cudnn.allow_tf32
-    examine(Asked(heads=1), batches()[2], NAMES[:5])
-    assert set(asked) == {False}
-    assert torch.backends.cudnn.allow_tf32 is before is True
+
+def test_lack_of_memory_changes_no_value():
+    """Batches of 8 become parts of 4 and 2. The report and the accuracies are those of a large machine."""
+    parts = batches()[2]
+    with pytest.warns(UserWarning, match="out of memory") as said:
+        found = evaluate(Narrow(heads=2), parts)
+    assert [str(each.message).partition(";")[0] for each in said] == [
+        f"out of memory: {now} images are now computed at once instead of {before}" for now, before in ((4, 8), (2, 4))
+    ]
+    assert found == evaluate(Lookup(heads=2), parts)
+    rows = Rows(lambda _: None)
+    report, expected = examine(Narrow(heads=2), parts, NAMES[:5], rows=rows), examine(Lookup(2), parts, NAMES[:5])
+    assert rows.most == 2
+    assert report.to_dict() == expected.to_dict()
 
 
 MEMORY = """

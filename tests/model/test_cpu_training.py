@@ -65,22 +65,22 @@ def test_values_and_gradients_are_autograds(kind, changes, calls):
 
 @pytest.mark.parametrize("changes", CHANGES[:3], ids=str)
 def test_in_bfloat16_they_are_no_farther_from_float32_than_autocasts(changes):
+    """Over eight models, because the distance of a single one is noise: from 0.89 to 1.35 times that of autocast."""
     config = small(**changes)
-    model, given = build("with_teacher", config), given_for("with_teacher", config)
-    exact = trained(model, "eager", **given)
-    ours, theirs = (
-        trained(model, implementation, precision=torch.bfloat16, **given) for implementation in ("auto", "eager")
-    )
-
-    def distance(found):
-        return sum(
-            float((found[name].float() - value).norm() / (value.norm() + 1e-6))
-            for name, value in exact.items()
-            if not name.endswith("qkv.bias")
-        ) / len(exact)  # the keys' part has no gradient but rounding errors
-
-    assert 0 < distance(ours) <= 1.2 * distance(theirs)
-    assert all(value.dtype == torch.float32 for value in ours.values())
+    distances = {"auto": 0.0, "eager": 0.0}
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model, given = build("with_teacher", config, seed), given_for("with_teacher", config)
+        exact = trained(model, "eager", **given)
+        for implementation in distances:
+            found = trained(model, implementation, precision=torch.bfloat16, **given)
+            assert all(value.dtype == torch.float32 for value in found.values())
+            distances[implementation] += sum(
+                float((found[name].float() - value).norm() / (value.norm() + 1e-6))
+                for name, value in exact.items()
+                if not name.endswith("qkv.bias")  # the keys' part has no gradient but rounding errors
+            )
+    assert 0 < distances["auto"] <= 1.1 * distances["eager"]
 
 
 @pytest.mark.parametrize("kept", [0, 1])

@@ -9,6 +9,7 @@ from support.models import CLASS_OF, build, images, loss_of, mask_for, small
 
 from deit import weights
 from deit.config import ViTConfig
+from deit.model import network
 from deit.model.network import (
     DeiTForImageClassificationWithTeacher,
     DeiTForMaskedImageModeling,
@@ -70,6 +71,20 @@ def test_masked_image_modelling(changes, size):
                 errors.append(np.abs(patch - x[b, :, top : top + height, left : left + width].numpy()).mean())
     assert_close(out.reconstruction, torch.tensor(painted).float())
     assert out.loss.item() == pytest.approx(np.mean(errors), abs=1e-5)
+
+
+@pytest.mark.parametrize(("size", "patch"), [((16, 16), (4, 4)), ((17, 22), (4, 5)), ((7, 9), (7, 3))])
+def test_the_product_that_projects_patches_on_a_gpu_is_the_convolution(size, patch):
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(3, 24, patch, patch).double()
+    pixels = torch.randn(2, 3, *size, dtype=torch.float64)
+    expected = convolution(pixels)
+    found = network._product(convolution, pixels, *expected.shape[2:])
+    assert_close(found, expected.flatten(2).transpose(1, 2), 1e-12)
+    upstream = torch.randn_like(found)
+    theirs = torch.autograd.grad(expected, convolution.parameters(), upstream.transpose(1, 2).view_as(expected))
+    for ours, other in zip(torch.autograd.grad(found, convolution.parameters(), upstream), theirs, strict=True):
+        assert_close(ours, other, 1e-12)
 
 
 def test_mask_hides_pixels():
@@ -176,6 +191,23 @@ def test_each_block_drops_by_its_rate_and_its_draws(schedule, rates):
         state = state + block.scale2 * block.mlp(block.norm2(state)) * second.view(8, 1, 1)
     assert_close(found, model.norm(state))
     assert_close(model.eval()(x, depth_draws=draws).last_hidden_state, model(x).last_hidden_state, 0)
+
+
+def test_the_factor_of_a_kept_branch_is_not_rounded_in_bfloat16():
+    """1 / 0.9 is 1.1094 in bfloat16, which would make each kept branch 0.15 % too small."""
+    model = build("backbone", small(num_hidden_layers=2, drop_path_rate=0.1)).train()
+    block, x = model.blocks[1], torch.randn(4, 6, 24)
+    model.set_attn_implementation("eager")
+    keep = torch.tensor([[1 / 0.9, 0.0, 1 / 0.9, 0.0], [0.0] * 4])
+    with torch.autocast("cpu", torch.bfloat16):
+        branch = block.attention(block.norm1(x))[0]
+        found = block(x, keep=keep)[0]
+    assert branch.dtype == torch.bfloat16
+    expected = x.double() + branch.double() * keep[0].double().view(-1, 1, 1)
+    assert_close(found.double(), expected, 1e-6)
+    assert (branch.double().abs() * (1 / 0.9 - 1.1094)).max() > 1e-4  # what rounding would cost
+    model.bfloat16()
+    assert block(x.bfloat16(), keep=keep)[0].dtype == torch.bfloat16
 
 
 def test_depth_draws_are_made_where_none_are_given_and_checked():

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.pictures import erase
 from timm.data import auto_augment, create_transform, random_erasing
 from timm.data import mixup as timm_mixup
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from deit.config import IMAGENET_MEAN, IMAGENET_STD
-from deit.data.augment import augment, crop, crop_box, erase
+from deit.data.augment import augment, crop, crop_box
 from deit.data.draws import draws
 from deit.data.mixing import mix, mixing
 from deit.data.policies import AUTO_AUGMENT, OPERATIONS, RAND_AUGMENT, RAND_AUGMENT_INCREASING

@@ -117,3 +117,23 @@ def test_the_guide_runs(distilled, photos, tmp_path, monkeypatch, capsys):
     exec(block, names)
     assert set(capsys.readouterr().out.split()) <= set(LABELS.values())
     assert np.array(names["features"]).shape == (1, 18, 24)
+
+
+def test_lack_of_memory_changes_no_answer(distilled, photos, monkeypatch):
+    """Of two images, one at once fits."""
+    expected = Predictor(distilled)(photos)
+    predictor = Predictor(distilled)
+    honest = predictor.model.forward
+
+    def limited(pixels):
+        if len(pixels) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return honest(pixels)
+
+    monkeypatch.setattr(predictor.model, "forward", limited)
+    with pytest.warns(UserWarning, match="out of memory: 1 images are now computed at once instead of 2"):
+        found = predictor(photos)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [each["label"] for each in ours] == [each["label"] for each in theirs]
+        assert [each["score"] for each in ours] == pytest.approx([each["score"] for each in theirs], abs=1e-6)
+    assert predictor(photos) == found  # without a warning, because it is remembered

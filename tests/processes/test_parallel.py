@@ -66,6 +66,19 @@ def test_two_processes_give_the_run_of_one(given, tmp_path, options):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
 
 
+@pytest.mark.parametrize("parallel", ["replicate", "shard"])
+def test_batch_normalisation_is_that_of_the_whole_batch(given, tmp_path, parallel):
+    """Two processes with 4 images each have the statistics of 8, and so the weights and running statistics of one."""
+    data, recipes, _ = given
+    arguments = ("train", f"{recipes}:convnet", "--data", data, "--device", "cpu")
+    options = ("--set", f"compute.parallel={parallel}", "--set", "data.batch=10")  # shares of 6 and 4
+    finish(start(*arguments, "--out", tmp_path / "one", *options))
+    finish(start(*arguments, "--out", tmp_path / "two", *options, processes=2))
+    assert_same_end(tmp_path / "two", tmp_path / "one", atol=1e-5)
+    for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
 def test_two_processes_plan_the_same_schedule(given, tmp_path):
     """The main process's clock decides, also how many steps are timed."""
     finish(

@@ -3,6 +3,8 @@
 import asyncio
 import time
 
+import pytest
+import torch
 from support.serving import Gate, ask, assert_labels, assert_refused, client, concurrently, metric, picture, raw, until
 
 
@@ -95,4 +97,35 @@ def test_a_model_that_fails_is_503_and_goes_on(folder):
         assert_refused(ask(web, picture(0)), 503, "the model failed (ZeroDivisionError); try again")
         web.predictor.answers = answers
         assert ask(web, picture(0)).status_code == 200
+        assert web.get("/readyz").status_code == 200
+
+
+LOST = RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later")
+
+
+@pytest.mark.parametrize("path", ["/v1/classify", "/v1/explain"])
+def test_a_gpu_that_failed_is_said_where_supervisors_look(path, folder, monkeypatch):
+    """Every later call of CUDA would fail, so no request may come here any more."""
+
+    def fails(*_, **__):
+        raise LOST
+
+    said = "the GPU failed (CUDA error: device-side assert triggered); the server has to be started again"
+    with client(folder) as web:
+        for address in ("/healthz", "/readyz"):
+            assert web.get(address).status_code == 200
+        web.predictor.answers = fails
+        monkeypatch.setattr("deit.serve.batcher.explain_pixels", fails)
+        for address in ("/healthz", "/readyz"):
+            assert_refused(ask(web, picture(0), path=path), 503, said)
+            assert_refused(web.get(address), 503, said)
+
+
+def test_lack_of_memory_is_no_failed_gpu(folder):
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with client(folder) as web:
+        web.predictor.answers = fails
+        assert_refused(ask(web, picture(0)), 503, "the model failed (OutOfMemoryError); try again")
         assert web.get("/readyz").status_code == 200

@@ -2,6 +2,8 @@
 
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -102,3 +104,32 @@ def test_the_process_refuses_liars_and_finishes_what_came_at_sigterm(folder):
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{address}/healthz")
         assert process.stderr.read() == ""
+
+
+FAILING = """
+import sys
+from deit.cli import main
+from deit.predict.predictor import Predictor
+
+def fails(*_):
+    raise RuntimeError("CUDA error: device-side assert triggered")
+
+answers, calls = Predictor.answers, []
+Predictor.answers = lambda *given: answers(*given) if not calls and not calls.append(1) else fails()
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_server_whose_gpu_failed_ends_so_that_its_supervisor_starts_it_again(folder):
+    """It answers what came and ends by itself with status 1. The first answer is the one before the address is said."""
+    command = ["serve", str(folder), "--port", "0", "--device", "cpu", "--engine", "torch"]
+    with subprocess.Popen(
+        [sys.executable, "-c", FAILING, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        address = process.stdout.readline().split(" at ")[1].strip()
+        answer = httpx.post(f"{address}/v1/classify", content=picture(0), headers=RAW, timeout=20)
+        assert answer.status_code == 503
+        assert process.wait(20) == 1
+        assert process.stderr.read().splitlines()[-1] == (
+            "deit serve: the GPU failed (CUDA error: device-side assert triggered); the server has to be started again"
+        )

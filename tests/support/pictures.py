@@ -5,10 +5,20 @@ import io
 import numpy as np
 from PIL import Image
 
+from deit.data.augment import erased
+
 
 def noise(height, width, channels=3, seed=0):
     """An array (height, width, channels) of random bytes."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def erase(pixels, settings, rng):
+    """Fills the rectangle that `erased` draws for `pixels` (channels, height, width), in place."""
+    box = erased(pixels.shape, settings, rng)
+    if box is not None:
+        top, left, values = box
+        pixels[:, top : top + values.shape[1], left : left + values.shape[2]] = values
 
 
 def smooth(height, width):

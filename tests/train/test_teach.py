@@ -142,6 +142,23 @@ def test_parts_hold_what_is_documented(tmp_path, split, teacher):
     assert torch.equal(part["probability"][0, positions], best.half())
 
 
+def test_each_process_makes_its_gpu_the_present_one(tmp_path, split, teacher, monkeypatch):
+    """Or else all of them would take memory of the first GPU, which PyTorch opens where no device is named."""
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    present = []
+    monkeypatch.setattr(torch.cuda, "set_device", present.append)
+
+    def load(*_):
+        assert present == [torch.device("cuda", 2)]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Teacher, "load", load)
+    with pytest.raises(KeyboardInterrupt):
+        teach(pupil(teacher, kind="soft"), split, tmp_path / "cache", epochs=1)
+
+
 def test_interrupted_and_resumed_is_uninterrupted(tmp_path, split, teacher, monkeypatch):
     recipe = pupil(teacher, kind="soft")
     run(recipe, split, tmp_path / "whole")

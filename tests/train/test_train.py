@@ -4,10 +4,11 @@ import json
 import math
 import os
 import signal
-import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -18,11 +19,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 from support.checks import raises_saying
 from support.models import small
-from support.runs import photos, small_recipe
+from support.runs import assert_same_end, photos, small_recipe
+from torch._dynamo.utils import counters
 
 from deit import machine
 from deit.config import ConvNetConfig
-from deit.data.batches import BadImages, EvaluationBatches, TrainingBatches, processor_for
+from deit.data.ahead import Ahead
+from deit.data.batches import BadImages, EvaluationBatches, LoaderDied, TrainingBatches, processor_for
 from deit.data.draws import draws
 from deit.data.folders import Split, read_data
 from deit.evaluate.models import evaluate
@@ -44,9 +47,10 @@ from deit.recipe import (
     epochs,
     steps,
 )
-from deit.train import checkpoint, loop, objectives, optim, progress, records, runs
+from deit.train import checkpoint, compiling, loop, objectives, optim, progress, records, runs
 from deit.train.build import build_model
 from deit.train.loop import Diverged, train
+from deit.train.progress import Reporter
 
 QUIET = Console(quiet=True)
 CONVNET = small_recipe(
@@ -97,6 +101,112 @@ def test_a_run_leaves_a_model_that_scores_as_recorded(splits, tmp_path):
     assert written[-1]["loss"] < written[0]["loss"]
     assert [math.floor(row["epoch"]) for row in written[:-1]] == [1, 2, 3]
     assert json.loads((tmp_path / "recipe.json").read_text()) == json.loads(json.dumps(CONVNET.to_dict()))
+
+
+class Ordered(Ahead):
+    """As on a GPU, with streams that do nothing, and a record of what the loop does when."""
+
+    done: ClassVar[list[str]] = []
+
+    def __init__(self, batches, device):
+        super().__init__(batches, device, torch.cpu)
+
+    def __next__(self):
+        self.done.append("next")
+        return super().__next__()
+
+    def fetch(self):
+        self.done.append("fetch")
+        super().fetch()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_that_are_fetched_ahead_change_nothing(splits, tmp_path, monkeypatch, workers):
+    """The next batch is fetched when a step's gradients are queued, and before its numbers are read. The last step
+    fetches none."""
+    recipe = replace(
+        PLAIN, augment=Augment(erase=Erase(), mix=Mix(mixup=0.8)), compute=replace(PLAIN.compute, workers=workers)
+    )
+    run(recipe, splits, tmp_path / "plain")
+    monkeypatch.setattr(loop, "Ahead", Ordered)
+    Ordered.done.clear()
+    clip, tolist = optim.clip_gradients, torch.Tensor.tolist
+
+    def clipped(*given):
+        Ordered.done.append("gradients")
+        return clip(*given)
+
+    def read(tensor):
+        if Ordered.done and Ordered.done[-1] in ("gradients", "fetch") and tensor.numel() > 3:
+            Ordered.done.append("numbers")
+        return tolist(tensor)
+
+    monkeypatch.setattr(optim, "clip_gradients", clipped)
+    monkeypatch.setattr(torch.Tensor, "tolist", read)
+    run(recipe, splits, tmp_path / "ahead")
+    monkeypatch.undo()
+    # `next` calls `fetch` itself, which finds the batch that is there already
+    step = ["next", "fetch", "gradients", "fetch", "numbers"]
+    assert Ordered.done == 9 * step + ["next", "fetch", "gradients", "numbers"]
+    assert_same_end(tmp_path / "plain", tmp_path / "ahead")
+
+
+@pytest.mark.parametrize("kind", ["mixed", "masked"])
+def test_no_copy_to_the_device_waits_for_it(splits, tmp_path, monkeypatch, kind):
+    """PyTorch waits for all that a GPU has queued when it copies without `non_blocking`. That would keep the next batch
+    from being fetched meanwhile."""
+    recipe = (
+        replace(PLAIN, augment=Augment(erase=Erase(), mix=Mix(mixup=0.8)))
+        if kind == "mixed"
+        else replace(PLAIN, objective=MaskedImage(unit=8), augment=Augment(crop=ResizedCrop()))
+    )
+    moved, inside = [], []
+    to, step = torch.Tensor.to, loop._step
+
+    def noted(tensor, *given, **options):
+        if inside and any(isinstance(one, torch.device) for one in (*given, options.get("device"))):
+            moved.append(options.get("non_blocking", False))
+        return to(tensor, *given, **options)
+
+    def stepped(*given):
+        inside.append(True)
+        try:
+            return step(*given)
+        finally:
+            inside.clear()
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    monkeypatch.setattr(loop, "_step", stepped)
+    run(recipe, splits, tmp_path)
+    assert len(moved) >= 40  # pixels, labels and wishes in each of 10 steps
+    assert all(moved)
+
+
+def test_a_loader_that_dies_while_a_step_is_computed_spoils_no_step(splits, tmp_path, monkeypatch):
+    """Its error is raised in place of the next batch, so the state is complete then."""
+    steps = []
+
+    class Dying(Ordered):
+        def __init__(self, batches, device):
+            def until_it_dies():
+                yield from islice(batches, 3)
+                raise LoaderDied("a loader process died")
+
+            super().__init__(until_it_dies(), device)
+
+        def __next__(self):
+            try:
+                return super().__next__()
+            except LoaderDied:
+                steps.append("died")
+                raise
+
+    advance = Reporter.advance
+    monkeypatch.setattr(Reporter, "advance", lambda self, step, *rest: (steps.append(step), advance(self, step, *rest)))
+    monkeypatch.setattr(loop, "Ahead", Dying)
+    with pytest.raises(LoaderDied):
+        run(PLAIN, splits, tmp_path)
+    assert steps == [1, 2, 3, "died"]
 
 
 def test_the_record_and_the_schedule(splits, tmp_path):
@@ -323,6 +433,65 @@ def test_a_loss_that_is_not_finite_skips_its_update(splits, tmp_path, monkeypatc
     assert all(math.isfinite(row["loss"]) for row in rows(tmp_path) if "loss" in row)
 
 
+def deciding(monkeypatch):
+    """The CPU decides by itself whether to skip a step, and the loop reads its numbers one step late, as on a GPU."""
+    honest = runs.prepare
+
+    def prepare(*given):
+        work, state = honest(*given)
+        assert work.optimizers.can_skip
+        work.decides = True
+        return work, state
+
+    monkeypatch.setattr(runs, "prepare", prepare)
+
+
+LATE = replace(PLAIN, optim=AdamW(lr=1e-3, per_images=8), schedule=Cosine(total=steps(7)), ema=0.9)
+
+
+def test_numbers_that_are_read_late_give_the_same_run(splits, tmp_path, monkeypatch):
+    run(LATE, splits, tmp_path / "a")
+    deciding(monkeypatch)
+    run(LATE, splits, tmp_path / "b")
+    for name, value in model_end(tmp_path / "a").items():
+        torch.testing.assert_close(model_end(tmp_path / "b")[name], value, atol=1e-6, rtol=0, msg=name)
+    one, other = rows(tmp_path / "a"), rows(tmp_path / "b")
+    assert [row["step"] for row in one] == [row["step"] for row in other]
+    for name in ("loss", "gradient_norm", "val_accuracy"):
+        assert [row[name] for row in one if name in row] == pytest.approx([row[name] for row in other if name in row])
+
+
+@pytest.mark.parametrize("recipe", [LATE, replace(CONVNET, optim=LATE.optim, schedule=LATE.schedule, ema=0.9)])
+def test_a_device_that_decides_skips_what_is_not_finite(recipe, splits, tmp_path, monkeypatch):
+    states, update = [], loop._step
+
+    def watched(work, *rest):
+        found = update(work, *rest)
+        states.append({name: value.clone() for name, value in work.model.state_dict().items()})
+        states[-1] |= {f"ema.{name}": value.clone() for name, value in work.average.state().items()}
+        states[-1] |= {f"optim.{name}": value.clone() for name, value in work.optimizers.state().items()}
+        return found
+
+    deciding(monkeypatch)
+    monkeypatch.setattr(loop, "_step", watched)
+    poisoned(monkeypatch, {2, 3})
+    run(recipe, splits, tmp_path)
+    for name, before in states[1].items():
+        if name != "ema.updates":  # is right once the numbers are read
+            assert torch.equal(states[2][name], before), name
+            assert torch.equal(states[3][name], before), name
+    assert any(not torch.equal(states[4][name], before) for name, before in states[1].items())
+    assert states[-1]["ema.updates"] == 7 - 2
+    assert rows(tmp_path)[-1]["skipped"] == 2
+
+
+def test_a_device_that_decides_gives_up_too(splits, tmp_path, monkeypatch):
+    deciding(monkeypatch)
+    poisoned(monkeypatch, range(1, 7))
+    with pytest.raises(Diverged, match="in 5 steps in a row, up to 6"):
+        run(LATE, splits, tmp_path)
+
+
 def test_a_run_that_only_skips_stops(splits, tmp_path, monkeypatch):
     poisoned(monkeypatch, set(range(6, 99)))
     recipe = replace(CONVNET, compute=replace(CONVNET.compute, save_minutes=0))
@@ -374,6 +543,56 @@ def test_out_of_memory_with_single_pairs_is_said(splits, tmp_path, monkeypatch):
     monkeypatch.setattr(objectives.SupervisedObjective, "__call__", fails)
     with raises_saying(RuntimeError, "out of memory with micro-batches of 2 images", "compute.checkpoint_blocks=True"):
         run(PLAIN, splits, tmp_path)
+
+
+def test_batch_normalisation_is_never_divided_in_silence(splits, tmp_path, monkeypatch):
+    """Its micro-batches would have other statistics, and so other gradients."""
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(objectives.SupervisedObjective, "__call__", fails)
+    with raises_saying(
+        RuntimeError,
+        "out of memory with 8 images at once",
+        "batch normalisation",
+        "would train another model",
+        "set data.batch below 8",
+    ):
+        run(CONVNET, splits, tmp_path)
+    with raises_saying(ValueError, "compute.accumulate is 2", "batch normalisation", "compute.accumulate=1"):
+        replace(CONVNET, compute=replace(CONVNET.compute, accumulate=2))
+
+
+@pytest.mark.parametrize("objective", [Supervised(smoothing=0.1), MaskedImage(unit=8)], ids=["accuracy", "masked"])
+def test_an_evaluation_survives_lack_of_memory_with_the_same_score(objective, splits, tmp_path, monkeypatch):
+    """Of the 9 validation images, 3 at once fit; this is said once in the run and remembered."""
+    recipe = replace(PLAIN, objective=objective, evaluate=steps(5))
+    run(recipe, splits, tmp_path / "whole")
+    kind = type(build_model(recipe, splits[0].classes))
+    honest, seen, said = kind.forward, [], []
+
+    def limited(self, pixels, *rest, **options):
+        if not self.training:
+            seen.append(len(pixels))
+            if len(pixels) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return honest(self, pixels, *rest, **options)
+
+    monkeypatch.setattr(kind, "forward", limited)
+    monkeypatch.setattr(progress.Reporter, "say", lambda self, sentence: said.append(sentence))
+    run(recipe, splits, tmp_path / "parts")
+    assert [sentence for sentence in said if "memory" in sentence] == [
+        f"out of memory: {now} images are now computed at once instead of {before}; the answers stay the same"
+        for now, before in ((4, 8), (2, 4))
+    ]
+    assert seen == [8, 4, 2, 2, 2, 2, 1] + [2, 2, 2, 2, 1] * (len(seen) // 5 - 1)
+    one, other = rows(tmp_path / "whole"), rows(tmp_path / "parts")
+    for name in ("val_accuracy", "val_loss"):
+        assert [row.get(name) for row in one] == pytest.approx([row.get(name) for row in other], abs=1e-6)
+    assert all(
+        torch.equal(value, model_end(tmp_path / "parts")[name]) for name, value in model_end(tmp_path / "whole").items()
+    )
 
 
 def test_other_errors_are_not_taken_for_lack_of_memory(splits, tmp_path, monkeypatch):
@@ -462,6 +681,53 @@ def test_the_schedule_is_planned_to_fit_the_time(splits, tmp_path, monkeypatch):
         assert all(torch.equal(one[name], other[name]) for name in other)
 
 
+class Bursts:
+    """A stream of batches as loader processes give them: each loader makes one in `each` seconds of the fake clock, and
+    holds at most two that are ready. So `workers` batches come at once, and then the loop waits for long."""
+
+    def __init__(self, batches, clock, workers, each):
+        self.batches, self.clock, self.workers, self.each = batches, clock, workers, each
+
+    def __getattr__(self, name):
+        return getattr(self.batches, name)
+
+    def from_step(self, step):
+        ready = [0.0] * self.workers  # when each loader finishes its next batch
+        taken = []
+        for number, batch in enumerate(self.batches.from_step(step)):
+            loader = number % self.workers
+            room = taken[number - 2 * self.workers] if number >= 2 * self.workers else 0.0
+            ready[loader] = max(ready[loader], room) + self.each
+            self.clock.now = max(self.clock.now, ready[loader])
+            taken.append(self.clock.now)
+            yield batch
+
+
+@pytest.mark.parametrize(("workers", "each"), [(6, 0.6), (3, 1.5), (1, 0.1), (6, 0.05)])
+def test_the_plan_counts_the_waits_between_bursts(workers, each, splits, tmp_path, monkeypatch):
+    """Steps of 10 ms and loaders that need `each` for a batch: a step takes max(10 ms, each / workers)."""
+    clock = SimpleNamespace(now=0.0)
+    honest, prepare = loop._step, runs.prepare
+
+    def slow(*given):
+        clock.now += 0.01
+        return honest(*given)
+
+    def prepared(*given):
+        work, state = prepare(*given)
+        return replace(work, batches=Bursts(work.batches, clock, workers, each)), state
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(loop, "_step", slow)
+    monkeypatch.setattr(runs, "prepare", prepared)
+    recipe = replace(CONVNET, schedule=Cosine(total=steps(100_000)), evaluate=steps(100_000))
+    us = machine.Processes(torch.device("cpu"))
+    planned = loop._plan(recipe, *splits, us, 100.0, QUIET).schedule.total.amount
+    expected = 0.9 * (100 - clock.now) / max(0.01, each / workers)
+    assert planned == pytest.approx(expected, rel=0.03)
+    assert clock.now < 20 + 2 * each
+
+
 def test_a_recipe_that_fits_is_left_alone_and_one_that_cannot_is_refused(splits, tmp_path):
     run(CONVNET, splits, tmp_path / "fits", minutes=10)
     assert Recipe.from_dict(json.loads((tmp_path / "fits" / "recipe.json").read_text())) == CONVNET
@@ -499,27 +765,16 @@ def test_progress_and_estimate(splits, tmp_path):
             assert part in line
 
 
-def test_tensorboard_gets_the_rows(splits, tmp_path, monkeypatch):
-    """A stand-in for TensorBoard, which the tests do without."""
-    written = []
-
-    class Writer:
-        def __init__(self, folder, purge_step):
-            written.append((folder, purge_step))
-
-        def add_scalar(self, *scalar):
-            written.append(scalar)
-
-        def flush(self):
-            pass
-
-        close = flush
-
-    monkeypatch.setattr(progress, "find_spec", lambda name: name == "tensorboard")
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
-    run(CONVNET, splits, tmp_path)
-    assert written[0] == (str(tmp_path / "tensorboard"), 1)
-    assert written[1:] == [(name, value, row["step"]) for row in rows(tmp_path) for name, value in row.items()]
+def test_the_rate_counts_the_waits_between_bursts(tmp_path):
+    """Six batches at once, then a wait: 60 steps in 60 seconds. The first two steps took a minute each."""
+    us = machine.Processes(torch.device("cpu"))
+    with progress.Reporter(tmp_path, CONVNET, us, QUIET, done=0, total=99, written=0) as reporter:
+        for step in range(1, 63):
+            seconds = 60.0 if step <= 2 else 5.5 if step % 6 == 2 else 0.1
+            reporter.advance(step, {}, seconds)
+            if step > 20:
+                assert reporter.rate == pytest.approx(8, rel=0.25)
+    assert reporter.rate == pytest.approx(8, rel=0.1)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (89, "89 s"), (300, "5 min"), (2 * 3600, "2.0 h")])
@@ -549,11 +804,82 @@ def test_distillation_needs_a_teacher(splits, tmp_path):
         run(recipe, splits, tmp_path)
 
 
+GRAPHS = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+"""PyTorch's compiler looks at every tensor, and hides this warning in its own way."""
+
+
+def quick(monkeypatch):
+    """Compilation without a compiler: graphs are computed eagerly, and counted."""
+    torch._dynamo.reset()
+    counters.clear()
+    honest = compiling.compile_parts
+    monkeypatch.setattr(compiling, "compile_parts", lambda model: honest(model, backend="eager"))
+    return replace(PLAIN, compute=replace(PLAIN.compute, compile=True))
+
+
+@GRAPHS
 def test_compiled_blocks_train(splits, tmp_path, monkeypatch):
-    """Each block is compiled by itself: eagerly here, which is quick and shows that the names of the weights stay."""
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
-    run(replace(PLAIN, compute=replace(PLAIN.compute, compile=True)), splits, tmp_path / "a")
-    run(PLAIN, splits, tmp_path / "b")
-    assert compiled == ["Block"] * 3
-    assert model_end(tmp_path / "a").keys() == model_end(tmp_path / "b").keys()
+    """The blocks give the run that they give without compilation, and the weights keep their names."""
+    run(quick(monkeypatch), splits, tmp_path / "a")
+    run(replace(PLAIN, compute=replace(PLAIN.compute, compile=False)), splits, tmp_path / "b")
+    one, other = model_end(tmp_path / "a"), model_end(tmp_path / "b")
+    assert one.keys() == other.keys()
+    assert counters["stats"]["unique_graphs"] > 0
+    for name, value in other.items():
+        if not name.endswith("qkv.bias"):  # the keys' part has no gradient but rounding errors
+            torch.testing.assert_close(one[name], value, atol=1e-4, rtol=0, msg=name)
+
+
+@GRAPHS
+def test_few_graphs_serve_all_sizes_of_micro_batches(splits, tmp_path, monkeypatch):
+    """Three for micro-batches of 8, three for the smaller ones, and two for an evaluation of 8 images.
+
+    The evaluation's last batch has one image. PyTorch compiles that number by itself, so there are two more.
+    """
+    honest, sizes, said = objectives.SupervisedObjective.__call__, set(), []
+
+    def limited(self, model, batch, draws):
+        if len(batch) > 8 >> batch.step // 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.add(len(batch))
+        return honest(self, model, batch, draws)
+
+    recipe = replace(quick(monkeypatch), schedule=Cosine(total=steps(6)), evaluate=steps(2))
+    monkeypatch.setattr(objectives.SupervisedObjective, "__call__", limited)
+    monkeypatch.setattr(progress.Reporter, "say", lambda self, sentence: said.append(sentence))
+    run(recipe, splits, tmp_path)
+    assert sizes == {8, 4, 2}
+    assert counters["stats"]["unique_graphs"] == 3 + 3 + 2 + 2
+    assert not [sentence for sentence in said if "torch.compile" in sentence]
+
+
+@GRAPHS
+def test_the_limit_of_graphs_is_said_once(splits, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(progress.Reporter, "say", lambda self, sentence: said.append(sentence))
+    recipe = quick(monkeypatch)
+    monkeypatch.setattr(compiling, "_GRAPHS", 2)
+    run(recipe, splits, tmp_path)
+    [sentence] = [sentence for sentence in said if "torch.compile" in sentence]
+    assert "has met its limit of graphs" in sentence
+    assert "compute.compile=False" in sentence
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "recipe", "expected"),
+    [
+        (None, "cuda", PLAIN, True),
+        (None, "cpu", PLAIN, False),
+        (None, "cuda", CONVNET, False),
+        (False, "cuda", PLAIN, False),
+        (True, "cpu", CONVNET, True),
+    ],
+)
+def test_what_is_compiled_if_the_recipe_leaves_it_open(setting, device, recipe, expected, monkeypatch):
+    model = build_model(recipe, "abc")
+    monkeypatch.setattr(compiling, "find_spec", lambda name: name)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: name if name == "gcc" else None)
+    us = machine.Processes(torch.device(device))
+    assert compiling.wanted(setting, model, us) is expected
+    monkeypatch.setattr(compiling.shutil, "which", lambda _: None)
+    assert compiling.wanted(setting, model, us) is (setting is True)  # no C compiler

@@ -121,7 +121,7 @@ def augment(
 
     `image` is RGB or grey (mode L) and keeps its size and mode. `fill`, one entry (0 to 255) for each channel, is the
     colour of the pixels that a policy's rotations and shifts uncover. Cropping comes before (`crop`), erasing after
-    (`erase`), and mixing last (`deit.data.mixing`).
+    (`erased`), and mixing last (`deit.data.mixing`).
     """
     if settings.flip > 0 and rng.random() < settings.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -157,25 +157,24 @@ def random_affine(image: Image.Image, settings: Affine, rng: np.random.Generator
     )
 
 
-def erase(pixels: np.ndarray, settings: Erase, rng: np.random.Generator) -> None:
-    """Fills a random rectangle of `pixels` with standard normal noise, in place.
+def erased(shape: tuple[int, ...], settings: Erase, rng: np.random.Generator) -> tuple[int, int, np.ndarray] | None:
+    """The random rectangle of an image (channels, height, width) that is filled with standard normal noise.
 
-    `pixels` is (channels, height, width) float32, normalised. Nothing changes if none of ten draws fits the image
-    (Zhong et al. 2017, algorithm 1; timm's mode `pixel`).
+    Returns its top, its left and the noise, (channels, its height, its width) float32, which takes the place of
+    normalised pixels. None if the image stays whole, as it does if none of ten draws fits it (Zhong et al. 2017,
+    algorithm 1; timm's mode `pixel`).
     """
     if rng.random() >= settings.probability:
-        return
-    channels, rows, columns = pixels.shape
+        return None
+    channels, rows, columns = shape
     for _ in range(_ATTEMPTS):
         area = rng.uniform(*settings.area) * rows * columns
         ratio = math.exp(rng.uniform(math.log(settings.ratio[0]), math.log(settings.ratio[1])))
         height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if height < rows and width < columns:
-            top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
-            pixels[:, top : top + height, left : left + width] = rng.standard_normal(
-                (channels, height, width), np.float32
-            )
-            return
+            top, left = int(rng.integers(rows - height + 1)), int(rng.integers(columns - width + 1))
+            return top, left, rng.standard_normal((channels, height, width), np.float32)
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------- patches

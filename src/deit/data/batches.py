@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from deit.config import DeiTConfig
-from deit.data.augment import augment, crop, erase, patch_mask
+from deit.data.augment import augment, crop, erased, patch_mask
 from deit.data.draws import Stream, draws
 from deit.data.folders import Split
+from deit.data.levels import Levels
 from deit.data.mixing import mix, mixing
 from deit.host import cores
 from deit.image.decode import ImageError, load_image, name_of
@@ -43,14 +44,15 @@ KEPT_PIXELS = 512 * 512
 """Pixels of the largest image that is kept under a random crop. Larger images are decoded anew for each crop, at the
 scale that it needs."""
 
+_CPU = torch.device("cpu")
 _STAND_IN_ATTEMPTS = 100
 _PIXEL_BYTES = 4  # for each pixel of an RGB image in Pillow's memory
 
 
 @dataclass(frozen=True)
 class Batch:
-    pixels: Tensor
-    """(B, channels, height, width) float32, normalised and erased."""
+    images: Tensor | Levels
+    """The pixels, or 8-bit levels that they have yet to be made of, as loader processes hand them over."""
     labels: Tensor
     """(B,) int64 class indices; after mixing, (B, classes) float32 probabilities. In evaluation, -1 marks padding and
     images that can't be read."""
@@ -64,7 +66,19 @@ class Batch:
     """(file, reason) of each image that can't be read. In training, another image stands in for it."""
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return len(self.labels)
+
+    @property
+    def pixels(self) -> Tensor:
+        """(B, channels, height, width) float32, normalised and erased, on the device of the batch.
+
+        They are computed each time, unless the batch is finished.
+        """
+        return self.images.pixels() if isinstance(self.images, Levels) else self.images
+
+    def finished(self) -> Batch:
+        """The batch with its pixels computed, which take four times the memory."""
+        return replace(self, images=self.pixels)
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy on another device. The positions stay on the CPU."""
@@ -74,40 +88,57 @@ class Batch:
         """A copy in memory that a GPU can copy from while it computes. The loader calls this."""
         return self._changed(Tensor.pin_memory)
 
+    def used_by(self, stream: torch.Stream) -> None:
+        """Keeps the GPU memory of the batch until a stream is done with it, if another stream made the batch."""
+
+        def record(tensor: Tensor) -> Tensor:
+            if tensor.is_cuda:
+                tensor.record_stream(stream)
+            return tensor
+
+        self._changed(record)
+
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        images = self.images.changed(change) if isinstance(self.images, Levels) else change(self.images)
         mask = None if self.mask is None else change(self.mask)
-        return replace(self, pixels=change(self.pixels), labels=change(self.labels), mask=mask)
+        return replace(self, images=images, labels=change(self.labels), mask=mask)
 
     def parts(self, count: int) -> list[Batch]:
         """Divides the batch into `count` nearly equal micro-batches, or into one per mirror pair if that is fewer.
 
-        In each, row i and the i-th row from its end are mirror images. The faults stay with the whole batch.
+        In each, row i and the i-th row from its end are mirror images. A single part is the batch itself. Several are
+        copies on the device of the batch, and the faults stay with the whole batch.
         """
         if count < 1:
             raise ValueError(f"a batch is divided into at least 1 part, found {count}")
-        found = []
-        for part in range(min(count, (len(self) + 1) // 2)):
-            rows = torch.from_numpy(_mirrored_share(len(self), part, min(count, (len(self) + 1) // 2)))
-            found.append(
-                Batch(
-                    self.pixels[rows],
-                    self.labels[rows],
-                    self.step,
-                    None if self.positions is None else self.positions[rows],
-                    None if self.mask is None else self.mask[rows],
-                )
-            )
-        return found
+        count = min(count, (len(self) + 1) // 2)
+        if count == 1:
+            return [self]
+        shares = [_mirrored_share(len(self), part, count) for part in range(count)]
+        return [self._at(share) for share in shares]
+
+    def _at(self, share: tuple[slice, slice]) -> Batch:
+        def taken(tensor: Tensor) -> Tensor:  # no list of rows, which would have to be copied to the device
+            return torch.cat([tensor[rows] for rows in share])
+
+        return replace(
+            self,
+            images=self.images.at(share) if isinstance(self.images, Levels) else taken(self.images),
+            labels=taken(self.labels),
+            positions=None if self.positions is None else taken(self.positions),
+            mask=None if self.mask is None else taken(self.mask),
+            faults=(),
+        )
 
 
-def _mirrored_share(size: int, part: int, parts: int) -> np.ndarray:
+def _mirrored_share(size: int, part: int, parts: int) -> tuple[slice, slice]:
     """Places of the `part`-th share of whole mirror pairs (j, size-1-j), in rising order.
 
     Row i and row -1-i of the share are mirror images again. The middle of an odd size is its own mirror image.
     """
-    pairs = np.array_split(np.arange((size + 1) // 2), parts)[part]
-    mirrored = size - 1 - pairs[::-1]
-    return np.concatenate([pairs, mirrored[1:] if mirrored[0] == pairs[-1] else mirrored])
+    pairs = np.array_split(np.arange((size + 1) // 2), parts)[part].tolist()
+    first, last = pairs[0], pairs[-1] + 1
+    return slice(first, last), slice(max(last, size - last), size - first)
 
 
 # --------------------------------------------------------------------------------------------------- unreadable images
@@ -199,13 +230,15 @@ class _Views(Dataset[Any]):
         traceback as the message."""
         step, positions, keys = wanted
         recipe = self.recipe
-        pixels = np.empty((len(keys), recipe.model.num_channels, *recipe.model.image_hw), np.float32)
+        levels = np.empty((len(keys), recipe.model.num_channels, *recipe.model.image_hw), np.uint8)
+        given: list[tuple[int, int, int, np.ndarray]] = []
         labels = np.empty(len(keys), np.int64)
         faults: list[tuple[str, str]] = []
         for row, key in enumerate(keys.tolist()):
             for index in self._candidates(*key):
                 try:
-                    self._draw(index, draws(recipe.seed, *key), pixels[row])
+                    box = self._draw(index, draws(recipe.seed, *key), levels[row])
+                    given += [] if box is None else [(row, *box)]
                     break
                 except ImageError as error:
                     faults.append(_fault(self.files[index], error))
@@ -216,7 +249,7 @@ class _Views(Dataset[Any]):
                 )
             labels[row] = self.files.labels[index]
         return Batch(
-            torch.from_numpy(pixels),
+            Levels.of(levels, self.normalisation, given),
             torch.from_numpy(labels),
             step,
             torch.from_numpy(positions),
@@ -231,8 +264,8 @@ class _Views(Dataset[Any]):
         for _ in range(_STAND_IN_ATTEMPTS - 1):
             yield int(others.integers(len(self.files)))
 
-    def _draw(self, index: int, rng: np.random.Generator, out: np.ndarray) -> None:
-        """Writes a view of an image into `out`, (channels, height, width)."""
+    def _draw(self, index: int, rng: np.random.Generator, out: np.ndarray) -> tuple[int, int, np.ndarray] | None:
+        """Writes a view of an image into `out`, (channels, height, width) uint8, and returns what erases a part."""
         settings = self.recipe.augment
         if settings.crop is None:
             image = self._once(index, self._resized)
@@ -241,9 +274,8 @@ class _Views(Dataset[Any]):
             image = crop(source, self.recipe.model.image_hw, settings.crop, rng)
         image = augment(image, settings, rng, self.fill)
         array = np.asarray(image if len(out) == 3 else image.convert("L"))
-        self.normalisation.apply(array if array.ndim == 3 else array[..., None], out)
-        if settings.erase is not None:
-            erase(out, settings.erase, rng)
+        out[:] = array.transpose(2, 0, 1) if array.ndim == 3 else array
+        return None if settings.erase is None else erased(out.shape, settings.erase, rng)
 
     def _once(self, index: int, read: Callable[[Path], Image.Image]) -> Image.Image:
         """An RGB image. It is read only once if the budget allows it."""
@@ -258,10 +290,9 @@ class _Views(Dataset[Any]):
 
     def _resized(self, file: Path) -> Image.Image:
         """An image, resized and cropped as for evaluation."""
-        [pixels] = self.processor(
-            [file], do_rescale=False, do_normalize=False, data_format="channels_last"
-        ).pixel_values
-        array = pixels.astype(np.uint8)
+        levels = self.processor.levels(file)
+        assert levels is not None  # the processor resizes, and that gives 8 bits
+        array = levels.transpose(1, 2, 0)
         return Image.fromarray(array if array.shape[-1] == 3 else array[..., 0]).convert("RGB")
 
     def _is_small(self, index: int) -> bool:
@@ -311,20 +342,31 @@ class TrainingBatches:
     Args:
         rank, world: number of this process and number of all processes.
         cycle: number of steps after which views and mixing repeat, as cached teacher labels require.
+        device: device that the batches will be copied to. They stay on the CPU, in pinned memory if it is a GPU.
 
     Raises `ValueError` if a process would have no pair.
     """
 
-    def __init__(self, split: Split, recipe: Recipe, *, rank: int = 0, world: int = 1, cycle: int | None = None):
+    def __init__(
+        self,
+        split: Split,
+        recipe: Recipe,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        cycle: int | None = None,
+        device: torch.device = _CPU,
+    ):
         batch, pairs = recipe.data.batch, (recipe.data.batch + 1) // 2
         if pairs < world:
             raise ValueError(
                 f"a batch of {batch} has {pairs} pairs of mirror images, too few for {world} processes; "
                 f"set data.batch to {2 * world} or more, or start fewer processes"
             )
-        self.split, self.recipe, self.cycle = split, recipe, cycle
-        self.positions = _mirrored_share(batch, rank, world)
-        self.workers = _workers(recipe.compute.workers, lambda: _fits(split, recipe))
+        self.split, self.recipe, self.cycle, self.device = split, recipe, cycle, device
+        self.positions = np.concatenate([np.arange(batch)[rows] for rows in _mirrored_share(batch, rank, world)])
+        # even if each image is decoded only once, a GPU would wait for one process to augment them
+        self.workers = _workers(recipe.compute.workers, lambda: device.type == "cpu" and _fits(split, recipe), device)
         self.views = _Views(split, recipe, CACHE_BYTES // max(1, self.workers))
         self._orders: dict[int, np.ndarray] = {}
 
@@ -360,7 +402,7 @@ class TrainingBatches:
         image can stand in for one that can't be read.
         """
         wanted = ((number, self.positions, self.keys(number)[self.positions]) for number in itertools.count(step))
-        return _loaded(self.views, wanted, self.workers)
+        return _loaded(self.views, wanted, self.workers, self.device)
 
     def mix(self, batch: Batch) -> Batch:
         """Applies Mixup and CutMix on the device of the batch, which is a share of a global batch or a part of one.
@@ -378,7 +420,7 @@ class TrainingBatches:
             draws(self.recipe.seed, self._drawn(batch.step), 0, 0, Stream.MIXING),
         )
         pixels, labels = mix(batch.pixels, batch.labels, len(self.split.classes), drawn.at(batch.positions.numpy()))
-        return replace(batch, pixels=pixels, labels=labels)
+        return replace(batch, images=pixels, labels=labels)
 
 
 def _fits(split: Split, recipe: Recipe) -> bool:
@@ -400,13 +442,14 @@ class EvaluationBatches:
 
     Of `world` processes, `rank` has every `world`-th image. All processes give the same number of batches, because they
     meet in collective operations. Rows without an image, and rows whose image can't be read, are zero and labelled -1.
-    If this process's images fit into `CACHE_BYTES` as float32, they are decoded only once.
+    If this process's images fit into `CACHE_BYTES` as 8-bit levels, they are decoded only once.
 
     Args:
         batch: number of rows of each batch; the last may have fewer.
         workers: number of loader processes; None chooses as for training.
         masks: function from an image's number in the split to its mask, (patches,) bool, for masked-image runs.
         keep: False for a single pass, which keeps nothing in memory.
+        device: as for training.
     """
 
     def __init__(
@@ -420,11 +463,12 @@ class EvaluationBatches:
         workers: int | None = 0,
         masks: Callable[[int], np.ndarray] | None = None,
         keep: bool = True,
+        device: torch.device = _CPU,
     ):
-        self.split = split
+        self.split, self.device = split, device
         self.views = _EvaluationViews(split, processor, batch, rank, world, masks)
-        self.keeps = keep and self.views.rows * 4 * int(np.prod(self.views.shape)) <= CACHE_BYTES
-        self.workers = _workers(workers, lambda: self.keeps)
+        self.keeps = keep and self.views.rows * int(np.prod(self.views.shape)) <= CACHE_BYTES
+        self.workers = _workers(workers, lambda: self.keeps, device)
         self.kept: list[Batch] = []
 
     def __len__(self) -> int:
@@ -435,7 +479,7 @@ class EvaluationBatches:
             yield from self.kept
             return
         kept: list[Batch] = []
-        for batch in _loaded(self.views, range(len(self)), self.workers):
+        for batch in _loaded(self.views, range(len(self)), self.workers, self.device):
             if self.keeps:
                 kept.append(batch)
             yield batch
@@ -465,22 +509,37 @@ class _EvaluationViews(Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         rows = range(number * self.batch, min((number + 1) * self.batch, self.rows))
         indices = [row * self.world + self.rank for row in rows]
-        pixels = np.zeros((len(rows), *self.shape), np.float32)
+        levels = np.zeros((len(rows), *self.shape), np.uint8)
+        given = []
         labels = np.full(len(rows), -1)
         faults = []
         for row, index in enumerate(indices):
+            found, pixels = None, np.zeros(self.shape, np.float32)
             if index < len(self.files):
+                file = self.files[index]
                 try:
-                    pixels[row] = self.processor([self.files[index]]).pixel_values[0]
+                    found = self.processor.levels(file)
+                    if found is None:
+                        pixels[:] = self.processor([file]).pixel_values[0]
                     labels[row] = self.files.labels[index]
                 except ImageError as error:
-                    faults.append(_fault(self.files[index], error))
+                    faults.append(_fault(file, error))
+            if found is None:
+                given.append((row, 0, 0, pixels))
+            else:
+                levels[row] = found
         mask = (
             None
             if self.masks is None
             else torch.from_numpy(np.stack([self.masks(min(index, len(self.files) - 1)) for index in indices]))
         )
-        return Batch(torch.from_numpy(pixels), torch.from_numpy(labels), mask=mask, faults=tuple(faults))
+        first = self.processor.data_format == "channels_first"
+        return Batch(
+            Levels.of(levels, self.processor.normalisation, given, channels_first=first),
+            torch.from_numpy(labels),
+            mask=mask,
+            faults=tuple(faults),
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- loader processes
@@ -490,20 +549,33 @@ class LoaderDied(RuntimeError):
     """A loader process died."""
 
 
-def _workers(asked: int | None, fits: Callable[[], bool]) -> int:
+def _workers(asked: int | None, fits: Callable[[], bool], device: torch.device) -> int:
     """Number of loader processes for this process.
 
-    `asked` if it is set, 0 if images are decoded only once, and otherwise its share of this machine's cores, up to 8.
+    `asked` if it is set, 0 if one process is enough (`fits`), and otherwise a number that depends on this process's
+    share of the machine's cores. If a GPU computes, the loaders get the whole share but one core, which feeds the GPU:
+    a core prepares some 150 images of ImageNet a second, and a GPU trains on thousands. If the CPU computes, the model
+    needs the cores itself and is slower than a few loaders, so there are at most 8.
     """
     if asked is not None:
         return asked
     if fits():
         return 0
-    return max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, share) if device.type == "cpu" else share - 1)
 
 
-def _loaded(views: Dataset[Any], wanted: Iterable[Any], workers: int) -> Iterator[Batch]:
-    """Yields what `views` gives for each of `wanted`, in order. Loader processes read ahead and end with it."""
+def _loaded(views: Dataset[Any], wanted: Iterable[Any], workers: int, device: torch.device) -> Iterator[Batch]:
+    """Yields what `views` gives for each of `wanted`, in order. Loader processes read ahead and end with it.
+
+    The batches are in memory that is pinned for `device` if that is a GPU.
+    """
+    pinned = device.type == "cuda"
+
+    def opened() -> AbstractContextManager[Any]:
+        """Makes `device` the present GPU, because pinning opens the present one. It takes memory for each process."""
+        return torch.cuda.device(device) if pinned else nullcontext()
+
     loader = DataLoader(
         views,
         sampler=wanted,
@@ -511,16 +583,17 @@ def _loaded(views: Dataset[Any], wanted: Iterable[Any], workers: int) -> Iterato
         num_workers=workers,
         collate_fn=_unchanged,
         worker_init_fn=_begin_worker,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pinned,
         generator=torch.Generator(),  # its own, because PyTorch's global one is the model's
     )
-    with _child_signal_kept():
+    with _child_signal_kept(), opened():
         batches = iter(loader)
     died = ""
     try:
         while True:
             try:
-                batch = next(batches)
+                with opened():
+                    batch = next(batches)
             except StopIteration:
                 return
             except RuntimeError as error:

@@ -5,9 +5,11 @@ B images of a batch, N images in all, C classes.
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,9 @@ from deit.choices import Head
 from deit.data.batches import Batch, EvaluationBatches
 from deit.data.folders import Split, fingerprint, matched, read_examples
 from deit.evaluate.scores import Accuracy, Comparison, Report, compare
-from deit.machine import Processes, resolve_device
+from deit.machine import Processes, Rows, full_float32, resolve_device
 from deit.model.load import load_classifier, refuse_head, refuse_not_finite, refuse_other_scoring
-from deit.model.network import (
-    head_probabilities,
-)
+from deit.model.network import head_probabilities
 
 _BATCH = 64
 _MANY = 512
@@ -34,38 +34,48 @@ _MANY = 512
 
 
 def _answered(
-    model: nn.Module, batches: Iterable[Batch], device: torch.device, precision: torch.dtype
+    model: nn.Module, batches: Iterable[Batch], device: torch.device, precision: torch.dtype, rows: Rows
 ) -> Iterator[tuple[Batch, Tensor, dict[Head, Tensor]]]:
     """Yields each batch, its labels on the device, and the probabilities (B, C) of every head.
 
     The model is in evaluation mode meanwhile. Its own mode is restored.
     """
+
+    def computed(pixels: Tensor) -> dict[Head, Tensor]:
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            return head_probabilities(model(pixels))
+
     training = model.training
     model.eval()
     try:
         for batch in batches:
-            pixels, labels = batch.pixels.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
-            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                by_head = head_probabilities(model(pixels))
-            yield batch, labels, by_head
+            there = batch.to(device)
+            by_head = rows(computed, there.pixels)
+            yield batch, there.labels, by_head
     finally:
         model.train(training)
 
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], us: Processes | None = None, precision: torch.dtype = torch.float32
+    model: nn.Module,
+    batches: Iterable[Batch],
+    us: Processes | None = None,
+    precision: torch.dtype = torch.float32,
+    rows: Rows | None = None,
 ) -> dict[Head, Accuracy]:
     """Accuracy of each head over all batches, in evaluation mode. The model's mode is restored.
 
     With many processes, each gives its share of the batches, and all get the result on all of them. Rows labelled -1
-    (padding and unreadable images) do not count. Raises `ValueError` if no row counts.
+    (padding and unreadable images) do not count. `rows` decides how many images are computed at once, and remembers it.
+    Without it, a warning says when memory runs out. Raises `ValueError` if no row counts.
     """
     us = us or Processes(torch.device("cpu"))
+    rows = rows or Rows(warnings.warn)
     heads: list[Head] = []
     correct = torch.zeros(0, dtype=torch.int64, device=us.device)
     total = 0
-    for batch, labels, by_head in _answered(model, batches, us.device, precision):
+    for batch, labels, by_head in _answered(model, batches, us.device, precision, rows):
         found = torch.stack([(probabilities.argmax(-1) == labels).sum() for probabilities in by_head.values()])
         correct = found if not heads else correct + found
         heads, total = list(by_head), total + int((batch.labels >= 0).sum())
@@ -84,6 +94,7 @@ def examine(
     head: Head = "fused",
     device: torch.device | str = "cpu",
     precision: torch.dtype = torch.float32,
+    rows: Rows | None = None,
 ) -> Report:
     """Computes a full report on a model's answers, in evaluation mode. The model's mode is restored.
 
@@ -93,15 +104,17 @@ def examine(
         batches: batches of `EvaluationBatches`, with labels in the model's order.
         classes: names of the model's C classes.
         head: head for calibration, classes and confusions. The accuracy is that of every head.
+        rows: as for `evaluate`.
 
     Raises `ValueError` if no row counts, if the model lacks the head, or if answers are not finite.
     """
-    rows: defaultdict[str, _Column] = defaultdict(_Column)
+    rows = rows or Rows(warnings.warn)
+    columns: defaultdict[str, _Column] = defaultdict(_Column)
     ranks: defaultdict[str, _Column] = defaultdict(_Column)
     faults: list[tuple[str, str]] = []
     done = 0
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would keep 10 bits of them
-        for batch, labels, by_head in _answered(model, batches, torch.device(device), precision):
+    with full_float32():
+        for batch, labels, by_head in _answered(model, batches, torch.device(device), precision, rows):
             _check(by_head, labels, head, classes, done)
             chosen = by_head[head]
             true = labels.clamp(min=0).unsqueeze(1)  # (B, 1)
@@ -115,7 +128,7 @@ def examine(
                 ("probability", chosen.gather(1, true).squeeze(1)),
                 ("squares", chosen.square().sum(-1)),
             ):
-                rows[name].extend(values)
+                columns[name].extend(values)
             faults += batch.faults
             done += len(batch)
     if not done:
@@ -125,7 +138,7 @@ def examine(
         head=head,
         unreadable=tuple(faults),
         ranks={name: column.whole() for name, column in ranks.items()},
-        **{name: column.whole() for name, column in rows.items()},
+        **{name: column.whole() for name, column in columns.items()},
     )
 
 
@@ -297,11 +310,21 @@ class _Subject:
 
     def examine(self, console: Console, tell: bool) -> Examined:
         batches = EvaluationBatches(
-            self.split, self.processor, _BATCH, keep=False, workers=None if len(self.split) >= _MANY else 0
+            self.split,
+            self.processor,
+            _BATCH,
+            keep=False,
+            workers=None if len(self.split) >= _MANY else 0,
+            device=self.device,
         )
         shown = track(batches, self.name, console=console, disable=not console.is_terminal)
         report = examine(
-            self.model, _telling(shown, console) if tell else shown, self.classes, head=self.head, device=self.device
+            self.model,
+            _telling(shown, console) if tell else shown,
+            self.classes,
+            head=self.head,
+            device=self.device,
+            rows=Rows(partial(console.print, markup=False, highlight=False, soft_wrap=True)),
         )
         return Examined(self.name, self.image_size, self.processor.crop_ratio, report)
 

@@ -31,6 +31,7 @@ from deit.explain.maps import (
     random_order,
 )
 from deit.image.processor import DeiTImageProcessor
+from deit.machine import full_float32
 from deit.model.load import refuse_not_finite
 from deit.predict.predictor import Predictor
 
@@ -204,6 +205,7 @@ def _score(areas: Faithfulness) -> Score:
     return Score(float(areas.deletion), float(areas.insertion))
 
 
+@full_float32()
 def explain_pixels(
     model: nn.Module,
     processor: DeiTImageProcessor,

@@ -37,6 +37,16 @@ def flatten(images: Any) -> Iterator[Any]:
 
 def pixel_values(source: Any, options: Mapping[str, Any], name: str) -> np.ndarray:
     """One image as (C, H, W) or (H, W, C) in float32, by the processor's `options`."""
+    array, in_unit = levels(source, options, name)
+    first = options["data_format"] == "channels_first"
+    out = np.empty(array.transpose(2, 0, 1).shape if first else array.shape, np.float32)
+    normalisation(array.shape[2], in_unit, options, name).apply(array, out, channels_first=first)
+    return out
+
+
+def levels(source: Any, options: Mapping[str, Any], name: str) -> tuple[np.ndarray, bool]:
+    """One image as (H, W, C), resized and cropped by the processor's `options`, and whether floats in 0..1 became
+    8-bit levels for the resize."""
     full, box, in_unit = None, None, False
     pixels: Any  # a Pillow image while that is possible, then (H, W, C) or (H, W)
     if isinstance(source, Image.Image) or is_encoded(source):
@@ -56,7 +66,7 @@ def pixel_values(source: Any, options: Mapping[str, Any], name: str) -> np.ndarr
         array = array[..., None]
     if options["do_center_crop"]:
         array = _center_crop(array, **options["crop_size"])
-    return _rescale_and_normalize(array, in_unit, options, name)
+    return array, in_unit
 
 
 def _picture(source: Any, options: Mapping[str, Any]) -> Decoded:
@@ -245,18 +255,15 @@ class Normalisation:
         return ((pixels.astype(np.float64) * self.std + self.mean) / self.factor).round().clip(0, 255).astype(np.uint8)
 
 
-def _rescale_and_normalize(array: np.ndarray, in_unit: bool, options: Mapping[str, Any], name: str) -> np.ndarray:
-    channels = array.shape[2]
+def normalisation(channels: int, in_unit: bool, options: Mapping[str, Any], name: str) -> Normalisation:
+    """The arithmetic that turns the result of `levels` into pixel values, by the processor's `options`."""
     mean, std = (
         (_fit(options[key], channels, key, name) for key in ("image_mean", "image_std"))
         if options["do_normalize"]
         else (np.zeros(channels), np.ones(channels))
     )
     factor = (options["rescale_factor"] if options["do_rescale"] else 1.0) / (255 if in_unit else 1)
-    first = options["data_format"] == "channels_first"
-    out = np.empty(array.transpose(2, 0, 1).shape if first else array.shape, np.float32)
-    Normalisation(mean, std, factor).apply(array, out, channels_first=first)
-    return out
+    return Normalisation(mean, std, factor)
 
 
 def _fit(statistic: float | tuple[float, ...], channels: int, key: str, name: str) -> np.ndarray:

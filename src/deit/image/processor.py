@@ -24,7 +24,7 @@ from PIL import Image
 
 from deit import files
 from deit.config import IMAGENET_MEAN, IMAGENET_STD, DeiTConfig
-from deit.image.pixels import Normalisation, as_tensors, flatten, pixel_values, type_of
+from deit.image.pixels import Normalisation, as_tensors, flatten, levels, normalisation, pixel_values, type_of
 
 __all__ = ["BatchFeature", "DeiTFeatureExtractor", "DeiTImageProcessor"]
 
@@ -370,6 +370,18 @@ class DeiTImageProcessor:
                     f"{name} is {getattr(self, name)!r}, but timm's keys say {said_value!r}; set {name} to that first"
                 )
         return said
+
+    def levels(self, image: Any) -> np.ndarray | None:
+        """One image as `preprocess` resizes and crops it, before `normalisation`: uint8, in the layout of the result.
+
+        None if more than 8 bits of a value are kept, as of an array or a 16-bit image that is not resized.
+        """
+        options = self._options({})
+        array, in_unit = levels(image, options, "image 0")
+        normalisation(array.shape[2], in_unit, options, "image 0")  # refuses channels that don't fit
+        if in_unit or array.dtype != np.uint8:
+            return None
+        return array.transpose(2, 0, 1) if self.data_format == "channels_first" else array
 
     @property
     def normalisation(self) -> Normalisation:

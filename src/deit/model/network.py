@@ -167,8 +167,8 @@ class Block(nn.Module):
         if self._by_hand(x, head_mask, need_weights):
             return self._trained_on_cpu(x, first, second, x.shape[1] if read is None else read), None
         y, attention = self.attention(self.norm1(x), head_mask, need_weights, read)
-        x = x[:, :read] + self._branch(y, self.scale1, first)
-        x = x + self._branch(self.mlp(self.norm2(x)), self.scale2, second)
+        x = x[:, :read] + self._branch(y, self.scale1, first, x.dtype)
+        x = x + self._branch(self.mlp(self.norm2(x)), self.scale2, second, x.dtype)
         return x, attention
 
     def _by_hand(self, x: Tensor, head_mask: Tensor | None, need_weights: bool) -> bool:
@@ -219,13 +219,35 @@ class Block(nn.Module):
                 self.scale2,
             )
 
-    def _branch(self, y: Tensor, scale: Tensor | None, keep: Tensor | None) -> Tensor:
+    def _branch(self, y: Tensor, scale: Tensor | None, keep: Tensor | None, dtype: torch.dtype) -> Tensor:
         y = self.dropout(y)
         y = y if scale is None else y * scale
-        return y if keep is None else y * keep.to(y.dtype).view(-1, 1, 1)
+        # The factor stays in float32, because bfloat16 would round 1 / 0.9 to 1.1094.
+        return y if keep is None else (y * keep.view(-1, 1, 1)).to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------- models
+
+
+def _project(patch: nn.Module, pixels: Tensor, rows: int, columns: int) -> Tensor:
+    """The projections of all patches, (B, R * S, D).
+
+    On a GPU one matrix product computes them, because patches don't overlap, and cuDNN's convolution with such a stride
+    takes ten times as long.
+    """
+    if pixels.device.type != "cuda" or type(patch) is not nn.Conv2d or _hooked(patch):
+        return patch(pixels).flatten(2).transpose(1, 2)
+    return _product(patch, pixels, rows, columns)
+
+
+def _product(patch: nn.Conv2d, pixels: Tensor, rows: int, columns: int) -> Tensor:
+    """The convolution `patch`, whose stride is its kernel's size, as one product: (B, R * S, D)."""
+    height, width = patch.kernel_size
+    if torch.is_autocast_enabled(pixels.device.type):
+        pixels = pixels.to(torch.get_autocast_dtype(pixels.device.type))  # before the patches are copied
+    cut = pixels[:, :, : rows * height, : columns * width].unflatten(3, (columns, width)).unflatten(2, (rows, height))
+    patches = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, R * S, channels * height * width)
+    return F.linear(patches, patch.weight.flatten(1), patch.bias)
 
 
 def _resize_matrix(old: int, new: int) -> Tensor:
@@ -377,7 +399,7 @@ class DeiTModel(PreTrained):
                 f"images of {height}x{width} hold no patch of {config.patch_hw[0]}x{config.patch_hw[1]}; give larger "
                 "images"
             )
-        patches = self.patch(pixels.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)  # (B, R * S, D)
+        patches = _project(self.patch, pixels.to(self.patch.weight.dtype), rows, columns)  # (B, R * S, D)
         batch = patches.shape[0]
         if mask is not None:
             hidden = self._mask(mask, batch, rows, columns)

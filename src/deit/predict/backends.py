@@ -5,14 +5,16 @@ B images, C channels, H rows, W columns.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deit.choices import Head, Scoring
 from deit.export.engines import Engine
+from deit.machine import Rows, full_float32
 from deit.model.load import Classifier, heads_of
 from deit.model.outputs import DeiTForImageClassificationWithTeacherOutput, ImageClassifierOutput, ModelOutput
 
@@ -31,15 +33,23 @@ class Backend(Protocol):
 
 
 class TorchBackend:
-    """A classifier in PyTorch, on a device."""
+    """A classifier in PyTorch, on a device.
+
+    If memory runs out, it computes fewer images at once, and a warning says so.
+    """
 
     def __init__(self, classifier: Classifier, device: torch.device):
         self.model: nn.Module = classifier.model.to(device)
         self.heads, self.device = classifier.heads, device
+        self._rows = Rows(warnings.warn)
 
     @torch.inference_mode()
     def __call__(self, pixels: np.ndarray) -> ModelOutput:
-        return self.model(torch.from_numpy(pixels).to(self.device))
+        with full_float32():
+            return self._rows(self._computed, torch.from_numpy(pixels))
+
+    def _computed(self, pixels: Tensor) -> ModelOutput:
+        return self.model(pixels.to(self.device))
 
     def __str__(self) -> str:
         return "torch"

@@ -291,6 +291,7 @@ class _Routes:
             {
                 "model": self.name,
                 "labels": self.predictor.labels,
+                "scoring": self.predictor.config.scoring,
                 "head": head,
                 "image_size": list(self.predictor.config.image_hw),
                 "calibration": None
@@ -308,12 +309,19 @@ class _Routes:
             }
         )
 
+    def _check_device(self) -> None:
+        if self.batcher.lost:
+            refuse(503, self.batcher.lost)
+
     async def healthz(self) -> Response:
-        """200 while the process lives."""
+        """200 while the process lives; 503 if it has to be started again, because its GPU failed."""
+        self._check_device()
         return _Json({"status": "ok"})
 
     async def readyz(self) -> Response:
-        """200 while requests are answered; 503 if the model's thread has ended, and while the server shuts down."""
+        """200 while requests are answered; 503 if the model's thread has ended, if the GPU failed, and while the server
+        shuts down."""
+        self._check_device()
         if self.ending or not self.batcher.alive:
             refuse(503, "the server is shutting down; ask another one", **{"Retry-After": "1"})
         return _Json({"status": "ready"})
@@ -386,7 +394,7 @@ def create_app(predictor: Predictor, service: Service, name: str) -> FastAPI:
         "/v1/explain", response_model=Explained, responses=picture | _failures(NOT_EXPLAINED), openapi_extra=EXPLAIN
     )(routes.explain)
     app.get("/model", response_model=ModelCard)(routes.model)
-    app.get("/healthz")(routes.healthz)
+    app.get("/healthz", responses={503: {"model": Failure}})(routes.healthz)
     app.get("/readyz", responses={503: {"model": Failure}})(routes.readyz)
     app.get("/metrics")(routes.metrics_text)
     for path, (file, kind) in _PAGES.items():

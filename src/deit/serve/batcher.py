@@ -30,6 +30,7 @@ from deit.choices import Method
 from deit.explain.explanation import Explanation, explain_pixels, explained_model
 from deit.host import cores
 from deit.image.decode import ImageError, reading, without_texts
+from deit.machine import device_lost
 from deit.predict.predictor import Answer, Predictor
 
 FORMATS = {"JPEG": "JPEG", "MPO": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "TIFF": "TIFF", "BMP": "BMP"}
@@ -103,6 +104,8 @@ class Batcher:
         height, width = predictor.config.image_hw
         self._shape = predictor.prepared(Image.new("RGB", (width, height))).shape  # (channels, height, width)
         self._lock = threading.Lock()
+        self.lost = ""
+        """Why no answer can come any more, until the process is started again; empty while answers can come."""
         self._waiting = 0
         self._unexplained = 0  # the part of them that waits for explanations
         self._seconds_per_image = self._seconds_per_explanation = 0.0
@@ -240,13 +243,18 @@ class Batcher:
             answers = self.predictor.answers([b""] * len(batch), pixels, max(job.top_k for job in batch))
         except Exception as error:
             _log.exception("the model failed on a batch of %d", len(batch))
-            for job in batch:
-                job.answer.set_exception(ModelFailed(f"the model failed ({type(error).__name__}); try again"))
+            self._failed(batch, error)
             return
         self._seconds_per_image = _recent(self._seconds_per_image, (time.monotonic() - began) / len(batch))
         self.computed(len(batch))
         for job, answer in zip(batch, answers, strict=True):
             job.answer.set_result(Answer(source=b"", labels=answer.labels[: job.top_k], sure=answer.sure))
+
+    def _failed(self, jobs: list[_Job], error: Exception) -> None:
+        if device_lost(error):
+            self.lost = f"the GPU failed ({_first_line(error)}); the server has to be started again"
+        for job in jobs:
+            job.answer.set_exception(ModelFailed(self.lost or f"the model failed ({type(error).__name__}); try again"))
 
     def _explain(self, job: _Job) -> None:
         began = time.monotonic()
@@ -263,10 +271,14 @@ class Batcher:
             )
         except Exception as error:
             _log.exception("the model failed on an explanation")
-            job.answer.set_exception(ModelFailed(f"the model failed ({type(error).__name__}); try again"))
+            self._failed([job], error)
             return
         self._seconds_per_explanation = _recent(self._seconds_per_explanation, time.monotonic() - began)
         job.answer.set_result(found)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _recent(mean: float, seconds: float) -> float:

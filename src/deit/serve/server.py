@@ -16,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from deit.predict.predictor import Predictor
 from deit.serve.app import create_app
+from deit.serve.batcher import Batcher
 from deit.serve.limits import Service
 
 
@@ -52,17 +53,29 @@ def _prompt(seconds: float) -> type[H11Protocol]:
     return Connection
 
 
+def _server(batcher: Batcher) -> type[uvicorn.Server]:
+    """Returns a class of servers that end when no answer can come any more."""
+
+    class Server(uvicorn.Server):
+        async def on_tick(self, counter: int) -> bool:
+            return await super().on_tick(counter) or bool(batcher.lost)
+
+    return Server
+
+
 def serve(
     predictor: Predictor, service: Service, name: str, *, host: str, port: int, listening: Callable[[str], object]
 ) -> None:
     """Serves until SIGTERM or Ctrl-C. Then it takes no more connections, answers the requests that came, and returns.
+
+    If the GPU fails, it ends in the same way and raises, because only a new process can use the GPU again.
 
     Args:
         predictor, service, name: as for `create_app`.
         host, port: the address; port 0 takes any free port.
         listening: called with the address once connections are taken.
 
-    Raises `OSError` if the address can't be used.
+    Raises `OSError` if the address can't be used, and `RuntimeError` after the GPU failed.
     """
     height, width = predictor.config.image_hw
     predictor(
@@ -73,9 +86,11 @@ def serve(
     ) as listener:
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
         logging.getLogger("uvicorn").setLevel(logging.ERROR)  # lower levels report every client's mistake
-        server = uvicorn.Server(
+        app = create_app(predictor, service, name)
+        batcher: Batcher = app.state.routes.batcher
+        server = _server(batcher)(
             uvicorn.Config(
-                create_app(predictor, service, name),
+                app,
                 http=_prompt(service.timeout),
                 ws="none",
                 log_config=None,
@@ -90,3 +105,5 @@ def serve(
         shown = f"[{host}]" if ":" in host else host
         listening(f"http://{shown}:{listener.getsockname()[1]}")
         server.run(sockets=[listener])
+        if batcher.lost:
+            raise RuntimeError(batcher.lost)

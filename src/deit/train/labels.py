@@ -124,6 +124,8 @@ def teach(
         data.BadImages: too many images can't be read.
     """
     out, place = Path(out), resolve_device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)  # or else every process would also open the first GPU
     objective = recipe.objective
     if not isinstance(objective, Distilled) or not objective.teacher:
         raise ValueError(
@@ -167,16 +169,16 @@ class _Work:
         compute, objective = self.recipe.compute, self.recipe.objective
         assert isinstance(objective, Distilled)
         precision = resolve_precision(compute.precision, self.place)
-        for part in batch.parts(compute.accumulate):
+        for part in batch.to(self.place).parts(compute.accumulate):
             assert part.positions is not None
-            pixels = batches.mix(part.to(self.place)).pixels
+            pixels = batches.mix(part).pixels
             with torch.autocast(self.place.type, precision, enabled=precision != torch.float32):
-                yield part.positions.to(self.place), condense(self.teacher(pixels), objective)
+                yield part.positions.to(self.place, non_blocking=True), condense(self.teacher(pixels), objective)
 
 
 def _write_parts(work: _Work, out: Path, todo: list[int], prints: Mapping[str, str], console: Console) -> None:
     layout = work.layout
-    batches = TrainingBatches(work.split, work.recipe, cycle=layout.steps)
+    batches = TrainingBatches(work.split, work.recipe, cycle=layout.steps, device=work.place)
     faults = Faults(len(work.split))
     total = layout.batch * sum(len(layout.steps_of(part)) for part in todo)
     done, began = 0, time.perf_counter()

@@ -12,7 +12,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -25,18 +25,22 @@ from torch import Tensor, nn
 
 from deit import files
 from deit.config import DeiTConfig
+from deit.data.ahead import Ahead
 from deit.data.batches import Batch, Faults, LoaderDied
 from deit.data.draws import Stream, draws
 from deit.data.folders import Split
-from deit.machine import Processes, keep_memory, processes, synchronised
-from deit.recipe import Recipe, steps
-from deit.train import objectives, optim, runs
+from deit.machine import Processes, Rows, alone, free_memory, keep_memory, out_of_memory, processes, synchronised
+from deit.recipe import MICRO_BATCHES_REFUSED, Recipe, steps
+from deit.train import compiling, objectives, optim, runs
 from deit.train.build import find_sources
 from deit.train.progress import Reporter
-from deit.train.runs import State, Work
+from deit.train.receivers import Receiver, named
+from deit.train.runs import State, Unread, Work
 
 _MOST_SKIPPED = 5
 """Number of steps in a row without a finite loss and gradient that stop the run."""
+_PLANNED, _MOST_PLANNED = 0.05, 0.2
+"""Parts of a time budget: the usual one that planning takes, and the largest."""
 _ROWS = 50
 """Largest number of steps between two rows of metrics."""
 
@@ -77,6 +81,7 @@ def train(
     console: Console | None = None,
     resume: bool = False,
     minutes: float | None = None,
+    receivers: Sequence[Receiver] = (),
 ) -> Run:
     """Trains a recipe on images. Under torchrun, it trains together with the other processes.
 
@@ -89,6 +94,7 @@ def train(
         resume: continues a stopped run of this recipe in `out`. The settings of the machine (`compute`) may differ.
             Implied if torchrun starts a process again.
         minutes: shortens the schedule so that the run ends within this time.
+        receivers: what receives the rows of `metrics.jsonl` too, beside the recipe's `compute.log`.
 
     Raises:
         FileExistsError: `out` holds a run, and `resume` is False.
@@ -99,12 +105,13 @@ def train(
         data.LoaderDied: a loader process died.
     """
     find_sources(recipe)
+    receivers = [*receivers, *named(recipe.compute.log)]
     end = math.inf if minutes is None else time.perf_counter() + 60 * minutes
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     with processes(device) as us, _Signals() as signals:
         if us.device.type == "cpu":
             keep_memory()
-        return _train(recipe, (train_split, val_split), Path(out), us, signals, console, resume, end)
+        return _train(recipe, (train_split, val_split), Path(out), us, signals, console, resume, end, receivers)
 
 
 def _train(
@@ -116,6 +123,7 @@ def _train(
     console: Console | None,
     resume: bool,
     end: float,
+    receivers: Sequence[Receiver],
 ) -> Run:
     """Trains until `end` at the latest, a time of `time.perf_counter`. Keeps nothing of the run when it returns."""
     found = runs.find(out, recipe, resume, planned=end < math.inf)
@@ -129,13 +137,16 @@ def _train(
     work, state = runs.prepare(recipe, *splits, us, found)
     if us.main:
         runs.write_about(work, state, *splits, out)
-    with Reporter(out, recipe, us, console, done=state.step, total=work.total, written=state.written) as reporter:
+    with Reporter(
+        out, recipe, us, console, done=state.step, total=work.total, written=state.written, receivers=receivers
+    ) as reporter:
         for problem in found.problems if found else []:
             reporter.say(f"{problem}: resuming from an earlier one")
         if us.main and not state.step:
             for sentence in work.objective.introduction(splits[1], us):
                 reporter.say(sentence)
-        _loop(_Session(work, state, out, reporter, signals, end))
+        with compiling.graphs(reporter.say) if work.compiled else nullcontext():
+            _loop(_Session(work, state, out, reporter, signals, end))
     return Run(out / "model", state.best if state.best is not None else -math.inf, state.seconds)
 
 
@@ -149,6 +160,8 @@ class _Session:
         self.faults.load_state(state.faults)
         self.last_saved = time.perf_counter()
         self.began = self.last_saved - state.seconds
+        sharded = work.recipe.compute.parallel == "shard" and work.us.world > 1
+        self.rows = Rows(reporter.say, divides=not sharded)
         self.judging = 0.0
         """Seconds that the last evaluation took."""
 
@@ -167,6 +180,7 @@ class _Session:
         )
 
     def save(self) -> None:
+        _settle(self.work, self.state, self.reporter.say)
         self.state.seconds, self.state.written = self.seconds, self.reporter.written
         self.state.faults = self.faults.state()
         runs.save(self.work, self.state, self.out)
@@ -184,7 +198,7 @@ class _Session:
         """Scores the model, saves it if it is the best so far, and writes a row."""
         began = time.perf_counter()
         try:
-            verdict = _judge(self.work, self.state, self.out, self.validation())
+            verdict = _judge(self.work, self.state, self.out, self.validation(), self.rows)
         except _Interrupted:  # saved here, where the model has its own weights again; a resumed run evaluates first
             self.stop()
         self.row(verdict.numbers)
@@ -229,9 +243,11 @@ def _loop(session: _Session) -> None:
     if not state.step:
         runs.save_model(work, session.out / "model")
     fitted = work.us.world == 1
-    stream = work.batches.from_step(state.step)
+    stream = Ahead(work.batches.from_step(state.step), work.us.device)
     try:
         while True:
+            if work.due(state.step, work.every) or work.due(state.step, per_row):
+                _settle(work, state, say)
             if state.evaluated < state.step and work.due(state.step, work.every):
                 session.judge()
             elif state.counted and work.due(state.step, per_row):
@@ -251,9 +267,12 @@ def _loop(session: _Session) -> None:
                 _fit(work, state, batch, say)
                 fitted = True
             work.optimizers.set_lr(work.lr(state.step))
-            numbers, (stop, save, late) = _step(work, state, batch, session.wishes(), say)
+            ahead = stream.fetch if state.step + 1 < work.total else None
+            numbers, (stop, save, late) = _step(work, state, batch, session.wishes(), say, ahead)
             session.reporter.advance(state.step, numbers, time.perf_counter() - began)
 
+            if late or stop or save:
+                _settle(work, state, say)
             if late and state.step < work.total:
                 say(f"the time is up after step {state.step} of {work.total}; continue with --resume")
                 session.judge()
@@ -263,53 +282,92 @@ def _loop(session: _Session) -> None:
             if save and not state.skipped_in_a_row:
                 session.save()
     finally:
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
     session.save()
 
 
 def _step(
-    work: Work, state: State, batch: Batch, wishes: tuple[bool, ...], say: Callable[[str], None]
+    work: Work,
+    state: State,
+    batch: Batch,
+    wishes: tuple[bool, ...],
+    say: Callable[[str], None],
+    meanwhile: Callable[[], None] | None = None,
 ) -> tuple[dict[str, float], list[bool]]:
-    """Takes one step, or skips it if the loss or the gradient is not finite.
+    """Takes one step, or skips it if the loss or the gradient is not finite. Calls `meanwhile` while a GPU computes.
 
-    Returns the logged numbers and, for each of `wishes`, whether any process has it.
+    Returns the logged numbers and, for each of `wishes`, whether any process has it. On a GPU, these are usually those
+    of the step before, because the GPU would stand still while the host reads its numbers and then gives it new work.
+    So the GPU decides by itself whether to skip. `_settle` reads what is left.
     """
     buffers = [buffer.clone() for buffer in work.model.buffers()]  # running statistics change in the forward pass
     names, means = _gradients(work, state, batch, buffers, say)
-    norm = optim.clip_gradients(work.model.parameters(), work.recipe.optim.clip)
-    values = torch.cat(
-        [
-            means,
-            norm.detach().float().reshape(1) / work.us.world,
-            torch.tensor(wishes, dtype=torch.float32).to(work.us.device),
-        ]
-    )
-    found = work.us.sum(values).tolist()  # the only host-device synchronisation of a step
-    numbers = dict(zip([*names, "gradient_norm"], found, strict=False))
+    norm = optim.clip_gradients(work.model.parameters(), work.recipe.optim.clip).detach().float() / work.us.world
+    asked = torch.tensor(wishes, dtype=torch.float32).to(work.us.device, non_blocking=True)
+    totals = work.us.sum(torch.cat([means, norm.reshape(1), asked]))
+    names = [*names, "gradient_norm"]
     state.step += 1
-    if math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient_norm"]):
+    unread = Unread.of(state.step, names, totals)
+    if meanwhile:
+        meanwhile()
+    if work.decides:
+        earlier = _settle(work, state, say) or ({}, [False] * len(wishes))
+        judged = torch.stack([totals[names.index(name)] for name in ("loss", "gradient_norm")])
+        skip = 1.0 - judged.isfinite().all().float()
+        work.optimizers.step(skip)
+        if work.average:
+            work.average.update(skip)
+        for buffer, kept in zip(work.model.buffers(), buffers, strict=True):
+            buffer.copy_(torch.where(skip > 0, kept, buffer))
+        work.optimizers.zero_grad()
+        work.unread = unread
+        return earlier
+    numbers, wanted = unread.read()
+    if _is_finite(numbers):
         work.optimizers.step()
         if work.average:
             work.average.update()
         work.optimizers.zero_grad()
+    else:
+        _undo(work, buffers)
+    _count(work, state, unread.step, numbers, say)
+    return numbers, wanted
+
+
+def _settle(work: Work, state: State, say: Callable[[str], None]) -> tuple[dict[str, float], list[bool]] | None:
+    """Reads what `_step` has left unread, if anything. Then `state` is that of the model."""
+    unread, work.unread = work.unread, None
+    if unread is None:
+        return None
+    numbers, wanted = unread.read()
+    if work.average and not _is_finite(numbers):
+        work.average.not_updated()
+    _count(work, state, unread.step, numbers, say)
+    return numbers, wanted
+
+
+def _is_finite(numbers: Mapping[str, float]) -> bool:
+    return math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient_norm"])
+
+
+def _count(work: Work, state: State, step: int, numbers: Mapping[str, float], say: Callable[[str], None]) -> None:
+    """Counts a step that was taken or skipped. Raises `Diverged` if too many in a row were skipped."""
+    if _is_finite(numbers):
         state.skipped_in_a_row = 0
         state.counted += 1
         for name, value in numbers.items():
             state.sums[name] = state.sums.get(name, 0.0) + value
-    else:
-        _undo(work, buffers)
-        state.skipped += 1
-        state.skipped_in_a_row += 1
-        say(f"step {state.step} is skipped: loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}")
-        if state.skipped_in_a_row >= _MOST_SKIPPED:
-            optimizer = work.recipe.optim
-            raise Diverged(
-                f"{work.recipe.name}: the loss or its gradient was not finite in {_MOST_SKIPPED} steps in "
-                f"a row, up to {state.step}; the last good checkpoint and model are kept. Lower optim.lr "
-                f"(now {optimizer.lr}), set optim.clip (now {optimizer.clip}), lengthen schedule.warmup, or "
-                "set compute.precision=float32"
-            )
-    return numbers, [wish > 0 for wish in found[-len(wishes) :]]
+        return
+    state.skipped += 1
+    state.skipped_in_a_row += 1
+    say(f"step {step} is skipped: loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}")
+    if state.skipped_in_a_row >= _MOST_SKIPPED:
+        optimizer = work.recipe.optim
+        raise Diverged(
+            f"{work.recipe.name}: the loss or its gradient was not finite in {_MOST_SKIPPED} steps in a row, up to "
+            f"{step}; the last good checkpoint and model are kept. Lower optim.lr (now {optimizer.lr}), set optim.clip "
+            f"(now {optimizer.clip}), lengthen schedule.warmup, or set compute.precision=float32"
+        )
 
 
 def _gradients(
@@ -323,7 +381,7 @@ def _gradients(
         try:
             return _accumulated(work, state, batch, work.computing)
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             if work.us.world > 1:  # the others wait in a collective operation
                 raise _too_large(work, batch) from error
@@ -342,9 +400,10 @@ def _fit(work: Work, state: State, batch: Batch, say: Callable[[str], None]) -> 
     while True:
         buffers, failed = [buffer.clone() for buffer in work.model.buffers()], False
         try:
-            _accumulated(work, state, batch, work.model)
+            with alone(work.model):
+                _accumulated(work, state, batch, work.model)
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             failed = True
         _undo(work, buffers)
@@ -354,17 +413,22 @@ def _fit(work: Work, state: State, batch: Batch, say: Callable[[str], None]) -> 
 
 
 def _halve(work: Work, batch: Batch, say: Callable[[str], None]) -> None:
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in work.model.modules()):
+        raise RuntimeError(
+            f"out of memory with {len(batch)} images at once; {MICRO_BATCHES_REFUSED}: set data.batch below "
+            f"{work.recipe.data.batch} (the learning rate follows it), or take a smaller model"
+        )
     if work.accumulate >= (len(batch) + 1) // 2:  # mirror images can't be separated
         raise _too_large(work, batch)
     work.accumulate *= 2
-    if work.us.device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory()
     say(f"out of memory: the batch is now computed in {work.accumulate} parts; the result is the same")
 
 
 def _too_large(work: Work, batch: Batch) -> RuntimeError:
-    return RuntimeError(
-        f"out of memory with micro-batches of {len(batch.parts(work.accumulate)[0])} images; set "
+    pairs = (len(batch) + 1) // 2
+    return RuntimeError(  # the size is computed, because to divide the batch takes memory
+        f"out of memory with micro-batches of {min(len(batch), 2 * -(-pairs // work.accumulate))} images; set "
         f"compute.accumulate above {work.accumulate} or compute.checkpoint_blocks=True, or take a smaller "
         "model"
     )
@@ -380,12 +444,12 @@ def _accumulated(work: Work, state: State, batch: Batch, computing: nn.Module) -
     recipe, us = work.recipe, work.us
     torch.manual_seed(int(draws(recipe.seed, state.step, us.rank, 0, stream=Stream.DROPOUT).integers(2**62)))
     depth = _depth_draws(recipe, state.step, work.objective.passes)
-    parts = batch.parts(work.accumulate)
+    parts = batch.to(us.device).parts(work.accumulate)
     totals: list[Tensor] = []
     for i, part in enumerate(parts):
         share = len(part) / recipe.data.batch
         rows = None if depth is None else torch.cat([each[part.positions] for each in depth])
-        part = work.batches.mix(part.to(us.device))
+        part = work.batches.mix(part.finished())
         with synchronised(computing, i == len(parts) - 1):
             with torch.autocast(us.device.type, work.precision, enabled=work.precision != torch.float32):
                 found = work.objective(computing, part, rows)
@@ -405,10 +469,10 @@ def _depth_draws(recipe: Recipe, step: int, passes: int) -> Tensor | None:
     return torch.from_numpy(draws(recipe.seed, step, 0, 0, stream=Stream.DEPTH).random(shape, dtype="float32"))
 
 
-def _judge(work: Work, state: State, out: Path, validation: Iterable[Batch]) -> objectives.Verdict:
+def _judge(work: Work, state: State, out: Path, validation: Iterable[Batch], rows: Rows) -> objectives.Verdict:
     """Scores the model on the validation images, and saves it if it is the best so far."""
     with work.average.averaged() if work.average else nullcontext():
-        verdict = work.objective.judge(work.model, validation, work.us, work.precision)
+        verdict = work.objective.judge(work.model, validation, work.us, work.precision, rows)
         # On a tie, the later model is better, because it has seen more images at a lower learning rate.
         if math.isfinite(verdict.score) and (state.best is None or verdict.score >= state.best):
             state.best = verdict.score
@@ -419,14 +483,6 @@ def _judge(work: Work, state: State, out: Path, validation: Iterable[Batch]) -> 
             verdict.picture.save(temporary, "PNG")
     state.evaluated = state.step
     return verdict
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
-        or "not enough memory" in str(error)
-        or "can't allocate memory" in str(error)
-    )
 
 
 # ------------------------------------------------------------------------------------------------- time, interruptions
@@ -442,24 +498,35 @@ def _plan(
     began = time.perf_counter()
     work, state = runs.prepare(recipe, train_split, val_split, us, None)
     times: list[float] = []
-    stream = work.batches.from_step(0)
+    stream = Ahead(work.batches.from_step(0), us.device)
 
     def by_main(value: float) -> float:
         """The main process's value, in all processes, because their clocks differ and their work must not."""
         return float(us.sum(torch.tensor(float(value) if us.main else 0.0, device=us.device)))
 
-    while len(times) < 3 or (len(times) < 12 and by_main(sum(times) < 0.05 * seconds)):
+    def spent_above(part: float) -> bool:
+        return by_main(sum(times) > part * seconds) > 0
+
+    # Loader processes give batches in bursts of as many as there are loaders, with waits between the bursts. At the
+    # start, they have time to make two bursts ahead. So whole bursts count, and only those after that.
+    burst = max(1, work.batches.workers)
+    first = max(2, 2 * burst) if work.batches.workers else 2
+    while len(times) < 3 or not (
+        spent_above(_MOST_PLANNED)
+        or (len(times) >= first + max(4, burst) and (len(times) - first) % burst == 0 and spent_above(_PLANNED))
+        or len(times) >= first + 12 * burst
+    ):
         started = time.perf_counter()
         work.optimizers.set_lr(work.lr(0))
-        _step(work, state, next(stream), (False,), lambda _: None)
+        _step(work, state, next(stream), (False,), lambda _: None, stream.fetch)
         times.append(time.perf_counter() - started)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
+    per_step = _seconds_per_step(times, first, burst)
     sample = min(3, len(work.validation))
     work.objective.judge(work.model, islice(work.validation, 1), us, work.precision)  # because the first one is slow
     started = time.perf_counter()
     work.objective.judge(work.model, islice(work.validation, sample), us, work.precision)
     judging = (time.perf_counter() - started) * len(work.validation) / sample
-    per_step = statistics.median(times[2:])
     left = 0.9 * (seconds - (time.perf_counter() - began)) - judging
     total = int(by_main(left / (per_step + judging / work.every)))
     if total < 1:
@@ -475,6 +542,13 @@ def _plan(
         return recipe
     shorter = replace(recipe.schedule, total=steps(total), warmup=steps(round(work.warmup * total / work.total)))
     return replace(recipe, schedule=shorter)
+
+
+def _seconds_per_step(times: list[float], first: int, burst: int) -> float:
+    """The mean over the whole bursts of steps from the `first` on; if there is none, over all but the two first steps,
+    which start things, although loaders then gave some batches that they had made ahead."""
+    whole = (len(times) - first) // burst * burst
+    return statistics.fmean(times[first : first + whole] if whole > 0 else times[2:])
 
 
 class _Signals:

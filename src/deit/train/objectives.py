@@ -6,6 +6,7 @@ scores a model on the validation images. The loop knows nothing else about them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from deit.data.draws import Stream, draws
 from deit.data.folders import Split
 from deit.evaluate.models import evaluate
 from deit.image.pixels import Normalisation
-from deit.machine import Processes
+from deit.machine import Processes, Rows
 from deit.model.losses import binary_cross_entropy, cosub_loss, cross_entropy, distillation_loss, masked_image_loss
 from deit.train.labels import LabelCache
 from deit.train.teacher import Teacher, answers
@@ -61,8 +62,18 @@ class Objective(Protocol):
         """This process's share of the validation images."""
         ...
 
-    def judge(self, model: nn.Module, batches: Iterable[Batch], us: Processes, precision: torch.dtype) -> Verdict:
-        """Scores a model. A collective operation: each process calls it with its share and gets the verdict on all."""
+    def judge(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        us: Processes,
+        precision: torch.dtype,
+        rows: Rows | None = None,
+    ) -> Verdict:
+        """Scores a model. A collective operation: each process calls it with its share and gets the verdict on all.
+
+        `rows` decides how many images are computed at once, and remembers it for the next time.
+        """
         ...
 
 
@@ -85,6 +96,7 @@ def _share(recipe: r.Recipe, split: Split, us: Processes, **options: Any) -> Eva
         rank=us.rank,
         world=us.world,
         workers=recipe.compute.workers,
+        device=us.device,
         **options,
     )
 
@@ -103,8 +115,15 @@ class ClassificationObjective:
     def validation(self, split: Split, us: Processes) -> EvaluationBatches:
         return _share(self.recipe, split, us)
 
-    def judge(self, model: nn.Module, batches: Iterable[Batch], us: Processes, precision: torch.dtype) -> Verdict:
-        heads = evaluate(model, batches, us, precision)
+    def judge(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        us: Processes,
+        precision: torch.dtype,
+        rows: Rows | None = None,
+    ) -> Verdict:
+        heads = evaluate(model, batches, us, precision, rows)
         numbers = {"val_accuracy": heads["fused"].value}
         if len(heads) > 2:
             numbers |= {f"val_accuracy_{head}": heads[head].value for head in ("class", "distillation")}
@@ -155,7 +174,7 @@ class DistilledObjective(ClassificationObjective):
         """The teacher's answers to a batch: labels (B,) if distillation is hard, otherwise log-probabilities (B, C)."""
         if isinstance(self.source, LabelCache):
             assert batch.positions is not None
-            return self.source.labels(batch.step, batch.positions).to(batch.pixels.device)
+            return self.source.labels(batch.step, batch.positions).to(batch.labels.device, non_blocking=True)
         return answers(self.source(batch.pixels), self.settings)
 
     def __call__(self, model: nn.Module, batch: Batch, depth_draws: Tensor | None) -> dict[str, Tensor]:
@@ -210,24 +229,36 @@ class MaskedImageObjective:
         return hidden_patches(self.recipe, draws(self.recipe.seed, 0, index, 0, stream=Stream.JUDGED_MASKS))
 
     @torch.inference_mode()
-    def judge(self, model: nn.Module, batches: Iterable[Batch], us: Processes, precision: torch.dtype) -> Verdict:
+    def judge(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        us: Processes,
+        precision: torch.dtype,
+        rows: Rows | None = None,
+    ) -> Verdict:
+        rows = rows or Rows(warnings.warn)
+
+        def computed(pixels: Tensor, mask: Tensor) -> dict[str, Tensor]:
+            with torch.autocast(us.device.type, precision, enabled=precision != torch.float32):
+                return {"reconstruction": model(pixels, mask).reconstruction}
+
         training = model.training
         model.eval()
         totals = torch.zeros(2)
         picture = None
         for batch in batches:
             real = batch.labels >= 0
-            batch = batch.to(us.device)
-            with torch.autocast(us.device.type, precision, enabled=precision != torch.float32):
-                out = model(batch.pixels, batch.mask)
+            batch = batch.to(us.device).finished()
+            assert batch.mask is not None
+            painted = rows(computed, batch.pixels, batch.mask)["reconstruction"].float()
             if picture is None:
-                picture = self._paint(batch, out.reconstruction.float())
+                picture = self._paint(batch, painted)
             if real.any():
-                rows = real.nonzero().squeeze(1).to(us.device)
-                hidden = batch.mask[rows]  # type: ignore[index]
-                hidden = hidden.unflatten(1, self.recipe.model.grid)  # type: ignore[union-attr]
-                loss = masked_image_loss(batch.pixels[rows], out.reconstruction[rows].float(), hidden)
-                totals += torch.tensor([float(loss) * len(rows), len(rows)])
+                counted = real.nonzero().squeeze(1).to(us.device)
+                hidden = batch.mask[counted].unflatten(1, self.recipe.model.grid)  # type: ignore[union-attr]
+                loss = masked_image_loss(batch.pixels[counted], painted[counted], hidden)
+                totals += torch.tensor([float(loss) * len(counted), len(counted)])
         model.train(training)
         total, count = us.sum(totals.to(us.device)).tolist()
         if not count:
