@@ -1,7 +1,8 @@
 """The training loop, one for every model, objective and number of processes.
 
 A run's whole state is its tensors and `State`. Everything random is a function of the step's number. So a run that
-stopped anywhere can resume from its last checkpoint and reach the same end, bit for bit.
+stopped anywhere can resume from its last checkpoint and reach the same end: on a CPU in float32 bit for bit, and on a
+GPU up to rounding.
 """
 
 from __future__ import annotations
