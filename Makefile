@@ -5,7 +5,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup quickstart format lint test coverage test-slow bench
+.PHONY: setup quickstart format lint test coverage test-slow bench gpu gpu-cifar10
 
 setup: .venv/installed            ## create .venv with the package
 
@@ -49,6 +49,14 @@ bench: .venv/installed-bench      ## compare the speed with timm, transformers a
 	$(BIN)/python -m bench.speed.train
 	$(BIN)/python -m bench.speed.keras
 	$(BIN)/python -m bench.speed.predict
+
+gpu:                              ## try everything on an NVIDIA GPU, in ten minutes, with the Python and PyTorch there are
+	PYTHONPATH=src $(PYTHON) -m bench.gpu --records bench/gpu/records.jsonl
+
+gpu-cifar10:                      ## train cifar10_gpu_teacher and cifar10_gpu on make CIFAR=FOLDER, in ten minutes
+	PYTHONPATH=src $(PYTHON) -m deit train cifar10_gpu_teacher --data $(CIFAR) --out runs/cifar10_gpu_teacher --time 3m
+	PYTHONPATH=src $(PYTHON) -m deit train cifar10_gpu --data $(CIFAR) --out runs/cifar10_gpu --time 6m
+	PYTHONPATH=src $(PYTHON) -m deit eval runs/cifar10_gpu/model --data $(CIFAR)
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "deit needs Python 3.11 or newer, found %d.%d; run make PYTHON=python3.12 ..." % sys.version_info[:2])'

@@ -236,7 +236,7 @@ def test_refused_distillation_token():
 
 
 def test_refused_model_type():
-    with raises_saying(ValueError, "model_type is 'bert'; this package reads deit, vit and deit3"):
+    with raises_saying(ValueError, "model_type is 'bert'; this package reads deit, vit, deit3 and dinov2"):
         DeiTConfig.from_dict({"model_type": "bert"})
 
 
@@ -270,7 +270,7 @@ def test_timm_config():
         ({"architecture": "resnet50"}, "timm architecture 'resnet50' is not one of this family; known are deit_tiny"),
         (
             {"architecture": "deit_tiny_patch16_224", "model_args": {"qk_norm": True}},
-            "timm's model_args hold 'qk_norm', which this package cannot honour; it knows depth, ",
+            "timm's model_args set qk_norm=True; this package computes only qk_norm=False",
         ),
         ({"architecture": "deit_tiny_patch16_224", "global_pool": "avg"}, "timm's global_pool is 'avg'"),
     ],

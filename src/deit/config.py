@@ -12,7 +12,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from deit import files
+from deit import files, foreign
 from deit.choices import Scoring
 
 Pair = int | tuple[int, int]
@@ -38,6 +38,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 _NOT_WRITTEN = ("extra",)
+_OF_LABELS = ("extra", "num_labels", "id2label", "label2id")
 
 _LEFT_OUT_AT_DEFAULT = (
     "id2label",
@@ -59,11 +60,7 @@ def _open(cls: type[C]) -> type[C]:
 
     @wraps(build)
     def init(self: C, **values: Any) -> None:
-        model_type = values.pop("model_type", None)
-        if model_type is not None:
-            if model_type not in ("deit", "vit", "deit3"):
-                raise ValueError(f"model_type is {model_type!r}; this package reads deit, vit and deit3")
-            values.setdefault("distillation_token", model_type == "deit")
+        values = _of_its_type(values)
         unknown = {name: values.pop(name) for name in list(values) if name not in names}
         build(self, **{**values, "extra": {**(values.get("extra") or {}), **unknown}})
 
@@ -71,6 +68,31 @@ def _open(cls: type[C]) -> type[C]:
     cls.__setattr__ = _set_attribute  # type: ignore[assignment]
     cls.__delattr__ = _delete_attribute  # type: ignore[assignment]
     return cls
+
+
+def _of_its_type(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields without `model_type`, which says which family they describe."""
+    values = dict(values)
+    model_type = values.pop("model_type", None)
+    if model_type is None:
+        return values
+    if model_type == "dinov2":
+        return foreign.from_dinov2(values)
+    if model_type not in ("deit", "vit", "deit3"):
+        why = foreign.REFUSED_TYPES.get(model_type, "this package reads deit, vit, deit3 and dinov2")
+        raise ValueError(f"model_type is {model_type!r}; {why}")
+    return {"distillation_token": model_type == "deit", **values}
+
+
+def _known_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Our fields of a `config.json`, which may be timm's: it names an architecture and no `model_type`."""
+    if "architecture" not in values or "model_type" in values:
+        return _of_its_type(values)
+    published = {
+        name: {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _OF_LABELS}
+        for name, config in VARIANTS.items()
+    }
+    return foreign.from_timm(values, published)
 
 
 def _set_attribute(self: DeiTConfig, name: str, value: Any) -> None:
@@ -377,32 +399,28 @@ class DeiTConfig:
         values = self.to_diff_dict() if use_diff else self.to_dict()
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
-    def to_json_file(self, path: str | Path, use_diff: bool = False) -> None:
+    def to_json_file(self, json_file_path: str | Path, use_diff: bool = False) -> None:
         """Writes `to_json_string` into a file."""
-        files.write_text(Path(path), self.to_json_string(use_diff))
+        files.write_text(Path(json_file_path), self.to_json_string(use_diff))
 
     @classmethod
-    def from_json_file(cls, path: str | Path) -> Self:
+    def from_json_file(cls, json_file: str | Path) -> Self:
         """Reads one file in the format of `config.json`."""
         try:
-            return cls.from_dict(files.read_json(Path(path)))
+            return cls.from_dict(files.read_json(Path(json_file)))
         except files.CheckpointError:
             raise
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{json_file}: {error}") from None
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Self:
-        """Builds a config from the content of a `config.json`: Hugging Face's (`deit`, `vit`, `deit3`) or timm's.
+    def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> Self:
+        """Builds a config from the content of a `config.json`: timm's, or Hugging Face's of a known family.
 
-        `overrides` replace fields; unknown ones are refused. Unknown keys in `values` are kept in `extra`.
+        Those are `deit`, `vit`, `deit3` and `dinov2`. `overrides` replace fields; unknown ones are refused. Unknown
+        keys in `config_dict` are kept in `extra`.
         """
-        values = _from_timm(values) if "architecture" in values and "model_type" not in values else dict(values)
-        model_type = values.pop("model_type", None)
-        if model_type is not None:
-            if model_type not in ("deit", "vit", "deit3"):
-                raise ValueError(f"model_type is {model_type!r}; this package reads deit, vit and deit3")
-            values.setdefault("distillation_token", model_type == "deit")
+        values = _known_fields(config_dict)
         names = {f.name for f in fields(cls)} - set(_NOT_WRITTEN)
         if unknown := overrides.keys() - names:
             raise ValueError(f"{cls.__name__} has no field {_few(sorted(unknown))}; it has {', '.join(sorted(names))}")
@@ -414,7 +432,7 @@ class DeiTConfig:
     @classmethod
     def from_pretrained(
         cls,
-        name_or_folder: str | Path,
+        pretrained_model_name_or_path: str | Path,
         *,
         revision: str | None = None,
         subfolder: str = "",
@@ -426,7 +444,7 @@ class DeiTConfig:
     ) -> Self:
         """Reads `config.json` from a folder, or from a repository on the Hugging Face hub."""
         path = files.find_file(
-            name_or_folder,
+            pretrained_model_name_or_path,
             "config.json",
             revision=revision,
             subfolder=subfolder,
@@ -442,14 +460,16 @@ class DeiTConfig:
             raise ValueError(f"{path}: {error}") from None
 
     @classmethod
-    def get_config_dict(cls, name_or_folder: str | Path, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | Path, **options: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The content of `config.json` as it is written, and those `options` that don't say where it lies."""
         where = {name: options.pop(name) for name in files.WHERE if name in options}
-        return files.read_json(files.find_file(name_or_folder, "config.json", **where)), options
+        return files.read_json(files.find_file(pretrained_model_name_or_path, "config.json", **where)), options
 
     def save_pretrained(
         self,
-        folder: str | Path,
+        save_directory: str | Path,
         *,
         push_to_hub: bool = False,
         repo_id: str | None = None,
@@ -458,20 +478,20 @@ class DeiTConfig:
         revision: str | None = None,
         commit_message: str | None = None,
     ) -> None:
-        """Writes `config.json` into `folder`, and makes the folder if it is missing.
+        """Writes `config.json` into `save_directory`, and makes the folder if it is missing.
 
         The options from `repo_id` on are for `push_to_hub`, and refused without it.
         """
         push = files.push_options(
             push_to_hub,
-            folder,
+            save_directory,
             repo_id=repo_id,
             token=token,
             private=private,
             revision=revision,
             commit_message=commit_message,
         )
-        files.write_text(Path(folder) / "config.json", self.to_json_string())
+        files.write_text(Path(save_directory) / "config.json", self.to_json_string())
         if push_to_hub:
             self.push_to_hub(**push)
 
@@ -596,52 +616,6 @@ def _unnamed(count: int) -> dict[int, str]:
 def _few(items: Any, most: int = 5) -> str:
     items = list(items)
     return ", ".join(map(repr, items[:most])) + (f" and {len(items) - most} more" if len(items) > most else "")
-
-
-def _from_timm(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Our fields for timm's `config.json`, which names an architecture; `model_args` holds the changes to it."""
-    name = str(values["architecture"]).split(".")[0].replace("_", "-")
-    if name not in VARIANTS:
-        raise ValueError(
-            f"timm architecture {values['architecture']!r} is not one of this family; known are "
-            + ", ".join(v.replace("-", "_") for v in VARIANTS)
-        )
-    translate = {
-        "img_size": "image_size",
-        "patch_size": "patch_size",
-        "in_chans": "num_channels",
-        "embed_dim": "hidden_size",
-        "depth": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-        "init_values": "layer_scale_init_value",
-        "drop_path_rate": "drop_path_rate",
-        "qkv_bias": "qkv_bias",
-        "num_classes": "num_labels",
-    }
-    changes: dict[str, Any] = {"num_labels": values.get("num_classes", 1000)}
-    arguments = dict(values.get("model_args") or {})
-    ratio = arguments.pop("mlp_ratio", None)
-    pools = {arguments.pop("global_pool", "token"), values.get("global_pool", "token")}
-    if pools != {"token"}:
-        raise ValueError(
-            f"timm's global_pool is {_few(sorted(pools - {'token'}))}; this package classifies by the class token"
-        )
-    if unknown := arguments.keys() - translate.keys():
-        raise ValueError(
-            f"timm's model_args hold {_few(sorted(unknown))}, which this package cannot honour; "
-            f"it knows {', '.join(sorted((*translate, 'mlp_ratio')))}"
-        )
-    changes |= {
-        translate[key]: value[0] if isinstance(value, list) and len(set(value)) == 1 else value
-        for key, value in arguments.items()
-    }  # timm writes squares as pairs
-    cfg = values.get("pretrained_cfg") or {}
-    if isinstance(labels := values.get("label_names") or cfg.get("label_names"), list):
-        changes["id2label"] = dict(enumerate(labels))
-    config = VARIANTS[name].replace(**changes)
-    config = config.replace(intermediate_size=int(config.hidden_size * (ratio or 4)))
-    known = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _NOT_WRITTEN}
-    return {**known, **({"pretrained_cfg": cfg} if cfg else {})}
 
 
 def _variants() -> dict[str, DeiTConfig]:

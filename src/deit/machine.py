@@ -223,7 +223,12 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = _own_part(store, rank, world)
     distributed.init_process_group(
-        "nccl" if place.type == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=_PATIENCE
+        "nccl" if place.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=_PATIENCE,
+        device_id=place if place.type == "cuda" else None,  # otherwise NCCL guesses the GPU from the rank
     )
     failed = True
     try:

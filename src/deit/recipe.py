@@ -445,15 +445,18 @@ class Compute:
     parallel: Literal["replicate", "shard"] = "replicate"
     """Whether each of many processes holds the whole model (DDP), or a share of it (FSDP2)."""
     workers: int | None = None
-    """Number of loader processes for each training process. None is one for each of its cores, up to 8, or 0 if all
-    images fit into memory once decoded."""
+    """Number of loader processes for each training process. On a GPU, None is one for each of its cores but one. On the
+    CPU, it is one for each core, up to 8, or 0 if all images fit into memory once decoded."""
     save_minutes: float = 10.0
     """Minutes between checkpoints. A run that ends or is stopped writes one too."""
+    log: Literal["wandb", "mlflow"] | None = None
+    """Where the metrics are sent too: Weights & Biases (`wandb`) or MLflow."""
 
     def __post_init__(self) -> None:
         check(self.accumulate >= 1, f"accumulate must be at least 1, found {self.accumulate}")
         check(self.workers is None or self.workers >= 0, f"workers can't be negative, found {self.workers}")
         check(self.save_minutes >= 0, f"save_minutes can't be negative, found {self.save_minutes}")
+        check(self.log in (None, "wandb", "mlflow"), f"log must be wandb, mlflow or None, found {self.log!r}")
 
 
 MICRO_BATCHES_REFUSED = (

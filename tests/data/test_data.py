@@ -541,6 +541,7 @@ def test_the_number_of_workers(split, monkeypatch):
         return TrainingBatches(split, recipe(workers=workers, **parts), device=torch.device(device)).workers
 
     assert [chosen(0), chosen(3), chosen(), chosen(augment=PAPER)] == [0, 3, 0, 0]  # all fit into memory
+    assert [chosen(device="cuda"), chosen(0, device="cuda")] == [11, 0]  # a GPU would wait for a single process
     with monkeypatch.context() as patch:
         patch.setattr(data, "CACHE_BYTES", 1000)
         assert [chosen(), chosen(0), chosen(augment=PAPER)] == [8, 0, 8]
@@ -553,6 +554,8 @@ def test_the_number_of_workers(split, monkeypatch):
         assert [chosen(), chosen(device="cuda")] == [1, 1]
         many = EvaluationBatches(split, processor_for(recipe()), 4, workers=None, device=torch.device("cuda"))
         assert many.workers == 1
+    once = EvaluationBatches(split, processor_for(recipe()), 4, workers=None, device=torch.device("cuda"))
+    assert once.workers == 0  # they are kept after the first time
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:1"])

@@ -4,6 +4,7 @@ import io
 import os
 import re
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -357,7 +358,54 @@ def test_deep_greys_of_unknown_range_are_refused_by_name(tmp_path, dtype, top, m
             read(path)
 
 
+def with_bits(file, bits):
+    """The PNG file with an sBIT chunk, after its header."""
+    chunk = b"sBIT" + bytes([bits])
+    return file[:33] + (1).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + file[33:]
+
+
+def deep_png(values):
+    return encode(Image.fromarray(values.astype(np.uint16)), "PNG")
+
+
+@pytest.mark.parametrize("top", [15, 255, 4095])
+def test_a_dark_png_is_dark(tmp_path, top):
+    """As its specification says; the warning is for 12 bits that nobody scaled."""
+    values = (np.linspace(0, 1, 600).reshape(20, 30) * top).round()
+    path = tmp_path / "dark.png"
+    path.write_bytes(deep_png(values))
+    for read in (grey_of, lambda file: grey_of(Image.open(file))):
+        with pytest.warns(UserWarning, match=rf"dark.png .* holds 0\.\.{top}, so it is nearly black"):
+            np.testing.assert_array_equal(read(path), np.rint(values / 257))
+    np.testing.assert_array_equal(grey_of(with_bits(deep_png(values), 16)), np.rint(values / 257))
+
+
+@pytest.mark.parametrize("bits", [1, 8, 9, 10, 12, 14, 15])
+@pytest.mark.parametrize("writer", ["shift", "replicate", "scale"])
+@pytest.mark.parametrize("share", [1.0, 0.05])
+def test_the_significant_bits_of_a_png_that_is_scaled(bits, writer, share):
+    """In any of the ways that the specification knows, light or dark."""
+    code = np.unique((np.linspace(0, share, 256) * (2**bits - 1)).astype(int))[None]
+    values = {
+        "shift": code << (16 - bits),
+        "replicate": sum((code << (16 - bits)) >> (bits * i) for i in range(16 // bits + 1)),
+        "scale": np.rint(code * (65535 / (2**bits - 1))),
+    }[writer]
+    np.testing.assert_array_equal(grey_of(with_bits(deep_png(values), bits)), np.rint(values / 257))
+
+
+@pytest.mark.parametrize("bits", [8, 9, 10, 12, 14])
+def test_the_significant_bits_of_a_png_that_is_not_scaled(bits):
+    values = np.rint(np.linspace(0, 2**bits - 1, 200))[None]
+    expected = np.rint(values * (255 / (2**bits - 1)))
+    np.testing.assert_array_equal(grey_of(with_bits(deep_png(values), bits)), expected)
+    values[0, 0] = 2**bits  # more than the bits hold, so they were scaled
+    np.testing.assert_array_equal(grey_of(with_bits(deep_png(values), bits)), np.rint(values / 257))
+
+
 def test_black_is_black():
+    assert not grey_of(with_bits(deep_png(np.zeros((4, 4))), 12)).any()
+    assert not grey_of(deep_png(np.zeros((4, 4)))).any()
     for dtype in ("uint16", "int32", "float32"):
         assert not grey_of(tiff(np.zeros((4, 4), dtype))).any()
 

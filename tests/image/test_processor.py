@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.checks import raises_saying
 from support.pictures import encode, exif, noise, smooth, worst
 from transformers.image_utils import ChannelDimension
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
@@ -69,6 +70,35 @@ def test_batches(tmp_path):
         np.testing.assert_array_equal(DeiTImageProcessor()(form, "np").pixel_values, one)
     mixed = DeiTImageProcessor()([path, [array, torch.from_numpy(array)], array[None]], "np").pixel_values
     np.testing.assert_array_equal(mixed, np.concatenate([one] * 4))
+
+
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+@pytest.mark.parametrize(
+    "options", [{}, {"do_normalize": False}, {"do_rescale": False}, {"image_mean": (0.4,), "image_std": (0.3,)}]
+)
+def test_levels_are_what_normalisation_makes_the_result_of(layout, options):
+    processor = DeiTImageProcessor(size=12, crop_size=16, data_format=layout, **options)
+    image = Image.fromarray(noise(30, 40))
+    levels = processor.levels(image)
+    [expected] = processor([image]).pixel_values
+    assert levels.dtype == np.uint8
+    assert levels.shape == expected.shape
+    shape = (-1, 1, 1) if layout == "channels_first" else (-1,)
+    scale, shift = processor.normalisation.scale.reshape(shape), processor.normalisation.shift.reshape(shape)
+    assert np.array_equal(levels.astype(np.float32) * scale + shift, expected)
+
+
+def test_levels_have_8_bits_or_there_are_none():
+    processor = DeiTImageProcessor(do_resize=False, do_center_crop=False, do_rescale=False)
+    values = noise(6, 5)
+    assert np.array_equal(processor.levels(values), values.transpose(2, 0, 1))
+    for other in (values.astype(np.int16), values / 300):
+        assert processor.levels(other) is None
+    processor.do_resize = True
+    assert processor.levels(values.astype(np.int16)).dtype == np.uint8  # a resize gives 8 bits
+    assert processor.levels(values / 300) is None  # these stand for levels / 255
+    with raises_saying(ValueError, "1 channels", "image_mean has 3"):
+        DeiTImageProcessor(do_convert_rgb=False, image_mean=(0.4, 0.5, 0.6)).levels(Image.fromarray(values[..., 0]))
 
 
 def test_result():

@@ -33,6 +33,35 @@ def model():
 # -------------------------------------------------------------------------------------------------------------- saving
 
 
+PLACES = {
+    "DeiTForImageClassification": ("from_pretrained", "save_pretrained"),
+    "DeiTConfig": ("from_pretrained", "save_pretrained", "from_dict", "from_json_file", "to_json_file"),
+    "DeiTImageProcessor": ("from_pretrained", "save_pretrained", "from_dict", "from_json_file"),
+}
+
+
+@pytest.mark.parametrize(("name", "method"), [(name, method) for name, methods in PLACES.items() for method in methods])
+def test_the_first_argument_has_the_same_keyword(name, method):
+    first = [
+        next(key for key in inspect.signature(getattr(getattr(library, name), method)).parameters if key != "self")
+        for library in (deit, transformers)
+    ]
+    assert first[0] == first[1]
+
+
+def test_keywords_of_the_places(model, tmp_path):
+    """As people type them."""
+    processor = DeiTImageProcessor.paper(16)
+    for each in (model, processor, model.config):
+        each.save_pretrained(save_directory=tmp_path)
+    again = deit.DeiTForImageClassification.from_pretrained(pretrained_model_name_or_path=tmp_path)
+    assert_close(again.state_dict(), model.state_dict(), 0)
+    assert DeiTImageProcessor.from_pretrained(pretrained_model_name_or_path=tmp_path) == processor
+    assert deit.DeiTConfig.from_pretrained(pretrained_model_name_or_path=tmp_path).id2label == LABELS
+    with pytest.raises(TypeError, match="unexpected keyword argument 'folder'"):
+        model.save_pretrained(folder=tmp_path)
+
+
 @pytest.mark.parametrize("size", ["5GB", "20KB"])
 def test_variant(size, tmp_path):
     """The files have the names that `transformers` gives them, and each library reads the other's."""
@@ -110,15 +139,8 @@ def test_options_of_save_pretrained(model, tmp_path):
         model.save_pretrained(tmp_path, safe_serialization=False)
     theirs = set(inspect.signature(transformers.DeiTModel.save_pretrained).parameters)
     missing = theirs - set(inspect.signature(model.save_pretrained).parameters)
-    # save_directory is called folder; the others are of PEFT, of names on disk, and of sharded training.
-    assert missing == {
-        "self",
-        "save_directory",
-        "kwargs",
-        "save_peft_format",
-        "save_original_format",
-        "distributed_checkpoint",
-    }
+    # The last three are of PEFT, of names on disk, and of sharded training.
+    assert missing == {"self", "kwargs", "save_peft_format", "save_original_format", "distributed_checkpoint"}
 
 
 @pytest.mark.parametrize("saved", ["model", "config", "processor"])

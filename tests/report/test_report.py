@@ -156,7 +156,7 @@ def test_what_a_run_says_of_itself(tmp_path):
     page = checked(document.page(run, None))
     page.sees(
         "Trained 2 January 2026, 03:04 UTC",
-        "200 steps, 2 epochs, on 150 images of 2 classes",
+        "run: the recipe mine, 200 steps, 2 epochs, on 150 images of 2 classes",
         "42 s",
         "a CPU, 2 cores",
         "bfloat16",
@@ -175,6 +175,35 @@ def test_what_a_run_says_of_itself(tmp_path):
     assert {svg[1].get("aria-labelledby") for svg in page.all("svg", role="img")} == {
         f"{key}-title {key}-desc" for key in ("heads", "loss", "accuracy-curve", "rate")
     }
+
+
+@pytest.mark.parametrize(
+    ("changes", "recipe", "expected"),
+    [
+        ({}, {}, "photos: a, b"),
+        ({"data": "/mnt/flowers/"}, {}, "flowers: a, b"),
+        ({"data": "/"}, {}, "/: a, b"),
+        ({"data": ""}, {}, "run"),
+        (
+            {"classes": tuple(f"kind {i}" for i in range(12)), "train": (1,) * 12, "val": (1,) * 12},
+            {},
+            "photos: 12 classes",
+        ),
+        ({"classes": ("x" * 61,), "train": (1,), "val": (1,)}, {}, "photos: 1 class"),
+        ({}, {"objective": {"kind_of": "MaskedImage"}}, "photos"),
+        (None, {}, "run"),
+    ],
+)
+def test_a_run_is_titled_with_its_data(tmp_path, changes, recipe, expected):
+    about = None if changes is None else replace(ABOUT, **changes)
+    run = Record.read(record(tmp_path / "run", about, **recipe))
+    for found in (None, evaluation()):
+        page = checked(document.page(run, found))
+        assert page.all("h1")[0][2] == expected
+        assert page.all("title")[0][2] == f"Report: {expected}"
+        page.sees("the recipe mine")
+    page = checked(document.page(None, evaluation()))
+    assert page.all("h1")[0][2] == "runs/a/model"
 
 
 DAMAGED = [None, b"", b"{", b"[1]", b"\xff\xfe", b'{"data": 3, "model": [], "objective": null}']

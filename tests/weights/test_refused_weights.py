@@ -171,7 +171,7 @@ def test_tensor_of_another_shape(saved):
         ("", ("is not valid JSON",)),
         ("\ud800", ("is not valid JSON",)),
         ("[1]", ("should hold a JSON object, found list",)),
-        ('{"model_type": "bert"}', ("model_type is 'bert'; this package reads deit, vit and deit3",)),
+        ('{"model_type": "bert"}', ("model_type is 'bert'; this package reads deit, vit, deit3 and dinov2",)),
         ('{"model_type": "deit", "hidden_size": "wide"}', ("hidden_size must be a whole number", "'wide'")),
     ],
 )

@@ -88,6 +88,16 @@ class Batch:
         """A copy in memory that a GPU can copy from while it computes. The loader calls this."""
         return self._changed(Tensor.pin_memory)
 
+    def used_by(self, stream: torch.Stream) -> None:
+        """Keeps the GPU memory of the batch until a stream is done with it, if another stream made the batch."""
+
+        def record(tensor: Tensor) -> Tensor:
+            if tensor.is_cuda:
+                tensor.record_stream(stream)
+            return tensor
+
+        self._changed(record)
+
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
         images = self.images.changed(change) if isinstance(self.images, Levels) else change(self.images)
         mask = None if self.mask is None else change(self.mask)
@@ -359,7 +369,8 @@ class TrainingBatches:
             )
         self.split, self.recipe, self.cycle, self.device = split, recipe, cycle, device
         self.positions = np.concatenate([np.arange(batch)[rows] for rows in _mirrored_share(batch, rank, world)])
-        self.workers = _workers(recipe.compute.workers, lambda: _fits(split, recipe), device)
+        # even if each image is decoded only once, a GPU would wait for one process to augment them
+        self.workers = _workers(recipe.compute.workers, lambda: device.type == "cpu" and _fits(split, recipe), device)
         self.views = _Views(split, recipe, CACHE_BYTES // max(1, self.workers))
         self._orders: dict[int, np.ndarray] = {}
 
@@ -545,10 +556,10 @@ class LoaderDied(RuntimeError):
 def _workers(asked: int | None, fits: Callable[[], bool], device: torch.device) -> int:
     """Number of loader processes for this process.
 
-    `asked` if it is set, 0 if images are decoded only once, and otherwise a number that depends on this process's share
-    of the machine's cores. If a GPU computes, the loaders get the whole share but one core, which feeds the GPU: a core
-    prepares some 150 images of ImageNet a second, and a GPU trains on thousands. If the CPU computes, the model needs
-    the cores itself and is slower than a few loaders, so there are at most 8.
+    `asked` if it is set, 0 if one process is enough (`fits`), and otherwise a number that depends on this process's
+    share of the machine's cores. If a GPU computes, the loaders get the whole share but one core, which feeds the GPU:
+    a core prepares some 150 images of ImageNet a second, and a GPU trains on thousands. If the CPU computes, the model
+    needs the cores itself and is slower than a few loaders, so there are at most 8.
     """
     if asked is not None:
         return asked

@@ -185,7 +185,8 @@ def _probabilities(
         shown = torch.zeros_like(pixels[owner])  # grey beyond the last whole patch too, which no model sees
         area = (..., slice(rows * height), slice(columns * width))
         shown[area] = pixels[owner][area] * some.repeat_interleave(height, 1).repeat_interleave(width, 2).unsqueeze(1)
-        by_head = head_scores(model(shown, output_attentions=False, output_hidden_states=False, return_dict=True))
+        output = model(shown, output_attentions=False, output_hidden_states=False, return_dict=True)
+        by_head = head_scores(output, checked(model).config.scoring)
         for token, target in targets.items():
             found[token].append(_of(target[owner], by_head[token]))
     return {token: torch.cat(parts).unflatten(0, seen.shape[:2]) for token, parts in found.items()}
@@ -205,6 +206,10 @@ def checked(model: nn.Module) -> Any:
         raise ValueError(
             f"the model has {model.config.num_labels} outputs, expected 2 or more, because the maps explain a decision "
             "between classes; give a DeiT or ViT classifier"
+        )
+    if model.config.scoring == "none":
+        raise ValueError(
+            "the model is a regression, and the maps explain how likely a class is; give a DeiT or ViT classifier"
         )
     return model
 
@@ -247,9 +252,13 @@ def _targets(logits: Mapping[Token, Tensor], target: Target) -> dict[Token, Tens
 
 
 def decided(model: nn.Module, pixels: Tensor, target: Target) -> tuple[dict[Token, Tensor], dict[Token, Tensor]]:
-    """For each token, its head's probabilities for the whole image (B, C), and the target (B,)."""
-    logits = _logits(model(pixels, output_attentions=False, output_hidden_states=False, return_dict=True))
-    return {token: scores.float().softmax(-1) for token, scores in logits.items()}, _targets(logits, target)
+    """For each token, its head's probabilities for the whole image (B, C), and the target (B,).
+
+    They are the head's scores in `head_scores`, so labels that don't exclude each other have a probability each.
+    """
+    output = model(pixels, output_attentions=False, output_hidden_states=False, return_dict=True)
+    logits, scores = _logits(output), head_scores(output, checked(model).config.scoring)
+    return {token: scores[token] for token in logits}, _targets(logits, target)
 
 
 def _of(target: Tensor, scores: Tensor) -> Tensor:

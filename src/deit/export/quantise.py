@@ -155,15 +155,18 @@ def _rounded(layer: nn.Linear | nn.Conv2d) -> Iterator[None]:
     exact = layer.weight
     step = exact.flatten(1).abs().amax(1).clamp(min=1e-12).view(-1, *[1] * (exact.dim() - 1)) / 127
 
-    def round_input(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        low, high = inputs[0].aminmax()
+    apply = layer.forward
+
+    def with_rounded_input(x: Tensor) -> Tensor:
+        low, high = x.aminmax()
         width = ((high - low) / 255).clamp(min=1e-12)
-        return (((inputs[0] - low) / width).round() * width + low,)
+        return apply(((x - low) / width).round() * width + low)
 
     layer.weight = nn.Parameter((exact / step).round() * step, requires_grad=False)
-    handle = layer.register_forward_pre_hook(round_input)
+    # No hook, because the last block would compute more tokens for it.
+    layer.forward = with_rounded_input  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        handle.remove()
+        del layer.forward
         layer.weight = exact

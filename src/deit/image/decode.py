@@ -9,6 +9,7 @@ import io
 import math
 import os
 import stat
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -99,8 +100,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     clips them). Where none is stated, I;16 and I;16B hold 0..65535. Mode I holds 0..65535 too, or 0..255 where no value
     is larger. Mode F holds 0..255, as Pillow's conversions write it; it is rounded and clipped.
 
+    A 16-bit PNG holds 0..65535, because its specification says so, as 8 bits hold 0..255 and as every browser shows
+    it. So a dark one is dark. Its `sBIT` chunk may state fewer significant bits. Writers that follow the specification
+    scale such samples to 0..65535. Others leave them as they were measured, 12 bits as 0..4095; the bits that should be
+    empty then tell, and the range is that of the stated bits. Without `sBIT`, nothing tells a dark picture from 12 bits
+    that were not scaled, so one that is nearly black is taken with a warning.
+
     Raises `ImageError` for values outside those ranges, NaN included, for an F image in 0..1, and for values that take
-    so little of their range that the picture would be nearly black.
+    so little of their range that the picture would be nearly black, from anything but a PNG.
     """
     return convert(image, "RGB")
 
@@ -145,6 +152,8 @@ def _decode(
     if image.format in _NO_PICTURES:
         raise ImageError(f"{name} is an {image.format} file, expected a picture; render it to PNG first")
     _check_pixels(image, name, max_pixels)
+    if image.format == "PNG" and (bits := _significant_bits(data)):
+        image.info[_SBIT] = bits
     with reading(name):
         full, drafted = image.size, None
         if min_side is not None and image.format in ("JPEG", "MPO"):
@@ -165,6 +174,16 @@ def _decode(
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+
+
+def _significant_bits(data: bytes) -> int:
+    """The number of significant bits of the first channel that a PNG file states; 0 if it states none."""
+    place = len(_PNG)
+    while place + 12 <= len(data) and (kind := data[place + 4 : place + 8]) != b"IDAT":
+        if kind == b"sBIT":
+            return data[place + 8]
+        place += 12 + int.from_bytes(data[place : place + 4], "big")
+    return 0
 
 
 def without_texts(data: bytes) -> bytes | None:
@@ -341,12 +360,20 @@ def _deep_to_grey(image: Image.Image, name: str) -> Image.Image:
     else:
         if low < 0 or high > 65535:
             raise ImageError(f"{held}, expected 0..65535; scale it first, or state MinSampleValue and MaxSampleValue")
-        start, end = 0, 255 if image.mode == "I" and high <= 255 else 65535
+        start, end = 0, 255 if image.mode == "I" and high <= 255 and image.format != "PNG" else 65535
     if stated is None and 0 < high < (end + 1) / _DARK:
-        raise ImageError(
-            f"{held}, which is nearly black where 0..{end} is expected; scale it first, or state MinSampleValue and "
-            "MaxSampleValue"
-        )
+        if image.format == "PNG":
+            if _SBIT not in image.info:
+                warnings.warn(
+                    f"{held}, so it is nearly black, because a 16-bit PNG holds 0..65535; if that is wrong, scale it, "
+                    "or state its bits in sBIT",
+                    stacklevel=2,
+                )
+        else:
+            raise ImageError(
+                f"{held}, which is nearly black where 0..{end} is expected; scale it first, or state MinSampleValue "
+                "and MaxSampleValue"
+            )
     levels = (values.astype(np.float64) - start) * (255 / (end - start))
     return Image.fromarray(np.clip(_inverted(image, np.rint(levels)), 0, 255).astype(np.uint8))
 
@@ -355,12 +382,20 @@ _OVERSHOOT = 4
 """Values of a float image up to so many times 255 are what a filter left, and are clipped."""
 _DARK = 16
 """An image whose largest value is below this part of its range was measured on another scale."""
+_SBIT = "significant_bits"
+"""The key of `info` under which `decode` keeps what a PNG's `sBIT` chunk states. Pillow skips that chunk."""
 _BITS, _PHOTOMETRIC = 258, 262  # TIFF tags
 _RANGES = ((340, 341), (280, 281))  # SMinSampleValue and SMaxSampleValue, MinSampleValue and MaxSampleValue
 
 
 def _stated_range(image: Image.Image) -> tuple[float, float] | None:
-    """The lowest and the highest value that a TIFF file says its pixels may have."""
+    """The lowest and the highest value that a TIFF or PNG file says its pixels may have."""
+    bits = image.info.get(_SBIT, 16)
+    if image.format == "PNG" and image.mode.startswith("I") and 0 < bits < 16:
+        # Samples that were scaled to 16 bits have nothing in the others, apart from rounding.
+        values = np.asarray(image)
+        scaled = values.max() >= 2**bits or not ((values & (2 ** (16 - bits) - 1)) > 1).any()
+        return None if scaled else (0, 2**bits - 1)
     tags = getattr(image, "tag_v2", {})
     for lowest, highest in _RANGES:
         with suppress(TypeError, ValueError, IndexError):  # damaged tags state nothing

@@ -148,11 +148,19 @@ _DEIT: dict[str, Any] = {
     "input_data_format": None,
 }
 _VIT = {**_DEIT, "size": 224, "resample": Image.Resampling.BILINEAR, "do_center_crop": False}
+_BIT = {  # the processor of DINOv2's files
+    **_DEIT,
+    "size": {"shortest_edge": 224},
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+    "do_convert_rgb": True,
+}
 # Every processor type that a published file may name, with the defaults of its class.
 _TYPES = {
     f"{family}{kind}": defaults
-    for family, defaults in (("DeiT", _DEIT), ("ViT", _VIT))
+    for family, defaults in (("DeiT", _DEIT), ("ViT", _VIT), ("Bit", _BIT))
     for kind in ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
+    if (family, kind) != ("Bit", "FeatureExtractor")  # which never was
 }
 # Options of transformers that have no counterpart here, and what to do instead.
 _UNDONE = {
@@ -420,7 +428,7 @@ class DeiTImageProcessor:
     @classmethod
     def from_pretrained(
         cls,
-        name_or_folder: str | Path,
+        pretrained_model_name_or_path: str | Path,
         *,
         revision: str | None = None,
         subfolder: str = "",
@@ -435,7 +443,7 @@ class DeiTImageProcessor:
         Raises `FileNotFoundError` if there is no such file, `ValueError` if it cannot be honoured.
         """
         path = files.find_file(
-            name_or_folder,
+            pretrained_model_name_or_path,
             FILE_NAME,
             revision=revision,
             subfolder=subfolder,
@@ -463,18 +471,18 @@ class DeiTImageProcessor:
             ) from None
 
     @classmethod
-    def from_json_file(cls, path: str | os.PathLike[str], **overrides: Any) -> DeiTImageProcessor:
+    def from_json_file(cls, json_file: str | os.PathLike[str], **overrides: Any) -> DeiTImageProcessor:
         """Reads one file in the format of `preprocessor_config.json`."""
-        return cls.from_dict(files.read_json(Path(path)), **overrides)
+        return cls.from_dict(files.read_json(Path(json_file)), **overrides)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], **overrides: Any) -> DeiTImageProcessor:
-        """Builds a processor from the content of a file of any DeiT or ViT processor or feature extractor.
+    def from_dict(cls, image_processor_dict: Mapping[str, Any], **overrides: Any) -> DeiTImageProcessor:
+        """Builds a processor from the content of a file of a DeiT, ViT or BiT processor or feature extractor.
 
         The type that the file names sets the defaults (a ViT type: 224x224, bilinear, no crop). Unknown keys are kept
         for `to_dict`. Raises `ValueError` for other types, and for options that cannot be honoured.
         """
-        extra = copy.deepcopy(dict(data))
+        extra = copy.deepcopy(dict(image_processor_dict))
         kinds = [extra.pop("image_processor_type", None), extra.pop("feature_extractor_type", None)]
         kind = str(kinds[0] or kinds[1] or "DeiTImageProcessor")
         if kind not in _TYPES:
@@ -500,7 +508,7 @@ class DeiTImageProcessor:
 
     def save_pretrained(
         self,
-        folder: str | os.PathLike[str],
+        save_directory: str | os.PathLike[str],
         *,
         push_to_hub: bool = False,
         repo_id: str | None = None,
@@ -509,20 +517,20 @@ class DeiTImageProcessor:
         revision: str | None = None,
         commit_message: str | None = None,
     ) -> Path:
-        """Writes `preprocessor_config.json` into `folder`, whole or not at all. Makes the folder if it is missing.
+        """Writes `preprocessor_config.json` into the folder, whole or not at all. Makes the folder if it is missing.
 
         The options from `repo_id` on are for `push_to_hub`, and refused without it. Returns the path of the file.
         """
         push = files.push_options(
             push_to_hub,
-            folder,
+            save_directory,
             repo_id=repo_id,
             token=token,
             private=private,
             revision=revision,
             commit_message=commit_message,
         )
-        path = Path(folder, FILE_NAME)
+        path = Path(save_directory, FILE_NAME)
         files.write_text(path, self.to_json_string())
         if push_to_hub:
             self.push_to_hub(**push)

@@ -41,14 +41,16 @@ class ConvNet(nn.Module):
         features = self.features(pixel_values.contiguous(memory_format=torch.channels_last))
         return ImageClassifierOutput(logits=self.classifier(features.mean((2, 3))))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        hub.write_tensors(Path(folder), self.state_dict())
-        files.write_json(Path(folder) / "config.json", self.config.to_dict())
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        hub.write_tensors(Path(save_directory), self.state_dict())
+        files.write_json(Path(save_directory) / "config.json", self.config.to_dict())
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **where: Any) -> Self:
-        config = ConvNetConfig.from_dict(files.read_json(files.find_file(folder, "config.json", **where)))
-        path = files.find_file(folder, "model.safetensors", **where)
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **where: Any) -> Self:
+        config = ConvNetConfig.from_dict(
+            files.read_json(files.find_file(pretrained_model_name_or_path, "config.json", **where))
+        )
+        path = files.find_file(pretrained_model_name_or_path, "model.safetensors", **where)
         model = cls(config)
         try:
             model.load_state_dict(hub.read_tensors(path))

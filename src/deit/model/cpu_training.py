@@ -6,16 +6,19 @@ a branch for an image, the branch is not computed. This saves about a tenth of a
 
 B images, N tokens, D width, H heads, K head width. R images are kept by stochastic depth. M tokens, the first ones, are
 read by the caller: all tokens, except in the last block of a classifier.
+
+A backward pass that is differentiated itself, or that runs for many gradients at once, is autograd's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 _aten = torch.ops.aten
 
@@ -25,8 +28,15 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
+def transforms_active() -> bool:
+    """Whether `torch.func` or forward-mode differentiation is at work. They know ordinary operations only."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 class _OfAttention(NamedTuple):
-    """One value for each input of `AttentionBranch`, in their order: its gradient, or whether that is needed."""
+    """One value for each input of `AttentionBranch`, in their order: itself, its gradient, or if that is needed."""
 
     x: Any
     keep: Any = None
@@ -44,7 +54,7 @@ class _OfAttention(NamedTuple):
 
 
 class _OfMLP(NamedTuple):
-    """One value for each input of `MLPBranch`, in their order: its gradient, or whether that is needed."""
+    """One value for each input of `MLPBranch`, in their order: itself, its gradient, or if that is needed."""
 
     x: Any
     keep: Any = None
@@ -87,62 +97,67 @@ class AttentionBranch(torch.autograd.Function):
         inside = x if rows is None else x[rows]
         (images, tokens, width), head_width = inside.shape, inside.shape[2] // heads
         normed, mean, rstd = _norm(inside, norm_weight, norm_bias, eps, dtype)  # (R * N, D)
-        qkv_weight, out_weight = qkv_weight.to(dtype), out_weight.to(dtype)
-        qkv = _linear(normed, qkv_weight, qkv_bias).view(images, tokens, 3, heads, head_width)
+        qkv_matrix, out_matrix = qkv_weight.to(dtype), out_weight.to(dtype)
+        qkv = _linear(normed, qkv_matrix, qkv_bias).view(images, tokens, 3, heads, head_width)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous().view(3, images * heads, tokens, head_width)
         q = q[:, :read]
         attention = _scaled_bmm(q, k.transpose(1, 2), head_width**-0.5).softmax(-1)  # (R * H, M, N)
         y = torch.bmm(attention, v).view(images, heads, read, head_width).transpose(1, 2).reshape(-1, width)
-        branch = _linear(y, out_weight, out_bias)  # (R * M, D)
+        branch = _linear(y, out_matrix, out_bias)  # (R * M, D)
         ctx.save_for_backward(
-            inside,
             mean,
             rstd,
-            norm_weight,
-            norm_bias,
             normed,
             q,
             k,
             v,
             attention,
             y,
-            qkv_weight,
-            out_weight,
-            scale,
+            qkv_matrix,
+            out_matrix,
             None if scale is None else branch,
             rows,
+            x,
             keep,
+            norm_weight,
+            norm_bias,
+            qkv_weight,
+            qkv_bias,
+            out_weight,
+            out_bias,
+            scale,
         )
-        ctx.heads, ctx.images, ctx.has_bias = heads, len(x), qkv_bias is not None
+        ctx.settings = read, heads, eps, dtype
         return _added(x[:, :read], branch, scale, rows, keep)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> _OfAttention:
         (
-            inside,
             mean,
             rstd,
-            norm_weight,
-            norm_bias,
             normed,
             q,
             k,
             v,
             attention,
             y,
-            qkv_weight,
-            out_weight,
-            scale,
+            qkv_matrix,
+            out_matrix,
             branch,
             rows,
+            x,
             keep,
+            *parameters,
         ) = ctx.saved_tensors
-        (images, tokens, width), heads, read = inside.shape, ctx.heads, gradient.shape[1]
+        given = _OfAttention(x, keep, *ctx.settings, *parameters)
+        if _only_autograd_can(gradient):
+            return _OfAttention(*_differentiated(attention_branch, given, ctx.needs_input_grad, gradient))
+        inside = x if rows is None else x[rows]
+        (images, tokens, width), heads, read = inside.shape, given.heads, gradient.shape[1]
         head_width, dtype = width // heads, normed.dtype
         wanted = _OfAttention(*ctx.needs_input_grad)
-        d_branch, d_scale = _into_branch(gradient, branch, scale, rows, keep, dtype)  # (R * M, D)
-        d_y = (d_branch @ out_weight).view(images, read, heads, head_width).transpose(1, 2)
+        d_branch, d_scale = _into_branch(gradient, branch, given.scale, rows, keep, dtype)  # (R * M, D)
+        d_y = (d_branch @ out_matrix).view(images, read, heads, head_width).transpose(1, 2)
         d_y = d_y.reshape(images * heads, read, head_width)
         d_scores = torch._softmax_backward_data(torch.bmm(d_y, v.transpose(1, 2)), attention, -1, dtype)
         d_qkv = normed.new_empty(images, tokens, 3, heads, head_width)
@@ -155,13 +170,15 @@ class AttentionBranch(torch.autograd.Function):
         for i, part in enumerate(parts):
             d_qkv[:, : part.shape[1], i] = part.unflatten(0, (images, heads)).transpose(1, 2)
         d_qkv = d_qkv.view(images * tokens, 3 * width)
-        d_x, d_norm_weight, d_norm_bias = _norm_backward(d_qkv @ qkv_weight, inside, mean, rstd, norm_weight, norm_bias)
+        d_x, d_norm_weight, d_norm_bias = _norm_backward(
+            d_qkv @ qkv_matrix, inside, mean, rstd, given.norm_weight, given.norm_bias
+        )
         return _OfAttention(
-            x=_through(d_x, gradient, rows, ctx.images),
+            x=_through(d_x, gradient, rows, len(x)),
             norm_weight=d_norm_weight,
             norm_bias=d_norm_bias,
             qkv_weight=_outer(d_qkv, normed) if wanted.qkv_weight else None,
-            qkv_bias=_summed(d_qkv) if ctx.has_bias and wanted.qkv_bias else None,
+            qkv_bias=_summed(d_qkv) if wanted.qkv_bias else None,
             out_weight=_outer(d_branch, y) if wanted.out_weight else None,
             out_bias=_summed(d_branch) if wanted.out_bias else None,
             scale=d_scale,
@@ -190,56 +207,50 @@ class MLPBranch(torch.autograd.Function):
         rows = _kept(keep)
         inside = x if rows is None else x[rows]
         normed, mean, rstd = _norm(inside, norm_weight, norm_bias, eps, dtype)
-        fc1_weight, fc2_weight = fc1_weight.to(dtype), fc2_weight.to(dtype)
-        before = _linear(normed, fc1_weight, fc1_bias)
+        fc1_matrix, fc2_matrix = fc1_weight.to(dtype), fc2_weight.to(dtype)
+        before = _linear(normed, fc1_matrix, fc1_bias)
         after = F.gelu(before, approximate=approximate)
-        branch = _linear(after, fc2_weight, fc2_bias)
+        branch = _linear(after, fc2_matrix, fc2_bias)
         ctx.save_for_backward(
-            inside,
             mean,
             rstd,
-            norm_weight,
-            norm_bias,
             normed,
             before,
             after,
-            fc1_weight,
-            fc2_weight,
-            scale,
+            fc1_matrix,
+            fc2_matrix,
             None if scale is None else branch,
             rows,
+            x,
             keep,
+            norm_weight,
+            norm_bias,
+            fc1_weight,
+            fc1_bias,
+            fc2_weight,
+            fc2_bias,
+            scale,
         )
-        ctx.images, ctx.approximate = len(x), approximate
+        ctx.settings = approximate, eps, dtype
         return _added(x, branch, scale, rows, keep)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> _OfMLP:
-        (
-            inside,
-            mean,
-            rstd,
-            norm_weight,
-            norm_bias,
-            normed,
-            before,
-            after,
-            fc1_weight,
-            fc2_weight,
-            scale,
-            branch,
-            rows,
-            keep,
-        ) = ctx.saved_tensors
+        mean, rstd, normed, before, after, fc1_matrix, fc2_matrix, branch, rows, x, keep, *parameters = (
+            ctx.saved_tensors
+        )
+        given = _OfMLP(x, keep, *ctx.settings, *parameters)
+        if _only_autograd_can(gradient):
+            return _OfMLP(*_differentiated(mlp_branch, given, ctx.needs_input_grad, gradient))
+        inside = x if rows is None else x[rows]
         wanted = _OfMLP(*ctx.needs_input_grad)
-        d_branch, d_scale = _into_branch(gradient, branch, scale, rows, keep, normed.dtype)
-        d_before = _aten.gelu_backward(d_branch @ fc2_weight, before, approximate=ctx.approximate)
+        d_branch, d_scale = _into_branch(gradient, branch, given.scale, rows, keep, normed.dtype)
+        d_before = _aten.gelu_backward(d_branch @ fc2_matrix, before, approximate=given.approximate)
         d_x, d_norm_weight, d_norm_bias = _norm_backward(
-            d_before @ fc1_weight, inside, mean, rstd, norm_weight, norm_bias
+            d_before @ fc1_matrix, inside, mean, rstd, given.norm_weight, given.norm_bias
         )
         return _OfMLP(
-            x=_through(d_x, gradient, rows, ctx.images),
+            x=_through(d_x, gradient, rows, len(x)),
             norm_weight=d_norm_weight,
             norm_bias=d_norm_bias,
             fc1_weight=_outer(d_before, normed) if wanted.fc1_weight else None,
@@ -248,6 +259,51 @@ class MLPBranch(torch.autograd.Function):
             fc2_bias=_summed(d_branch) if wanted.fc2_bias else None,
             scale=d_scale,
         )
+
+
+# ---------------------------------------------------------------------------------------------------- through autograd
+
+
+def attention_branch(of: _OfAttention) -> Tensor:
+    """What `AttentionBranch` computes, in operations that autograd can differentiate any number of times."""
+    x = of.x
+    normed = F.layer_norm(x, x.shape[-1:], of.norm_weight, of.norm_bias, of.eps)
+    qkv = F.linear(normed, of.qkv_weight, of.qkv_bias).unflatten(-1, (3, of.heads, -1))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, K)
+    attention = ((q[:, :, : of.read] * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
+    y = F.linear((attention @ v).transpose(1, 2).flatten(2), of.out_weight, of.out_bias)
+    return x[:, : of.read] + _gained(y, of.scale, of.keep)
+
+
+def mlp_branch(of: _OfMLP) -> Tensor:
+    """What `MLPBranch` computes, in operations that autograd can differentiate any number of times."""
+    normed = F.layer_norm(of.x, of.x.shape[-1:], of.norm_weight, of.norm_bias, of.eps)
+    y = F.gelu(F.linear(normed, of.fc1_weight, of.fc1_bias), approximate=of.approximate)
+    return of.x + _gained(F.linear(y, of.fc2_weight, of.fc2_bias), of.scale, of.keep)
+
+
+def _gained(y: Tensor, scale: Tensor | None, keep: Tensor | None) -> Tensor:
+    y = y if scale is None else y * scale
+    return y if keep is None else y * keep.to(y.dtype).view(-1, 1, 1)
+
+
+def _only_autograd_can(gradient: Tensor) -> bool:
+    """Whether the backward pass is differentiated (`create_graph`), or runs for many gradients (`is_grads_batched`)."""
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
+def _differentiated(
+    branch: Callable[[Any], Tensor], given: Any, wanted: tuple[bool, ...], gradient: Tensor
+) -> list[Tensor | None]:
+    """The gradient of each input of a branch, as a function that can be differentiated again if autograd records."""
+    twice = torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast("cpu", given.dtype, enabled=given.dtype != given.x.dtype):
+        # Views, so that each gradient is that of the branch alone, though the inputs depend on each other elsewhere.
+        own = [value.view_as(value) if need else value for value, need in zip(given, wanted, strict=True)]
+        y = branch(type(given)(*own))
+    asked = [value for value, need in zip(own, wanted, strict=True) if need]
+    found = iter(torch.autograd.grad(y, asked, gradient.to(y.dtype), create_graph=twice))
+    return [next(found) if need else None for need in wanted]
 
 
 # ------------------------------------------------------------------------------------------------ what both branches do

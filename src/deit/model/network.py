@@ -65,7 +65,8 @@ class Attention(nn.Module):
     """Multi-head self-attention. `implementation` chooses the kernel, never the result.
 
     `sdpa` is PyTorch's fused kernel, `eager` is two batched matmuls. `auto` is `sdpa`, except in training on the CPU,
-    because the fused kernel's backward pass is slower there. A call that needs the weights or masks heads is `eager`.
+    because the fused kernel's backward pass is slower there, and under `torch.func` and forward-mode differentiation,
+    because the fused kernel has no rule for them. A call that needs the weights or masks heads is `eager`.
     """
 
     implementation: AttnImplementation
@@ -99,7 +100,7 @@ class Attention(nn.Module):
 
     def _eager(self, x: Tensor) -> bool:
         if self.implementation == "auto":
-            return self.training and x.device.type == "cpu"
+            return (self.training and x.device.type == "cpu") or cpu_training.transforms_active()
         return self.implementation == "eager"
 
 
@@ -117,15 +118,15 @@ class MLP(nn.Module):
 _KNOWN_BY_HAND = {Attention, MLP, nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout}
 
 
-def _untouched(module: nn.Module) -> bool:
-    """Whether `cpu_training` computes this module: it is neither replaced (adapters, parametrizations) nor hooked."""
-    return type(module) in _KNOWN_BY_HAND and not _hooked(module)
-
-
 def _hooked(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def _untouched(module: nn.Module) -> bool:
+    """Whether `cpu_training` computes this module: it is neither replaced (adapters, parametrizations) nor hooked."""
+    return type(module) in _KNOWN_BY_HAND and not _hooked(module)
 
 
 class Block(nn.Module):
@@ -136,7 +137,7 @@ class Block(nn.Module):
 
     In training on the CPU, `cpu_training` computes both branches, because it gives the same values with less work.
     Autograd takes over if only it can do what is needed: dropout, attention weights, another activation, compilation,
-    hooks on the parts, replaced parts.
+    `torch.func`, forward-mode differentiation, hooks on the parts, replaced parts.
     """
 
     scale1: Tensor | None
@@ -181,6 +182,7 @@ class Block(nn.Module):
             and self.attention.dropout == 0.0
             and self.dropout.p == 0.0
             and not torch.compiler.is_compiling()
+            and not cpu_training.transforms_active()
             and all(_untouched(part) for child in self.children() for part in child.modules())
         )
 
@@ -316,7 +318,8 @@ class DeiTModel(PreTrained):
             depth_draws: (B, blocks, 2), uniform in [0, 1), for stochastic depth in training. A branch is dropped for an
                 image if its number is below the block's rate. None draws the numbers here.
             read: the number of tokens that the caller reads from `last_hidden_state`, from the first on. The last block
-                then computes no others. With hidden states, attentions or a trace, it computes all of them.
+                then computes no others. With hidden states, attentions, a trace or hooks on that block or on `norm`, it
+                computes all of them.
             trace: a dict to fill with every intermediate by name.
         """
         config = self.config
@@ -326,7 +329,7 @@ class DeiTModel(PreTrained):
         keeps = self._keeps(pixel_values, depth_draws)
         x = note(trace, "embeddings", self._embed(pixel_values, bool_masked_pos, interpolate_pos_encoding))
         reads: list[int | None] = [None] * len(self.blocks)
-        if reads and not (need_weights or keep_states or trace is not None):
+        if reads and not (need_weights or keep_states or trace is not None or self._watched()):
             reads[-1] = read
         states, attentions = [x], []
         for i, block in enumerate(self.blocks):
@@ -349,6 +352,10 @@ class DeiTModel(PreTrained):
                 attentions=tuple(attentions) if need_weights else None,
             ),
         )
+
+    def _watched(self) -> bool:
+        """Whether hooks see what the last block and the norm after it compute. They expect all tokens."""
+        return any(_hooked(module) for part in (self.blocks[-1], self.norm) for module in part.modules())
 
     def _keeps(self, pixels: Tensor | None, draws: Tensor | None) -> Sequence[Tensor | None]:
         """The factors (2, B) of each block's branches: 0, or 1 / (1 - rate) so that the expectation stays the same."""

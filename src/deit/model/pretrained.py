@@ -165,7 +165,7 @@ class PreTrained(TimmWays, nn.Module):
 
     def save_pretrained(
         self,
-        folder: str | Path,
+        save_directory: str | Path,
         *,
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
@@ -201,7 +201,7 @@ class PreTrained(TimmWays, nn.Module):
             )
         push = files.push_options(
             push_to_hub,
-            folder,
+            save_directory,
             repo_id=repo_id,
             token=token,
             private=private,
@@ -211,10 +211,10 @@ class PreTrained(TimmWays, nn.Module):
         if not is_main_process:
             return
         tensors = self._tensors() if state_dict is None else self._own(state_dict)
-        hub.write_checkpoint(Path(folder), self.config, tensors, max_shard_size=max_shard_size, variant=variant)
+        hub.write_checkpoint(Path(save_directory), self.config, tensors, max_shard_size=max_shard_size, variant=variant)
         if push_to_hub:
-            self._save_processor(Path(folder))
-            hub.push_folder(Path(folder), facts=self._facts(), **push)
+            self._save_processor(Path(save_directory))
+            hub.push_folder(Path(save_directory), facts=self._facts(), **push)
 
     def push_to_hub(
         self,
@@ -313,7 +313,7 @@ class PreTrained(TimmWays, nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_folder: str | Path | None,
+        pretrained_model_name_or_path: str | Path | None,
         *,
         config: DeiTConfig | str | Path | None = None,
         state_dict: Mapping[str, Tensor] | None = None,
@@ -340,8 +340,8 @@ class PreTrained(TimmWays, nn.Module):
         """Reads a model from a folder, a weight file or a hub repository, in any known dialect.
 
         Args:
-            name_or_folder: e.g. `facebook/deit-tiny-distilled-patch16-224`, `runs/x/model`, `deit_tiny.pth`. None
-                takes everything from `config` and `state_dict`.
+            pretrained_model_name_or_path: e.g. `facebook/deit-tiny-distilled-patch16-224`, `runs/x/model`,
+                `deit_tiny.pth`. None takes everything from `config` and `state_dict`.
             config: replaces the file's own config. Needed if there is none and the shapes don't tell the architecture.
                 A name or a folder stands for the config that is there.
             state_dict: tensors in any dialect, which are loaded in place of the files'.
@@ -380,15 +380,15 @@ class PreTrained(TimmWays, nn.Module):
         _one_device(device_map)
         if isinstance(config, str | Path):
             config = DeiTConfig.from_pretrained(config, **where)
-        if state_dict is None and name_or_folder is None:
+        if state_dict is None and pretrained_model_name_or_path is None:
             raise ValueError("there is nothing to load; give a name or a folder, or config= and state_dict=")
         if state_dict is not None:
-            if config is None and name_or_folder is not None:
-                config = DeiTConfig.from_pretrained(name_or_folder, **where)
+            if config is None and pretrained_model_name_or_path is not None:
+                config = DeiTConfig.from_pretrained(pretrained_model_name_or_path, **where)
             found = hub.of_tensors(state_dict, config)
         else:
             found = hub.read_checkpoint(
-                name_or_folder,  # type: ignore[arg-type]
+                pretrained_model_name_or_path,  # type: ignore[arg-type]
                 config=config,
                 variant=variant,
                 use_safetensors=use_safetensors,
@@ -407,7 +407,7 @@ class PreTrained(TimmWays, nn.Module):
             **overrides,
         )
         model = loaded[0] if output_loading_info else loaded
-        model.name_or_path, model._where = name_or_folder, where
+        model.name_or_path, model._where = pretrained_model_name_or_path, where
         return loaded
 
     @classmethod

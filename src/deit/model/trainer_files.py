@@ -42,13 +42,13 @@ class TrainerFiles:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.processor(*args, **kwargs)
 
-    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
-        """Completes `folder`, where the Trainer has just written the weights."""
-        self.processor.save_pretrained(folder, **options)
-        path = Path(folder, WEIGHTS)
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Completes `save_directory`, where the Trainer has just written the weights."""
+        self.processor.save_pretrained(save_directory, **options)
+        path = Path(save_directory, WEIGHTS)
         config = self.model.config
         if path.is_file():
             found = hub.of_tensors(hub.read_tensors(path), config, str(path))
-            hub.write_checkpoint(Path(folder), config, found.tensors, max_shard_size=2**63)
+            hub.write_checkpoint(Path(save_directory), config, found.tensors, max_shard_size=2**63)
         else:  # sharded by another library, or not saved
-            files.write_text(Path(folder, "config.json"), config.to_json_string())
+            files.write_text(Path(save_directory, "config.json"), config.to_json_string())

@@ -147,7 +147,7 @@ class PreTrainedKeras(keras.Model):
 
     def save_pretrained(
         self,
-        folder: str | Path,
+        save_directory: str | Path,
         *,
         saved_model: bool = False,
         version: int = 1,
@@ -177,18 +177,18 @@ class PreTrainedKeras(keras.Model):
             )
         push = files.push_options(
             push_to_hub,
-            folder,
+            save_directory,
             repo_id=repo_id,
             token=token,
             private=private,
             revision=revision,
             commit_message=commit_message,
         )
-        hub.write_checkpoint(Path(folder), self.config, self.tensors(), max_shard_size=max_shard_size)
+        hub.write_checkpoint(Path(save_directory), self.config, self.tensors(), max_shard_size=max_shard_size)
         if saved_model:
-            self.export(Path(folder) / "saved_model" / str(version))
+            self.export(Path(save_directory) / "saved_model" / str(version))
         if push_to_hub:
-            hub.push_folder(Path(folder), **push)
+            hub.push_folder(Path(save_directory), **push)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Uploads the model to the hub and returns the commit's address.
@@ -230,7 +230,7 @@ class PreTrainedKeras(keras.Model):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_folder: str | Path,
+        pretrained_model_name_or_path: str | Path,
         *,
         config: DeiTConfig | None = None,
         revision: str | None = None,
@@ -249,7 +249,8 @@ class PreTrainedKeras(keras.Model):
         `.bin` and `.pth` files.
 
         Args:
-            name_or_folder: e.g. `facebook/deit-tiny-distilled-patch16-224`, `runs/x/model`, `deit_tiny.pth`.
+            pretrained_model_name_or_path: e.g. `facebook/deit-tiny-distilled-patch16-224`, `runs/x/model`,
+                `deit_tiny.pth`.
             config: replaces the file's own config. Needed if there is none and the shapes don't tell the architecture.
             dtype: a Keras dtype policy; None is the global one.
             ignore_mismatched_sizes: initialises tensors anew whose shape differs from the model's, instead of raising.
@@ -272,7 +273,7 @@ class PreTrainedKeras(keras.Model):
             "local_files_only": local_files_only,
             "token": token,
         }
-        found = hub.read_checkpoint(name_or_folder, config=config, arrays="numpy", **where)
+        found = hub.read_checkpoint(pretrained_model_name_or_path, config=config, arrays="numpy", **where)
         return cls.from_checkpoint(
             found,
             dtype=dtype,

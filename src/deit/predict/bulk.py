@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -183,6 +183,28 @@ def peek(paths: Iterable[str], count: int) -> tuple[bool, Iterator[str]]:
     return len(first) == count, chain(first, iterator)
 
 
+def claim(folder: Path, job: Mapping[str, Any]) -> None:
+    """Writes what decides the rows of a folder of parts into its `job.json`, if there is none yet.
+
+    Raises `ValueError` if the folder belongs to other work.
+    """
+    described = json.loads(json.dumps(job))
+    if (begun := folder / "job.json").exists():
+        if (other := files.read_json(begun)) != described:
+            differing = [key for key in {**described, **other} if described.get(key) != other.get(key)]
+            raise ValueError(
+                f"{folder} holds parts of other work ({', '.join(differing)} differ); finish that work with its own "
+                "command, or remove the folder to start over"
+            )
+    else:
+        files.write_json(begun, described)
+
+
+def read_rows(part: Path) -> Iterator[dict[str, Any]]:
+    with part.open(encoding="utf-8") as rows:
+        yield from map(json.loads, rows)
+
+
 class Results:
     """A `.jsonl`, `.csv` or `.parquet` file of rows. Its rows gather part by part in `FILE.parts/` beside it.
 
@@ -197,16 +219,7 @@ class Results:
         if path.suffix == ".parquet":
             _pyarrow()
         self.path, self.job, self.folder = path, job, path.with_name(path.name + ".parts")
-        described = json.loads(json.dumps(asdict(job)))
-        if (begun := self.folder / "job.json").exists():
-            if (other := files.read_json(begun)) != described:
-                differing = [key for key in described if described[key] != other.get(key)]
-                raise ValueError(
-                    f"{self.folder} holds parts of other work ({', '.join(differing)} differ); finish that work with "
-                    "its own command, or remove the folder to start over"
-                )
-        else:
-            files.write_json(begun, described)
+        claim(self.folder, asdict(job))
         self.parts = sorted(self.folder.glob("*.jsonl"))
         self.unreadable = 0
 
@@ -223,8 +236,7 @@ class Results:
         """
         iterator = iter(paths)
         for part in self.parts:
-            with part.open(encoding="utf-8") as rows:
-                done = list(map(json.loads, rows))
+            done = list(read_rows(part))
             self.unreadable += sum("error" in row for row in done)
             if [row["image"] for row in done] != list(islice(iterator, PART)):
                 raise ValueError(
@@ -252,8 +264,7 @@ class Results:
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         for part in self.parts:
-            with part.open(encoding="utf-8") as rows:
-                yield from map(json.loads, rows)
+            yield from read_rows(part)
 
 
 def csv_lines(rows: Iterable[dict[str, Any]], top_k: int) -> Iterator[str]:

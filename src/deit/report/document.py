@@ -90,7 +90,8 @@ def page(
     shown = [part for part in parts if part.body]
     style = resources.files("deit.report").joinpath("report.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    title = f"Report: {shortened(_name(record, evaluation))}"
+    main, rest = _title(record, evaluation)
+    title = f"Report: {': '.join([shortened(main), *filter(None, [', '.join(map(shortened, rest))])])}"
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -257,25 +258,31 @@ def _header(record: Record | None, evaluation: Evaluation | None, contents: Html
     if evaluation:
         lines.append(_judged(evaluation))
     about = record.about if record else None
+    main, rest = _title(record, evaluation)
     when = [element("p", f"Trained {date(about.began)}", class_="when")] if about else []
     return element(
         "header",
         *when,
-        element("h1", named(_name(record, evaluation))),
+        element("h1", joined([named(main), *([": "] if rest else []), joined(map(named, rest), ", ")])),
         *(element("p", line, class_="lead") for line in lines),
         _headline(record, evaluation),
         contents,
     )
 
 
-def _name(record: Record | None, evaluation: Evaluation | None) -> str:
-    return record.name if record else evaluation.main.model if evaluation else ""
+def _title(record: Record | None, evaluation: Evaluation | None) -> tuple[str, Sequence[str]]:
+    """The main name of the page and the names that follow it: a run's data and its classes, or a model."""
+    if record:
+        return report_run.title(record)
+    return evaluation.main.model if evaluation else "", ()
 
 
 def _story(record: Record) -> Html:
     """A sentence about the training."""
     steps, epoch, about = record.last("step"), record.last("epoch"), record.about
     parts: list[object] = [element("code", named(record.folder)), ": "]
+    if record.recipe.get("name"):
+        parts += ["the recipe ", element("code", named(record.name)), ", "]
     if steps is None:
         return joined([*parts, "a run that has not written any metrics."])
     parts.append(f"{steps:,.0f} steps" + (f", {epoch:,.4g} epochs" if epoch is not None else ""))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
 from deit import recipes
 from deit.evaluate.models import Evaluation
@@ -27,12 +27,14 @@ from deit.report.markup import (
     shortened,
     table,
 )
-from deit.train.records import Record, is_number, span
+from deit.train.records import Record, flat, is_number, span
 
 _METRICS = 120
 """Maximum number of rows in the table behind the curves."""
 _FAULTS = 200
 """Maximum number of unreadable images that are named."""
+_NAMES = 60
+"""Maximum number of characters that the names of classes take in the title. If they take more, they are counted."""
 _CURVES = (
     ("loss", "Loss", ("loss", "val_loss"), (0.0, math.inf)),
     (
@@ -53,6 +55,21 @@ _CALLED = {
     "val_accuracy_distillation": "validation, distillation head",
     "lr": "learning rate",
 }
+
+
+def title(record: Record) -> tuple[str, Sequence[str]]:
+    """The name of the folder that holds the run's data, and its classes, or their number if their names are long.
+
+    If the data are not known, the name of the run's folder stands for them.
+    """
+    about = record.about
+    if about is None or not about.data:
+        return record.folder.absolute().name, ()
+    folder = os.path.basename(os.path.abspath(about.data)) or about.data
+    if not record.labelled:
+        return folder, ()
+    long = len(", ".join(about.classes)) > _NAMES
+    return folder, [plural(len(about.classes), "class", "classes")] if long else about.classes
 
 
 def unevaluated(record: Record, missing: str) -> Section:
@@ -199,13 +216,13 @@ def _metric(key: str, value: object) -> str | None:
 def recipe(record: Record) -> Section:
     if not record.recipe:
         return Section("recipe", "Recipe", joined(sentence(f"{gap}.") for gap in record.gaps if "recipe" in gap))
-    ours = _flat(record.recipe)
+    ours = flat(record.recipe)
     parts = []
     shipped = recipes.shipped().get(record.name)
     if shipped is None:
         parts.append(sentence("No shipped recipe has this name, so there is none to compare with."))
     else:
-        theirs = _flat(shipped().to_dict())
+        theirs = flat(shipped().to_dict())
         changed = [
             [element("code", key), named(_setting(theirs.get(key))), named(_setting(ours.get(key)))]
             for key in {**theirs, **ours}
@@ -227,20 +244,6 @@ def recipe(record: Record) -> Section:
     )
     parts.append(folded("The whole recipe", element("div", *blocks, class_="groups")))
     return Section("recipe", "Recipe", joined(parts))
-
-
-def _flat(record: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """The fields of a recipe by their dotted names. A duration is one value."""
-    found: dict[str, Any] = {}
-    for key, value in record.items():
-        name = f"{path}{key}"
-        if isinstance(value, dict) and {"amount", "unit"} <= value.keys():
-            found[name] = f"{_setting(value['amount'])} {value['unit']}"
-        elif isinstance(value, dict) and value:
-            found |= _flat(value, f"{name}.")
-        else:
-            found[name] = list(value) if isinstance(value, tuple) else value
-    return found
 
 
 def _setting(value: object) -> str:

@@ -291,6 +291,7 @@ class _Routes:
             {
                 "model": self.name,
                 "labels": self.predictor.labels,
+                "scoring": self.predictor.config.scoring,
                 "head": head,
                 "image_size": list(self.predictor.config.image_hw),
                 "calibration": None

@@ -7,11 +7,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from deit.choices import Scoring
 from deit.explain.maps import METHODS
 from deit.serve.question import METHOD, TOP_K
 
 
 class Label(BaseModel):
+    """What the score is depends on the model: see scoring of GET /model."""
+
     label: str
     score: float
 
@@ -77,8 +80,12 @@ class Limits(BaseModel):
 
 
 class ModelCard(BaseModel):
+    """scoring says what the score of a label is. With softmax, it is a probability, and those of all labels sum to 1.
+    With sigmoid, each label has a probability of its own. With none, it is the output of a regression."""
+
     model: str
     labels: list[str]
+    scoring: Scoring
     head: str
     image_size: list[int]
     calibration: CalibrationCard | None

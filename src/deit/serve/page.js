@@ -1,9 +1,10 @@
-import { at, fail, listen, preview, say, show } from "./shown.js";
+import { at, fail, listen, preview, say, show, work } from "./shown.js";
 
 const asSentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + ".";
 const UNREACHABLE = "the server can\u2019t be reached; try again later";
 let asking = new AbortController();
 let calibration = null;
+let scoring = "softmax";
 let explains = false;
 let sent = null;  // the image that labels are shown for
 let looking = false;  // whether its explanation is on its way
@@ -31,7 +32,7 @@ async function ask(file) {
   const answer = await post("/v1/classify", file, mine);
   if (answer?.error) fail(asSentence(answer.error));
   else if (answer) {
-    show(answer.results[0], calibration?.error_rate);
+    show(answer.results[0], scoring, calibration?.error_rate);
     sent = file;
     at("why").hidden = !explains;
   }
@@ -100,8 +101,9 @@ at("key-row").addEventListener("submit", (event) => event.preventDefault());
 
 fetch("/model").then((answer) => answer.json()).then((model) => {
   calibration = model.calibration;
+  scoring = model.scoring;
   explains = model.explain;
-  at("about").textContent = `This model tells ${model.labels.length} labels apart. ` +
+  at("about").textContent = `This model ${work(model.labels.length, scoring)}. ` +
     `It takes ${model.formats.join(", ")}, up to ${Math.floor(model.limits.bytes / 2 ** 20 * 10) / 10} MiB.`;
   at("key-row").hidden = !model.key;
 }).catch(() => fail(asSentence(UNREACHABLE)));

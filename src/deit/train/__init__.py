@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from deit.train.loop import Run as Run
     from deit.train.loop import Stopped as Stopped
     from deit.train.loop import train as train
+    from deit.train.receivers import MLflow as MLflow
+    from deit.train.receivers import Receiver as Receiver
+    from deit.train.receivers import WandB as WandB
     from deit.train.records import Record as Record
     from deit.train.teacher import Teacher as Teacher
 
@@ -19,6 +22,7 @@ __getattr__, __dir__ = offer(
     {
         "deit.train.labels": ("LabelCache", "teach"),
         "deit.train.loop": ("Diverged", "Run", "Stopped", "train"),
+        "deit.train.receivers": ("MLflow", "Receiver", "WandB"),
         "deit.train.records": ("Record",),
         "deit.train.teacher": ("Teacher",),
     },

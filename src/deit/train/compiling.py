@@ -2,8 +2,8 @@
 
 Blocks are alike, so one graph serves all of them. There are five: in training those of the first block, which is never
 dropped, of the last one, which computes only what is read, and of the others; in evaluation those of the last block and
-of the others. The number of images is a variable in each. Otherwise, every size of micro-batches and the last batch of
-an evaluation would have graphs of their own, and PyTorch compiles no more than a few.
+of the others. The number of images is a variable in evaluation, whose last batch is smaller. In training it is fixed,
+because code for one size is faster, and becomes a variable if another size follows, as it does when memory runs out.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from deit.machine import Processes
 
+_GRAPHS = 16
+"""The most graphs of a block. PyTorch's own limit is 8."""
 _LOG = logging.getLogger("torch._dynamo.convert_frame")
 """The logger that tells of the limit of graphs."""
 
@@ -46,22 +48,24 @@ def compile_parts(model: nn.Module, **options: Any) -> None:
 
 def _any_number(compiled: Callable[..., Any]) -> Callable[..., Any]:
     def call(x: Tensor, *rest: Any) -> Any:
-        torch._dynamo.maybe_mark_dynamic(x, 0)  # (B, ...)
-        for each in rest:
-            if isinstance(each, Tensor) and each.dim() == 2:
-                torch._dynamo.maybe_mark_dynamic(each, 1)  # (2, B): stochastic depth's factors
+        if not torch.is_grad_enabled():
+            torch._dynamo.maybe_mark_dynamic(x, 0)  # (B, ...)
         return compiled(x, *rest)
 
     return call
 
 
 @contextmanager
-def limit_said(say: Callable[[str], object]) -> Iterator[None]:
-    """Says it if PyTorch compiles no further graph of a part of the model, which then goes on without compilation."""
+def graphs(say: Callable[[str], object]) -> Iterator[None]:
+    """Allows as many graphs as a run needs. Says it if PyTorch compiles no further graph of a part of the model all the
+    same, which then goes on without compilation."""
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name before 2.7
     handler = _Limit(say)
     _LOG.addHandler(handler)
     try:
-        yield
+        with config.patch({limit: _GRAPHS}):
+            yield
     finally:
         _LOG.removeHandler(handler)
 

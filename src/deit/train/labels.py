@@ -173,7 +173,7 @@ class _Work:
             assert part.positions is not None
             pixels = batches.mix(part).pixels
             with torch.autocast(self.place.type, precision, enabled=precision != torch.float32):
-                yield part.positions.to(self.place), condense(self.teacher(pixels), objective)
+                yield part.positions.to(self.place, non_blocking=True), condense(self.teacher(pixels), objective)
 
 
 def _write_parts(work: _Work, out: Path, todo: list[int], prints: Mapping[str, str], console: Console) -> None:

@@ -13,7 +13,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from deit import files
 from deit.config import DeiTConfig
+from deit.data.ahead import Ahead
 from deit.data.batches import Batch, Faults, LoaderDied
 from deit.data.draws import Stream, draws
 from deit.data.folders import Split
@@ -44,7 +45,8 @@ from deit.recipe import MICRO_BATCHES_REFUSED, Recipe, steps
 from deit.train import compiling, memory, objectives, optim, runs
 from deit.train.build import find_sources
 from deit.train.progress import Reporter
-from deit.train.runs import State, Work
+from deit.train.receivers import Receiver, named
+from deit.train.runs import State, Unread, Work
 
 _MOST_SKIPPED = 5
 """Number of steps in a row without a finite loss and gradient that stop the run."""
@@ -90,6 +92,7 @@ def train(
     console: Console | None = None,
     resume: bool = False,
     minutes: float | None = None,
+    receivers: Sequence[Receiver] = (),
 ) -> Run:
     """Trains a recipe on images. Under torchrun, it trains together with the other processes.
 
@@ -102,6 +105,7 @@ def train(
         resume: continues a stopped run of this recipe in `out`. The settings of the machine (`compute`) may differ.
             Implied if torchrun starts a process again.
         minutes: shortens the schedule so that the run ends within this time.
+        receivers: what receives the rows of `metrics.jsonl` too, beside the recipe's `compute.log`.
 
     Raises:
         FileExistsError: `out` holds a run, and `resume` is False.
@@ -112,12 +116,13 @@ def train(
         data.LoaderDied: a loader process died.
     """
     find_sources(recipe)
+    receivers = [*receivers, *named(recipe.compute.log)]
     end = math.inf if minutes is None else time.perf_counter() + 60 * minutes
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     with processes(device) as us, _Signals() as signals:
         if us.device.type == "cpu":
             keep_memory()
-        return _train(recipe, (train_split, val_split), Path(out), us, signals, console, resume, end)
+        return _train(recipe, (train_split, val_split), Path(out), us, signals, console, resume, end, receivers)
 
 
 def _train(
@@ -129,6 +134,7 @@ def _train(
     console: Console | None,
     resume: bool,
     end: float,
+    receivers: Sequence[Receiver],
 ) -> Run:
     """Trains until `end` at the latest, a time of `time.perf_counter`. Keeps nothing of the run when it returns."""
     found = runs.find(out, recipe, resume, planned=end < math.inf)
@@ -142,13 +148,15 @@ def _train(
     work, state = runs.prepare(recipe, *splits, us, found)
     if us.main:
         runs.write_about(work, state, *splits, out)
-    with Reporter(out, recipe, us, console, done=state.step, total=work.total, written=state.written) as reporter:
+    with Reporter(
+        out, recipe, us, console, done=state.step, total=work.total, written=state.written, receivers=receivers
+    ) as reporter:
         for problem in found.problems if found else []:
             reporter.say(f"{problem}: resuming from an earlier one")
         if us.main and not state.step:
             for sentence in work.objective.introduction(splits[1], us):
                 reporter.say(sentence)
-        with compiling.limit_said(reporter.say):
+        with compiling.graphs(reporter.say) if work.compiled else nullcontext():
             _loop(_Session(work, state, out, reporter, signals, end))
     return Run(out / "model", state.best if state.best is not None else -math.inf, state.seconds)
 
@@ -183,6 +191,7 @@ class _Session:
         )
 
     def save(self) -> None:
+        _settle(self.work, self.state, self.reporter.say)
         self.state.seconds, self.state.written = self.seconds, self.reporter.written
         self.state.faults = self.faults.state()
         runs.save(self.work, self.state, self.out)
@@ -245,9 +254,11 @@ def _loop(session: _Session) -> None:
     if not state.step:
         runs.save_model(work, session.out / "model")
     fitted = False
-    stream = work.batches.from_step(state.step)
+    stream = Ahead(work.batches.from_step(state.step), work.us.device)
     try:
         while True:
+            if work.due(state.step, work.every) or work.due(state.step, per_row):
+                _settle(work, state, say)
             if state.evaluated < state.step and work.due(state.step, work.every):
                 session.judge()
             elif state.counted and work.due(state.step, per_row):
@@ -267,9 +278,12 @@ def _loop(session: _Session) -> None:
                 _fit(work, state, batch, say)
                 fitted = True
             work.optimizers.set_lr(work.lr(state.step))
-            numbers, (stop, save, late) = _step(work, state, batch, session.wishes(), say)
+            ahead = stream.fetch if state.step + 1 < work.total else None
+            numbers, (stop, save, late) = _step(work, state, batch, session.wishes(), say, ahead)
             session.reporter.advance(state.step, numbers, time.perf_counter() - began)
 
+            if late or stop or save:
+                _settle(work, state, say)
             if late and state.step < work.total:
                 say(f"the time is up after step {state.step} of {work.total}; continue with --resume")
                 session.judge()
@@ -279,53 +293,92 @@ def _loop(session: _Session) -> None:
             if save and not state.skipped_in_a_row:
                 session.save()
     finally:
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
     session.save()
 
 
 def _step(
-    work: Work, state: State, batch: Batch, wishes: tuple[bool, ...], say: Callable[[str], None]
+    work: Work,
+    state: State,
+    batch: Batch,
+    wishes: tuple[bool, ...],
+    say: Callable[[str], None],
+    meanwhile: Callable[[], None] | None = None,
 ) -> tuple[dict[str, float], list[bool]]:
-    """Takes one step, or skips it if the loss or the gradient is not finite.
+    """Takes one step, or skips it if the loss or the gradient is not finite. Calls `meanwhile` while a GPU computes.
 
-    Returns the logged numbers and, for each of `wishes`, whether any process has it.
+    Returns the logged numbers and, for each of `wishes`, whether any process has it. On a GPU, these are usually those
+    of the step before, because the GPU would stand still while the host reads its numbers and then gives it new work.
+    So the GPU decides by itself whether to skip. `_settle` reads what is left.
     """
     buffers = [buffer.clone() for buffer in work.model.buffers()]  # running statistics change in the forward pass
     names, means = _gradients(work, state, batch, buffers, say)
-    norm = optim.clip_gradients(work.model.parameters(), work.recipe.optim.clip)
-    values = torch.cat(
-        [
-            means,
-            norm.detach().float().reshape(1) / work.us.world,
-            torch.tensor(wishes, dtype=torch.float32).to(work.us.device),
-        ]
-    )
-    found = work.us.sum(values).tolist()  # the only host-device synchronisation of a step
-    numbers = dict(zip([*names, "gradient_norm"], found, strict=False))
+    norm = optim.clip_gradients(work.model.parameters(), work.recipe.optim.clip).detach().float() / work.us.world
+    asked = torch.tensor(wishes, dtype=torch.float32).to(work.us.device, non_blocking=True)
+    totals = work.us.sum(torch.cat([means, norm.reshape(1), asked]))
+    names = [*names, "gradient_norm"]
     state.step += 1
-    if math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient_norm"]):
+    unread = Unread.of(state.step, names, totals)
+    if meanwhile:
+        meanwhile()
+    if work.decides:
+        earlier = _settle(work, state, say) or ({}, [False] * len(wishes))
+        judged = torch.stack([totals[names.index(name)] for name in ("loss", "gradient_norm")])
+        skip = 1.0 - judged.isfinite().all().float()
+        work.optimizers.step(skip)
+        if work.average:
+            work.average.update(skip)
+        for buffer, kept in zip(work.model.buffers(), buffers, strict=True):
+            buffer.copy_(torch.where(skip > 0, kept, buffer))
+        work.optimizers.zero_grad()
+        work.unread = unread
+        return earlier
+    numbers, wanted = unread.read()
+    if _is_finite(numbers):
         work.optimizers.step()
         if work.average:
             work.average.update()
         work.optimizers.zero_grad()
+    else:
+        _undo(work, buffers)
+    _count(work, state, unread.step, numbers, say)
+    return numbers, wanted
+
+
+def _settle(work: Work, state: State, say: Callable[[str], None]) -> tuple[dict[str, float], list[bool]] | None:
+    """Reads what `_step` has left unread, if anything. Then `state` is that of the model."""
+    unread, work.unread = work.unread, None
+    if unread is None:
+        return None
+    numbers, wanted = unread.read()
+    if work.average and not _is_finite(numbers):
+        work.average.not_updated()
+    _count(work, state, unread.step, numbers, say)
+    return numbers, wanted
+
+
+def _is_finite(numbers: Mapping[str, float]) -> bool:
+    return math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient_norm"])
+
+
+def _count(work: Work, state: State, step: int, numbers: Mapping[str, float], say: Callable[[str], None]) -> None:
+    """Counts a step that was taken or skipped. Raises `Diverged` if too many in a row were skipped."""
+    if _is_finite(numbers):
         state.skipped_in_a_row = 0
         state.counted += 1
         for name, value in numbers.items():
             state.sums[name] = state.sums.get(name, 0.0) + value
-    else:
-        _undo(work, buffers)
-        state.skipped += 1
-        state.skipped_in_a_row += 1
-        say(f"step {state.step} is skipped: loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}")
-        if state.skipped_in_a_row >= _MOST_SKIPPED:
-            optimizer = work.recipe.optim
-            raise Diverged(
-                f"{work.recipe.name}: the loss or its gradient was not finite in {_MOST_SKIPPED} steps in "
-                f"a row, up to {state.step}; the last good checkpoint and model are kept. Lower optim.lr "
-                f"(now {optimizer.lr}), set optim.clip (now {optimizer.clip}), lengthen schedule.warmup, or "
-                "set compute.precision=float32"
-            )
-    return numbers, [wish > 0 for wish in found[-len(wishes) :]]
+        return
+    state.skipped += 1
+    state.skipped_in_a_row += 1
+    say(f"step {step} is skipped: loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}")
+    if state.skipped_in_a_row >= _MOST_SKIPPED:
+        optimizer = work.recipe.optim
+        raise Diverged(
+            f"{work.recipe.name}: the loss or its gradient was not finite in {_MOST_SKIPPED} steps in a row, up to "
+            f"{step}; the last good checkpoint and model are kept. Lower optim.lr (now {optimizer.lr}), set optim.clip "
+            f"(now {optimizer.clip}), lengthen schedule.warmup, or set compute.precision=float32"
+        )
 
 
 def _gradients(
@@ -452,8 +505,9 @@ def _halve(work: Work, batch: Batch, say: Callable[[str], None]) -> None:
 
 
 def _too_large(work: Work, batch: Batch) -> RuntimeError:
-    return RuntimeError(
-        f"out of memory with micro-batches of {len(batch.parts(work.accumulate)[0])} images; set "
+    pairs = (len(batch) + 1) // 2
+    return RuntimeError(  # the size is computed, because to divide the batch takes memory
+        f"out of memory with micro-batches of {min(len(batch), 2 * -(-pairs // work.accumulate))} images; set "
         f"compute.accumulate above {work.accumulate} or compute.checkpoint_blocks=True, or take a smaller "
         "model"
     )
@@ -528,7 +582,7 @@ def _plan(
     began = time.perf_counter()
     work, state = runs.prepare(recipe, train_split, val_split, us, None)
     times: list[float] = []
-    stream = work.batches.from_step(0)
+    stream = Ahead(work.batches.from_step(0), us.device)
 
     def by_main(value: float) -> float:
         """The main process's value, in all processes, because their clocks differ and their work must not."""
@@ -551,9 +605,9 @@ def _plan(
         if not times:
             _fit(work, state, batch, lambda _: None)
         work.optimizers.set_lr(work.lr(0))
-        _step(work, state, batch, (False,), lambda _: None)
+        _step(work, state, batch, (False,), lambda _: None, stream.fetch)
         times.append(time.perf_counter() - started)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     per_step = _seconds_per_step(times, first, burst)
     sample = min(3, len(work.validation))
     work.objective.judge(work.model, islice(work.validation, 1), us, work.precision)  # because the first one is slow

@@ -55,8 +55,9 @@ def measured(compute: Callable[[Batch], object], batch: Batch) -> Need:
     """Measures `compute` on one pair of a batch and on two."""
     courses = []
     for pairs in _PAIRS:
+        few = batch.pairs(pairs)
         with _Followed() as followed:
-            compute(batch.pairs(pairs))
+            compute(few)
         courses.append(followed.course)
     return Need((2 * _PAIRS[0], 2 * _PAIRS[1]), (courses[0], courses[1]))
 

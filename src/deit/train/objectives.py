@@ -175,7 +175,7 @@ class DistilledObjective(ClassificationObjective):
         """The teacher's answers to a batch: labels (B,) if distillation is hard, otherwise log-probabilities (B, C)."""
         if isinstance(self.source, LabelCache):
             assert batch.positions is not None
-            return self.source.labels(batch.step, batch.positions).to(batch.pixels.device)
+            return self.source.labels(batch.step, batch.positions).to(batch.labels.device, non_blocking=True)
         return answers(self.source(batch.pixels), self.settings)
 
     def __call__(self, model: nn.Module, batch: Batch, depth_draws: Tensor | None) -> dict[str, Tensor]:

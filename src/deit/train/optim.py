@@ -80,8 +80,18 @@ class Optimizers:
         self.optimizers = tuple(optimizers)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
 
-    def step(self) -> None:
+    @property
+    def can_skip(self) -> bool:
+        """Whether `step` takes `unless`."""
+        return all(
+            isinstance(optimizer, torch.optim.AdamW) and all(group["fused"] for group in optimizer.param_groups)
+            for optimizer in self.optimizers
+        )
+
+    def step(self, unless: Tensor | None = None) -> None:
+        """Takes a step. If `unless` is 1, a float32 number on the parameters' device, nothing changes."""
         for optimizer in self.optimizers:
+            optimizer.found_inf = unless  # type: ignore[attr-defined]  # the name that PyTorch's fused optimizers read
             optimizer.step()
 
     def zero_grad(self) -> None:
@@ -305,11 +315,24 @@ class EMA:
         self._averages = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Follows the parameters. To be called after each step of the optimizer."""
+    def update(self, unless: Tensor | None = None) -> None:
+        """Follows the parameters. To be called after each step of the optimizer.
+
+        If `unless` is 1, a number on their device, the averages stay as they are. Then call `not_updated` later on.
+        """
         self.updates += 1
         share = max(1.0 - self.decay, 1.0 / (self.updates + 1))
-        torch._foreach_lerp_(list(self._averages.values()), list(self._parameters.values()), share)
+        averages, parameters = list(self._averages.values()), list(self._parameters.values())
+        if unless is None:
+            torch._foreach_lerp_(averages, parameters, share)
+            return
+        moves = torch._foreach_sub(parameters, averages)
+        torch._foreach_mul_(moves, share * (1 - unless))
+        torch._foreach_add_(averages, moves)
+
+    def not_updated(self) -> None:
+        """Corrects the count after an update that was skipped on the device."""
+        self.updates -= 1
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

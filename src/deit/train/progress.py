@@ -1,4 +1,4 @@
-"""Shows and logs the progress of a run: a live line, `metrics.jsonl`, and TensorBoard if it is installed."""
+"""Shows and logs the progress of a run: a live line, `metrics.jsonl`, and whatever else receives its rows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import os
 import statistics
 from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from deit.machine import Processes, peak_memory
 from deit.recipe import Recipe
+from deit.train.receivers import Receiver, TensorBoard
 from deit.train.records import span
 
 _SETTLED = 10
@@ -34,17 +37,27 @@ class Reporter:
         done, total: number of steps so far and in all.
         written: number of bytes of `metrics.jsonl` that belong to the run so far. Whatever a stopped run wrote after
             its last checkpoint is cut off and written again.
+        receivers: what else receives the rows. TensorBoard does anyway, if it is installed.
     """
 
     def __init__(
-        self, out: Path, recipe: Recipe, us: Processes, console: Console | None, *, done: int, total: int, written: int
+        self,
+        out: Path,
+        recipe: Recipe,
+        us: Processes,
+        console: Console | None,
+        *,
+        done: int,
+        total: int,
+        written: int,
+        receivers: Sequence[Receiver] = (),
     ):
         self.recipe, self.us, self.total = recipe, us, total
         self.console = (console or Console(stderr=True)) if us.main else Console(quiet=True)
         self.first, self.rate = done, 0.0
         self.durations: deque[float] = deque(maxlen=_RECENT)
         self.latest: dict[str, float] = {}
-        self.board = None
+        self.receivers: list[Receiver] = []
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -59,21 +72,33 @@ class Reporter:
             self.metrics = open(out / "metrics.jsonl", "a+b")  # noqa: SIM115 (closed by __exit__)
             self.metrics.truncate(written)
             self.metrics.seek(0, os.SEEK_END)
-            if find_spec("tensorboard"):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(str(out / "tensorboard"), purge_step=done + 1)
+            self.receivers = [*receivers, *([TensorBoard()] if find_spec("tensorboard") else [])]
+            self._tell(lambda receiver: receiver.begin(out, recipe, done))
 
     def __enter__(self) -> Self:
         self.bar.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self.bar.stop()
         if self.us.main:
             self.metrics.close()
-        if self.board:
-            self.board.close()
+        self._tell(lambda receiver: receiver.close(error is None))
+
+    def _tell(self, call: Callable[[Receiver], None]) -> None:
+        """Calls each receiver. One that fails is left out from then on, because the run matters more."""
+        for receiver in list(self.receivers):
+            try:
+                call(receiver)
+            except Exception as error:
+                self.receivers = [each for each in self.receivers if each is not receiver]
+                with suppress(Exception):
+                    receiver.close(False)
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                self.say(
+                    f"{type(receiver).__name__} failed ({reason}); the run goes on without it, and metrics.jsonl holds "
+                    "every row"
+                )
 
     @property
     def written(self) -> int:
@@ -106,10 +131,7 @@ class Reporter:
         self.metrics.write(json.dumps(row).encode() + b"\n")
         self.metrics.flush()
         self.latest |= {name: value for name, value in row.items() if name.startswith("val_")}
-        if self.board:
-            for name, value in row.items():
-                self.board.add_scalar(name, value, row["step"])
-            self.board.flush()
+        self._tell(lambda receiver: receiver.row(dict(row)))
         if not self.console.is_terminal and any(name.startswith("val_") for name in row):
             self.say(
                 f"{self.recipe.name}: epoch {row['epoch']:.4g}, step {row['step']} of {self.total}: {self._note()}"

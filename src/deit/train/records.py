@@ -123,6 +123,21 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def flat(recipe: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """The fields of a `recipe.json` by their dotted names. A duration is one value."""
+    found: dict[str, Any] = {}
+    for key, value in recipe.items():
+        name = f"{path}{key}"
+        if isinstance(value, dict) and {"amount", "unit"} <= value.keys():
+            amount = value["amount"]
+            found[name] = f"{f'{amount:g}' if isinstance(amount, float) else amount} {value['unit']}"
+        elif isinstance(value, dict) and value:
+            found |= flat(value, f"{name}.")
+        else:
+            found[name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
 def _object(path: Path, gaps: list[str]) -> dict[str, Any]:
     if not path.exists():
         gaps.append(f"{path.name} is missing")

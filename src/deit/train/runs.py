@@ -45,6 +45,36 @@ class State:
     """Fingerprint of the training images."""
 
 
+@dataclass(frozen=True)
+class Unread:
+    """The numbers of a step that the device may still be computing."""
+
+    step: int
+    """The number of the step, counted from 1."""
+    names: list[str]
+    values: Tensor
+    """The numbers and then the wishes of all processes, in main memory once `ready` has come."""
+    ready: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, step: int, names: list[str], values: Tensor) -> Unread:
+        """Begins to copy the numbers from a GPU, without waiting for them."""
+        if values.device.type != "cuda":
+            return cls(step, names, values, None)
+        kept = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        kept.copy_(values, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return cls(step, names, kept, ready)
+
+    def read(self) -> tuple[dict[str, float], list[bool]]:
+        """Waits for the numbers. Returns them by name, and for each wish whether any process has it."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        found = self.values.tolist()
+        return dict(zip(self.names, found, strict=False)), [wish > 0 for wish in found[len(self.names) :]]
+
+
 @dataclass
 class Work:
     """The parts of a run."""
@@ -67,6 +97,11 @@ class Work:
     """Number of steps between evaluations."""
     accumulate: int
     """Number of parts in which this process computes its share of a batch."""
+    compiled: bool
+    decides: bool
+    """Whether the device decides by itself to skip a step. The host then reads its numbers one step late."""
+    unread: Unread | None = None
+    """The last step, if its numbers are not read yet."""
 
     def lr(self, step: int) -> float:
         peak = optim.peak_lr(self.recipe.optim, self.recipe.data.batch)
@@ -133,7 +168,8 @@ def prepare(
         model.load_state_dict(_part(tensors, "model."))
     if recipe.compute.checkpoint_blocks:
         model.gradient_checkpointing_enable()  # type: ignore[operator]
-    if compiling.wanted(recipe.compute.compile, model, us):
+    compiled = compiling.wanted(recipe.compute.compile, model, us)
+    if compiled:
         compiling.compile_parts(model)
     computing = us.spread(model, recipe.compute.parallel)
     # 2. The optimizers and the average, which refer to the model's parameters.
@@ -167,6 +203,8 @@ def prepare(
         recipe.schedule.warmup.in_steps(per_epoch),
         every,
         recipe.compute.accumulate,
+        compiled,
+        us.device.type == "cuda" and optimizers.can_skip,
     ), state
 
 

@@ -1,12 +1,12 @@
 // The part of the page that people see. worker.js does the work, so the page never freezes.
 
-import { at, fail, listen, preview, say, show } from "./shown.js";
+import { at, fail, listen, preview, say, show, work } from "./shown.js";
 
 const megabytes = (bytes) => (bytes / 1e6).toFixed(1);
 
 at("unstarted").remove();
 
-let worker = null, ready = false, errorRate = null;
+let worker = null, ready = false, scoring = "softmax", errorRate = null;
 let asked = 0;  // number of images so far; only the answer to the latest one is shown
 
 function ask(file) {
@@ -24,13 +24,13 @@ const heard = {
   },
   ready(found) {
     ready = true;
-    errorRate = found.errorRate;
+    ({ scoring, errorRate } = found);
     at("loading").hidden = true;
-    at("about").textContent = `It tells ${found.labels} labels apart.`;
+    at("about").textContent = `It ${work(found.labels, scoring)}.`;
     if (asked) say("Looking\u2026");
   },
   answer(found) {
-    if (found.id === asked) show(found, errorRate);
+    if (found.id === asked) show(found, scoring, errorRate);
   },
   failed({ id, sentence }) {
     if (id === asked) fail(sentence);

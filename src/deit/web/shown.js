@@ -3,21 +3,35 @@
 export const at = (id) => document.getElementById(id);
 const percent = (score) => (score > 0 && score < 0.001 ? "under 0.1" : (100 * score).toFixed(1)) + " %";
 
-export function say(heading, note = "", labels = []) {
+const plain = (score) => String(Number(score.toPrecision(4)));
+
+// What a model of `count` labels does with an image, by its scoring (see answer.js).
+export function work(count, scoring) {
+  const labels = count === 1 ? "its label" : `each of ${count} labels`;
+  return { sigmoid: `says how likely ${labels} is, by itself`, none: `measures ${count === 1 ? "1 quantity" :
+    `${count} quantities`}` }[scoring] ?? `tells ${count} labels apart`;
+}
+
+export function say(heading, note = "", labels = [], scoring = "softmax") {
   for (const [id, text] of [["heading", heading], ["note", note]]) {
     at(id).hidden = !text;
     at(id).textContent = text;
   }
-  at("labels").replaceChildren(...labels.map(row));
+  at("labels").replaceChildren(...labels.map((each) => row(each, scoring)));
 }
 
-function row({ label, score }) {
+function row({ label, score }, scoring) {
   const found = document.createElement("li");
-  for (const [name, text] of [["name", label], ["share", percent(score)], ["bar", ""]]) {
+  const measured = scoring === "none";
+  for (const [name, text] of [["name", label], ["share", (measured ? plain : percent)(score)], ["bar", ""]]) {
     const part = document.createElement("span");
     part.className = name;
     part.textContent = text;
     found.append(part);
+  }
+  if (measured) {  // no part of a whole that a bar could show
+    found.lastChild.remove();
+    return found;
   }
   const filled = document.createElement("span");
   filled.style.width = 100 * score + "%";
@@ -26,9 +40,14 @@ function row({ label, score }) {
   return found;
 }
 
-// `sure` is true or false if the model is calibrated; `errorRate` then bounds its errors.
-export function show({ labels, sure }, errorRate) {
-  if (sure === false) {
+// `scoring` says what the scores are. `sure` is true or false if the model is calibrated; `errorRate` then bounds its
+// errors.
+export function show({ labels, sure }, scoring, errorRate) {
+  if (scoring === "none") {
+    say("Measured", "", labels, scoring);
+  } else if (scoring === "sigmoid") {
+    say("How likely each label is", "", labels);
+  } else if (sure === false) {
     say("I don\u2019t know", "No single label is certain enough. The candidates:", labels);
   } else {
     const note = sure && errorRate ? `Sure: at most ${percent(errorRate)} of images like this get a label that is ` +

@@ -33,7 +33,8 @@ async function load() {
   ort.env.wasm.numThreads = crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
   ort.env.wasm.wasmBinary = runtime;
   session = await ort.InferenceSession.create(model, { executionProviders: ["wasm"] });
-  postMessage({ kind: "ready", labels: Object.keys(names).length, errorRate: calibration?.error_rate ?? null });
+  postMessage({ kind: "ready", labels: Object.keys(names).length, scoring: record.scoring ?? "softmax",
+    errorRate: calibration?.error_rate ?? null });
 }
 
 const sum = (counts) => [...counts.values()].reduce((a, b) => a + b, 0);

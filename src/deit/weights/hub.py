@@ -131,6 +131,16 @@ class Checkpoint:
         """
         given = {name: tensor for name, tensor in self.tensors.items() if name in expected}
         mismatched = [name for name in expected if name in given and tuple(given[name].shape) != expected[name]]
+        wide = "classifier.weight" in mismatched and _reads_the_mean(given["classifier.weight"], expected)
+        if wide:  # its bias would fit, but it belongs to weights that don't
+            mismatched += [name for name in ("classifier.bias",) if name in given and name not in mismatched]
+        if wide and not ignore_mismatched_sizes:
+            raise CheckpointError(
+                f"{self.file}: the classifier reads the class token and the mean of the patches "
+                f"({given['classifier.weight'].shape[1]} inputs), and this package's reads the class token alone "
+                f"({expected['classifier.weight'][1]}); load the backbone with DeiTModel, or pass "
+                "ignore_mismatched_sizes=True to train a fresh classifier"
+            )
         if mismatched and not ignore_mismatched_sizes:
             name = mismatched[0]
             raise CheckpointError(
@@ -180,6 +190,11 @@ _MAY_BE_MISSING = (
     "deit.pooler.",
     "deit.mask_token",
 )
+
+
+def _reads_the_mean(classifier: Any, expected: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a head takes twice the width: DINOv2's in transformers, which also reads the mean of the patches."""
+    return len(classifier.shape) == 2 and classifier.shape[1] == 2 * expected["classifier.weight"][1]
 
 
 def _others(names: list[str]) -> str:

@@ -152,10 +152,41 @@ ORIGINAL: Table = {
     "deit.blocks.{}.scale2": "blocks.{}.gamma_2",
 }
 
+# Hugging Face's names of DINOv2: the blocks have those of timm but for attention and LayerScale.
+DINOV2: Table = {
+    **HF,
+    **_linear_pairs(
+        {
+            "deit.blocks.{}.norm1": "deit.encoder.layer.{}.norm1",
+            "deit.blocks.{}.norm2": "deit.encoder.layer.{}.norm2",
+            "deit.blocks.{}.mlp.fc1": "deit.encoder.layer.{}.mlp.fc1",
+            "deit.blocks.{}.mlp.fc2": "deit.encoder.layer.{}.mlp.fc2",
+        }
+    ),
+}
+
+# The same in the memory of transformers 5.
+DINOV2_5: Table = {
+    **DINOV2,
+    **_linear_pairs({"deit.blocks.{}.attention.out": "deit.encoder.layer.{}.attention.o_proj"}),
+    **_qkv("deit.encoder.layer.{}.attention", ("q_proj", "k_proj", "v_proj")),
+}
+
 # Our own state_dict(), as torch.save, accelerate, Lightning and FSDP write it.
 OURS: Table = {name: name for name in HF}
 
-DIALECTS: dict[str, Table] = {"hf": HF, "hf5": HF5, "timm": TIMM, "original": ORIGINAL, "ours": OURS}
+DIALECTS: dict[str, Table] = {
+    "hf": HF,
+    "hf5": HF5,
+    "dinov2": DINOV2,
+    "dinov2-5": DINOV2_5,
+    "timm": TIMM,
+    "original": ORIGINAL,
+    "ours": OURS,
+}
+
+_WITH_BASE = ("hf", "hf5", "dinov2", "dinov2-5", "ours")
+"""Dialects whose names begin with a base's name, unless a backbone was saved alone."""
 
 _ROOTS = {
     part.partition(".")[0]
@@ -164,7 +195,7 @@ _ROOTS = {
     if theirs is not None
     for whole in (theirs if isinstance(theirs, tuple) else (theirs,))
     for part in (whole, whole.removeprefix(BASE))
-} | {"vit"}
+} | {"vit", "dinov2"}
 """What the names of a dialect begin with, with the base's name and without it."""
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -181,9 +212,19 @@ def _fold(name: str) -> tuple[str, str | None]:
 def detect(names: Iterable[str]) -> str:
     """The dialect of a file, by the names of its tensors. Raises `ValueError` if none fits."""
     names = [_unwrap(name) for name in names]
-    marks = {"hf": ".layernorm_before.", "timm": ".attn.qkv.weight", "ours": ".attention.qkv.weight"}
+    marks = {
+        "hf": ".layernorm_before.",
+        "dinov2": ".attention.attention.query.",
+        "dinov2-5": ".attention.q_proj.",
+        "timm": ".attn.qkv.weight",
+        "ours": ".attention.qkv.weight",
+    }
     if any(marks["hf"] in name for name in names):
         return "hf5" if any(".q_proj." in name for name in names) else "hf"
+    if any(marks["dinov2"] in name for name in names):
+        return "dinov2"
+    if any(marks["dinov2-5"] in name for name in names):
+        return "dinov2-5"
     if any(marks["timm"] in name for name in names):
         return "original" if any(name.endswith(".gamma_1") for name in names) else "timm"
     if any(marks["ours"] in name for name in names):
@@ -233,17 +274,22 @@ def to_ours(tensors: Mapping[str, Any], *, join: Callable[[Sequence[Any]], Any],
             rules |= {part: (ours, i) for i, part in enumerate(theirs)}
         elif theirs is not None:
             rules[theirs] = (ours, None)
+    if dialect == "timm":
+        rules["mask_token"] = ("deit.mask_token", None)  # facebookresearch/dinov2 has timm's names, and this one
 
     found: dict[str, Any] = {}
     parts: dict[str, dict[int, Any]] = {}
     for name, value in tensors.items():
-        folded, number = _fold(_add_base(name) if dialect in ("hf", "hf5", "ours") else name)
+        folded, number = _fold(_add_base(name) if dialect in _WITH_BASE else name)
         if folded not in rules:
+            why = next((why for part, why in _UNKNOWN_PARTS.items() if part in name), "this package can't place it")
             raise ValueError(
-                f"{file}: no rule for tensor {name!r} (read as {dialect} names); this package can't place "
-                "it, so nothing was loaded. If it is no part of the model, save the file without it"
+                f"{file}: no rule for tensor {name!r} (read as {dialect} names); {why}, so nothing was loaded. If it "
+                "is no part of the model, save the file without it"
             )
         ours, part = rules[folded]
+        if ours == "deit.mask_token":
+            value = value.reshape(1, 1, -1)  # DINOv2's is (1, D)
         ours = ours if number is None else ours.replace("{}", number)
         if part is None:
             found[ours] = value
@@ -257,6 +303,21 @@ def to_ours(tensors: Mapping[str, Any], *, join: Callable[[Sequence[Any]], Any],
             )
         found[ours] = join([three[i] for i in range(3)])
     return found
+
+
+_UNKNOWN_PARTS = {
+    "register_tokens": "this package's models have no register tokens",
+    "reg_token": "this package's models have no register tokens",
+    ".weights_in.": "this package's blocks have a plain MLP, no SwiGLU",
+    ".mlp.w12.": "this package's blocks have a plain MLP, no SwiGLU",
+    ".gate_proj.": "this package's blocks have a plain MLP, no SwiGLU",
+    "norm_pre.": "this package's models don't normalise the tokens before the blocks",
+    "fc_norm.": "this package classifies by the class token, not by a normalised mean",
+    ".q_norm.": "this package's attention doesn't normalise queries and keys",
+    ".k_norm.": "this package's attention doesn't normalise queries and keys",
+    "attn_pool.": "this package classifies by the class token, not by attention pooling",
+}
+"""Parts of the names of other ViTs' tensors, and what they mean."""
 
 
 _TF_NAME = re.compile(
@@ -294,7 +355,7 @@ _HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder
 def _add_base(name: str) -> str:
     if name.startswith(_HEADS):
         return name
-    return BASE + re.sub(r"^(deit|vit)\.", "", name)
+    return BASE + re.sub(r"^(deit|vit|dinov2)\.", "", name)
 
 
 def from_ours(tensors: Mapping[str, Any], dialect: str, *, prefix: str = BASE) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""What a GPU can show: `python -m bench.gpu`."""
