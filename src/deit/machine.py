@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from deit import host
 from deit.host import cores
 
 _Named = TypeVar("_Named", bound=dict[Any, Any])
@@ -32,6 +33,10 @@ _NO_MEMORY = re.compile(
 """The texts of these errors: CUDA and NCCL, then the CPU, then cuBLAS and cuDNN."""
 _LOST = re.compile("CUDA error:|device-side assert|cuDNN error:.*EXECUTION_FAILED")
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
+_AHEAD = 2**28
+"""Number of bytes that the C library asks the system for ahead."""
+_MALLINFO = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+"""The fields of `struct mallinfo2` in malloc.h."""
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
@@ -370,6 +375,33 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def available_memory(device: torch.device) -> int | None:
+    """Number of bytes that this process can still take, of the GPU's memory or of its share of main memory. None if it
+    isn't known. What the process has freed and keeps for later counts too."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    free = host.available_memory() if device.type == "cpu" else None
+    return None if free is None else free // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + _kept_memory()
+
+
+def _kept_memory() -> int:
+    """Number of bytes that this process has freed and that the C library keeps. 0 if it isn't glibc 2.33 or newer.
+
+    What `keep_memory` lets it ask for ahead is left out, because the system gives such pages only when they are used.
+    """
+
+    class Info(ctypes.Structure):
+        _fields_ = [(name, ctypes.c_size_t) for name in _MALLINFO]
+
+    try:
+        mallinfo = ctypes.CDLL("libc.so.6").mallinfo2
+    except (OSError, AttributeError):
+        return 0
+    mallinfo.restype = Info
+    return max(0, int(mallinfo().fordblks) - _AHEAD)
+
+
 def described(device: torch.device) -> str:
     """A device in words: the GPU's name, or the processor's name and the number of cores that this process may use."""
     if device.type == "cuda":
@@ -397,7 +429,7 @@ def keep_memory() -> None:
         return
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(_M_TOP_PAD, 2**28)
+    mallopt(_M_TOP_PAD, _AHEAD)
 
 
 def whole(tensor: Tensor) -> Tensor:

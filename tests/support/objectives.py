@@ -75,7 +75,7 @@ def case(given, objective, *, step=3, seed=1, **changes):
     recipe = recipe_for(objective, **changes)
     found = objectives.build(recipe, given[0], CPU)
     model = scramble(build_model(recipe, CLASSES), seed).train()
-    depth = loop._depth_draws(recipe, step, found.passes)
+    depth = loop.depth_draws(recipe, step, found.passes)
     return Case(
         recipe,
         found,

@@ -141,7 +141,7 @@ def test_shares_of_a_batch_add_up_to_the_whole(given, name, stored, tmp_path):
     whole["loss"].backward()
     expected = {key: p.grad.clone() for key, p in now.model.named_parameters() if p.grad is not None}
     now.model.zero_grad()
-    depth = loop._depth_draws(now.recipe, now.step, now.objective.passes)
+    depth = loop.depth_draws(now.recipe, now.step, now.objective.passes)
     totals: Counter[str] = Counter()
     counted = 0
     for rank in range(2):

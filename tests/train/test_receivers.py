@@ -43,9 +43,9 @@ def stopped_after(monkeypatch, splits, out, receivers, step):
     """Runs until SIGTERM comes in that step."""
     taken, real = [], loop._step
 
-    def stepping(*given):
-        taken.append(given)
-        numbers, (_, save, late) = real(*given)
+    def stepping(work, state, *rest):
+        taken.append(state.step)
+        numbers, (_, save, late) = real(work, state, *rest)
         return numbers, [len(taken) == step, save, late]
 
     with monkeypatch.context() as patched:

@@ -117,6 +117,10 @@ class Batch:
         shares = [_mirrored_share(len(self), part, count) for part in range(count)]
         return [self._at(share) for share in shares]
 
+    def pairs(self, count: int) -> Batch:
+        """A copy of the first `count` pairs of mirror images."""
+        return self._at((slice(0, count), slice(len(self) - count, len(self))))
+
     def _at(self, share: tuple[slice, slice]) -> Batch:
         def taken(tensor: Tensor) -> Tensor:  # no list of rows, which would have to be copied to the device
             return torch.cat([tensor[rows] for rows in share])

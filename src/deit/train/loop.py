@@ -1,7 +1,8 @@
 """The training loop, one for every model, objective and number of processes.
 
 A run's whole state is its tensors and `State`. Everything random is a function of the step's number. So a run that
-stopped anywhere can resume from its last checkpoint and reach the same end, bit for bit.
+stopped anywhere can resume from its last checkpoint and reach the same end: on a CPU in float32 bit for bit, and on a
+GPU up to rounding.
 """
 
 from __future__ import annotations
@@ -29,9 +30,19 @@ from deit.data.ahead import Ahead
 from deit.data.batches import Batch, Faults, LoaderDied
 from deit.data.draws import Stream, draws
 from deit.data.folders import Split
-from deit.machine import Processes, Rows, alone, free_memory, keep_memory, out_of_memory, processes, synchronised
+from deit.machine import (
+    Processes,
+    Rows,
+    alone,
+    available_memory,
+    free_memory,
+    keep_memory,
+    out_of_memory,
+    processes,
+    synchronised,
+)
 from deit.recipe import MICRO_BATCHES_REFUSED, Recipe, steps
-from deit.train import compiling, objectives, optim, runs
+from deit.train import compiling, memory, objectives, optim, runs
 from deit.train.build import find_sources
 from deit.train.progress import Reporter
 from deit.train.receivers import Receiver, named
@@ -242,7 +253,7 @@ def _loop(session: _Session) -> None:
     per_row = work.every / math.ceil(work.every / _ROWS)
     if not state.step:
         runs.save_model(work, session.out / "model")
-    fitted = work.us.world == 1
+    fitted = False
     stream = Ahead(work.batches.from_step(state.step), work.us.device)
     try:
         while True:
@@ -379,7 +390,7 @@ def _gradients(
     """
     while True:
         try:
-            return _accumulated(work, state, batch, work.computing)
+            return _accumulated(work, state, batch, work.computing, _depth_draws(work, state))
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -390,34 +401,102 @@ def _gradients(
 
 
 def _fit(work: Work, state: State, batch: Batch, say: Callable[[str], None]) -> None:
-    """Halves the micro-batches of all processes until each process can compute its share by itself.
+    """Divides the batch into micro-batches that fit into memory, in all processes alike, before the first step.
 
-    The results are not used. Without this trial, a process that runs out of memory in a collective operation would
-    leave the others waiting.
+    First, the need of memory is measured on a few images. Then many processes compute their shares by themselves, with
+    results that are not used. Without this trial, a process that runs out of memory in a collective operation would
+    leave the others waiting. A sharded model can't be computed by one process, so it is not tried.
     """
-    if work.recipe.compute.parallel == "shard":
+    if work.recipe.compute.parallel == "shard" and work.us.world > 1:
         return
-    while True:
-        buffers, failed = [buffer.clone() for buffer in work.model.buffers()], False
+    _divide(work, state, batch, say)
+    while work.us.world > 1:
+        failed = False
         try:
-            with alone(work.model):
-                _accumulated(work, state, batch, work.model)
+            _try(work, state, batch, _depth_draws(work, state))
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             failed = True
-        _undo(work, buffers)
         if not work.us.sum(torch.tensor(float(failed), device=work.us.device)).item():
             return
         _halve(work, batch, say)
 
 
-def _halve(work: Work, batch: Batch, say: Callable[[str], None]) -> None:
-    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in work.model.modules()):
+def _try(work: Work, state: State, batch: Batch, depth: Tensor | None) -> None:
+    """Computes a batch in this process alone, and leaves everything as it was."""
+    buffers = [buffer.clone() for buffer in work.model.buffers()]
+    devices = [work.us.device] if work.us.device.type == "cuda" else []
+    try:
+        with alone(work.model), torch.random.fork_rng(devices):
+            _accumulated(work, state, batch, work.model, depth)
+    finally:
+        _undo(work, buffers)
+
+
+def _divide(work: Work, state: State, batch: Batch, say: Callable[[str], None]) -> None:
+    """Measures the memory that a step needs, says it, and divides the batch if it would not fit."""
+    recipe, us = work.recipe, work.us
+    images = (work.total - state.step) * recipe.data.batch
+    if not memory.worthwhile(images, (recipe.data.batch + 1) // 2 // us.world):
+        return
+    room = available_memory(us.device)
+    whole, depth = replace(work, accumulate=1), _depth_draws(work, state)
+    kept = None if depth is None else torch.ones_like(depth)  # no branch is dropped, which takes most memory
+
+    compiled = compiling.wanted(recipe.compute.compile, work.model, us)
+
+    def compute(few: Batch) -> None:
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            _try(whole, state, few, kept)
+
+    try:
+        need = memory.measured(compute, batch)
+    except (RuntimeError, MemoryError) as error:
+        if us.world > 1 or not out_of_memory(error):
+            raise
+        return  # the step itself will say it
+    plans = us.gather(memory.plan(need, len(batch), work.accumulate, not _has_batch_norm(work.model), room))
+    chosen = max(plans, key=lambda each: (not each.fits, each.parts, each.need))
+    if chosen.room is None:
+        say(f"a step needs about {_gib(chosen.need)} of memory")
+        return
+    found = f"about {_gib(chosen.whole)} of memory, and {_gib(chosen.room)} are free"
+    if not chosen.fits:
+        if _has_batch_norm(work.model):
+            raise RuntimeError(f"a step needs {found}; {_batch_norm_advice(work)}")
         raise RuntimeError(
-            f"out of memory with {len(batch)} images at once; {MICRO_BATCHES_REFUSED}: set data.batch below "
-            f"{work.recipe.data.batch} (the learning rate follows it), or take a smaller model"
+            f"a step needs {found}; in the smallest parts it needs {_gib(chosen.need)}. Set "
+            "compute.checkpoint_blocks=True, take a smaller model, or free memory"
         )
+    if chosen.parts == work.accumulate:
+        say(f"a step needs {found}")
+        return
+    work.accumulate = chosen.parts
+    say(
+        f"a step would need {found}: the batch is now computed in {chosen.parts} parts, which need "
+        f"{_gib(chosen.need)}; the result is the same"
+    )
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2g} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
+
+
+def _batch_norm_advice(work: Work) -> str:
+    return (
+        f"{MICRO_BATCHES_REFUSED}: set data.batch below {work.recipe.data.batch} (the learning rate follows it), or "
+        "take a smaller model"
+    )
+
+
+def _halve(work: Work, batch: Batch, say: Callable[[str], None]) -> None:
+    if _has_batch_norm(work.model):
+        raise RuntimeError(f"out of memory with {len(batch)} images at once; {_batch_norm_advice(work)}")
     if work.accumulate >= (len(batch) + 1) // 2:  # mirror images can't be separated
         raise _too_large(work, batch)
     work.accumulate *= 2
@@ -440,10 +519,11 @@ def _undo(work: Work, buffers: list[Tensor]) -> None:
         buffer.copy_(kept)
 
 
-def _accumulated(work: Work, state: State, batch: Batch, computing: nn.Module) -> tuple[list[str], Tensor]:
+def _accumulated(
+    work: Work, state: State, batch: Batch, computing: nn.Module, depth: Tensor | None
+) -> tuple[list[str], Tensor]:
     recipe, us = work.recipe, work.us
     torch.manual_seed(int(draws(recipe.seed, state.step, us.rank, 0, stream=Stream.DROPOUT).integers(2**62)))
-    depth = _depth_draws(recipe, state.step, work.objective.passes)
     parts = batch.to(us.device).parts(work.accumulate)
     totals: list[Tensor] = []
     for i, part in enumerate(parts):
@@ -459,7 +539,11 @@ def _accumulated(work: Work, state: State, batch: Batch, computing: nn.Module) -
     return list(found), torch.stack(totals).sum(0)
 
 
-def _depth_draws(recipe: Recipe, step: int, passes: int) -> Tensor | None:
+def _depth_draws(work: Work, state: State) -> Tensor | None:
+    return depth_draws(work.recipe, state.step, work.objective.passes)
+
+
+def depth_draws(recipe: Recipe, step: int, passes: int) -> Tensor | None:
     """(passes, batch, blocks, 2) for the global batch, so that each image's stochastic depth is the same however the
     batch is divided. None if the model has no stochastic depth."""
     config = recipe.model
@@ -517,8 +601,11 @@ def _plan(
         or len(times) >= first + 12 * burst
     ):
         started = time.perf_counter()
+        batch = next(stream)
+        if not times:
+            _fit(work, state, batch, lambda _: None)
         work.optimizers.set_lr(work.lr(0))
-        _step(work, state, next(stream), (False,), lambda _: None, stream.fetch)
+        _step(work, state, batch, (False,), lambda _: None, stream.fetch)
         times.append(time.perf_counter() - started)
     stream.close()
     per_step = _seconds_per_step(times, first, burst)
