@@ -43,9 +43,9 @@ def stopped_after(monkeypatch, splits, out, receivers, step):
     """Runs until SIGTERM comes in that step."""
     taken, real = [], loop._step
 
-    def stepping(work, state, batch, wishes, say):
+    def stepping(work, state, *given):
         taken.append(state.step)
-        numbers, (_, save, late) = real(work, state, batch, wishes, say)
+        numbers, (_, save, late) = real(work, state, *given)
         return numbers, [len(taken) == step, save, late]
 
     with monkeypatch.context() as patched:
