@@ -40,7 +40,7 @@ apart:
 coverage: .venv/installed-test    ## show which lines of the package the suite runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --cov --cov-report=term --no-cov-on-fail
 
-test-slow: .venv/installed-test   ## run the tests that take minutes each
+test-slow: .venv/installed-clients  ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python -m pytest -m slow tests/runtimes
 	KERAS_BACKEND=jax $(BIN)/python -m pytest -m slow tests/twin
@@ -68,6 +68,10 @@ gpu-cifar10:                      ## train cifar10_gpu_teacher and cifar10_gpu o
 .venv/installed-test: .venv/installed
 	$(INSTALL) --upgrade 'pip>=25.1'  # the first version with dependency groups
 	$(INSTALL) --editable '.[export,hub,keras,parquet,quickstart,serve,teachers]' --group dev
+	touch $@
+
+.venv/installed-clients: .venv/installed-test
+	$(INSTALL) --group clients
 	touch $@
 
 # --no-deps, because keras-hub requires tensorflow-text (which brings a second TensorFlow) and more. Its DeiT does

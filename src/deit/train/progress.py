@@ -7,7 +7,6 @@ import os
 import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
@@ -92,8 +91,6 @@ class Reporter:
                 call(receiver)
             except Exception as error:
                 self.receivers = [each for each in self.receivers if each is not receiver]
-                with suppress(Exception):
-                    receiver.close(False)
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 self.say(
                     f"{type(receiver).__name__} failed ({reason}); the run goes on without it, and metrics.jsonl holds "

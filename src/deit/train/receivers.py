@@ -14,7 +14,7 @@ from deit.train.records import flat
 class Receiver(Protocol):
     """Receives the rows of `metrics.jsonl`, in the main process alone.
 
-    If a call fails, the run says so once and goes on without the receiver.
+    If a call fails, the run says so once and calls the receiver no more.
     """
 
     def begin(self, out: Path, recipe: Recipe, step: int) -> None:
@@ -77,7 +77,7 @@ class WandB:
 class MLflow:
     """Sends the rows to MLflow, as a run with the name of the run's folder and the recipe as its parameters.
 
-    A resumed training continues the same run, whose id is in `RUN/mlflow.id`. Rows are sent in the background.
+    A resumed training continues the same run, whose id is in `RUN/mlflow.id`.
 
     Args:
         options: of `mlflow.start_run`, such as `experiment_id` and `tags`. The server and the experiment are MLflow's
@@ -94,16 +94,17 @@ class MLflow:
     def begin(self, out: Path, recipe: Recipe, step: int) -> None:
         known = _read(file := out / "mlflow.id")
         named = {"run_id": known} if known else {"run_name": out.absolute().name}
-        self.run = self.mlflow.start_run(**{**named, "nested": True, **self.options}).info.run_id
-        files.write_text(file, self.run)
+        run = self.mlflow.start_run(**{**named, "nested": True, **self.options})
+        files.write_text(file, run.info.run_id)
         if not known:  # parameters can't be changed
-            self.mlflow.log_params(flat(recipe.to_dict()), run_id=self.run)
+            self.mlflow.log_params(flat(recipe.to_dict()))
 
     def row(self, numbers: dict[str, Any]) -> None:
-        self.mlflow.log_metrics(numbers, step=numbers["step"], run_id=self.run, synchronous=False)
+        # Without run_id, because MLflow would ask the server for that run at each row. Not in the background, because
+        # the end of the process would then try each row again if the server has gone.
+        self.mlflow.log_metrics(numbers, step=numbers["step"])
 
     def close(self, finished: bool) -> None:
-        self.mlflow.flush_async_logging()
         self.mlflow.end_run("FINISHED" if finished else "KILLED")
 
 
