@@ -319,8 +319,7 @@ def _step(
     names = [*names, "gradient_norm"]
     state.step += 1
     unread = Unread.of(state.step, names, totals)
-    if meanwhile:
-        meanwhile()
+    meanwhile = meanwhile or (lambda: None)
     if work.decides:
         earlier = _settle(work, state, say) or ({}, [False] * len(wishes))
         judged = torch.stack([totals[names.index(name)] for name in ("loss", "gradient_norm")])
@@ -332,7 +331,9 @@ def _step(
             buffer.copy_(torch.where(skip > 0, kept, buffer))
         work.optimizers.zero_grad()
         work.unread = unread
+        meanwhile()
         return earlier
+    meanwhile()
     numbers, wanted = unread.read()
     if _is_finite(numbers):
         work.optimizers.step()
