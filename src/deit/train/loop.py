@@ -436,19 +436,20 @@ def _try(work: Work, state: State, batch: Batch, depth: Tensor | None) -> None:
 
 
 def _divide(work: Work, state: State, batch: Batch, say: Callable[[str], None]) -> None:
-    """Measures the memory that a step needs, says it, and divides the batch if it would not fit."""
+    """Measures the memory that a step needs, says it, and divides the batch if it would not fit.
+
+    On a GPU it does nothing, because lack of memory is an error there, which the step itself survives.
+    """
     recipe, us = work.recipe, work.us
     images = (work.total - state.step) * recipe.data.batch
-    if not memory.worthwhile(images, (recipe.data.batch + 1) // 2 // us.world):
+    if us.device.type == "cuda" or not memory.worthwhile(images, (recipe.data.batch + 1) // 2 // us.world):
         return
     room = available_memory(us.device)
     whole, depth = replace(work, accumulate=1), _depth_draws(work, state)
     kept = None if depth is None else torch.ones_like(depth)  # no branch is dropped, which takes most memory
 
-    compiled = compiling.wanted(recipe.compute.compile, work.model, us)
-
     def compute(few: Batch) -> None:
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        with torch.compiler.set_stance("force_eager") if work.compiled else nullcontext():
             _try(whole, state, few, kept)
 
     try:
