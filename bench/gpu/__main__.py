@@ -26,8 +26,17 @@ from pathlib import Path
 
 import torch
 
+from bench import harness
 from bench.gpu import speed, values  # noqa: F401  (they add their stages)
 from bench.gpu.place import STAGES, Found, Place
+
+
+def origin(device: str) -> Found:
+    """What every record says of where it comes from."""
+    from deit.machine import described, resolve_device
+
+    ours = harness.machine("torch")
+    return {"gpu": described(resolve_device(device)), **{name: ours[name] for name in ("torch", "commit", "date")}}
 
 
 class Runner:
@@ -35,16 +44,16 @@ class Runner:
 
     def __init__(self, device: str, records: Path | None, end: float):
         self.device, self.records, self.end = device, records, end
+        self.origin = origin(device)
         self.lock = threading.Lock()
         self.failed: list[str] = []
 
     def write(self, stage: str, found: Found) -> None:
-        line = json.dumps({"stage": stage, **found})
         with self.lock:
-            print(line, flush=True)
+            print(json.dumps({"stage": stage, **found}), flush=True)
             if self.records:
                 with self.records.open("a", encoding="utf-8") as file:
-                    print(line, file=file)
+                    print(json.dumps({"stage": stage, **found, **self.origin}), file=file)
         if found.get("ok") is False:
             self.failed.append(stage)
 

@@ -440,8 +440,8 @@ class Compute:
     """Whether to recompute each block in the backward pass. This takes far less memory for about a third more
     computation."""
     compile: bool | None = None
-    """Whether to use `torch.compile`. It takes minutes at the start, and then steps are faster on a GPU. None is True
-    for a DeiT or ViT on CUDA, if Triton and a C compiler are there, and False otherwise."""
+    """Whether to use `torch.compile`. It takes a quarter of a minute or more at the start, and then steps are faster on
+    a GPU. None is True for a long run of a DeiT or ViT on CUDA, if Triton and a C compiler are there."""
     parallel: Literal["replicate", "shard"] = "replicate"
     """Whether each of many processes holds the whole model (DDP), or a share of it (FSDP2)."""
     workers: int | None = None

@@ -1,6 +1,7 @@
 """From files to labels."""
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -112,9 +113,15 @@ def test_the_guide_runs(distilled, photos, tmp_path, monkeypatch, capsys):
     photos[1].rename("photo.jpg")
     photos[0].rename("other.png")
     page = (Path(__file__).parents[2] / "docs/predict.md").read_text()
-    [block] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "archive").mkdir()
+    shutil.copy("photo.jpg", "archive")
+    parts, pipelines = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(parts, {})
+    [part] = (tmp_path / "labels").iterdir()
+    assert len(part.read_text().splitlines()) == 1
+    capsys.readouterr()
     names = {}
-    exec(block, names)
+    exec(pipelines, names)
     assert set(capsys.readouterr().out.split()) <= set(LABELS.values())
     assert np.array(names["features"]).shape == (1, 18, 24)
 

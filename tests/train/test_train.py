@@ -880,6 +880,7 @@ def test_what_is_compiled_if_the_recipe_leaves_it_open(setting, device, recipe, 
     monkeypatch.setattr(compiling, "find_spec", lambda name: name)
     monkeypatch.setattr(compiling.shutil, "which", lambda name: name if name == "gcc" else None)
     us = machine.Processes(torch.device(device))
-    assert compiling.wanted(setting, model, us) is expected
+    assert compiling.wanted(setting, model, us, 2000) is expected
+    assert compiling.wanted(setting, model, us, 1999) is (setting is True)  # too short to pay
     monkeypatch.setattr(compiling.shutil, "which", lambda _: None)
-    assert compiling.wanted(setting, model, us) is (setting is True)  # no C compiler
+    assert compiling.wanted(setting, model, us, 2000) is (setting is True)  # no C compiler

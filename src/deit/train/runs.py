@@ -162,13 +162,15 @@ def prepare(
             "the training images are not those that the run began with (names, sizes or contents differ); "
             "restore them, or choose another --out"
         )
+    per_epoch = len(train_split) / recipe.data.batch
+    total = max(1, recipe.schedule.total.in_steps(per_epoch))
     # 1. The model, before it is spread over the processes.
     model = build_model(recipe if not found else replace(recipe, start=""), train_split.classes).to(us.device)
     if found:
         model.load_state_dict(_part(tensors, "model."))
     if recipe.compute.checkpoint_blocks:
         model.gradient_checkpointing_enable()  # type: ignore[operator]
-    compiled = compiling.wanted(recipe.compute.compile, model, us)
+    compiled = compiling.wanted(recipe.compute.compile, model, us, total)
     if compiled:
         compiling.compile_parts(model)
     computing = us.spread(model, recipe.compute.parallel)
@@ -184,8 +186,6 @@ def prepare(
     batches = TrainingBatches(
         train_split, recipe, rank=us.rank, world=us.world, cycle=objective.cycle, device=us.device
     )
-    per_epoch = batches.steps_per_epoch
-    total = max(1, recipe.schedule.total.in_steps(per_epoch))
     every = max(1.0, recipe.evaluate.amount * (per_epoch if recipe.evaluate.unit == "epochs" else 1))
     return Work(
         recipe,
