@@ -117,7 +117,7 @@ def test_the_guide_runs(distilled, photos, tmp_path, monkeypatch, capsys):
     shutil.copy("photo.jpg", "archive")
     parts, pipelines = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(parts, {})
-    [part] = (tmp_path / "labels").iterdir()
+    [part] = (tmp_path / "labels").glob("*.jsonl")
     assert len(part.read_text().splitlines()) == 1
     capsys.readouterr()
     names = {}
