@@ -19,6 +19,7 @@ from deit.data.folders import Split
 from deit.files import CheckpointError
 from deit.image.processor import DeiTImageProcessor
 from deit.model.convnet import ConvNet
+from deit.model.outputs import ImageClassifierOutput
 from deit.recipe import Data, Distilled, Recipe, Supervised
 from deit.train.teacher import Teacher, answers
 
@@ -541,6 +542,22 @@ def test_a_teacher_is_introduced(tmp_path):
     _, right, warning = teacher.introduction(recipe, split, "validation", torch.device("cpu"))
     assert "0.000 of 12" in right
     assert "no better than the answer that never looks (0.250)" in warning
+
+
+class Learned(Knows):
+    """A student that has learned before."""
+
+    def forward(self, pixels):
+        return ImageClassifierOutput(logits=super().forward(pixels))
+
+
+def test_a_teacher_below_its_student_is_a_warning(tmp_path):
+    recipe, split = student(mean=Knows.mean, std=Knows.std), greens(tmp_path, 4)
+    knows, wrong = (Teacher.of(Knows(shift), CLASSES, recipe, name="greens") for shift in (0, 1))
+    assert len(list(knows.introduction(recipe, split, "validation", torch.device("cpu"), Learned(1)))) == 2
+    assert len(list(knows.introduction(recipe, split, "validation", torch.device("cpu"), Learned()))) == 2
+    *_, warning = wrong.introduction(recipe, split, "validation", torch.device("cpu"), Learned())
+    assert "the student is right on 1.000 of these images before it begins, more than its teacher" in warning
 
 
 def test_what_is_assumed_of_a_teacher_is_said(folder):

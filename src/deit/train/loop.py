@@ -154,7 +154,7 @@ def _train(
         for problem in found.problems if found else []:
             reporter.say(f"{problem}: resuming from an earlier one")
         if us.main and not state.step:
-            for sentence in work.objective.introduction(splits[1], us):
+            for sentence in work.objective.introduction(work.model, splits[1], us):
                 reporter.say(sentence)
         with compiling.graphs(reporter.say) if work.compiled else nullcontext():
             _loop(_Session(work, state, out, reporter, signals, end))

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from deit import files, host
 from deit.data.batches import EvaluationBatches, processor_for
 from deit.data.folders import Split, nfc
+from deit.evaluate.models import evaluate
 from deit.evaluate.scores import Accuracy
+from deit.machine import Processes
 from deit.model.load import load_classifier
 from deit.model.network import PreTrained
 from deit.recipe import Distilled, Recipe
@@ -211,13 +213,17 @@ class Teacher:
         )
 
     @torch.inference_mode()
-    def introduction(self, recipe: Recipe, split: Split, kind: str, device: torch.device) -> Iterator[str]:
+    def introduction(
+        self, recipe: Recipe, split: Split, kind: str, device: torch.device, student: nn.Module | None = None
+    ) -> Iterator[str]:
         """What people should know before they trust it: `str`, its accuracy on at most `_JUDGED` images of `split`,
-        which are `kind` images, and a warning if it is no better than the answer that never looks."""
+        which are `kind` images, and a warning if it is no better than the answer that never looks, or than a student
+        that has learned before."""
         yield str(self)
         some = split.take(np.unique(np.linspace(0, len(split) - 1, _JUDGED).round().astype(int)).tolist())
+        batches = EvaluationBatches(some, processor_for(recipe), min(recipe.data.batch, _JUDGED), keep=False)
         correct = total = 0
-        for batch in EvaluationBatches(some, processor_for(recipe), min(recipe.data.batch, _JUDGED), keep=False):
+        for batch in batches:
             read = batch.labels >= 0
             if read.any():
                 answers = self(batch.pixels[read].to(device)).argmax(-1).cpu()
@@ -235,6 +241,11 @@ class Teacher:
             yield (
                 f"warning: the teacher is no better than the answer that never looks ({blind:.3f}); the student will "
                 "learn its mistakes. Check its classes, mean, std and image_size, or choose another teacher"
+            )
+        if student is not None and (before := evaluate(student, batches, Processes(device))["fused"]).value > value:
+            yield (
+                f"warning: the student is right on {before.value:.3f} of these images before it begins, more than its "
+                "teacher, and may become worse. Choose another teacher, or train without one"
             )
 
     def _count_outputs(self, place: torch.device) -> int:
