@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deit import files, host
+from deit.config import TimmConfig, config_of
 from deit.data.batches import EvaluationBatches, processor_for
 from deit.data.folders import Split, nfc
 from deit.evaluate.models import evaluate
@@ -391,14 +392,15 @@ def _order(name: str, vocabularies: Sequence[Sequence[str]], classes: Sequence[s
     return None if list(names) == list(classes) else [place[one] for one in classes]
 
 
+def _is_timms(values: Mapping[str, Any]) -> bool:
+    return isinstance(config_of(values), TimmConfig)
+
+
 def _from_folder(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
-    try:
-        classifier = load_classifier(name)
-    except ValueError as error:
-        config = Path(name).expanduser() / "config.json"
-        if config.is_file() and "architecture" in files.read_json(config):  # timm's
-            raise ValueError(f"{error}; to load it as a teacher with timm, give timm:{name}") from None
-        raise
+    file = Path(name).expanduser() / "config.json"
+    if file.is_file() and "architecture" in (values := files.read_json(file)) and _is_timms(values):
+        return _from_timm(f"timm:{name}", classes, recipe)
+    classifier = load_classifier(name)
     normalisation, config = classifier.processor.normalisation, classifier.model.config
     # a teacher's mean and std are for levels from 0 to 1
     mean, std = (
