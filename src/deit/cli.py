@@ -118,13 +118,14 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser(
         "train",
-        help="train a recipe on a folder of images",
-        description="Trains a recipe on a folder of labelled images. The folder holds DIR/train/CLASS/* and "
-        "DIR/val/CLASS/*, or just DIR/CLASS/*; then a share of the images is held out for validation. To use many "
-        "GPUs or machines, start with torchrun -m deit.",
+        help="train a recipe on a folder or list of images",
+        description="Trains a recipe on labelled images. A folder holds DATA/train/CLASS/* and DATA/val/CLASS/*, or "
+        "just DATA/CLASS/*; then a share of the images is held out for validation. A list is a .csv or .jsonl file "
+        "with the columns or keys path, label and, if you like, split (train, val or test). To use many GPUs or "
+        "machines, start with torchrun -m deit.",
     )
     verb.add_argument("recipe", metavar="RECIPE", help="a name from `deit recipes`, FILE.py:FUNCTION, or a recipe.json")
-    verb.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of labelled images")
+    verb.add_argument("--data", type=Path, required=True, metavar="DATA", help="folder or list of labelled images")
     verb.add_argument(
         "--out",
         type=Path,
@@ -143,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=_train)
 
     verb = verbs.add_parser("teach", help="store a teacher's labels for the views that a recipe will train on")
-    verb.add_argument("data", type=Path, metavar="DATA", help="folder of labelled images, as for train")
+    verb.add_argument("data", type=Path, metavar="DATA", help="folder or list of labelled images, as for train")
     verb.add_argument(
         "--teacher",
         required=True,
