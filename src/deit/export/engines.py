@@ -82,7 +82,9 @@ class TorchEngine(Engine):
         self._torch = torch
         path = folder / "model.pt2"
         with _reading(path, self.name):
-            self._model = torch.export.load(path).module()
+            from deit.export.program import Program  # which loads PyTorch
+
+            self._model = Program(path)
 
     def _run(self, pixels: np.ndarray) -> list[np.ndarray]:
         with self._torch.inference_mode():
@@ -152,8 +154,8 @@ ENGINES: dict[str, type[Engine]] = {
 def load_engine(folder: str | Path, *, hint: Hint = "latency", precision: Precision = "auto") -> Engine:
     """Returns the model of an exported folder, ready to run. The options are those of `Engine`.
 
-    `torch.export.load` reads folders of format `torch`, and it can execute what a file holds. Take such folders only
-    from people whose code you would run.
+    Nothing that a file holds is executed but the operations of a network: a `.pt2` file is run by `Program`, and an
+    ONNX or OpenVINO file by a runtime that gets no other library and no file outside the folder.
 
     Raises `FileNotFoundError` if the folder holds no export, `CheckpointError` for damaged files, and `ImportError` if
     the runtime is not installed.
@@ -226,6 +228,8 @@ def needed(package: str) -> Iterator[None]:
 def _reading(path: Path, runtime: str) -> Iterator[None]:
     try:
         yield
+    except files.CheckpointError:
+        raise
     except Exception as error:  # each runtime has its own exception classes
         reason = " ".join(str(error).split())[:200]
         raise files.CheckpointError(
