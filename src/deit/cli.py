@@ -486,12 +486,12 @@ def _quickstart(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from deit.data.folders import read_data
-    from deit.recipe import MaskedImage, override
-    from deit.recipes import find
+    from deit.recipe import MaskedImage
+    from deit.recipes import find_to_run
     from deit.train.build import find_sources
     from deit.train.loop import train
 
-    recipe = override(find(options.recipe), options.settings)
+    recipe = find_to_run(options.recipe, options.settings)
     find_sources(recipe)
     labelled = not isinstance(recipe.objective, MaskedImage)
     splits = read_data(options.data, holdout=recipe.data.holdout, seed=recipe.seed, labelled=labelled)
@@ -521,12 +521,11 @@ def _report_training(options: argparse.Namespace, val_split: Any) -> None:
 
 def _teach(options: argparse.Namespace) -> None:
     from deit.data.folders import read_data
-    from deit.recipe import override
-    from deit.recipes import find
+    from deit.recipes import find_to_run
     from deit.train.labels import teach
     from deit.train.teacher import find_teacher
 
-    recipe = override(find(options.recipe), [*options.settings, f"objective.teacher={options.teacher}"])
+    recipe = find_to_run(options.recipe, [*options.settings, f"objective.teacher={options.teacher}"])
     find_teacher(recipe)
     split, _ = read_data(options.data, holdout=recipe.data.holdout, seed=recipe.seed)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))

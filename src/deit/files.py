@@ -6,6 +6,7 @@ Local folders need no network. `huggingface_hub` is imported only to fetch a fil
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -146,14 +147,49 @@ def cache_folder(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "deit", name)
 
 
+MAX_JSON = 8 * 2**20
+"""Largest JSON file that is read, in bytes. The labels of ImageNet-21k take a third of it."""
+
+
 def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `CheckpointError` for anything else, and for what readers disagree about: keys
+    that are there twice, and numbers that are not finite."""
+    if (size := path.stat().st_size) > MAX_JSON:
+        raise CheckpointError(
+            f"{path} takes {size / 2**20:.0f} MiB, expected at most {MAX_JSON / 2**20:.0f} MiB of JSON; fetch or write "
+            "it again"
+        )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch or write it again") from None
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = "brackets in too many brackets" if isinstance(error, RecursionError) else error
+        raise CheckpointError(f"{path} is not valid JSON ({reason}); fetch or write it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} should hold a JSON object, found {type(content).__name__}")
     return content
+
+
+def parse_json(text: str) -> Any:
+    """Like `json.loads`, but strict: raises `ValueError` for a key that is there twice, NaN and infinity."""
+    return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is too large for a number")
+    return value
 
 
 def _make_parent(path: Path) -> None:

@@ -23,7 +23,7 @@ from deit.data.folders import Split, nfc
 from deit.evaluate.scores import Accuracy
 from deit.model.load import load_classifier
 from deit.model.network import PreTrained
-from deit.recipe import Distilled, Recipe
+from deit.recipe import Distilled, Recipe, is_code
 from deit.weights import hub
 
 _JUDGED = 512
@@ -109,7 +109,7 @@ class Teacher:
         """
         if name.startswith("timm:"):
             return _from_timm(name, classes, recipe)
-        if ".py:" not in name:
+        if not is_code(name):
             if name.endswith(".py"):
                 raise ValueError(f"teacher {name} names a file but no function; give {name}:FUNCTION")
             return _from_folder(name, classes, recipe)
@@ -432,7 +432,7 @@ def find_teacher(recipe: Recipe) -> None:
     name = recipe.objective.teacher
     if name.startswith("timm:"):
         _timm_source(name)
-    elif ".py:" in name:
+    elif is_code(name):
         _source_file(name)
     elif not name.endswith(".py") and not Path(name).expanduser().exists():
         try:
