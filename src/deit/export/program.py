@@ -111,11 +111,11 @@ class Program:
             graph_module, state, constants = self._parts(archive)
         graph, signature = graph_module["graph"], graph_module["signature"]
         self._held: _Values = {}
-        self._input = ""
+        self.input = ""
         for spec in signature["input_specs"]:
             [(kind, value)] = spec.items()
-            if kind == "user_input" and not self._input:
-                self._input = value["arg"]["as_tensor"]["name"]
+            if kind == "user_input" and not self.input:
+                self.input = value["arg"]["as_tensor"]["name"]
             elif kind in ("parameter", "buffer", "tensor_constant"):
                 name = value[f"{kind}_name"]
                 self._held[value["arg"]["name"]] = state[name] if name in state else constants[name]
@@ -131,7 +131,7 @@ class Program:
         self._steps = self._plan([node for node in graph["nodes"] if node["target"] != _ASSERTION])
 
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
-        values = {**self._held, self._input: pixels}
+        values = {**self._held, self.input: pixels}
         for step in self._steps:
             found = step.operation(
                 *(given(values) for given in step.positional),

@@ -41,7 +41,13 @@ def load_model(name_or_folder: str | Path, **options: Any) -> Any:
         config = {}
     if config.get("model_type") == ConvNet.model_type:
         return ConvNet.from_pretrained(name_or_folder, **where)
-    name = next(iter(config.get("architectures") or []), "").removeprefix("DeiT").removeprefix("ViT")
+    named = config.get("architectures") or [""]
+    if not isinstance(named, list) or not isinstance(named[0], str):
+        raise files.CheckpointError(
+            f"the config.json of {name_or_folder} has architectures={named!r:.80}, expected a list with the name of a "
+            "class; correct it, or leave it out"
+        )
+    name = named[0].removeprefix("DeiT").removeprefix("ViT")
     if name in _CLASS:
         return _CLASS[name].from_pretrained(name_or_folder, **options)
     reading = where | {key: options[key] for key in ("config", "variant", "use_safetensors") if key in options}

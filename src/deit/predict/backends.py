@@ -16,6 +16,7 @@ from deit.choices import Head, Scoring
 from deit.export.engines import Engine
 from deit.machine import Rows, full_float32
 from deit.model.load import Classifier, heads_of
+from deit.model.network import PreTrained
 from deit.model.outputs import DeiTForImageClassificationWithTeacherOutput, ImageClassifierOutput, ModelOutput
 
 
@@ -42,6 +43,12 @@ class TorchBackend:
         self.model: nn.Module = classifier.model.to(device)
         self.heads, self.device = classifier.heads, device
         self._rows = Rows(warnings.warn)
+        # a config.json may ask for more than logits, which nobody would read
+        self._options = (
+            {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+            if isinstance(self.model, PreTrained)
+            else {}
+        )
 
     @torch.inference_mode()
     def __call__(self, pixels: np.ndarray) -> ModelOutput:
@@ -49,7 +56,7 @@ class TorchBackend:
             return self._rows(self._computed, torch.from_numpy(pixels))
 
     def _computed(self, pixels: Tensor) -> ModelOutput:
-        return self.model(pixels.to(self.device))
+        return self.model(pixels.to(self.device), **self._options)
 
     def __str__(self) -> str:
         return "torch"

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from deit import files
 from deit.choices import Head, Runtime, Scoring
-from deit.config import ConvNetConfig, DeiTConfig
+from deit.config import ConvNetConfig, DeiTConfig, read_config
 from deit.evaluate.calibration import Calibration
 from deit.export.cache import cached_engine
 from deit.export.engines import DESCRIPTION, Engine, load_engine, read_description
@@ -26,7 +25,6 @@ from deit.host import cores
 from deit.image.decode import ImageError
 from deit.image.processor import DeiTImageProcessor
 from deit.machine import resolve_device
-from deit.model.convnet import ConvNet
 from deit.model.load import Classifier, load_classifier, refuse_head, refuse_not_finite, refuse_other_scoring
 from deit.model.network import head_scores
 from deit.predict.backends import Backend, EngineBackend, TorchBackend
@@ -97,7 +95,7 @@ class Predictor:
             device = "cpu"
         if exported:
             self.device = torch.device(device)
-            self.config = _config_of(folder)
+            self.config = read_config(folder / "config.json")
             self.processor = DeiTImageProcessor.of_model(folder, self.config)  # type: ignore[arg-type]
             self._backend: Backend = EngineBackend(_exported(folder, self.device, engine), self.config.scoring)
         else:
@@ -193,12 +191,12 @@ class Predictor:
         """The model's output for pixels (B, channels, height, width). Raises `NotFinite` if it is not finite."""
         output = self._backend(pixels)
         refuse_not_finite(output.values())
+        if (found := output["logits"].shape[-1]) != len(self.labels):
+            raise ValueError(
+                f"the model gives {found} numbers for an image, and its config.json names {len(self.labels)} labels; "
+                "take both files from one model"
+            )
         return output
-
-
-def _config_of(folder: Path) -> DeiTConfig | ConvNetConfig:
-    values = files.read_json(folder / "config.json")
-    return (ConvNetConfig if values.get("model_type") == ConvNet.model_type else DeiTConfig).from_dict(values)
 
 
 def _exported(folder: Path, device: torch.device, engine: Runtime | None) -> Engine:
