@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from deit import choices, host
+from deit.terminal import shown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,12 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 141  # 128 + SIGPIPE, as a shell reports it
             if options.debug:
                 raise
-            print(f"deit {options.verb}: {error}", file=sys.stderr)
+            print(f"deit {options.verb}: {_short(shown(error))}", file=sys.stderr)
             return 1
         finally:
             warnings.formatwarning = formatted
 
 
+_LONGEST = 4000
+"""Largest number of characters of an error."""
 _NAMES = "deit.names"
 """How standard output writes what its encoding lacks: the bytes of file names that are not text as they are, other
 characters as \\u escapes."""
@@ -71,9 +74,18 @@ def _sentence(verb: str, otherwise: Any) -> Any:
     """Formats the warnings that are meant for users in one line, like errors."""
 
     def formatted(message: Any, category: Any, *where: Any, **more: Any) -> str:
-        return f"deit {verb}: {message}\n" if category is UserWarning else otherwise(message, category, *where, **more)
+        return (
+            f"deit {verb}: {_short(shown(message))}\n"
+            if category is UserWarning
+            else otherwise(message, category, *where, **more)
+        )
 
     return formatted
+
+
+def _short(message: str) -> str:
+    """The message without the middle of what a file made too long."""
+    return message if len(message) <= _LONGEST else f"{message[: _LONGEST // 2]} … {message[-_LONGEST // 2 :]}"
 
 
 def _nobody_reads() -> bool:
@@ -513,8 +525,8 @@ def _report_training(options: argparse.Namespace, val_split: Any) -> None:
         print(document.of_training(options.out, val_split, device=options.device))
     except Exception as error:
         print(
-            f"deit train: the model is trained and saved, but its report is not written ({error}); run `deit report "
-            f"{options.out}` to try again",
+            f"deit train: the model is trained and saved, but its report is not written ({_short(shown(error))}); run `deit "
+            f"report {options.out}` to try again",
             file=sys.stderr,
         )
 

@@ -224,8 +224,10 @@ class DeiTConfig:
         if names is not None:
             names = _in_order(names)
         count = self.num_labels if self.num_labels is not None else (2 if names is None else len(names))
-        if not 0 <= count <= MAX_LABELS:
-            raise ValueError(f"num_labels must be from 0 to {MAX_LABELS}, found {count}")
+        if count < 0:
+            raise ValueError(f"num_labels must be 0 or more, found {count}")
+        if count > MAX_LABELS:
+            raise ValueError(f"num_labels must be at most {MAX_LABELS}, found {count}")
         if names is None or (names == _unnamed(len(names)) and len(names) != count):
             names = _unnamed(count)
         if len(names) != count:

@@ -101,7 +101,7 @@ def promising(folder):
 
 REFUSED = {
     "a billion layers": (edit("config.json", num_hidden_layers=10**9), "asks for 1000000000; the file is incomplete"),
-    "a hundred million labels": (without_labels(num_labels=10**8), "num_labels must be from 0 to 1000000"),
+    "a hundred million labels": (without_labels(num_labels=10**8), "num_labels must be at most 1000000"),
     "huge hidden sizes": (edit("config.json", hidden_size=3 * 2**29, intermediate_size=2**30), "this model expects"),
     "a huge image": (edit("config.json", image_size=2**40), "this model expects"),
     "NaN": (edit("config.json", layer_norm_eps=float("nan")), "NaN is not a number"),
@@ -110,8 +110,8 @@ REFUSED = {
     "a number too long": (write("config.json", f'{{"hidden_size": {"9" * 10_000}}}'), "is not valid JSON"),
     "a number as text": (edit("config.json", hidden_size="24"), "hidden_size must be a whole number"),
     "a label that is no text": (
-        without_labels(id2label={"0": ["a"], "1": {}}),
-        "config.json has the class",
+        edit("config.json", id2label={"0": ["a"], "1": {}}, label2id=None),
+        "id2label names class 0 ['a'], expected text",
     ),
     "deep nesting": (write("config.json", "[" * 100_000), "is not valid JSON (brackets in too many brackets)"),
     "deeper objects": (write("config.json", '{"a":' * 100_000), "is not valid JSON (brackets in too many brackets)"),
@@ -145,6 +145,8 @@ def test_a_hostile_folder_is_refused_soon_and_in_little_memory(attack, copied, f
     change(folder := copied("distilled"))
     (tmp_path / "out").mkdir()
     for verb, command in hostile.commands(folder, folders["data"], tmp_path / "out").items():
+        if verb == "convert" and "architectures" in why:  # which reads the kind of model off the tensors
+            continue
         began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         said = hostile.refused(command, capsys)
         assert time.process_time() - began < SECONDS + (verb in WARMING)
@@ -185,12 +187,12 @@ OTHERS = {
     "an export without its output": (
         "exported",
         edit("export.json", input={"name": "x", "shape": [None, 3, 16, 16]}),
-        "names x and logits",
+        "names 'x' and logits",
     ),
     "an export of files elsewhere": ("exported", edit("export.json", files={"../m": ""}), "lacks the files"),
     "an export with other labels": (
         "exported",
-        without_labels(id2label={"0": "a", "1": "b"}),
+        edit("config.json", id2label={"0": "a", "1": "b"}, label2id=None),
         "gives 5 numbers for an image, and its config.json names 2 labels",
     ),
 }
@@ -225,7 +227,7 @@ def test_any_wrong_value_gives_an_answer_or_one_sentence(kind, seed, copied, fol
     """Each place in each file in turn, with values of all types."""
     folder, draw = copied(kind), random.Random(seed)
     image = next(folders["data"].rglob("*.png"))
-    answered = refused = 0
+    answered, refused = 0, []
     for file in sorted(folder.glob("*.json")):
         text = file.read_text()
         for *owners, last in places(json.loads(text)):
@@ -240,12 +242,11 @@ def test_any_wrong_value_gives_an_answer_or_one_sentence(kind, seed, copied, fol
                     Predictor(folder)([image])
                 answered += 1
             except (ValueError, OSError) as error:
-                assert "\n" not in str(error)
-                assert "\x1b" not in str(error)
-                refused += 1
+                refused.append(str(error))
         file.write_text(text)
     assert answered
-    assert refused > 10
+    assert len(refused) > 10
+    assert [message for message in refused if set(message) & {"\n", "\x1b"}] == []
 
 
 def test_a_config_that_asks_for_attention_changes_no_answer(copied, folders):

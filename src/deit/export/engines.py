@@ -78,8 +78,8 @@ class Engine(ABC):
         """Raises `CheckpointError` if the model's file lacks the names that its description gives."""
         if self.input not in inputs or not outputs.issuperset(self.outputs):
             raise files.CheckpointError(
-                f"the model in {self.folder} has the inputs {sorted(inputs)} and the outputs {sorted(outputs)}, and its "
-                f"{DESCRIPTION} names {self.input} and {', '.join(self.outputs)}; export the model again"
+                f"the model in {self.folder} has the inputs {sorted(inputs)} and the outputs {sorted(outputs)}, and "
+                f"its {DESCRIPTION} names {self.input!r} and {', '.join(self.outputs)}; export the model again"
             )
 
     @abstractmethod

@@ -488,9 +488,8 @@ class DeiTImageProcessor:
         kinds = [extra.pop("image_processor_type", None), extra.pop("feature_extractor_type", None)]
         kind = str(kinds[0] or kinds[1] or "DeiTImageProcessor")
         if kind not in _TYPES:
-            raise ValueError(
-                f"the file is for {kind!r:.80}, which is not supported; expected one of {', '.join(_TYPES)}"
-            )
+            kind = kind if kind.isidentifier() else repr(kind)
+            raise ValueError(f"the file is for {kind}, which is not supported; expected one of {', '.join(_TYPES)}")
         _refuse_undone(extra)
         known = {name: extra.pop(name) for name in _CHECKS if name in extra}
         processor = cls(**{**_TYPES[kind], **_given(known), **_given(overrides)})

@@ -16,7 +16,6 @@ from deit.choices import Head, Scoring
 from deit.export.engines import Engine
 from deit.machine import Rows, full_float32
 from deit.model.load import Classifier, heads_of
-from deit.model.network import PreTrained
 from deit.model.outputs import DeiTForImageClassificationWithTeacherOutput, ImageClassifierOutput, ModelOutput
 
 
@@ -43,12 +42,10 @@ class TorchBackend:
         self.model: nn.Module = classifier.model.to(device)
         self.heads, self.device = classifier.heads, device
         self._rows = Rows(warnings.warn)
-        # a config.json may ask for more than logits, which nobody would read
-        self._options = (
-            {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
-            if isinstance(self.model, PreTrained)
-            else {}
-        )
+        # what a config.json asks for beside the logits, which nobody would read
+        usual = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+        config = classifier.model.config
+        self._options = {name: value for name, value in usual.items() if getattr(config, name, value) != value}
 
     @torch.inference_mode()
     def __call__(self, pixels: np.ndarray) -> ModelOutput:
