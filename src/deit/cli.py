@@ -525,8 +525,8 @@ def _report_training(options: argparse.Namespace, val_split: Any) -> None:
         print(document.of_training(options.out, val_split, device=options.device))
     except Exception as error:
         print(
-            f"deit train: the model is trained and saved, but its report is not written ({_short(shown(error))}); run `deit "
-            f"report {options.out}` to try again",
+            f"deit train: the model is trained and saved, but its report is not written "
+            f"({_short(shown(error))}); run `deit report {options.out}` to try again",
             file=sys.stderr,
         )
 

@@ -480,13 +480,15 @@ def _from_timm(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
 
     if path is not None and not architecture:
         folder = path
-        count = files.read_json(files.find_file(folder, "config.json")).get("num_classes")
+        config = files.read_json(files.find_file(folder, "config.json"))
         path = next((folder / file for file in hub.WEIGHT_FILES if (folder / file).is_file()), None)
         if path is None:
             raise FileNotFoundError(
                 f"teacher {name}: {folder} holds no weights; expected one of {', '.join(hub.WEIGHT_FILES)}"
             )
-        model = _timm_model(f"local-dir:{folder}", path, hub.read_tensors(path), count)
+        tensors = hub.read_tensors(path)
+        _refuse_larger(folder, config, sum(tensor.numel() for tensor in tensors.values()))
+        model = _timm_model(f"local-dir:{folder}", path, tensors, config.get("num_classes"))
         return _of_timm(name, model, classes, recipe, own=True)
     if path is None:
         try:
@@ -512,10 +514,32 @@ def _from_timm(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
     return _of_timm(name, model, classes, recipe, own=False)
 
 
+def _refuse_larger(folder: Path, config: Mapping[str, Any], most: int) -> None:
+    """Raises `CheckpointError` for a size in timm's `config.json` that exceeds the count of all weights, because timm
+    makes a model before it looks at its weights. An image has no weights, so its side has a limit of its own."""
+    arguments = {} if config.get("model_args") is None else config["model_args"]
+    if not isinstance(arguments, dict):
+        raise files.CheckpointError(f"model_args of {folder}/config.json are no object; fetch it again")
+    for name, value in {**arguments, "num_classes": config.get("num_classes")}.items():
+        for one in value if isinstance(value, list) else [value]:
+            if name == "num_classes" and (isinstance(one, bool) or not isinstance(one, int | None)):
+                raise files.CheckpointError(f"num_classes of {folder}/config.json is {one!r:.80}, expected a number")
+            limit = {"depth": 1000, "depths": 1000, "img_size": 2**12}.get(name, most)
+            if isinstance(one, int | float) and one > limit:
+                raise files.CheckpointError(
+                    f"{name} of {folder}/config.json is {one:.3g}, more than its weights can fill; take both files "
+                    "from one model"
+                )
+
+
 def _timm_model(architecture: str, path: Path, tensors: Mapping[str, Tensor], count: int | None) -> nn.Module:
     import timm
 
-    model = timm.create_model(architecture, pretrained=False, num_classes=count)  # None: the architecture's own
+    try:
+        model = timm.create_model(architecture, pretrained=False, num_classes=count)  # None: the architecture's own
+    except Exception as error:  # its models take arguments of all kinds
+        reason = " ".join(str(error).split())[:300]
+        raise files.CheckpointError(f"timm can't make the model of {path} ({reason}); check its config.json") from None
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
