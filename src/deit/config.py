@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
 from functools import wraps
 from pathlib import Path
@@ -53,6 +54,9 @@ _LEFT_OUT_AT_DEFAULT = (
     "return_dict",
 )
 """Fields that every config of `transformers` has, whatever its architecture."""
+
+_NOT_OF_A_MODEL = ("checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "features_only")
+"""Arguments of `timm.create_model` itself."""
 
 C = TypeVar("C", bound="DeiTConfig")
 
@@ -417,7 +421,7 @@ class DeiTConfig:
     @classmethod
     def from_json_file(cls, json_file: str | Path) -> Self:
         """Reads one file in the format of `config.json`."""
-        found: Self = _read(cls, Path(json_file))
+        found: Self = _read(cls.from_dict, Path(json_file))
         return found
 
     @classmethod
@@ -460,7 +464,7 @@ class DeiTConfig:
             token=token,
             force_download=force_download,
         )
-        found: Self = _read(cls, path, **overrides)
+        found: Self = _read(cls.from_dict, path, **overrides)
         return found
 
     @classmethod
@@ -579,20 +583,21 @@ class ConvNetConfig:
     @classmethod
     def from_file(cls, path: Path) -> Self:
         """Reads a `config.json`. Raises `ValueError` that names the file."""
-        return _read(cls, path)
+        found: Self = _read(cls.from_dict, path)
+        return found
 
 
-def read_config(path: Path) -> DeiTConfig | ConvNetConfig:
-    """The config of either family in a `config.json`. Raises `ValueError` that names the file."""
-    kind = files.read_json(path).get("model_type")
-    return _read(ConvNetConfig, path) if kind == ConvNetConfig.model_type else _read(DeiTConfig, path)
+def read_config(path: Path) -> ModelConfig:
+    """`config_of` a `config.json`. Raises `ValueError` that names the file."""
+    found: ModelConfig = _read(config_of, path)
+    return found
 
 
-def _read(cls: Any, path: Path, **overrides: Any) -> Any:
+def _read(build: Callable[..., Any], path: Path, **overrides: Any) -> Any:
     """A config of a file, which may hold anything."""
     values = files.read_json(path)
     try:
-        return cls.from_dict(values, **overrides)
+        return build(values, **overrides)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     except (TypeError, KeyError, AttributeError, ArithmeticError) as error:  # a value of the wrong type
@@ -605,6 +610,111 @@ def _check_count(name: str, value: Any, most: int = 2**31 - 1) -> None:
         raise ValueError(f"{name} must be a whole number of at least 1, found {value!r:.80}")
     if value > most:
         raise ValueError(f"{name} must be at most {most}, found {value:.3g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmConfig:
+    """An image classifier of timm, by its name there (`model.timm_classifier.TimmClassifier`).
+
+    Its `config.json` is timm's own, so timm and transformers load the folder too. Immutable, like `DeiTConfig`.
+    """
+
+    architecture: str
+    """timm's name, without the tag of published weights, e.g. "tf_efficientnet_lite0"."""
+    image_size: Pair = 224
+    num_channels: int = 3
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of timm's constructor, e.g. {"drop_path_rate": 0.1}."""
+    id2label: dict[int, str] = field(default_factory=lambda: _unnamed(2))
+    pretrained_cfg: dict[str, Any] = field(default_factory=dict)
+    """timm's description of the preprocessing: mean, std, interpolation, crop_pct, crop_mode."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Unknown keys of a `config.json`, written back."""
+
+    model_type = "timm"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.architecture, str) or not re.fullmatch(r"\w+", self.architecture):
+            raise ValueError(f"architecture must be a name of timm without a tag, found {self.architecture!r:.80}")
+        if not isinstance(self.model_args, Mapping):
+            raise ValueError(f"model_args must be a dictionary, found {self.model_args!r:.80}")
+        if refused := [name for name in self.model_args if name.startswith("pretrained") or name in _NOT_OF_A_MODEL]:
+            raise ValueError(  # timm would read another file, and unpickle it
+                f"model_args hold {refused[0]!r:.80}, which is no argument of a model; leave it out"
+            )
+        _check_count("num_channels", self.num_channels, most=2**20)
+        object.__setattr__(self, "image_size", _pair_or_int("image_size", self.image_size))
+        object.__setattr__(self, "id2label", _in_order(self.id2label))
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.id2label)
+
+    @property
+    def scoring(self) -> Scoring:
+        """What turns logits into scores: softmax, or sigmoid for a single output."""
+        return _scoring(None, self.num_labels)
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        return _pair(self.image_size)
+
+    def replace(self, **changes: Any) -> Self:
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """timm's `config.json`."""
+        labels = list(self.id2label.values())
+        cfg = {**self.pretrained_cfg, "num_classes": len(labels), "input_size": [self.num_channels, *self.image_hw]}
+        return {
+            **self.extra,
+            "architecture": self.architecture,
+            "num_classes": len(labels),
+            "model_args": self.model_args,
+            "label_names": labels,
+            "pretrained_cfg": cfg,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The config in timm's `config.json`. Outputs without names are called LABEL_0 and so on."""
+        cfg = dict(values.get("pretrained_cfg") or {})
+        channels, *size = cfg.pop("input_size", None) or (3, 224, 224)
+        count = cfg.pop("num_classes", 1000)
+        names = cfg.pop("label_names", None)
+        count = values.get("num_classes", count)
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_LABELS:
+            raise ValueError(f"num_classes must be a whole number up to {MAX_LABELS}, found {count!r:.80}")
+        names = values.get("label_names") or names or _unnamed(count)
+        known = ("architecture", "num_classes", "model_args", "label_names", "pretrained_cfg")
+        return cls(
+            architecture=str(values["architecture"]).partition(".")[0],
+            image_size=tuple(size),
+            num_channels=channels,
+            model_args=dict(values.get("model_args") or {}),
+            id2label=dict(enumerate(names)) if isinstance(names, list) else names,
+            pretrained_cfg=cfg,
+            extra={name: value for name, value in values.items() if name not in known},
+        )
+
+
+ModelConfig = DeiTConfig | ConvNetConfig | TimmConfig
+"""The configs of all models that this package trains."""
+
+
+def config_of(values: Mapping[str, Any]) -> ModelConfig:
+    """The config in a `config.json`. timm's architectures outside of this family are `TimmConfig`.
+
+    Raises `ValueError` if no model of this package has such a config.
+    """
+    if values.get("model_type") == ConvNetConfig.model_type:
+        return ConvNetConfig.from_dict(values)
+    try:
+        return DeiTConfig.from_dict(values)
+    except ValueError:
+        if "architecture" not in values:
+            raise
+        return TimmConfig.from_dict(values)
 
 
 def _pair(value: Pair) -> tuple[int, int]:

@@ -15,6 +15,8 @@ from support.models import trained_folder
 from support.runs import small_recipe
 
 from deit.files import CheckpointError
+from deit.image.processor import DeiTImageProcessor
+from deit.predict.predictor import Predictor
 from deit.recipe import Distilled
 from deit.train.teacher import Teacher
 from deit.weights import hub
@@ -150,10 +152,12 @@ def test_hdf5_holds_its_own_numbers(write, why, tmp_path):
         {"num_classes": "5"},
         {"model_args": {"depth": 10**9}},
         {"model_args": {"embed_dim": 10**9}},
+        {"model_args": {"stem_width": 10**5}},
         {"model_args": {"img_size": 10**6}},
         {"model_args": []},
         {"model_args": [1]},
         {"architecture": "os.system"},
+        {"pretrained_cfg": {"input_size": [3, 10**6, 10**6]}},
     ],
 )
 def test_timm_folders_ask_for_no_more_than_they_hold(change, tmp_path):
@@ -165,6 +169,25 @@ def test_timm_folders_ask_for_no_more_than_they_hold(change, tmp_path):
     recipe = small_recipe(Distilled(teacher=f"timm:{tmp_path}"))
     with raises_saying(CheckpointError):
         Teacher.load(f"timm:{tmp_path}", list("abcde"), recipe)
+    DeiTImageProcessor.paper(32).save_pretrained(tmp_path)
+    with raises_saying(ValueError):
+        Predictor(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["checkpoint_path", "pretrained_cfg_overlay", "pretrained"])
+def test_a_timm_folder_names_no_file(name, tmp_path):
+    """timm unpickles the file that `checkpoint_path` names."""
+    timm = pytest.importorskip("timm")
+    torch.save(timm.create_model("resnet10t", num_classes=5).state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "evil.pth").write_bytes(hostile.pickled(tmp_path / "ran"))
+    config = {"architecture": "resnet10t", "num_classes": 5, "model_args": {name: str(tmp_path / "evil.pth")}}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "pretrained_cfg": {"input_size": [3, 32, 32]}}))
+    DeiTImageProcessor.paper(32).save_pretrained(tmp_path)
+    with raises_saying(ValueError, f"model_args hold '{name}', which is no argument of a model"):
+        Predictor(tmp_path)
+    with raises_saying(ValueError):
+        Teacher.load(f"timm:{tmp_path}", list("abcde"), small_recipe(Distilled(teacher=f"timm:{tmp_path}")))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_pickled_timm_folder_runs_nothing(tmp_path):

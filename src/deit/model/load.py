@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deit import files, weights
 from deit.choices import Head, Scoring
+from deit.config import ConvNetConfig, TimmConfig, read_config
 from deit.image.processor import DeiTImageProcessor
 from deit.model.convnet import ConvNet
 from deit.model.network import (
@@ -21,6 +22,7 @@ from deit.model.network import (
     DeiTModel,
     PreTrained,
 )
+from deit.model.timm_classifier import TimmClassifier
 from deit.weights import hub
 
 _CLASS: dict[str, type[PreTrained]] = {
@@ -36,11 +38,17 @@ def load_model(name_or_folder: str | Path, **options: Any) -> Any:
     """A trained model in evaluation mode, of the class that its files need. `options` are as for `from_pretrained`."""
     where = {key: options[key] for key in files.WHERE if key in options}
     try:
-        config = files.read_json(files.find_file(name_or_folder, "config.json", **where))
+        path = files.find_file(name_or_folder, "config.json", **where)
+        config = files.read_json(path)
     except FileNotFoundError:
         config = {}
-    if config.get("model_type") == ConvNet.model_type:
+    kind = (
+        type(read_config(path)) if config.get("model_type") == ConvNet.model_type or "architecture" in config else None
+    )
+    if kind is ConvNetConfig:
         return ConvNet.from_pretrained(name_or_folder, **where)
+    if kind is TimmConfig:
+        return TimmClassifier.from_pretrained(name_or_folder, **where)
     named = config.get("architectures") or [""]
     if not isinstance(named, list) or not isinstance(named[0], str):
         raise files.CheckpointError(
@@ -94,7 +102,7 @@ def classifier_of(model: Any, processor: DeiTImageProcessor, name: str = "") -> 
 
 
 def _refuse_no_classifier(model: Any, found: str) -> None:
-    kinds = (DeiTForImageClassification, DeiTForImageClassificationWithTeacher, ConvNet)
+    kinds = (DeiTForImageClassification, DeiTForImageClassificationWithTeacher, ConvNet, TimmClassifier)
     if not isinstance(model, kinds) or not model.config.num_labels:
         raise ValueError(f"{found} a {type(model).__name__} without classes; expected a classifier")
 

@@ -102,7 +102,7 @@ def predict_files(
 
 def _shown_row(row: dict[str, Any]) -> dict[str, Any]:
     """A row whose text can't speak to a terminal."""
-    texts = {key: shown(row[key]) for key in ("image", "error") if key in row}
+    texts: dict[str, Any] = {key: shown(row[key]) for key in ("image", "error") if key in row}
     return {**row, **texts, "labels": [{**found, "label": shown(found["label"])} for found in row["labels"]]}
 
 
@@ -281,7 +281,11 @@ def csv_lines(rows: Iterable[dict[str, Any]], top_k: int) -> Iterator[str]:
     yield ",".join(names) + "\n"
     for row in rows:
         best = {f"{key}_{i}": value for i, each in enumerate(row["labels"], 1) for key, value in each.items()}
-        values = {"image": row["image"], **best, **{key: row[key] for key in ("sure", "error") if key in row}}
+        values: dict[str, Any] = {
+            "image": row["image"],
+            **best,
+            **{key: row[key] for key in ("sure", "error") if key in row},
+        }
         yield ",".join(_quoted(values.get(name, "")) for name in names) + "\n"
 
 

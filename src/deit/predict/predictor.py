@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from deit.choices import Head, Runtime, Scoring
-from deit.config import ConvNetConfig, DeiTConfig, read_config
+from deit.config import ModelConfig, read_config
 from deit.evaluate.calibration import Calibration
 from deit.export.cache import cached_engine
 from deit.export.engines import DESCRIPTION, Engine, load_engine, read_description
@@ -86,7 +86,7 @@ class Predictor:
         self.head = head
         if engine not in (None, *get_args(Runtime)):
             raise ValueError(f"engine is {engine!r}, expected one of {', '.join(get_args(Runtime))}")
-        self.config: DeiTConfig | ConvNetConfig
+        self.config: ModelConfig
         self.model: Any = None
         given = name_or_folder if isinstance(name_or_folder, Classifier) else None
         folder = Path() if isinstance(name_or_folder, Classifier) else Path(name_or_folder)
@@ -96,7 +96,7 @@ class Predictor:
         if exported:
             self.device = torch.device(device)
             self.config = read_config(folder / "config.json")
-            self.processor = DeiTImageProcessor.of_model(folder, self.config)  # type: ignore[arg-type]
+            self.processor = DeiTImageProcessor.of_model(folder, self.config)
             self._backend: Backend = EngineBackend(_exported(folder, self.device, engine), self.config.scoring)
         else:
             if engine in ("openvino", "onnx") and torch.device(device).type != "cpu":

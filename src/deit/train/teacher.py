@@ -18,11 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deit import files, host
+from deit.config import TimmConfig, read_config
 from deit.data.batches import EvaluationBatches, processor_for
 from deit.data.folders import Split, nfc
+from deit.evaluate.models import evaluate
 from deit.evaluate.scores import Accuracy
+from deit.machine import Processes
 from deit.model.load import load_classifier
 from deit.model.network import PreTrained
+from deit.model.timm_classifier import refuse_larger
 from deit.recipe import Distilled, Recipe, is_code
 from deit.weights import hub
 
@@ -211,13 +215,17 @@ class Teacher:
         )
 
     @torch.inference_mode()
-    def introduction(self, recipe: Recipe, split: Split, kind: str, device: torch.device) -> Iterator[str]:
+    def introduction(
+        self, recipe: Recipe, split: Split, kind: str, device: torch.device, student: nn.Module | None = None
+    ) -> Iterator[str]:
         """What people should know before they trust it: `str`, its accuracy on at most `_JUDGED` images of `split`,
-        which are `kind` images, and a warning if it is no better than the answer that never looks."""
+        which are `kind` images, and a warning if it is no better than the answer that never looks, or than a student
+        that has learned before."""
         yield str(self)
         some = split.take(np.unique(np.linspace(0, len(split) - 1, _JUDGED).round().astype(int)).tolist())
+        batches = EvaluationBatches(some, processor_for(recipe), min(recipe.data.batch, _JUDGED), keep=False)
         correct = total = 0
-        for batch in EvaluationBatches(some, processor_for(recipe), min(recipe.data.batch, _JUDGED), keep=False):
+        for batch in batches:
             read = batch.labels >= 0
             if read.any():
                 answers = self(batch.pixels[read].to(device)).argmax(-1).cpu()
@@ -235,6 +243,11 @@ class Teacher:
             yield (
                 f"warning: the teacher is no better than the answer that never looks ({blind:.3f}); the student will "
                 "learn its mistakes. Check its classes, mean, std and image_size, or choose another teacher"
+            )
+        if student is not None and (before := evaluate(student, batches, Processes(device))["fused"]).value > value:
+            yield (
+                f"warning: the student is right on {before.value:.3f} of these images before it begins, more than its "
+                "teacher, and may become worse. Choose another teacher, or train without one"
             )
 
     def _count_outputs(self, place: torch.device) -> int:
@@ -381,13 +394,10 @@ def _order(name: str, vocabularies: Sequence[Sequence[str]], classes: Sequence[s
 
 
 def _from_folder(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
-    try:
-        classifier = load_classifier(name)
-    except ValueError as error:
-        config = Path(name).expanduser() / "config.json"
-        if config.is_file() and "architecture" in files.read_json(config):  # timm's
-            raise ValueError(f"{error}; to load it as a teacher with timm, give timm:{name}") from None
-        raise
+    file = Path(name).expanduser() / "config.json"
+    if file.is_file() and "architecture" in files.read_json(file) and isinstance(read_config(file), TimmConfig):
+        return _from_timm(f"timm:{name}", classes, recipe)
+    classifier = load_classifier(name)
     normalisation, config = classifier.processor.normalisation, classifier.model.config
     # a teacher's mean and std are for levels from 0 to 1
     mean, std = (
@@ -487,8 +497,10 @@ def _from_timm(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
                 f"teacher {name}: {folder} holds no weights; expected one of {', '.join(hub.WEIGHT_FILES)}"
             )
         tensors = hub.read_tensors(path)
-        _refuse_larger(folder, config, sum(tensor.numel() for tensor in tensors.values()))
-        model = _timm_model(f"local-dir:{folder}", path, tensors, config.get("num_classes"))
+        count = config.get("num_classes")
+        local = f"local-dir:{folder}"
+        refuse_larger(folder, config, tensors, lambda: timm.create_model(local, pretrained=False, num_classes=count))
+        model = _timm_model(local, path, tensors, count)
         return _of_timm(name, model, classes, recipe, own=True)
     if path is None:
         try:
@@ -512,24 +524,6 @@ def _from_timm(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
         )
     model = _timm_model(architecture, path, tensors, len(tensors[f"{head}.weight"]))
     return _of_timm(name, model, classes, recipe, own=False)
-
-
-def _refuse_larger(folder: Path, config: Mapping[str, Any], most: int) -> None:
-    """Raises `CheckpointError` for a size in timm's `config.json` that exceeds the count of all weights, because timm
-    makes a model before it looks at its weights. An image has no weights, so its side has a limit of its own."""
-    arguments = {} if config.get("model_args") is None else config["model_args"]
-    if not isinstance(arguments, dict):
-        raise files.CheckpointError(f"model_args of {folder}/config.json are no object; fetch it again")
-    for name, value in {**arguments, "num_classes": config.get("num_classes")}.items():
-        for one in value if isinstance(value, list) else [value]:
-            if name == "num_classes" and (isinstance(one, bool) or not isinstance(one, int | None)):
-                raise files.CheckpointError(f"num_classes of {folder}/config.json is {one!r:.80}, expected a number")
-            limit = {"depth": 1000, "depths": 1000, "img_size": 2**12}.get(name, most)
-            if isinstance(one, int | float) and one > limit:
-                raise files.CheckpointError(
-                    f"{name} of {folder}/config.json is {one:.3g}, more than its weights can fill; take both files "
-                    "from one model"
-                )
 
 
 def _timm_model(architecture: str, path: Path, tensors: Mapping[str, Tensor], count: int | None) -> nn.Module:
