@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from deit import choices, host
+from deit.terminal import shown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,12 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 141  # 128 + SIGPIPE, as a shell reports it
             if options.debug:
                 raise
-            print(f"deit {options.verb}: {error}", file=sys.stderr)
+            print(f"deit {options.verb}: {_short(shown(error))}", file=sys.stderr)
             return 1
         finally:
             warnings.formatwarning = formatted
 
 
+_LONGEST = 4000
+"""Largest number of characters of an error."""
 _NAMES = "deit.names"
 """How standard output writes what its encoding lacks: the bytes of file names that are not text as they are, other
 characters as \\u escapes."""
@@ -71,9 +74,18 @@ def _sentence(verb: str, otherwise: Any) -> Any:
     """Formats the warnings that are meant for users in one line, like errors."""
 
     def formatted(message: Any, category: Any, *where: Any, **more: Any) -> str:
-        return f"deit {verb}: {message}\n" if category is UserWarning else otherwise(message, category, *where, **more)
+        return (
+            f"deit {verb}: {_short(shown(message))}\n"
+            if category is UserWarning
+            else otherwise(message, category, *where, **more)
+        )
 
     return formatted
+
+
+def _short(message: str) -> str:
+    """The message without the middle of what a file made too long."""
+    return message if len(message) <= _LONGEST else f"{message[: _LONGEST // 2]} … {message[-_LONGEST // 2 :]}"
 
 
 def _nobody_reads() -> bool:
@@ -487,12 +499,12 @@ def _quickstart(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from deit.data.folders import read_data
-    from deit.recipe import MaskedImage, override
-    from deit.recipes import find
+    from deit.recipe import MaskedImage
+    from deit.recipes import find_to_run
     from deit.train.build import find_sources
     from deit.train.loop import train
 
-    recipe = override(find(options.recipe), options.settings)
+    recipe = find_to_run(options.recipe, options.settings)
     find_sources(recipe)
     labelled = not isinstance(recipe.objective, MaskedImage)
     splits = read_data(options.data, holdout=recipe.data.holdout, seed=recipe.seed, labelled=labelled)
@@ -514,20 +526,19 @@ def _report_training(options: argparse.Namespace, val_split: Any) -> None:
         print(document.of_training(options.out, val_split, device=options.device))
     except Exception as error:
         print(
-            f"deit train: the model is trained and saved, but its report is not written ({error}); run `deit report "
-            f"{options.out}` to try again",
+            f"deit train: the model is trained and saved, but its report is not written "
+            f"({_short(shown(error))}); run `deit report {options.out}` to try again",
             file=sys.stderr,
         )
 
 
 def _teach(options: argparse.Namespace) -> None:
     from deit.data.folders import read_data
-    from deit.recipe import override
-    from deit.recipes import find
+    from deit.recipes import find_to_run
     from deit.train.labels import teach
     from deit.train.teacher import find_teacher
 
-    recipe = override(find(options.recipe), [*options.settings, f"objective.teacher={options.teacher}"])
+    recipe = find_to_run(options.recipe, [*options.settings, f"objective.teacher={options.teacher}"])
     find_teacher(recipe)
     split, _ = read_data(options.data, holdout=recipe.data.holdout, seed=recipe.seed)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
