@@ -37,7 +37,7 @@ async def load(address, image, clients, seconds, sample):
     Over bare connections, for on the same cores a library's client would take a fifth of what is to be measured."""
     done, began = [], time.perf_counter()
     request = (
-        f"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: {RAW['Content-Type']}\r\n"
+        f"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: {RAW['Content-Type']}\r\n"
         f"Content-Length: {len(image)}\r\n\r\n"
     ).encode() + image
 
