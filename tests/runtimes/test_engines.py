@@ -61,7 +61,7 @@ def test_an_exported_folder_predicts_the_same(distilled, photos, tmp_path, to):
         Predictor(exported, device="cuda")
     with raises_saying(ValueError, "is an exported model, whose inside can't be seen"):
         explain_file(exported, photos[0])
-    with TestClient(create_app(Predictor(exported), Service(), "m")) as web:
+    with TestClient(create_app(Predictor(exported), Service(), "m"), "http://localhost") as web:
         assert web.get("/model").json()["explain"] is False
         answer = web.post("/v1/explain", content=photos[0].read_bytes(), headers={"Content-Type": "image/png"})
         assert answer.status_code == 501

@@ -120,7 +120,9 @@ class OpenVINOEngine(Engine):
             settings["INFERENCE_PRECISION_HINT"] = "f32"
         path = folder / "model.xml"
         with _reading(path, self.name):
-            self._model = openvino.Core().compile_model(path, "CPU", settings)
+            core = openvino.Core()
+            core.set_property({"ENABLE_MMAP": False})  # a mapped file that changes would end the process
+            self._model = core.compile_model(path, "CPU", settings)
         self._requests = threading.local()  # a request answers one call at a time
 
     def __str__(self) -> str:
