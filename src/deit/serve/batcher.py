@@ -125,6 +125,7 @@ class Batcher:
         self._lock = threading.Lock()
         self.lost = ""
         """Why no answer can come any more, until the process is started again; empty while answers can come."""
+        self._closing = False
         self._waiting = 0
         self._unexplained = 0  # the part of them that waits for explanations
         self._seconds_per_image = self._seconds_per_explanation = 0.0
@@ -207,6 +208,7 @@ class Batcher:
         until = time.monotonic() + seconds
         while self._waiting and time.monotonic() < until:
             time.sleep(0.01)
+        self._closing = True
         for lane in (self._quick, self._large):
             lane.decoders.close()
             for _ in range(lane.threads):
@@ -228,7 +230,7 @@ class Batcher:
             try:
                 job.pixels = lane.decoders(job.data)
             except TooMuch:
-                if lane is self._quick:
+                if lane is self._quick and not self._closing:
                     self._large.jobs.put(job)
                     continue
                 bounds = lane.decoders.bounds

@@ -192,6 +192,12 @@ def connections(service: Service) -> type[H11Protocol]:
             super().on_response_complete()
             self._time()
 
+        def shutdown(self) -> None:
+            if self.transport.is_closing():  # answered; only the rest of its request may still come
+                self.transport.abort()
+            else:
+                super().shutdown()
+
         def send_400_response(self, msg: str) -> None:
             if self.cycle is not None:
                 self.cycle.disconnected = True  # a request that became invalid gets no second answer
