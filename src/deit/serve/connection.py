@@ -193,7 +193,7 @@ def connections(service: Service) -> type[H11Protocol]:
             self._time()
 
         def shutdown(self) -> None:
-            if self.transport.is_closing():  # answered; only the rest of its request may still come
+            if self.transport.draining:  # type: ignore[attr-defined]  # answered; only the rest of its request may still come
                 self.transport.abort()
             else:
                 super().shutdown()
