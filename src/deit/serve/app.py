@@ -151,8 +151,8 @@ class Routes:
                 _log.error("the model stays as it was: %s", error)
                 return
             old, self.served = self.served, new
-            old.batcher.close(2 * self.service.timeout)
             _log.warning("the model was loaded again from %s", self.name)
+            old.batcher.close(2 * self.service.timeout)
 
     @asynccontextmanager
     async def life(self, _: FastAPI) -> AsyncIterator[None]:
