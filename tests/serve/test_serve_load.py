@@ -147,5 +147,5 @@ def test_load_with_a_tenth_hostile(tmp_path, capsys):
     assert refused == []
     assert {status for client in answered[58:] for *_, status in client} == {422}
     assert honest[-1] < 30
-    allowed = cores() * 288 + max(1, cores() // 2) * 634  # MB
+    allowed = cores() * 288 + min(4, max(1, cores() // 2)) * 634  # MB
     assert most < quiet + allowed

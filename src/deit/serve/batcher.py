@@ -6,8 +6,8 @@ submit ─┐                                    ┌─► batch of 1 to max_bat
 explain ┘                                    └─► one explanation ─────────┘
 ```
 
-Images that take more than a little to decode, `_QUICK`, have processes of their own, half as many as cores. So a crowd
-of them does not keep usual images waiting.
+Images that take more than a little to decode, `_QUICK`, have processes of their own, half as many as cores and at most
+`_MOST_LARGE`. So a crowd of them does not keep usual images waiting.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ must not keep requests for labels out."""
 _QUICK = 16_000_000
 """Most pixels that an image of the quick processes has to decode: a photograph of 64 megapixels in a usual JPEG, or a
 screen of 5300 by 3000 in a PNG. Those processes have one second for each image."""
+_MOST_LARGE = 4
+_AT_FIRST = 4  # quick processes that start with the server
 _AT_REST = 128 * 2**20
 _BYTES_PER_PIXEL = 10
 """What decoding may take beyond what a process takes at rest. An RGBA picture that is made RGB takes 8 bytes for each
@@ -139,7 +141,9 @@ class Batcher:
         quick, patience = min(_QUICK, max_pixels), 3 * seconds
         self._quick = self._lane(Bounds(max_pixels, quick, min(1.0, seconds), _memory(quick), shape), patience, cores())
         self._large = self._lane(
-            Bounds(max_pixels, max_pixels, seconds, _memory(max_pixels), shape), patience, max(1, cores() // 2)
+            Bounds(max_pixels, max_pixels, seconds, _memory(max_pixels), shape),
+            patience,
+            min(_MOST_LARGE, max(1, cores() // 2)),
         )
         self._owner = threading.Thread(target=self._run, name="deit-model", daemon=True)
         self._owner.start()
@@ -190,10 +194,12 @@ class Batcher:
         return [job.answer for job in jobs]
 
     def start(self) -> None:
-        """Starts the quick processes, which would otherwise start when they are needed. Raises `RuntimeError` if they
-        can't work."""
+        """Starts some quick processes. They would otherwise start when they are needed, as the others do.
+
+        Raises `RuntimeError` if they can't work.
+        """
         try:
-            self._quick.decoders.start(cores())
+            self._quick.decoders.start(min(_AT_FIRST, cores()))
             self._quick.decoders(self._blank)
         except TooMuch:
             raise RuntimeError(

@@ -70,8 +70,8 @@ class Decoders:
     def start(self, count: int) -> None:
         """Starts processes now, until there are `count`. Raises `TooMuch` if they can't work."""
         taken = [self._taken() for _ in range(count)]
-        for connection in [connection for _, connection in taken]:
-            if not connection.poll(_STARTS):
+        for process, connection in taken:
+            if process in self._new and not connection.poll(_STARTS):
                 raise TooMuch
         with self._lock:
             self._idle += taken
