@@ -381,6 +381,14 @@ def _add_serve(verbs: Any) -> None:
         metavar="FILE",
         help="file of keys, one on each line; /v1/* then needs Authorization: Bearer KEY",
     )
+    verb.add_argument("--private", action="store_true", help="/model and /metrics need a key too")
+    verb.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name by which the server may be asked, beyond localhost and --host; can be given many times",
+    )
     verb.set_defaults(run=_serve)
 
 
@@ -623,23 +631,29 @@ def _serve(options: argparse.Namespace) -> None:
     from deit.serve.limits import MAX_PIXELS, Service, read_keys
     from deit.serve.server import serve
 
-    service = Service(
-        max_batch=options.max_batch,
-        max_wait_ms=options.max_wait_ms,
-        queue=options.queue,
-        max_bytes=options.max_bytes,
-        max_pixels=options.max_pixels or MAX_PIXELS,
-        timeout=options.timeout,
-        keys=read_keys(options.api_key_file) if options.api_key_file else (),
-    )
-    predictor = Predictor(options.model, head=options.head, device=options.device, engine=options.engine)
+    def keys() -> tuple[str, ...]:
+        return read_keys(options.api_key_file) if options.api_key_file else ()
+
     serve(
-        predictor,
-        service,
+        lambda: Predictor(options.model, head=options.head, device=options.device, engine=options.engine),
+        Service(
+            max_batch=options.max_batch,
+            max_wait_ms=options.max_wait_ms,
+            queue=options.queue,
+            max_bytes=options.max_bytes,
+            max_pixels=options.max_pixels or MAX_PIXELS,
+            timeout=options.timeout,
+            keys=keys(),
+            private=options.private,
+            hosts=tuple(options.allowed_host),
+        ),
         options.model,
         host=options.host,
         port=options.port,
-        listening=lambda address: print(f"serving {options.model} ({predictor.engine}) at {address}", flush=True),
+        keys=keys,
+        listening=lambda predictor, address: print(
+            f"serving {options.model} ({predictor.engine}) at {address}", flush=True
+        ),
     )
 
 
