@@ -121,7 +121,7 @@ def test_answers_that_are_not_numbers(tmp_path, photos, kind, capsys):
         lambda: calibrate(model, tmp_path / "data", device="cpu"),
         lambda: examine_files(model, tmp_path / "data", device="cpu"),
         lambda: export(model, "torch", tmp_path / "out"),
-        lambda: serve(Predictor(model), Service(), "m", host="127.0.0.1", port=0, listening=print),
+        lambda: serve(lambda: Predictor(model), Service(), "m", host="127.0.0.1", port=0, listening=print),
     ):
         with raises_saying(NotFinite, said):
             act()
