@@ -130,13 +130,14 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser(
         "train",
-        help="train a recipe on a folder of images",
-        description="Trains a recipe on a folder of labelled images. The folder holds DIR/train/CLASS/* and "
-        "DIR/val/CLASS/*, or just DIR/CLASS/*; then a share of the images is held out for validation. To use many "
-        "GPUs or machines, start with torchrun -m deit.",
+        help="train a recipe on a folder or list of images",
+        description="Trains a recipe on labelled images. A folder holds DATA/train/CLASS/* and DATA/val/CLASS/*, or "
+        "just DATA/CLASS/*; then a share of the images is held out for validation. A list is a .csv or .jsonl file "
+        "with the columns or keys path, label and, if you like, split (train, val or test). To use many GPUs or "
+        "machines, start with torchrun -m deit.",
     )
     verb.add_argument("recipe", metavar="RECIPE", help="a name from `deit recipes`, FILE.py:FUNCTION, or a recipe.json")
-    verb.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of labelled images")
+    verb.add_argument("--data", type=Path, required=True, metavar="DATA", help="folder or list of labelled images")
     verb.add_argument(
         "--out",
         type=Path,
@@ -155,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=_train)
 
     verb = verbs.add_parser("teach", help="store a teacher's labels for the views that a recipe will train on")
-    verb.add_argument("data", type=Path, metavar="DATA", help="folder of labelled images, as for train")
+    verb.add_argument("data", type=Path, metavar="DATA", help="folder or list of labelled images, as for train")
     verb.add_argument(
         "--teacher",
         required=True,
@@ -379,6 +380,14 @@ def _add_serve(verbs: Any) -> None:
         type=Path,
         metavar="FILE",
         help="file of keys, one on each line; /v1/* then needs Authorization: Bearer KEY",
+    )
+    verb.add_argument("--private", action="store_true", help="/model and /metrics need a key too")
+    verb.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name by which the server may be asked, beyond localhost and --host; can be given many times",
     )
     verb.set_defaults(run=_serve)
 
@@ -622,23 +631,29 @@ def _serve(options: argparse.Namespace) -> None:
     from deit.serve.limits import MAX_PIXELS, Service, read_keys
     from deit.serve.server import serve
 
-    service = Service(
-        max_batch=options.max_batch,
-        max_wait_ms=options.max_wait_ms,
-        queue=options.queue,
-        max_bytes=options.max_bytes,
-        max_pixels=options.max_pixels or MAX_PIXELS,
-        timeout=options.timeout,
-        keys=read_keys(options.api_key_file) if options.api_key_file else (),
-    )
-    predictor = Predictor(options.model, head=options.head, device=options.device, engine=options.engine)
+    def keys() -> tuple[str, ...]:
+        return read_keys(options.api_key_file) if options.api_key_file else ()
+
     serve(
-        predictor,
-        service,
+        lambda: Predictor(options.model, head=options.head, device=options.device, engine=options.engine),
+        Service(
+            max_batch=options.max_batch,
+            max_wait_ms=options.max_wait_ms,
+            queue=options.queue,
+            max_bytes=options.max_bytes,
+            max_pixels=options.max_pixels or MAX_PIXELS,
+            timeout=options.timeout,
+            keys=keys(),
+            private=options.private,
+            hosts=tuple(options.allowed_host),
+        ),
         options.model,
         host=options.host,
         port=options.port,
-        listening=lambda address: print(f"serving {options.model} ({predictor.engine}) at {address}", flush=True),
+        keys=keys,
+        listening=lambda predictor, address: print(
+            f"serving {options.model} ({predictor.engine}) at {address}", flush=True
+        ),
     )
 
 

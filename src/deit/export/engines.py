@@ -141,7 +141,9 @@ class OpenVINOEngine(Engine):
             settings["INFERENCE_PRECISION_HINT"] = "f32"
         path = folder / "model.xml"
         with _reading(path, self.name):
-            self._model = openvino.Core().compile_model(path, "CPU", settings)
+            core = openvino.Core()
+            core.set_property({"ENABLE_MMAP": False})  # a mapped file that changes would end the process
+            self._model = core.compile_model(path, "CPU", settings)
         self._check_names(
             *({name for value in part for name in value.names} for part in (self._model.inputs, self._model.outputs))
         )

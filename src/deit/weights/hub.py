@@ -292,14 +292,15 @@ def read_tensors(path: Path, arrays: Arrays = "torch") -> dict[str, Any]:
     from safetensors import SafetensorError
 
     try:
+        content = path.read_bytes()  # not mapped: a file that changes under a process would end it, or change its model
         if arrays == "numpy":
-            from safetensors.numpy import load_file as load_arrays
+            from safetensors.numpy import load as load_arrays
 
-            tensors: dict[str, Any] = load_arrays(path)
+            tensors: dict[str, Any] = load_arrays(content)
         else:
-            from safetensors.torch import load_file
+            from safetensors.torch import load
 
-            tensors = load_file(path)
+            tensors = load(content)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or corrupt ({error}); fetch it again") from None
     if any(name.endswith(":0") for name in tensors):
