@@ -122,6 +122,9 @@ REFUSED = {
     "a function of the system": (call("os.mkdir"), "calls 'os.mkdir'"),
     "a function of torch": (call("torch.ops.aten.from_file.default"), "calls 'torch.ops.aten.from_file.default'"),
     "another path to it": (call("torch.ops.aten.__class__"), "calls 'torch.ops.aten.__class__'"),
+    "memory that was not written": (call("torch.ops.aten.empty.memory_format"), "calls 'torch.ops.aten.empty"),
+    "a tensor of the caller": (call("torch.ops.aten.add.out"), "calls 'torch.ops.aten.add.out'"),
+    "an attribute of an operation": (call("torch.ops.aten.add.__class__"), "calls 'torch.ops.aten.add.__class__'"),
     "a library": (call("torch.ops.load_library"), "calls 'torch.ops.load_library'"),
 }
 

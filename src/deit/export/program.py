@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import operator
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,52 +20,40 @@ from torch import Tensor
 
 from deit import files
 
-OPERATIONS = frozenset(
+_NAMES = """
+_to_copy abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d add addcmul addmm alias alpha_dropout
+amax amin arange argmax avg_pool2d baddbmm batch_norm bmm cat ceil celu chunk clamp clamp_max clamp_min clone
+col2im constant_pad_nd contiguous conv1d conv2d conv3d conv_transpose2d convolution copy cos cumsum detach div
+dropout einsum elu embedding eq erf exp expand expand_as expm1 eye feature_dropout flatten flip floor
+floor_divide full full_like gather ge gelu glu grid_sampler group_norm gt hardsigmoid hardswish hardtanh im2col
+index index_select instance_norm layer_norm le leaky_relu lerp lift_fresh_copy linalg_vector_norm linear
+linspace log log1p log_sigmoid log_softmax logical_and logical_not logical_or lt masked_fill matmul max
+max_pool2d maximum mean meshgrid min minimum mish mm movedim mul narrow native_batch_norm native_group_norm
+native_layer_norm ne neg new_full new_ones new_zeros norm ones ones_like pad permute pixel_shuffle
+pixel_unshuffle pow prelu prod reciprocal reflection_pad2d relu relu6 remainder repeat repeat_interleave
+replication_pad2d reshape rms_norm roll round rsqrt rsub scalar_tensor scaled_dot_product_attention select selu
+sigmoid sign silu sin slice softmax softplus split split_with_sizes sqrt square squeeze stack std std_mean sub
+sum swapaxes sym_numel sym_size t tanh tensor_split threshold tile to topk transpose tril triu type_as unbind
+unflatten unfold unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_nearest2d var var_mean view view_as
+where zeros zeros_like
+"""
+OPERATIONS = frozenset(_NAMES.split())
+"""The operations of `torch.ops.aten` that a program may call, in place too. Classifiers need them. They compute with
+numbers and touch nothing else: no file, no name of a module, no memory that was not written."""
+_PREFIX = "torch.ops.aten."
+_COUNTING: dict[str, Callable[..., Any]] = {
+    f"_operator.{function.__name__}": function
+    for function in (operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg)
+}
+"""Arithmetic with the number of images."""
+_ASSERTIONS = frozenset(
     {
-        "add.Tensor",
-        "alias.default",
-        "batch_norm.default",
-        "cat.default",
-        "clone.default",
-        "contiguous.default",
-        "conv2d.default",
-        "div.Tensor",
-        "dropout.default",
-        "expand.default",
-        "flatten.using_ints",
-        "gelu.default",
-        "layer_norm.default",
-        "linear.default",
-        "matmul.default",
-        "max_pool2d.default",
-        "mean.dim",
-        "mul.Tensor",
-        "pad.default",
-        "permute.default",
-        "relu.default",
-        "reshape.default",
-        "scaled_dot_product_attention.default",
-        "select.int",
-        "sigmoid.default",
-        "silu.default",
-        "slice.Tensor",
-        "softmax.int",
-        "squeeze.dim",
-        "sub.Tensor",
-        "sym_size.int",
-        "tanh.default",
-        "to.dtype",
-        "transpose.int",
-        "unbind.int",
-        "unflatten.int",
-        "unsqueeze.default",
-        "view.default",
+        "torch.ops.aten._assert_scalar.default",
+        "torch.ops.aten._assert_tensor_metadata.default",
+        "torch.ops.aten.sym_constrain_range_for_size.default",
     }
 )
-"""The operations of `torch.ops.aten` that exported classifiers need. None of them touches a file or a name."""
-_PREFIX = "torch.ops.aten."
-_ASSERTION = "torch.ops.aten._assert_tensor_metadata.default"
-"""States a type that `Engine` has checked already."""
+"""Statements about values, which compute nothing. `Engine` checks the pixels."""
 
 # The numbers are those of torch._export.serde.schema, which stay the same in all its versions.
 _DTYPES = {
@@ -128,7 +117,7 @@ class Program:
         self._results = [output["as_tensor"]["name"] for output in graph["outputs"]]
         if len(self.outputs) != len(self._results):
             raise self._refused(f"names {len(self.outputs)} outputs and computes {len(self._results)}")
-        self._steps = self._plan([node for node in graph["nodes"] if node["target"] != _ASSERTION])
+        self._steps = self._plan([node for node in graph["nodes"] if node["target"] not in _ASSERTIONS])
 
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
         values = {**self._held, self.input: pixels}
@@ -208,15 +197,11 @@ class Program:
         wanted = set(self._results)
         steps = []
         for node in reversed(nodes):
-            target = str(node["target"])
-            if target.removeprefix(_PREFIX) not in OPERATIONS or not target.startswith(_PREFIX):
-                raise self._refused(f"calls {target!r:.100}")
-            packet, overload = target.removeprefix(_PREFIX).split(".")
-            operation = getattr(getattr(torch.ops.aten, packet), overload)
-            order = [argument.name for argument in operation._schema.arguments if not argument.kwarg_only]
+            operation, order = self._operation(str(node["target"]))
             used: set[str] = set()
             arguments = {one["name"]: self._given(one["arg"], used) for one in node["inputs"]}
-            positional = [name for name, given in zip(order, arguments, strict=False) if name == given]
+            taken = arguments if order is None else order
+            positional = [name for name, given in zip(taken, arguments, strict=False) if name == given]
             results = [_name(one) for one in node["outputs"]]
             flat = {name for result in results for name in (result if isinstance(result, list) else [result])}
             steps.append(
@@ -231,6 +216,19 @@ class Program:
             wanted |= used
         return steps[::-1]
 
+    def _operation(self, target: str) -> tuple[Callable[..., Any], list[str] | None]:
+        """What a node calls, and the names of the arguments that it takes by their place (None: all)."""
+        if target in _COUNTING:
+            return _COUNTING[target], None
+        packet, _, overload = target.removeprefix(_PREFIX).partition(".")
+        if not target.startswith(_PREFIX) or packet.removesuffix("_") not in OPERATIONS:
+            raise self._refused(f"calls {target!r:.100}")
+        operations = getattr(torch.ops.aten, packet)
+        if overload not in operations.overloads() or "out" in overload:
+            raise self._refused(f"calls {target!r:.100}")
+        operation = getattr(operations, overload)
+        return operation, [argument.name for argument in operation._schema.arguments if not argument.kwarg_only]
+
     def _given(self, argument: Mapping[str, Any], used: set[str]) -> _Given:
         """What computes an argument from the values so far; adds the names that it needs to `used`."""
         [(kind, value)] = argument.items()
@@ -239,12 +237,12 @@ class Program:
         if kind in _PLAIN:
             constant = _PLAIN[kind](value)
             return lambda values: constant
-        if kind in ("as_tensor", "as_sym_int", "as_optional_tensor"):
+        if kind in ("as_tensor", "as_sym_int", "as_sym_float", "as_sym_bool", "as_optional_tensor"):
             if "as_tensor" in value:
                 value = value["as_tensor"]
             name = value.get("name", value.get("as_name"))
             if name is None:
-                number = value.get("as_int")
+                number = next((value[kind] for kind in ("as_int", "as_float", "as_bool") if kind in value), None)
                 return lambda values: number
             used.add(str(name))
             return lambda values: values[name]
@@ -261,6 +259,8 @@ def _number(value: Mapping[str, Any]) -> int:
 def _name(result: Mapping[str, Any]) -> Any:
     """The name of a result, or the list of names for a list."""
     [(kind, value)] = result.items()
+    if kind == "as_none":
+        return ""
     if kind == "as_tensors":
         return [str(one["name"]) for one in value]
     return str(value["name"] if "name" in value else value["as_name"])
