@@ -109,6 +109,7 @@ def train(
 
     Raises:
         FileExistsError: `out` holds a run, and `resume` is False.
+        files.InUse: another process trains into `out`.
         ValueError: the run to resume has another recipe or other images.
         Diverged: the loss is not finite again and again; the best model so far stays in `out/model`.
         Stopped: SIGTERM or Ctrl-C ended the run, and its state is saved. It is a `SystemExit`.
@@ -119,7 +120,7 @@ def train(
     receivers = [*receivers, *named(recipe.compute.log)]
     end = math.inf if minutes is None else time.perf_counter() + 60 * minutes
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    with processes(device) as us, _Signals() as signals:
+    with processes(device) as us, _Signals() as signals, runs.held(Path(out), us):
         if us.device.type == "cpu":
             keep_memory()
         return _train(recipe, (train_split, val_split), Path(out), us, signals, console, resume, end, receivers)
