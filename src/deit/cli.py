@@ -12,17 +12,18 @@ import select
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
-from deit import choices, host
+from deit import choices, host, signals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status.
 
-    It is 0 if the work is done, 1 if it failed with a message, 2 after wrong usage, 130 if it was interrupted, and 141
-    if nobody reads the output any more.
+    It is 0 if the work is done, 1 if it failed with a message, 2 after wrong usage, 130 or 143 if Ctrl-C or SIGTERM
+    ended it, and 141 if nobody reads the output any more.
 
     A training that a signal stops ends the process itself, with status 130 or 143.
     """
@@ -35,12 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit", append=True)
         formatted, warnings.formatwarning = warnings.formatwarning, _sentence(options.verb, warnings.formatwarning)
         try:
-            status = int(options.run(options) or 0)
-            sys.stdout.flush()
+            with nullcontext() if options.verb in _OWN_SIGNALS else signals.ending():
+                status = int(options.run(options) or 0)
+                sys.stdout.flush()
             return status
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             print("interrupted", file=sys.stderr)
-            return 130
+            return error.status if isinstance(error, signals.Interrupted) else 130
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             if isinstance(error, BrokenPipeError) and _nobody_reads():
                 return 141  # 128 + SIGPIPE, as a shell reports it
@@ -52,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.formatwarning = formatted
 
 
+_OWN_SIGNALS = ("train", "quickstart", "serve")
+"""Verbs that save or answer something when a signal comes, which may take its time."""
 _NAMES = "deit.names"
 """How standard output writes what its encoding lacks: the bytes of file names that are not text as they are, other
 characters as \\u escapes."""
