@@ -5,6 +5,8 @@ Local folders need no network. `huggingface_hub` is imported only to fetch a fil
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import platform
@@ -179,15 +181,46 @@ def replacing(path: Path) -> Iterator[Path]:
     _make_parent(path)
     temporary = _temporary(path)
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors lets only the owner read its files, but a server may run as another user
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with told_if_full(path):
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)  # safetensors lets only the owner read its files, but a server may be another user
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class DiskFull(OSError):
+    """There is no room to write a file. The message names it, and says what to do."""
+
+    def __init__(self, path: Path, reason: str, move: str = "free space, then give the same command again"):
+        super().__init__(f"{path} can't be written ({reason}); what was finished before is untouched; {move}")
+        self.reason = reason
+
+
+_FULL = 2**16
+"""Free bytes below which an error that names no reason is taken for one of a full disk."""
+
+
+@contextmanager
+def told_if_full(path: Path) -> Iterator[None]:
+    """Raises `DiskFull` if the block fails because there is no room for `path`, however a library says that."""
+    try:
+        yield
+    except DiskFull as error:
+        raise DiskFull(path, error.reason) from error
+    except Exception as error:
+        words = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
+        reason = next((each for each in words if each in str(error)), "")
+        if not reason and not isinstance(error, ValueError):
+            with suppress(OSError):
+                reason = words[0] if shutil.disk_usage(path.parent).free < _FULL else ""
+        if not reason:
+            raise
+        raise DiskFull(path, reason) from error
 
 
 @contextmanager
@@ -201,12 +234,13 @@ def replacing_folder(folder: Path, *, check: Callable[[Path], None]) -> Iterator
     _make_parent(folder)
     temporary = _temporary(folder)
     former = temporary.with_name(temporary.name + _FORMER)
-    temporary.mkdir()
     try:
-        yield temporary
-        for path in temporary.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+        with told_if_full(folder):
+            temporary.mkdir()
+            yield temporary
+            for path in temporary.iterdir():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
         check(folder)
         if folder.exists():
             folder.rename(former)
@@ -369,7 +403,13 @@ def _locked(lock: Path, target: Path) -> int:
                 continue
             if not created and (locked is None or owner.get("host", here) != here):
                 _watch(lock, target, owner, moment)
-            _write(descriptor, text)
+            try:
+                with told_if_full(target):
+                    _write(descriptor, text)
+            except OSError:
+                with suppress(OSError):
+                    lock.unlink()
+                raise
             if locked is None and not created:  # two processes may have found the same dead owner
                 time.sleep(moment)
                 if _read(descriptor) != text:
@@ -454,6 +494,13 @@ def _in_use(target: Path, owner: Mapping[str, Any]) -> InUse:
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_archive(path: Path, save: Callable[[io.BytesIO], None]) -> None:
+    """Writes what PyTorch saves, by way of main memory. Its own writer ends the whole process when the disk is full."""
+    archive = io.BytesIO()
+    save(archive)
+    path.write_bytes(archive.getbuffer())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -50,7 +50,9 @@ def convert(source: str | Path, to: Dialect, out: str | Path, **where: Any) -> P
 
     path = folder / f"{nearest_variant(checkpoint.config).replace('-', '_')}.pth"
     with files.replacing(path) as temporary:
-        torch.save({"model": {name: tensor.clone() for name, tensor in named.items()}}, temporary)
+        files.write_archive(
+            temporary, lambda file: torch.save({"model": {n: t.clone() for n, t in named.items()}}, file)
+        )
     return path
 
 

@@ -121,7 +121,7 @@ class _Attempt(NamedTuple):
 
 
 def _save_torch(subject: Subject, folder: Path) -> None:
-    torch.export.save(subject.program, folder / "model.pt2")
+    files.write_archive(folder / "model.pt2", lambda file: torch.export.save(subject.program, file))
 
 
 def _save_onnx(subject: Subject, folder: Path) -> None:
