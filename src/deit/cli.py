@@ -43,6 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as error:
             print("interrupted", file=sys.stderr)
             return error.status if isinstance(error, signals.Interrupted) else 130
+        except MemoryError:
+            if options.debug:
+                raise
+            print(
+                f"deit {options.verb}: expected more free memory than this process may have; end other programs, raise "
+                "its limit, or ask for less at once",
+                file=sys.stderr,
+            )
+            return 1
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             if isinstance(error, BrokenPipeError) and _nobody_reads():
                 return 141  # 128 + SIGPIPE, as a shell reports it

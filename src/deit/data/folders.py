@@ -131,6 +131,11 @@ def read_examples(place: str | Path, split: str | None = None) -> tuple[Split, s
         _refuse_misnamed(place, tuple(itertools.chain(*SPLITS.values())))
         with _counting(place) as passed:
             return _read_labelled(place, passed), None
+    if place.exists() and not place.is_file():
+        raise ValueError(
+            f"{place} is neither a folder nor a regular file, expected a folder of images, or a list of them "
+            f"({' or '.join(LIST_SUFFIXES)}); save what it gives in a file, and give that"
+        )
     if not place.is_file():
         raise FileNotFoundError(
             f"{place} does not exist; expected a folder of images, or a list of them ({' or '.join(LIST_SUFFIXES)})"
