@@ -67,11 +67,11 @@ gpu-cifar10:                      ## train cifar10_gpu_teacher and cifar10_gpu o
 
 .venv/installed-test: .venv/installed
 	$(INSTALL) --upgrade 'pip>=25.1'  # the first version with dependency groups
-	$(INSTALL) --editable '.[export,hub,keras,parquet,quickstart,serve,teachers]' --group dev
+	$(INSTALL) --editable '.[export,hub,keras,parquet,pretrained,quickstart,serve]' --group dev
 	touch $@
 
 .venv/installed-clients: .venv/installed-test
-	$(INSTALL) --group clients
+	$(INSTALL) --group clients --group examples
 	touch $@
 
 # --no-deps, because keras-hub requires tensorflow-text (which brings a second TensorFlow) and more. Its DeiT does

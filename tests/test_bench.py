@@ -146,3 +146,42 @@ def test_what_the_pages_name_of_bench_is_there(page):
         assert found.submodule_search_locations is None or importlib.util.find_spec(f"{name}.__main__"), name
     for path in re.findall(r"\bbench/[\w./*]*\w", text):
         assert list(ROOT.glob(path)), path
+
+
+def gpu_stages(tmp_path, *options):
+    """The lines of `python -m bench.gpu` on the CPU."""
+    run = subprocess.run(
+        [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--records", tmp_path / "records.jsonl", *options],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert [{key: record[key] for key in line} for record, line in zip(records, lines, strict=True)] == lines
+    assert all({"gpu", "torch", "commit", "date"} <= record.keys() for record in records)
+    return run.returncode, lines
+
+
+def test_the_stages_of_a_gpu_run_and_end_in_time(tmp_path):
+    status, lines = gpu_stages(tmp_path, "--only", "machine")
+    assert status == 0
+    assert any(line.get("product_tflops", 0) > 0 for line in lines)
+    assert lines[-1] == {"stage": "all", "failed": []}
+    (tmp_path / "records.jsonl").unlink()
+    status, lines = gpu_stages(tmp_path, "--only", "machine", "parity", "--seconds", "1")
+    assert [line.get("left out") for line in lines[:-1]] == ["the time is up"] * 2
+    assert status == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1300)
+def test_every_stage_of_a_gpu_finds_equal_values_on_a_cpu(tmp_path):
+    """Device and reference are the same here, so each difference is rounding."""
+    status, lines = gpu_stages(tmp_path, "--skip", "quickstart", "serving", "--seconds", "1200")
+    assert status == 0, [line for line in lines if line.get("ok") is False]
+    assert {line["stage"] for line in lines if line.get("ok")} >= {
+        "parity", "objectives", "resuming", "memory", "planning", "two_processes", "answers",
+    }  # fmt: skip

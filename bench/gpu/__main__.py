@@ -64,9 +64,9 @@ class Runner:
         if missing := [package for package in STAGES[name].needs if not importlib.util.find_spec(package)]:
             return self.write(name, {"left out": f"{', '.join(missing)} is not installed"})
         began = time.monotonic()
-        with tempfile.TemporaryFile("w+") as messages:
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as messages:
             process = subprocess.Popen(
-                [sys.executable, "-m", "bench.gpu", "--device", self.device, "--stage", name],
+                [sys.executable, "-m", "bench.gpu", "--device", self.device, "--stage", name, folder],
                 stdout=subprocess.PIPE, stderr=messages, text=True, start_new_session=True,
                 env=os.environ | ({} if STAGES[name].alone else {"OMP_NUM_THREADS": "2"}),
             )  # fmt: skip
@@ -98,12 +98,12 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=tuple(STAGES), help="only these stages")
     parser.add_argument("--skip", nargs="+", choices=tuple(STAGES), default=[], help="not these stages")
     parser.add_argument("--records", type=Path, help="append the lines to this file")
-    parser.add_argument("--stage", choices=tuple(STAGES), help=argparse.SUPPRESS)
+    parser.add_argument("--stage", nargs=2, help=argparse.SUPPRESS)  # its name, and a folder for its files
     options = parser.parse_args()
     if options.stage:
-        with tempfile.TemporaryDirectory() as folder:
-            for found in STAGES[options.stage].run(Place(options.device, Path(folder))):
-                print(json.dumps(found), flush=True)
+        name, folder = options.stage
+        for found in STAGES[name].run(Place(options.device, Path(folder))):
+            print(json.dumps(found), flush=True)
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         print("expected an NVIDIA GPU, but PyTorch sees none; try the stages with --device cpu", file=sys.stderr)

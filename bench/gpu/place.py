@@ -110,18 +110,18 @@ def first_batch(work: Any) -> Any:
 def stepper(work: Any, state: Any, batches: Iterator[Any]) -> Callable[[], Any]:
     """What takes a step of the training loop itself, with each batch fetched as the loop does it."""
     from deit.data.ahead import Ahead
-    from deit.train import loop
+    from deit.train import stepping
 
     stream = Ahead(batches, work.us.device)
-    return lambda: loop._step(work, state, next(stream), (False, False, False), _tell, stream.fetch)
+    return lambda: stepping.take(work, state, next(stream), (False, False, False), _tell, stream.fetch)
 
 
 def take_step(work: Any, state: Any, batch: Any) -> dict[str, float]:
     """The numbers of a step of the training loop."""
-    from deit.train import loop
+    from deit.train import stepping
 
-    numbers, _ = loop._step(work, state, batch, (False, False, False), _tell)
-    left = loop._settle(work, state, _tell)
+    numbers, _ = stepping.take(work, state, batch, (False, False, False), _tell)
+    left = stepping.settle(work, state, _tell)
     return left[0] if left else numbers
 
 

@@ -175,14 +175,14 @@ def _stop_after(place: Place, recipe: Any, name: str, data: Path, device: str, s
     """Trains a part of a run: SIGTERM comes from within, once the run has taken `step` steps."""
     code = f"""
 import os, signal, sys
-from deit.train import loop
-kept = loop._step
+from deit.train import stepping
+kept = stepping.take
 def counted(work, state, *rest):
     found = kept(work, state, *rest)
     if state.step == {step}:
         os.kill(os.getpid(), signal.SIGTERM)
     return found
-loop._step = counted
+stepping.take = counted
 from deit.cli import main
 main()
 """
@@ -201,7 +201,7 @@ def memory(place: Place) -> Iterator[Found]:
     """Lack of memory, met for real: the batch is divided, and the gradient is that of explicit accumulation."""
     from deit import recipe as r
     from deit.config import VARIANTS
-    from deit.train import loop
+    from deit.train import stepping
 
     data = write_photos(place.folder / "photos", 64, 64)
     model = VARIANTS["deit-tiny-patch16-224"].replace(num_labels=2, image_size=place.size(224, 32))
@@ -219,7 +219,7 @@ def memory(place: Place) -> Iterator[Found]:
             torch.cuda.set_per_process_memory_fraction(6 * 2**30 / total)
         with exact_products():
             buffers = [buffer.clone() for buffer in work.model.buffers()]
-            loop._gradients(work, state, batch, buffers, lambda sentence: print(sentence, file=sys.stderr))
+            stepping._gradients(work, state, batch, buffers, lambda sentence: print(sentence, file=sys.stderr))
         gradients.append(torch.cat([parameter.grad.flatten().cpu() for parameter in work.model.parameters()]))
         yield {"asked for parts": parts, "computed in parts": work.accumulate}
         if not place.toy:

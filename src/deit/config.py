@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
 from functools import wraps
@@ -566,6 +567,101 @@ class ConvNetConfig:
         names = {f.name for f in fields(cls)} - set(_NOT_WRITTEN)
         extra = {name: value for name, value in values.items() if name not in names and name != "model_type"}
         return cls(**{name: value for name, value in values.items() if name in names}, extra=extra)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmConfig:
+    """An image classifier of timm, by its name there (`model.timm_classifier.TimmClassifier`).
+
+    Its `config.json` is timm's own, so timm and transformers load the folder too. Immutable, like `DeiTConfig`.
+    """
+
+    architecture: str
+    """timm's name, without the tag of published weights, e.g. "tf_efficientnet_lite0"."""
+    image_size: Pair = 224
+    num_channels: int = 3
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of timm's constructor, e.g. {"drop_path_rate": 0.1}."""
+    id2label: dict[int, str] = field(default_factory=lambda: _unnamed(2))
+    pretrained_cfg: dict[str, Any] = field(default_factory=dict)
+    """timm's description of the preprocessing: mean, std, interpolation, crop_pct, crop_mode."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Unknown keys of a `config.json`, written back."""
+
+    model_type = "timm"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.architecture, str) or not re.fullmatch(r"\w+", self.architecture):
+            raise ValueError(f"architecture must be a name of timm without a tag, found {self.architecture!r}")
+        object.__setattr__(self, "image_size", _pair_or_int("image_size", self.image_size))
+        object.__setattr__(self, "id2label", _in_order(self.id2label))
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.id2label)
+
+    @property
+    def scoring(self) -> Scoring:
+        """What turns logits into scores: softmax, or sigmoid for a single output."""
+        return _scoring(None, self.num_labels)
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        return _pair(self.image_size)
+
+    def replace(self, **changes: Any) -> Self:
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """timm's `config.json`."""
+        labels = list(self.id2label.values())
+        cfg = {**self.pretrained_cfg, "num_classes": len(labels), "input_size": [self.num_channels, *self.image_hw]}
+        return {
+            **self.extra,
+            "architecture": self.architecture,
+            "num_classes": len(labels),
+            "model_args": self.model_args,
+            "label_names": labels,
+            "pretrained_cfg": cfg,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The config in timm's `config.json`. Outputs without names are called LABEL_0 and so on."""
+        cfg = dict(values.get("pretrained_cfg") or {})
+        channels, *size = cfg.pop("input_size", None) or (3, 224, 224)
+        count = cfg.pop("num_classes", 1000)
+        names = cfg.pop("label_names", None)
+        names = values.get("label_names") or names or _unnamed(values.get("num_classes", count))
+        known = ("architecture", "num_classes", "model_args", "label_names", "pretrained_cfg")
+        return cls(
+            architecture=str(values["architecture"]).partition(".")[0],
+            image_size=tuple(size),
+            num_channels=channels,
+            model_args=dict(values.get("model_args") or {}),
+            id2label=dict(enumerate(names)) if isinstance(names, list) else names,
+            pretrained_cfg=cfg,
+            extra={name: value for name, value in values.items() if name not in known},
+        )
+
+
+ModelConfig = DeiTConfig | ConvNetConfig | TimmConfig
+"""The configs of all models that this package trains."""
+
+
+def config_of(values: Mapping[str, Any]) -> ModelConfig:
+    """The config in a `config.json`. timm's architectures outside of this family are `TimmConfig`.
+
+    Raises `ValueError` if no model of this package has such a config.
+    """
+    if values.get("model_type") == ConvNetConfig.model_type:
+        return ConvNetConfig.from_dict(values)
+    try:
+        return DeiTConfig.from_dict(values)
+    except ValueError:
+        if "architecture" not in values:
+            raise
+        return TimmConfig.from_dict(values)
 
 
 def _pair(value: Pair) -> tuple[int, int]:

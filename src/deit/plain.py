@@ -13,8 +13,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal
 
-from deit.config import ConvNetConfig, DeiTConfig
+from deit.config import ConvNetConfig, DeiTConfig, TimmConfig
 
+_OF_TIMM = ("architecture", "image_size", "num_channels", "model_args")
+"""The fields of `TimmConfig` that a recipe sets. The others come from the data."""
 WHOLE = "recipe"
 """The path of the outermost dataclass, which messages leave out."""
 
@@ -41,6 +43,8 @@ def to_plain(value: Any, hint: Any = None) -> Any:
     Without a `hint`, every dataclass names its class under `kind_of`. With one, a dataclass does so only if the hint
     allows several classes.
     """
+    if isinstance(value, TimmConfig):
+        return {"model_type": value.model_type, **{name: getattr(value, name) for name in _OF_TIMM}}
     if isinstance(value, DeiTConfig | ConvNetConfig):
         return {key: found for key, found in value.to_dict().items() if key not in ("id2label", "label2id")}
     if is_dataclass(value):
@@ -72,6 +76,8 @@ def from_plain(value: Any, hint: Any, path: str) -> Any:
         if value is None and type(None) in typing.get_args(hint):
             return None
         if DeiTConfig in typing.get_args(hint) and isinstance(value, Mapping):
+            if value.get("model_type") == TimmConfig.model_type:
+                return _timm_config(value, path)
             kind = ConvNetConfig if value.get("model_type") == ConvNetConfig.model_type else DeiTConfig
             return _config(value, kind, path)
         if isinstance(value, Mapping) and (classes := {cls.__name__: cls for cls in _classes(hint)}):
@@ -116,6 +122,15 @@ def _config(value: Mapping[str, Any], kind: type[DeiTConfig] | type[ConvNetConfi
         raise ValueError(f"{path}: {error}") from None
     check(not config.extra, f"{path}: there is no field {', '.join(map(repr, config.extra))}")
     return config
+
+
+def _timm_config(value: Mapping[str, Any], path: str) -> TimmConfig:
+    for name in value:
+        known(name, ("model_type", *_OF_TIMM), path)
+    try:
+        return TimmConfig(**{name: found for name, found in value.items() if name != "model_type"})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _plain(value: Any, hint: Any, path: str) -> Any:

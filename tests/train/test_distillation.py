@@ -25,7 +25,7 @@ from deit.data.folders import Split
 from deit.machine import Processes
 from deit.model.load import load_model
 from deit.recipe import AdamW, Augment, Compute, Cosine, Data, Distilled, Recipe, Supervised, steps
-from deit.train import loop, objectives, runs
+from deit.train import objectives, runs, stepping
 from deit.train.labels import teach
 
 RECIPES = '''
@@ -425,7 +425,7 @@ def test_stored_labels_cost_no_more_than_none(tmp_path):
     def update(name):
         (work, state), batch = works[name], next(streams[name])
         began = time.perf_counter()
-        loop._step(work, state, batch, (False,), lambda _: None)
+        stepping.take(work, state, batch, (False,), lambda _: None)
         return time.perf_counter() - began
 
     ratios = []

@@ -14,7 +14,7 @@ from deit import host, machine
 from deit.config import ConvNetConfig
 from deit.data.folders import read_data
 from deit.recipe import SGD, Augment, Cosine, Data, Erase, MaskedImage, Mix, Supervised, steps
-from deit.train import checkpoint, loop, memory, objectives, runs
+from deit.train import checkpoint, memory, objectives, runs, stepping
 from deit.train.loop import train
 
 CPU = machine.Processes(torch.device("cpu"))
@@ -85,10 +85,10 @@ def test_the_law_of_few_images_holds_for_many(recipe, splits):
     """What is measured on 2 and 4 images is, for 16 of them, what 16 need: no branch is dropped in either."""
     work, state = runs.prepare(recipe, *splits, CPU, None)
     batch = next(work.batches.from_step(0))
-    depth = loop._depth_draws(work, state)
+    depth = stepping._depth_draws(work, state)
     kept = None if depth is None else torch.ones_like(depth)
-    need = memory.measured(lambda few: loop._try(work, state, few, kept), batch)
-    expected = max(course(lambda: loop._try(work, state, batch, kept)))
+    need = memory.measured(lambda few: stepping._try(work, state, few, kept), batch)
+    expected = max(course(lambda: stepping._try(work, state, batch, kept)))
     gradients = sum(p.numel() * 4 for p in work.model.parameters())
     assert need(16) == pytest.approx(expected, rel=0.02)
     assert need(16) > gradients
@@ -136,16 +136,16 @@ def test_short_runs_and_small_shares_are_not_measured():
 def needed(recipe, splits):
     """The bytes that a step needs, in a function of the number of images."""
     work, state = runs.prepare(recipe, *splits, CPU, None)
-    depth = loop._depth_draws(work, state)
+    depth = stepping._depth_draws(work, state)
     kept = None if depth is None else torch.ones_like(depth)
     batch = next(work.batches.from_step(0))
-    return memory.measured(lambda few: loop._try(work, state, few, kept), batch)
+    return memory.measured(lambda few: stepping._try(work, state, few, kept), batch)
 
 
 def test_a_step_that_would_not_fit_is_divided_before_and_gives_the_same_run(splits, tmp_path, monkeypatch):
     whole, _ = run(QUICK, splits, tmp_path / "whole")
     need = needed(QUICK, splits)
-    monkeypatch.setattr(loop, "available_memory", lambda _: round(1.2 * need(4)) + memory._SPARE)
+    monkeypatch.setattr(stepping, "available_memory", lambda _: round(1.2 * need(4)) + memory._SPARE)
     honest, sizes = objectives.SupervisedObjective.__call__, []
 
     def watched(self, model, batch, draws):
@@ -164,7 +164,7 @@ def test_a_step_that_would_not_fit_is_divided_before_and_gives_the_same_run(spli
 
 
 def test_a_step_that_can_not_fit_is_refused(splits, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "available_memory", lambda _: 2000)
+    monkeypatch.setattr(stepping, "available_memory", lambda _: 2000)
     with raises_saying(
         RuntimeError, "a step needs about", "0 MiB are free", "smallest parts", "compute.checkpoint_blocks=True"
     ):
@@ -179,7 +179,7 @@ def test_many_processes_take_the_parts_of_the_one_that_needs_most(splits, monkey
     other = memory.Plan(2, 300 * 2**20, 160 * 2**20, 200 * 2**20)
     monkeypatch.setattr(machine.Processes, "gather", lambda self, value: [value, other])
     work, state = runs.prepare(QUICK, *splits, CPU, None)
-    loop._divide(work, state, next(work.batches.from_step(0)), said.append)
+    stepping._divide(work, state, next(work.batches.from_step(0)), said.append)
     assert work.accumulate == 2
     assert said == [
         "a step would need about 300 MiB of memory, and 200 MiB are free: the batch is now computed in 2 parts, which "
@@ -193,7 +193,7 @@ def test_lack_of_memory_in_the_measurement_is_left_to_the_step(splits, monkeypat
 
     monkeypatch.setattr(objectives.SupervisedObjective, "__call__", fails)
     work, state = runs.prepare(QUICK, *splits, CPU, None)
-    loop._divide(work, state, next(work.batches.from_step(0)), lambda _: None)
+    stepping._divide(work, state, next(work.batches.from_step(0)), lambda _: None)
     assert work.accumulate == 1
 
 

@@ -14,7 +14,7 @@ from deit.data.batches import EvaluationBatches, TrainingBatches, processor_for
 from deit.evaluate.models import evaluate
 from deit.machine import Processes
 from deit.recipe import Distilled, MaskedImage, Supervised
-from deit.train import loop, objectives
+from deit.train import objectives, stepping
 from deit.train.labels import LabelCache, teach
 
 
@@ -141,7 +141,7 @@ def test_shares_of_a_batch_add_up_to_the_whole(given, name, stored, tmp_path):
     whole["loss"].backward()
     expected = {key: p.grad.clone() for key, p in now.model.named_parameters() if p.grad is not None}
     now.model.zero_grad()
-    depth = loop.depth_draws(now.recipe, now.step, now.objective.passes)
+    depth = stepping.depth_draws(now.recipe, now.step, now.objective.passes)
     totals: Counter[str] = Counter()
     counted = 0
     for rank in range(2):

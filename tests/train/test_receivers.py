@@ -11,7 +11,7 @@ from support.runs import photos, small_recipe
 from deit.cli import main
 from deit.data.folders import read_data
 from deit.recipe import Compute, Cosine, steps
-from deit.train import MLflow, WandB, loop, progress, train
+from deit.train import MLflow, WandB, progress, stepping, train
 from deit.train.loop import Stopped
 
 RECIPE = small_recipe(
@@ -41,15 +41,15 @@ def rows(out):
 
 def stopped_after(monkeypatch, splits, out, receivers, step):
     """Runs until SIGTERM comes in that step."""
-    taken, real = [], loop._step
+    taken, real = [], stepping.take
 
-    def stepping(work, state, *rest):
+    def watched(work, state, *rest):
         taken.append(state.step)
         numbers, (_, save, late) = real(work, state, *rest)
         return numbers, [len(taken) == step, save, late]
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "_step", stepping)
+        patched.setattr(stepping, "take", watched)
         with pytest.raises(Stopped):
             run(splits, out, receivers)
 

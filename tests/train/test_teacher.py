@@ -19,6 +19,7 @@ from deit.data.folders import Split
 from deit.files import CheckpointError
 from deit.image.processor import DeiTImageProcessor
 from deit.model.convnet import ConvNet
+from deit.model.outputs import ImageClassifierOutput
 from deit.recipe import Data, Distilled, Recipe, Supervised
 from deit.train.teacher import Teacher, answers
 
@@ -365,11 +366,10 @@ def test_timm_from_a_folder(tmp_path):
     )
     raw = torch.rand(2, 3, 64, 64)
     expected = model(normal(raw, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))).detach().flip(1)
-    for classes in (CLASSES, ("n1", "n2", "n3", "n4")):
-        found = Teacher.load(f"timm:{tmp_path}", classes, student(64))(normal(raw, MEAN, STD))
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    with raises_saying(ValueError, f"to load it as a teacher with timm, give timm:{tmp_path}"):
-        Teacher.load(str(tmp_path), CLASSES, student(64))
+    for name in (f"timm:{tmp_path}", str(tmp_path)):
+        for classes in (CLASSES, ("n1", "n2", "n3", "n4")):
+            found = Teacher.load(name, classes, student(64))(normal(raw, MEAN, STD))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     (tmp_path / "model.safetensors").unlink()
     with raises_saying(FileNotFoundError, f"{tmp_path} holds no weights"):
         Teacher.load(f"timm:{tmp_path}", CLASSES, student(64))
@@ -541,6 +541,22 @@ def test_a_teacher_is_introduced(tmp_path):
     _, right, warning = teacher.introduction(recipe, split, "validation", torch.device("cpu"))
     assert "0.000 of 12" in right
     assert "no better than the answer that never looks (0.250)" in warning
+
+
+class Learned(Knows):
+    """A student that has learned before."""
+
+    def forward(self, pixels):
+        return ImageClassifierOutput(logits=super().forward(pixels))
+
+
+def test_a_teacher_below_its_student_is_a_warning(tmp_path):
+    recipe, split = student(mean=Knows.mean, std=Knows.std), greens(tmp_path, 4)
+    knows, wrong = (Teacher.of(Knows(shift), CLASSES, recipe, name="greens") for shift in (0, 1))
+    assert len(list(knows.introduction(recipe, split, "validation", torch.device("cpu"), Learned(1)))) == 2
+    assert len(list(knows.introduction(recipe, split, "validation", torch.device("cpu"), Learned()))) == 2
+    *_, warning = wrong.introduction(recipe, split, "validation", torch.device("cpu"), Learned())
+    assert "the student is right on 1.000 of these images before it begins, more than its teacher" in warning
 
 
 def test_what_is_assumed_of_a_teacher_is_said(folder):

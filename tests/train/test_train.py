@@ -47,7 +47,7 @@ from deit.recipe import (
     epochs,
     steps,
 )
-from deit.train import checkpoint, compiling, loop, objectives, optim, progress, records, runs
+from deit.train import checkpoint, compiling, loop, objectives, optim, progress, records, runs, stepping
 from deit.train.build import build_model
 from deit.train.loop import Diverged, train
 from deit.train.progress import Reporter
@@ -161,7 +161,7 @@ def test_no_copy_to_the_device_waits_for_it(splits, tmp_path, monkeypatch, kind)
         else replace(PLAIN, objective=MaskedImage(unit=8), augment=Augment(crop=ResizedCrop()))
     )
     moved, inside = [], []
-    to, step = torch.Tensor.to, loop._step
+    to, step = torch.Tensor.to, stepping.take
 
     def noted(tensor, *given, **options):
         if inside and any(isinstance(one, torch.device) for one in (*given, options.get("device"))):
@@ -176,7 +176,7 @@ def test_no_copy_to_the_device_waits_for_it(splits, tmp_path, monkeypatch, kind)
             inside.clear()
 
     monkeypatch.setattr(torch.Tensor, "to", noted)
-    monkeypatch.setattr(loop, "_step", stepped)
+    monkeypatch.setattr(stepping, "take", stepped)
     run(recipe, splits, tmp_path)
     assert len(moved) >= 40  # pixels, labels and wishes in each of 10 steps
     assert all(moved)
@@ -320,7 +320,7 @@ def test_a_model_is_there_before_the_first_evaluation(splits, tmp_path, monkeypa
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "_step", interrupted)
+    monkeypatch.setattr(stepping, "take", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(PLAIN, splits, tmp_path)
     model = load_model(tmp_path / "model")
@@ -412,7 +412,7 @@ def test_a_loss_that_is_not_finite_skips_its_update(splits, tmp_path, monkeypatc
     """The weights, running statistics and average are as if the step had not been."""
     recipe = replace(CONVNET, schedule=Cosine(total=steps(5)), ema=0.9)
     states = []
-    update = loop._step
+    update = stepping.take
 
     def watched(work, *rest):
         found = update(work, *rest)
@@ -422,7 +422,7 @@ def test_a_loss_that_is_not_finite_skips_its_update(splits, tmp_path, monkeypatc
         )
         return found
 
-    monkeypatch.setattr(loop, "_step", watched)
+    monkeypatch.setattr(stepping, "take", watched)
     poisoned(monkeypatch, {2, 3})
     run(recipe, splits, tmp_path)
     for name, before in states[1].items():
@@ -463,7 +463,7 @@ def test_numbers_that_are_read_late_give_the_same_run(splits, tmp_path, monkeypa
 
 @pytest.mark.parametrize("recipe", [LATE, replace(CONVNET, optim=LATE.optim, schedule=LATE.schedule, ema=0.9)])
 def test_a_device_that_decides_skips_what_is_not_finite(recipe, splits, tmp_path, monkeypatch):
-    states, update = [], loop._step
+    states, update = [], stepping.take
 
     def watched(work, *rest):
         found = update(work, *rest)
@@ -473,7 +473,7 @@ def test_a_device_that_decides_skips_what_is_not_finite(recipe, splits, tmp_path
         return found
 
     deciding(monkeypatch)
-    monkeypatch.setattr(loop, "_step", watched)
+    monkeypatch.setattr(stepping, "take", watched)
     poisoned(monkeypatch, {2, 3})
     run(recipe, splits, tmp_path)
     for name, before in states[1].items():
@@ -707,7 +707,7 @@ class Bursts:
 def test_the_plan_counts_the_waits_between_bursts(workers, each, splits, tmp_path, monkeypatch):
     """Steps of 10 ms and loaders that need `each` for a batch: a step takes max(10 ms, each / workers)."""
     clock = SimpleNamespace(now=0.0)
-    honest, prepare = loop._step, runs.prepare
+    honest, prepare = stepping.take, runs.prepare
 
     def slow(*given):
         clock.now += 0.01
@@ -718,7 +718,7 @@ def test_the_plan_counts_the_waits_between_bursts(workers, each, splits, tmp_pat
         return replace(work, batches=Bursts(work.batches, clock, workers, each)), state
 
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    monkeypatch.setattr(loop, "_step", slow)
+    monkeypatch.setattr(stepping, "take", slow)
     monkeypatch.setattr(runs, "prepare", prepared)
     recipe = replace(CONVNET, schedule=Cosine(total=steps(100_000)), evaluate=steps(100_000))
     us = machine.Processes(torch.device("cpu"))

@@ -22,7 +22,7 @@ from deit.data import policies
 from deit.data.batches import TrainingBatches
 from deit.data.folders import read_data
 from deit.recipe import SGD, Compute, Cosine, Data, RandAugment, Supervised, steps
-from deit.train import checkpoint, loop, objectives
+from deit.train import checkpoint, loop, objectives, stepping
 from deit.train.loop import train
 
 
@@ -98,13 +98,13 @@ def test_the_learning_rate_moves_with_every_update_of_the_first_epochs(given, tm
     """facebookresearch/deit: the rate was set by epoch, and after it: epochs 0 and 1 both ran at 1e-6. Here 2.625
     steps are an epoch, two epochs warm up, and a resumed run takes the next rate."""
     used: list[float] = []
-    update = loop._step
+    update = stepping.take
 
     def watched(work, *rest):
         used.extend({group["lr"] for group in work.optimizers.optimizers[0].param_groups})
         return update(work, *rest)
 
-    monkeypatch.setattr(loop, "_step", watched)
+    monkeypatch.setattr(stepping, "take", watched)
     recipe = recipe_for(
         Supervised(),
         optim=SGD(lr=0.5, per_images=B),
@@ -138,7 +138,7 @@ def test_the_average_is_what_is_scored_and_it_is_resumed(given, tmp_path, monkey
     assert torch.equal(scored[-1], tensors["ema.classifier.weight"])
     assert not torch.equal(scored[-1], tensors["model.classifier.weight"])
 
-    update = loop._step
+    update = stepping.take
 
     def disturbed(work, state, *rest):
         if state.step == 3:
@@ -146,7 +146,7 @@ def test_the_average_is_what_is_scored_and_it_is_resumed(given, tmp_path, monkey
         return update(work, state, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_step", disturbed)
+        patch.setattr(stepping, "take", disturbed)
         with pytest.raises(loop.Stopped):
             run(recipe, given[:2], tmp_path / "parts")
     [saved] = checkpoint.saved(tmp_path / "parts" / "checkpoints")

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from deit.choices import Scoring
 from deit.export.engines import import_openvino
 from deit.image.processor import FILE_NAME
-from deit.model.convnet import ConvNet
 from deit.model.load import Classifier, refuse_not_finite
 from deit.model.network import DeiTForImageClassificationWithTeacher, PreTrained
 
@@ -31,7 +30,7 @@ class _Logits(nn.Module):
         self.names = ("logits", "cls_logits", "distillation_logits") if both else ("logits",)
         self.options: dict[str, bool] = (
             {}
-            if isinstance(model, ConvNet)
+            if not isinstance(model, PreTrained)
             else {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
         )
 
@@ -55,7 +54,8 @@ class Subject:
             self.model.set_attn_implementation(
                 "sdpa"
             )  # one operation in the graph, which runtimes recognise as attention
-        self.logits = _Logits(self.model).eval()
+        # Files of programs hold weights in the order of their dimensions.
+        self.logits = _Logits(self.model).eval().to(memory_format=torch.contiguous_format)
         self.shape = (config.num_channels, *config.image_hw)
         [made] = self.processor([Image.new("RGB", (8, 8))]).pixel_values
         if made.shape != self.shape:

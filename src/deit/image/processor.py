@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from deit import files
-from deit.config import IMAGENET_MEAN, IMAGENET_STD, DeiTConfig
+from deit.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from deit.image.pixels import Normalisation, as_tensors, flatten, levels, normalisation, pixel_values, type_of
 
 __all__ = ["BatchFeature", "DeiTFeatureExtractor", "DeiTImageProcessor"]
@@ -455,7 +455,7 @@ class DeiTImageProcessor:
         return cls.from_json_file(path, **overrides)
 
     @classmethod
-    def of_model(cls, name_or_folder: str | Path, config: DeiTConfig, **where: Any) -> DeiTImageProcessor:
+    def of_model(cls, name_or_folder: str | Path, config: ModelConfig, **where: Any) -> DeiTImageProcessor:
         """The preprocessing in a model's files: `preprocessor_config.json`, or timm's `pretrained_cfg` in its config.
 
         `where` is as for `from_pretrained`. Raises `FileNotFoundError` if the files have neither.
@@ -463,7 +463,7 @@ class DeiTImageProcessor:
         try:
             return cls.from_pretrained(name_or_folder, **where)
         except FileNotFoundError as error:
-            if timm := config.extra.get("pretrained_cfg"):
+            if timm := getattr(config, "pretrained_cfg", None) or config.extra.get("pretrained_cfg"):
                 return cls.from_timm(timm, image_size=config.image_size)
             raise FileNotFoundError(
                 f"{error}, so how its images are prepared is not known; save the processor it was "

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deit import files, weights
 from deit.choices import Head, Scoring
+from deit.config import ConvNetConfig, TimmConfig, config_of
 from deit.image.processor import DeiTImageProcessor
 from deit.model.convnet import ConvNet
 from deit.model.network import (
@@ -21,6 +22,7 @@ from deit.model.network import (
     DeiTModel,
     PreTrained,
 )
+from deit.model.timm_classifier import TimmClassifier
 from deit.weights import hub
 
 _CLASS: dict[str, type[PreTrained]] = {
@@ -39,8 +41,13 @@ def load_model(name_or_folder: str | Path, **options: Any) -> Any:
         config = files.read_json(files.find_file(name_or_folder, "config.json", **where))
     except FileNotFoundError:
         config = {}
-    if config.get("model_type") == ConvNet.model_type:
+    kind = (
+        type(config_of(config)) if config.get("model_type") == ConvNet.model_type or "architecture" in config else None
+    )
+    if kind is ConvNetConfig:
         return ConvNet.from_pretrained(name_or_folder, **where)
+    if kind is TimmConfig:
+        return TimmClassifier.from_pretrained(name_or_folder, **where)
     name = next(iter(config.get("architectures") or []), "").removeprefix("DeiT").removeprefix("ViT")
     if name in _CLASS:
         return _CLASS[name].from_pretrained(name_or_folder, **options)
@@ -88,7 +95,7 @@ def classifier_of(model: Any, processor: DeiTImageProcessor, name: str = "") -> 
 
 
 def _refuse_no_classifier(model: Any, found: str) -> None:
-    kinds = (DeiTForImageClassification, DeiTForImageClassificationWithTeacher, ConvNet)
+    kinds = (DeiTForImageClassification, DeiTForImageClassificationWithTeacher, ConvNet, TimmClassifier)
     if not isinstance(model, kinds) or not model.config.num_labels:
         raise ValueError(f"{found} a {type(model).__name__} without classes; expected a classifier")
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from deit import files
 from deit.choices import Head, Runtime, Scoring
-from deit.config import ConvNetConfig, DeiTConfig
+from deit.config import ModelConfig, config_of
 from deit.evaluate.calibration import Calibration
 from deit.export.cache import cached_engine
 from deit.export.engines import DESCRIPTION, Engine, load_engine, read_description
@@ -26,7 +26,6 @@ from deit.host import cores
 from deit.image.decode import ImageError
 from deit.image.processor import DeiTImageProcessor
 from deit.machine import resolve_device
-from deit.model.convnet import ConvNet
 from deit.model.load import Classifier, load_classifier, refuse_head, refuse_not_finite, refuse_other_scoring
 from deit.model.network import head_scores
 from deit.predict.backends import Backend, EngineBackend, TorchBackend
@@ -88,7 +87,7 @@ class Predictor:
         self.head = head
         if engine not in (None, *get_args(Runtime)):
             raise ValueError(f"engine is {engine!r}, expected one of {', '.join(get_args(Runtime))}")
-        self.config: DeiTConfig | ConvNetConfig
+        self.config: ModelConfig
         self.model: Any = None
         given = name_or_folder if isinstance(name_or_folder, Classifier) else None
         folder = Path() if isinstance(name_or_folder, Classifier) else Path(name_or_folder)
@@ -97,8 +96,8 @@ class Predictor:
             device = "cpu"
         if exported:
             self.device = torch.device(device)
-            self.config = _config_of(folder)
-            self.processor = DeiTImageProcessor.of_model(folder, self.config)  # type: ignore[arg-type]
+            self.config = config_of(files.read_json(folder / "config.json"))
+            self.processor = DeiTImageProcessor.of_model(folder, self.config)
             self._backend: Backend = EngineBackend(_exported(folder, self.device, engine), self.config.scoring)
         else:
             if engine in ("openvino", "onnx") and torch.device(device).type != "cpu":
@@ -197,11 +196,6 @@ class Predictor:
         output = self._backend(pixels)
         refuse_not_finite(output.values())
         return output
-
-
-def _config_of(folder: Path) -> DeiTConfig | ConvNetConfig:
-    values = files.read_json(folder / "config.json")
-    return (ConvNetConfig if values.get("model_type") == ConvNet.model_type else DeiTConfig).from_dict(values)
 
 
 def _exported(folder: Path, device: torch.device, engine: Runtime | None) -> Engine:

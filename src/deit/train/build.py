@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from deit import files, weights
-from deit.config import ConvNetConfig, DeiTConfig
+from deit.config import ConvNetConfig, DeiTConfig, TimmConfig
+from deit.data.batches import processor_for
 from deit.data.folders import nfc
 from deit.model.convnet import ConvNet
 from deit.model.network import (
@@ -18,6 +19,7 @@ from deit.model.network import (
     DeiTForMaskedImageModeling,
     PreTrained,
 )
+from deit.model.timm_classifier import TimmClassifier, find_start
 from deit.recipe import Distilled, MaskedImage, Recipe
 from deit.train.teacher import find_teacher
 from deit.weights import hub
@@ -50,6 +52,12 @@ def build_model(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
     torch.manual_seed(recipe.seed)
     if isinstance(config, ConvNetConfig):
         return ConvNet(config)
+    if isinstance(config, TimmConfig):
+        found = TimmClassifier(config.replace(pretrained_cfg=processor_for(recipe).to_timm()))
+        if recipe.start:
+            with _starting(recipe.start):
+                found.start_from(recipe.start)
+        return found
     model: PreTrained
     if isinstance(recipe.objective, MaskedImage):
         model = DeiTForMaskedImageModeling(config.replace(encoder_stride=config.patch_size))
@@ -59,8 +67,8 @@ def build_model(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
         model = DeiTForImageClassification(config)
     if recipe.start:
         with _starting(recipe.start):
-            found = hub.read_checkpoint(recipe.start)
-        _start_from(model, found, classes)
+            checkpoint = hub.read_checkpoint(recipe.start)
+        _start_from(model, checkpoint, classes)
     return model
 
 
@@ -71,7 +79,10 @@ def find_sources(recipe: Recipe) -> None:
     """
     if recipe.start:
         with _starting(recipe.start):
-            hub.find_weights(recipe.start)
+            if isinstance(recipe.model, TimmConfig):
+                find_start(recipe.start, recipe.model)
+            else:
+                hub.find_weights(recipe.start)
     find_teacher(recipe)
 
 

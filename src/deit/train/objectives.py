@@ -47,8 +47,8 @@ class Objective(Protocol):
     cycle: int | None
     """Number of steps after which the batches repeat; None if they never do."""
 
-    def introduction(self, validation: Split, us: Processes) -> Iterable[str]:
-        """Sentences for people, before the first step."""
+    def introduction(self, model: nn.Module, validation: Split, us: Processes) -> Iterable[str]:
+        """Sentences for people, before the first step of `model`. Only the main process calls it."""
         ...
 
     def __call__(self, model: nn.Module, batch: Batch, depth_draws: Tensor | None) -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ class ClassificationObjective:
     def __init__(self, recipe: r.Recipe):
         self.recipe = recipe
 
-    def introduction(self, validation: Split, us: Processes) -> Iterable[str]:
+    def introduction(self, model: nn.Module, validation: Split, us: Processes) -> Iterable[str]:
         return ()
 
     def validation(self, split: Split, us: Processes) -> EvaluationBatches:
@@ -166,10 +166,12 @@ class DistilledObjective(ClassificationObjective):
         if isinstance(source, LabelCache):
             self.cycle = source.steps
 
-    def introduction(self, validation: Split, us: Processes) -> Iterable[str]:
+    def introduction(self, model: nn.Module, validation: Split, us: Processes) -> Iterable[str]:
         if isinstance(self.source, LabelCache):
             return [f"the labels that {self.source.teacher} gave, from {self.source.folder}"]
-        return self.source.introduction(self.recipe, validation, "validation", us.device)
+        alone = us.world == 1 or self.recipe.compute.parallel == "replicate"  # a share of a model can't answer
+        learned = model if self.recipe.start and alone else None
+        return self.source.introduction(self.recipe, validation, "validation", us.device, learned)
 
     def taught(self, batch: Batch) -> Tensor:
         """The teacher's answers to a batch: labels (B,) if distillation is hard, otherwise log-probabilities (B, C)."""
@@ -216,7 +218,7 @@ class MaskedImageObjective:
     def __init__(self, recipe: r.Recipe):
         self.recipe = recipe
 
-    def introduction(self, validation: Split, us: Processes) -> Iterable[str]:
+    def introduction(self, model: nn.Module, validation: Split, us: Processes) -> Iterable[str]:
         return ()
 
     def __call__(self, model: nn.Module, batch: Batch, depth_draws: Tensor | None) -> dict[str, Tensor]:

@@ -18,9 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deit import files, host
+from deit.config import TimmConfig, config_of
 from deit.data.batches import EvaluationBatches, processor_for
 from deit.data.folders import Split, nfc
+from deit.evaluate.models import evaluate
 from deit.evaluate.scores import Accuracy
+from deit.machine import Processes
 from deit.model.load import load_classifier
 from deit.model.network import PreTrained
 from deit.recipe import Distilled, Recipe
@@ -211,13 +214,17 @@ class Teacher:
         )
 
     @torch.inference_mode()
-    def introduction(self, recipe: Recipe, split: Split, kind: str, device: torch.device) -> Iterator[str]:
+    def introduction(
+        self, recipe: Recipe, split: Split, kind: str, device: torch.device, student: nn.Module | None = None
+    ) -> Iterator[str]:
         """What people should know before they trust it: `str`, its accuracy on at most `_JUDGED` images of `split`,
-        which are `kind` images, and a warning if it is no better than the answer that never looks."""
+        which are `kind` images, and a warning if it is no better than the answer that never looks, or than a student
+        that has learned before."""
         yield str(self)
         some = split.take(np.unique(np.linspace(0, len(split) - 1, _JUDGED).round().astype(int)).tolist())
+        batches = EvaluationBatches(some, processor_for(recipe), min(recipe.data.batch, _JUDGED), keep=False)
         correct = total = 0
-        for batch in EvaluationBatches(some, processor_for(recipe), min(recipe.data.batch, _JUDGED), keep=False):
+        for batch in batches:
             read = batch.labels >= 0
             if read.any():
                 answers = self(batch.pixels[read].to(device)).argmax(-1).cpu()
@@ -235,6 +242,11 @@ class Teacher:
             yield (
                 f"warning: the teacher is no better than the answer that never looks ({blind:.3f}); the student will "
                 "learn its mistakes. Check its classes, mean, std and image_size, or choose another teacher"
+            )
+        if student is not None and (before := evaluate(student, batches, Processes(device))["fused"]).value > value:
+            yield (
+                f"warning: the student is right on {before.value:.3f} of these images before it begins, more than its "
+                "teacher, and may become worse. Choose another teacher, or train without one"
             )
 
     def _count_outputs(self, place: torch.device) -> int:
@@ -380,14 +392,15 @@ def _order(name: str, vocabularies: Sequence[Sequence[str]], classes: Sequence[s
     return None if list(names) == list(classes) else [place[one] for one in classes]
 
 
+def _is_timms(values: Mapping[str, Any]) -> bool:
+    return isinstance(config_of(values), TimmConfig)
+
+
 def _from_folder(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
-    try:
-        classifier = load_classifier(name)
-    except ValueError as error:
-        config = Path(name).expanduser() / "config.json"
-        if config.is_file() and "architecture" in files.read_json(config):  # timm's
-            raise ValueError(f"{error}; to load it as a teacher with timm, give timm:{name}") from None
-        raise
+    file = Path(name).expanduser() / "config.json"
+    if file.is_file() and "architecture" in (values := files.read_json(file)) and _is_timms(values):
+        return _from_timm(f"timm:{name}", classes, recipe)
+    classifier = load_classifier(name)
     normalisation, config = classifier.processor.normalisation, classifier.model.config
     # a teacher's mean and std are for levels from 0 to 1
     mean, std = (
