@@ -614,13 +614,13 @@ def test_find_a_record(tmp_path):
     with raises_saying(ValueError, "other.json", "seed: expected int, found 'x'"):
         find(str(tmp_path / "other.json"))
     (tmp_path / "list.json").write_text("[1, 2]")
-    with raises_saying(ValueError, "list.json", "expected Recipe, found [1, 2]"):
+    with raises_saying(ValueError, "list.json should hold a JSON object, found list"):
         find(str(tmp_path / "list.json"))
     (tmp_path / "broken.json").write_text('{"name": ')
-    with raises_saying(ValueError, "broken.json is not JSON", "`deit recipes NAME`"):
+    with raises_saying(ValueError, "broken.json is not valid JSON", "`deit recipes NAME`"):
         find(str(tmp_path / "broken.json"))
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x80")
-    with raises_saying(ValueError, "bytes.json is not text"):
+    with raises_saying(ValueError, "bytes.json is not valid JSON"):
         find(str(tmp_path / "bytes.json"))
     with raises_saying(FileNotFoundError, "there is no file", "none.json", "recipe.json"):
         find(str(tmp_path / "none.json"))

@@ -58,7 +58,8 @@ class Runner:
             self.failed.append(stage)
 
     def run(self, name: str) -> None:
-        limit = min(STAGES[name].limit, self.end - time.monotonic())
+        patience = 5 if self.device == "cpu" else 1
+        limit = min(patience * STAGES[name].limit, self.end - time.monotonic())
         if limit < 5:
             return self.write(name, {"left out": "the time is up"})
         if missing := [package for package in STAGES[name].needs if not importlib.util.find_spec(package)]:

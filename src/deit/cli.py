@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from deit import choices, host, signals
+from deit.terminal import shown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 141  # 128 + SIGPIPE, as a shell reports it
             if options.debug:
                 raise
-            print(f"deit {options.verb}: {error}", file=sys.stderr)
+            print(f"deit {options.verb}: {_short(shown(error))}", file=sys.stderr)
             return 1
         finally:
             warnings.formatwarning = formatted
@@ -65,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 _OWN_SIGNALS = ("train", "quickstart", "serve")
 """Verbs that save or answer something when a signal comes, which may take its time."""
+_LONGEST = 4000
+"""Largest number of characters of an error."""
 _NAMES = "deit.names"
 """How standard output writes what its encoding lacks: the bytes of file names that are not text as they are, other
 characters as \\u escapes."""
@@ -84,9 +87,18 @@ def _sentence(verb: str, otherwise: Any) -> Any:
     """Formats the warnings that are meant for users in one line, like errors."""
 
     def formatted(message: Any, category: Any, *where: Any, **more: Any) -> str:
-        return f"deit {verb}: {message}\n" if category is UserWarning else otherwise(message, category, *where, **more)
+        return (
+            f"deit {verb}: {_short(shown(message))}\n"
+            if category is UserWarning
+            else otherwise(message, category, *where, **more)
+        )
 
     return formatted
+
+
+def _short(message: str) -> str:
+    """The message without the middle of what a file made too long."""
+    return message if len(message) <= _LONGEST else f"{message[: _LONGEST // 2]} … {message[-_LONGEST // 2 :]}"
 
 
 def _nobody_reads() -> bool:
@@ -131,13 +143,14 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser(
         "train",
-        help="train a recipe on a folder of images",
-        description="Trains a recipe on a folder of labelled images. The folder holds DIR/train/CLASS/* and "
-        "DIR/val/CLASS/*, or just DIR/CLASS/*; then a share of the images is held out for validation. To use many "
-        "GPUs or machines, start with torchrun -m deit.",
+        help="train a recipe on a folder or list of images",
+        description="Trains a recipe on labelled images. A folder holds DATA/train/CLASS/* and DATA/val/CLASS/*, or "
+        "just DATA/CLASS/*; then a share of the images is held out for validation. A list is a .csv or .jsonl file "
+        "with the columns or keys path, label and, if you like, split (train, val or test). To use many GPUs or "
+        "machines, start with torchrun -m deit.",
     )
     verb.add_argument("recipe", metavar="RECIPE", help="a name from `deit recipes`, FILE.py:FUNCTION, or a recipe.json")
-    verb.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of labelled images")
+    verb.add_argument("--data", type=Path, required=True, metavar="DATA", help="folder or list of labelled images")
     verb.add_argument(
         "--out",
         type=Path,
@@ -156,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=_train)
 
     verb = verbs.add_parser("teach", help="store a teacher's labels for the views that a recipe will train on")
-    verb.add_argument("data", type=Path, metavar="DATA", help="folder of labelled images, as for train")
+    verb.add_argument("data", type=Path, metavar="DATA", help="folder or list of labelled images, as for train")
     verb.add_argument(
         "--teacher",
         required=True,
@@ -381,6 +394,14 @@ def _add_serve(verbs: Any) -> None:
         metavar="FILE",
         help="file of keys, one on each line; /v1/* then needs Authorization: Bearer KEY",
     )
+    verb.add_argument("--private", action="store_true", help="/model and /metrics need a key too")
+    verb.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name by which the server may be asked, beyond localhost and --host; can be given many times",
+    )
     verb.set_defaults(run=_serve)
 
 
@@ -499,12 +520,12 @@ def _quickstart(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from deit.data.folders import read_data
-    from deit.recipe import MaskedImage, override
-    from deit.recipes import find
+    from deit.recipe import MaskedImage
+    from deit.recipes import find_to_run
     from deit.train.build import find_sources
     from deit.train.loop import train
 
-    recipe = override(find(options.recipe), options.settings)
+    recipe = find_to_run(options.recipe, options.settings)
     find_sources(recipe)
     labelled = not isinstance(recipe.objective, MaskedImage)
     splits = read_data(options.data, holdout=recipe.data.holdout, seed=recipe.seed, labelled=labelled)
@@ -526,20 +547,19 @@ def _report_training(options: argparse.Namespace, val_split: Any) -> None:
         print(document.of_training(options.out, val_split, device=options.device))
     except Exception as error:
         print(
-            f"deit train: the model is trained and saved, but its report is not written ({error}); run `deit report "
-            f"{options.out}` to try again",
+            f"deit train: the model is trained and saved, but its report is not written "
+            f"({_short(shown(error))}); run `deit report {options.out}` to try again",
             file=sys.stderr,
         )
 
 
 def _teach(options: argparse.Namespace) -> None:
     from deit.data.folders import read_data
-    from deit.recipe import override
-    from deit.recipes import find
+    from deit.recipes import find_to_run
     from deit.train.labels import teach
     from deit.train.teacher import find_teacher
 
-    recipe = override(find(options.recipe), [*options.settings, f"objective.teacher={options.teacher}"])
+    recipe = find_to_run(options.recipe, [*options.settings, f"objective.teacher={options.teacher}"])
     find_teacher(recipe)
     split, _ = read_data(options.data, holdout=recipe.data.holdout, seed=recipe.seed)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
@@ -624,23 +644,29 @@ def _serve(options: argparse.Namespace) -> None:
     from deit.serve.limits import MAX_PIXELS, Service, read_keys
     from deit.serve.server import serve
 
-    service = Service(
-        max_batch=options.max_batch,
-        max_wait_ms=options.max_wait_ms,
-        queue=options.queue,
-        max_bytes=options.max_bytes,
-        max_pixels=options.max_pixels or MAX_PIXELS,
-        timeout=options.timeout,
-        keys=read_keys(options.api_key_file) if options.api_key_file else (),
-    )
-    predictor = Predictor(options.model, head=options.head, device=options.device, engine=options.engine)
+    def keys() -> tuple[str, ...]:
+        return read_keys(options.api_key_file) if options.api_key_file else ()
+
     serve(
-        predictor,
-        service,
+        lambda: Predictor(options.model, head=options.head, device=options.device, engine=options.engine),
+        Service(
+            max_batch=options.max_batch,
+            max_wait_ms=options.max_wait_ms,
+            queue=options.queue,
+            max_bytes=options.max_bytes,
+            max_pixels=options.max_pixels or MAX_PIXELS,
+            timeout=options.timeout,
+            keys=keys(),
+            private=options.private,
+            hosts=tuple(options.allowed_host),
+        ),
         options.model,
         host=options.host,
         port=options.port,
-        listening=lambda address: print(f"serving {options.model} ({predictor.engine}) at {address}", flush=True),
+        keys=keys,
+        listening=lambda predictor, address: print(
+            f"serving {options.model} ({predictor.engine}) at {address}", flush=True
+        ),
     )
 
 

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
 from functools import wraps
 from pathlib import Path
@@ -36,6 +37,9 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Mean and deviation of red, green and blue over ImageNet's training images, with pixels from 0 to 1."""
 
+MAX_LABELS = 1_000_000
+"""Largest number of labels. A small file could ask for more than the memory holds otherwise."""
+
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 _NOT_WRITTEN = ("extra",)
@@ -50,6 +54,9 @@ _LEFT_OUT_AT_DEFAULT = (
     "return_dict",
 )
 """Fields that every config of `transformers` has, whatever its architecture."""
+
+_NOT_OF_A_MODEL = ("checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "features_only")
+"""Arguments of `timm.create_model` itself."""
 
 C = TypeVar("C", bound="DeiTConfig")
 
@@ -77,6 +84,8 @@ def _of_its_type(values: Mapping[str, Any]) -> dict[str, Any]:
     model_type = values.pop("model_type", None)
     if model_type is None:
         return values
+    if not isinstance(model_type, str):
+        raise ValueError(f"model_type is {model_type!r:.80}, expected text")
     if model_type == "dinov2":
         return foreign.from_dinov2(values)
     if model_type not in ("deit", "vit", "deit3"):
@@ -206,10 +215,14 @@ class DeiTConfig:
         for name in ("id2label", "label2id"):
             if not isinstance(value := getattr(self, name), Mapping | None):
                 raise ValueError(f"{name} must be a dictionary, found {value!r}")
-        if not isinstance(self.num_labels, int | None):
+        if not isinstance(self.num_labels, int | None) or isinstance(self.num_labels, bool):
             raise ValueError(f"num_labels must be a whole number, found {self.num_labels!r}")
         # transformers' example scripts write the numbers of label2id as strings.
-        given = None if self.label2id is None else {str(label): int(i) for label, i in self.label2id.items()}
+        given = (
+            None
+            if self.label2id is None
+            else {str(label): _label_number(i, "label2id", "value") for label, i in self.label2id.items()}
+        )
         if names is None and given is not None:
             names = {i: label for label, i in given.items()}
         if names is not None:
@@ -217,6 +230,8 @@ class DeiTConfig:
         count = self.num_labels if self.num_labels is not None else (2 if names is None else len(names))
         if count < 0:
             raise ValueError(f"num_labels must be 0 or more, found {count}")
+        if count > MAX_LABELS:
+            raise ValueError(f"num_labels must be at most {MAX_LABELS}, found {count}")
         if names is None or (names == _unnamed(len(names)) and len(names) != count):
             names = _unnamed(count)
         if len(names) != count:
@@ -238,8 +253,7 @@ class DeiTConfig:
 
     def _check(self) -> None:
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, found {value!r}")
+            _check_count(name, getattr(self, name))
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} cannot be divided among num_attention_heads="
@@ -249,7 +263,7 @@ class DeiTConfig:
             if not isinstance(value := getattr(self, name), int | float) or not 0.0 <= value < 1.0:
                 raise ValueError(f"{name} must be at least 0 and below 1, found {value!r}")
         for name in ("initializer_range", "layer_norm_eps"):
-            if not isinstance(value := getattr(self, name), int | float) or value < 0:
+            if not isinstance(value := getattr(self, name), int | float) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a number of at least 0, found {value!r}")
         for name in (
             "qkv_bias",
@@ -407,12 +421,8 @@ class DeiTConfig:
     @classmethod
     def from_json_file(cls, json_file: str | Path) -> Self:
         """Reads one file in the format of `config.json`."""
-        try:
-            return cls.from_dict(files.read_json(Path(json_file)))
-        except files.CheckpointError:
-            raise
-        except ValueError as error:
-            raise ValueError(f"{json_file}: {error}") from None
+        found: Self = _read(cls.from_dict, Path(json_file))
+        return found
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **overrides: Any) -> Self:
@@ -454,11 +464,8 @@ class DeiTConfig:
             token=token,
             force_download=force_download,
         )
-        values = files.read_json(path)
-        try:
-            return cls.from_dict(values, **overrides)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        found: Self = _read(cls.from_dict, path, **overrides)
+        return found
 
     @classmethod
     def get_config_dict(
@@ -537,6 +544,11 @@ class ConvNetConfig:
     model_type = "deit_convnet"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.widths, list | tuple) or not self.widths:
+            raise ValueError(f"widths must be a list of channels, found {self.widths!r:.80}")
+        _check_count("depth", self.depth)
+        for name, value in [("num_channels", self.num_channels), *(("each of widths", width) for width in self.widths)]:
+            _check_count(name, value, most=2**20)
         object.__setattr__(self, "widths", tuple(self.widths))
         object.__setattr__(self, "image_size", _pair_or_int("image_size", self.image_size))
         object.__setattr__(self, "id2label", _in_order(self.id2label))
@@ -568,6 +580,37 @@ class ConvNetConfig:
         extra = {name: value for name, value in values.items() if name not in names and name != "model_type"}
         return cls(**{name: value for name, value in values.items() if name in names}, extra=extra)
 
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        """Reads a `config.json`. Raises `ValueError` that names the file."""
+        found: Self = _read(cls.from_dict, path)
+        return found
+
+
+def read_config(path: Path) -> ModelConfig:
+    """`config_of` a `config.json`. Raises `ValueError` that names the file."""
+    found: ModelConfig = _read(config_of, path)
+    return found
+
+
+def _read(build: Callable[..., Any], path: Path, **overrides: Any) -> Any:
+    """A config of a file, which may hold anything."""
+    values = files.read_json(path)
+    try:
+        return build(values, **overrides)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except (TypeError, KeyError, AttributeError, ArithmeticError) as error:  # a value of the wrong type
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} holds a value of the wrong type ({reason:.200}); fetch or write it again") from None
+
+
+def _check_count(name: str, value: Any, most: int = 2**31 - 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, found {value!r:.80}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, found {value:.3g}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TimmConfig:
@@ -592,7 +635,14 @@ class TimmConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.architecture, str) or not re.fullmatch(r"\w+", self.architecture):
-            raise ValueError(f"architecture must be a name of timm without a tag, found {self.architecture!r}")
+            raise ValueError(f"architecture must be a name of timm without a tag, found {self.architecture!r:.80}")
+        if not isinstance(self.model_args, Mapping):
+            raise ValueError(f"model_args must be a dictionary, found {self.model_args!r:.80}")
+        if refused := [name for name in self.model_args if name.startswith("pretrained") or name in _NOT_OF_A_MODEL]:
+            raise ValueError(  # timm would read another file, and unpickle it
+                f"model_args hold {refused[0]!r:.80}, which is no argument of a model; leave it out"
+            )
+        _check_count("num_channels", self.num_channels, most=2**20)
         object.__setattr__(self, "image_size", _pair_or_int("image_size", self.image_size))
         object.__setattr__(self, "id2label", _in_order(self.id2label))
 
@@ -632,7 +682,10 @@ class TimmConfig:
         channels, *size = cfg.pop("input_size", None) or (3, 224, 224)
         count = cfg.pop("num_classes", 1000)
         names = cfg.pop("label_names", None)
-        names = values.get("label_names") or names or _unnamed(values.get("num_classes", count))
+        count = values.get("num_classes", count)
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_LABELS:
+            raise ValueError(f"num_classes must be a whole number up to {MAX_LABELS}, found {count!r:.80}")
+        names = values.get("label_names") or names or _unnamed(count)
         known = ("architecture", "num_classes", "model_args", "label_names", "pretrained_cfg")
         return cls(
             architecture=str(values["architecture"]).partition(".")[0],
@@ -669,7 +722,7 @@ def _pair(value: Pair) -> tuple[int, int]:
 
 
 def _pair_or_int(name: str, value: Any) -> Pair:
-    if isinstance(value, int) and value > 0:
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, int) and v > 0 for v in value):
         return value[0], value[1]
@@ -687,7 +740,7 @@ def _in_order(names: Mapping[Any, Any]) -> dict[int, str]:
     if not isinstance(names, Mapping):
         raise ValueError(f"id2label must be a dictionary from numbers to names, found {names!r}")
     if list(names) == list(range(len(names))):  # as most are
-        return {i: str(label) for i, label in names.items()}
+        return {i: _label(i, label) for i, label in names.items()}
     numbers = [_label_number(i) for i in names]
     if sorted(numbers) != list(range(len(numbers))):
         raise ValueError(
@@ -695,14 +748,20 @@ def _in_order(names: Mapping[Any, Any]) -> dict[int, str]:
             f"found {_few(sorted(numbers))}; number the classes without gaps"
         )
     by_number = dict(zip(numbers, names.values(), strict=True))
-    return {i: str(by_number[i]) for i in range(len(numbers))}
+    return {i: _label(i, by_number[i]) for i in range(len(numbers))}
 
 
-def _label_number(key: Any) -> int:
+def _label(number: int, name: Any) -> str:
+    if isinstance(name, bool) or not isinstance(name, str | int | float):
+        raise ValueError(f"id2label names class {number} {name!r:.80}, expected text")
+    return str(name)
+
+
+def _label_number(number: Any, where: str = "id2label", what: str = "key") -> int:
     try:
-        return int(key)
-    except (TypeError, ValueError):
-        raise ValueError(f"id2label has the key {key!r}, expected the number of a class") from None
+        return int(number)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{where} has the {what} {number!r:.80}, expected the number of a class") from None
 
 
 def _unnamed(count: int) -> dict[int, str]:

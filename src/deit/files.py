@@ -8,9 +8,11 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import os
 import platform
 import shutil
+import stat
 import threading
 import time
 import uuid
@@ -152,18 +154,109 @@ def _download(name: str, filename: str, **options: Any) -> Path:
 
 
 def cache_folder(name: str) -> Path:
-    """This user's folder for files that can be made again: in `XDG_CACHE_HOME`, by default `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "deit", name)
+    """This user's folder for files that can be made again: in `XDG_CACHE_HOME`, by default `~/.cache`.
+
+    Makes the folder if it is missing, so that nobody else can write there. A folder of this user's that others could
+    write to is made anew. Raises `PermissionError` if it belongs to another user, or if others could replace it because
+    a folder above it is theirs or open to all.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute()
+    folder = base / "deit" / name
+    base.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for part in (folder.parent, folder):
+        if part.is_dir() and not part.is_symlink() and _open_to_others(part, sticky=False) and _is_mine(part):
+            shutil.rmtree(part)
+        part.mkdir(mode=0o700, exist_ok=True)
+    for place in (folder, Path(os.path.realpath(folder))):
+        for part in (place, *place.parents):
+            own = part in (place, place.parent)
+            if not _is_mine(part) or _open_to_others(part, sticky=not own):
+                found = "which others can write to" if _is_mine(part) else "which belongs to another user"
+                raise PermissionError(
+                    f"the cache {folder} is not used, because it lies in {part}, {found}; expected folders that only "
+                    "you can change: set XDG_CACHE_HOME to one of them"
+                )
+    return folder
+
+
+def only_mine(folder: Path) -> bool:
+    """Whether a folder and the files in it are no links, and no other user could have written them."""
+    return all(
+        not path.is_symlink() and _is_mine(path) and not _open_to_others(path, sticky=False)
+        for path in (folder, *folder.rglob("*"))
+    )
+
+
+def _is_mine(path: Path) -> bool:
+    """Whether a path belongs to this user or to the system's administrator."""
+    return not hasattr(os, "getuid") or os.lstat(path).st_uid in (os.getuid(), 0)
+
+
+def _open_to_others(path: Path, *, sticky: bool) -> bool:
+    """Whether other users can change a path. `sticky` allows folders like /tmp, where nobody removes what is another's.
+
+    The group that many systems make for each user counts as the user.
+    """
+    found = os.lstat(path)
+    if not hasattr(os, "getuid") or stat.S_ISLNK(found.st_mode) or (sticky and found.st_mode & stat.S_ISVTX):
+        return False
+    shared = found.st_mode & stat.S_IWGRP and found.st_gid != 0 and not _is_own_group(found.st_gid)
+    return bool(shared or found.st_mode & stat.S_IWOTH)
+
+
+def _is_own_group(group: int) -> bool:
+    import grp
+    import pwd
+
+    try:
+        return group == os.getgid() and grp.getgrgid(group).gr_name == pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return False
+
+
+MAX_JSON = 8 * 2**20
+"""Largest JSON file that is read, in bytes. The labels of ImageNet-21k take a third of it."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `CheckpointError` for anything else, and for what readers disagree about: keys
+    that are there twice, and numbers that are not finite."""
+    if (size := path.stat().st_size) > MAX_JSON:
+        raise CheckpointError(
+            f"{path} takes {size / 2**20:.0f} MiB, expected at most {MAX_JSON / 2**20:.0f} MiB of JSON; fetch or write "
+            "it again"
+        )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch or write it again") from None
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = "brackets in too many brackets" if isinstance(error, RecursionError) else error
+        raise CheckpointError(f"{path} is not valid JSON ({reason}); fetch or write it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} should hold a JSON object, found {type(content).__name__}")
     return content
+
+
+def parse_json(text: str) -> Any:
+    """Like `json.loads`, but strict: raises `ValueError` for a key that is there twice, NaN and infinity."""
+    return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is too large for a number")
+    return value
 
 
 def _make_parent(path: Path) -> None:

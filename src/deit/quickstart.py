@@ -20,6 +20,7 @@ from deit.model.load import load_model
 from deit.predict.predictor import Predictor
 from deit.recipes.digits import digits, digits_teacher
 from deit.report import document
+from deit.terminal import shown
 from deit.train.loop import train
 
 _PARTS = ("data", "teacher", "student")
@@ -83,7 +84,7 @@ def _quickstart(out: Path, seed: int, console: Console) -> Result:
         )
     )
     for path, labels in zip(examples, found, strict=True):
-        console.print(f"{path}: {labels[0]['label']} ({labels[0]['score']:.2f})", markup=False, soft_wrap=True)
+        console.print(shown(f"{path}: {labels[0]['label']} ({labels[0]['score']:.2f})"), markup=False, soft_wrap=True)
     console.print(f"The student, on one page: {page}", markup=False, highlight=False, soft_wrap=True)
     steps = [
         ["deit", "predict", student.model, examples[0]],

@@ -578,6 +578,11 @@ class Recipe:
         return typing.cast(Recipe, from_plain(values, cls, WHOLE))
 
 
+def is_code(teacher: str) -> bool:
+    """Whether the name of a teacher is `FILE.py:FUNCTION`, which runs that file."""
+    return ".py:" in teacher and not teacher.startswith("timm:")
+
+
 def difference(theirs: Any, ours: Any, path: str = "") -> str:
     """The first field in which the JSON of two recipes differs, with both values; empty if none does."""
     if isinstance(theirs, dict) and isinstance(ours, dict):

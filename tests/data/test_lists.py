@@ -9,7 +9,7 @@ import pytest
 from support.checks import raises_saying
 from support.runs import photos
 
-from deit.data.folders import Split, fingerprint, matched, read_examples, read_split
+from deit.data.folders import Split, fingerprint, has_split, matched, read_data, read_examples, read_split
 from deit.image.decode import ImageError, load_image
 
 
@@ -140,8 +140,80 @@ def test_jsonl_lists_that_are_refused(line, saying, tmp_path):
 def test_other_lists_that_are_refused(tmp_path):
     with raises_saying(ValueError, "UTF-8"):
         read_examples(write(tmp_path / "list.csv", "path,label", "a.png,café", encoding="latin-1"))
-    with raises_saying(ValueError, "is a list, which has no splits", "--split val"):
+    with raises_saying(ValueError, "is a list without a column split", "--split val"):
         read_examples(write(tmp_path / "list.csv", "path,label", "a.png,cat"), "val")
+
+
+def listing(root, *splits, suffix=".csv", split=True):
+    """A list of what lies in these folders of `root`."""
+    rows = [
+        {"path": str(file.relative_to(root)), "label": file.parent.name} | ({"split": name} if split else {})
+        for name in splits
+        for file in sorted((root / name).rglob("*.png"))
+    ]
+    if suffix == ".jsonl":
+        return write(root / "all.jsonl", *map(json.dumps, rows))
+    return write(root / "all.csv", ",".join(rows[0]), *(",".join(row.values()) for row in rows))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_the_same_training_by_folder_and_by_list(tmp_path, suffix):
+    for name, count in (("train", 7), ("val", 3), ("test", 2)):
+        photos(tmp_path, split=name, count=count)
+    list_ = listing(tmp_path, "train", "val", "test", suffix=suffix)
+    assert read_data(list_, holdout=0.1, seed=0) == read_data(tmp_path, holdout=0.1, seed=0)
+    for split in (None, "train", "val", "test"):
+        assert read_examples(list_, split) == read_examples(tmp_path, split)
+        assert has_split(list_, split or "test") is has_split(tmp_path, split or "test") is True
+    unlabelled = read_data(list_, holdout=0.1, seed=0, labelled=False)
+    assert [split.files for split in unlabelled] == [split.files for split in read_data(list_, holdout=0.1, seed=0)]
+    assert {split.classes for split in unlabelled} == {("image",)}
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_images_are_held_out_of_a_list_as_of_a_folder(tmp_path, split):
+    photos(tmp_path)
+    list_ = listing(tmp_path, "train", split=split)
+    for seed in (0, 1):
+        assert read_data(list_, holdout=0.3, seed=seed) == read_data(tmp_path, holdout=0.3, seed=seed)
+    assert not has_split(list_, "val")
+
+
+def test_other_names_of_splits_and_lists_without_labels(tmp_path):
+    photos(tmp_path)
+    names = sorted(str(file.relative_to(tmp_path)) for file in (tmp_path / "train").rglob("*.png"))
+    bare = write(tmp_path / "bare.csv", "path", *names)
+    whole, held = read_data(bare, holdout=0.2, seed=0, labelled=False)
+    assert len(whole) + len(held) == len(names)
+    parts = [
+        f"{name},{'validation' if i % 3 == 0 else 'train'},{Path(name).parent.name}" for i, name in enumerate(names)
+    ]
+    train, val = read_data(write(tmp_path / "parts.csv", "path,split,label", *parts), holdout=0.2, seed=0)
+    assert (len(train), len(val)) == (14, 7)
+
+
+@pytest.mark.parametrize(
+    ("lines", "saying"),
+    [
+        (["a.png,cat,train", "b.png,dog,holdout"], ["line 3", 'split is "holdout"', "train, val or test"]),
+        (["a.png,cat,train", "b.png,dog,"], ["line 3", "the split is empty"]),
+        (["a.png,cat,test", "b.png,dog,val"], ["no image of the split train"]),
+        (["a.png,cat,train", "b.png,cat,train"], ["one class, 'cat'"]),
+        (["a.png,cat,train", "b.png,dog,train", "c.png,dgo,val"], ["line 4", "class 'dgo'", "'dog'"]),
+    ],
+)
+def test_training_lists_that_are_refused(lines, saying, tmp_path):
+    with raises_saying(ValueError, tmp_path / "list.csv", *saying):
+        read_data(write(tmp_path / "list.csv", "path,label,split", *lines), holdout=0.1, seed=0)
+
+
+def test_splits_that_a_list_lacks(tmp_path):
+    list_ = write(tmp_path / "list.csv", "path,label,split", "a.png,cat,train", "b.png,dog,val")
+    with raises_saying(ValueError, "no image of the split test", "train, val"):
+        read_examples(list_, "test")
+    alone = write(tmp_path / "alone.csv", "path,label,split", "a.png,cat,train")
+    with raises_saying(ValueError, "neither test nor val", "--split train"):
+        read_examples(alone)
 
 
 def test_a_listed_folder_counts_as_an_image_that_can_not_be_read(tmp_path):

@@ -23,7 +23,7 @@ def given(tmp_path_factory):
 
 def commands(given, out):
     model, data, recipes, many = given
-    often = ("--set", "compute.save_minutes=0", "--set", "compute.workers=1", "--set", "schedule.total=steps(2500)")
+    often = ("--set", "compute.save_minutes=0", "--set", "compute.workers=1", "--set", "schedule.total=steps(1200)")
     return {
         "train": ("train", f"{recipes}:student", "--data", data, "--out", out / "run", *often, "--resume"),
         "predict": ("predict", model, many, "--json", out / "rows.jsonl", "--engine", "torch"),
@@ -32,6 +32,7 @@ def commands(given, out):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("name", "kills"), [("train", 20), ("predict", 15), ("export", 15)])
 def test_killed_at_any_moment(given, tmp_path, name, kills):
     """By SIGKILL, anywhere between its first import and its end. Nothing half done is left at the end."""

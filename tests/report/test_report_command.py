@@ -37,6 +37,19 @@ def test_training_ends_with_a_report(trained, capsys):
     assert undated[0] == undated[1]
 
 
+def test_the_report_of_a_run_on_a_list_finds_its_images(tmp_path):
+    photos(photos(tmp_path), split="val", count=2)
+    files = sorted((tmp_path / "train").rglob("*.png")) + sorted((tmp_path / "val").rglob("*.png"))
+    names = [file.relative_to(tmp_path).parts for file in files]
+    lines = ["path,split,label", *(f"{'/'.join(parts)},{parts[0]},{parts[1]}" for parts in names)]
+    (tmp_path / "all.csv").write_text("\n".join(lines))
+    recipe = small_recipe(schedule=Cosine(total=steps(2)))
+    train(recipe, *read_data(tmp_path / "all.csv", holdout=0.1, seed=0), tmp_path / "run", console=QUIET)
+    assert main(["report", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    page = checked((tmp_path / "run" / document.FILE).read_text())
+    page.sees(f"Judged by 6 validation images in {tmp_path / 'all.csv'}")
+
+
 def test_a_report_on_other_images(trained):
     assert main(["report", str(trained / "run"), "--data", str(trained / "data"), "--device", "cpu"]) == 0
     page = checked((trained / "run" / document.FILE).read_text())

@@ -61,11 +61,15 @@ def test_an_exported_folder_predicts_the_same(distilled, photos, tmp_path, to):
         Predictor(exported, device="cuda")
     with raises_saying(ValueError, "is an exported model, whose inside can't be seen"):
         explain_file(exported, photos[0])
-    with TestClient(create_app(Predictor(exported), Service(), "m")) as web:
+    with TestClient(create_app(Predictor(exported), Service(), "m"), "http://localhost") as web:
         assert web.get("/model").json()["explain"] is False
         answer = web.post("/v1/explain", content=photos[0].read_bytes(), headers={"Content-Type": "image/png"})
         assert answer.status_code == 501
         assert "whose inside can't be seen" in answer.json()["error"]
+    if Path("/proc/self/maps").exists():  # a mapped file that someone writes over would end the process
+        loaded = Predictor(exported)
+        assert str(exported) not in Path("/proc/self/maps").read_text()
+        assert loaded(photos)[0][0]["label"] == Predictor(distilled)(photos)[0][0]["label"]
     other = "onnx" if to == "torch" else "torch"
     with raises_saying(ValueError, f"is exported for {to}, but engine is {other}"):
         Predictor(exported, engine=other)

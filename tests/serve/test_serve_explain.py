@@ -269,7 +269,7 @@ def test_what_waits_is_answered_before_the_end(folder):
         first = web.batcher.submit([picture(0)], 1)
         assert gate.reached.wait(20)
         asked = [web.batcher.explain(picture(i), Why("rollout", None)) for i in range(3)]
-        end = threading.Thread(target=web.batcher.close)
+        end = threading.Thread(target=web.batcher.close, args=(20,))
         end.start()
         gate.open.set()
         end.join(20)
@@ -361,7 +361,7 @@ def test_what_can_not_be_explained_is_501(folder, tmp_path):
 def test_an_exported_model_is_501(folder):
     predictor = Predictor(folder)
     predictor.model = None  # as it is for a folder that `deit export` wrote
-    with TestClient(create_app(predictor, Service(), "m")) as web:
+    with TestClient(create_app(predictor, Service(), "m"), "http://localhost") as web:
         assert_refused(ask(web, picture(0), path=EXPLAIN), 501, "an exported model, whose inside can't be seen")
         assert web.get("/model").json()["explain"] is False
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.bombs import blank, deep, grown, scans
 from support.models import build, saved
 from support.serving import RAW, picture, server
 
 from deit import VARIANTS
+from deit.host import cores
 
 STREAM = """
 import sys, time
@@ -28,20 +31,34 @@ print(images / (time.perf_counter() - began))
 
 
 def resident(process):
-    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024  # MiB
+    """MiB of a process and of those that it started."""
+    found = [process.pid]
+    for each in Path(f"/proc/{process.pid}/task").glob("*/children"):
+        found += map(int, each.read_text().split())
+    total = 0
+    for number in found:
+        try:
+            total += int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{number}/status").read_text())[1])
+        except (OSError, TypeError):  # it has ended
+            continue
+    return total / 1024
 
 
-async def load(address, image, clients, seconds, sample):
-    """Each client asks again once it is answered: (seconds since the beginning, seconds, status) of every request.
-
-    Over bare connections, for on the same cores a library's client would take a fifth of what is to be measured."""
-    done, began = [], time.perf_counter()
-    request = (
-        f"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: {RAW['Content-Type']}\r\n"
+def asking(image):
+    return (
+        f"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: {RAW['Content-Type']}\r\n"
         f"Content-Length: {len(image)}\r\n\r\n"
     ).encode() + image
 
-    async def one():
+
+async def load(address, images, seconds, sample):
+    """Each client has an image and asks again once it is answered. For each client, it returns (seconds since the
+    beginning, seconds, status) of every request.
+
+    Over bare connections, for on the same cores a library's client would take a fifth of what is to be measured."""
+    done, began = [[] for _ in images], time.perf_counter()
+
+    async def one(request, done):
         reader, writer = await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2]))
         while (at := time.perf_counter()) - began < seconds:
             writer.write(request)
@@ -55,7 +72,7 @@ async def load(address, image, clients, seconds, sample):
             sample(time.perf_counter() - began)
             await asyncio.sleep(0.25)
 
-    await asyncio.gather(sampled(), *(one() for _ in range(clients)))
+    await asyncio.gather(sampled(), *(one(asking(image), each) for image, each in zip(images, done, strict=True)))
     return done
 
 
@@ -78,8 +95,9 @@ def test_load(tmp_path, capsys):
 
     before, memory = streamed(), []
     with server(folder, "--engine", "auto") as (process, address):
-        asyncio.run(load(address, image, 64, 5, lambda _: None))
-        done = asyncio.run(load(address, image, 64, 60, lambda at: memory.append((at, resident(process)))))
+        asyncio.run(load(address, [image] * 64, 5, lambda _: None))
+        answered = asyncio.run(load(address, [image] * 64, 60, lambda at: memory.append((at, resident(process)))))
+    done = [each for client in answered for each in client]
     after = streamed()
     assert {status for *_, status in done} <= {200, 503}
     good = sorted(seconds for _, seconds, status in done if status == 200)
@@ -93,3 +111,41 @@ def test_load(tmp_path, capsys):
         )
     assert rate >= 0.85 * (before + after) / 2
     assert last < 1.05 * first + 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_load_with_a_tenth_hostile(tmp_path, capsys):
+    """58 clients get answers while six send what takes long or much, each as fast as it is answered; SIGTERM works."""
+    folder = saved(build("with_teacher", VARIANTS["deit-tiny-distilled-patch16-224"]), tmp_path / "m")
+    image, memory = picture(0, "JPEG", (256, 256)), []
+    hostile = [
+        scans(9000),
+        grown("markers", 20_000_000),
+        grown("chunks", 20_000_000),
+        grown("blocks", 20_000_000),
+        blank((1, 50_000_000)),
+        deep(7071),
+    ]
+    with server(folder, "--engine", "auto") as (process, address):
+        asyncio.run(load(address, [image] * 64, 5, lambda _: None))
+        quiet = resident(process)
+        answered = asyncio.run(
+            load(address, [image] * 58 + hostile, 60, lambda at: memory.append((at, resident(process))))
+        )
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    honest = sorted(seconds for client in answered[:58] for _, seconds, status in client if status == 200)
+    refused = [status for client in answered[:58] for *_, status in client if status != 200]
+    most = max(size for _, size in memory)
+    with capsys.disabled():
+        print(
+            f"\n{len(honest) / 60:.1f} images/s, p50 {honest[len(honest) // 2]:.2f} s, p99 "
+            f"{honest[int(0.99 * len(honest))]:.2f} s; {len(refused)} refused; memory {quiet:.0f} MiB, at most "
+            f"{most:.0f}"
+        )
+    assert refused == []
+    assert {status for client in answered[58:] for *_, status in client} == {422}
+    assert honest[-1] < 30
+    allowed = cores() * 288 + min(4, max(1, cores() // 2)) * 634  # MB
+    assert most < quiet + allowed

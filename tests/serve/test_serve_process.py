@@ -27,7 +27,7 @@ def spoken(address, *pieces):
 def test_slow_heads_end_the_connection(folder):
     """Byte by byte, or none at all, from the beginning or after an answer; others are served meanwhile, and after an
     answer a connection may be idle for longer than a head may take."""
-    head = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+    head = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
     with server(folder, "--timeout", "1") as (_, address), httpx.Client() as web:
 
         def drip(first):
@@ -64,7 +64,7 @@ def test_slow_heads_end_the_connection(folder):
 
 def test_the_process_refuses_liars_and_finishes_what_came_at_sigterm(folder):
     image = picture(0)
-    head = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+    head = b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
     with server(folder, "--max-wait-ms", "800", "--timeout", "1", "--max-bytes", "10KiB") as (process, address):
         closing = head + b"Connection: close\r\n"
         slow = threading.Thread(target=lambda: found.append(spoken(address, head + b"Content-Length: 99\r\n\r\nabc")))

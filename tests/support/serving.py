@@ -54,8 +54,9 @@ def picture(seed, kind="PNG", size=(20, 24)):
 @contextmanager
 def client(folder, head="fused", **limits):
     predictor = Predictor(folder, head=head)
-    with TestClient(create_app(predictor, Service(**limits), "m")) as found:
+    with TestClient(create_app(predictor, Service(**limits), "m"), "http://localhost") as found:
         found.predictor, found.batcher = predictor, found.app.state.routes.batcher
+        found.batcher.start()
         yield found
 
 
@@ -99,7 +100,7 @@ class Gate:
 
 
 async def concurrently(app, bodies, query=lambda i: {}, path="/v1/classify"):
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as web:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=60) as web:
         return await asyncio.gather(
             *(web.post(path, content=body, headers=RAW, params=query(i)) for i, body in enumerate(bodies))
         )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from support.checks import assert_close, raises_saying
+from support.checks import assert_close, raises_saying, run_python
 from support.models import CLASS_OF, build, images, small
 
 from deit import files, weights
@@ -279,3 +279,26 @@ def test_weights_that_are_no_tensors_are_refused(tmp_path):
     torch.save({"weight": np.ones(3)}, tmp_path / "arrays.pth")
     with raises_saying(ValueError, tmp_path / "arrays.pth", "'weight' is a pickled object, expected tensors only"):
         hub.read_tensors(tmp_path / "arrays.pth")
+
+
+@pytest.mark.parametrize("arrays", ["torch", "numpy"])
+def test_a_file_that_changes_changes_no_tensor_that_was_read(tmp_path, arrays):
+    """A mapped file would: written over, it changes the model, and cut short, it ends the process (SIGBUS)."""
+    read = """
+import os
+from pathlib import Path
+from safetensors.numpy import save_file
+import numpy as np
+from deit.weights import hub
+path = Path(os.environ["FILE"])
+save_file({"a": np.arange(1_000_000, dtype=np.float32)}, path)
+found = hub.read_tensors(path, os.environ["ARRAYS"])["a"]
+size = path.stat().st_size
+for content in (b"x" * size, b""):
+    with open(path, "r+b") as file:
+        file.truncate()
+        file.write(content)
+    assert found.shape == (1_000_000,) and (np.asarray(found) == np.arange(1_000_000)).all()
+print("the same")
+"""
+    assert run_python(read, FILE=str(tmp_path / "model.safetensors"), ARRAYS=arrays) == "the same"

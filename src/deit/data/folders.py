@@ -14,9 +14,9 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -39,6 +39,8 @@ class Split:
     files: tuple[Path, ...]
     labels: tuple[int, ...]
     classes: tuple[str, ...]
+    source: str = field(default="", compare=False)
+    """The list that names the images, if there is one."""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -71,20 +73,30 @@ def read_split(root: str | Path, split: str, classes: Sequence[str] | None = Non
 
 
 def read_data(root: str | Path, *, holdout: float, seed: int, labelled: bool = True) -> tuple[Split, Split]:
-    """Reads the training and validation images of a folder. The images of `root/test` are never among them.
+    """Reads the training and validation images of a folder or a list. Test images are never among them.
 
-    They are `root/train/CLASS/**` and, if it exists, `root/val/CLASS/**` (or valid, validation). Without val, the share
-    `holdout` (0 to 1) of each class's training images is held out, drawn with `seed`: at least one image of a class of
-    two or more, and none of a class of one. With neither train nor val, `root/CLASS/**` are the training images.
+    In a folder they are `root/train/CLASS/**` and, if it exists, `root/val/CLASS/**` (or valid, validation). Without
+    val, the share `holdout` (0 to 1) of each class's training images is held out, drawn with `seed`: at least one image
+    of a class of two or more, and none of a class of one. With neither train nor val, `root/CLASS/**` are the training
+    images.
 
-    `labelled=False` is for masked-image runs: all images below `root/train` or `root`, at any depth, form one class.
+    In a list (see `read_examples`), the column or key `split` says train, val or test. Without it, all are training
+    images. Without val, images are held out in the same way.
+
+    `labelled=False` is for masked-image runs: all images below `root/train` or `root`, at any depth, form one class. A
+    list then needs no labels.
 
     Raises `FileNotFoundError` or `ValueError` that says what the folder should look like, and `OSError` if it can't be
     read.
     """
     root = Path(root)
+    if root.suffix.lower() in LIST_SUFFIXES and root.is_file():
+        return _listed_data(root, holdout, seed, labelled)
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder; expected one with {root}/train/CLASS/IMAGE files")
+        raise FileNotFoundError(
+            f"{root} is not a folder; expected one with {root}/train/CLASS/IMAGE files, or a list of images "
+            f"({' or '.join(LIST_SUFFIXES)})"
+        )
     train, val = _split_folder(root, "train"), _split_folder(root, "val")
     read, apart = (_read_labelled if labelled else _read_unlabelled), () if train else SPLITS["test"]
     if train is None and (val is not None or not any(_listed(root, apart)[:2])):
@@ -109,12 +121,13 @@ def read_examples(place: str | Path, split: str | None = None) -> tuple[Split, s
 
     The images keep their own classes, sorted by name; `matched` brings the labels into a model's order.
 
-    `place` is a folder or a list. If the folder has splits, `split` (train, val or test) is read; None takes test, or
-    val if there is no test. If it has none, all of `place/CLASS/**` is read, and the name of the split is None.
+    `place` is a folder or a list. If it has splits, `split` (train, val or test) is read; None takes test, or val if
+    there is no test. If it has none, all of `place/CLASS/**` or of the list is read, and the name of the split is None.
 
     A list is a UTF-8 file of paths and class names, one image per line. Relative paths start from the list's folder.
-    A `.csv` file has commas and a header that names the columns `path` and `label`; other columns are ignored. A
-    `.jsonl` file has an object with the strings `path` and `label` in every line; other keys are ignored.
+    A `.csv` file has commas and a header that names the columns `path` and `label`. A `.jsonl` file has an object with
+    the strings `path` and `label` in every line. The column or key `split` may say train, val or test; others are
+    ignored.
 
     Raises `FileNotFoundError` or `ValueError` that says what is expected and, for a list, in which line.
     """
@@ -145,14 +158,31 @@ def read_examples(place: str | Path, split: str | None = None) -> tuple[Split, s
             f"{place} is neither a folder of images nor a list of them ({' or '.join(LIST_SUFFIXES)}); "
             "give one of the two"
         )
-    if split:
-        raise ValueError(f"{place} is a list, which has no splits, found --split {split}; leave it out")
-    return _read_list(place), None
+    rows = _read_list(place)
+    there = {row.split for row in rows}
+    if there == {""}:
+        if split:
+            raise ValueError(
+                f"{place} is a list without a column split, found --split {split}; leave it out, or add the column"
+            )
+        return _of_rows(rows), None
+    found = split or next((name for name in ("test", "val") if name in there), None)
+    if found is None:
+        raise ValueError(
+            f"{place} has images of the split train, but neither test nor val; add some, or use --split train to "
+            "evaluate on the training images"
+        )
+    if found not in there:
+        raise ValueError(f"{place} has no image of the split {found}; it has {', '.join(sorted(there))}")
+    return _of_rows([row for row in rows if row.split == found]), found
 
 
 def has_split(place: str | Path, split: str) -> bool:
-    """Whether a folder has a separate folder for this split (train, val or test)."""
-    return Path(place).is_dir() and _split_folder(Path(place), split) is not None
+    """Whether a folder has a separate folder, or a list has images, of this split (train, val or test)."""
+    place = Path(place)
+    if place.is_file() and place.suffix.lower() in LIST_SUFFIXES:
+        return any(row.split == split for row in _read_list(place))
+    return place.is_dir() and _split_folder(place, split) is not None
 
 
 def matched(split: Split, classes: Sequence[str]) -> Split:
@@ -359,12 +389,50 @@ def _hold_out(whole: Split, holdout: float, seed: int, folder: Path) -> tuple[Sp
     return whole.take(np.flatnonzero(~held)), whole.take(np.flatnonzero(held))
 
 
-def _read_list(file: Path) -> Split:
+class _Row(NamedTuple):
+    """An image of a list."""
+
+    line: int
+    path: str
+    label: str
+    split: str
+    """train, val or test; empty if the list has no splits."""
+
+
+def _listed_data(file: Path, holdout: float, seed: int, labelled: bool) -> tuple[Split, Split]:
+    rows = _read_list(file, labelled)
+    train = [row for row in rows if row.split in ("train", "")]
+    val = [row for row in rows if row.split == "val"]
+    if not train:
+        raise ValueError(f"{file} has no image of the split train; name the training images so in the column split")
+    whole = replace(_of_rows(train), source=str(file))
+    if labelled and len(whole.classes) < 2:
+        raise ValueError(
+            f"{file} has training images of one class, {whole.classes[0]!r}, and a classifier needs two; add images of "
+            "another class"
+        )
+    if unknown := next((row for row in val if row.label not in whole.classes), None):
+        raise ValueError(
+            f"{file}, line {unknown.line}: the class {unknown.label!r} of this validation image has no training image; "
+            f"{near(unknown.label, whole.classes)}; correct the label, or add training images"
+        )
+    return (whole, _of_rows(val, whole.classes)) if val else _hold_out(whole, holdout, seed, file)
+
+
+def _of_rows(rows: Sequence[_Row], classes: tuple[str, ...] | None = None) -> Split:
+    classes = classes or tuple(sorted({row.label for row in rows}))
+    label_of = {name: label for label, name in enumerate(classes)}
+    return Split(tuple(Path(row.path) for row in rows), tuple(label_of[row.label] for row in rows), classes)
+
+
+def _read_list(file: Path, labelled: bool = True) -> list[_Row]:
     root = os.path.abspath(file.parent)
-    rows: dict[str, tuple[int, str]] = {}  # path: line, label
+    rows: dict[str, _Row] = {}
+    read = _csv_rows if file.suffix.lower() == ".csv" else _jsonl_rows
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
-            for number, path, label in (_csv_rows if file.suffix.lower() == ".csv" else _jsonl_rows)(file, lines):
+            for number, row in read(file, lines, ("path", "label") if labelled else ("path",)):
+                path, label = row["path"], row["label"] if labelled else "image"
                 for key, value in (("path", path), ("label", label)):
                     if not isinstance(value, str) or not value.strip():
                         raise ValueError(
@@ -374,19 +442,31 @@ def _read_list(file: Path) -> Split:
                 path, label = os.path.normpath(os.path.join(root, native(path, root))), nfc(label)
                 if path in rows:
                     raise ValueError(
-                        f"{file}, line {number}: {path} is already listed in line {rows[path][0]}, and each image "
+                        f"{file}, line {number}: {path} is already listed in line {rows[path].line}, and each image "
                         "counts once; remove one of the two lines"
                     )
-                rows[path] = (number, label)
+                rows[path] = _Row(number, path, label, _split_named(file, number, row.get("split")))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(
             f"{file} can't be read as {file.suffix[1:].upper()} in UTF-8 ({error}); save it again in that format"
         ) from None
     if not rows:
         raise ValueError(f"{file} lists no images; expected a line with a path and a label for each image")
-    classes = tuple(sorted({label for _, label in rows.values()}))
-    label_of = {name: label for label, name in enumerate(classes)}
-    return Split(tuple(map(Path, rows)), tuple(label_of[label] for _, label in rows.values()), classes)
+    named = [row for row in rows.values() if row.split]
+    if named and len(named) < len(rows):
+        bare = next(row for row in rows.values() if not row.split)
+        raise ValueError(f"{file}, line {bare.line}: the split is empty, but other images have one; fill it in")
+    return list(rows.values())
+
+
+def _split_named(file: Path, line: int, value: Any) -> str:
+    """The split that a list names, by one of its names: train, val, test. Empty if it names none."""
+    if value is None or value == "":
+        return ""
+    name = next((split for split, names in SPLITS.items() if isinstance(value, str) and value.strip() in names), None)
+    if name is None:
+        raise ValueError(f"{file}, line {line}: split is {json.dumps(value)}, expected train, val or test")
+    return name
 
 
 def native(path: str, root: str = "") -> str:
@@ -397,14 +477,14 @@ def native(path: str, root: str = "") -> str:
     return path
 
 
-def _csv_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any, Any]]:
+def _csv_rows(file: Path, lines: Iterable[str], needed: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.reader(lines, strict=True)
     header = [name.strip() for name in next(reader, [])]
-    for name in ("path", "label"):
+    for name in (*needed, *({"split"} & set(header))):
         if header.count(name) != 1:
             raise ValueError(
                 f"{file}, line 1: expected a header with one column {name!r}, found "
-                f"{', '.join(map(repr, header)) or 'nothing'}; name the two columns path and label"
+                f"{', '.join(map(repr, header)) or 'nothing'}; name the columns {' and '.join(needed)}"
             )
     for row in reader:
         if not row:
@@ -414,10 +494,10 @@ def _csv_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any, Any]
                 f"{file}, line {reader.line_num}: expected {len(header)} fields as in the header, found "
                 f'{len(row)}; put a name with a comma in quotes: "tench, Tinca tinca"'
             )
-        yield reader.line_num, row[header.index("path")], row[header.index("label")]
+        yield reader.line_num, dict(zip(header, row, strict=True))
 
 
-def _jsonl_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any, Any]]:
+def _jsonl_rows(file: Path, lines: Iterable[str], needed: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -428,12 +508,13 @@ def _jsonl_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any, An
                 f"{file}, line {number}: not valid JSON ({error.msg}); expected an object like "
                 '{"path": "a.jpg", "label": "cat"}'
             ) from None
-        if not isinstance(row, dict) or not {"path", "label"} <= row.keys():
+        if not isinstance(row, dict) or not set(needed) <= row.keys():
+            keys = " and ".join(f'"{name}"' for name in needed)
             raise ValueError(
-                f'{file}, line {number}: expected an object with the keys "path" and "label", found '
+                f"{file}, line {number}: expected an object with the keys {keys}, found "
                 f"{', '.join(map(repr, row)) if isinstance(row, dict) else type(row).__name__}"
             )
-        yield number, row["path"], row["label"]
+        yield number, row
 
 
 _READ_WHOLE = 2**28

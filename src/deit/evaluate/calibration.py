@@ -57,10 +57,13 @@ class Calibration:
                 for name, head in values.pop("heads").items()
             }
             found = cls(**values, heads=heads)
-            valid = heads and all(
-                0 < head.temperature < math.inf and 0 <= head.threshold <= 1 for head in heads.values()
+            valid = (
+                heads
+                and all(1e-6 < head.temperature < 1e6 and 0 <= head.threshold <= 1 for head in heads.values())
+                and 0 < found.error_rate < 1
+                and isinstance(found.images, int)
             )
-        except (TypeError, KeyError, AttributeError):
+        except (TypeError, KeyError, AttributeError, ValueError):
             valid = False
         if not valid:
             raise ValueError(f"{path} is not a calibration that `deit calibrate` wrote; remove it and calibrate again")

@@ -27,6 +27,7 @@ from deit.evaluate.scores import Accuracy, Comparison, Report, compare
 from deit.machine import Processes, Rows, full_float32, resolve_device
 from deit.model.load import load_classifier, refuse_head, refuse_not_finite, refuse_other_scoring
 from deit.model.network import head_probabilities
+from deit.terminal import shown
 
 _BATCH = 64
 _MANY = 512
@@ -333,6 +334,6 @@ def _telling(batches: Iterable[Batch], console: Console) -> Iterator[Batch]:
     for batch in batches:
         for file, reason in batch.faults:
             console.print(
-                f"{file} {reason}. The evaluation leaves it out", markup=False, highlight=False, soft_wrap=True
+                shown(f"{file} {reason}. The evaluation leaves it out"), markup=False, highlight=False, soft_wrap=True
             )
         yield batch

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from deit.evaluate.models import Evaluation, Examined
 from deit.evaluate.scores import Comparison, Report
+from deit.terminal import shown
 
 _LINES = 10
 """Number of worst classes and of confusions to show."""
@@ -21,11 +22,12 @@ def show(evaluation: Evaluation, console: Console) -> None:
     main, report = evaluation.main, evaluation.main.report
 
     def say(sentence: str) -> None:
-        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+        console.print(shown(sentence), markup=False, highlight=False, soft_wrap=True)
 
     where = evaluation.data + (f", {evaluation.split} images" if evaluation.split else "")
+    say(_described(main))
     say(
-        f"{_described(main)}\n{where}: {report.images} images, "
+        f"{where}: {report.images} images, "
         f"{sum(each.support > 0 for each in report.by_class)} of the model's {len(report.classes)} classes"
     )
     if report.unreadable:
@@ -37,8 +39,9 @@ def show(evaluation: Evaluation, console: Console) -> None:
             ([head, *report.accuracy(head).cells(), *report.accuracy(head, 5).cells()] for head in report.heads),
         )
     )
+    console.print()
     say(
-        f"\nThe {report.head} head: negative log likelihood {report.nll:.4f}, Brier score {report.brier:.4f}, "
+        f"The {report.head} head: negative log likelihood {report.nll:.4f}, Brier score {report.brier:.4f}, "
         f"calibration error {report.calibration_error:.4f}"
     )
     console.print(
@@ -86,7 +89,8 @@ def _worst(report: Report) -> Table:
 
 
 def _compare(main: Examined, other: Examined, found: Comparison, console: Console, say: Any) -> None:
-    say(f"\nCompared with {_described(other)}, on {found.images} images that both models could read")
+    console.print()
+    say(f"Compared with {_described(other)}, on {found.images} images that both models could read")
     console.print(
         _table(
             f"The {main.report.head} heads",
@@ -111,6 +115,6 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) ->
         table.add_column(column, justify="left" if place == 0 else "right")
     for row in rows:
         table.add_row(
-            *(Text("-" if cell is None else f"{cell:.3f}" if isinstance(cell, float) else str(cell)) for cell in row)
+            *(Text("-" if cell is None else f"{cell:.3f}" if isinstance(cell, float) else shown(cell)) for cell in row)
         )
     return table

@@ -34,6 +34,7 @@ from deit.image.processor import DeiTImageProcessor
 from deit.machine import full_float32
 from deit.model.load import refuse_not_finite
 from deit.predict.predictor import Predictor
+from deit.terminal import shown
 
 
 class Score(NamedTuple):
@@ -133,8 +134,12 @@ class Explanation:
     def __str__(self) -> str:
         """The answers, and a table of the maps' scores if they are scored."""
         lines = [
-            f"{answer.token} token: {answer.label} {answer.probability:.3f}"
-            + (f"; explained: {answer.target} {answer.target_probability:.3f}" if answer.target != answer.label else "")
+            f"{answer.token} token: {shown(answer.label)} {answer.probability:.3f}"
+            + (
+                f"; explained: {shown(answer.target)} {answer.target_probability:.3f}"
+                if answer.target != answer.label
+                else ""
+            )
             for answer in self.answers
         ]
         rows = [

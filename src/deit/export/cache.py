@@ -29,12 +29,15 @@ def cached_engine(classifier: Classifier, to: Literal["onnx", "openvino"]) -> En
     """Returns a trained classifier in another runtime, in the precision that the runtime chooses.
 
     The first use writes and checks it as `export` does. The folder lies in this user's cache, and its name is a hash of
-    the model's content. That use also removes folders that were not used for a month.
+    the model's content. A folder that another user could have written is made anew. That use also removes folders that
+    were not used for a month.
 
-    Raises the errors of `export`.
+    Raises the errors of `export`, and `PermissionError` if others could change the cache (`files.cache_folder`).
     """
     import_packages(to)
     folder = files.cache_folder("engines") / f"{to}-{_digest(classifier.model, to)}"
+    if os.path.lexists(folder) and not (folder.is_dir() and files.only_mine(folder)):
+        _remove(folder)  # another user could have written it
     try:
         engine = load_engine(folder)
     except FileNotFoundError:
@@ -42,7 +45,7 @@ def cached_engine(classifier: Classifier, to: Literal["onnx", "openvino"]) -> En
     except files.CheckpointError:
         shutil.rmtree(folder)
     else:
-        with suppress(OSError):  # the folder belongs to another user, or is read-only
+        with suppress(OSError):  # the folder is read-only
             os.utime(folder)
         return engine
     subject = Subject(classifier)
@@ -75,6 +78,13 @@ def _forget_unused(cache: Path) -> None:
                 shutil.rmtree(other, ignore_errors=True)
             elif unused < 0:  # the clock was ahead, and the folder would stay until it is there again
                 os.utime(other)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _digest(model: Any, to: Literal["onnx", "openvino"]) -> str:

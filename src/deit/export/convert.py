@@ -22,8 +22,8 @@ def convert(source: str | Path, to: Dialect, out: str | Path, **where: Any) -> P
 
     The image preprocessing is written too if the format has a place for it. Beside `model.keras` it is a separate file.
 
-    Raises `ValueError` for another `to`, for an `out` that is the folder of `source`, and for a model that the project
-    can't express. Raises `files.InUse` if another process converts into `out`.
+    Raises `ValueError` for another `to`, for an `out` that is the folder of `source`, for tensors that don't fit their
+    config, and for a model that the project can't express. Raises `files.InUse` if another process converts into `out`.
     """
     folder = Path(out)
     place = Path(source).parent if Path(source).is_file() else Path(source)
@@ -35,6 +35,11 @@ def convert(source: str | Path, to: Dialect, out: str | Path, **where: Any) -> P
 
 def _converted(source: str | Path, to: Dialect, folder: Path, where: dict[str, Any]) -> Path:
     checkpoint = hub.read_checkpoint(source, arrays="numpy" if to == "keras" else "torch", **where)
+    kind = weights.kind_of(checkpoint.tensors)
+    options = checkpoint.options_for(kind)
+    pooler, mask = (options.get(name, False) for name in ("add_pooling_layer", "use_mask_token"))
+    config = checkpoint.config_for(kind, DeiTConfig, {})
+    checkpoint.faults(weights.manifest(config, kind, pooler=pooler, mask_token=mask), False)
     processor = _processor_of(source, checkpoint.config, where)
     if to == "hf":
         hub.write_checkpoint(folder, checkpoint.config, checkpoint.tensors)

@@ -58,7 +58,14 @@ class Engine(ABC):
                 f"pixels must be (images, {', '.join(map(str, self.shape))}) of float32, found "
                 f"{pixels.shape} of {pixels.dtype}; make them with the DeiTImageProcessor of {self.folder}"
             )
-        return dict(zip(self.outputs, self._run(np.ascontiguousarray(pixels)), strict=True))
+        try:
+            found = self._run(np.ascontiguousarray(pixels))
+        except Exception as error:  # each runtime has its own exception classes
+            reason = " ".join(str(error).split())[:200]
+            raise files.CheckpointError(
+                f"the model in {self.folder} can't be computed by {self.name} ({reason}); export it again"
+            ) from error
+        return dict(zip(self.outputs, found, strict=True))
 
     def __str__(self) -> str:
         return self.name
@@ -66,6 +73,14 @@ class Engine(ABC):
     def __reduce__(self) -> tuple[Any, ...]:
         """Makes another process open the same folder, because a runtime's session can't be sent."""
         return partial(load_engine, self.folder.absolute(), hint=self.hint, precision=self.precision), ()
+
+    def _check_names(self, inputs: set[str], outputs: set[str]) -> None:
+        """Raises `CheckpointError` if the model's file lacks the names that its description gives."""
+        if self.input not in inputs or not outputs.issuperset(self.outputs):
+            raise files.CheckpointError(
+                f"the model in {self.folder} has the inputs {sorted(inputs)} and the outputs {sorted(outputs)}, and "
+                f"its {DESCRIPTION} names {self.input!r} and {', '.join(self.outputs)}; export the model again"
+            )
 
     @abstractmethod
     def _run(self, pixels: np.ndarray) -> list[np.ndarray]:
@@ -82,7 +97,10 @@ class TorchEngine(Engine):
         self._torch = torch
         path = folder / "model.pt2"
         with _reading(path, self.name):
-            self._model = torch.export.load(path).module()
+            from deit.export.program import Program  # which loads PyTorch
+
+            self._model = Program(path)
+        self._check_names({self._model.input}, set(self._model.outputs))
 
     def _run(self, pixels: np.ndarray) -> list[np.ndarray]:
         with self._torch.inference_mode():
@@ -104,6 +122,9 @@ class OnnxEngine(Engine):
         path = folder / "model.onnx"
         with _reading(path, self.name):
             self._session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+        self._check_names(
+            *({value.name for value in part} for part in (self._session.get_inputs(), self._session.get_outputs()))
+        )
 
     def _run(self, pixels: np.ndarray) -> list[np.ndarray]:
         return self._session.run(list(self.outputs), {self.input: pixels})
@@ -120,7 +141,12 @@ class OpenVINOEngine(Engine):
             settings["INFERENCE_PRECISION_HINT"] = "f32"
         path = folder / "model.xml"
         with _reading(path, self.name):
-            self._model = openvino.Core().compile_model(path, "CPU", settings)
+            core = openvino.Core()
+            core.set_property({"ENABLE_MMAP": False})  # a mapped file that changes would end the process
+            self._model = core.compile_model(path, "CPU", settings)
+        self._check_names(
+            *({name for value in part for name in value.names} for part in (self._model.inputs, self._model.outputs))
+        )
         self._requests = threading.local()  # a request answers one call at a time
 
     def __str__(self) -> str:
@@ -138,6 +164,10 @@ class OpenVINOEngine(Engine):
         return [found[name] for name in self.outputs]
 
 
+_OUTPUTS = (["logits"], ["logits", "cls_logits", "distillation_logits"])
+"""The outputs that a classifier can have, in their order."""
+_LARGEST_SIDE = 2**16
+
 ENGINES: dict[str, type[Engine]] = {
     "torch": TorchEngine,
     "onnx": OnnxEngine,
@@ -152,8 +182,8 @@ ENGINES: dict[str, type[Engine]] = {
 def load_engine(folder: str | Path, *, hint: Hint = "latency", precision: Precision = "auto") -> Engine:
     """Returns the model of an exported folder, ready to run. The options are those of `Engine`.
 
-    `torch.export.load` reads folders of format `torch`, and it can execute what a file holds. Take such folders only
-    from people whose code you would run.
+    Nothing that a file holds is executed but the operations of a network: a `.pt2` file is run by `Program`, and an
+    ONNX or OpenVINO file by a runtime that gets no other library and no file outside the folder.
 
     Raises `FileNotFoundError` if the folder holds no export, `CheckpointError` for damaged files, and `ImportError` if
     the runtime is not installed.
@@ -178,16 +208,22 @@ def read_description(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {DESCRIPTION}; give a folder that `deit export` wrote")
     description = files.read_json(path)
-    if description.get("format") not in ENGINES:
+    if (to := description.get("format")) not in [*ENGINES]:
         raise files.CheckpointError(
-            f"{path} is of format {description.get('format')!r}, expected one of "
-            f"{', '.join(ENGINES)}; export the model again with this version"
+            f"{path} is of format {to!r:.80}, expected one of {', '.join(ENGINES)}; export the model again with this "
+            "version"
         )
-    shape, kinds = (description.get("input") or {}).get("shape"), {"files": dict, "input": dict, "outputs": list}
-    if (
-        any(not isinstance(description.get(key), kind) for key, kind in kinds.items())
-        or not (isinstance(shape, list) and len(shape) == 4)
-        or "name" not in description["input"]
+    taken, outputs, named = (description.get(key) for key in ("input", "outputs", "files"))
+    shape = taken.get("shape") if isinstance(taken, dict) else None
+    if not (
+        isinstance(taken, dict)
+        and isinstance(taken.get("name"), str)
+        and isinstance(shape, list)
+        and len(shape) == 4
+        and all(isinstance(side, int) and 0 < side <= _LARGEST_SIDE for side in shape[1:])
+        and outputs in _OUTPUTS
+        and isinstance(named, dict)
+        and all(isinstance(digest, str) and Path(name).name == name for name, digest in named.items())
     ):
         raise files.CheckpointError(
             f"{path} lacks the files, the input or the outputs of the model; export the model again"
@@ -226,6 +262,8 @@ def needed(package: str) -> Iterator[None]:
 def _reading(path: Path, runtime: str) -> Iterator[None]:
     try:
         yield
+    except files.CheckpointError:
+        raise
     except Exception as error:  # each runtime has its own exception classes
         reason = " ".join(str(error).split())[:200]
         raise files.CheckpointError(

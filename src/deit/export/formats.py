@@ -121,7 +121,17 @@ class _Attempt(NamedTuple):
 
 
 def _save_torch(subject: Subject, folder: Path) -> None:
-    files.write_archive(folder / "model.pt2", lambda file: torch.export.save(subject.program, file))
+    """Writes the program, and refuses it unless `torch.export.load` gives its answer, because others open it so."""
+    path = folder / "model.pt2"
+    files.write_archive(path, lambda file: torch.export.save(subject.program, file))
+    pixels = torch.rand(3, *subject.shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        read, own = torch.export.load(path).module()(pixels), subject.logits(pixels)
+    if not all(torch.allclose(read[name], own[name], rtol=TOLERANCE, atol=TOLERANCE) for name in own):
+        raise ValueError(
+            f"torch was not kept: expected the PyTorch model's answers from torch.export.load, found others (torch "
+            f"{torch.__version__}); take another format, and please report this"
+        )
 
 
 def _save_onnx(subject: Subject, folder: Path) -> None:

@@ -29,6 +29,8 @@ from deit.image.pixels import Normalisation, as_tensors, flatten, levels, normal
 __all__ = ["BatchFeature", "DeiTFeatureExtractor", "DeiTImageProcessor"]
 
 FILE_NAME = "preprocessor_config.json"
+MAX_SIDE = 2**14
+"""Largest side of an image that is made, in pixels."""
 
 
 # ---- options -----------------------------------------------------------------------------------------------------
@@ -49,8 +51,8 @@ def _pixels(name: str, value: Any) -> int:
         count = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         count = 0
-    if count < 1:
-        raise ValueError(f"{name} holds {value!r}, expected a whole number of pixels, 1 or more")
+    if not 1 <= count <= MAX_SIDE:
+        raise ValueError(f"{name} holds {value!r:.80}, expected a whole number of pixels from 1 to {MAX_SIDE}")
     return count
 
 
@@ -486,6 +488,7 @@ class DeiTImageProcessor:
         kinds = [extra.pop("image_processor_type", None), extra.pop("feature_extractor_type", None)]
         kind = str(kinds[0] or kinds[1] or "DeiTImageProcessor")
         if kind not in _TYPES:
+            kind = kind if kind.isidentifier() else repr(kind)
             raise ValueError(f"the file is for {kind}, which is not supported; expected one of {', '.join(_TYPES)}")
         _refuse_undone(extra)
         known = {name: extra.pop(name) for name in _CHECKS if name in extra}

@@ -47,13 +47,18 @@ class ConvNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **where: Any) -> Self:
-        config = ConvNetConfig.from_dict(
-            files.read_json(files.find_file(pretrained_model_name_or_path, "config.json", **where))
-        )
+        config = ConvNetConfig.from_file(files.find_file(pretrained_model_name_or_path, "config.json", **where))
         path = files.find_file(pretrained_model_name_or_path, "model.safetensors", **where)
-        model = cls(config)
-        try:
-            model.load_state_dict(hub.read_tensors(path))
-        except RuntimeError as error:
-            raise files.CheckpointError(f"{path} does not fit the config.json beside it: {error}") from None
-        return model.eval()
+        tensors = hub.read_tensors(path)
+        expected = {}
+        if len(config.widths) * config.depth <= len(tensors):  # otherwise there are too many layers to list
+            with torch.device("meta"):
+                model = cls(config)
+            expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        if expected != {name: tensor.shape for name, tensor in tensors.items()}:
+            raise files.CheckpointError(
+                f"{path} does not fit the config.json beside it, which has widths={list(config.widths)!s:.80}, "
+                f"depth={config.depth} and {config.num_labels} labels; take both files from one model"
+            )
+        model.load_state_dict(tensors, assign=True)
+        return model.requires_grad_(True).eval()

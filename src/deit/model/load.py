@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deit import files, weights
 from deit.choices import Head, Scoring
-from deit.config import ConvNetConfig, TimmConfig, config_of
+from deit.config import ConvNetConfig, TimmConfig, read_config
 from deit.image.processor import DeiTImageProcessor
 from deit.model.convnet import ConvNet
 from deit.model.network import (
@@ -38,17 +38,24 @@ def load_model(name_or_folder: str | Path, **options: Any) -> Any:
     """A trained model in evaluation mode, of the class that its files need. `options` are as for `from_pretrained`."""
     where = {key: options[key] for key in files.WHERE if key in options}
     try:
-        config = files.read_json(files.find_file(name_or_folder, "config.json", **where))
+        path = files.find_file(name_or_folder, "config.json", **where)
+        config = files.read_json(path)
     except FileNotFoundError:
         config = {}
     kind = (
-        type(config_of(config)) if config.get("model_type") == ConvNet.model_type or "architecture" in config else None
+        type(read_config(path)) if config.get("model_type") == ConvNet.model_type or "architecture" in config else None
     )
     if kind is ConvNetConfig:
         return ConvNet.from_pretrained(name_or_folder, **where)
     if kind is TimmConfig:
         return TimmClassifier.from_pretrained(name_or_folder, **where)
-    name = next(iter(config.get("architectures") or []), "").removeprefix("DeiT").removeprefix("ViT")
+    named = config.get("architectures") or [""]
+    if not isinstance(named, list) or not isinstance(named[0], str):
+        raise files.CheckpointError(
+            f"the config.json of {name_or_folder} has architectures={named!r:.80}, expected a list with the name of a "
+            "class; correct it, or leave it out"
+        )
+    name = named[0].removeprefix("DeiT").removeprefix("ViT")
     if name in _CLASS:
         return _CLASS[name].from_pretrained(name_or_folder, **options)
     reading = where | {key: options[key] for key in ("config", "variant", "use_safetensors") if key in options}

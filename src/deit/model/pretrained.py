@@ -440,6 +440,9 @@ class PreTrained(TimmWays, nn.Module):
                 raise ValueError(f"{part} is an option of DeiTModel and ViTModel, found {cls.__name__}; leave it out")
             if wanted is not None:
                 options[part] = wanted
+        pooler, mask = (options.get(name, False) for name in ("add_pooling_layer", "use_mask_token"))
+        expected = weights.manifest(settings, cls.kind, pooler=pooler, mask_token=mask)
+        found.faults(expected, ignore_mismatched_sizes)  # before a model is built that the file can't fill
         with torch.device("meta"):  # no need to allocate and initialise tensors that the file gives
             model = cls(settings, **options)
         info = model._load(found, ignore_mismatched_sizes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deit import files, host
-from deit.config import TimmConfig, config_of
+from deit.config import MAX_LABELS, TimmConfig, read_config
 from deit.model.outputs import ImageClassifierOutput
 from deit.weights import hub
 
@@ -53,11 +53,14 @@ class TimmClassifier(nn.Module):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **where: Any) -> Self:
-        config = TimmConfig.from_dict(
-            files.read_json(files.find_file(pretrained_model_name_or_path, "config.json", **where))
-        )
+        path = files.find_file(pretrained_model_name_or_path, "config.json", **where)
+        config = read_config(path)
+        if not isinstance(config, TimmConfig):
+            raise files.CheckpointError(f"{path} is no config of timm; load the folder with deit.load_model")
+        tensors, file = _read(pretrained_model_name_or_path, **where)
+        refuse_larger(path.parent, files.read_json(path), tensors, lambda: _created(config))
         model = cls(config)
-        model._load(*_read(pretrained_model_name_or_path, **where))
+        model._load(tensors, file)
         return model.eval()
 
     def start_from(self, start: str) -> None:
@@ -69,7 +72,7 @@ class TimmClassifier(nn.Module):
         tensors, path = self._in_order(*_read_installed(self.config)) if start == INSTALLED else _read(start)
         labels: tuple[str, ...] = ()
         with suppress(FileNotFoundError):
-            labels = tuple((config_of(files.read_json(files.find_file(start, "config.json"))).id2label or {}).values())
+            labels = tuple((read_config(files.find_file(start, "config.json")).id2label or {}).values())
         if labels != tuple(self.config.id2label.values()):
             self._freshen_head()
             fresh = self.model.state_dict()
@@ -101,6 +104,41 @@ class TimmClassifier(nn.Module):
             ) from None
 
 
+def refuse_larger(
+    folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], create: Callable[[], nn.Module]
+) -> None:
+    """Raises `CheckpointError` if timm's `config.json` describes a much larger model than its weights.
+
+    `create` makes that model, here without memory for its tensors.
+    """
+    arguments = {} if config.get("model_args") is None else config["model_args"]
+    if not isinstance(arguments, dict):
+        raise files.CheckpointError(f"model_args of {folder}/config.json are no object; fetch it again")
+    sizes = {"num_classes": config.get("num_classes"), "input_size": _sides(config), **arguments}
+    if not isinstance(count := sizes["num_classes"], int | None) or isinstance(count, bool):
+        raise files.CheckpointError(f"num_classes of {folder}/config.json is {count!r:.80}, expected a number")
+    for name, value in sizes.items():
+        for one in value if isinstance(value, list) else [value]:
+            limit = {"depth": 1000, "depths": 1000, "img_size": 2**12, "input_size": 2**12}.get(name, MAX_LABELS)
+            if isinstance(one, int | float) and one > limit:
+                raise files.CheckpointError(
+                    f"{name} of {folder}/config.json is {one:.3g}, expected at most {limit}; fetch it again"
+                )
+    held, asked = sum(tensor.numel() for tensor in tensors.values()), 0
+    with suppress(Exception), torch.device("meta"):  # some architectures can't be made without memory
+        asked = sum(tensor.numel() for tensor in create().state_dict().values())
+    if asked > 2 * held + 2**20:
+        raise files.CheckpointError(
+            f"{folder}/config.json describes a model of {asked} numbers, and its weights are {held}; take both files "
+            "from one model"
+        )
+
+
+def _sides(config: Mapping[str, Any]) -> Any:
+    cfg = config.get("pretrained_cfg")
+    return cfg.get("input_size") if isinstance(cfg, dict) else None
+
+
 def _created(config: TimmConfig) -> Any:
     try:
         import timm
@@ -117,8 +155,9 @@ def _created(config: TimmConfig) -> Any:
         arguments.setdefault("img_size", config.image_hw)
     try:
         return timm.create_model(config.architecture, pretrained=False, **arguments)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"timm's {config.architecture} can't be made with {arguments}: {error}") from None
+    except Exception as error:  # its models take arguments of all kinds
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"timm's {config.architecture} can't be made with {arguments!s:.300}: {reason}") from None
 
 
 def _read(start: str | Path, **where: Any) -> tuple[dict[str, Tensor], Path]:

@@ -42,6 +42,10 @@ class TorchBackend:
         self.model: nn.Module = classifier.model.to(device)
         self.heads, self.device = classifier.heads, device
         self._rows = Rows(warnings.warn)
+        # what a config.json asks for beside the logits, which nobody would read
+        usual = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+        config = classifier.model.config
+        self._options = {name: value for name, value in usual.items() if getattr(config, name, value) != value}
 
     @torch.inference_mode()
     def __call__(self, pixels: np.ndarray) -> ModelOutput:
@@ -49,7 +53,7 @@ class TorchBackend:
             return self._rows(self._computed, torch.from_numpy(pixels))
 
     def _computed(self, pixels: Tensor) -> ModelOutput:
-        return self.model(pixels.to(self.device))
+        return self.model(pixels.to(self.device), **self._options)
 
     def __str__(self) -> str:
         return "torch"

@@ -6,10 +6,8 @@ so work that was stopped continues after its last whole part.
 
 from __future__ import annotations
 
-import csv
 import glob
 import hashlib
-import io
 import json
 import os
 import sys
@@ -27,6 +25,7 @@ from deit.choices import Head, Runtime
 from deit.data.folders import native, passed_over, walk_images
 from deit.export.engines import sha256
 from deit.predict.predictor import Predictor
+from deit.terminal import cell, shown
 
 PART = 2048
 """Number of images in a part. Work that is stopped loses at most this many."""
@@ -93,13 +92,13 @@ def predict_files(
         _print(rows_of(paths), to, top_k)
     tally.finish()
     if passed:
-        print(f"deit predict: {passed_over(passed)}", file=sys.stderr)
+        print(f"deit predict: {shown(passed_over(passed))}", file=sys.stderr)
     return tally.unreadable + before
 
 
 def _print(rows: Iterable[dict[str, Any]], form: Form, top_k: int) -> None:
     if form == "csv":
-        for line in csv_lines(rows, top_k):
+        for line in csv_lines(map(_shown_row, rows) if sys.stdout.isatty() else rows, top_k):
             print(line, end="", flush=True)
     else:
         for row in rows:
@@ -109,9 +108,15 @@ def _print(rows: Iterable[dict[str, Any]], form: Form, top_k: int) -> None:
                 print(_line(row), flush=True)
 
 
+def _shown_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose text can't speak to a terminal."""
+    texts: dict[str, Any] = {key: shown(row[key]) for key in ("image", "error") if key in row}
+    return {**row, **texts, "labels": [{**found, "label": shown(found["label"])} for found in row["labels"]]}
+
+
 def _line(row: dict[str, Any]) -> str:
-    labels = ", ".join(f"{found['label']} {found['score']:.3f}" for found in row["labels"])
-    return f"{row['image']}: " + (f"I don't know ({labels})" if row.get("sure") is False else labels)
+    labels = ", ".join(f"{shown(found['label'])} {found['score']:.3f}" for found in row["labels"])
+    return f"{shown(row['image'])}: " + (f"I don't know ({labels})" if row.get("sure") is False else labels)
 
 
 @dataclass(frozen=True)
@@ -373,18 +378,26 @@ class Results:
 
 
 def csv_lines(rows: Iterable[dict[str, Any]], top_k: int) -> Iterator[str]:
-    """Yields a header and a line for each row: image, label_1, score_1, …, sure, error."""
+    """Yields a header and a line for each row: image, label_1, score_1, …, sure, error.
+
+    Texts are written as `terminal.cell` says, so that no spreadsheet computes them.
+    """
     names = ["image", *(f"{what}_{i}" for i in range(1, top_k + 1) for what in ("label", "score")), "sure", "error"]
-    line = io.StringIO(newline="")
-    writer = csv.DictWriter(line, names, lineterminator="\n")
-    writer.writeheader()
+    yield ",".join(names) + "\n"
     for row in rows:
-        yield line.getvalue()
-        line.seek(0)
-        line.truncate()
         best = {f"{key}_{i}": value for i, each in enumerate(row["labels"], 1) for key, value in each.items()}
-        writer.writerow({"image": row["image"], **best, **{key: row[key] for key in ("sure", "error") if key in row}})
-    yield line.getvalue()
+        values: dict[str, Any] = {
+            "image": row["image"],
+            **best,
+            **{key: row[key] for key in ("sure", "error") if key in row},
+        }
+        yield ",".join(_quoted(values.get(name, "")) for name in names) + "\n"
+
+
+def _quoted(value: Any) -> str:
+    """A cell of a CSV file. Python's own writer leaves a carriage return unquoted, which readers take for a new row."""
+    text = cell(value) if isinstance(value, str) else str(value)
+    return '"' + text.replace('"', '""') + '"' if set(text) & set(',"\r\n') else text
 
 
 def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]], top_k: int) -> None:
@@ -459,7 +472,7 @@ class Tally:
             self.images += 1
             if "error" in row:
                 self.unreadable += 1
-                print(f"deit predict: {row['error']}", file=self.stream)
+                print(f"deit predict: {shown(row['error'])}", file=self.stream)
             if self.stream.isatty() and time.monotonic() - self.shown > 1:
                 self.shown = time.monotonic()
                 print(f"\r{self._text()}", end="", file=self.stream, flush=True)

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from deit import files
 from deit.choices import Head, Runtime, Scoring
-from deit.config import ModelConfig, config_of
+from deit.config import ModelConfig, read_config
 from deit.evaluate.calibration import Calibration
 from deit.export.cache import cached_engine
 from deit.export.engines import DESCRIPTION, Engine, load_engine, read_description
@@ -96,7 +95,7 @@ class Predictor:
             device = "cpu"
         if exported:
             self.device = torch.device(device)
-            self.config = config_of(files.read_json(folder / "config.json"))
+            self.config = read_config(folder / "config.json")
             self.processor = DeiTImageProcessor.of_model(folder, self.config)
             self._backend: Backend = EngineBackend(_exported(folder, self.device, engine), self.config.scoring)
         else:
@@ -195,6 +194,11 @@ class Predictor:
         """The model's output for pixels (B, channels, height, width). Raises `NotFinite` if it is not finite."""
         output = self._backend(pixels)
         refuse_not_finite(output.values())
+        if (found := output["logits"].shape[-1]) != len(self.labels):
+            raise ValueError(
+                f"the model gives {found} numbers for an image, and its config.json names {len(self.labels)} labels; "
+                "take both files from one model"
+            )
         return output
 
 

@@ -6,14 +6,14 @@ import difflib
 import importlib
 import importlib.util
 import inspect
-import json
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from deit.recipe import Recipe
+from deit import files
+from deit.recipe import Distilled, Recipe, is_code, override
 
 
 def shipped() -> dict[str, Callable[..., Recipe]]:
@@ -44,17 +44,52 @@ def find(name: str) -> Recipe:
     file, colon, function = name.rpartition(":")
     if colon and file.endswith(".py"):
         return _call(Path(file).expanduser(), function)
-    place = Path(name).expanduser()
     if name.endswith(".py"):
         raise ValueError(f"{name} may hold many recipes; name one of its functions, as in {name}:my_recipe")
-    if place.suffix == ".json" or place.is_dir():
-        return _read(place / "recipe.json" if place.is_dir() else place)
+    if (place := _data(name)) is not None:
+        return _read(place)
     close = difflib.get_close_matches(name, recipes, 3)
     raise ValueError(
         f"there is no recipe {name!r}; "
         + (f"did you mean {' or '.join(close)}? " if close else "")
         + "`deit recipes` lists them, and FILE.py:FUNCTION or a recipe.json works too"
     )
+
+
+def find_to_run(name: str, settings: Sequence[str] = ()) -> Recipe:
+    """`find`, with the changes of `override`, for a recipe that will be trained.
+
+    A `recipe.json` may come from anybody, so it runs no code by itself: raises `ValueError` if it names a
+    `FILE.py:FUNCTION` as its teacher and `settings` don't name the same.
+    """
+    recipe = override(find(name), settings)
+    if _data(name) is None or not _runs_code(recipe):
+        return recipe
+    unnamed = find(name).to_dict()
+    unnamed["objective"]["teacher"] = ""
+    teacher = recipe.objective.teacher  # type: ignore[union-attr]
+    if override(Recipe.from_dict(unnamed), settings).objective.teacher != teacher:  # type: ignore[union-attr]
+        raise ValueError(
+            f"{name} names the Python code {teacher} as its teacher, and training would run it, but a recipe.json runs "
+            f"no code by itself; read that file, and if you trust it, add --set objective.teacher={teacher}"
+        )
+    return recipe
+
+
+def _runs_code(recipe: Recipe) -> bool:
+    """Whether training the recipe calls a teacher that is code."""
+    objective = recipe.objective
+    return isinstance(objective, Distilled) and is_code(objective.teacher) and not objective.cache
+
+
+def _data(name: str) -> Path | None:
+    """The `recipe.json` that a name leads to; None if it is a shipped recipe or code."""
+    place = Path(name).expanduser()
+    if name in shipped() or name.endswith(".py") or name.rpartition(":")[0].endswith(".py"):
+        return None
+    if place.is_dir():
+        return place / "recipe.json"
+    return place if place.suffix == ".json" else None
 
 
 def _recipes_of(module: ModuleType) -> dict[str, Callable[..., Recipe]]:
@@ -97,10 +132,8 @@ def _read(file: Path) -> Recipe:
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}; give a recipe.json, or the folder of a run, which holds one")
     try:
-        return Recipe.from_dict(json.loads(file.read_text()))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text ({error.reason}); expected the JSON of a recipe") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON ({error}); expected what `deit recipes NAME` prints") from None
+        return Recipe.from_dict(files.read_json(file))
+    except files.CheckpointError as error:
+        raise ValueError(f"{error}; a recipe is what `deit recipes NAME` prints") from None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None

@@ -20,8 +20,10 @@ from PIL import Image
 LONGEST = 160
 """Maximum number of characters of a name that are shown. A longer name loses its middle."""
 _VOID = {"img", "meta"}
-_ILLEGAL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
-"""Characters that HTML and XML can't hold."""
+_ILLEGAL = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff\u202a-\u202e\u2066-\u2069]"
+)
+"""Characters that HTML and XML can't hold, and those that turn the text after them around."""
 
 
 class Html(str):

@@ -1,7 +1,8 @@
 """A model behind HTTP.
 
-`question` reads requests, `batcher` joins their images into batches, and `app` answers within `limits`. `described`
-holds the API's description, and `server` is the process around all of it.
+`connection` and `outermost` refuse what is no request for this server. `question` reads requests, `decoders` make
+pixels of their images, `batcher` joins these into batches, and `app` answers within `limits`. `described` holds the
+API's description, and `server` is the process around all of it.
 """
 
 from deit import host

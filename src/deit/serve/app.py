@@ -8,11 +8,12 @@ up.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import io
-import json
-import time
-from collections.abc import AsyncIterator, Callable, Mapping
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -22,17 +23,18 @@ from typing import Any, TypeVar
 
 import prometheus_client as prometheus
 from fastapi import FastAPI, Request, Response
+from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deit import host
 from deit.explain.explanation import Explanation, explained_model
 from deit.explain.picture import figure, fitted, overlay
+from deit.image.confined import FORMATS
 from deit.image.decode import ImageError
 from deit.predict.predictor import Predictor
 from deit.report.markup import data_uri
-from deit.serve.batcher import FORMATS, Batcher, Full, ModelFailed
+from deit.serve.batcher import Batcher, Full, ModelFailed
 from deit.serve.described import (
     CLASSIFY,
     EXPLAIN,
@@ -45,6 +47,7 @@ from deit.serve.described import (
     api_page,
 )
 from deit.serve.limits import Service
+from deit.serve.outermost import GONE, Json, Metrics, Outermost
 from deit.serve.question import (
     EXPLANATION,
     Bodies,
@@ -58,19 +61,9 @@ from deit.serve.question import (
 
 _Read = TypeVar("_Read")
 
-_GONE = 499  # for the metrics only, because the client that would read it has gone
 _SIDE = 224  # smallest longer side of a picture in an answer, in pixels
 
-_HEADERS = [
-    (name.lower().encode(), value.encode())
-    for name, value in {
-        "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-        "img-src 'self' blob: data:; connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'",
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-store",
-    }.items()
-]
+_log = logging.getLogger("deit.serve")
 
 _HERE = Path(__file__).parent
 _PAGES = {
@@ -87,114 +80,97 @@ _PAGES = {
 }
 
 
-class _Json(Response):
-    """JSON in ASCII, because any text can be encoded in it."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        return json.dumps(content).encode("ascii")
-
-
 # ---- the application ---------------------------------------------------------------------------------------------
 
 
-class _Metrics:
-    def __init__(self, service: Service, waiting: Callable[[], int]):
-        self.registry = prometheus.CollectorRegistry()
-        self.requests = prometheus.Counter(
-            "deit_requests",
-            "Requests by route and status (499: the client has gone).",
-            ["route", "status"],
-            registry=self.registry,
-        )
-        self.seconds = prometheus.Histogram(
-            "deit_request_seconds",
-            "Seconds from a request's head to its whole answer, for /v1/*.",
-            ["route"],
-            registry=self.registry,
-            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
-        )
-        sizes = [2**i for i in range(16) if 2**i < service.max_batch] + [service.max_batch]
-        self.batches = prometheus.Histogram(
-            "deit_batch_images", "Images computed together.", registry=self.registry, buckets=sizes
-        )
-        self.images = prometheus.Counter(
-            "deit_images", "Images of answered requests.", ["result"], registry=self.registry
-        )
-        prometheus.Gauge(
-            "deit_queue_images", "Images decoding or waiting for the model.", registry=self.registry
-        ).set_function(waiting)
+class _Served:
+    """A model that is served."""
 
-
-class _Outermost:
-    """Adds headers to every answer, and counts every request."""
-
-    def __init__(self, app: ASGIApp, metrics: _Metrics):
-        self.app, self.metrics = app, metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        began, status = time.monotonic(), _GONE
-
-        async def sending(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message = {**message, "headers": [*message.get("headers", []), *_HEADERS]}
-            await send(message)
-
-        try:
-            await self.app(scope, receive, sending)
-        finally:
-            route = getattr(scope.get("route"), "path", "other")
-            self.metrics.requests.labels(route, status).inc()
-            if route.startswith("/v1/"):
-                self.metrics.seconds.labels(route).observe(time.monotonic() - began)
-
-
-class _Routes:
-    """The answers of each route."""
-
-    def __init__(self, predictor: Predictor, service: Service, name: str):
-        self.predictor, self.service, self.name = predictor, service, name
+    def __init__(self, predictor: Predictor, service: Service, computed: Callable[[int], object]):
+        self.predictor = predictor
         self.batcher = Batcher(
             predictor,
             max_batch=service.max_batch,
             max_wait=service.max_wait_ms / 1000,
             queue_size=service.queue,
             max_pixels=service.max_pixels,
-            computed=self._computed,
+            seconds=service.decode_seconds,
+            computed=computed,
         )
         self.unexplained = _unexplained(predictor)
-        self.metrics = _Metrics(service, lambda: self.batcher.waiting)
+
+    def start(self) -> None:
+        """Computes a first image, which takes longest and fails if the model can't be used, and starts processes."""
+        height, width = self.predictor.config.image_hw
+        self.predictor([Image.new("RGB", (width, height))])
+        self.batcher.start()
+
+
+class Routes:
+    """The answers of each route."""
+
+    def __init__(self, predictor: Predictor, service: Service, name: str):
+        self.service, self.name = service, name
+        self.served = _Served(predictor, service, self._computed)
+        self.metrics = Metrics(service, lambda: self.batcher.waiting)
         self.bodies = Bodies(service.max_bytes, service.timeout)
-        self.keys = [key.encode() for key in service.keys]
-        # A thread parses bodies, because 20 MiB would keep all other requests waiting. It is only one thread, because
-        # 20 MiB of JSON can become 500 MB.
+        self.keys = _digests(service.keys)
+        # A thread parses bodies, because 20 MiB would keep all other requests waiting. It is only one thread, so that
+        # one client's bodies don't take all cores.
         self.parser = ThreadPoolExecutor(1, thread_name_prefix="deit-parse")
         self.ending = False
+        self._renewing = threading.Lock()
+
+    @property
+    def batcher(self) -> Batcher:
+        """What makes the batches of the model that is served now."""
+        return self.served.batcher
 
     def _computed(self, images: int) -> None:
         self.metrics.batches.observe(images)
+
+    def renew(self, load: Callable[[], Predictor], keys: Callable[[], tuple[str, ...]]) -> None:
+        """Serves another model, and takes other keys. What can't be used is told in the log, and the old stays.
+
+        Requests under way are answered by the model that they came to.
+        """
+        with self._renewing:
+            try:
+                self.keys = _digests(keys())
+            except (OSError, ValueError) as error:
+                _log.error("the keys stay as they were: %s", error)
+            try:
+                new = _Served(load(), self.service, self._computed)
+            except Exception as error:
+                _log.error("the model stays as it was: %s", error)
+                return
+            try:
+                new.start()
+            except Exception as error:
+                new.batcher.close(0)
+                _log.error("the model stays as it was: %s", error)
+                return
+            old, self.served = self.served, new
+            _log.warning("the model was loaded again from %s", self.name)
+            old.batcher.close(2 * self.service.timeout)
 
     @asynccontextmanager
     async def life(self, _: FastAPI) -> AsyncIterator[None]:
         yield
         self.ending = True
-        self.parser.shutdown()
-        await asyncio.to_thread(self.batcher.close)
+        self.parser.shutdown(wait=False)
+        await asyncio.to_thread(self.batcher.close, self.service.timeout)
 
     def _check_key(self, request: Request) -> None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        found = given.strip().encode("latin-1", "replace")
-        matches = [
-            hmac.compare_digest(found, key) for key in self.keys
-        ]  # all keys, so that the time doesn't tell which one
+        [found] = _digests([given.strip()])
+        matches = [hmac.compare_digest(found, key) for key in self.keys]  # all, so that the time doesn't tell which one
         if self.keys and not (scheme.lower() == "bearer" and any(matches)):
             refuse(401, "this needs a key; send it as Authorization: Bearer KEY", **{"WWW-Authenticate": "Bearer"})
+
+    def _check_private(self, request: Request) -> None:
+        if self.service.private:
+            self._check_key(request)
 
     @asynccontextmanager
     async def _asked(
@@ -218,9 +194,10 @@ class _Routes:
     async def classify(self, request: Request) -> Response:
         """Labels for one image or many, sent as raw bytes, as files in a form, or as base64 in JSON."""
         self._check_key(request)
+        served = self.served
         question = Question(("top_k",), '{"images": ["<base64>", ...], "top_k": 3}', self.service.max_batch)
         async with self._asked(request, question, labels_asked) as (images, top_k):
-            futures = self.batcher.submit(images, min(top_k, len(self.predictor.labels)))
+            futures = served.batcher.submit(images, min(top_k, len(served.predictor.labels)))
             del images
             await self._done(request, futures)
         results: list[dict[str, Any]] = []
@@ -234,19 +211,20 @@ class _Routes:
         self.metrics.images.labels("labelled").inc(len(results) - len(errors))
         if len(errors) == len(results):
             refuse(422, errors[0])
-        return _Json({"model": self.name, "results": results})
+        return Json({"model": self.name, "results": results})
 
     async def explain(self, request: Request) -> Response:
         """Maps of what the answer to one image rests on, one for each token, as numbers, in words and as pictures. With
         Accept: image/png, one figure."""
         self._check_key(request)
-        if self.unexplained:
-            refuse(501, self.unexplained)
-        async with self._asked(request, EXPLANATION, partial(explanation_asked, labels=self.predictor.labels)) as (
+        served = self.served
+        if served.unexplained:
+            refuse(501, served.unexplained)
+        async with self._asked(request, EXPLANATION, partial(explanation_asked, labels=served.predictor.labels)) as (
             [image],
             why,
         ):
-            future = self.batcher.explain(image, why)
+            future = served.batcher.explain(image, why)
             del image
             await self._done(request, [future])
         try:
@@ -257,7 +235,7 @@ class _Routes:
         self.metrics.images.labels("explained").inc()
         if wants_picture(request.headers.get("accept", "")):
             return Response(await asyncio.to_thread(_figure, found, self.name), media_type="image/png")
-        return _Json(await asyncio.to_thread(_explained, found, self.name))
+        return Json(await asyncio.to_thread(_explained, found, self.name))
 
     async def _done(self, request: Request, futures: list[Future[Any]]) -> None:
         """Waits until all futures are done. Cancels them if the time is up or the client has gone."""
@@ -284,16 +262,18 @@ class _Routes:
         except ModelFailed as error:
             refuse(503, str(error), **{"Retry-After": "1"})
 
-    async def model(self) -> Response:
+    async def model(self, request: Request) -> Response:
         """The model that is served, and the limits."""
-        calibration, head, limits = self.predictor.calibration, self.predictor.head, self.service
-        return _Json(
+        self._check_private(request)
+        predictor, limits = self.served.predictor, self.service
+        calibration, head = predictor.calibration, predictor.head
+        return Json(
             {
                 "model": self.name,
-                "labels": self.predictor.labels,
-                "scoring": self.predictor.config.scoring,
+                "labels": predictor.labels,
+                "scoring": predictor.config.scoring,
                 "head": head,
-                "image_size": list(self.predictor.config.image_hw),
+                "image_size": list(predictor.config.image_hw),
                 "calibration": None
                 if calibration is None
                 else {
@@ -305,7 +285,7 @@ class _Routes:
                 "limits": {"images": limits.max_batch, "bytes": limits.max_bytes, "pixels": limits.max_pixels},
                 "formats": list(dict.fromkeys(FORMATS.values())),
                 "key": bool(self.keys),
-                "explain": not self.unexplained,
+                "explain": not self.served.unexplained,
             }
         )
 
@@ -316,7 +296,7 @@ class _Routes:
     async def healthz(self) -> Response:
         """200 while the process lives; 503 if it has to be started again, because its GPU failed."""
         self._check_device()
-        return _Json({"status": "ok"})
+        return Json({"status": "ok"})
 
     async def readyz(self) -> Response:
         """200 while requests are answered; 503 if the model's thread has ended, if the GPU failed, and while the server
@@ -324,11 +304,17 @@ class _Routes:
         self._check_device()
         if self.ending or not self.batcher.alive:
             refuse(503, "the server is shutting down; ask another one", **{"Retry-After": "1"})
-        return _Json({"status": "ready"})
+        return Json({"status": "ready"})
 
-    async def metrics_text(self) -> Response:
+    async def metrics_text(self, request: Request) -> Response:
         """Metrics in Prometheus' text format."""
+        self._check_private(request)
         return Response(prometheus.generate_latest(self.metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
+
+
+def _digests(keys: Iterable[str]) -> list[bytes]:
+    """Keys in a form that takes the same time to compare, whatever their length."""
+    return [hashlib.sha256(key.encode("latin-1", "replace")).digest() for key in keys]
 
 
 def _unexplained(predictor: Predictor) -> str:
@@ -363,7 +349,7 @@ def _figure(found: Explanation, model: str) -> bytes:
 
 
 async def _gone(_: Request, __: Exception) -> Response:
-    return Response(status_code=_GONE)
+    return Response(status_code=GONE)
 
 
 async def _refused(_: Request, error: HTTPException) -> Response:
@@ -371,12 +357,12 @@ async def _refused(_: Request, error: HTTPException) -> Response:
         404: "there is nothing here; see /api for all addresses, or try the page at /",
         405: "this method is not for this address; see /api for all addresses",
     }
-    return _Json({"error": sentence.get(error.status_code, str(error.detail))}, error.status_code, error.headers)
+    return Json({"error": sentence.get(error.status_code, str(error.detail))}, error.status_code, error.headers)
 
 
 def create_app(predictor: Predictor, service: Service, name: str) -> FastAPI:
     """Returns the application. `name` is the model's name in answers; `app.state.routes.batcher` makes the batches."""
-    routes = _Routes(predictor, service, name)
+    routes = Routes(predictor, service, name)
     app = FastAPI(
         title="deit",
         version=host.VERSION,
@@ -387,16 +373,17 @@ def create_app(predictor: Predictor, service: Service, name: str) -> FastAPI:
         exception_handlers={HTTPException: _refused, ClientDisconnect: _gone},
     )
     app.state.routes = routes
-    app.add_middleware(_Outermost, metrics=routes.metrics)
+    app.add_middleware(Outermost, metrics=routes.metrics, hosts=service.hosts)
     app.post("/v1/classify", response_model=Answers, responses=_failures(SAID), openapi_extra=CLASSIFY)(routes.classify)
     picture: dict[int | str, Any] = {200: {"content": {"image/png": {}}}}
     app.post(
         "/v1/explain", response_model=Explained, responses=picture | _failures(NOT_EXPLAINED), openapi_extra=EXPLAIN
     )(routes.explain)
-    app.get("/model", response_model=ModelCard)(routes.model)
+    needed = _failures({401: SAID[401]}) if service.private else {}
+    app.get("/model", response_model=ModelCard, responses=needed)(routes.model)
     app.get("/healthz", responses={503: {"model": Failure}})(routes.healthz)
     app.get("/readyz", responses={503: {"model": Failure}})(routes.readyz)
-    app.get("/metrics")(routes.metrics_text)
+    app.get("/metrics", responses=needed)(routes.metrics_text)
     for path, (file, kind) in _PAGES.items():
         app.get(path, include_in_schema=False)(_sends(file.read_bytes(), kind))
     app.get("/api", include_in_schema=False)(_sends(api_page(app.openapi()).encode(), "text/html"))

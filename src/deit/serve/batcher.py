@@ -1,10 +1,13 @@
-"""Dynamic batching. Threads decode the images of many requests, and one thread with the model computes them together.
+"""Dynamic batching. Processes decode the images of many requests, and one thread with the model computes them together.
 
 ```
-submit ─┐                                  ┌─► batch of 1 to max_batch ─┐
-        ├─► decoding (threads) ─► ready ───┤   (owner thread, in turn)  ├─► each request's future
-explain ┘                                  └─► one explanation ─────────┘
+submit ─┐                                    ┌─► batch of 1 to max_batch ─┐
+        ├─► decoding (processes) ─► ready ───┤   (owner thread, in turn)  ├─► each request's future
+explain ┘                                    └─► one explanation ─────────┘
 ```
+
+Images that take more than a little to decode, `_QUICK`, have processes of their own, half as many as cores and at most
+`_MOST_LARGE`. So a crowd of them does not keep usual images waiting.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,19 +32,25 @@ from PIL import Image
 from deit.choices import Method
 from deit.explain.explanation import Explanation, explain_pixels, explained_model
 from deit.host import cores
-from deit.image.decode import ImageError, reading, without_texts
+from deit.image.confined import Bounds
+from deit.image.decode import ImageError
 from deit.machine import device_lost
 from deit.predict.predictor import Answer, Predictor
-
-FORMATS = {"JPEG": "JPEG", "MPO": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "TIFF": "TIFF", "BMP": "BMP"}
-"""The formats that are decoded for strangers, from Pillow's name to the usual one. Pillow knows more formats, but one
-of them (EPS) starts a program."""
-
-_FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"GIF8", b"II*\x00", b"MM\x00*", b"BM")
+from deit.serve.decoders import Decoders, TooMuch
 
 _EXPLAINED = 4
 """Explanations get at most one of this many places in the queue. Each one costs the time of several images, and they
 must not keep requests for labels out."""
+
+_QUICK = 16_000_000
+"""Most pixels that an image of the quick processes has to decode: a photograph of 64 megapixels in a usual JPEG, or a
+screen of 5300 by 3000 in a PNG. Those processes have one second for each image."""
+_MOST_LARGE = 4
+_AT_FIRST = 4  # quick processes that start with the server
+_AT_REST = 128 * 2**20
+_BYTES_PER_PIXEL = 10
+"""What decoding may take beyond what a process takes at rest. An RGBA picture that is made RGB takes 8 bytes for each
+pixel; 16 bits for each value take 27, so only two fifths of the pixels."""
 
 _log = logging.getLogger("deit.serve")
 
@@ -76,16 +85,29 @@ class _Job:
     ready: float = 0.0  # monotonic seconds
 
 
+class _Lane:
+    """Images that wait for some decoders, and the number of threads that bring them there."""
+
+    def __init__(self, decoders: Decoders, threads: int):
+        self.decoders, self.threads = decoders, threads
+        self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+
+
+def _memory(pixels: int) -> int:
+    return _AT_REST + _BYTES_PER_PIXEL * pixels
+
+
 class Batcher:
     """Answers images as they come.
 
     Args:
-        predictor: the predictor. One thread calls it, and several threads call its `prepared`.
+        predictor: the predictor. One thread calls it.
         max_batch: largest number of images computed together.
         max_wait: seconds that a decoded image waits for others.
         queue_size: number of images that may be decoding or waiting; more are refused. A quarter of them may wait for
             explanations.
         max_pixels: largest image, in pixels. Larger ones are refused by their header.
+        seconds: most time that an image may take to decode, in seconds of the processor.
         computed: called with the number of images in each batch.
     """
 
@@ -97,21 +119,32 @@ class Batcher:
         max_wait: float,
         queue_size: int,
         max_pixels: int,
+        seconds: float,
         computed: Callable[[int], object] = lambda images: None,
     ):
         self.predictor, self.max_batch, self.max_wait = predictor, max_batch, max_wait
-        self.queue_size, self.max_pixels, self.computed = queue_size, max_pixels, computed
-        height, width = predictor.config.image_hw
-        self._shape = predictor.prepared(Image.new("RGB", (width, height))).shape  # (channels, height, width)
+        self.queue_size, self.computed = queue_size, computed
         self._lock = threading.Lock()
         self.lost = ""
         """Why no answer can come any more, until the process is started again; empty while answers can come."""
+        self._closing = False
         self._waiting = 0
         self._unexplained = 0  # the part of them that waits for explanations
         self._seconds_per_image = self._seconds_per_explanation = 0.0
         self._ready: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        Image.init()  # now, because it is not safe in several threads at once
-        self._decoders = ThreadPoolExecutor(cores(), thread_name_prefix="deit-decode")
+        height, width = predictor.config.image_hw
+        blank = Image.new("RGB", (width, height))
+        file = io.BytesIO()
+        blank.save(file, "PNG")
+        self._blank = file.getvalue()
+        shape = predictor.prepared(blank).shape  # (channels, height, width)
+        quick, patience = min(_QUICK, max_pixels), 3 * seconds
+        self._quick = self._lane(Bounds(max_pixels, quick, min(1.0, seconds), _memory(quick), shape), patience, cores())
+        self._large = self._lane(
+            Bounds(max_pixels, max_pixels, seconds, _memory(max_pixels), shape),
+            patience,
+            min(_MOST_LARGE, max(1, cores() // 2)),
+        )
         self._owner = threading.Thread(target=self._run, name="deit-model", daemon=True)
         self._owner.start()
 
@@ -157,35 +190,71 @@ class Batcher:
             self._unexplained += explanations
         for job in jobs:
             job.answer.add_done_callback(partial(_forget, job))
-            self._decoders.submit(self._decode, job)
+            self._quick.jobs.put(job)
         return [job.answer for job in jobs]
 
-    def close(self) -> None:
-        """Waits until everything that was submitted has its answer, and ends the threads."""
-        self._decoders.shutdown()
-        self._ready.put(None)
-        self._owner.join()
+    def start(self) -> None:
+        """Starts some quick processes. They would otherwise start when they are needed, as the others do.
 
-    def _decode(self, job: _Job) -> None:
-        data = job.data
-        if job.answer.cancelled():
-            self._leave(job)
-            return
+        Raises `RuntimeError` if they can't work.
+        """
         try:
-            check_header(data, self.max_pixels)
-            job.pixels = self.predictor.prepared(data)
-            if job.pixels.shape != self._shape:  # possible if nothing is resized; it would spoil its batch
-                raise ImageError(f"the image gives pixels of {job.pixels.shape}, expected {self._shape}; resize it")
-        except MemoryError:
-            self._fail(job, ImageError("the image takes more memory to decode than is free; shrink it"))
-        except (ImageError, ValueError) as error:
-            self._fail(job, ImageError(str(error).replace("<bytes>", "the image")))
-        except Exception as error:  # a lost job would keep its place in the queue for ever
-            _log.exception("decoding failed")
-            self._fail(job, ImageError(f"the image can't be decoded ({type(error).__name__}); convert it to PNG"))
-        else:
-            job.data, job.ready = b"", time.monotonic()
-            self._ready.put(job)
+            self._quick.decoders.start(min(_AT_FIRST, cores()))
+            self._quick.decoders(self._blank)
+        except TooMuch:
+            raise RuntimeError(
+                "the processes that decode end at once; let this user start processes, and give them memory"
+            ) from None
+
+    def close(self, seconds: float) -> None:
+        """Waits until everything that was submitted has its answer, and ends the threads and processes.
+
+        After `seconds`, it waits no more: what is being decoded is ended, and the thread with the model is left alone.
+        """
+        until = time.monotonic() + seconds
+        while self._waiting and time.monotonic() < until:
+            time.sleep(0.01)
+        self._closing = True
+        for lane in (self._quick, self._large):
+            lane.decoders.close()
+            for _ in range(lane.threads):
+                lane.jobs.put(None)
+        self._ready.put(None)
+        self._owner.join(max(0.0, until - time.monotonic()))
+
+    def _lane(self, bounds: Bounds, patience: float, threads: int) -> _Lane:
+        lane = _Lane(Decoders(self.predictor.processor, bounds, patience), threads)
+        for _ in range(threads):
+            threading.Thread(target=self._decode, args=(lane,), name="deit-decode", daemon=True).start()
+        return lane
+
+    def _decode(self, lane: _Lane) -> None:
+        while (job := lane.jobs.get()) is not None:
+            if job.answer.cancelled():
+                self._leave(job)
+                continue
+            try:
+                job.pixels = lane.decoders(job.data)
+            except TooMuch:
+                if lane is self._quick and not self._closing:
+                    self._large.jobs.put(job)
+                    continue
+                bounds = lane.decoders.bounds
+                self._fail(
+                    job,
+                    ImageError(
+                        f"the image takes more than the {bounds.seconds:g} s or the {bounds.memory / 1e6:.0f} MB to "
+                        "decode that are allowed here; shrink it, or save it again as JPEG or PNG"
+                    ),
+                )
+            except ImageError as error:
+                self._fail(job, error)
+            except Exception as error:  # a lost job would keep its place in the queue for ever
+                _log.exception("decoding failed")
+                self._fail(job, ImageError(f"the image can't be decoded ({type(error).__name__}); convert it to PNG"))
+            else:
+                job.data, job.ready = b"", time.monotonic()
+                self._ready.put(job)
 
     def _leave(self, job: _Job) -> bool:
         """Gives up a job's place in the queue. Returns whether someone still waits for its answer."""
@@ -288,29 +357,3 @@ def _recent(mean: float, seconds: float) -> float:
 def _forget(job: _Job, _: Future[Answer]) -> None:
     """Frees the memory of a job that is done. A cancelled job may stay in the queue for long."""
     job.data, job.pixels = b"", None
-
-
-def check_header(data: bytes, max_pixels: int) -> None:
-    """Raises `ImageError` for a format outside `FORMATS` or more than `max_pixels`, before anything is decoded."""
-    try:
-        _check_header(data, max_pixels)
-    except ImageError:
-        if (bare := without_texts(data)) is None:
-            raise
-        _check_header(bare, max_pixels)
-
-
-def _check_header(data: bytes, max_pixels: int) -> None:
-    too_large = f"the image has more than the {max_pixels} pixels allowed here; shrink it"
-    found = None
-    if data.startswith(_FIRST_BYTES):
-        with reading("the image", data):
-            try:
-                found = Image.open(io.BytesIO(data))
-            except Image.DecompressionBombError:
-                raise ImageError(too_large) from None
-    if found is None or found.format not in FORMATS:
-        *most, last = dict.fromkeys(FORMATS.values())
-        raise ImageError(f"the image is not a {', '.join(most)} or {last} file; convert it to one of them")
-    if found.width * found.height > max_pixels:
-        raise ImageError(too_large)

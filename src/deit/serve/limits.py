@@ -7,8 +7,10 @@ from pathlib import Path
 
 from deit.image import decode
 
+MAX_HEAD = 16 * 2**10
+"""Largest head of a request, in bytes."""
 MAX_PIXELS = 50_000_000
-"""An RGB image of this size takes 150 MB while it is decoded, on each core."""
+"""Decoding one image takes at most 10 bytes for each of these pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +31,16 @@ class Service:
     """Seconds for a request's head to arrive, for its body to arrive (408), and for its answer (504)."""
     keys: tuple[str, ...] = ()
     """Keys, each of which opens /v1/*. Without keys, it is open to all."""
+    private: bool = False
+    """Whether `/model` and `/metrics` need a key too."""
+    hosts: tuple[str, ...] = ()
+    """Names and addresses under which the server may be asked (`Host`), beyond those of this machine's loopback. If
+    0.0.0.0 or :: is one of them, so is every address."""
+    connections: int = 1024
+    """Largest number of open connections. A quarter of them may come from one address."""
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "queue", "max_bytes", "max_pixels", "timeout"):
+        for name in ("max_batch", "queue", "max_bytes", "max_pixels", "timeout", "connections"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
         if self.max_pixels > decode.MAX_PIXELS:
@@ -46,6 +55,14 @@ class Service:
                 f"a queue of {self.queue} images can't fill a batch of {self.max_batch}; give a queue of at least "
                 f"{self.max_batch}"
             )
+
+        if self.private and not self.keys:
+            raise ValueError("nothing can need a key, because there is none; give a file of keys too")
+
+    @property
+    def decode_seconds(self) -> float:
+        """Most time that an image may take to decode, in seconds of the processor."""
+        return self.timeout / 3
 
 
 def read_keys(path: Path) -> tuple[str, ...]:

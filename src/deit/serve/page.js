@@ -10,10 +10,13 @@ let sent = null;  // the image that labels are shown for
 let looking = false;  // whether its explanation is on its way
 let found = null;  // its explanation
 
+function authorization() {
+  return at("key").value ? { Authorization: "Bearer " + at("key").value.trim() } : {};
+}
+
 // Returns the server's answer, {error: a sentence} on failure, or null if the question is out of date.
 async function post(path, file, mine) {
-  const headers = { "Content-Type": "application/octet-stream" };
-  if (at("key").value) headers.Authorization = "Bearer " + at("key").value.trim();
+  const headers = { "Content-Type": "application/octet-stream", ...authorization() };
   try {
     const answer = await (await fetch(path, { method: "POST", headers, body: file, signal: mine.signal })).json();
     return mine.signal.aborted ? null : answer;
@@ -98,12 +101,22 @@ listen(ask, (sentence) => {
   fail(sentence);
 });
 at("key-row").addEventListener("submit", (event) => event.preventDefault());
+at("key").addEventListener("change", describe);
 
-fetch("/model").then((answer) => answer.json()).then((model) => {
-  calibration = model.calibration;
-  scoring = model.scoring;
-  explains = model.explain;
-  at("about").textContent = `This model ${work(model.labels.length, scoring)}. ` +
-    `It takes ${model.formats.join(", ")}, up to ${Math.floor(model.limits.bytes / 2 ** 20 * 10) / 10} MiB.`;
-  at("key-row").hidden = !model.key;
-}).catch(() => fail(asSentence(UNREACHABLE)));
+// A private server tells about its model only with a key.
+async function describe() {
+  try {
+    const model = await (await fetch("/model", { headers: authorization() })).json();
+    at("key-row").hidden = !(model.key || model.error);
+    if (model.error) return;
+    calibration = model.calibration;
+    scoring = model.scoring;
+    explains = model.explain;
+    at("about").textContent = `This model ${work(model.labels.length, scoring)}. ` +
+      `It takes ${model.formats.join(", ")}, up to ${Math.floor(model.limits.bytes / 2 ** 20 * 10) / 10} MiB.`;
+  } catch (error) {
+    fail(asSentence(UNREACHABLE));
+  }
+}
+
+describe();

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import email.message
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -29,6 +28,9 @@ _DISCARDED = 3
 """A body that is too large is read to its end, up to this many times the limit, because otherwise its sender would not
 read the answer."""
 _PARTS = 8  # of a form, beyond its images
+_CONTENT_TYPE = 1000  # characters
+_VALUES = 100_000
+"""Most values in JSON. There is one for each image, and 20 MB of nothing but brackets would become 500 MB."""
 TOP_K = 5
 METHOD = "relevance"  # scores best of those that look inside the model, see docs/explain.md
 _LONGEST, _MANY = 200, 1000  # longest unknown label (in characters) and most labels for which similar ones are searched
@@ -94,10 +96,15 @@ class Bodies:
             refuse(413, too_large, Connection="close")
 
 
-def _content_type(text: str) -> email.message.Message:
-    message = email.message.Message()
-    message["content-type"] = text
-    return message
+_BOUNDARY = re.compile(r';[ \t]*boundary="?([^";]{1,70}?)"?[ \t]*(?:;|$)', re.IGNORECASE)
+
+
+def _content_type(text: str) -> tuple[str, str | None]:
+    """The type of a Content-Type in lower case, and the boundary that it gives."""
+    if len(text) > _CONTENT_TYPE:
+        refuse(400, f"Content-Type has more than {_CONTENT_TYPE} characters; let your HTTP library set it")
+    boundary = _BOUNDARY.search(text)
+    return text.partition(";")[0].strip().lower() or "none", boundary and boundary[1]
 
 
 @dataclass(frozen=True)
@@ -123,13 +130,12 @@ def read_request(
     body: bytes, content_type: str, query: Mapping[str, str], question: Question
 ) -> tuple[list[bytes], dict[str, Any]]:
     """Returns the images of a body, and the unchecked fields of the body and the query. Refuses anything else."""
-    message = _content_type(content_type)
-    kind = message.get_content_type() if content_type.strip() else "none"
+    kind, boundary = _content_type(content_type)
     fields: dict[str, Any] = {name: query[name] for name in question.fields if name in query}
     if kind == "application/json":
         images = _from_json(body, fields, question)
     elif kind == "multipart/form-data":
-        images = _from_form(body, message.get_param("boundary"), fields, question)
+        images = _from_form(body, boundary, fields, question)
     elif kind.startswith("image/") or kind == "application/octet-stream":
         images = [body]
     else:
@@ -152,6 +158,8 @@ def _from_json(body: bytes, fields: dict[str, Any], question: Question) -> list[
     def constant(name: str) -> NoReturn:
         raise ValueError(f"{name} is not JSON")
 
+    if body.count(b"[") + body.count(b"{") + body.count(b",") > _VALUES:
+        refuse(400, f"the body is not valid JSON for images, because it has more than {_VALUES} values; {expected}")
     try:
         found = json.loads(body, parse_constant=constant)
     except (ValueError, RecursionError):
@@ -183,10 +191,10 @@ def _from_base64(text: str) -> bytes:
     return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
-def _from_form(body: bytes, boundary: Any, fields: dict[str, Any], question: Question) -> list[bytes]:
+def _from_form(body: bytes, boundary: str | None, fields: dict[str, Any], question: Question) -> list[bytes]:
     """Reads a form (RFC 7578). File names are ignored."""
     damaged = "the multipart body is damaged or cut short; let your HTTP library make it"
-    if not isinstance(boundary, str) or not 1 <= len(boundary) <= 70 or not boundary.isascii():
+    if boundary is None or not boundary.isascii():
         refuse(400, "multipart/form-data has no boundary; let your HTTP library set Content-Type")
     # The number of splits is limited, so a body of nothing but boundaries costs no more than any other.
     _, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary.encode(), question.most + _PARTS + 1)

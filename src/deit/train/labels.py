@@ -37,6 +37,7 @@ from deit.data.batches import Batch, Faults, TrainingBatches
 from deit.data.folders import Split, fingerprint
 from deit.machine import resolve_device, resolve_precision
 from deit.recipe import Distilled, Recipe, difference
+from deit.terminal import shown
 from deit.train.teacher import Teacher, condense, expand
 
 VERSION = 1
@@ -232,7 +233,7 @@ def _rows(batches: TrainingBatches, layout: _Layout, parts: list[int]) -> Iterat
 
 
 def _say(console: Console, sentence: str) -> None:
-    console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    console.print(shown(sentence), markup=False, highlight=False, soft_wrap=True)
 
 
 class LabelCache:

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from deit import files
 from deit.machine import Processes, peak_memory
 from deit.recipe import Recipe
+from deit.terminal import shown
 from deit.train.receivers import Receiver, TensorBoard
 from deit.train.records import span
 
@@ -105,7 +106,7 @@ class Reporter:
         return self.metrics.tell() if self.us.main else 0
 
     def say(self, sentence: str) -> None:
-        self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(shown(sentence), markup=False, highlight=False, soft_wrap=True)
 
     def advance(self, step: int, numbers: dict[str, float], seconds: float) -> None:
         """Moves the line. To be called after every step, which took `seconds`."""

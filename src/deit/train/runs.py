@@ -251,7 +251,7 @@ def write_about(work: Work, state: State, train_split: Split, val_split: Split, 
         folder = ""
     about = About(
         began=began or datetime.now(UTC).isoformat(timespec="seconds"),
-        data=folder,
+        data=train_split.source or folder,
         fingerprint=state.data,
         classes=train_split.classes,
         train=tuple(counts[0]),

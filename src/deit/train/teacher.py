@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deit import files, host
-from deit.config import TimmConfig, config_of
+from deit.config import TimmConfig, read_config
 from deit.data.batches import EvaluationBatches, processor_for
 from deit.data.folders import Split, nfc
 from deit.evaluate.models import evaluate
@@ -26,7 +26,8 @@ from deit.evaluate.scores import Accuracy
 from deit.machine import Processes
 from deit.model.load import load_classifier
 from deit.model.network import PreTrained
-from deit.recipe import Distilled, Recipe
+from deit.model.timm_classifier import refuse_larger
+from deit.recipe import Distilled, Recipe, is_code
 from deit.weights import hub
 
 _JUDGED = 512
@@ -112,7 +113,7 @@ class Teacher:
         """
         if name.startswith("timm:"):
             return _from_timm(name, classes, recipe)
-        if ".py:" not in name:
+        if not is_code(name):
             if name.endswith(".py"):
                 raise ValueError(f"teacher {name} names a file but no function; give {name}:FUNCTION")
             return _from_folder(name, classes, recipe)
@@ -392,13 +393,9 @@ def _order(name: str, vocabularies: Sequence[Sequence[str]], classes: Sequence[s
     return None if list(names) == list(classes) else [place[one] for one in classes]
 
 
-def _is_timms(values: Mapping[str, Any]) -> bool:
-    return isinstance(config_of(values), TimmConfig)
-
-
 def _from_folder(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
     file = Path(name).expanduser() / "config.json"
-    if file.is_file() and "architecture" in (values := files.read_json(file)) and _is_timms(values):
+    if file.is_file() and "architecture" in files.read_json(file) and isinstance(read_config(file), TimmConfig):
         return _from_timm(f"timm:{name}", classes, recipe)
     classifier = load_classifier(name)
     normalisation, config = classifier.processor.normalisation, classifier.model.config
@@ -445,7 +442,7 @@ def find_teacher(recipe: Recipe) -> None:
     name = recipe.objective.teacher
     if name.startswith("timm:"):
         _timm_source(name)
-    elif ".py:" in name:
+    elif is_code(name):
         _source_file(name)
     elif not name.endswith(".py") and not Path(name).expanduser().exists():
         try:
@@ -493,13 +490,17 @@ def _from_timm(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
 
     if path is not None and not architecture:
         folder = path
-        count = files.read_json(files.find_file(folder, "config.json")).get("num_classes")
+        config = files.read_json(files.find_file(folder, "config.json"))
         path = next((folder / file for file in hub.WEIGHT_FILES if (folder / file).is_file()), None)
         if path is None:
             raise FileNotFoundError(
                 f"teacher {name}: {folder} holds no weights; expected one of {', '.join(hub.WEIGHT_FILES)}"
             )
-        model = _timm_model(f"local-dir:{folder}", path, hub.read_tensors(path), count)
+        tensors = hub.read_tensors(path)
+        count = config.get("num_classes")
+        local = f"local-dir:{folder}"
+        refuse_larger(folder, config, tensors, lambda: timm.create_model(local, pretrained=False, num_classes=count))
+        model = _timm_model(local, path, tensors, count)
         return _of_timm(name, model, classes, recipe, own=True)
     if path is None:
         try:
@@ -528,7 +529,11 @@ def _from_timm(name: str, classes: Sequence[str], recipe: Recipe) -> Teacher:
 def _timm_model(architecture: str, path: Path, tensors: Mapping[str, Tensor], count: int | None) -> nn.Module:
     import timm
 
-    model = timm.create_model(architecture, pretrained=False, num_classes=count)  # None: the architecture's own
+    try:
+        model = timm.create_model(architecture, pretrained=False, num_classes=count)  # None: the architecture's own
+    except Exception as error:  # its models take arguments of all kinds
+        reason = " ".join(str(error).split())[:300]
+        raise files.CheckpointError(f"timm can't make the model of {path} ({reason}); check its config.json") from None
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

@@ -8,10 +8,12 @@ installed.
 from __future__ import annotations
 
 import argparse
+import math
 import pickle
 import re
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +75,11 @@ def find_weights(
         shards = read_json(path).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise CheckpointError(f"{path} has no weight_map, so its shards are unknown; fetch the checkpoint again")
+        if other := [shard for shard in shards.values() if not _is_file_name(shard)]:
+            raise CheckpointError(
+                f"{path} lists the shard {other[0]!r:.80}, expected the name of a file beside it; fetch the checkpoint "
+                "again"
+            )
         try:
             return [find_file(name_or_folder, shard, **where) for shard in sorted(set(shards.values()))]
         except FileNotFoundError as error:
@@ -89,6 +96,11 @@ def find_weights(
         also = "" if variant is not None or use_safetensors else " or one .pth file"
         raise FileNotFoundError(f"{place} holds no weights{asked}; expected one of {', '.join(names)}{also}")
     raise reasons[0]
+
+
+def _is_file_name(name: object) -> bool:
+    """Whether a name can't lead out of a folder."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0:")
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -110,6 +122,12 @@ class Checkpoint:
         config = config_class.from_dict(self.config.to_dict(), **overrides)
         if kind == "masked_image" and "encoder_stride" not in overrides:
             config = config.replace(encoder_stride=config.patch_size)
+        blocks = {name.split(".")[2] for name in self.tensors if name.startswith(f"{weights.BASE}blocks.")}
+        if config.num_hidden_layers > len(blocks):  # said here, because naming each missing tensor could take forever
+            raise CheckpointError(
+                f"{self.file} holds {len(blocks)} blocks, and this model's config asks for {config.num_hidden_layers}; "
+                "the file is incomplete, or the config is another model's"
+            )
         return config
 
     def options_for(self, kind: weights.Kind) -> dict[str, bool]:
@@ -126,8 +144,31 @@ class Checkpoint:
     def fit(self, expected: Mapping[str, tuple[int, ...]], ignore_mismatched_sizes: bool) -> Fitted:
         """The tensors for a model that expects these names and shapes. Warns of tensors that start from fresh values.
 
+        Raises `CheckpointError` as `faults` does.
+        """
+        given, missing, mismatched = self.faults(expected, ignore_mismatched_sizes)
+        if fresh := [*missing, *mismatched]:
+            warnings.warn(
+                f"{self.file} does not give {', '.join(fresh)}: initialised anew, train before use", stacklevel=5
+            )
+        return Fitted(
+            {name: given[name] for name in given if name not in mismatched},
+            fresh,
+            {
+                "missing_keys": missing,
+                "mismatched_keys": mismatched,
+                "error_msgs": [],
+                "unexpected_keys": sorted(self.tensors.keys() - expected.keys()),
+            },
+        )
+
+    def faults(
+        self, expected: Mapping[str, tuple[int, ...]], ignore_mismatched_sizes: bool
+    ) -> tuple[dict[str, Any], list[str], list[str]]:
+        """The tensors that a model expects, and the names of the missing ones and of those in another shape.
+
         Raises `CheckpointError` if a tensor has another shape, or if one is missing that a file may not lack (it may
-        lack heads, the pooler and the mask token).
+        lack heads, the pooler and the mask token), or is too large to be made up.
         """
         given = {name: tensor for name, tensor in self.tensors.items() if name in expected}
         mismatched = [name for name in expected if name in given and tuple(given[name].shape) != expected[name]]
@@ -155,20 +196,12 @@ class Checkpoint:
                 f"{self.file} lacks {broken[0]}{_others(broken)}, which this model's config asks "
                 "for; the file is incomplete, or the config is another model's"
             )
-        if fresh := [*missing, *mismatched]:
-            warnings.warn(
-                f"{self.file} does not give {', '.join(fresh)}: initialised anew, train before use", stacklevel=5
+        if (made := sum(math.prod(expected[name]) for name in (*missing, *mismatched))) > _MOST_FRESH:
+            raise CheckpointError(
+                f"{self.file} does not give {(missing or mismatched)[0]}{_others([*missing, *mismatched])}, and this "
+                f"model's config asks for {made} numbers there; the config is another model's"
             )
-        return Fitted(
-            {name: given[name] for name in given if name not in mismatched},
-            fresh,
-            {
-                "missing_keys": missing,
-                "mismatched_keys": mismatched,
-                "error_msgs": [],
-                "unexpected_keys": sorted(self.tensors.keys() - expected.keys()),
-            },
-        )
+        return given, missing, mismatched
 
 
 @dataclass(frozen=True)
@@ -182,6 +215,8 @@ class Fitted:
     """The loading info that `transformers` returns."""
 
 
+_MOST_FRESH = 2**28
+"""Largest count of numbers that are initialised because a file lacks them: a gigabyte."""
 _MAY_BE_MISSING = (
     "classifier.",
     "cls_classifier.",
@@ -257,14 +292,15 @@ def read_tensors(path: Path, arrays: Arrays = "torch") -> dict[str, Any]:
     from safetensors import SafetensorError
 
     try:
+        content = path.read_bytes()  # not mapped: a file that changes under a process would end it, or change its model
         if arrays == "numpy":
-            from safetensors.numpy import load_file as load_arrays
+            from safetensors.numpy import load as load_arrays
 
-            tensors: dict[str, Any] = load_arrays(path)
+            tensors: dict[str, Any] = load_arrays(content)
         else:
-            from safetensors.torch import load_file
+            from safetensors.torch import load
 
-            tensors = load_file(path)
+            tensors = load(content)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or corrupt ({error}); fetch it again") from None
     if any(name.endswith(":0") for name in tensors):
@@ -301,14 +337,31 @@ def _read_h5(path: Path) -> dict[str, np.ndarray]:
     except ImportError:
         raise host.missing(f"reading {path} needs h5py", "keras") from None
     tensors: dict[str, np.ndarray] = {}
+    found: list[tuple[str, Any]] = []
     try:
         with h5py.File(path) as file:
-            file.visititems(
-                lambda name, node: tensors.update({name: node[()]}) if isinstance(node, h5py.Dataset) else None
-            )
-    except OSError as error:
+            file.visititems(lambda name, node: found.append((name, node)) if isinstance(node, h5py.Dataset) else None)
+            for name, node in found:
+                if node.external or node.is_virtual:
+                    raise CheckpointError(
+                        f"{path}: {name} lies in another file, expected the numbers themselves; ask for a safetensors "
+                        "file"
+                    )
+                if node.dtype.kind not in "fiu" or node.nbytes > _MOST_PACKED * node.id.get_storage_size():
+                    raise CheckpointError(
+                        f"{path}: {name} is {node.shape} of {node.dtype}, expected as many numbers as the file holds; "
+                        "ask for a safetensors file"
+                    )
+                tensors[name] = node[()]
+    except CheckpointError:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} is truncated, corrupt or no HDF5 file ({error}); fetch it again") from None
     return tensors
+
+
+_MOST_PACKED = 20
+"""How many times larger than in the file a compressed array may be."""
 
 
 class _Refused:
@@ -353,6 +406,13 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         raise ImportError(
             f"{path} is a PyTorch file, and reading it needs PyTorch: pip install torch, or ask for a safetensors file"
         ) from None
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(part.file_size for part in archive.infolist()) > 2 * path.stat().st_size:
+                raise CheckpointError(
+                    f"{path} unpacks to more than it holds, expected parts that are not compressed, as torch.save "
+                    "writes them; ask for a safetensors file"
+                )
     try:
         with torch.serialization.safe_globals([(_Refused, name) for name in _UNREAD]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -377,6 +437,10 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         kind = "a pickled object" if _refused(tensors[other[0]]) else type(tensors[other[0]]).__name__
         raise CheckpointError(
             f'{path}: {other[0]!r} is {kind}, expected tensors only, or a dictionary with them under "model"'
+        )
+    if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > 4 * path.stat().st_size:
+        raise CheckpointError(
+            f"{path} names more numbers than it holds, expected whole tensors; ask for a safetensors file"
         )
     if refused := [str(name) for name, value in content.items() if _refused(value)]:
         many = len(refused) > 1
