@@ -241,3 +241,12 @@ def test_a_start_that_is_not_there_is_noticed_first(tmp_path, capsys):
     assert sentence.startswith("deit train: the recipe starts from facebook/deit-")
     assert sentence.endswith("set it with --set start=FOLDER, or train from scratch with --set start=none")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_lack_of_memory_is_a_sentence(monkeypatch, capsys):
+    def failing(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("deit.recipes.shipped", failing)
+    assert main(["recipes"]) == 1
+    assert capsys.readouterr().err.startswith("deit recipes: expected more free memory than this process may have")

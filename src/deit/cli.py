@@ -12,18 +12,19 @@ import select
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
-from deit import choices, host
+from deit import choices, host, signals
 from deit.terminal import shown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status.
 
-    It is 0 if the work is done, 1 if it failed with a message, 2 after wrong usage, 130 if it was interrupted, and 141
-    if nobody reads the output any more.
+    It is 0 if the work is done, 1 if it failed with a message, 2 after wrong usage, 130 or 143 if Ctrl-C or SIGTERM
+    ended it, and 141 if nobody reads the output any more.
 
     A training that a signal stops ends the process itself, with status 130 or 143.
     """
@@ -36,12 +37,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit", append=True)
         formatted, warnings.formatwarning = warnings.formatwarning, _sentence(options.verb, warnings.formatwarning)
         try:
-            status = int(options.run(options) or 0)
-            sys.stdout.flush()
+            with nullcontext() if options.verb in _OWN_SIGNALS else signals.ending():
+                status = int(options.run(options) or 0)
+                sys.stdout.flush()
             return status
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             print("interrupted", file=sys.stderr)
-            return 130
+            return error.status if isinstance(error, signals.Interrupted) else 130
+        except MemoryError:
+            if options.debug:
+                raise
+            print(
+                f"deit {options.verb}: expected more free memory than this process may have; end other programs, raise "
+                "its limit, or ask for less at once",
+                file=sys.stderr,
+            )
+            return 1
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             if isinstance(error, BrokenPipeError) and _nobody_reads():
                 return 141  # 128 + SIGPIPE, as a shell reports it
@@ -53,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.formatwarning = formatted
 
 
+_OWN_SIGNALS = ("train", "quickstart", "serve")
+"""Verbs that save or answer something when a signal comes, which may take its time."""
 _LONGEST = 4000
 """Largest number of characters of an error."""
 _NAMES = "deit.names"

@@ -43,6 +43,11 @@ def quickstart(out: Path, *, seed: int = 0, console: Console) -> Result:
 
     An earlier quickstart in `out` is replaced. Raises `FileExistsError` if `out` holds anything else.
     """
+    with files.held(out, lock=files.lock_beside(out.absolute())):
+        return _quickstart(out, seed, console)
+
+
+def _quickstart(out: Path, seed: int, console: Console) -> Result:
     started = time.perf_counter()
     _make_room(out)
     sizes = write_digits(out / "data", seed=seed)

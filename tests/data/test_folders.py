@@ -13,6 +13,7 @@ from PIL import Image
 from support.checks import assert_close, raises_saying
 from support.runs import small_recipe
 
+from deit.data import folders
 from deit.data.batches import EvaluationBatches, TrainingBatches, processor_for
 from deit.data.folders import fingerprint, read_data, read_split
 from deit.recipe import Augment, Data, ResizedCrop
@@ -360,7 +361,7 @@ def test_a_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path):
 
 
 def test_a_fingerprint_of_many_files_reads_a_few(tmp_path, monkeypatch):
-    """Sizes of all, the content of 256, the first and the last among them."""
+    """Sizes of all, the content of 256, the first and the last among them. It reads all if they are small together."""
     for i in range(600):
         path = tmp_path / "train" / "ab"[i % 2] / f"{i:03}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -369,6 +370,12 @@ def test_a_fingerprint_of_many_files_reads_a_few(tmp_path, monkeypatch):
     read = []
     plain = type(tmp_path).read_bytes
     monkeypatch.setattr(type(tmp_path), "read_bytes", lambda path: read.append(path) or plain(path))
+    whole = fingerprint(split)
+    assert read == list(split.files)
+    split.files[1].write_bytes(b"changed")
+    assert fingerprint(split) != whole
+    read.clear()
+    monkeypatch.setattr(folders, "_READ_WHOLE", 600 * 7 - 1)
     before = fingerprint(split)
     assert len(read) == 256
     assert {split.files[0], split.files[-1]} <= set(read)

@@ -286,3 +286,10 @@ def test_labels_are_one_class_however_an_accent_is_written(tmp_path):
         assert (found.classes, found.labels) == (("dog", name), (1, 1, 0))
     with raises_saying(ValueError, "the model calls 2 of its classes 'café'"):
         matched(split, ["dog", *cafe])
+
+
+def test_a_list_that_is_a_pipe(tmp_path):
+    """It is not waited for."""
+    os.mkfifo(tmp_path / "list.csv")
+    with raises_saying(ValueError, "list.csv is neither a folder nor a regular file", "give that"):
+        read_examples(tmp_path / "list.csv")

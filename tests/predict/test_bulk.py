@@ -5,6 +5,7 @@ import io
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from support.checks import raises_saying
 from support.models import trained_folder
 
+from deit import files
 from deit.cli import main
 from deit.predict import bulk
 from deit.predict.bulk import Job, Results, csv_lines, find_images, identity, parse_shard, share
@@ -160,27 +162,105 @@ def test_other_work_is_not_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(bulk, "PART", 2)
     job = Job(model="m", files="0", head="fused", engine="torch", top_k=1, inputs=("photos",))
     rows = [{"image": f"{i}.png", "labels": []} for i in range(5)]
-    writing = Results(tmp_path / "rows.jsonl", job).write(iter(rows))
-    for _ in range(3):
-        next(writing)
-    writing.close()
-    again = Results(tmp_path / "rows.jsonl", job)
-    assert again.done == 2
-    assert list(again.remaining([row["image"] for row in rows])) == ["2.png", "3.png", "4.png"]
-    with raises_saying(ValueError, "the images have changed since", "remove", "rows.jsonl.parts to start over"):
+    with Results(tmp_path / "rows.jsonl", job) as begun:
+        writing = begun.write(iter(rows))
+        for _ in range(3):
+            next(writing)
+        writing.close()
+    with Results(tmp_path / "rows.jsonl", job) as again:
+        assert list(again.remaining([row["image"] for row in rows])) == ["2.png", "3.png", "4.png"]
+        assert again.done == 2
+    said = "the images have changed since", "remove", "rows.jsonl.parts to start over"
+    with Results(tmp_path / "rows.jsonl", job) as again, raises_saying(ValueError, *said):
         again.remaining(["1.png", "0.png"])
-    with raises_saying(ValueError, "holds parts of other work (head differ)"):
-        Results(tmp_path / "rows.jsonl", replace(job, head="class"))
-    with raises_saying(ValueError, "holds parts of other work (files differ)"):
-        Results(tmp_path / "rows.jsonl", replace(job, files="1"))
-    with raises_saying(ValueError, "holds parts of other work (engine differ)"):
-        Results(tmp_path / "rows.jsonl", replace(job, engine="openvino, bf16"))
-    list(again.write(iter(rows[2:])))
+    for changes, named in (
+        ({"head": "class"}, "head"),
+        ({"files": "1"}, "files"),
+        ({"engine": "openvino, bf16"}, "engine"),
+    ):
+        with raises_saying(ValueError, f"holds parts of other work ({named} differ)"):
+            Results(tmp_path / "rows.jsonl", replace(job, **changes)).__enter__()
+    with Results(tmp_path / "rows.jsonl", job) as again:
+        left = list(again.remaining([row["image"] for row in rows]))
+        list(again.write(row for row in rows if row["image"] in left))
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
     with raises_saying(FileExistsError, "rows.jsonl exists already; remove it to predict again"):
         Results(tmp_path / "rows.jsonl", job)
     with raises_saying(ValueError, "expected a .jsonl, .csv, .parquet file for the results, found"):
         Results(tmp_path / "rows.txt", job)
+
+
+def stop_before_the_end(monkeypatch, command):
+    """Runs a command that dies when its parts are whole and its file is not."""
+    with monkeypatch.context() as patched:
+        patched.setitem(bulk._WRITERS, ".jsonl", lambda *_: {}["killed"])
+        with pytest.raises(KeyError):
+            main(command)
+
+
+def touched(path):
+    os.utime(path, (path.stat().st_mtime + 1,) * 2)
+
+
+def enlarged(path):
+    """Another size, and the time of before."""
+    status = path.stat()
+    path.write_bytes(path.read_bytes() + b"-")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [touched, enlarged, os.remove])
+def test_changed_images_are_not_gone_on_with(folder, monkeypatch, capsys, change):
+    """The names are those of before, and only one file among those that are done has changed."""
+    monkeypatch.setattr(bulk, "PART", 3)
+    command = ["predict", str(folder / "m"), *sorted(map(str, folder.glob("photos/**/*.png")))]
+    command += ["--json", str(folder / "rows.jsonl")]
+    stop_before_the_end(monkeypatch, command)
+    changed = Path(command[2])
+    change(changed)
+    assert main(command) == 1
+    assert f"000000.jsonl was written; {changed} has another size or time; remove" in capsys.readouterr().err
+
+
+def test_damaged_rows_are_answered_again(folder, monkeypatch, capsys):
+    """A part whose bytes are not those that were written, and all after it."""
+    monkeypatch.setattr(bulk, "PART", 3)
+    command = ["predict", str(folder / "m"), str(folder / "photos"), "--json"]
+    assert main([*command, str(folder / "whole.jsonl")]) == 1
+    stop_before_the_end(monkeypatch, [*command, str(folder / "rows.jsonl")])
+    part = folder / "rows.jsonl.parts/000001.jsonl"
+    part.write_bytes(part.read_bytes().replace(b"0.", b"1.", 1))
+    assert main([*command, str(folder / "rows.jsonl")]) == 1
+    assert "continuing after 3 images" in capsys.readouterr().err
+    assert (folder / "rows.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
+
+
+def test_rows_without_their_job_are_no_ones(folder, capsys):
+    """Or the rows of another model would be taken for this one's."""
+    (folder / "rows.jsonl.parts").mkdir()
+    (folder / "rows.jsonl.parts/000000.jsonl").write_text("{}\n")
+    assert main(["predict", str(folder / "m"), str(folder / "photos"), "--json", str(folder / "rows.jsonl")]) == 1
+    assert "holds 000000.jsonl but no job.json" in capsys.readouterr().err
+
+
+def test_one_process_writes_a_file(folder, capsys):
+    out = folder / "rows.jsonl"
+    with files.held(out, lock=files.lock_beside(out)):
+        assert main(["predict", str(folder / "m"), str(folder / "photos"), "--json", str(out)]) == 1
+    assert f"{out} is being written by another process (process {os.getpid()} on" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_what_a_killed_process_left_is_removed(folder):
+    for name in (".rows.jsonl.0123abcd", "rows.jsonl.parts/.000000.jsonl.0123abcd", ".rows.jsonl.parts.0123abcd/x"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("half")
+    before = sorted(folder.iterdir())
+    main(["predict", str(folder / "m"), str(folder / "photos"), "--json", str(folder / "rows.jsonl")])
+    assert sorted(folder.iterdir()) == sorted(
+        [path for path in before if not path.name.startswith((".rows", "rows"))] + [folder / "rows.jsonl"]
+    )
 
 
 def test_a_model_trained_again_is_another(folder):

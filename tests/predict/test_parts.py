@@ -1,7 +1,10 @@
 """Parts that many machines fill together."""
 
 import json
+import os
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -63,7 +66,11 @@ def test_only_missing_parts_are_answered(folder, monkeypatch):
     monkeypatch.setattr(Predictor, "answers", killed)
     with pytest.raises(KeyboardInterrupt):
         parts[0].answer(predictor)
-    assert sorted(path.name for path in (folder / "out").iterdir()) == ["000001.jsonl", "job.json"]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [
+        "000001.images.json",
+        "000001.jsonl",
+        "job.json",
+    ]
     assert list(missing(folder)) == [parts[0], parts[2]]
 
 
@@ -87,3 +94,45 @@ def test_other_work_is_refused(folder, tmp_path_factory):
         missing(folder)
     with raises_saying(ValueError, "size must be at least 1, found 0"):
         missing(folder, size=0)
+
+
+def test_changed_images_are_refused(folder):
+    """Only their time differs."""
+    predictor = Predictor(folder / "m")
+    parts = list(missing(folder))
+    for part in parts:
+        part.answer(predictor)
+    image = folder / "photos/4.png"
+    os.utime(image, (image.stat().st_mtime + 1,) * 2)
+    with raises_saying(ValueError, f"{image} has another size or time", "to start over"):
+        list(missing(folder))
+    with raises_saying(ValueError, f"{image} has another size or time"):
+        parts[1].answer(predictor)
+
+
+def test_the_same_part_twice(folder, monkeypatch):
+    """The second process waits for the first, and does not answer what that one has."""
+    predictor = Predictor(folder / "m")
+    [_, second, _] = missing(folder)
+    answered = []
+    prepared = Predictor.prepared
+
+    def slowly(self, source):
+        answered.append(source)
+        time.sleep(0.1)
+        return prepared(self, source)
+
+    monkeypatch.setattr(Predictor, "prepared", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda _: second.answer(predictor), range(3))) == [1, 1, 1]
+    assert sorted(answered) == sorted(second.images)
+    assert [path.name for path in (folder / "out").glob(".*")] == []
+
+
+def test_a_damaged_part_is_missing(folder):
+    predictor = Predictor(folder / "m")
+    parts = list(missing(folder))
+    for part in parts:
+        part.answer(predictor)
+    parts[2].file.write_bytes(parts[2].file.read_bytes()[:-5])
+    assert list(missing(folder)) == [parts[2]]

@@ -1,6 +1,7 @@
 """Stopped anywhere, a run goes on to the same end, bit by bit."""
 
 import json
+import os
 import random
 import signal
 import time
@@ -79,6 +80,32 @@ def test_a_signal_saves_and_ends(given, tmp_path, number, code):
     assert "Traceback" not in output
     finish(start(*command(given, out)))
     assert_same_end(out, given[2])
+
+
+def test_two_processes_do_not_share_a_run(given, tmp_path):
+    """The second one is refused, resumed or not, alone or many; the first one ends as it would."""
+    out = tmp_path / "run"
+    process = start(*command(given, out, "--set", "compute.workers=1"))
+    assert wait_for(out, 2, process)
+    os.kill(process.pid, signal.SIGSTOP)  # or it might end meanwhile
+    said = f"{out} is being written by another process (process {process.pid} on"
+    assert said in finish(start(*command(given, out)), 1)
+    assert said in finish(start(*command(given, out)[:6]), 1)
+    assert said in finish(start(*command(given, out), processes=2), 1)
+    os.kill(process.pid, signal.SIGCONT)
+    finish(process)
+    assert_same_end(out, given[2])
+    assert not (out / ".lock").exists()
+
+
+def test_what_a_killed_run_left_is_removed(given, tmp_path):
+    out = tmp_path / "run"
+    left = [out / name for name in ("checkpoints/.step-000000001.safetensors.0123abcd", "model/.config.json.0123abcd")]
+    for path in left:
+        path.parent.mkdir(parents=True)
+        path.write_text("half")
+    finish(start(*command(given, out)))
+    assert not any(path.exists() for path in left)
 
 
 def test_a_damaged_checkpoint_costs_its_steps_only(given, tmp_path):

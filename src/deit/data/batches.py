@@ -613,7 +613,17 @@ def _loaded(views: Dataset[Any], wanted: Iterable[Any], workers: int, device: to
                 raise batch
             yield batch
     finally:
+        loaders = getattr(batches, "_workers", ())  # each is a process that may wait for a file for ever
+        if not pinned:
+            _kill(loaders)
         del batches
+        _kill(loaders)  # not before, because the thread that pins waits for what they send
+
+
+def _kill(loaders: Iterable[Any]) -> None:
+    for loader in loaders:
+        if loader.is_alive():
+            loader.kill()
 
 
 def _unchanged(batch: Any) -> Any:
@@ -621,7 +631,8 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _begin_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the parent ends this one
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may go to all processes; the parent ends this one
+        signal.signal(number, signal.SIG_IGN)
     gc.freeze()  # a collection would write to all memory that is shared with the parent, and so copy it
 
 

@@ -144,6 +144,11 @@ def read_examples(place: str | Path, split: str | None = None) -> tuple[Split, s
         _refuse_misnamed(place, tuple(itertools.chain(*SPLITS.values())))
         with _counting(place) as passed:
             return _read_labelled(place, passed), None
+    if place.exists() and not place.is_file():
+        raise ValueError(
+            f"{place} is neither a folder nor a regular file, expected a folder of images, or a list of them "
+            f"({' or '.join(LIST_SUFFIXES)}); save what it gives in a file, and give that"
+        )
     if not place.is_file():
         raise FileNotFoundError(
             f"{place} does not exist; expected a folder of images, or a list of them ({' or '.join(LIST_SUFFIXES)})"
@@ -512,19 +517,26 @@ def _jsonl_rows(file: Path, lines: Iterable[str], needed: Sequence[str]) -> Iter
         yield number, row
 
 
+_READ_WHOLE = 2**28
+"""Bytes of images that are read whole for a fingerprint. Larger sets would take minutes."""
+
+
 def fingerprint(split: Split) -> str:
     """A SHA-256 in hexadecimal that identifies the images, wherever their folder lies.
 
-    It covers the classes, the label, size and path of every file, and the content of up to 256 files, evenly spread.
-    Paths start from the folder that holds all the files.
+    It covers the classes, and the label, size and path of every file. Paths start from the folder that holds all the
+    files. It covers every file's content if all together have at most `_READ_WHOLE` bytes, and otherwise the content of
+    256 files, evenly spread.
     """
     files = [os.fspath(file) for file in split.files]
     root = os.path.commonpath([os.path.dirname(min(files)), os.path.dirname(max(files))])
     digest = hashlib.sha256(repr(split.classes).encode())
-    for file, label in zip(files, split.labels, strict=True):
-        digest.update(f"{os.path.relpath(file, root)!r} {label} {_size(file)}\n".encode())
-    for i in np.unique(np.linspace(0, len(files) - 1, 256).round().astype(int)):
-        if _size(files[i]) >= 0:
+    sizes = [_size(file) for file in files]
+    for file, label, size in zip(files, split.labels, sizes, strict=True):
+        digest.update(f"{os.path.relpath(file, root)!r} {label} {size}\n".encode())
+    some = np.unique(np.linspace(0, len(files) - 1, 256).round().astype(int)).tolist()
+    for i in range(len(files)) if sum(sizes) <= _READ_WHOLE else some:
+        if sizes[i] >= 0:
             with suppress(OSError):  # without permission, it counts as an unreadable image
                 digest.update(hashlib.sha256(Path(files[i]).read_bytes()).digest())
     return digest.hexdigest()

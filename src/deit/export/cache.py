@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-import time
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -61,12 +61,23 @@ def cached_engine(classifier: Classifier, to: Literal["onnx", "openvino"]) -> En
     except OSError:
         if written is None:
             raise  # otherwise another process moved its folder into place first, and the engine is loaded already
-    for other in folder.parent.iterdir():
-        if time.time() - other.stat().st_mtime > _KEPT:
-            shutil.rmtree(other, ignore_errors=True)
+    _forget_unused(folder.parent)
     assert written is not None
     written.folder = folder
     return written
+
+
+def _forget_unused(cache: Path) -> None:
+    """Removes the folders that were not used for a month, by the clock of the file system."""
+    with tempfile.TemporaryFile(dir=cache) as file:
+        now = os.fstat(file.fileno()).st_mtime
+    for other in cache.iterdir():
+        with suppress(OSError):
+            unused = now - other.stat().st_mtime
+            if unused > _KEPT:
+                shutil.rmtree(other, ignore_errors=True)
+            elif unused < 0:  # the clock was ahead, and the folder would stay until it is there again
+                os.utime(other)
 
 
 def _remove(path: Path) -> None:

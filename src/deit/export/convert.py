@@ -23,12 +23,17 @@ def convert(source: str | Path, to: Dialect, out: str | Path, **where: Any) -> P
     The image preprocessing is written too if the format has a place for it. Beside `model.keras` it is a separate file.
 
     Raises `ValueError` for another `to`, for an `out` that is the folder of `source`, for tensors that don't fit their
-    config, and for a model that the project can't express.
+    config, and for a model that the project can't express. Raises `files.InUse` if another process converts into `out`.
     """
     folder = Path(out)
     place = Path(source).parent if Path(source).is_file() else Path(source)
     if folder.resolve() == place.resolve():
         raise ValueError(f"writing to {folder} would replace the files of {source}; write to another folder")
+    with files.held(folder, lock=files.lock_beside(folder.absolute())):
+        return _converted(source, to, folder, where)
+
+
+def _converted(source: str | Path, to: Dialect, folder: Path, where: dict[str, Any]) -> Path:
     checkpoint = hub.read_checkpoint(source, arrays="numpy" if to == "keras" else "torch", **where)
     kind = weights.kind_of(checkpoint.tensors)
     options = checkpoint.options_for(kind)
@@ -55,7 +60,9 @@ def convert(source: str | Path, to: Dialect, out: str | Path, **where: Any) -> P
 
     path = folder / f"{nearest_variant(checkpoint.config).replace('-', '_')}.pth"
     with files.replacing(path) as temporary:
-        torch.save({"model": {name: tensor.clone() for name, tensor in named.items()}}, temporary)
+        files.write_archive(
+            temporary, lambda file: torch.save({"model": {n: t.clone() for n, t in named.items()}}, file)
+        )
     return path
 
 

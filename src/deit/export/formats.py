@@ -123,7 +123,7 @@ class _Attempt(NamedTuple):
 def _save_torch(subject: Subject, folder: Path) -> None:
     """Writes the program, and refuses it unless `torch.export.load` gives its answer, because others open it so."""
     path = folder / "model.pt2"
-    torch.export.save(subject.program, path)
+    files.write_archive(path, lambda file: torch.export.save(subject.program, file))
     pixels = torch.rand(3, *subject.shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         read, own = torch.export.load(path).module()(pixels), subject.logits(pixels)

@@ -77,6 +77,7 @@ def export(
     Raises:
         ValueError: `source` is no classifier, the images don't fit it, an answer differs, or int8 costs accuracy.
         FileExistsError: `out` holds anything but an earlier export.
+        files.InUse: another process exports to `out`.
         ImportError: a package is missing.
         FileNotFoundError: for `web`, Node is missing, or onnxruntime-web is not cached and can't be fetched.
     """
@@ -90,6 +91,14 @@ def export(
     folder = Path(out).absolute()
     refuse_occupied(folder)
     import_packages(to)
+    with files.held(folder, lock=files.lock_beside(folder)):
+        files.restore_folder(folder)
+        return _written(source, to, Path(out), calibrate, where)
+
+
+def _written(
+    source: str | Path, to: Format, out: Path, calibrate: str | Path | None, where: dict[str, Any]
+) -> Exported:
     page = Page() if to == "web" else None
     subject = Subject(load_classifier(source, **where))
     if to.endswith("int8"):
@@ -98,7 +107,7 @@ def export(
         refuse_for_the_web(subject)
     examples = None if calibrate is None else Examples(calibrate, subject)
     checked = Checked(subject, examples)
-    with files.replacing_folder(folder, check=refuse_occupied) as temporary:
+    with files.replacing_folder(out.absolute(), check=refuse_occupied) as temporary:
         files.write_json(temporary / "config.json", subject.model.config.to_dict())
         subject.processor.save_pretrained(temporary)
         if not to.endswith("int8") and (calibration := Calibration.of_model(source)) is not None:
@@ -110,7 +119,7 @@ def export(
         else:
             description = write_float(subject, to, temporary, checked)
         files.write_json(temporary / DESCRIPTION, description.to_dict())
-    return Exported(Path(out), description.to_dict())
+    return Exported(out, description.to_dict())
 
 
 def refuse_occupied(folder: Path) -> None:

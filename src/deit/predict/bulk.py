@@ -10,15 +10,15 @@ import glob
 import hashlib
 import json
 import os
-import shutil
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, Self
 
 from deit import files, host
 from deit.choices import Head, Runtime
@@ -73,31 +73,39 @@ def predict_files(
             "images like these get a label that is sure and wrong",
             file=sys.stderr,
         )
-    results = None
+    tally = Tally(sys.stderr, predictor.engine)
+
+    def rows_of(paths: Iterable[str]) -> Iterator[dict[str, Any]]:
+        return tally.counted(answer.to_dict() for answer in predictor.stream(paths, top_k=top_k, batch=batch))
+
+    before = 0
     if isinstance(to, Path):
         job = Job(model, identity(model), head, predictor.engine, top_k, tuple(inputs), shard)
-        results = Results(to, job)
-        paths = results.remaining(paths)
-        if results.done:
-            print(f"continuing after {results.done} images", file=sys.stderr)
-    tally = Tally(sys.stderr, predictor.engine)
-    rows = tally.counted(answer.to_dict() for answer in predictor.stream(paths, top_k=top_k, batch=batch))
-    if results is not None:
-        for _ in results.write(rows):
-            pass
-    elif to == "csv":
+        with Results(to, job) as results:
+            left = results.remaining(paths)
+            if results.done:
+                print(f"continuing after {results.done} images", file=sys.stderr)
+            for _ in results.write(rows_of(left)):
+                pass
+        before = results.unreadable
+    else:
+        _print(rows_of(paths), to, top_k)
+    tally.finish()
+    if passed:
+        print(f"deit predict: {shown(passed_over(passed))}", file=sys.stderr)
+    return tally.unreadable + before
+
+
+def _print(rows: Iterable[dict[str, Any]], form: Form, top_k: int) -> None:
+    if form == "csv":
         for line in csv_lines(map(_shown_row, rows) if sys.stdout.isatty() else rows, top_k):
             print(line, end="", flush=True)
     else:
         for row in rows:
-            if to == "json":
+            if form == "json":
                 print(json.dumps(row), flush=True)
             elif "error" not in row:
                 print(_line(row), flush=True)
-    tally.finish()
-    if passed:
-        print(f"deit predict: {shown(passed_over(passed))}", file=sys.stderr)
-    return tally.unreadable + (results.unreadable if results else 0)
 
 
 def _shown_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -127,11 +135,17 @@ class Job:
 
 
 def identity(model: str) -> str:
-    """One digest of the files in a model's folder, its calibration included; empty for the name of a model on the hub,
-    whose files are not compared."""
+    """One digest of the files in a model's folder, its calibration included and hidden ones not.
+
+    It is empty for the name of a model on the hub, whose files are not compared.
+    """
     if not os.path.isdir(model):
         return ""
-    held = {path.name: sha256(path) for path in sorted(Path(model).iterdir()) if path.is_file()}
+    held = {
+        path.name: sha256(path)
+        for path in sorted(Path(model).iterdir())
+        if path.is_file() and not path.name.startswith(".")
+    }
     return hashlib.sha256(json.dumps(held).encode()).hexdigest()
 
 
@@ -201,11 +215,83 @@ def claim(folder: Path, job: Mapping[str, Any]) -> None:
                 f"{folder} holds parts of other work ({', '.join(differing)} differ); finish that work with its own "
                 "command, or remove the folder to start over"
             )
+    elif found := sorted(folder.glob("*.jsonl")):
+        raise ValueError(
+            f"{folder} holds {found[0].name} but no job.json that says whose rows these are; remove the folder to "
+            "start over"
+        )
     else:
         files.write_json(begun, described)
 
 
-def read_rows(part: Path) -> Iterator[dict[str, Any]]:
+Stamp = list[int] | None
+"""Size of a file in bytes and its time of change in microseconds, as finely as file systems agree on it; None if there
+is no such file."""
+
+
+def stamp(path: str) -> Stamp:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return [status.st_size, status.st_mtime_ns // 1000]
+
+
+def stamped(paths: Iterable[str], stamps: deque[Stamp]) -> Iterator[str]:
+    """Yields the paths, and appends the stamp of each to `stamps` before its image is read."""
+    for path in paths:
+        stamps.append(stamp(path))
+        yield path
+
+
+def write_part(
+    part: Path, rows: Iterable[dict[str, Any]], stamps: deque[Stamp]
+) -> Generator[dict[str, Any], None, None]:
+    """Writes each row as it passes through. The part is there after the last one, and before it, `PART.images.json`
+    with the `stamps` of its images and the checksum of its rows."""
+    digest, taken = hashlib.sha256(), list[Stamp]()
+    files.sweep(part.parent, part.name, _beside(part).name)
+    with files.replacing(part) as temporary:
+        with temporary.open("wb") as file:
+            for row in rows:
+                line = json.dumps(row).encode() + b"\n"
+                digest.update(line)
+                file.write(line)
+                taken.append(stamps.popleft() if stamps else stamp(row["image"]))
+                yield row
+        files.write_json(_beside(part), {"rows": digest.hexdigest(), "images": taken})
+
+
+def read_part(part: Path, images: Sequence[str]) -> list[dict[str, Any]] | None:
+    """The rows of a part that answers these images; None if it is missing or not whole.
+
+    Raises `ValueError` if it answers other images, or if one of them has changed since.
+    """
+    try:
+        content, beside = part.read_bytes(), files.read_json(_beside(part))
+    except (FileNotFoundError, files.CheckpointError):
+        return None
+    if hashlib.sha256(content).hexdigest() != beside.get("rows"):
+        return None
+    rows = [json.loads(line) for line in content.splitlines()]
+    if [row["image"] for row in rows] != list(images):
+        raise changed(part)
+    for image, then in zip(images, beside["images"], strict=True):
+        if stamp(image) != then:
+            raise changed(part, image)
+    return rows
+
+
+def changed(part: Path, image: str = "") -> ValueError:
+    found = f"; {image} has another size or time" if image else ""
+    return ValueError(f"the images have changed since {part} was written{found}; remove {part.parent} to start over")
+
+
+def _beside(part: Path) -> Path:
+    return part.with_suffix(".images.json")
+
+
+def _read_rows(part: Path) -> Iterator[dict[str, Any]]:
     with part.open(encoding="utf-8") as rows:
         yield from map(json.loads, rows)
 
@@ -213,63 +299,82 @@ def read_rows(part: Path) -> Iterator[dict[str, Any]]:
 class Results:
     """A `.jsonl`, `.csv` or `.parquet` file of rows. Its rows gather part by part in `FILE.parts/` beside it.
 
-    Raises `ValueError` for another suffix or for parts of other work, and `FileExistsError` if the file exists already.
+    Used as a context, it keeps other processes from writing the file.
+
+    Raises `ValueError` for another suffix or for parts of other work, `FileExistsError` if the file exists already, and
+    `files.InUse` if another process is writing it.
     """
 
     def __init__(self, path: Path, job: Job):
         if path.suffix not in _WRITERS:
             raise ValueError(f"expected a {', '.join(_WRITERS)} file for the results, found {path}; rename it")
-        if path.exists():
-            raise FileExistsError(f"{path} exists already; remove it to predict again")
+        self._refuse_existing(path)
         if path.suffix == ".parquet":
             _pyarrow()
         self.path, self.job, self.folder = path, job, path.with_name(path.name + ".parts")
-        claim(self.folder, asdict(job))
-        self.parts = sorted(self.folder.glob("*.jsonl"))
-        self.unreadable = 0
+        self.parts: list[Path] = []
+        self.done = self.unreadable = 0
+        """Number of images whose rows were written before, and how many of these could not be read."""
+        self.stamps: deque[Stamp] = deque()
+        self.held = ExitStack()
 
-    @property
-    def done(self) -> int:
-        """Number of images whose rows are written."""
-        return len(self.parts) * PART
+    @staticmethod
+    def _refuse_existing(path: Path) -> None:
+        if path.exists():
+            raise FileExistsError(f"{path} exists already; remove it to predict again")
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(files.held(self.path, lock=files.lock_beside(self.path)))
+            self._refuse_existing(self.path)  # because another process may just have finished it
+            files.sweep(self.path.parent, self.path.name, self.folder.name)
+            claim(self.folder, asdict(self.job))
+            self.held = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.held.close()
 
     def remaining(self, paths: Iterable[str]) -> Iterator[str]:
-        """Returns the images that follow the ones already done, and adds the unreadable ones among those to
-        `unreadable`.
+        """Returns the images that follow the ones already done, and counts those.
 
         Raises `ValueError` if the images already done differ from those in the parts.
         """
         iterator = iter(paths)
-        for part in self.parts:
-            done = list(read_rows(part))
+        images: list[str] = []
+        while (part := self._next()).exists():
+            images = list(islice(iterator, PART))
+            done = read_part(part, images)
+            if done is None:
+                break
+            self.done += len(done)
             self.unreadable += sum("error" in row for row in done)
-            if [row["image"] for row in done] != list(islice(iterator, PART)):
-                raise ValueError(
-                    f"the images have changed since {part} was written; remove {self.folder} to start over"
-                )
-        return iterator
+            self.parts.append(part)
+            images = []
+        self.stamps.clear()
+        return stamped(chain(images, iterator), self.stamps)
+
+    def _next(self) -> Path:
+        return self.folder / f"{len(self.parts):06}.jsonl"
 
     def write(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Writes each row as it passes through, and the whole file after the last one."""
         iterator = iter(rows)
-        while True:
-            with files.replacing(path := self.folder / f"{len(self.parts):06}.jsonl") as temporary:
-                count = 0
-                with temporary.open("w", encoding="utf-8") as file:
-                    for row in islice(iterator, PART):
-                        file.write(json.dumps(row) + "\n")
-                        count += 1
-                        yield row
-            self.parts.append(path)
-            if count < PART:
-                break
+        count = PART
+        while count == PART:
+            count = 0
+            with closing(write_part(part := self._next(), islice(iterator, PART), self.stamps)) as written:
+                for row in written:
+                    count += 1
+                    yield row
+            self.parts.append(part)
         with files.replacing(self.path) as temporary:
             _WRITERS[self.path.suffix](temporary, self._rows(), self.job.top_k)
-        shutil.rmtree(self.folder)
+        files.remove_folder(self.folder)
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         for part in self.parts:
-            yield from read_rows(part)
+            yield from _read_rows(part)
 
 
 def csv_lines(rows: Iterable[dict[str, Any]], top_k: int) -> Iterator[str]:

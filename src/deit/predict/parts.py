@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from deit import files
 from deit.choices import Head
@@ -27,19 +28,23 @@ class Part:
     def answer(self, predictor: Predictor, *, batch: int = 32) -> int:
         """Writes the rows that `deit predict --json` gives for these images, all of them or none.
 
-        Returns how many of the images could not be read. Raises `ValueError` if the predictor has another head.
+        If another process is answering the same part, it waits for that one, and answers only if that one has not.
+
+        Returns how many of the images could not be read. Raises `ValueError` if the predictor has another head, or if
+        the part is done and its images have changed since.
         """
         if predictor.head != self.head:
             raise ValueError(
                 f"these parts are for the head {self.head}, found a predictor with {predictor.head}; give both the "
                 "same head"
             )
-        unreadable = 0
-        with files.replacing(self.file) as temporary, temporary.open("w", encoding="utf-8") as rows:
-            for answer in predictor.stream(self.images, top_k=self.top_k, batch=batch):
-                unreadable += answer.error is not None
-                rows.write(json.dumps(answer.to_dict()) + "\n")
-        return unreadable
+        with files.held(self.file, lock=files.lock_beside(self.file), wait=True):
+            rows: Iterable[dict[str, Any]] | None = bulk.read_part(self.file, self.images)
+            if rows is None:
+                stamps: deque[bulk.Stamp] = deque()
+                stream = predictor.stream(bulk.stamped(self.images, stamps), top_k=self.top_k, batch=batch)
+                rows = bulk.write_part(self.file, (answer.to_dict() for answer in stream), stamps)
+            return sum("error" in row for row in rows)
 
 
 def missing_parts(
@@ -67,7 +72,8 @@ def missing_parts(
     if size < 1:
         raise ValueError(f"size must be at least 1, found {size}")
     folder = Path(folder).absolute()
-    bulk.claim(folder, {"model": model, "files": bulk.identity(model), "head": head, "top_k": top_k, "size": size})
+    with files.held(folder, wait=True):  # two machines may begin at once
+        bulk.claim(folder, {"model": model, "files": bulk.identity(model), "head": head, "top_k": top_k, "size": size})
     return _missing(iter(images), folder, head, top_k, size)
 
 
@@ -76,13 +82,7 @@ def _missing(images: Iterator[str], folder: Path, head: Head, top_k: int, size: 
     while chunk := tuple(islice(images, size)):
         part = Part(images=chunk, file=folder / f"{len(known):06}.jsonl", head=head, top_k=top_k)
         known.add(part.file)
-        if not part.file.exists():
+        if bulk.read_part(part.file, chunk) is None:
             yield part
-        elif [row["image"] for row in bulk.read_rows(part.file)] != list(chunk):
-            raise _changed(part.file)
     if more := sorted(set(folder.glob("*.jsonl")) - known):
-        raise _changed(more[0])
-
-
-def _changed(file: Path) -> ValueError:
-    return ValueError(f"the images have changed since {file} was written; remove {file.parent} to start over")
+        raise bulk.changed(more[0])

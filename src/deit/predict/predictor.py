@@ -128,12 +128,15 @@ class Predictor:
         """
         with ThreadPoolExecutor(cores()) as pool:
             waiting: deque[list[tuple[Source, Future[np.ndarray]]]] = deque()
-            for chunk in _batched(sources, batch):
-                waiting.append([(source, pool.submit(self.prepared, source)) for source in chunk])
-                if len(waiting) > _AHEAD:
+            try:
+                for chunk in _batched(sources, batch):
+                    waiting.append([(source, pool.submit(self.prepared, source)) for source in chunk])
+                    if len(waiting) > _AHEAD:
+                        yield from self._finished(waiting.popleft(), top_k)
+                while waiting:
                     yield from self._finished(waiting.popleft(), top_k)
-            while waiting:
-                yield from self._finished(waiting.popleft(), top_k)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def _finished(self, chunk: list[tuple[Source, Future[np.ndarray]]], top_k: int) -> Iterator[Answer]:
         errors = {i: future.exception() for i, (_, future) in enumerate(chunk)}

@@ -43,7 +43,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
     except (SafetensorError, OSError) as error:
         left = saved(folder)
         raise OSError(
-            f"{path} can't be written ({error}); "
+            f"{path} can't be written ({getattr(error, 'reason', error)}); "
             + (f"{left[-1].name} is untouched; " if left else "")
             + "free space, then continue with --resume"
         ) from None

@@ -122,6 +122,7 @@ def teach(
     Raises:
         ValueError: the recipe has no teacher, `out` holds something else, or its answers come from other data, other
             views or another teacher.
+        files.InUse: a process of the same rank is writing into `out`.
         data.BadImages: too many images can't be read.
     """
     out, place = Path(out), resolve_device(device)
@@ -138,22 +139,23 @@ def teach(
     teacher = Teacher.load(objective.teacher, split.classes, recipe).to(place)
     layout = _layout(recipe, split, math.ceil(epochs * len(split) / recipe.data.batch))
     prints = {"data": fingerprint(split), "views": _hash(views(recipe)), "teacher": teacher.fingerprint()}
-    layout = _claim(out, recipe, split, layout, prints)
     console = Console(quiet=True) if rank else console or Console(stderr=True)
-
-    todo = []
-    for part in range(rank, layout.parts, world):
-        if _is_whole(out, layout, part):
-            try:
-                _read(out, layout, part, prints)
-                continue
-            except files.CheckpointError as error:
-                _say(console, str(error))
-        todo.append(part)
-    if todo and not rank:
-        for sentence in teacher.introduction(recipe, split, "training", place):
-            _say(console, sentence)
-    _write_parts(_Work(recipe, split, teacher, layout, place), out, todo, prints, console)
+    with files.held(out, lock=out / f".rank-{rank}.lock"):
+        layout = _claim(out, recipe, split, layout, prints)
+        todo = []
+        for part in range(rank, layout.parts, world):
+            if _is_whole(out, layout, part):
+                try:
+                    _read(out, layout, part, prints)
+                    continue
+                except files.CheckpointError as error:
+                    _say(console, str(error))
+            files.sweep(out, _path(out, part).name)
+            todo.append(part)
+        if todo and not rank:
+            for sentence in teacher.introduction(recipe, split, "training", place):
+                _say(console, sentence)
+        _write_parts(_Work(recipe, split, teacher, layout, place), out, todo, prints, console)
     return out
 
 
@@ -353,7 +355,9 @@ def _compare(
 def _claim(out: Path, recipe: Recipe, split: Split, layout: _Layout, prints: Mapping[str, str]) -> _Layout:
     """Makes `out` the cache of these answers, or extends it in its own layout. Refuses a folder of anything else."""
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    names = {name for name in names if not re.match(r"\.(cache\.json|labels-\d+\.safetensors)\.", name)}  # half written
+    names = {
+        name for name in names if not re.match(r"\.(rank-\d+\.lock$|cache\.json\.|labels-\d+\.safetensors\.)", name)
+    }  # half written
     if foreign := sorted(name for name in names if name != "cache.json" and not _FILE.fullmatch(name)):
         raise ValueError(f"{out} holds {foreign[0]}, which is not part of a label cache; choose an empty or new folder")
     objective = recipe.objective

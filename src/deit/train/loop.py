@@ -14,7 +14,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -47,8 +47,8 @@ _ROWS = 50
 """Largest number of steps between two rows of metrics."""
 
 
-class _Interrupted(Exception):
-    """A signal came during an evaluation."""
+class _Interrupted(BaseException):
+    """A signal came during a wait. It is no `Exception`, which would count as the fault of an image."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ def train(
 
     Raises:
         FileExistsError: `out` holds a run, and `resume` is False.
+        files.InUse: another process trains into `out`.
         ValueError: the run to resume has another recipe or other images.
         Diverged: the loss is not finite again and again; the best model so far stays in `out/model`.
         Stopped: SIGTERM or Ctrl-C ended the run, and its state is saved. It is a `SystemExit`.
@@ -106,10 +107,15 @@ def train(
     receivers = [*receivers, *named(recipe.compute.log)]
     end = math.inf if minutes is None else time.perf_counter() + 60 * minutes
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    with processes(device) as us, _Signals() as signals:
+    with processes(device) as us, _Signals() as signals, runs.held(Path(out), us):
         if us.device.type == "cpu":
             keep_memory()
-        return _train(recipe, (train_split, val_split), Path(out), us, signals, console, resume, end, receivers)
+        try:
+            return _train(recipe, (train_split, val_split), Path(out), us, signals, console, resume, end, receivers)
+        except _Interrupted:
+            if us.main:
+                (console or Console(stderr=True)).print(f"stopped by {signals.name} before it began")
+            raise Stopped(128 + signals.caught) from None
 
 
 def _train(
@@ -124,25 +130,27 @@ def _train(
     receivers: Sequence[Receiver],
 ) -> Run:
     """Trains until `end` at the latest, a time of `time.perf_counter`. Keeps nothing of the run when it returns."""
-    found = runs.find(out, recipe, resume, planned=end < math.inf)
-    us.wait()  # because no process may write before all have looked
-    if found is not None:
-        recipe = replace(recipe, schedule=found.schedule)
-    elif end < math.inf:
-        recipe = _plan(recipe, *splits, us, end - time.perf_counter(), console)
-    if us.main:
-        files.write_json(out / "recipe.json", recipe.to_dict())
-    work, state = runs.prepare(recipe, *splits, us, found)
-    if us.main:
-        runs.write_about(work, state, *splits, out)
+    with signals.interrupting():
+        found = runs.find(out, recipe, resume, planned=end < math.inf)
+        us.wait()  # because no process may write before all have looked
+        if found is not None:
+            recipe = replace(recipe, schedule=found.schedule)
+        elif end < math.inf:
+            recipe = _plan(recipe, *splits, us, end - time.perf_counter(), console)
+        if us.main:
+            files.write_json(out / "recipe.json", recipe.to_dict())
+        work, state = runs.prepare(recipe, *splits, us, found)
+        if us.main:
+            runs.write_about(work, state, *splits, out)
     with Reporter(
         out, recipe, us, console, done=state.step, total=work.total, written=state.written, receivers=receivers
     ) as reporter:
         for problem in found.problems if found else []:
             reporter.say(f"{problem}: resuming from an earlier one")
         if us.main and not state.step:
-            for sentence in work.objective.introduction(work.model, splits[1], us):
-                reporter.say(sentence)
+            with signals.interrupting():
+                for sentence in work.objective.introduction(work.model, splits[1], us):
+                    reporter.say(sentence)
         with compiling.graphs(reporter.say) if work.compiled else nullcontext():
             _loop(_Session(work, state, out, reporter, signals, end))
     return Run(out / "model", state.best if state.best is not None else -math.inf, state.seconds)
@@ -192,6 +200,15 @@ class _Session:
         )
         raise Stopped(128 + (self.signals.caught or signal.SIGTERM))
 
+    def lose(self, error: LoaderDied) -> NoReturn:
+        """Saves the state after the last step, unless many processes would have to agree, and raises."""
+        if self.work.us.world > 1 or not self.state.step or self.state.skipped_in_a_row:
+            raise error
+        if self.signals.caught:
+            self.stop()
+        self.save()
+        raise LoaderDied(f"{error}; the state after step {self.state.step} is saved, continue with --resume")
+
     def judge(self) -> None:
         """Scores the model, saves it if it is the best so far, and writes a row."""
         began = time.perf_counter()
@@ -203,12 +220,16 @@ class _Session:
         self.judging = time.perf_counter() - began
 
     def validation(self) -> Iterator[Batch]:
-        for batch in self.work.validation:
-            if self.signals.caught and self.work.us.world == 1:  # many processes would have to agree
-                raise _Interrupted
+        batches = iter(self.work.validation)
+        while (batch := self.waited(batches)) is not None:
             for file, reason in self.val_faults.add(batch.faults):
                 self.reporter.say(f"{file} {reason}. The evaluation leaves it out")
             yield batch
+
+    def waited(self, batches: Iterator[Batch]) -> Batch | None:
+        """The next batch; None if there is none. A signal ends the wait, unless many processes would have to agree."""
+        with self.signals.interrupting() if self.work.us.world == 1 else nullcontext():
+            return next(batches, None)
 
     def row(self, numbers: dict[str, float]) -> None:
         work, state = self.work, self.state
@@ -255,11 +276,12 @@ def _loop(session: _Session) -> None:
 
             began = time.perf_counter()
             try:
-                batch = next(stream)
-            except LoaderDied:
-                if session.signals.caught and work.us.world == 1:  # the signal reached the loader process too
-                    session.stop()
-                raise
+                batch = session.waited(stream)
+            except _Interrupted:
+                session.stop()
+            except LoaderDied as error:
+                session.lose(error)
+            assert batch is not None  # the stream has no end
             session.tell(batch.faults)
             if not fitted:
                 stepping.fit(work, state, batch, say)
@@ -375,6 +397,7 @@ class _Signals:
 
     def __init__(self) -> None:
         self.caught = 0
+        self.interrupts = False
         self.previous: dict[int, Any] = {}
 
     @property
@@ -395,6 +418,19 @@ class _Signals:
         if self.caught and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.caught = number
+        if self.interrupts:
+            raise _Interrupted
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """While the block runs, and if one came before, a signal raises `_Interrupted`."""
+        before, self.interrupts = self.interrupts, True
+        try:
+            if self.caught:
+                raise _Interrupted
+            yield
+        finally:
+            self.interrupts = before
 
 
 __all__ = ["Diverged", "Run", "Stopped", "train"]

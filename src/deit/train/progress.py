@@ -7,6 +7,7 @@ import os
 import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +15,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from deit import files
 from deit.machine import Processes, peak_memory
 from deit.recipe import Recipe
 from deit.terminal import shown
@@ -52,7 +54,7 @@ class Reporter:
         written: int,
         receivers: Sequence[Receiver] = (),
     ):
-        self.recipe, self.us, self.total = recipe, us, total
+        self.out, self.recipe, self.us, self.total = out, recipe, us, total
         self.console = (console or Console(stderr=True)) if us.main else Console(quiet=True)
         self.first, self.rate = done, 0.0
         self.durations: deque[float] = deque(maxlen=_RECENT)
@@ -82,7 +84,8 @@ class Reporter:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self.bar.stop()
         if self.us.main:
-            self.metrics.close()
+            with suppress(OSError) if error else nullcontext():  # a full disk, which is told already
+                self.metrics.close()
         self._tell(lambda receiver: receiver.close(error is None))
 
     def _tell(self, call: Callable[[Receiver], None]) -> None:
@@ -126,8 +129,9 @@ class Reporter:
         if not self.us.main:
             return
         row = row | {"images_per_second": round(self.rate, 1), "memory": peak_memory(self.us.device)}
-        self.metrics.write(json.dumps(row).encode() + b"\n")
-        self.metrics.flush()
+        with files.told_if_full(self.out / "metrics.jsonl"):
+            self.metrics.write(json.dumps(row).encode() + b"\n")
+            self.metrics.flush()
         self.latest |= {name: value for name, value in row.items() if name.startswith("val_")}
         self._tell(lambda receiver: receiver.row(dict(row)))
         if not self.console.is_terminal and any(name.startswith("val_") for name in row):

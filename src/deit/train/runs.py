@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +23,7 @@ from deit.machine import Processes, described, resolve_precision, whole
 from deit.recipe import Cosine, Recipe, difference
 from deit.train import checkpoint, compiling, objectives, optim
 from deit.train.build import build_model
-from deit.train.records import ABOUT, About
+from deit.train.records import ABOUT, MODEL, RECIPE, About
 
 
 @dataclass
@@ -123,6 +125,29 @@ class Stopped:
     """The schedule that the run began with. A time budget may have shortened it."""
     problems: list[str]
     """One sentence for each newer checkpoint, which says why it could not be read."""
+
+
+@contextmanager
+def held(out: Path, us: Processes) -> Iterator[None]:
+    """Keeps other trainings out of `out`, and removes the half-written files of those that were killed.
+
+    The main process has the lock. Raises `files.InUse` in every process if another training has it.
+    """
+    with ExitStack() as stack:
+        refused: files.InUse | None = None
+        if us.main:
+            try:
+                stack.enter_context(files.held(out))
+            except files.InUse as error:
+                refused = error
+        if refused := us.gather(refused)[0]:
+            raise refused
+        if us.main:
+            files.sweep(out, RECIPE, ABOUT)
+            files.sweep(out / MODEL, "*.safetensors*", "config.json", "preprocessor_config.json")
+            files.sweep(out / "checkpoints", "*")
+            files.sweep(out / "reconstructions", "*")
+        yield
 
 
 def find(out: Path, recipe: Recipe, resume: bool, planned: bool) -> Stopped | None:

@@ -1,0 +1,125 @@
+"""A full disk ends every command with a sentence, and what was finished before stays."""
+
+import errno
+import os
+import shutil
+import subprocess
+
+import pytest
+from safetensors.torch import load_file
+from support.checks import raises_saying
+from support.models import trained_folder
+from support.runs import RECIPES, assert_same_end, data_and_recipes, finish, reached, start
+
+from deit import files
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    root = tmp_path_factory.mktemp("full")
+    data, recipes = data_and_recipes(root)
+    recipes.write_text(
+        RECIPES
+        + """
+
+def taught():
+    from dataclasses import replace
+    return replace(student(), objective=Distilled(token="class"))
+"""
+    )
+    return {"MODEL": trained_folder(root / "model", labels="abc"), "DATA": data, "RECIPES": recipes}
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 400 KiB, and a function that leaves so many KiB of it free."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "none", place], capture_output=True, check=False
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("this machine mounts no small disk")
+
+    def leave(free):
+        (place / "fill").unlink(missing_ok=True)
+        left = os.statvfs(place)
+        with (place / "fill").open("wb") as fill:
+            fill.write(bytes(max(0, left.f_bavail * left.f_frsize - free * 1024)))
+
+    yield place, leave
+    subprocess.run(["umount", place], check=True)
+
+
+COMMANDS = {
+    "train": "train RECIPES:student --data DATA --out OUT",
+    "teach": "teach DATA --teacher MODEL --recipe RECIPES:taught --epochs 100 --out OUT",
+    "predict": "predict MODEL DATA/train --json OUT.jsonl --engine torch",
+    "csv": "predict MODEL DATA/train --csv OUT.csv --engine torch",
+    "explain": "explain MODEL DATA/train/a/0.png --out OUT.png",
+    "hf": "convert MODEL --to hf --out OUT",
+    "timm": "convert MODEL --to timm --out OUT",
+    "original": "convert MODEL --to original --out OUT",
+    "torch": "export MODEL --to torch --out OUT",
+    "onnx": "export MODEL --to onnx --out OUT",
+    "openvino": "export MODEL --to openvino --out OUT",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("free", [0, 8, 50])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_says_it(given, disk, name, free):
+    place, leave = disk
+    command = COMMANDS[name]
+    for key, value in {**given, "OUT": place / "out"}.items():
+        command = command.replace(key, str(value))
+    leave(free)
+    process = start(*command.split())
+    output, _ = process.communicate(timeout=240)
+    if process.returncode == 0:
+        assert free
+        return
+    assert process.returncode == 1, output
+    said = output.splitlines()[-1]
+    assert said.startswith(f"deit {command.split()[0]}: {place}"), said
+    assert "can't be written (No space left on device)" in said
+    assert "free space, then" in said
+    assert "Traceback" not in output
+    assert list(place.rglob(".*")) == []
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_when_there_is_space_again(given, disk, tmp_path):
+    """Wherever the disk was full: at the first model, at a checkpoint, at a row of metrics."""
+    place, leave = disk
+    often = ("--set", "compute.save_minutes=0", "--resume")
+    command = ("train", f"{given['RECIPES']}:student", "--data", given["DATA"], "--out")
+    finish(start(*command, tmp_path / "whole", *often))
+    reasons, steps = set(), []
+    for free in (20, 90, 270, 290, 310):
+        leave(free)
+        output = finish(start(*command, place / "run", *often), 1)
+        reasons.add(output.splitlines()[-1].partition(" can't be written")[0].rpartition("/")[2].partition("-")[0])
+        steps.append(reached(place / "run"))
+        assert load_file(place / "run/model/model.safetensors") if free > 90 else True
+    assert {"model.safetensors", "step"} <= reasons
+    assert steps == sorted(steps)
+    (place / "fill").unlink()
+    shutil.move(place / "run", tmp_path / "run")
+    finish(start(*command, tmp_path / "run", *often))
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_the_file_of_before_stays(tmp_path, monkeypatch, number, call):
+    files.write_text(tmp_path / "a", "before")
+
+    def full(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(*(os, "fsync") if call == "fsync" else (type(tmp_path), "replace"), full)
+    with raises_saying(files.DiskFull, f"{tmp_path / 'a'} can't be written ({os.strerror(number)})", "free space"):
+        files.write_text(tmp_path / "a", "after")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "before")]

@@ -1,0 +1,164 @@
+"""Only one process writes a thing at a time, and no dead one keeps the others out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+
+import pytest
+from support.checks import raises_saying
+
+from deit import files
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from deit import files
+files._BEAT = 0.05
+with files.held(Path(sys.argv[1])):
+    if len(sys.argv) > 2 and os.fork() == 0:  # as a loader process
+        time.sleep(60)
+        os._exit(0)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def owner(tmp_path):
+    """Starts a process that has the lock of a folder."""
+    started = []
+
+    def start(*more):
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, tmp_path, *more], stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        started.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def test_another_process_is_refused_by_name(tmp_path, owner):
+    process = owner()
+    with (
+        raises_saying(
+            files.InUse, f"{tmp_path} is being written by another process (process {process.pid} on", ", since 20"
+        ),
+        files.held(tmp_path),
+    ):
+        pass
+
+
+def test_another_thread_is_refused(tmp_path):
+    with files.held(tmp_path), raises_saying(files.InUse, f"process {os.getpid()} on"), files.held(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_process_lets_go_at_once(tmp_path, owner):
+    """Also if a process that it forked, as loaders are, lives on."""
+    for more in ((), ("fork",)):
+        process = owner(*more)
+        process.kill()
+        process.wait()
+        began = time.monotonic()
+        with files.held(tmp_path):
+            pass
+        assert time.monotonic() - began < 2
+
+
+def test_waiting_for_the_other(tmp_path):
+    order = []
+
+    def second():
+        with files.held(tmp_path, wait=True):
+            order.append("second")
+
+    with files.held(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.5)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
+
+
+@pytest.mark.parametrize("host", ["elsewhere", None])
+def test_a_machine_that_the_system_does_not_know(tmp_path, owner, monkeypatch, host):
+    """Another machine, or a file system without locks: the owner lives as long as it touches the file."""
+    monkeypatch.setattr(files, "_WATCHED", 1.0)
+    monkeypatch.setattr(files, "_flock", lambda descriptor: True if host else None)
+    process = owner()
+    if host:
+        own = json.loads((tmp_path / ".lock").read_text())
+        (tmp_path / ".lock").write_text(json.dumps({**own, "host": host}))
+    with raises_saying(files.InUse, f"process {process.pid} on {host or ''}"), files.held(tmp_path):
+        pass
+    process.kill()
+    process.wait()
+    began = time.monotonic()
+    with files.held(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    assert 1 <= time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("jump", [-(10**9), 10**9])
+def test_clocks_that_jump(tmp_path, owner, monkeypatch, jump):
+    """A lock's file from the past or the future is judged as any other, and so is the time of the asking process."""
+    process = owner()
+    os.utime(tmp_path / ".lock", (time.time() + jump,) * 2)
+    with monkeypatch.context() as patched, raises_saying(files.InUse, f"process {process.pid} on"):
+        patched.setattr(time, "time", lambda: 0.0)
+        with files.held(tmp_path):
+            pass
+    process.kill()
+    process.wait()
+    os.utime(tmp_path / ".lock", (time.time() + jump,) * 2)
+    with files.held(tmp_path):
+        pass
+
+
+def test_what_killed_processes_left_is_swept(tmp_path):
+    with files.replacing(tmp_path / "a.json") as temporary:
+        name = temporary.name
+        temporary.with_name(name + "0").write_text("kept")
+    (tmp_path / name).write_text("half")
+    (tmp_path / ".b.json.0123abcd").write_text("half")
+    files.sweep(tmp_path, "a.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name + "0", ".b.json.0123abcd", "a.json"])
+
+
+def test_a_folder_whose_replacement_was_killed_comes_back(tmp_path, monkeypatch):
+    """Between the two renames: the former folder is there again, and the half-written one is gone."""
+    folder = tmp_path / "export"
+    folder.mkdir()
+    (folder / "model").write_text("former")
+    rename = type(folder).rename
+
+    def killed(self, target):
+        if target == folder:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(folder), "rename", killed)
+        patched.setattr(files.shutil, "rmtree", lambda *_, **__: None)
+        with (
+            pytest.raises(KeyboardInterrupt),
+            files.replacing_folder(folder, check=lambda _: None) as temporary,
+        ):
+            (temporary / "model").write_text("new")
+    assert not folder.exists()
+    files.restore_folder(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    assert (folder / "model").read_text() == "former"
