@@ -5,7 +5,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup quickstart format lint test coverage test-slow bench gpu gpu-cifar10
+.PHONY: setup quickstart format lint test coverage test-slow bench fortress gpu gpu-cifar10
 
 setup: .venv/installed            ## create .venv with the package
 
@@ -49,6 +49,10 @@ bench: .venv/installed-bench      ## compare the speed with timm, transformers a
 	$(BIN)/python -m bench.speed.train
 	$(BIN)/python -m bench.speed.keras
 	$(BIN)/python -m bench.speed.predict
+
+fortress: .venv/installed-test    ## attack everything for half an hour, and put the figures into docs/security.md
+	$(BIN)/python -m bench.fortress --write
+	$(BIN)/python -m pytest -m slow tests/serve tests/processes tests/predict tests/weights
 
 gpu:                              ## try everything on an NVIDIA GPU, in ten minutes, with the Python and PyTorch there are
 	PYTHONPATH=src $(PYTHON) -m bench.gpu --records bench/gpu/records.jsonl

@@ -6,18 +6,19 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from bench import harness
+from bench import fortress, harness
 from bench.speed import keras, predict, train
 
 ROOT = Path(__file__).parents[1]
 TOY = """
 import time
 from pathlib import Path
-from bench import harness
+from bench import fortress, harness
 
 harness.SECONDS = 0.1
 
@@ -185,3 +186,35 @@ def test_every_stage_of_a_gpu_finds_equal_values_on_a_cpu(tmp_path):
     assert {line["stage"] for line in lines if line.get("ok")} >= {
         "parity", "objectives", "resuming", "memory", "planning", "two_processes", "answers",
     }  # fmt: skip
+
+
+def test_damaged_files_give_an_answer_or_a_sentence(capsys):
+    """A short form of `make fortress`."""
+    for kind in fortress.KINDS:
+        row = fortress.run(kind, 0, 60)
+        assert row["faults"] == {}
+        assert 0 < row["refused"] <= 60
+    assert "| 60 |" in fortress.table([row])
+
+
+def test_a_fault_is_found_and_does_not_end_the_search(monkeypatch, capsys):
+    """Errors of another kind, files that take long, and the end of the process."""
+
+    def broken():
+        def read(content, folder):
+            number = int(content)
+            if number == 1:
+                raise KeyError("x")
+            if number == 2:
+                time.sleep(9)
+            if number == 3:
+                raise ValueError("refused")
+
+        return [str(number).encode() for number in range(5)], read, lambda content, draw: content
+
+    monkeypatch.setitem(fortress.KINDS, "broken", broken)
+    monkeypatch.setattr(fortress, "PATIENCE", 0.2)
+    fortress.attempt("broken", 0, 5)
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    assert [(number, refused) for number, refused, *_ in answers] == [(0, 0), (1, 0), (2, 0), (3, 1), (4, 0)]
+    assert [fault for _, _, fault, _ in answers if fault] == ["KeyError: 'x'", "took longer than 0 s"]

@@ -533,6 +533,7 @@ def test_from_dict_refuses_what_is_no_recipe():
         ("sede", 3, ["recipe: there is no 'sede'", "did you mean 'seed'"]),
         ("model", {**record["model"], "depth": 3}, ["model: there is no field 'depth'"]),
         ("optim", {"lr": 1e-3}, ["optim: expected kind_of to be one of AdamW", "found None"]),
+        ("optim", {"kind_of": {}, "lr": 1e-3}, ["optim: expected kind_of to be one of AdamW", "found {}"]),
         ("data", {}, ["data: batch must be given"]),
     ):
         with raises_saying(ValueError, *parts):

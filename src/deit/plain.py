@@ -82,7 +82,10 @@ def from_plain(value: Any, hint: Any, path: str) -> Any:
             return _config(value, kind, path)
         if isinstance(value, Mapping) and (classes := {cls.__name__: cls for cls in _classes(hint)}):
             name = value.get("kind_of", next(iter(classes)) if len(classes) == 1 else None)
-            check(name in classes, f"{path}: expected kind_of to be one of {', '.join(classes)}, found {name!r}")
+            check(
+                isinstance(name, str) and name in classes,
+                f"{path}: expected kind_of to be one of {', '.join(classes)}, found {name!r}",
+            )
             return from_plain(value, classes[str(name)], path)
         plain = [part for part in typing.get_args(hint) if part is not type(None) and not is_dataclass(part)]
         check(

@@ -197,3 +197,13 @@ def test_a_pickled_timm_folder_runs_nothing(tmp_path):
     with raises_saying(CheckpointError, "Nothing was executed or loaded"):
         Teacher.load(f"timm:{tmp_path}", list("abcde"), small_recipe(Distilled(teacher=f"timm:{tmp_path}")))
     assert not os.path.exists(tmp_path / "ran")
+
+
+def test_a_damaged_directory_of_an_archive_is_a_sentence(tmp_path):
+    """Python's own reader of archives has an error of its own for it."""
+    torch.save({"weight": torch.ones(3)}, tmp_path / "weights.pth")
+    content = bytearray((tmp_path / "weights.pth").read_bytes())
+    content[content.index(b"PK\x01\x02")] ^= 0xFF
+    (tmp_path / "weights.pth").write_bytes(content)
+    with raises_saying(CheckpointError, "weights.pth is truncated, corrupt or no PyTorch file", "fetch it again"):
+        hub.read_tensors(tmp_path / "weights.pth")

@@ -398,6 +398,15 @@ def _refused(value: object) -> bool:
     return isinstance(value, _Refused | argparse.Namespace) or value is _Refused
 
 
+def _refuse_packed(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        if sum(part.file_size for part in archive.infolist()) > 2 * path.stat().st_size:
+            raise CheckpointError(
+                f"{path} unpacks to more than it holds, expected parts that are not compressed, as torch.save writes "
+                "them; ask for a safetensors file"
+            )
+
+
 def _read_pickle(path: Path) -> dict[str, Any]:
     """Reads with PyTorch's restricted unpickler. Skips the objects in `_UNREAD`."""
     try:
@@ -406,17 +415,12 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         raise ImportError(
             f"{path} is a PyTorch file, and reading it needs PyTorch: pip install torch, or ask for a safetensors file"
         ) from None
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if sum(part.file_size for part in archive.infolist()) > 2 * path.stat().st_size:
-                raise CheckpointError(
-                    f"{path} unpacks to more than it holds, expected parts that are not compressed, as torch.save "
-                    "writes them; ask for a safetensors file"
-                )
     try:
+        if zipfile.is_zipfile(path):
+            _refuse_packed(path)
         with torch.serialization.safe_globals([(_Refused, name) for name in _UNREAD]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
+    except (MemoryError, CheckpointError):
         raise
     except Exception as error:  # the unpickler raises nearly anything on damaged bytes
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
