@@ -517,6 +517,27 @@ def test_a_dead_worker_is_told(split, killed):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (ConnectionResetError(104, "Connection reset by peer"), LoaderDied),
+        (EOFError(), LoaderDied),
+        (ConnectionResetError("Caught ConnectionResetError in DataLoader worker process 0."), ConnectionResetError),
+    ],
+)
+def test_a_worker_that_dies_while_it_hands_over_memory_is_told(split, error, raised, monkeypatch):
+    batches = TrainingBatches(split, recipe(workers=1))
+    stream = batches.from_step(0)
+    next(stream)
+
+    def broken(self):
+        raise error
+
+    monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "__next__", broken)
+    with pytest.raises(raised):
+        next(stream)
+
+
 def test_ctrl_c_is_left_to_the_parent_and_closing_ends_the_workers(split):
     batches = TrainingBatches(split, recipe(workers=2))
     stream = batches.from_step(0)

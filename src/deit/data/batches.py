@@ -600,10 +600,10 @@ def _loaded(views: Dataset[Any], wanted: Iterable[Any], workers: int, device: to
                     batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                if not _tells_of_a_death(error):
                     raise
-                died = str(error).splitlines()[0]
+                died = (str(error) or type(error).__name__).splitlines()[0]
             if died:  # raised here, because the traceback of `error` would keep the other processes alive
                 raise LoaderDied(
                     f"a loader process died ({died}), most likely because memory or shared memory (/dev/shm) ran "
@@ -624,6 +624,14 @@ def _kill(loaders: Iterable[Any]) -> None:
     for loader in loaders:
         if loader.is_alive():
             loader.kill()
+
+
+def _tells_of_a_death(error: Exception) -> bool:
+    """Whether a loader process died while the next batch was waited for, or while its memory was handed over, which
+    takes a connection to the process."""
+    if isinstance(error, ConnectionError | EOFError):
+        return "in DataLoader worker process" not in str(error)  # which is an error of the process itself
+    return "exited unexpectedly" in str(error) or "killed by signal" in str(error)
 
 
 def _unchanged(batch: Any) -> Any:

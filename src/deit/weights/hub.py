@@ -292,15 +292,15 @@ def read_tensors(path: Path, arrays: Arrays = "torch") -> dict[str, Any]:
     from safetensors import SafetensorError
 
     try:
-        content = path.read_bytes()  # not mapped: a file that changes under a process would end it, or change its model
+        # "pread" maps no file: a mapped one that changes under a process would end it, or change its model
         if arrays == "numpy":
-            from safetensors.numpy import load as load_arrays
+            from safetensors.numpy import load_file as load_arrays
 
-            tensors: dict[str, Any] = load_arrays(content)
+            tensors: dict[str, Any] = load_arrays(path, backend="pread")
         else:
-            from safetensors.torch import load
+            from safetensors.torch import load_file
 
-            tensors = load(content)
+            tensors = load_file(path, backend="pread")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or corrupt ({error}); fetch it again") from None
     if any(name.endswith(":0") for name in tensors):

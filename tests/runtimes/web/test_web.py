@@ -103,7 +103,7 @@ OPTIONS = {
         for name in ("bicubic", "bilinear", "lanczos", "hamming")
     },
     "enlarged": PAPER | {"size": {"shortest_edge": 224}, "crop_size": 224},
-    "cut": {"size": {"shortest_edge": 30000}, "crop_size": 160},  # of which only the middle is computed
+    "cut": {"size": {"shortest_edge": 16000}, "crop_size": 160},  # of which only the middle is computed
     "crop larger than the image": PAPER | {"crop_size": (100, 301)},
     "longest edge": PAPER | {"size": {"shortest_edge": 30, "longest_edge": 77}, "crop_size": 64},
     "no crop": {"size": 48, "do_center_crop": False},
@@ -334,7 +334,7 @@ def test_what_is_missing_is_named(models, tmp_path, programs, monkeypatch):
     with raises_saying(FileNotFoundError, "(network offline)", "connect to the internet", cache):
         export.export(models / "plain", "web", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert not cache.exists()
+    assert not list(cache.iterdir())
 
 
 def test_another_package_is_refused(models, tmp_path, programs):
@@ -343,7 +343,7 @@ def test_another_package_is_refused(models, tmp_path, programs):
         files.CheckpointError, "npm gave an onnxruntime-web", f"expected {web.INTEGRITY}", "npm config get registry"
     ):
         export.export(models / "plain", "web", tmp_path / "out")
-    assert not cache.exists()
+    assert not list(cache.iterdir())
 
 
 def test_the_package_is_fetched_once_and_verified_each_time(package, programs, tmp_path):
