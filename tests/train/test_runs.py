@@ -10,7 +10,7 @@ from rich.console import Console
 from support.models import shrink
 from support.runs import photos
 
-from deit.config import ConvNetConfig, DeiTConfig
+from deit.config import ConvNetConfig, DeiTConfig, TimmConfig
 from deit.data.batches import processor_for
 from deit.data.folders import read_data
 from deit.predict.predictor import Predictor
@@ -189,6 +189,8 @@ def toy(recipe: Recipe, teacher: Path, root: Path) -> Recipe:
     model, objective = recipe.model, recipe.objective
     if isinstance(model, DeiTConfig):
         model = shrink(model, num_labels=None, image_size=4 * model.patch_hw[0])
+    elif isinstance(model, TimmConfig):
+        model = model.replace(architecture="test_resnet", image_size=32)
     else:
         model = model.replace(widths=(8, 8), image_size=16)
     if isinstance(objective, Distilled):
