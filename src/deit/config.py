@@ -524,8 +524,31 @@ class ViTConfig(DeiTConfig):
             )
 
 
+class _OfConvnets:
+    """What the configs of convnets have in common."""
+
+    id2label: dict[int, str]
+    image_size: Pair
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.id2label)
+
+    @property
+    def scoring(self) -> Scoring:
+        """What turns logits into scores: softmax, or sigmoid for a single output."""
+        return _scoring(None, self.num_labels)
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        return _pair(self.image_size)
+
+    def replace(self, **changes: Any) -> Self:
+        return replace(self, **changes)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True, kw_only=True)
-class ConvNetConfig:
+class ConvNetConfig(_OfConvnets):
     """The small built-in ConvNet (`model.convnet.ConvNet`): stages of 3x3 convolutions, with the image halved between.
 
     Immutable, like `DeiTConfig`.
@@ -552,22 +575,6 @@ class ConvNetConfig:
         object.__setattr__(self, "widths", tuple(self.widths))
         object.__setattr__(self, "image_size", _pair_or_int("image_size", self.image_size))
         object.__setattr__(self, "id2label", _in_order(self.id2label))
-
-    @property
-    def num_labels(self) -> int:
-        return len(self.id2label)
-
-    @property
-    def scoring(self) -> Scoring:
-        """What turns logits into scores: softmax, or sigmoid for a single output."""
-        return _scoring(None, self.num_labels)
-
-    @property
-    def image_hw(self) -> tuple[int, int]:
-        return _pair(self.image_size)
-
-    def replace(self, **changes: Any) -> Self:
-        return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_WRITTEN}
@@ -613,7 +620,7 @@ def _check_count(name: str, value: Any, most: int = 2**31 - 1) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TimmConfig:
+class TimmConfig(_OfConvnets):
     """An image classifier of timm, by its name there (`model.timm_classifier.TimmClassifier`).
 
     Its `config.json` is timm's own, so timm and transformers load the folder too. Immutable, like `DeiTConfig`.
@@ -645,22 +652,6 @@ class TimmConfig:
         _check_count("num_channels", self.num_channels, most=2**20)
         object.__setattr__(self, "image_size", _pair_or_int("image_size", self.image_size))
         object.__setattr__(self, "id2label", _in_order(self.id2label))
-
-    @property
-    def num_labels(self) -> int:
-        return len(self.id2label)
-
-    @property
-    def scoring(self) -> Scoring:
-        """What turns logits into scores: softmax, or sigmoid for a single output."""
-        return _scoring(None, self.num_labels)
-
-    @property
-    def image_hw(self) -> tuple[int, int]:
-        return _pair(self.image_size)
-
-    def replace(self, **changes: Any) -> Self:
-        return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """timm's `config.json`."""
