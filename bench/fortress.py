@@ -10,6 +10,9 @@ it takes longer than `PATIENCE`, or if it ends the process. `--write` puts the t
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
+import functools
 import io
 import json
 import random
@@ -71,7 +74,7 @@ def changed(content: bytes, draw: random.Random) -> bytes:
         if draw.random() < 0.15:
             del owner[key]
         else:
-            owner[key] = draw.choice(VALUES)
+            owner[key] = copy.deepcopy(draw.choice(VALUES))  # one that is there twice could come to hold itself
     return json.dumps(values).encode()
 
 
@@ -197,7 +200,48 @@ def recipes() -> tuple[list[bytes], Attempt, Callable[[bytes, random.Random], by
     return [json.dumps(make().to_dict()).encode() for make in shipped().values()], read, changed
 
 
-KINDS = {function.__name__: function for function in (images, safetensors, pickles, configs, preprocessing, recipes)}
+@functools.cache
+def _export() -> dict[str, bytes]:
+    """The files of an export to `torch`."""
+    from deit.export.write import export
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        _model(Path(folder) / "model")
+        export(Path(folder) / "model", "torch", Path(folder) / "export")
+        return {path.name: path.read_bytes() for path in (Path(folder) / "export").iterdir()}
+
+
+def exports() -> tuple[list[bytes], Attempt, Callable[[bytes, random.Random], bytes]]:
+    """The `export.json` of an export."""
+    from deit.export.engines import load_engine
+
+    def read(content: bytes, folder: Path) -> object:
+        for name, kept in (_export() | {"export.json": content}).items():
+            (folder / name).write_bytes(kept)
+        return load_engine(folder)
+
+    return [_export()["export.json"]], read, changed
+
+
+def programs() -> tuple[list[bytes], Attempt, Callable[[bytes, random.Random], bytes]]:
+    """The `model.pt2` of an export, which then computes an image, past the checksum that would refuse it."""
+    import numpy as np
+
+    from deit.export.engines import TorchEngine
+
+    description = json.loads(_export()["export.json"])
+
+    def read(content: bytes, folder: Path) -> object:
+        (folder / "model.pt2").write_bytes(content)
+        return TorchEngine(folder, description)(np.zeros((1, 3, 16, 16), np.float32))
+
+    return [_export()["model.pt2"]], read, damaged
+
+
+KINDS = {
+    function.__name__: function
+    for function in (images, safetensors, pickles, configs, preprocessing, recipes, exports, programs)
+}
 
 
 # -------------------------------------------------------------------------------------------------------------- running
