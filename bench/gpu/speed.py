@@ -214,7 +214,7 @@ def tiny_compiled(place: Place) -> Iterator[Found]:
     yield from _speed("tiny", place, not place.toy)
 
 
-@stage(90, alone=True)
+@stage(120, alone=True)
 def base_compiled(place: Place) -> Iterator[Found]:
     """Training steps of DeiT-B, both compiled."""
     yield from _speed("base", place, not place.toy)
