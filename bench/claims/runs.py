@@ -125,8 +125,8 @@ def agreement(work: Path, seed: int) -> dict[str, float]:
 
     from deit.data.batches import EvaluationBatches, processor_for
     from deit.data.folders import read_split
+    from deit.model.heads import head_probabilities
     from deit.model.load import load_model
-    from deit.model.network import head_probabilities
 
     batches = EvaluationBatches(read_split(work / "data", "test"), processor_for(BASE), 250)
     models = {arm: load_model(run_folder(work, task_of(arm, seed)) / "model") for arm in needs("agreement")}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from deit.config import ViTConfig as ViTConfig
     from deit.image.processor import DeiTFeatureExtractor as DeiTFeatureExtractor
     from deit.image.processor import DeiTImageProcessor as DeiTImageProcessor
+    from deit.model.heads import fuse_heads as fuse_heads
     from deit.model.load import load_model as load_model
     from deit.model.network import DeiTForImageClassification as DeiTForImageClassification
     from deit.model.network import DeiTForImageClassificationWithTeacher as DeiTForImageClassificationWithTeacher
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from deit.model.network import DeiTModel as DeiTModel
     from deit.model.network import ViTForImageClassification as ViTForImageClassification
     from deit.model.network import ViTModel as ViTModel
-    from deit.model.network import fuse_heads as fuse_heads
     from deit.model_keras.network import TFDeiTForImageClassification as TFDeiTForImageClassification
     from deit.model_keras.network import (
         TFDeiTForImageClassificationWithTeacher as TFDeiTForImageClassificationWithTeacher,
@@ -42,8 +42,8 @@ _HOME = {
         "DeiTForImageClassificationWithTeacher",
         "ViTModel",
         "ViTForImageClassification",
-        "fuse_heads",
     ),
+    "deit.model.heads": ("fuse_heads",),
     "deit.model.load": ("load_model",),
     "deit.predict.predictor": ("Predictor",),
     "deit.predict.pipelines": ("pipeline",),

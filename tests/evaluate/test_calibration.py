@@ -13,7 +13,8 @@ from support.models import trained_folder
 from deit.cli import main
 from deit.evaluate.calibration import Calibration, HeadCalibration, fit
 from deit.image.processor import DeiTImageProcessor
-from deit.model.network import DeiTForImageClassificationWithTeacher, fuse_heads
+from deit.model.heads import fuse_heads
+from deit.model.network import DeiTForImageClassificationWithTeacher
 from deit.predict.predictor import Predictor
 
 

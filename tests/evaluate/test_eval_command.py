@@ -18,8 +18,8 @@ from deit.data import batches
 from deit.data.folders import fingerprint, read_data, read_split
 from deit.evaluate.models import examine_files
 from deit.image.processor import DeiTImageProcessor
+from deit.model.heads import fuse_heads
 from deit.model.load import load_model
-from deit.model.network import fuse_heads
 from deit.recipe import Cosine, Data, Distilled, MaskedImage, steps
 from deit.train.loop import train
 

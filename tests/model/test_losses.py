@@ -7,7 +7,7 @@ from support.checks import assert_close, raises_saying
 from support.models import build, images, small
 
 from deit.model import losses
-from deit.model.network import fuse_heads
+from deit.model.heads import fuse_heads
 from deit.recipe import Supervised
 
 B, C = 6, 5

@@ -16,13 +16,13 @@ from deit.config import ConvNetConfig
 from deit.export.convert import convert
 from deit.image.processor import DeiTImageProcessor
 from deit.model.convnet import ConvNet
+from deit.model.heads import fuse_heads
 from deit.model.load import load_model
 from deit.model.network import (
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
     DeiTForMaskedImageModeling,
     DeiTModel,
-    fuse_heads,
 )
 from deit.predict.predictor import Predictor
 from deit.weights import hub

@@ -21,7 +21,7 @@ from twins import (
 import deit
 from deit import weights
 from deit.config import VARIANTS
-from deit.model.network import fuse_heads
+from deit.model.heads import fuse_heads
 from deit.model_keras.network import fuse_heads as fuse_twins_heads
 
 KINDS = pytest.mark.parametrize("kind", TWIN_OF)

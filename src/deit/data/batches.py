@@ -338,6 +338,11 @@ def _sides(file: Path) -> tuple[int, int] | None:
         return None
 
 
+def steps_per_epoch(split: Split, recipe: Recipe) -> float:
+    """Number of steps, with a fraction, that take as many views as there are images."""
+    return len(split) / recipe.data.batch
+
+
 class TrainingBatches:
     """One process's share of the endless stream of training batches.
 
@@ -376,8 +381,7 @@ class TrainingBatches:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Number of steps, with a fraction, that take as many views as there are images."""
-        return len(self.split) / self.recipe.data.batch
+        return steps_per_epoch(self.split, self.recipe)
 
     def keys(self, step: int) -> np.ndarray:
         """(B, 3) int64: epoch, image and repeat of every place of the global batch. They determine its view."""

@@ -25,8 +25,8 @@ from deit.data.batches import Batch, EvaluationBatches
 from deit.data.folders import Split, fingerprint, matched, read_examples
 from deit.evaluate.scores import Accuracy, Comparison, Report, compare
 from deit.machine import Processes, Rows, full_float32, resolve_device
+from deit.model.heads import head_probabilities
 from deit.model.load import load_classifier, refuse_head, refuse_not_finite, refuse_other_scoring
-from deit.model.network import head_probabilities
 from deit.terminal import shown
 
 _BATCH = 64

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from deit.choices import Method
-from deit.model.network import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, head_scores
+from deit.model.heads import head_scores
+from deit.model.network import DeiTForImageClassification, DeiTForImageClassificationWithTeacher
 from deit.model.outputs import ModelOutput
 
 Token = Literal["class", "distillation"]

@@ -9,6 +9,8 @@ from deit.lazy import offer
 
 if TYPE_CHECKING:
     from deit.model.convnet import ConvNet as ConvNet
+    from deit.model.heads import fuse_heads as fuse_heads
+    from deit.model.heads import head_probabilities as head_probabilities
     from deit.model.load import load_classifier as load_classifier
     from deit.model.load import load_model as load_model
     from deit.model.network import Attention as Attention
@@ -19,14 +21,13 @@ if TYPE_CHECKING:
     from deit.model.network import DeiTModel as DeiTModel
     from deit.model.network import ViTForImageClassification as ViTForImageClassification
     from deit.model.network import ViTModel as ViTModel
-    from deit.model.network import fuse_heads as fuse_heads
-    from deit.model.network import head_probabilities as head_probabilities
     from deit.model.pretrained import PreTrained as PreTrained
 
 __getattr__, __dir__ = offer(
     __name__,
     {
         "deit.model.convnet": ("ConvNet",),
+        "deit.model.heads": ("fuse_heads", "head_probabilities"),
         "deit.model.load": ("load_classifier", "load_model"),
         "deit.model.network": (
             "Attention",
@@ -37,8 +38,6 @@ __getattr__, __dir__ = offer(
             "DeiTModel",
             "ViTForImageClassification",
             "ViTModel",
-            "fuse_heads",
-            "head_probabilities",
         ),
         "deit.model.pretrained": ("PreTrained",),
     },

@@ -38,10 +38,10 @@ class TimmClassifier(nn.Module):
         return ImageClassifierOutput(logits=self.model(pixel_values.contiguous(memory_format=torch.channels_last)))
 
     @property
-    def head(self) -> str:
-        """The name of the classifier, which begins the names of its tensors."""
-        named = self.model.pretrained_cfg.get("classifier") or ""
-        return named if isinstance(named, str) else next(iter(named))
+    def heads(self) -> tuple[str, ...]:
+        """What the names of the tensors of all classifiers begin with."""
+        named = self.model.pretrained_cfg.get("classifier") or ()
+        return tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
 
     def gradient_checkpointing_enable(self) -> None:
         self.model.set_grad_checkpointing(True)
@@ -77,7 +77,7 @@ class TimmClassifier(nn.Module):
             self._freshen_head()
             fresh = self.model.state_dict()
             tensors = {
-                name: fresh.get(name, tensor) if name.startswith(f"{self.head}.") else tensor
+                name: fresh.get(name, tensor) if name.startswith(self.heads) else tensor
                 for name, tensor in tensors.items()
             }
         self._load(tensors, path)

@@ -634,7 +634,7 @@ class TFDeiTForImageClassificationWithTeacher(_WithHead):
 
 
 def fuse_heads(cls_logits: Any, distillation_logits: Any, head: Head = "fused") -> Any:
-    """Class probabilities (B, C) from the two heads' logits (B, C), as `deit.model.network.fuse_heads` defines them."""
+    """Class probabilities (B, C) from the two heads' logits (B, C), as `deit.model.heads.fuse_heads` defines them."""
     cls_logits, distillation_logits = (ops.cast(x, "float32") for x in (cls_logits, distillation_logits))
     match head:
         case "fused":

@@ -13,8 +13,8 @@ from rich.progress import track
 from deit.data.batches import EvaluationBatches
 from deit.data.folders import fingerprint, has_split, matched, read_examples
 from deit.evaluate.calibration import Calibration, HeadCalibration, fit
+from deit.model.heads import head_probabilities
 from deit.model.load import refuse_other_scoring
-from deit.model.network import head_probabilities
 from deit.model.outputs import ImageClassifierOutput, ModelOutput
 from deit.predict.predictor import Predictor
 

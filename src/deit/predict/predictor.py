@@ -25,8 +25,8 @@ from deit.host import cores
 from deit.image.decode import ImageError
 from deit.image.processor import DeiTImageProcessor
 from deit.machine import resolve_device
+from deit.model.heads import head_scores
 from deit.model.load import Classifier, load_classifier, refuse_head, refuse_not_finite, refuse_other_scoring
-from deit.model.network import head_scores
 from deit.predict.backends import Backend, EngineBackend, TorchBackend
 
 Source = str | Path | bytes | Image.Image

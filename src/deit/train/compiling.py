@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from deit.machine import Processes
 
 _LONG = 2000
-"""Number of steps from which on compilation pays. It takes 15 s on an H100 and saves a third of each step."""
+"""Number of steps from which on compilation pays. It took 15 s on an H100, and a step 69 ms instead of some 92."""
 _GRAPHS = 16
 """The most graphs of a block. PyTorch's own limit is 8."""
 _LOG = logging.getLogger("torch._dynamo.convert_frame")

@@ -202,6 +202,7 @@ class _Session:
 
     def lose(self, error: LoaderDied) -> NoReturn:
         """Saves the state after the last step, unless many processes would have to agree, and raises."""
+        stepping.settle(self.work, self.state, self.reporter.say)
         if self.work.us.world > 1 or not self.state.step or self.state.skipped_in_a_row:
             raise error
         if self.signals.caught:

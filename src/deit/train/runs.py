@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deit import files, host
-from deit.data.batches import EvaluationBatches, TrainingBatches, processor_for
+from deit.data.batches import EvaluationBatches, TrainingBatches, processor_for, steps_per_epoch
 from deit.data.folders import Split, fingerprint
 from deit.image.processor import DeiTImageProcessor
 from deit.machine import Processes, described, resolve_precision, whole
@@ -187,7 +187,7 @@ def prepare(
             "the training images are not those that the run began with (names, sizes or contents differ); "
             "restore them, or choose another --out"
         )
-    per_epoch = len(train_split) / recipe.data.batch
+    per_epoch = steps_per_epoch(train_split, recipe)
     total = max(1, recipe.schedule.total.in_steps(per_epoch))
     # 1. The model, before it is spread over the processes.
     model = build_model(recipe if not found else replace(recipe, start=""), train_split.classes).to(us.device)

@@ -19,8 +19,8 @@ from deit.evaluate.calibration import Calibration
 from deit.export import formats, web
 from deit.export import write as export
 from deit.image.processor import DeiTImageProcessor
+from deit.model.heads import head_probabilities
 from deit.model.load import load_model
-from deit.model.network import head_probabilities
 from deit.predict.predictor import Predictor
 
 SOURCE = Path(deit.__file__).parent / "web"
