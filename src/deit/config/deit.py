@@ -1,23 +1,32 @@
-"""What a model is: its sizes, options and labels. Loads no framework.
-
-`DeiTConfig` is written and read as Hugging Face's `config.json`; `VARIANTS` holds the published architectures.
-"""
+"""The DeiT family: `DeiTConfig`, which is written and read as Hugging Face's `config.json`, and `VARIANTS`."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from deit import files, foreign
+from deit import files
 from deit.choices import Scoring
-
-Pair = int | tuple[int, int]
+from deit.config import foreign
+from deit.config.values import (
+    MAX_LABELS,
+    NOT_WRITTEN,
+    Pair,
+    built_from_file,
+    check_count,
+    few,
+    label_number,
+    labels_in_order,
+    pair,
+    pair_or_int,
+    scoring_of,
+    unnamed,
+)
 
 ACTIVATIONS = (
     "gelu",
@@ -33,16 +42,12 @@ ACTIVATIONS = (
 )
 """Names accepted by `hidden_act` and `pooler_act`, as `transformers` spells them."""
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)
+IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
 """Mean and deviation of red, green and blue over ImageNet's training images, with pixels from 0 to 1."""
-
-MAX_LABELS = 1_000_000
-"""Largest number of labels. A small file could ask for more than the memory holds otherwise."""
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
-_NOT_WRITTEN = ("extra",)
 _OF_LABELS = ("extra", "num_labels", "id2label", "label2id")
 
 _LEFT_OUT_AT_DEFAULT = (
@@ -54,9 +59,6 @@ _LEFT_OUT_AT_DEFAULT = (
     "return_dict",
 )
 """Fields that every config of `transformers` has, whatever its architecture."""
-
-_NOT_OF_A_MODEL = ("checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "features_only")
-"""Arguments of `timm.create_model` itself."""
 
 C = TypeVar("C", bound="DeiTConfig")
 
@@ -196,7 +198,7 @@ class DeiTConfig:
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "encoder_stride"):
-            object.__setattr__(self, name, _pair_or_int(name, getattr(self, name)))
+            object.__setattr__(self, name, pair_or_int(name, getattr(self, name)))
         self._settle_labels()
         self._check()
 
@@ -207,7 +209,7 @@ class DeiTConfig:
 
     def __hash__(self) -> int:
         """The hash of the fields alone, because attributes may be set while a config is a key."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_WRITTEN}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NOT_WRITTEN}
         return hash(tuple(tuple(value.items()) if isinstance(value, dict) else value for value in values.values()))
 
     def _settle_labels(self) -> None:
@@ -221,19 +223,19 @@ class DeiTConfig:
         given = (
             None
             if self.label2id is None
-            else {str(label): _label_number(i, "label2id", "value") for label, i in self.label2id.items()}
+            else {str(label): label_number(i, "label2id", "value") for label, i in self.label2id.items()}
         )
         if names is None and given is not None:
             names = {i: label for label, i in given.items()}
         if names is not None:
-            names = _in_order(names)
+            names = labels_in_order(names)
         count = self.num_labels if self.num_labels is not None else (2 if names is None else len(names))
         if count < 0:
             raise ValueError(f"num_labels must be 0 or more, found {count}")
         if count > MAX_LABELS:
             raise ValueError(f"num_labels must be at most {MAX_LABELS}, found {count}")
-        if names is None or (names == _unnamed(len(names)) and len(names) != count):
-            names = _unnamed(count)
+        if names is None or (names == unnamed(len(names)) and len(names) != count):
+            names = unnamed(count)
         if len(names) != count:
             raise ValueError(
                 f"num_labels={count} contradicts id2label, which names {len(names)} classes; give one of "
@@ -241,7 +243,7 @@ class DeiTConfig:
             )
         # Names may repeat: ImageNet's published names call two classes "crane". label2id may then give either number.
         inverse = {label: i for i, label in names.items()}
-        if given is None or given == {label: i for i, label in _unnamed(len(given)).items()}:
+        if given is None or given == {label: i for i, label in unnamed(len(given)).items()}:
             given = inverse
         if given.keys() != inverse.keys() or any(names.get(i) != label for label, i in given.items()):
             raise ValueError(
@@ -253,7 +255,7 @@ class DeiTConfig:
 
     def _check(self) -> None:
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} cannot be divided among num_attention_heads="
@@ -298,12 +300,12 @@ class DeiTConfig:
     @property
     def image_hw(self) -> tuple[int, int]:
         """Height and width of the images, in pixels."""
-        return _pair(self.image_size)
+        return pair(self.image_size)
 
     @property
     def patch_hw(self) -> tuple[int, int]:
         """Height and width of a patch, in pixels."""
-        return _pair(self.patch_size)
+        return pair(self.patch_size)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -347,7 +349,7 @@ class DeiTConfig:
     @property
     def scoring(self) -> Scoring:
         """What turns logits into scores, as in the pipelines of `transformers`."""
-        return _scoring(self.problem_type, self.num_labels or 0)
+        return scoring_of(self.problem_type, self.num_labels or 0)
 
     @property
     def model_type(self) -> str:
@@ -393,7 +395,7 @@ class DeiTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `config.json`: all fields, the unknown keys that were read, and `model_type`."""
-        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_WRITTEN}
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NOT_WRITTEN}
         known = {name: list(value) if isinstance(value, tuple) else value for name, value in known.items()}
         known["id2label"] = {str(i): label for i, label in self.id2label.items()}  # type: ignore[union-attr]
         del known["num_labels"]  # derived from id2label, as in `transformers`
@@ -421,7 +423,7 @@ class DeiTConfig:
     @classmethod
     def from_json_file(cls, json_file: str | Path) -> Self:
         """Reads one file in the format of `config.json`."""
-        found: Self = _read(cls.from_dict, Path(json_file))
+        found: Self = built_from_file(cls.from_dict, Path(json_file))
         return found
 
     @classmethod
@@ -432,9 +434,9 @@ class DeiTConfig:
         keys in `config_dict` are kept in `extra`.
         """
         values = _known_fields(config_dict)
-        names = {f.name for f in fields(cls)} - set(_NOT_WRITTEN)
+        names = {f.name for f in fields(cls)} - set(NOT_WRITTEN)
         if unknown := overrides.keys() - names:
-            raise ValueError(f"{cls.__name__} has no field {_few(sorted(unknown))}; it has {', '.join(sorted(names))}")
+            raise ValueError(f"{cls.__name__} has no field {few(sorted(unknown))}; it has {', '.join(sorted(names))}")
         extra = {name: value for name, value in values.items() if name not in {*names, "model_type"}}
         known = {name: value for name, value in values.items() if name not in extra}
         config = cls(**known, extra=extra)
@@ -464,7 +466,7 @@ class DeiTConfig:
             token=token,
             force_download=force_download,
         )
-        found: Self = _read(cls.from_dict, path, **overrides)
+        found: Self = built_from_file(cls.from_dict, path, **overrides)
         return found
 
     @classmethod
@@ -522,246 +524,6 @@ class ViTConfig(DeiTConfig):
                 "ViTConfig describes a model without a distillation token, found distillation_token=True; use "
                 "DeiTConfig"
             )
-
-
-class _OfConvnets:
-    """What the configs of convnets have in common."""
-
-    id2label: dict[int, str]
-    image_size: Pair
-
-    @property
-    def num_labels(self) -> int:
-        return len(self.id2label)
-
-    @property
-    def scoring(self) -> Scoring:
-        """What turns logits into scores: softmax, or sigmoid for a single output."""
-        return _scoring(None, self.num_labels)
-
-    @property
-    def image_hw(self) -> tuple[int, int]:
-        return _pair(self.image_size)
-
-    def replace(self, **changes: Any) -> Self:
-        return replace(self, **changes)  # type: ignore[type-var]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvNetConfig(_OfConvnets):
-    """The small built-in ConvNet (`model.convnet.ConvNet`): stages of 3x3 convolutions, with the image halved between.
-
-    Immutable, like `DeiTConfig`.
-    """
-
-    widths: tuple[int, ...] = (32, 64, 128)
-    """Channels of each stage."""
-    depth: int = 2
-    """Convolutions in each stage."""
-    image_size: Pair = 32
-    num_channels: int = 3
-    id2label: dict[int, str] = field(default_factory=lambda: _unnamed(2))
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Unknown keys of a `config.json`, written back."""
-
-    model_type = "deit_convnet"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.widths, list | tuple) or not self.widths:
-            raise ValueError(f"widths must be a list of channels, found {self.widths!r:.80}")
-        _check_count("depth", self.depth)
-        for name, value in [("num_channels", self.num_channels), *(("each of widths", width) for width in self.widths)]:
-            _check_count(name, value, most=2**20)
-        object.__setattr__(self, "widths", tuple(self.widths))
-        object.__setattr__(self, "image_size", _pair_or_int("image_size", self.image_size))
-        object.__setattr__(self, "id2label", _in_order(self.id2label))
-
-    def to_dict(self) -> dict[str, Any]:
-        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_WRITTEN}
-        known["id2label"] = {str(i): label for i, label in self.id2label.items()}
-        return {**self.extra, **known, "model_type": self.model_type}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        names = {f.name for f in fields(cls)} - set(_NOT_WRITTEN)
-        extra = {name: value for name, value in values.items() if name not in names and name != "model_type"}
-        return cls(**{name: value for name, value in values.items() if name in names}, extra=extra)
-
-    @classmethod
-    def from_file(cls, path: Path) -> Self:
-        """Reads a `config.json`. Raises `ValueError` that names the file."""
-        found: Self = _read(cls.from_dict, path)
-        return found
-
-
-def read_config(path: Path) -> ModelConfig:
-    """`config_of` a `config.json`. Raises `ValueError` that names the file."""
-    found: ModelConfig = _read(config_of, path)
-    return found
-
-
-def _read(build: Callable[..., Any], path: Path, **overrides: Any) -> Any:
-    """A config of a file, which may hold anything."""
-    values = files.read_json(path)
-    try:
-        return build(values, **overrides)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    except (TypeError, KeyError, AttributeError, ArithmeticError) as error:  # a value of the wrong type
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} holds a value of the wrong type ({reason:.200}); fetch or write it again") from None
-
-
-def _check_count(name: str, value: Any, most: int = 2**31 - 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, found {value!r:.80}")
-    if value > most:
-        raise ValueError(f"{name} must be at most {most}, found {value:.3g}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimmConfig(_OfConvnets):
-    """An image classifier of timm, by its name there (`model.timm_classifier.TimmClassifier`).
-
-    Its `config.json` is timm's own, so timm and transformers load the folder too. Immutable, like `DeiTConfig`.
-    """
-
-    architecture: str
-    """timm's name, without the tag of published weights, e.g. "tf_efficientnet_lite0"."""
-    image_size: Pair = 224
-    num_channels: int = 3
-    model_args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of timm's constructor, e.g. {"drop_path_rate": 0.1}."""
-    id2label: dict[int, str] = field(default_factory=lambda: _unnamed(2))
-    pretrained_cfg: dict[str, Any] = field(default_factory=dict)
-    """timm's description of the preprocessing: mean, std, interpolation, crop_pct, crop_mode."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Unknown keys of a `config.json`, written back."""
-
-    model_type = "timm"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.architecture, str) or not re.fullmatch(r"\w+", self.architecture):
-            raise ValueError(f"architecture must be a name of timm without a tag, found {self.architecture!r:.80}")
-        if not isinstance(self.model_args, Mapping):
-            raise ValueError(f"model_args must be a dictionary, found {self.model_args!r:.80}")
-        if refused := [name for name in self.model_args if name.startswith("pretrained") or name in _NOT_OF_A_MODEL]:
-            raise ValueError(  # timm would read another file, and unpickle it
-                f"model_args hold {refused[0]!r:.80}, which is no argument of a model; leave it out"
-            )
-        _check_count("num_channels", self.num_channels, most=2**20)
-        object.__setattr__(self, "image_size", _pair_or_int("image_size", self.image_size))
-        object.__setattr__(self, "id2label", _in_order(self.id2label))
-
-    def to_dict(self) -> dict[str, Any]:
-        """timm's `config.json`."""
-        labels = list(self.id2label.values())
-        cfg = {**self.pretrained_cfg, "num_classes": len(labels), "input_size": [self.num_channels, *self.image_hw]}
-        return {
-            **self.extra,
-            "architecture": self.architecture,
-            "num_classes": len(labels),
-            "model_args": self.model_args,
-            "label_names": labels,
-            "pretrained_cfg": cfg,
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The config in timm's `config.json`. Outputs without names are called LABEL_0 and so on."""
-        cfg = dict(values.get("pretrained_cfg") or {})
-        channels, *size = cfg.pop("input_size", None) or (3, 224, 224)
-        count = cfg.pop("num_classes", 1000)
-        names = cfg.pop("label_names", None)
-        count = values.get("num_classes", count)
-        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_LABELS:
-            raise ValueError(f"num_classes must be a whole number up to {MAX_LABELS}, found {count!r:.80}")
-        names = values.get("label_names") or names or _unnamed(count)
-        known = ("architecture", "num_classes", "model_args", "label_names", "pretrained_cfg")
-        return cls(
-            architecture=str(values["architecture"]).partition(".")[0],
-            image_size=tuple(size),
-            num_channels=channels,
-            model_args=dict(values.get("model_args") or {}),
-            id2label=dict(enumerate(names)) if isinstance(names, list) else names,
-            pretrained_cfg=cfg,
-            extra={name: value for name, value in values.items() if name not in known},
-        )
-
-
-ModelConfig = DeiTConfig | ConvNetConfig | TimmConfig
-"""The configs of all models that this package trains."""
-
-
-def config_of(values: Mapping[str, Any]) -> ModelConfig:
-    """The config in a `config.json`. timm's architectures outside of this family are `TimmConfig`.
-
-    Raises `ValueError` if no model of this package has such a config.
-    """
-    if values.get("model_type") == ConvNetConfig.model_type:
-        return ConvNetConfig.from_dict(values)
-    try:
-        return DeiTConfig.from_dict(values)
-    except ValueError:
-        if "architecture" not in values:
-            raise
-        return TimmConfig.from_dict(values)
-
-
-def _pair(value: Pair) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else value
-
-
-def _pair_or_int(name: str, value: Any) -> Pair:
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, int) and v > 0 for v in value):
-        return value[0], value[1]
-    raise ValueError(f"{name} must be a positive number of pixels or a pair (height, width), found {value!r}")
-
-
-def _scoring(problem_type: str | None, outputs: int) -> Scoring:
-    if problem_type == "regression":
-        return "none"
-    return "sigmoid" if problem_type == "multi_label_classification" or outputs == 1 else "softmax"
-
-
-def _in_order(names: Mapping[Any, Any]) -> dict[int, str]:
-    """Labels by their numbers, 0 to the last. The order of a file says nothing: keys sorted as text are 0, 1, 10, 2."""
-    if not isinstance(names, Mapping):
-        raise ValueError(f"id2label must be a dictionary from numbers to names, found {names!r}")
-    if list(names) == list(range(len(names))):  # as most are
-        return {i: _label(i, label) for i, label in names.items()}
-    numbers = [_label_number(i) for i in names]
-    if sorted(numbers) != list(range(len(numbers))):
-        raise ValueError(
-            f"id2label must number its {len(numbers)} labels 0 to {len(numbers) - 1}, "
-            f"found {_few(sorted(numbers))}; number the classes without gaps"
-        )
-    by_number = dict(zip(numbers, names.values(), strict=True))
-    return {i: _label(i, by_number[i]) for i in range(len(numbers))}
-
-
-def _label(number: int, name: Any) -> str:
-    if isinstance(name, bool) or not isinstance(name, str | int | float):
-        raise ValueError(f"id2label names class {number} {name!r:.80}, expected text")
-    return str(name)
-
-
-def _label_number(number: Any, where: str = "id2label", what: str = "key") -> int:
-    try:
-        return int(number)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{where} has the {what} {number!r:.80}, expected the number of a class") from None
-
-
-def _unnamed(count: int) -> dict[int, str]:
-    return {i: f"LABEL_{i}" for i in range(count)}
-
-
-def _few(items: Any, most: int = 5) -> str:
-    items = list(items)
-    return ", ".join(map(repr, items[:most])) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def _variants() -> dict[str, DeiTConfig]:
