@@ -8,26 +8,14 @@ import subprocess
 import pytest
 from safetensors.torch import load_file
 from support.checks import raises_saying
-from support.models import trained_folder
-from support.runs import RECIPES, assert_same_end, data_and_recipes, finish, reached, start
+from support.runs import assert_same_end, finish, model_data_and_recipes, reached, start
 
 from deit import files
 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    root = tmp_path_factory.mktemp("full")
-    data, recipes = data_and_recipes(root)
-    recipes.write_text(
-        RECIPES
-        + """
-
-def taught():
-    from dataclasses import replace
-    return replace(student(), objective=Distilled(token="class"))
-"""
-    )
-    return {"MODEL": trained_folder(root / "model", labels="abc"), "DATA": data, "RECIPES": recipes}
+    return model_data_and_recipes(tmp_path_factory.mktemp("full"))
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ import sys
 import time
 
 import pytest
-from support.models import trained_folder
-from support.runs import RECIPES, data_and_recipes, reached
+from support.runs import model_data_and_recipes, reached
 
 WAITING = """
 import ctypes, os, sys, time
@@ -56,18 +55,7 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    root = tmp_path_factory.mktemp("signals")
-    data, recipes = data_and_recipes(root)
-    recipes.write_text(
-        RECIPES
-        + """
-
-def taught():
-    from dataclasses import replace
-    return replace(student(), objective=Distilled(token="class"))
-"""
-    )
-    return {"MODEL": trained_folder(root / "model", labels="abc"), "DATA": data, "RECIPES": recipes}
+    return model_data_and_recipes(tmp_path_factory.mktemp("signals"))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

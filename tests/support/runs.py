@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from support.models import small
+from support.models import small, trained_folder
 
 from deit.recipe import AdamW, Compute, Cosine, Data, Distilled, Objective, Recipe, Supervised, epochs
 from deit.train import checkpoint
@@ -43,6 +43,12 @@ def convnet():
         name="convnet", model=ConvNetConfig(widths=(8, 16), depth=1, image_size=16), data=Data(batch=8),
         objective=Supervised(), augment=Augment(flip=0.5), optim=SGD(lr=1e-2, per_images=8),
         schedule=Cosine(total=steps(20)), compute=Compute(precision="float32", workers=0), evaluate=steps(10))
+
+
+def taught():
+    """What `deit teach` makes labels for."""
+    from dataclasses import replace
+    return replace(student(), objective=Distilled(token="class"))
 '''
 
 TIMES = {"seconds", "images_per_second", "memory"}
@@ -84,6 +90,12 @@ def data_and_recipes(root: Path) -> tuple[Path, Path]:
     photos(photos(root / "data"), split="val", count=3)
     (root / "recipes.py").write_text(RECIPES)
     return root / "data", root / "recipes.py"
+
+
+def model_data_and_recipes(root: Path) -> dict[str, Path]:
+    """By the words that stand for them in the commands of a table."""
+    data, recipes = data_and_recipes(root)
+    return {"MODEL": trained_folder(root / "model", labels="abc"), "DATA": data, "RECIPES": recipes}
 
 
 def start(*arguments: object, processes: int = 0, restarts: int = 0, **environment: str) -> subprocess.Popen[str]:
