@@ -181,10 +181,10 @@ def test_the_stages_of_a_gpu_run_and_end_in_time(tmp_path):
 @pytest.mark.timeout(1900)
 def test_every_stage_of_a_gpu_finds_equal_values_on_a_cpu(tmp_path):
     """Device and reference are the same here, so each difference is rounding."""
-    status, lines = gpu_stages(tmp_path, "--skip", "quickstart", "serving", "--seconds", "1800")
+    status, lines = gpu_stages(tmp_path, "--skip", "quickstart", "--seconds", "1800")
     assert status == 0, [line for line in lines if line.get("ok") is False]
     assert {line["stage"] for line in lines if line.get("ok")} >= {
-        "parity", "objectives", "resuming", "memory", "planning", "two_processes", "answers",
+        "parity", "objectives", "resuming", "memory", "planning", "two_processes", "answers", "serving",
     }  # fmt: skip
 
 
