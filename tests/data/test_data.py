@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -552,6 +553,23 @@ def test_ctrl_c_is_left_to_the_parent_and_closing_ends_the_workers(split):
     stream.close()
     assert time.perf_counter() - began < 3
     assert multiprocessing.active_children() == []
+
+
+def test_a_parent_that_breaks_off_leaves_no_traceback():
+    """A signal may reach the parent while it fetches a batch's memory from a thread of the loader process."""
+    loader = """
+import multiprocessing, os, time
+from multiprocessing.connection import Client
+from multiprocessing.resource_sharer import DupFd
+from deit.data import batches
+batches._begin_worker(0)
+address, key = DupFd(os.dup(1))._id
+for authkey in (multiprocessing.current_process().authkey, None):
+    Client(address, authkey=authkey).close()
+    time.sleep(0.2)
+"""
+    ended = subprocess.run([sys.executable, "-c", loader], check=False, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_the_number_of_workers(split, monkeypatch):

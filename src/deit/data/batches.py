@@ -13,7 +13,9 @@ import itertools
 import math
 import os
 import signal
+import sys
 import threading
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -645,7 +647,16 @@ def _unchanged(batch: Any) -> Any:
 def _begin_worker(_: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # they may go to all processes; the parent ends this one
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _not_of_the_parents_end
     gc.freeze()  # a collection would write to all memory that is shared with the parent, and so copy it
+
+
+def _not_of_the_parents_end(
+    kind: type[BaseException], error: BaseException, traceback: types.TracebackType | None
+) -> None:
+    """Prints no traceback of the thread that hands batches over if the parent, which may end at any time, broke off."""
+    if not issubclass(kind, OSError | EOFError):
+        sys.__excepthook__(kind, error, traceback)
 
 
 @contextmanager
