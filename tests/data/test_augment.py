@@ -18,7 +18,8 @@ from torchvision.transforms import functional as reference
 from deit.data.augment import augment, crop, crop_box, patch_mask, random_affine
 from deit.data.draws import draws
 from deit.data.mixing import Mixing, mix, mixing
-from deit.image.decode import ImageError, decode, load_image
+from deit.image.decode import ImageError, load_image
+from deit.image.jpeg import Jpeg
 from deit.recipe import (
     Affine,
     Augment,
@@ -196,20 +197,20 @@ def test_scaled_decoding(recipe, orientation):
 
 def test_scale_of_decoding(monkeypatch):
     """The smallest scale at which the drawn box still has twice the pixels of the view."""
-    decoded = []
+    decoded, decode = [], Jpeg.decode
 
     def spied(*args):
         decoded.append(decode(*args))
         return decoded[-1]
 
-    monkeypatch.setattr("deit.data.augment.decode", spied)
+    monkeypatch.setattr(Jpeg, "decode", spied)
     file, scales = jpeg(LARGE, orientation=6), set()  # 1307 rows and 1021 columns when upright
     for index, (rows, columns) in enumerate([(30, 45), (120, 60), (60, 90), (180, 120)] * 6):
         crop(file, (rows, columns), ResizedCrop(), draws(0, 0, index))
-        image, full, _ = decoded[-1]
         _, _, height, width = crop_box((1307, 1021), ResizedCrop(), draws(0, 0, index))
-        assert full == (1307, 1021)
-        scale = round(1307 / image.height)
+        assert decoded[-1].full == (1307, 1021)
+        scale = round(1021 / decoded[-1].size[0])
+        assert decoded[-1].scale == scale
         assert scale == 1 or (height / scale >= 2 * rows and width / scale >= 2 * columns)
         assert scale == 8 or height / (2 * scale) < 2 * rows + 2 or width / (2 * scale) < 2 * columns + 2  # or rounding
         scales.add(scale)

@@ -42,7 +42,7 @@ from deit.train.teacher import Teacher, condense, expand
 
 VERSION = 1
 """Version of the files' layout."""
-VIEWS_VERSION = 1
+VIEWS_VERSION = 2
 """Version of the views. Raise it whenever the code of `data` or `augment` draws or computes other views than before, so
 that older caches are refused."""
 PART_BYTES = 16 * 2**20
