@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from bench.harness import Comparison, answer
-from bench.speed.predict import photos
+from bench.speed import predict
 
 CASES = {
     f"{name}{' one view' if repeats == 1 else ''}": {"large": large, "repeats": repeats, "views": views}
@@ -37,7 +37,7 @@ SIZE = 224
 
 
 def files(large: bool, count: int, folder: Path) -> list[Path]:
-    found = photos(count, folder / "photos")
+    found = predict.photos(count, folder / "photos")
     if not large:
         return found
     sensor = np.random.default_rng(0)
@@ -86,19 +86,22 @@ def timm_batches(images: Sequence[Path], repeats: int) -> Iterator[Any]:
     """What timm's loader hands to its `PrefetchLoader`, which normalises and erases on the device."""
     from timm.data import auto_augment, create_loader
 
-    posterize = auto_augment.posterize
+    posterize: Callable[..., Image.Image] = auto_augment.posterize
 
     def or_black(image: Image.Image, bits: int, **options: Any) -> Image.Image:
         """timm raises with Pillow 13 if no bit is kept."""
         return posterize(image, bits, **options) if bits else Image.new(image.mode, image.size)
 
+    photos: Any = _Photos(images, repeats)
+    no_jitter: Any = None
+
     auto_augment.NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), or_black))
     loader = create_loader(
-        _Photos(images, repeats),
+        photos,
         (3, SIZE, SIZE),
         batch_size=repeats * len(images),
         is_training=True,
-        color_jitter=None,
+        color_jitter=no_jitter,
         auto_augment="rand-m9-mstd0.5-inc1",
         interpolation="bicubic",
         re_prob=0.25,
@@ -145,6 +148,7 @@ COMPARISON = Comparison(
     step="batch",
     images="views",
     packages=("torch", "timm", "PIL", "simplejpeg"),
+    circumstances={"photos": predict.PHOTOS.is_file()},
 )
 
 if __name__ == "__main__":

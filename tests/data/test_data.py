@@ -596,6 +596,26 @@ def test_the_number_of_workers(split, monkeypatch):
     assert once.workers == 0  # they are kept after the first time
 
 
+def test_advice_for_a_run_that_waits(split, monkeypatch):
+    """More loaders as long as there are cores, and the extra if it is missing; nothing if images are kept."""
+    monkeypatch.setattr(data, "cores", lambda: 4)
+    for fast, workers, expected in (
+        (True, 2, "set compute.workers above 2 (this process has 4 cores)"),
+        (
+            False,
+            2,
+            'compute.workers above 2 (this process has 4 cores) or decode JPEG files faster with pip install "de',
+        ),
+        (False, 4, 'decode JPEG files faster with pip install "deit[fast]"'),
+        (True, 4, "store the images smaller, or train where there are more cores"),
+        (False, None, ""),
+    ):
+        monkeypatch.setattr("deit.image.jpeg.is_fast", lambda fast=fast: fast)
+        found = TrainingBatches(split, recipe(workers=workers)).advice()
+        assert expected in found
+        assert bool(expected) == bool(found)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda:1"])
 @pytest.mark.parametrize("kind", ["training", "evaluation"])
 def test_memory_is_pinned_for_the_gpu_of_the_run(split, monkeypatch, device, kind):

@@ -771,10 +771,39 @@ def test_the_rate_counts_the_waits_between_bursts(tmp_path):
     with progress.Reporter(tmp_path, CONVNET, us, QUIET, done=0, total=99, written=0) as reporter:
         for step in range(1, 63):
             seconds = 60.0 if step <= 2 else 5.5 if step % 6 == 2 else 0.1
-            reporter.advance(step, {}, seconds)
+            reporter.advance(step, {}, seconds, 0.0)
             if step > 20:
                 assert reporter.rate == pytest.approx(8, rel=0.25)
     assert reporter.rate == pytest.approx(8, rel=0.1)
+
+
+def test_waiting_is_a_share_of_the_steps_since_the_last_row(tmp_path):
+    """Without the first two steps, which start things. A row after no step repeats the share."""
+    us = machine.Processes(torch.device("cpu"))
+    with progress.Reporter(tmp_path, CONVNET, us, QUIET, done=0, total=99, written=0) as reporter:
+        for step in range(1, 11):
+            reporter.advance(step, {}, *((50.0, 40.0) if step <= 2 else (2.0, 0.5)))
+        reporter.row({"step": 10})
+        reporter.row({"step": 10})
+        for step in range(11, 15):
+            reporter.advance(step, {}, 1.0, 0.9)
+        reporter.row({"step": 14})
+    assert [row["waiting"] for row in rows(tmp_path)] == [0.25, 0.25, 0.9]
+
+
+@pytest.mark.parametrize(("waited", "said"), [(0.3, False), (0.6, True)])
+def test_a_run_that_waits_for_images_says_so_once(splits, tmp_path, monkeypatch, waited, said):
+    """After the first epoch, or ten steps if that is more."""
+    told = []
+    monkeypatch.setattr(Reporter, "say", lambda self, sentence: told.append(sentence))
+    advance = Reporter.advance
+    monkeypatch.setattr(Reporter, "advance", lambda self, step, numbers, *_: advance(self, step, numbers, 1.0, waited))
+    recipe = replace(CONVNET, schedule=Cosine(total=steps(30)), evaluate=steps(30))
+    train(replace(recipe, compute=replace(recipe.compute, workers=0)), *splits, tmp_path / "run", device="cpu")
+    found = [sentence for sentence in told if "waiting for images" in sentence]
+    assert len(found) == said
+    if said:
+        assert found[0].startswith("60% of the time went by waiting for images; set compute.workers above 0")
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (89, "89 s"), (300, "5 min"), (2 * 3600, "2.0 h")])

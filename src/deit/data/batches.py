@@ -35,6 +35,7 @@ from deit.data.folders import Split
 from deit.data.levels import Levels
 from deit.data.mixing import mix, mixing
 from deit.host import cores
+from deit.image import jpeg
 from deit.image.decode import ImageError, name_of, read, reading
 from deit.image.jpeg import Jpeg, Pixels
 from deit.image.pixels import Normalisation
@@ -455,6 +456,16 @@ class TrainingBatches:
         wanted = ((number, self.positions, self.keys(number)[self.positions]) for number in itertools.count(step))
         return _loaded(self.views, wanted, self.workers, self.device)
 
+    def advice(self) -> str:
+        """What to do if training waits for batches. Empty if they come faster after the first epoch anyway."""
+        if not self.workers and self.recipe.compute.workers is None:  # images are kept
+            return ""
+        most = _share()
+        steps = [f"set compute.workers above {self.workers} (this process has {most} cores)"] * (self.workers < most)
+        if not jpeg.is_fast():
+            steps.append('decode JPEG files faster with pip install "deit[fast]"')
+        return " or ".join(steps) or "store the images smaller, or train where there are more cores"
+
     def mix(self, batch: Batch) -> Batch:
         """Applies Mixup and CutMix on the device of the batch, which is a share of a global batch or a part of one.
 
@@ -612,8 +623,13 @@ def _workers(asked: int | None, fits: Callable[[], bool], device: torch.device) 
         return asked
     if fits():
         return 0
-    share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = _share()
     return max(1, min(8, share) if device.type == "cpu" else share - 1)
+
+
+def _share() -> int:
+    """This process's share of the machine's cores."""
+    return cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _loaded(views: Dataset[Any], wanted: Iterable[Any], workers: int, device: torch.device) -> Iterator[Batch]:

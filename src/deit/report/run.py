@@ -322,6 +322,7 @@ def machine(record: Record) -> Section:
         ]
     for key, name, form in (
         ("images_per_second", "rate of recent steps", "{:,.1f} images/s"),
+        ("waiting", "share of the time spent on waiting for images", "{:.0%}"),
         ("images", "views shown", "{:,.0f}"),
     ):
         if (value := record.last(key)) is not None:

@@ -45,6 +45,8 @@ _PLANNED, _MOST_PLANNED = 0.05, 0.2
 """Parts of a time budget: the usual one that planning takes, and the largest."""
 _ROWS = 50
 """Largest number of steps between two rows of metrics."""
+_FEW = 10
+"""Least number of steps after which it is said whether a run waits for images."""
 
 
 class _Interrupted(BaseException):
@@ -263,6 +265,7 @@ def _loop(session: _Session) -> None:
     if not state.step:
         runs.save_model(work, session.out / "model")
     fitted = False
+    first_epoch = state.step + max(_FEW, math.ceil(work.batches.steps_per_epoch))
     stream = Ahead(work.batches.from_step(state.step), work.us.device)
     try:
         while True:
@@ -275,7 +278,7 @@ def _loop(session: _Session) -> None:
             if state.step >= work.total:
                 break
 
-            began = time.perf_counter()
+            began, waited = time.perf_counter(), stream.waited
             try:
                 batch = session.waited(stream)
             except _Interrupted:
@@ -290,7 +293,9 @@ def _loop(session: _Session) -> None:
             work.optimizers.set_lr(work.lr(state.step))
             ahead = stream.fetch if state.step + 1 < work.total else None
             numbers, (stop, save, late) = stepping.take(work, state, batch, session.wishes(), say, ahead)
-            session.reporter.advance(state.step, numbers, time.perf_counter() - began)
+            session.reporter.advance(state.step, numbers, time.perf_counter() - began, stream.waited - waited)
+            if state.step == first_epoch:
+                session.reporter.first_epoch(work.batches.advice())
 
             if late or stop or save:
                 stepping.settle(work, state, say)

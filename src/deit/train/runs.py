@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from deit import files, host
 from deit.data.batches import EvaluationBatches, TrainingBatches, processor_for, steps_per_epoch
 from deit.data.folders import Split, fingerprint
+from deit.image.jpeg import reader
 from deit.image.processor import DeiTImageProcessor
 from deit.machine import Processes, described, resolve_precision, whole
 from deit.recipe import Cosine, Recipe, difference
@@ -263,6 +264,7 @@ def write_about(work: Work, state: State, train_split: Split, val_split: Split, 
             "deit": host.VERSION,
             "Python": platform.python_version(),
             "PyTorch": str(torch.__version__),
+            "JPEG reader": reader(),
             "system": platform.platform(),
         },
     )
