@@ -47,6 +47,7 @@ test-slow: .venv/installed-clients  ## run the tests that take minutes each
 
 bench: .venv/installed-bench      ## compare the speed with timm, transformers and keras-hub; needs a quiet machine
 	$(BIN)/python -m bench.speed.train
+	$(BIN)/python -m bench.speed.reading
 	$(BIN)/python -m bench.speed.keras
 	$(BIN)/python -m bench.speed.predict
 

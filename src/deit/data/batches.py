@@ -616,8 +616,8 @@ def _workers(asked: int | None, fits: Callable[[], bool], device: torch.device) 
 
     `asked` if it is set, 0 if one process is enough (`fits`), and otherwise a number that depends on this process's
     share of the machine's cores. If a GPU computes, the loaders get the whole share but one core, which feeds the GPU:
-    a core prepares some 150 images of ImageNet a second, and a GPU trains on thousands. If the CPU computes, the model
-    needs the cores itself and is slower than a few loaders, so there are at most 8.
+    a core prepares a few hundred images of ImageNet a second, and a GPU trains on thousands. If the CPU computes, the
+    model needs the cores itself and is slower than a few loaders, so there are at most 8.
     """
     if asked is not None:
         return asked
