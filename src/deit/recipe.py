@@ -339,7 +339,29 @@ class MaskedImage:
         _within(self, 0.01, 0.99, "ratio")
 
 
-Objective = Supervised | Distilled | MaskedImage
+@dataclass(frozen=True, kw_only=True)
+class LinearProbe:
+    """Learning a linear head on the features of a frozen model, by logistic regression.
+
+    The model sees each training image once, as in evaluation. Only the head learns, from the features, without steps or
+    a learning rate. Cross-validation chooses how strongly its weights are held small.
+    """
+
+    strengths: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
+    """Choices for C, the weight of the loss beside half the squared norm of the weights for standardised features. A
+    smaller one gives smaller weights."""
+    images: int | None = None
+    """Largest number of training images, drawn at random; None takes all."""
+    folds: int = 5
+    """Number of parts of the training images in cross-validation. A head that did not see a part answers it."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.strengths) and min(self.strengths) > 0, f"strengths must be positive, found {self.strengths}")
+        check(self.images is None or self.images >= 1, f"images must be at least 1 or None, found {self.images}")
+        check(self.folds >= 2, f"folds must be at least 2, found {self.folds}")
+
+
+Objective = Supervised | Distilled | MaskedImage | LinearProbe
 
 
 # ------------------------------------------------------------------------------------------------------- optimisation
@@ -478,8 +500,9 @@ class Recipe:
     """Architecture. Its labels come from the data."""
     data: Data
     objective: Objective
-    optim: Optimizer
-    schedule: Cosine
+    optim: Optimizer | None = None
+    """None for a linear probe alone, which takes no steps; its `schedule` is None too."""
+    schedule: Cosine | None = None
     augment: Augment = field(default_factory=Augment)
     start: str | None = ""
     """Folder, weight file or hub name of the weights to fine-tune; empty or None to train from scratch, from random
@@ -490,6 +513,9 @@ class Recipe:
     takes the weights themselves."""
     evaluate: Duration = field(default_factory=lambda: epochs(1))
     """Length of training between evaluations on the validation images. There is always one at the end."""
+    patience: float = 0.0
+    """Part of the schedule, 0 to 1: training ends if the validation score has not improved for so long. 0 never ends
+    it."""
     compute: Compute = field(default_factory=Compute)
     seed: int = 0
 
@@ -530,6 +556,14 @@ class Recipe:
                 objective.unit % rows == 0 and objective.unit % columns == 0,
                 f"objective.unit={objective.unit} must be a multiple of the patch size {rows}x{columns}",
             )
+        if isinstance(objective, LinearProbe):
+            self._check_probe()
+        else:
+            check(
+                self.optim is not None and self.schedule is not None,
+                "training takes steps; set optim and schedule, e.g. optim=AdamW(lr=1e-3, per_images=64) and "
+                "schedule=Cosine(total=epochs(10))",
+            )
         if isinstance(model, ConvNetConfig):
             check(
                 self.compute.accumulate == 1,
@@ -551,6 +585,7 @@ class Recipe:
             "data.std to one entry per channel",
         )
         check(0.0 <= self.ema < 1.0, f"ema must be at least 0 and below 1, found {self.ema}")
+        _within(self, 0.0, 1.0, "patience")
         check(
             self.evaluate.amount > 0,
             f"evaluate must be longer than 0, found {self.evaluate.amount} {self.evaluate.unit}",
@@ -560,13 +595,25 @@ class Recipe:
                 not self.compute.checkpoint_blocks and not self.start,
                 "the built-in ConvNet supports neither compute.checkpoint_blocks nor start; leave both out",
             )
-        if isinstance(model, ConvNetConfig | TimmConfig):
+        if isinstance(model, ConvNetConfig | TimmConfig) and self.optim is not None:
             check(
                 isinstance(self.optim, AdamW | SGD | LAMB) and self.optim.layer_decay == 1,
                 "Muon and layer_decay need the blocks of a transformer; for other models, choose AdamW, SGD or LAMB "
                 "and leave layer_decay out",
             )
         check(self.seed >= 0, f"seed can't be negative, found {self.seed}")
+
+    def _check_probe(self) -> None:
+        check(
+            bool(self.start) and not isinstance(self.model, ConvNetConfig),
+            "a linear probe needs the weights of a trained DeiT, ViT or timm model; set start to them",
+        )
+        unused = {"optim": None, "schedule": None, "ema": 0.0, "patience": 0.0, "augment": Augment()}
+        for name, value in unused.items():
+            check(
+                getattr(self, name) == value,
+                f"a linear probe takes no steps and sees each image as it is, so it has no {name}; leave it out",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The whole recipe as JSON types. If a field has alternatives, `kind_of` names the class."""
@@ -611,6 +658,7 @@ _CALLS: dict[str, Any] = {
         Supervised,
         Distilled,
         MaskedImage,
+        LinearProbe,
         AdamW,
         SGD,
         LAMB,

@@ -45,7 +45,7 @@ def take(
     """
     buffers = [buffer.clone() for buffer in work.model.buffers()]  # running statistics change in the forward pass
     names, means = _gradients(work, state, batch, buffers, say)
-    norm = optim.clip_gradients(work.model.parameters(), work.recipe.optim.clip).detach().float() / work.us.world
+    norm = optim.clip_gradients(work.model.parameters(), work.optim.clip).detach().float() / work.us.world
     asked = torch.tensor(wishes, dtype=torch.float32).to(work.us.device, non_blocking=True)
     totals = work.us.sum(torch.cat([means, norm.reshape(1), asked]))
     names = [*names, "gradient_norm"]
@@ -106,7 +106,7 @@ def _count(work: Work, state: State, step: int, numbers: Mapping[str, float], sa
     state.skipped_in_a_row += 1
     say(f"step {step} is skipped: loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}")
     if state.skipped_in_a_row >= _MOST_SKIPPED:
-        optimizer = work.recipe.optim
+        optimizer = work.optim
         raise Diverged(
             f"{work.recipe.name}: the loss or its gradient was not finite in {_MOST_SKIPPED} steps in a row, up to "
             f"{step}; the last good checkpoint and model are kept. Lower optim.lr (now {optimizer.lr}), set optim.clip "
