@@ -377,8 +377,8 @@ class LoRA:
     dropout: float = 0.0
     """Probability that an adapter doesn't see a number of its input, 0 to <1."""
     targets: Literal["attention", "all"] = "attention"
-    """Layers that get an adapter: the linear layers of attention, or `all` linear layers of the blocks. In a convnet of
-    timm, `all` are its convolutions without groups."""
+    """Layers that get an adapter: the linear layers of attention, or `all` linear layers of the blocks. If a model of
+    timm has no linear layers, `all` are its convolutions without groups."""
 
     def __post_init__(self) -> None:
         check(

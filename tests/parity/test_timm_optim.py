@@ -34,7 +34,8 @@ def per_name(model, groups, what):
 
 @pytest.mark.parametrize("decay", [0.7, 1.0])
 @pytest.mark.parametrize(
-    "architecture", ["test_resnet", "test_efficientnet", "test_vit", "tf_efficientnet_lite0", "swin_tiny_patch4_window7_224"]
+    "architecture",
+    ["test_resnet", "test_efficientnet", "test_vit", "tf_efficientnet_lite0", "swin_tiny_patch4_window7_224"],
 )
 def test_layer_decay_and_weight_decay_of_models_of_timm(architecture, decay):
     """Groups are timm's own, and so is what it exempts from weight decay: positions, or Swin's relative ones."""

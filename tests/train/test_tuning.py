@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,10 +61,11 @@ def starts(tmp_path_factory):
     folder = trained_folder(root / "folder", kind="plain", labels="xyz")
     torch.save(weights.from_ours(build("classification", PLAIN, seed=4)._tensors(), "timm"), root / "vit.pth")
     torch.manual_seed(1)
-    torch.save(timm.create_model("test_resnet", num_classes=7).state_dict(), root / "resnet.pth")
+    resnet = timm.create_model("test_resnet", num_classes=7, zero_init_last=False)  # so that every branch counts
+    torch.save(resnet.state_dict(), root / "resnet.pth")
     return {
         "folder": (PLAIN, str(folder)),
-        "file": (PLAIN.replace(hidden_size=24), str(root / "vit.pth")),
+        "file": (PLAIN, str(root / "vit.pth")),
         "installed": (CONVNET, "installed"),
         "timm": (CONVNET, str(root / "resnet.pth")),
         "scratch": (PLAIN, ""),
@@ -73,7 +75,7 @@ def starts(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def package(starts, monkeypatch):
     """An installed package with weights of test_resnet."""
-    monkeypatch.setattr(timm_classifier, "installed_weights", lambda name: starts["timm"][1])
+    monkeypatch.setattr(timm_classifier, "installed_weights", lambda name: Path(starts["timm"][1]))
 
 
 def recipe_of(model, start, tuning, **parts):
@@ -100,7 +102,7 @@ def test_from_every_start_to_an_answer(start, tuning, starts, splits, tmp_path):
     model, place = starts[start]
     if isinstance(tuning, LoRA):
         pytest.importorskip("peft")
-    if start == "file":  # its two heads tell nothing of the number of attention heads, so the config stands beside it
+    if start == "file":  # shapes don't tell the number of attention heads at this width, so the config is beside it
         model.replace(num_labels=5).save_pretrained(tmp_path / "file")
         os.link(place, tmp_path / "file" / "weights.pth")
         place = str(tmp_path / "file")
@@ -294,7 +296,9 @@ def test_resumes_to_the_bit(tuning, start, starts, splits, tmp_path, monkeypatch
     run(recipe, splits, tmp_path / "broken", resume=True)
     assert_same_end(tmp_path / "broken", tmp_path / "whole")
     if isinstance(tuning, LoRA):
-        one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("broken", "whole"))
+        one, other = (
+            load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("broken", "whole")
+        )
         assert_close(one, other, 0)
 
 
@@ -307,7 +311,9 @@ def test_layers_that_are_never_called_get_no_adapter(peft):
 
 
 def test_convnets_have_no_attention(peft):
-    with raises_saying(ValueError, "test_resnet has no linear layers of attention for adapters; set tuning.targets=all"):
+    with raises_saying(
+        ValueError, "test_resnet has no linear layers of attention for adapters; set tuning.targets=all"
+    ):
         tune(TimmClassifier(CONVNET), LoRA())
 
 

@@ -302,7 +302,7 @@ def save_model(work: Work, folder: Path) -> None:
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         model.load_state_dict(tensors, assign=True)
         if adapted and work.us.main:
-            tuning.save_adapters(tuned, folder.parent / ADAPTER, work.recipe.start)
+            tuning.save_adapters(tuned, folder.parent / ADAPTER, work.recipe.start or "")
             model = tuning.merged(tuned)
     if work.us.main:
         model.save_pretrained(folder)

@@ -14,7 +14,7 @@ from torch import nn
 from deit import files, host
 from deit.model.network import PreTrained
 from deit.model.timm_classifier import TimmClassifier
-from deit.recipe import HeadOnly, LastBlocks, LoRA, Tuning
+from deit.recipe import LastBlocks, LoRA, Tuning
 from deit.train import optim
 
 _HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.")
@@ -47,7 +47,7 @@ def tune(model: nn.Module, tuning: Tuning | None) -> Tuned:
             parameter.requires_grad_(name in trained or name.startswith(heads))
     frozen = _frozen(model)
     if isinstance(model, PreTrained):
-        frozen.append(model.backbone.dropout)  # type: ignore[arg-type]  # of the tokens, which no tuning trains
+        frozen.append(model.backbone.dropout)  # of the tokens, which no tuning trains
     return Tuned(tuple(frozen), adapters)
 
 
@@ -140,10 +140,7 @@ def _never_called(model: TimmClassifier, layers: dict[str, nn.Module]) -> list[s
     if next(model.parameters()).is_meta:  # a model to be saved, which was looked at when it was built
         return []
     called: set[str] = set()
-    hooks = [
-        layer.register_forward_hook(lambda *_, name=name: called.add(name))  # type: ignore[misc]
-        for name, layer in layers.items()
-    ]
+    hooks = [layer.register_forward_hook(lambda *_, name=name: called.add(name)) for name, layer in layers.items()]
     training = model.training
     model.eval()(torch.zeros(1, model.config.num_channels, *model.config.image_hw))
     model.train(training)
