@@ -61,8 +61,8 @@ def _converted(source: str | Path, to: Dialect, folder: Path, where: dict[str, A
     variant = nearest_variant(checkpoint.config)
     if variant in _TIMM_VITS:
         raise ValueError(
-            f"{checkpoint.file} has LayerScale and a position for the class token, and no model of facebookresearch/deit "
-            "has both; keep --to hf, or convert --to timm"
+            f"{checkpoint.file} has LayerScale and a position for the class token, and no model of "
+            "facebookresearch/deit has both; keep --to hf, or convert --to timm"
         )
     path = folder / f"{variant.replace('-', '_')}.pth"
     with files.replacing(path) as temporary:
