@@ -145,9 +145,9 @@ def _parser() -> argparse.ArgumentParser:
         "fit",
         help="find the best classifier for a folder or list of images",
         description="Looks at the images and the machine and plans: a baseline on frozen features, a teacher, a "
-        "student that learns from the teacher. Carries the plan out within its time, compares the models on the same images, "
-        "and writes the recommended one to RUN/model. The same command goes on from where it was stopped. DATA is as "
-        "for train. With DATA/test/CLASS/*, or the split test in a list, those images judge at the end.",
+        "student that learns from the teacher. Carries the plan out within its time, compares the models on the same "
+        "images, and writes the recommended one to RUN/model. The same command goes on from where it was stopped. "
+        "DATA is as for train. With DATA/test/CLASS/*, or the split test in a list, those images judge at the end.",
     )
     verb.add_argument("data", type=Path, metavar="DATA", help="folder or list of labelled images")
     verb.add_argument(

@@ -113,9 +113,9 @@ def judge(
     found = []
     for name, folder in folders.items():
         validation = examine_split(folder, val, data, "val", device=device, console=console)
-        judged = (
-            validation if test is None else examine_split(folder, test, data, "test", device=device, console=console)
-        )
+        judged = validation
+        if test is not None:
+            judged = examine_split(folder, test, data, "test", device=device, console=console)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         found.append(Candidate(name, folder, validation, judged, size, _speed(folder, validation, device)))
     return tuple(found)
@@ -148,7 +148,10 @@ def recommend(candidates: Sequence[Candidate], prefer: Prefer) -> tuple[Candidat
     chosen = max(as_good, key=lambda each: each.images_per_second) if prefer == "speed" else best
     rest = [f"the {_NAMES[each.name]} on {right[each.name].correct}" for each in candidates if each is not chosen]
     found = right[chosen.name]
-    reason = f"the {_NAMES[chosen.name]} is right on {found.correct} of {found.total} validation images, {' and '.join(rest)}"
+    reason = (
+        f"the {_NAMES[chosen.name]} is right on {found.correct} of {found.total} validation images, "
+        f"{' and '.join(rest)}"
+    )
     if chosen is not best:
         return chosen, f"{reason}; it is the fastest of those that are not surely worse than the {_NAMES[best.name]}"
     ties = [_NAMES[each.name] for each in as_good if each is not best]
@@ -160,15 +163,17 @@ def recommend(candidates: Sequence[Candidate], prefer: Prefer) -> tuple[Candidat
 _COLUMNS = ("model", "head", "accuracy", "95 % interval", "validation", "MB", "images/s")
 
 
-def rows(fitted: Fitted) -> list[tuple[Any, ...]]:
-    """The rows of the table of all models and heads."""
-    found: list[tuple[Any, ...]] = []
+def _rows(fitted: Fitted) -> list[tuple[str, ...]]:
+    """The cells of the table of all models and heads."""
+    found: list[tuple[str, ...]] = []
     for each in fitted.candidates:
         name = _NAMES[each.name] + " (recommended)" * (each.name == fitted.recommended)
-        for number, (head, accuracy) in enumerate(each.heads.items()):
-            own = (name, each.size / 1e6, each.images_per_second) if number == 0 else ("", None, None)
+        speed = (f"{each.size / 1e6:.1f}", f"{each.images_per_second:.0f}")
+        for head, accuracy in each.heads.items():
+            value, interval = accuracy.cells()
             validation = each.validation.main.report.accuracy(head).value
-            found.append((own[0], head, *accuracy.cells(), validation, *own[1:]))
+            found.append((name, head, f"{value:.3f}", interval, f"{validation:.3f}", *speed))
+            name, speed = "", ("", "")
     return found
 
 
@@ -179,9 +184,8 @@ def show(fitted: Fitted, console: Console) -> None:
     shown = Table(title=f"On the {images:,} {kind} images", title_justify="left")
     for place, column in enumerate(_COLUMNS):
         shown.add_column(column, justify="left" if place < 2 else "right")
-    for name, head, value, interval, validation, size, rate in rows(fitted):
-        speed = ("", "") if size is None else (f"{size:.1f}", f"{rate:.0f}")
-        shown.add_row(name, head, f"{value:.3f}", interval, f"{validation:.3f}", *speed)
+    for row in _rows(fitted):
+        shown.add_row(*row)
     console.print(shown)
     for (one, other), found in fitted.pairs.items():
         low, high = found.interval
@@ -202,20 +206,7 @@ def show(fitted: Fitted, console: Console) -> None:
 
 def section(fitted: Fitted) -> Section:
     """The table and the recommendation for a report."""
-    cells = [
-        tuple(
-            ""
-            if cell is None
-            else f"{cell:.3f}"
-            if 0 <= cell <= 1
-            else f"{cell:,.0f}"
-            if isinstance(cell, float)
-            else cell
-            for cell in row
-        )
-        for row in rows(fitted)
-    ]
-    return Section("fit", "The models that were compared", table(fitted.reason, _COLUMNS, cells))
+    return Section("fit", "The models that were compared", table(fitted.reason, _COLUMNS, _rows(fitted)))
 
 
 def _say(console: Console, sentence: str) -> None:

@@ -23,7 +23,6 @@ from deit.data.batches import processor_for
 from deit.data.folders import Split, fingerprint
 from deit.image.decode import ImageError
 from deit.machine import described, resolve_device, resolve_precision
-from deit.model.timm_classifier import installed_weights
 from deit.recipe import Distilled, LinearProbe, Recipe
 from deit.recipes.finetune import finetune_distilled
 from deit.recipes.photos import frozen, student, teacher, teacher_from_scratch
@@ -166,9 +165,9 @@ def make_plan(
 ) -> Plan:
     """Decides what to do with training and validation images.
 
-    The teacher is the best that can be reached: on a GPU, the convnet of the paper from the hub; else EfficientNet-Lite0
-    from the installed weights or from the hub; else the built-in ConvNet from scratch. The student is a published
-    distilled DeiT from the hub, else a small DeiT from scratch.
+    The teacher is the best that can be reached: on a GPU, the convnet of the paper from the hub; otherwise
+    EfficientNet-Lite0 from the installed weights or from the hub; otherwise the built-in ConvNet from scratch. The
+    student is a published distilled DeiT from the hub, or else a small DeiT from scratch.
     """
     out = Path(out)
     place = resolve_device(device)
@@ -238,11 +237,10 @@ def looked(splits: tuple[Split, Split], test: Split | None, device: str) -> Iter
 def _teacher(place: torch.device) -> tuple[Recipe, str]:
     """The recipe of the best teacher that can be reached, and its name for people."""
     lite = teacher()
-    assert isinstance(lite.model, TimmConfig)
-    candidates = (
-        [(lite, "EfficientNet-Lite0 (installed weights)")] if installed_weights(lite.model.architecture) else []
-    )
-    candidates.append((replace(lite, start="timm/tf_efficientnet_lite0.in1k"), "EfficientNet-Lite0 (from the hub)"))
+    candidates = [
+        (lite, "EfficientNet-Lite0 (installed weights)"),
+        (replace(lite, start="timm/tf_efficientnet_lite0.in1k"), "EfficientNet-Lite0 (from the hub)"),
+    ]
     if place.type == "cuda":
         papers = teacher("regnety_160", "timm/regnety_160.deit_in1k")
         candidates.insert(0, (papers, "RegNetY-16GF (from the hub), the paper's teacher"))

@@ -236,9 +236,7 @@ class _Work:
 
     def judge(self, test: Split | None) -> Fitted:
         began = time.perf_counter()
-        folders = {
-            name: self.out / name / MODEL for name in ("frozen", "teacher", "student") if name in self.state.scores
-        }
+        folders = {name: self.out / name / MODEL for name in self.state.scores}
         if not folders:
             raise ValueError("no step of the plan fits into its time; give more --time, in another --out")
         options: dict[str, Any] = {"device": self.device, "console": self.console}

@@ -91,8 +91,8 @@ def linear_heads(model: nn.Module) -> list[nn.Linear]:
 
 
 def choose(features: np.ndarray, labels: np.ndarray, probe: LinearProbe, seed: int) -> tuple[float, float]:
-    """The strength with the smallest log loss in stratified cross-validation, and the accuracy there. `features` (N, D),
-    `labels` (N,). The accuracy itself would choose among near ties by chance."""
+    """The strength with the smallest log loss in stratified cross-validation, and the accuracy there. The accuracy
+    itself would choose among near ties by chance. `features` (N, D), `labels` (N,)."""
     from sklearn.model_selection import StratifiedKFold
 
     if len(labels) > _COUNTED:

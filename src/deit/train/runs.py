@@ -19,10 +19,10 @@ from deit import files, host
 from deit.data.batches import EvaluationBatches, TrainingBatches, processor_for, steps_per_epoch
 from deit.data.folders import Split, fingerprint
 from deit.machine import Processes, described, resolve_precision, whole
-from deit.recipe import Cosine, Optimizer, Recipe, difference
-from deit.train import checkpoint, compiling, objectives, optim
+from deit.recipe import Cosine, LoRA, Optimizer, Recipe, difference
+from deit.train import checkpoint, compiling, objectives, optim, tuning
 from deit.train.build import build_model
-from deit.train.records import ABOUT, MODEL, RECIPE, About
+from deit.train.records import ABOUT, ADAPTER, MODEL, RECIPE, About
 
 
 @dataclass
@@ -87,6 +87,7 @@ class Work:
     model: nn.Module
     computing: nn.Module
     """The module that training calls: the model, or a wrapper that spreads it over the processes."""
+    tuned: tuning.Tuned
     objective: objectives.Objective
     optimizers: optim.Optimizers
     average: optim.EMA | None
@@ -155,6 +156,7 @@ def held(out: Path, us: Processes) -> Iterator[None]:
         if us.main:
             files.sweep(out, RECIPE, ABOUT)
             files.sweep(out / MODEL, "*.safetensors*", "config.json", "preprocessor_config.json")
+            files.sweep(out / ADAPTER, "*")
             files.sweep(out / "checkpoints", "*")
             files.sweep(out / "reconstructions", "*")
         yield
@@ -203,7 +205,9 @@ def prepare(
     per_epoch = steps_per_epoch(train_split, recipe)
     total = max(1, recipe.schedule.total.in_steps(per_epoch))
     # 1. The model, before it is spread over the processes.
-    model = build_model(recipe if not found else replace(recipe, start=""), train_split.classes).to(us.device)
+    model = build_model(_fresh(recipe) if found else recipe, train_split.classes)
+    tuned = tuning.tune(model, recipe.tuning)
+    model.to(us.device)
     if found:
         model.load_state_dict(_part(tensors, "model."))
     if recipe.compute.checkpoint_blocks:
@@ -230,6 +234,7 @@ def prepare(
         us,
         model,
         computing,
+        tuned,
         objective,
         optimizers,
         average,
@@ -304,13 +309,23 @@ def save(work: Work, state: State, out: Path) -> None:
 
 
 def save_model(work: Work, folder: Path) -> None:
-    """Writes a folder that is enough for prediction: weights, config with labels, and preprocessing."""
+    """Writes a folder that is enough for prediction: weights, config with labels, and preprocessing.
+
+    Adapters are merged into the weights there, and written by themselves into the folder `adapter` beside it.
+    """
     model: Any = work.model
-    if work.recipe.compute.parallel == "shard" and work.us.world > 1:
+    adapted = isinstance(work.recipe.tuning, LoRA)
+    if adapted or (work.recipe.compute.parallel == "shard" and work.us.world > 1):
         tensors = {name: whole(value) for name, value in model.state_dict().items()}
         with torch.device("meta"):
-            model = build_model(replace(work.recipe, start=""), list(model.config.id2label.values()))
+            model = build_model(_fresh(work.recipe), list(model.config.id2label.values()))
+            tuned = tuning.tune(model, work.recipe.tuning)
+        if adapted:  # because they are merged in place
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         model.load_state_dict(tensors, assign=True)
+        if adapted and work.us.main:
+            tuning.save_adapters(tuned, folder.parent / ADAPTER, work.recipe.start or "")
+            model = tuning.merged(tuned)
     if work.us.main:
         save_classifier(model, work.recipe, folder)
 
@@ -318,3 +333,8 @@ def save_model(work: Work, folder: Path) -> None:
 def save_classifier(model: Any, recipe: Recipe, folder: Path) -> None:
     model.save_pretrained(folder)
     processor_for(recipe).save_pretrained(folder)
+
+
+def _fresh(recipe: Recipe) -> Recipe:
+    """A recipe whose model takes no weights, because it gets them from elsewhere."""
+    return replace(recipe, start="", tuning=None)
