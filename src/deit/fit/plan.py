@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -108,8 +108,7 @@ class Plan:
                 written["recipe"] = f"{step.name}.json"
                 files.write_json(out / f"{step.name}.json", step.recipe.to_dict())
             steps.append(written)
-        whole = {key: value for key, value in asdict(replace(self, steps=())).items() if key != "steps"}
-        files.write_json(out / FILE, {"version": VERSION, **whole, "steps": steps})
+        files.write_json(out / FILE, {"version": VERSION, **vars(self), "steps": steps})
 
     @classmethod
     def read(cls, out: Path) -> Plan:

@@ -229,8 +229,8 @@ class _Work:
         if self.state.epochs is None:
             tried = min(most, _TRIED / per_epoch)
             needed = store(tried)
-            fitting = tried * (0.9 * seconds - needed) / needed
-            self.state.epochs = min(most, max(tried, math.floor(fitting) if fitting > 1 else fitting))
+            fitting = min(most, tried * (0.9 * seconds - needed) / needed)
+            self.state.epochs = max(tried, math.floor(fitting) if fitting > 1 else fitting)  # whole ones, if possible
             self.state.write(self.out)
         store(self.state.epochs)
 
