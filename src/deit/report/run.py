@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Sequence
 
 from deit import recipes
+from deit.data.counts import remarks
 from deit.evaluate.models import Evaluation
 from deit.evaluate.scores import Accuracy
 from deit.report import drawing
@@ -20,6 +21,7 @@ from deit.report.markup import (
     element,
     facts,
     folded,
+    isolated,
     joined,
     named,
     plural,
@@ -40,7 +42,14 @@ _CURVES = (
     (
         "accuracy-curve",
         "Accuracy",
-        ("accuracy", "val_accuracy", "val_accuracy_class", "val_accuracy_distillation", "agreement"),
+        (
+            "accuracy",
+            "val_accuracy",
+            "val_accuracy_class",
+            "val_accuracy_distillation",
+            "agreement",
+            "val_balanced_accuracy",
+        ),
         (0.0, 1.0),
     ),
     ("rate", "Learning rate", ("lr",), (0.0, math.inf)),
@@ -51,6 +60,7 @@ _CALLED = {
     "accuracy": "training views",
     "agreement": "agreement with the teacher",
     "val_accuracy": "validation, fused heads",
+    "val_balanced_accuracy": "validation, balanced",
     "val_accuracy_class": "validation, class head",
     "val_accuracy_distillation": "validation, distillation head",
     "lr": "learning rate",
@@ -281,6 +291,13 @@ def data(record: Record | None, evaluation: Evaluation | None) -> Section:
     if known:
         parts.append(facts(known))
     if record and about and record.labelled:
+        objective = record.recipe.get("objective")
+        balanced = isinstance(objective, dict) and objective.get("class_weights") == "balanced"
+        names = [isolated(name) for name in about.classes]
+        parts += [
+            sentence(f"{told[0].upper()}{told[1:]}.")
+            for told in remarks(names, about.train, about.val, balanced=balanced)
+        ]
         smallest, largest = min(about.train, default=0), max(about.train, default=0)
         parts.append(
             folded(
