@@ -42,6 +42,8 @@ def split(
         raise ValueError(f"expected a {' or '.join(LIST_SUFFIXES)} file after --out, found {out}; give such a name")
     if out.exists():
         raise FileExistsError(f"{out} exists already, and a run may rely on it; remove it, or choose another --out")
+    if seed < 0:
+        raise ValueError(f"--seed can't be negative, found {seed}")
     parts = read_parts(data)
     shares = _shares(str(data), parts, {"test": test, "val": val})
     train = parts["train"]

@@ -215,6 +215,7 @@ class DistilledObjective(ClassificationObjective):
             temperature=given.temperature,
             normalisation=given.normalisation,
             smoothing=given.smoothing,
+            class_weights=self.class_weights,
         )
         decided = taught if given.kind == "hard" else taught.argmax(-1)
         return {
