@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from deit import recipes
 from deit.data.counts import remarks
 from deit.evaluate.models import Evaluation
 from deit.evaluate.scores import Accuracy
+from deit.recipe import Recipe
 from deit.report import drawing
 from deit.report.drawing import Line
 from deit.report.evaluation import heads_drawn, heads_table, images_of
@@ -226,7 +228,7 @@ def _metric(key: str, value: object) -> str | None:
 def recipe(record: Record) -> Section:
     if not record.recipe:
         return Section("recipe", "Recipe", joined(sentence(f"{gap}.") for gap in record.gaps if "recipe" in gap))
-    ours = flat(record.recipe)
+    ours = flat(_completed(record.recipe))
     parts = []
     shipped = recipes.shipped().get(record.name)
     if shipped is None:
@@ -254,6 +256,14 @@ def recipe(record: Record) -> Section:
     )
     parts.append(folded("The whole recipe", element("div", *blocks, class_="groups")))
     return Section("recipe", "Recipe", joined(parts))
+
+
+def _completed(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The recipe with the defaults of fields that it doesn't name, because they are newer than the run."""
+    try:
+        return Recipe.from_dict(recipe).to_dict()
+    except (ValueError, TypeError, AttributeError):
+        return recipe
 
 
 def _setting(value: object) -> str:
