@@ -44,7 +44,7 @@ def show(evaluation: Evaluation, console: Console) -> None:
     )
     console.print(
         _table(
-            "Balanced accuracy: the mean of the recalls of the classes that have images",
+            "Balanced accuracy: the mean of the recalls",
             ["head", "balanced", "95 % interval", "classes"],
             ([head, *report.balanced(head).cells(), report.balanced(head).classes] for head in report.heads),
         )
