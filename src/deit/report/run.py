@@ -302,7 +302,7 @@ def data(record: Record | None, evaluation: Evaluation | None) -> Section:
         parts.append(facts(known))
     if record and about and record.labelled:
         objective = record.recipe.get("objective")
-        balanced = isinstance(objective, dict) and objective.get("class_weights") == "balanced"
+        balanced = not isinstance(objective, dict) or objective.get("class_weights", "balanced") == "balanced"
         names = [isolated(name) for name in about.classes]
         parts += [
             sentence(f"{told[0].upper()}{told[1:]}.")
