@@ -39,11 +39,14 @@ def clusters(classes, count=40, size=12):
     return features.astype(np.float32), labels
 
 
+@pytest.mark.parametrize("weights", ["equal", "balanced"])
 @pytest.mark.parametrize("classes", [2, 3, 5])
-def test_the_head_is_scikit_learns(classes):
-    features, labels = clusters(classes)
-    weight, bias = probe.fit(features, labels, classes, 0.1)
-    theirs = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000, tol=1e-8)).fit(features, labels)
+def test_the_head_is_scikit_learns(classes, weights):
+    features, labels = (values[25:] for values in clusters(classes))  # the first class has 15 images, the others 40
+    weight, bias = probe.fit(features, labels, classes, 0.1, weights)
+    weighing = None if weights == "equal" else weights
+    solver = LogisticRegression(C=0.1, max_iter=1000, tol=1e-8, class_weight=weighing)
+    theirs = make_pipeline(StandardScaler(), solver).fit(features, labels)
     ours = torch.softmax(torch.from_numpy(features @ weight.T + bias), 1).numpy()
     np.testing.assert_allclose(ours, theirs.predict_proba(features), atol=2e-3)
     assert not weight[:, 0].any()

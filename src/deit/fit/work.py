@@ -92,7 +92,7 @@ def fit(
         holdout, drawn = (plan.first.data.holdout, plan.first.seed) if plan else (0.1, seed or 0)
         splits = read_data(data, holdout=holdout, seed=drawn)
         test = read_examples(data, "test")[0] if has_split(data, "test") else None
-        _say(console, *looked(splits, test, device))
+        _say(console, *looked(data, splits, test, device))
         if plan is None:
             plan = make_plan(
                 data,
