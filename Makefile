@@ -72,7 +72,7 @@ gpu-cifar10:                      ## train cifar10_gpu_teacher and cifar10_gpu o
 
 .venv/installed-test: .venv/installed
 	$(INSTALL) --upgrade 'pip>=25.1'  # the first version with dependency groups
-	$(INSTALL) --editable '.[export,hub,keras,parquet,pretrained,quickstart,serve]' --group dev
+	$(INSTALL) --editable '.[export,fit,hub,keras,parquet,serve]' --group dev
 	touch $@
 
 .venv/installed-clients: .venv/installed-test

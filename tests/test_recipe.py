@@ -111,7 +111,7 @@ def test_the_page_shows_exactly_the_shipped_recipes():
 
 def accepted(setting):
     """Whether some recipe takes a setting as it stands in a shell command."""
-    for name in ("deit_tiny", "deit_tiny_distilled", "deit_tiny_distilled_soft"):
+    for name in ("deit_tiny", "deit_tiny_distilled", "deit_tiny_distilled_soft", "finetune"):
         try:
             override(recipe_of(name), shlex.split(setting))
             return True
@@ -474,7 +474,10 @@ def test_override_checks_the_whole_once_at_the_end():
         ("optm.lr=1", ["--set optm.lr=1", "there is no 'optm'", "did you mean 'optim'"]),
         ("optim.lrr=1", ["AdamW: there is no 'lrr'", "did you mean 'lr'"]),
         ("model.hiden_size=1", ["there is no 'hiden_size'", "did you mean 'hidden_size'"]),
-        ("objective.teacher=x", ["Supervised: there is no 'teacher'", "there is cosub, loss, smoothing"]),
+        (
+            "objective.teacher=x",
+            ["Supervised: there is no 'teacher'", "there is class_weights, cosub, loss, smoothing"],
+        ),
         ("optim.kind_of=SGD", ["there is no 'kind_of'"]),
         ("augment.affine.rotate=3", ["augment.affine is None and has no field 'rotate'", "set it as a whole first"]),
         ("optim.lr.x=3", ["optim.lr is 0.0005 and has no field 'x'"]),
@@ -524,6 +527,26 @@ def test_the_built_in_convnet_in_a_record():
         override(teacher, ["model.hidden_size=8"])
     with raises_saying(ValueError, "neither compute.checkpoint_blocks nor start"):
         override(teacher, ["start=facebook/deit-tiny-patch16-224"])
+
+
+@pytest.mark.parametrize("name", ["deit_tiny", "deit_tiny_distilled"])
+def test_classes_are_weighed_alike_or_not(name):
+    recipe = recipe_of(name)
+    assert recipe.objective.class_weights == "equal"
+    balanced = override(recipe, ["objective.class_weights=balanced"])
+    assert balanced.objective == replace(recipe.objective, class_weights="balanced")
+    assert Recipe.from_dict(json.loads(json.dumps(balanced.to_dict()))) == balanced
+    with raises_saying(ValueError, "objective.class_weights: expected equal or balanced, found 'rare'"):
+        override(recipe, ["objective.class_weights=rare"])
+    older = recipe.to_dict()
+    del older["objective"]["class_weights"]  # as it was written before there was a choice
+    assert Recipe.from_dict(older) == recipe
+
+
+def test_masked_images_have_no_classes_to_weigh():
+    name = next(name for name in NAMES if isinstance(recipe_of(name).objective, MaskedImage))
+    with raises_saying(ValueError, "MaskedImage: there is no 'class_weights'"):
+        override(recipe_of(name), ["objective.class_weights=balanced"])
 
 
 def test_from_dict_refuses_what_is_no_recipe():

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.formatwarning = formatted
 
 
-_OWN_SIGNALS = ("train", "quickstart", "serve")
+_OWN_SIGNALS = ("fit", "train", "quickstart", "serve")
 """Verbs that save or answer something when a signal comes, which may take its time."""
 _LONGEST = 4000
 """Largest number of characters of an error."""
@@ -142,6 +142,33 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=_quickstart)
 
     verb = verbs.add_parser(
+        "fit",
+        help="find the best classifier for a folder or list of images",
+        description="Looks at the images and the machine and plans: a baseline on frozen features, a teacher, a "
+        "student that learns from the teacher. Carries the plan out within its time, compares the models on the same "
+        "images, and writes the recommended one to RUN/model. The same command goes on from where it was stopped. "
+        "DATA is as for train. With DATA/test/CLASS/*, or the split test in a list, those images judge at the end.",
+    )
+    verb.add_argument("data", type=Path, metavar="DATA", help="folder or list of labelled images")
+    verb.add_argument(
+        "--out", type=Path, default=Path("deit-fit"), metavar="RUN", help="folder to write (default: %(default)s)"
+    )
+    verb.add_argument(
+        "--time", type=_minutes, metavar="SPAN", help="time for everything, e.g. 10m, 30m, 2h (default: 30m)"
+    )
+    verb.add_argument(
+        "--prefer",
+        choices=get_args(choices.Prefer),
+        help="what the recommended model is chosen by: the most accurate one, or the fastest of those that are not "
+        "surely worse (default: accuracy)",
+    )
+    verb.add_argument("--plan", action="store_true", help="write RUN/plan.json, print it and end; it can be edited")
+    verb.add_argument("--seed", type=int, help="seed of the held-out images, the weights and the order (default: 0)")
+    _add_device(verb)
+    verb.add_argument("--json", action="store_true", help="print the result as one JSON line on standard output")
+    verb.set_defaults(run=_fit)
+
+    verb = verbs.add_parser(
         "train",
         help="train a recipe on a folder or list of images",
         description="Trains a recipe on labelled images. A folder holds DATA/train/CLASS/* and DATA/val/CLASS/*, or "
@@ -186,6 +213,28 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", type=Path, required=True, metavar="CACHE", help="folder to write")
     _add_settings(verb)
     verb.set_defaults(run=_teach)
+
+    verb = verbs.add_parser(
+        "split",
+        help="divide images into training, validation and test images, as a list",
+        description="Writes a list of DATA's images that says which are for training, for validation and for the test. "
+        "Parts that DATA has already stay as they are. The others are drawn from its training images, the same share "
+        "of every class. Files with the same content stay together. No image is copied or moved. Every command takes "
+        "the list as its DATA.",
+    )
+    verb.add_argument("data", type=Path, metavar="DATA", help="folder or list of labelled images, as for train")
+    verb.add_argument(
+        "--out", type=Path, required=True, metavar="LIST", help="file to write; its name ends in .csv or .jsonl"
+    )
+    for name, whose in (("val", "validation"), ("test", "test")):
+        verb.add_argument(
+            f"--{name}",
+            type=float,
+            metavar="SHARE",
+            help=f"share of the training images that become {whose} images (default: 0.1, or none if DATA has such)",
+        )
+    verb.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
+    verb.set_defaults(run=_split)
 
     verb = verbs.add_parser("recipes", help="list the recipes, or print one as a recipe.json")
     verb.add_argument("name", nargs="?", metavar="NAME", help="recipe to print, as for train (default: list all)")
@@ -518,8 +567,28 @@ def _quickstart(options: argparse.Namespace) -> None:
         print(json.dumps(vars(result)))
 
 
+def _fit(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from deit.fit.work import fit
+
+    fitted = fit(
+        options.data,
+        options.out,
+        minutes=options.time,
+        prefer=options.prefer,
+        seed=options.seed,
+        device=options.device,
+        only_plan=options.plan,
+        console=Console(stderr=options.json),
+    )
+    if options.json and fitted:
+        print(json.dumps(fitted.to_dict()))
+
+
 def _train(options: argparse.Namespace) -> None:
-    from deit.data.folders import read_data
+    from deit.data.folders import has_split, read_data
+    from deit.data.splitting import without_test_images
     from deit.recipe import MaskedImage
     from deit.recipes import find_to_run
     from deit.train.build import find_sources
@@ -537,6 +606,14 @@ def _train(options: argparse.Namespace) -> None:
             flush=True,
         )
         _report_training(options, splits[1])
+        if labelled and not has_split(options.data, "test"):
+            print(without_test_images(options.data), file=sys.stderr)
+
+
+def _split(options: argparse.Namespace) -> None:
+    from deit.data.splitting import split
+
+    print("\n".join(split(options.data, options.out, val=options.val, test=options.test, seed=options.seed)))
 
 
 def _report_training(options: argparse.Namespace, val_split: Any) -> None:

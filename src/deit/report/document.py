@@ -25,7 +25,7 @@ from deit.report import maps as report_maps
 from deit.report import run as report_run
 from deit.report.evaluation import deciding, images_of, picture
 from deit.report.maps import Maps
-from deit.report.markup import Html, Section, date, element, isolated, joined, named, scrolled, shortened
+from deit.report.markup import Html, Section, date, element, isolated, joined, named, plural, scrolled, shortened
 from deit.report.run import counted
 from deit.train.records import MODEL, RECIPE, Record, is_number, span
 
@@ -44,6 +44,7 @@ def page(
     maps: Maps | None = None,
     figures: Sequence[Figure] = (),
     missing: str = "",
+    first: Section | None = None,
 ) -> str:
     """Returns the report as HTML. It needs a record or an evaluation.
 
@@ -53,9 +54,10 @@ def page(
         maps: what `report_maps.explained` returned for that evaluation.
         figures: more pictures to show, each with its caption.
         missing: a sentence that says why there is no evaluation.
+        first: a section before all others.
     """
     assert record is not None or evaluation is not None
-    parts = []
+    parts = [first] if first else []
     if evaluation:
         parts.append(report_evaluation.accuracy(evaluation.main.report))
     elif record:
@@ -121,7 +123,8 @@ def page(
             element(
                 "p",
                 f"Written {date(datetime.now(UTC).isoformat())} by deit "
-                f"{host.VERSION}. Intervals are Wilson's, at 95 %.",
+                f"{host.VERSION}. Intervals are Wilson's, at 95 %; that of the balanced accuracy takes the effective "
+                "number of images.",
             ),
         ),
     )
@@ -136,9 +139,10 @@ def write(
     maps: Maps | None = None,
     figures: Sequence[Figure] = (),
     missing: str = "",
+    first: Section | None = None,
 ) -> Path:
     """Writes the report as a whole or not at all. The arguments are those of `page`."""
-    files.write_text(Path(file), page(record, evaluation, maps=maps, figures=figures, missing=missing))
+    files.write_text(Path(file), page(record, evaluation, maps=maps, figures=figures, missing=missing, first=first))
     return Path(file)
 
 
@@ -208,8 +212,11 @@ def _explained(evaluation: Evaluation | None, device: str) -> Maps | None:
         return Maps(missing=f"What the answers rest on could not be shown: {error}.")
 
 
-def of_evaluation(file: str | Path, evaluation: Evaluation, *, device: str = "auto") -> Path:
-    """Writes the report of an evaluation. If the model belongs to a run, the run's record is part of it."""
+def of_evaluation(
+    file: str | Path, evaluation: Evaluation, *, device: str = "auto", first: Section | None = None
+) -> Path:
+    """Writes the report of an evaluation. If the model belongs to a run, the run's record is part of it. `first` is as
+    for `page`."""
     record = None
     folder = Path(evaluation.main.model)
     if folder.is_dir() and folder.resolve().name == MODEL:
@@ -217,7 +224,7 @@ def of_evaluation(file: str | Path, evaluation: Evaluation, *, device: str = "au
             record = Record.read(folder.resolve().parent if folder.name != MODEL else folder.parent)
         except FileNotFoundError:
             record = None
-    return write(file, record, evaluation, maps=_explained(evaluation, device))
+    return write(file, record, evaluation, maps=_explained(evaluation, device), first=first)
 
 
 def _validation(record: Record) -> tuple[Split, str]:
@@ -323,6 +330,15 @@ def _headline(record: Record | None, evaluation: Evaluation | None) -> Html:
         report = evaluation.main.report
         which = deciding(report)
         tiles.append(_accuracy_tile("accuracy" + f", {which}" * (which != "model"), report.accuracy()))
+        balanced = report.balanced()
+        value, interval = balanced.cells()
+        tiles.append(
+            (
+                "balanced accuracy",
+                f"{value:.3f}",
+                [interval, f"mean of {plural(balanced.classes, 'recall', 'recalls')}"],
+            )
+        )
         if len(report.classes) > 5:
             tiles.append(_accuracy_tile("top-5 accuracy", report.accuracy(top=5)))
         tiles.append(
