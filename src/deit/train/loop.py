@@ -248,7 +248,7 @@ class _Session:
 
     def out_of_patience(self) -> bool:
         state, part, total = self.state, self.work.recipe.patience, self.work.total
-        ends = 0 < part * total <= state.step - state.improved and state.step < total
+        ends = 0 < part * total <= state.evaluated - state.improved
         if ends:
             self.reporter.say(
                 f"the validation score has not improved since step {state.improved}, so training ends after step "
@@ -322,11 +322,9 @@ def _loop(session: _Session) -> None:
                 stepping.settle(work, state, say)
             if state.evaluated < state.step and work.due(state.step, work.every):
                 session.judge()
-                if session.out_of_patience():
-                    break
             elif state.counted and work.due(state.step, per_row):
                 session.row({})
-            if state.step >= work.total:
+            if state.step >= work.total or session.out_of_patience():
                 break
 
             began, waited = time.perf_counter(), stream.waited
@@ -367,7 +365,9 @@ def _judge(work: Work, state: State, out: Path, validation: Iterable[Batch], row
         verdict = work.objective.judge(work.model, validation, work.us, work.precision, rows)
         # On a tie, the later model is better, because it has seen more images at a lower learning rate.
         if math.isfinite(verdict.score) and (state.best is None or verdict.score >= state.best):
-            state.best, state.improved = verdict.score, state.step
+            if state.best is None or verdict.score > state.best:
+                state.improved = state.step
+            state.best = verdict.score
             runs.save_model(work, out / "model")
     if verdict.picture is not None and work.us.main:
         path = out / "reconstructions" / f"update-{state.step:09}.png"
