@@ -135,6 +135,11 @@ def _fits(
     features: np.ndarray, labels: np.ndarray, classes: int, strengths: Sequence[float], class_weights: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields `fit` for each of the rising strengths. Each fit begins where the one before ended."""
+    from threadpoolctl import threadpool_limits  # which scikit-learn needs too
+
+    # Threads win little on small matrices. On cores that others use too, waiting for each other costs up to fifty times
+    # as much as it gains.
+    threads = 1 if len(features) <= _COUNTED else None
     mean, deviation = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
     deviation[deviation < 1e-12] = 1.0
     standardised = ((features - mean) / deviation).astype(np.float32)
@@ -142,7 +147,7 @@ def _fits(
     solver = _solver()(max_iter=_ITERATIONS, warm_start=True, class_weight=weighing)
     for strength in strengths:
         solver.set_params(C=strength)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), threadpool_limits(threads):
             warnings.filterwarnings("ignore", category=_not_converged())  # then it is close enough for a decision
             solver.fit(standardised, labels)
         scaled, offsets = (values.astype(np.float64) for values in (solver.coef_, solver.intercept_))
