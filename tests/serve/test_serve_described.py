@@ -22,7 +22,7 @@ IMAGES = some.builds(
 MAYBE_IMAGES = IMAGES | some.binary(min_size=1, max_size=60)
 CHECKS = {
     "positive_data_acceptance": {"expected-statuses": [200, 422]},  # some bytes are no image
-    "negative_data_rejection": {"expected-statuses": [400, 413, 415, 422]},
+    "negative_data_rejection": {"expected-statuses": [400, 401, 413, 415, 422]},
 }
 BEYOND = ("knows no class", "target is not one of the model's labels", "is given twice; give it once")
 """Refusals of what no description in OpenAPI can rule out."""

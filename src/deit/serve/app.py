@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import prometheus_client as prometheus
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.security import HTTPBearer
 from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -48,7 +49,6 @@ from deit.serve.described import (
     Status,
     api_page,
     classify_described,
-    needs_key,
 )
 from deit.serve.limits import Service
 from deit.serve.outermost import GONE, Json, Metrics, Outermost
@@ -380,26 +380,30 @@ def create_app(predictor: Predictor, service: Service, name: str) -> FastAPI:
     )
     app.state.routes = routes
     app.add_middleware(Outermost, metrics=routes.metrics, hosts=service.hosts)
+    key = [Depends(HTTPBearer(scheme_name="key", auto_error=False))] if service.keys else []  # only for the description
     app.post(
         "/v1/classify",
         response_model=Answers,
         responses=_failures(SAID),
         openapi_extra=classify_described(service.max_batch),
+        dependencies=key,
     )(routes.classify)
     picture: dict[int | str, Any] = {200: {"content": {"image/png": {}}}}
     app.post(
-        "/v1/explain", response_model=Explained, responses=picture | _failures(NOT_EXPLAINED), openapi_extra=EXPLAIN
+        "/v1/explain",
+        response_model=Explained,
+        responses=picture | _failures(NOT_EXPLAINED),
+        openapi_extra=EXPLAIN,
+        dependencies=key,
     )(routes.explain)
     needed = _failures({401: SAID[401]}) if service.private else {}
-    app.get("/model", response_model=ModelCard, responses=needed)(routes.model)
+    private = key if service.private else []
+    app.get("/model", response_model=ModelCard, responses=needed, dependencies=private)(routes.model)
     app.get("/healthz", response_model=Status, responses={503: {"model": Failure}})(routes.healthz)
     app.get("/readyz", response_model=Status, responses={503: {"model": Failure}})(routes.readyz)
-    app.get("/metrics", response_class=PlainTextResponse, responses=needed)(routes.metrics_text)
+    app.get("/metrics", response_class=PlainTextResponse, responses=needed, dependencies=private)(routes.metrics_text)
     for path, (file, kind) in _PAGES.items():
         app.get(path, include_in_schema=False)(_sends(file.read_bytes(), kind))
-    if service.keys:
-        closed = ("/v1/classify", "/v1/explain", *(("/model", "/metrics") if service.private else ()))
-        needs_key(app.openapi(), closed)  # which keeps what it made
     app.get("/api", include_in_schema=False)(_sends(api_page(app.openapi()).encode(), "text/html"))
     return app
 

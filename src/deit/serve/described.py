@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -167,14 +166,6 @@ EXPLAIN = _described(
         },
     },
 )
-
-
-def needs_key(described: dict[str, Any], paths: Iterable[str]) -> None:
-    """Adds to an OpenAPI description that each operation of `paths` needs a key."""
-    described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    for path in paths:
-        for operation in described["paths"][path].values():
-            operation["security"] = [{"key": []}]
 
 
 def api_page(described: dict[str, Any]) -> str:
