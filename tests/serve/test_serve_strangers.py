@@ -264,8 +264,9 @@ def fuzz(web, count, seed, path):
 @pytest.mark.parametrize("path", ["/v1/classify", "/v1/explain"])
 @pytest.mark.parametrize(("count", "seed"), [(300, 1), pytest.param(2000, 2, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
-def test_mutated_requests(folder, count, seed, path):
+def test_mutated_requests(folder, count, seed, path, record_property):
     """Each is answered or refused in a sentence, a good one after each hundred; and nothing stays in the queue."""
     with client(folder, max_wait_ms=0) as web:
         assert {200, 400, 415, 422} <= fuzz(web, count, seed, path)
         assert web.batcher.waiting == 0
+    record_property("attacks", count)
