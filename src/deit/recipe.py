@@ -522,6 +522,10 @@ class Recipe:
                 f"masked images need a DeiT or ViT model, found {type(model).__name__}; choose another model",
             )
             check(
+                not getattr(model, "merge", 0),
+                "masked images are painted patch by patch, each from a token of its own; set model.merge=0",
+            )
+            check(
                 self.augment.mix is None and self.augment.erase is None,
                 "masked images have no labels to mix, and each pixel counts; set augment.mix and augment.erase to None",
             )
