@@ -5,9 +5,11 @@ import pytest
 import torch
 from support.checks import raises_saying
 from support.models import images, small
-from twins import TWIN_OF, arrays, as_arrays, assert_alike, distance, given_for, gradients, needs_tensorflow, twins
+from twins import TWIN_OF, as_arrays, assert_alike, distance, given_for, gradients, needs_tensorflow, twins
 
 import deit
+from deit.model import merging
+from deit.model_keras import merging as twin_merging
 
 
 @pytest.mark.parametrize(
@@ -33,14 +35,18 @@ def test_the_twins_merge_alike(kind, changes):
     assert expected.hidden_states[-1].shape[1] < expected.hidden_states[0].shape[1]
 
 
-def test_equal_patches_have_one_order():
-    """All keys are alike, so only the order of the numbers decides."""
-    ours, twin = twins("backbone", small(merge=3, num_hidden_layers=2))
-    with torch.no_grad():
-        ours.position.zero_()
-    twin.set_tensors(arrays(ours))
-    given = {"pixel_values": torch.ones(2, 3, 16, 16)}
-    assert distance(twin(**as_arrays(given)).token_of_patch, ours(**given).token_of_patch) == 0
+def test_equal_matches_have_one_order():
+    """Keys along four axes, whose products are exact, so that only the order of the numbers decides."""
+    keys = torch.eye(4)[torch.randint(0, 4, (3, 1, 15), generator=torch.Generator().manual_seed(0))]  # (B, H, N, K)
+    for count in (1, 4, 7):
+        expected, found = merging.match(keys, count), twin_merging.match(keys.numpy(), count)
+        assert distance(tuple(found), tuple(expected)) == 0
+        held = torch.arange(1, 16).expand(3, -1)
+        ours, twins_own = (
+            module.followed(numbers, one, 1)
+            for module, numbers, one in ((merging, held, expected), (twin_merging, held.int().numpy(), found))
+        )
+        assert distance(twins_own, ours) == 0
 
 
 def test_gradients_are_alike():
@@ -62,7 +68,7 @@ def test_masked_images_are_refused():
 @pytest.mark.parametrize("format", ["tf_saved_model", "litert"])
 def test_exports_merge(tmp_path, format):
     """Each export is held to the model before it is kept."""
-    ours, twin = twins("with_teacher", small(merge=3))
+    _, twin = twins("with_teacher", small(merge=3))
     path = tmp_path / ("model.tflite" if format == "litert" else "model")
     twin.export(path, format=format)
     assert path.exists()

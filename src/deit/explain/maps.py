@@ -35,8 +35,8 @@ def explain(model: nn.Module, pixels: Tensor, method: Method, target: Target = N
     """Returns a map for each token that has a head of its own: how much each patch counts, (B, R, S), 0 or more.
 
     Values can be compared within a map, but not between maps. The model runs in evaluation mode and gets its own mode
-    back. Gradients of its parameters are neither needed nor changed. If blocks merge patches (`config.merge`), the share
-    of a token goes back to its patches in equal parts.
+    back. Gradients of its parameters are neither needed nor changed. If blocks merge patches (`config.merge`), what a
+    token has goes back to its patches in equal parts.
 
     Args:
         model: `DeiTForImageClassification` or `DeiTForImageClassificationWithTeacher`, with at least two classes.

@@ -28,15 +28,6 @@ class Match(NamedTuple):
     """(B, M), the destination of each of these."""
 
 
-class Merged(NamedTuple):
-    """How the tokens that leave a block came about."""
-
-    sizes: Tensor | None
-    """(B, N), the number of patches in each token, 1 for the tokens before the patches. None: all are 1."""
-    match: Match | None
-    """None if nothing was merged."""
-
-
 def match(keys: Tensor, count: int) -> Match:
     """Pairs the patch tokens by their keys (B, H, S + T, K), of which `count` are merged.
 
@@ -100,7 +91,7 @@ def gathered(row: Tensor, held: Tensor, prefix: int, tokens: int) -> Tensor:
 
 
 def shared(row: Tensor, held: Tensor, prefix: int) -> Tensor:
-    """Shares what each token has among its patches in equal parts: (B, N) and (B, patches) make (B, prefix + patches)."""
+    """Shares what each token has among its patches: (B, N) and (B, patches) make (B, prefix + patches)."""
     sizes = torch.zeros_like(row).scatter_add(1, held, torch.ones_like(held, dtype=row.dtype))
     return torch.cat([row[:, :prefix], (row / sizes.clamp(min=1)).gather(1, held)], 1)
 

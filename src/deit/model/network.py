@@ -144,8 +144,8 @@ class Block(nn.Module):
     """Pre-norm transformer block.
 
     Both branches have optional LayerScale. `keep` (2, B) holds stochastic depth's factor of each branch for each image.
-    With `read`, the block returns only that many tokens, from the first on. Otherwise `config.merge` of the patch tokens
-    are merged between the branches, and `sizes` (B, N) says what the tokens hold already (None: one patch each).
+    With `read`, the block returns only that many tokens, from the first on. Otherwise `config.merge` of the patch
+    tokens are merged between the branches, and `sizes` (B, N) says what the tokens hold already (None: one patch each).
 
     In training on the CPU, `cpu_training` computes both branches, because it gives the same values with less work.
     Autograd takes over if only it can do what is needed: dropout, attention weights, another activation, compilation,
@@ -177,30 +177,23 @@ class Block(nn.Module):
         keep: Tensor | None = None,
         read: int | None = None,
         sizes: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, merging.Merged | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, merging.Match | None]:
+        """The tokens, the attention weights, the tokens' sizes, and the match by which patches were merged."""
         first, second = (None, None) if keep is None else keep
-        merges, by_hand, attention, merged = self.merge > 0, self._by_hand(x, head_mask, need_weights), None, None
-        if by_hand and not merges:
+        by_hand, attention, match = self._by_hand(x, head_mask, need_weights), None, None
+        if by_hand and not self.merge:
             x = self._attention_by_hand(x, first, x.shape[1] if read is None else read)
         else:
-            y, attention, keys = self.attention(
-                self.norm1(x), head_mask, need_weights, read, sizes, merges and read is None
-            )
+            count = min(self.merge, (x.shape[1] - self.prefix) // 2) if read is None else 0
+            y, attention, keys = self.attention(self.norm1(x), head_mask, need_weights, read, sizes, count > 0)
             x = x[:, :read] + self._branch(y, self.scale1, first, x.dtype)
             if keys is not None:
-                x, merged = self._merged(x, keys, sizes)
+                match = merging.match(keys[:, :, self.prefix :], count)
+                x, sizes = merging.merge(x, sizes, match, self.prefix)
         if by_hand:
-            return self._mlp_by_hand(x, second), None, merged
+            return self._mlp_by_hand(x, second), None, sizes, match
         x = x + self._branch(self.mlp(self.norm2(x)), self.scale2, second, x.dtype)
-        return x, attention, merged
-
-    def _merged(self, x: Tensor, keys: Tensor, sizes: Tensor | None) -> tuple[Tensor, merging.Merged]:
-        count = min(self.merge, (x.shape[1] - self.prefix) // 2)
-        if not count:
-            return x, merging.Merged(sizes, None)
-        match = merging.match(keys[:, :, self.prefix :], count)
-        x, sizes = merging.merge(x, sizes, match, self.prefix)
-        return x, merging.Merged(sizes, match)
+        return x, attention, sizes, match
 
     def _by_hand(self, x: Tensor, head_mask: Tensor | None, need_weights: bool) -> bool:
         return (
@@ -374,15 +367,14 @@ class DeiTModel(PreTrained):
         for i, block in enumerate(self.blocks):
             given = x, masks[i], need_weights, keeps[i], reads[i], sizes
             if self.gradient_checkpointing and self.training:
-                x, attention, merged = self.checkpointing(i, block, *given)
+                x, attention, sizes, match = self.checkpointing(i, block, *given)
             else:
-                x, attention, merged = block(*given)
+                x, attention, sizes, match = block(*given)
             note(trace, f"block{i:02}", x)
             states.append(x)
             attentions.append(attention)
-            sizes = None if merged is None else merged.sizes
-            if held is not None and merged is not None:
-                held.append(merging.followed(held[-1], merged.match, config.num_prefix_tokens))
+            if held is not None:
+                held.append(merging.followed(held[-1], match, config.num_prefix_tokens))
         x = note(trace, "norm", self.norm(x))
         pooled = None if self.pooler is None else note(trace, "pooler", self.pooler_activation(self.pooler(x[:, 0])))
         return _result(

@@ -30,8 +30,11 @@ def match(keys: Any, count: int) -> Match:
     keys = ops.mean(ops.cast(ops.stop_gradient(keys), "float32"), axis=1)
     directions = keys / ops.maximum(ops.sqrt(ops.sum(keys * keys, axis=-1, keepdims=True)), 1e-12)
     similarity = ops.matmul(directions[:, ::2], ops.transpose(directions[:, 1::2], (0, 2, 1)))  # (B, S, T)
-    best, nearest = ops.max(similarity, axis=-1), ops.cast(ops.argmax(similarity, axis=-1), "int32")
-    sources = best.shape[1]
+    best = ops.max(similarity, axis=-1)
+    sources, destinations = similarity.shape[1:]
+    # Keras' argmax has operations that LiteRT lacks.
+    highest = ops.where(similarity == best[:, :, None], ops.arange(destinations, dtype="int32"), destinations)
+    nearest = ops.min(highest, axis=-1)
     number = ops.arange(sources, dtype="int32")
     one, other = best[:, :, None], best[:, None]
     first_of_equals = ops.logical_and(other == one, number[None] < number[:, None])
@@ -59,8 +62,10 @@ def merge(x: Any, sizes: Any, match: Match, prefix: int) -> tuple[Any, Any]:
     return x, ops.concatenate([sizes[:, :prefix], kept_size, ops.cast(ops.round(total[:, :, 0]), "int32")], axis=1)
 
 
-def followed(held: Any, match: Match, prefix: int) -> Any:
+def followed(held: Any, match: Match | None, prefix: int) -> Any:
     """The number of the token that holds each patch after a merge, (B, patches), from its number before."""
+    if match is None:
+        return held
     stay = match.kept.shape[1]
     # The inverse of the order in which the sources lie, and for each of them the number of its token.
     lies = ops.argsort(ops.concatenate([match.kept, match.merged], axis=1), axis=-1)

@@ -113,8 +113,8 @@ class Block(keras.layers.Layer):
     """Pre-norm transformer block.
 
     Both branches have optional LayerScale. `keep` (2, B) holds stochastic depth's factor of each branch for each image.
-    With `read`, the block returns only that many tokens, from the first on. Otherwise `config.merge` of the patch tokens
-    are merged between the branches, and `sizes` (B, N) says what the tokens hold already (None: one patch each).
+    With `read`, the block returns only that many tokens, from the first on. Otherwise `config.merge` of the patch
+    tokens are merged between the branches, and `sizes` (B, N) says what the tokens hold already (None: one patch each).
     """
 
     def __init__(self, config: DeiTConfig, dtype: Any, name: str):
@@ -257,7 +257,7 @@ class TFDeiTModel(PreTrainedKeras):
             states.append(x)
             attentions.append(attention)
             if held is not None:
-                held.append(held[-1] if match is None else merging.followed(held[-1], match, config.num_prefix_tokens))
+                held.append(merging.followed(held[-1], match, config.num_prefix_tokens))
         x = note(trace, "norm", self.norm(x))
         pooled = None if self.pooler is None else note(trace, "pooler", self.pooler_activation(self.pooler(x[:, 0])))
         return self._result(
