@@ -139,7 +139,7 @@ def test_every_way_of_computing_gives_the_same(kind, changes, implementation):
     assert_close(model(x).to_tuple()[0], expected)  # by hand, in part
 
 
-# ------------------------------------------------------------------------------------------------------------- gradients
+# ------------------------------------------------------------------------------------------------------------ gradients
 
 
 def gradients(model, x, draws):
@@ -194,7 +194,7 @@ def test_one_step_is_the_same_each_time():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# ------------------------------------------------------------------------------------------------------------ properties
+# ----------------------------------------------------------------------------------------------------------- properties
 
 
 def test_no_merging_is_the_model_as_it_was():

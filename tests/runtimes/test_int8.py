@@ -132,7 +132,7 @@ def test_int8_keeps_the_accuracy_and_reports_it(digits, tmp_path, to, kind):
 @pytest.mark.parametrize("to", INT8)
 def test_int8_that_costs_too_much_is_refused_with_the_layers_to_blame(digits, tmp_path, monkeypatch, to):
     needs(to)
-    monkeypatch.setattr(formats, "LOSS", -1.0)
+    monkeypatch.setattr(checking, "LOSS", -1.0)
     monkeypatch.setattr(checking, "_CALIBRATED", 20)
     monkeypatch.setattr(formats, "_SHARES", (0.0, 0.5))
     monkeypatch.setattr(formats, "by_sensitivity", lambda *_: ["features.4", "classifier"])
@@ -157,7 +157,7 @@ def test_layers_that_8_bits_hurt_stay_in_float(digits, tmp_path, monkeypatch, to
     monkeypatch.setattr(checking, "_CALIBRATED", 20)
     monkeypatch.setattr(formats, "by_sensitivity", lambda *_: [name, *(f"other{i}" for i in range(7))])
     monkeypatch.setattr(formats, "_SHARES", (0.0, 1 / 8))
-    monkeypatch.setattr(formats, "LOSS", 0.05)
+    monkeypatch.setattr(checking, "LOSS", 0.05)
     quantise = {"onnx-int8": "_quantise_onnx", "openvino-int8": "_quantise_openvino"}[to]
     real = getattr(formats, quantise)
 

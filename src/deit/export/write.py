@@ -45,7 +45,7 @@ class Exported:
             f"{found['difference']:.1e}"
         )
         if merge := self.description.get("merge"):
-            said += f", {merge} tokens merged in each block"
+            said += f", merge={merge}"
         if accuracy is None:
             return said
         after = accuracy.get("int8") or accuracy["merged"]
@@ -141,7 +141,7 @@ def _written(
                     description, accuracy={**known, "merged": accuracy.to_dict(), **(description.accuracy or {})}
                 )
             break
-        if lighter is subject and not to.endswith("int8") and (own := Calibration.of_model(source)) is not None:
+        if lighter.merge == subject.merge and not to.endswith("int8") and (own := Calibration.of_model(source)) is not None:
             own.save(temporary)  # what changes the answers needs its own by `deit calibrate DIR`
         files.write_json(temporary / DESCRIPTION, description.to_dict())
     return Exported(out, description.to_dict())
