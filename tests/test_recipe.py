@@ -111,7 +111,7 @@ def test_the_page_shows_exactly_the_shipped_recipes():
 
 def accepted(setting):
     """Whether some recipe takes a setting as it stands in a shell command."""
-    for name in ("deit_tiny", "deit_tiny_distilled", "deit_tiny_distilled_soft"):
+    for name in ("deit_tiny", "deit_tiny_distilled", "deit_tiny_distilled_soft", "finetune"):
         try:
             override(recipe_of(name), shlex.split(setting))
             return True

@@ -376,7 +376,11 @@ def needs(arm: str) -> list[str]:
 
 def updates_of(arm: str) -> int:
     """The number of steps in an arm's runs."""
-    return 0 if arm == "agreement" else round(ARMS[arm].schedule.total.amount)
+    if arm == "agreement":
+        return 0
+    schedule = ARMS[arm].schedule
+    assert schedule is not None
+    return round(schedule.total.amount)
 
 
 def task_of(arm: str, seed: int) -> Task:

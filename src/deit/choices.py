@@ -18,3 +18,5 @@ Dialect = Literal["hf", "timm", "original", "keras"]
 """Which project's files `deit convert` writes."""
 Part = Literal["train", "val", "test"]
 """Which part of a data folder."""
+Prefer = Literal["accuracy", "speed"]
+"""What `deit fit` chooses its model by."""

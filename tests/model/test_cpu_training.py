@@ -117,6 +117,48 @@ def test_frozen_parameters_get_no_gradient():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("trained_part", ["norm1", "attention.qkv", "attention.out", "norm2", "mlp.fc1", "mlp.fc2"])
+@pytest.mark.parametrize("block", [0, 2])
+def test_one_trained_part_among_frozen_ones(trained_part, block):
+    """Below the first trained part, nothing needs a gradient, not even a block's input."""
+    config = small(drop_path_rate=0.3, layer_scale_init_value=0.5)
+    model, given = build("classification", config), given_for("classification", config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = f"blocks.{block}.{trained_part}." in name
+    x, found = given.pop("pixel_values"), {}
+    for implementation in ("auto", "eager"):
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.implementation = implementation
+        model.train().zero_grad(set_to_none=True)
+        loss_of(model(x, **given)).backward()
+        found[implementation] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found["auto"].keys() == found["eager"].keys()
+    assert len(found["auto"]) == 2
+    for name, value in found["eager"].items():
+        torch.testing.assert_close(found["auto"][name], value, rtol=0, atol=1e-5, msg=name)
+
+
+def test_frozen_blocks_cost_no_backward_pass(monkeypatch):
+    """The last two of five blocks are trained: two backward passes of each branch. The norm in front of the first one
+    is trained, but its input needs no gradient."""
+    passes, norms = [], []
+    for branch in (cpu_training.AttentionBranch, cpu_training.MLPBranch):
+        backward = branch.backward
+        monkeypatch.setattr(
+            branch, "backward", staticmethod(lambda *given, back=backward: passes.append(1) or back(*given))
+        )
+    plain = cpu_training._norm_backward
+    monkeypatch.setattr(cpu_training, "_norm_backward", lambda *given: norms.append(given[-1]) or plain(*given))
+    config = small(num_hidden_layers=5)
+    model, given = build("classification", config), given_for("classification", config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "blocks.3" in name or "blocks.4" in name or "classifier" in name
+    loss_of(model.train()(**given)).backward()
+    assert len(passes) == 4
+    assert norms == [(True, True, True)] * 3 + [(False, True, True)]
+
+
 def test_recomputed_blocks():
     config = small(drop_path_rate=0.3)
     model, given = build("with_teacher", config), given_for("with_teacher", config)

@@ -19,7 +19,13 @@ UNPUBLISHED = {"deit3-medium-patch16-384", "deit3-huge-patch14-384"}
 """Sizes that timm has at 224 pixels only."""
 
 
+DINOV2 = {"dinov2-small": "vit_small_patch14_dinov2", "dinov2-base": "vit_base_patch14_dinov2"}
+"""What timm lists among its ViTs."""
+
+
 def timm_name(variant: str) -> str:
+    if variant in DINOV2:
+        return DINOV2[variant]
     return (variant.replace("-384", "-224") if variant in UNPUBLISHED else variant).replace("-", "_")
 
 
@@ -89,7 +95,8 @@ def test_architecture_of_full_size(variant):
     """Names, shapes and so the parameter counts, and what shapes don't tell: heads and the norms' epsilon."""
     config = VARIANTS[variant]
     with torch.device("meta"):
-        theirs = timm.create_model(timm_name(variant), img_size=config.image_size)
+        options = {"num_classes": 1000} if variant in DINOV2 else {}  # published without a classifier
+        theirs = timm.create_model(timm_name(variant), img_size=config.image_size, **options)
         ours = CLASS_OF[kind_for(config)](config)
     shapes = {
         name: torch.empty(shape, device="meta") for name, shape in weights.manifest(config, kind_for(config)).items()
@@ -121,6 +128,10 @@ def test_checkpoint_of_timm(variant, tmp_path):
     theirs = scramble(timm_model(variant, config))
     torch.save({"epoch": 3, "arch": timm_name(variant), "state_dict": theirs.state_dict()}, tmp_path / "last.pth")
     agree(CLASS_OF[kind_for(config)].from_pretrained(tmp_path / "last.pth", config=config), theirs)
+
+
+ORIGINAL = [variant for variant in VARIANTS if variant not in DINOV2]
+"""The sizes of facebookresearch/deit."""
 
 
 def original(theirs, path, **extra) -> None:
@@ -213,6 +224,7 @@ def test_convert_to_hf_and_back(variant, tmp_path):
     )
 
 
+@pytest.mark.parametrize("variant", ORIGINAL)
 def test_convert_to_original(variant, tmp_path):
     config = shrink(VARIANTS[variant])
     ours = build(kind_for(config), config)
@@ -240,7 +252,7 @@ def test_convert_to_original(variant, tmp_path):
         ("with_teacher", {"layer_norm_eps": 1e-3}, ["epsilon of 1e-6", "and 0.001, so it would answer differently"]),
         (
             "classification",
-            {"distillation_token": False, "layer_scale_init_value": 1.0},
+            {"distillation_token": False, "position_on_class_token": False},
             ["no published architecture combines this"],
         ),
     ],
@@ -251,6 +263,13 @@ def test_refused_conversion(kind, changes, parts, tmp_path):
     with raises_saying(ValueError, *parts):
         convert(tmp_path / "ours", "timm", tmp_path / "timm")
     assert not (tmp_path / "timm").exists()
+
+
+def test_no_dinov2_in_the_original_project(tmp_path):
+    build("classification", shrink(VARIANTS["dinov2-small"])).save_pretrained(tmp_path / "ours")
+    with raises_saying(ValueError, "has LayerScale and a position for the class token", "convert --to timm"):
+        convert(tmp_path / "ours", "original", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_source_is_never_replaced(tmp_path):

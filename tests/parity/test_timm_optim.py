@@ -7,6 +7,8 @@ import torch
 from support.models import build, small
 
 from deit import weights
+from deit.config import TimmConfig
+from deit.model.timm_classifier import TimmClassifier
 from deit.recipe import LAMB, AdamW, Cosine, steps
 from deit.train.optim import build as build_optimizers
 from deit.train.optim import learning_rate, parameter_groups
@@ -28,6 +30,23 @@ def per_name(model, groups, what):
     """A group's value for each of its parameters; float32, as the tensors that carry it."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {names[p]: float(torch.tensor(group[what])) for group in groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("decay", [0.7, 1.0])
+@pytest.mark.parametrize(
+    "architecture",
+    ["test_resnet", "test_efficientnet", "test_vit", "tf_efficientnet_lite0", "swin_tiny_patch4_window7_224"],
+)
+def test_layer_decay_and_weight_decay_of_models_of_timm(architecture, decay):
+    """Groups are timm's own, and so is what it exempts from weight decay: positions, or Swin's relative ones."""
+    model = TimmClassifier(TimmConfig(architecture=architecture))
+    free = model.model.no_weight_decay() if hasattr(model.model, "no_weight_decay") else ()
+    groups = timm.optim.param_groups_layer_decay(model.model, 0.05, free, layer_decay=decay)
+    found = parameter_groups(model, AdamW(lr=1e-3, per_images=1024, layer_decay=decay))
+    for what in ("lr_scale", "weight_decay"):
+        expected = {f"model.{name}": value for name, value in per_name(model.model, groups, what).items()}
+        assert per_name(model, found, what) == pytest.approx(expected, rel=1e-6)
+    assert len({group["lr_scale"] for group in found}) > 3 or decay == 1.0
 
 
 @pytest.mark.parametrize("distilled", [True, False])

@@ -8,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file
+from support.checks import assert_close
 from support.runs import (
     assert_same_end,
     data_and_recipes,
@@ -77,6 +79,23 @@ def test_batch_normalisation_is_that_of_the_whole_batch(given, tmp_path, paralle
     assert_same_end(tmp_path / "two", tmp_path / "one", atol=1e-5)
     for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("parallel", ["replicate", "shard"])
+@pytest.mark.parametrize("tuning", ["LastBlocks(count=1)", "LoRA(rank=2)"])
+def test_a_part_of_the_model_is_trained_by_two(given, tmp_path, tuning, parallel):
+    """Frozen parts are shared like trained ones, and adapters are merged from their shares."""
+    if tuning.startswith("LoRA"):
+        pytest.importorskip("peft")
+    options = ("--set", f"start={given[2] / 'model'}", "--set", f"tuning={tuning}", "--set", "schedule.total=steps(6)")
+    options = (*options, "--set", f"compute.parallel={parallel}")
+    finish(start(*command(given, tmp_path / "one", *options)))
+    finish(start(*command(given, tmp_path / "two", *options), processes=2))
+    assert_same_end(tmp_path / "two", tmp_path / "one", atol=1e-5)
+    files = ["model/model.safetensors", *(["adapter/adapter_model.safetensors"] if tuning.startswith("LoRA") else [])]
+    for file in files:
+        one, two = (load_file(tmp_path / name / file) for name in ("one", "two"))
+        assert_close(two, one)
 
 
 def test_two_processes_plan_the_same_schedule(given, tmp_path):

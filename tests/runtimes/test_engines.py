@@ -15,13 +15,14 @@ from support.checks import raises_saying, run_python
 from support.models import build, saved
 
 import deit
+from deit import files
 from deit.cli import main
 from deit.config import VARIANTS
 from deit.evaluate.calibration import Calibration, HeadCalibration
 from deit.explain.explanation import explain_file
 from deit.explain.maps import explain
 from deit.export import cache as exporting
-from deit.export.cache import _forget_unused, cached_engine
+from deit.export.cache import cached_engine
 from deit.export.engines import load_engine
 from deit.export.write import export
 from deit.model.load import load_classifier, load_model
@@ -120,7 +121,7 @@ def test_a_model_is_exported_once_and_again_where_it_changed(distilled, photos, 
     assert folder not in list(cache.iterdir())  # nobody had used it for a month
     [folder] = cache.iterdir()
     os.utime(folder, times=(time.time() + 10**9,) * 2)  # written while the clock was ahead
-    _forget_unused(cache)
+    files.forget_unused(cache)
     assert abs(time.time() - folder.stat().st_mtime) < 60
     os.utime(folder, times=(0, 0))
     Predictor(distilled, engine="onnx")

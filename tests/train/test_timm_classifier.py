@@ -192,7 +192,7 @@ def test_recipes_survive_json_and_settings():
     [
         (["model.depth=3"], "there is no 'depth'"),
         (["model.architecture=resnet18.a1_in1k"], "a name of timm without a tag"),
-        (["optim.layer_decay=0.7"], "need the blocks of a transformer"),
+        (["optim=Muon(lr=1e-3, others_lr=1e-3, per_images=64)"], "Muon needs the blocks of a DeiT or ViT"),
         (["objective=MaskedImage()"], "masked images need a DeiT or ViT model"),
     ],
 )

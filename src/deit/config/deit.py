@@ -565,6 +565,16 @@ def _variants() -> dict[str, DeiTConfig]:
                 layer_scale_init_value=1e-4,
                 drop_path_schedule="constant",
             )
+    # Oquab et al. 2023, "DINOv2", to be fine-tuned at 224. The files have positions for 518 pixels, and no classifier.
+    for name, config in {"small": small, "base": base}.items():
+        found[f"dinov2-{name}"] = config.replace(
+            image_size=224,
+            patch_size=14,
+            encoder_stride=14,
+            distillation_token=False,
+            layer_scale_init_value=1e-5,
+            drop_path_schedule="constant",
+        )
     return found
 
 

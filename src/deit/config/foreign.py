@@ -84,7 +84,7 @@ def _vit(architecture: str) -> Fields | None:
     elif (found := _VIT.fullmatch(architecture)) is not None:
         size, patch, pixels = found.group(1), int(found.group(2)), int(found.group(3) or 518)
         if found.group(4):
-            changes = {"layer_scale_init_value": 1e-5}
+            changes = {"layer_scale_init_value": 1e-5, "drop_path_schedule": "constant"}
         if "_miil" in architecture:
             changes = {"qkv_bias": False}
         if found.group(4) and size == "giant":

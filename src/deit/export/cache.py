@@ -6,9 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,9 +18,6 @@ from deit.export.formats import import_packages, versions, write_float
 from deit.export.subject import Subject
 from deit.export.write import refuse_occupied
 from deit.model.load import Classifier
-
-_KEPT = 30 * 24 * 60 * 60
-"""Seconds that an unused folder stays in the cache."""
 
 
 def cached_engine(classifier: Classifier, to: Literal["onnx", "openvino"]) -> Engine:
@@ -37,7 +32,7 @@ def cached_engine(classifier: Classifier, to: Literal["onnx", "openvino"]) -> En
     import_packages(to)
     folder = files.cache_folder("engines") / f"{to}-{_digest(classifier.model, to)}"
     if os.path.lexists(folder) and not (folder.is_dir() and files.only_mine(folder)):
-        _remove(folder)  # another user could have written it
+        files.remove(folder)  # another user could have written it
     try:
         engine = load_engine(folder)
     except FileNotFoundError:
@@ -61,30 +56,10 @@ def cached_engine(classifier: Classifier, to: Literal["onnx", "openvino"]) -> En
     except OSError:
         if written is None:
             raise  # otherwise another process moved its folder into place first, and the engine is loaded already
-    _forget_unused(folder.parent)
+    files.forget_unused(folder.parent)
     assert written is not None
     written.folder = folder
     return written
-
-
-def _forget_unused(cache: Path) -> None:
-    """Removes the folders that were not used for a month, by the clock of the file system."""
-    with tempfile.TemporaryFile(dir=cache) as file:
-        now = os.fstat(file.fileno()).st_mtime
-    for other in cache.iterdir():
-        with suppress(OSError):
-            unused = now - other.stat().st_mtime
-            if unused > _KEPT:
-                shutil.rmtree(other, ignore_errors=True)
-            elif unused < 0:  # the clock was ahead, and the folder would stay until it is there again
-                os.utime(other)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def _digest(model: Any, to: Literal["onnx", "openvino"]) -> str:

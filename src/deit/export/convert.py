@@ -58,7 +58,13 @@ def _converted(source: str | Path, to: Dialect, folder: Path, where: dict[str, A
         return folder
     import torch
 
-    path = folder / f"{nearest_variant(checkpoint.config).replace('-', '_')}.pth"
+    variant = nearest_variant(checkpoint.config)
+    if variant in _TIMM_VITS:
+        raise ValueError(
+            f"{checkpoint.file} has LayerScale and a position for the class token, and no model of "
+            "facebookresearch/deit has both; keep --to hf, or convert --to timm"
+        )
+    path = folder / f"{variant.replace('-', '_')}.pth"
     with files.replacing(path) as temporary:
         files.write_archive(
             temporary, lambda file: torch.save({"model": {n: t.clone() for n, t in named.items()}}, file)
@@ -132,6 +138,8 @@ _TIMM_LACKS = {
     "deit3-medium-patch16-384": "deit3-medium-patch16-224",
     "deit3-huge-patch14-384": "deit3-huge-patch14-224",
 }
+_TIMM_VITS = {"dinov2-small": "vit_small_patch14_dinov2", "dinov2-base": "vit_base_patch14_dinov2"}
+"""timm's names of those that it lists among its ViTs, with images of 518 pixels."""
 
 
 def _timm_config(config: DeiTConfig, processor: DeiTImageProcessor) -> dict[str, Any]:
@@ -139,6 +147,8 @@ def _timm_config(config: DeiTConfig, processor: DeiTImageProcessor) -> dict[str,
     name = nearest_variant(config)
     name = _TIMM_LACKS.get(name, name)
     near = VARIANTS[name]
+    if name in _TIMM_VITS:
+        near = near.replace(image_size=518)
     fields = {
         "img_size": "image_hw",
         "patch_size": "patch_hw",
@@ -168,7 +178,7 @@ def _timm_config(config: DeiTConfig, processor: DeiTImageProcessor) -> dict[str,
         "label_names": list(config.id2label.values()),  # type: ignore[union-attr]
     }
     return {
-        "architecture": name.replace("-", "_"),
+        "architecture": _TIMM_VITS.get(name, name.replace("-", "_")),
         "num_classes": config.num_labels,
         "num_features": config.hidden_size,
         "model_args": arguments,

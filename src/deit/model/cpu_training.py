@@ -2,7 +2,8 @@
 
 The values and the operations are those of autograd on `Block`, without what autograd adds between them: copies between
 precisions, a separate pass that scales the scores, gradients that are added in fresh memory. If stochastic depth drops
-a branch for an image, the branch is not computed. This saves about a tenth of a step of DeiT-Ti (docs/log.md).
+a branch for an image, the branch is not computed. This saves about a tenth of a step of DeiT-Ti (docs/log.md). Only the
+gradients that somebody needs are computed, so frozen layers cost none.
 
 B images, N tokens, D width, H heads, K head width. R images are kept by stochastic depth. M tokens, the first ones, are
 read by the caller: all tokens, except in the last block of a classifier.
@@ -156,7 +157,16 @@ class AttentionBranch(torch.autograd.Function):
         (images, tokens, width), heads, read = inside.shape, given.heads, gradient.shape[1]
         head_width, dtype = width // heads, normed.dtype
         wanted = _OfAttention(*ctx.needs_input_grad)
+        through_norm = (wanted.x, wanted.norm_weight, wanted.norm_bias)
         d_branch, d_scale = _into_branch(gradient, branch, given.scale, rows, keep, dtype)  # (R * M, D)
+        found = _OfAttention(
+            x=None,
+            out_weight=_outer(d_branch, y) if wanted.out_weight else None,
+            out_bias=_summed(d_branch) if wanted.out_bias else None,
+            scale=d_scale,
+        )
+        if not any((*through_norm, wanted.qkv_weight, wanted.qkv_bias)):
+            return found
         d_y = (d_branch @ out_matrix).view(images, read, heads, head_width).transpose(1, 2)
         d_y = d_y.reshape(images * heads, read, head_width)
         d_scores = torch._softmax_backward_data(torch.bmm(d_y, v.transpose(1, 2)), attention, -1, dtype)
@@ -171,17 +181,14 @@ class AttentionBranch(torch.autograd.Function):
             d_qkv[:, : part.shape[1], i] = part.unflatten(0, (images, heads)).transpose(1, 2)
         d_qkv = d_qkv.view(images * tokens, 3 * width)
         d_x, d_norm_weight, d_norm_bias = _norm_backward(
-            d_qkv @ qkv_matrix, inside, mean, rstd, given.norm_weight, given.norm_bias
+            d_qkv, qkv_matrix, inside, mean, rstd, given.norm_weight, given.norm_bias, through_norm
         )
-        return _OfAttention(
+        return found._replace(
             x=_through(d_x, gradient, rows, len(x)),
             norm_weight=d_norm_weight,
             norm_bias=d_norm_bias,
             qkv_weight=_outer(d_qkv, normed) if wanted.qkv_weight else None,
             qkv_bias=_summed(d_qkv) if wanted.qkv_bias else None,
-            out_weight=_outer(d_branch, y) if wanted.out_weight else None,
-            out_bias=_summed(d_branch) if wanted.out_bias else None,
-            scale=d_scale,
         )
 
 
@@ -244,20 +251,26 @@ class MLPBranch(torch.autograd.Function):
             return _OfMLP(*_differentiated(mlp_branch, given, ctx.needs_input_grad, gradient))
         inside = x if rows is None else x[rows]
         wanted = _OfMLP(*ctx.needs_input_grad)
+        through_norm = (wanted.x, wanted.norm_weight, wanted.norm_bias)
         d_branch, d_scale = _into_branch(gradient, branch, given.scale, rows, keep, normed.dtype)
+        found = _OfMLP(
+            x=None,
+            fc2_weight=_outer(d_branch, after) if wanted.fc2_weight else None,
+            fc2_bias=_summed(d_branch) if wanted.fc2_bias else None,
+            scale=d_scale,
+        )
+        if not any((*through_norm, wanted.fc1_weight, wanted.fc1_bias)):
+            return found
         d_before = _aten.gelu_backward(d_branch @ fc2_matrix, before, approximate=given.approximate)
         d_x, d_norm_weight, d_norm_bias = _norm_backward(
-            d_before @ fc1_matrix, inside, mean, rstd, given.norm_weight, given.norm_bias
+            d_before, fc1_matrix, inside, mean, rstd, given.norm_weight, given.norm_bias, through_norm
         )
-        return _OfMLP(
+        return found._replace(
             x=_through(d_x, gradient, rows, len(x)),
             norm_weight=d_norm_weight,
             norm_bias=d_norm_bias,
             fc1_weight=_outer(d_before, normed) if wanted.fc1_weight else None,
             fc1_bias=_summed(d_before) if wanted.fc1_bias else None,
-            fc2_weight=_outer(d_branch, after) if wanted.fc2_weight else None,
-            fc2_bias=_summed(d_branch) if wanted.fc2_bias else None,
-            scale=d_scale,
         )
 
 
@@ -320,11 +333,21 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtyp
 
 
 def _norm_backward(
-    gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _aten.native_layer_norm_backward(
-        gradient.to(x.dtype).view(x.shape), x, x.shape[-1:], mean, rstd, weight, bias, [True, True, True]
-    )
+    d_product: Tensor,
+    matrix: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of the norm's input, weight and bias, from that of the product with a matrix (out, in) after it.
+    None for those that aren't wanted, and no work if none is."""
+    if not any(wanted):
+        return None, None, None
+    gradient = (d_product @ matrix).to(x.dtype).view(x.shape)
+    return _aten.native_layer_norm_backward(gradient, x, x.shape[-1:], mean, rstd, weight, bias, wanted)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -379,8 +402,10 @@ def _into_branch(
     return (gradient * scale).to(dtype), (gradient * branch).sum(0)
 
 
-def _through(d_inside: Tensor, gradient: Tensor, rows: Tensor | None, images: int) -> Tensor:
+def _through(d_inside: Tensor | None, gradient: Tensor, rows: Tensor | None, images: int) -> Tensor | None:
     """The gradient of x (B, N, D), from those of the branch's input (R, N, D) and of the sum (B, M, D)."""
+    if d_inside is None:
+        return None
     d_x = d_inside if rows is None else d_inside.new_zeros(images, *d_inside.shape[1:]).index_add_(0, rows, d_inside)
     d_x[:, : gradient.shape[1]] += gradient
     return d_x

@@ -411,7 +411,10 @@ class DeiTModel(PreTrained):
         rates = torch.tensor(config.drop_path_rates, device=draws.device).view(-1, 1)
         keeps = (draws >= rates).float() / (1.0 - rates)
         keeps = keeps.permute(1, 2, 0).to(pixels.device, non_blocking=True)
-        return [keep if rate else None for keep, rate in zip(keeps, config.drop_path_rates, strict=True)]
+        return [
+            keep if rate and block.training else None
+            for keep, rate, block in zip(keeps, config.drop_path_rates, self.blocks, strict=True)
+        ]
 
     def _embed(self, pixels: Tensor | None, mask: Tensor | None, interpolate: bool) -> Tensor:
         config = self.config

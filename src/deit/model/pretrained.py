@@ -31,6 +31,8 @@ class Backbone(Protocol):
     position: nn.Parameter
     """(1, positions, D)."""
     patch: nn.Conv2d
+    dropout: nn.Dropout
+    """Of the tokens, before the first block."""
     blocks: nn.ModuleList
     gradient_checkpointing: bool
     checkpointing: Checkpointing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -42,6 +43,28 @@ class TimmClassifier(nn.Module):
         """What the names of the tensors of all classifiers begin with."""
         named = self.model.pretrained_cfg.get("classifier") or ()
         return tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
+
+    def groups(self, coarse: bool = False) -> dict[str, int]:
+        """The number of each parameter's group, 0 for the stem. The groups are timm's, and the last one has the head.
+
+        `coarse` takes whole stages of a convnet as groups, and not their blocks.
+        """
+        from timm.models import group_parameters
+
+        if not hasattr(self.model, "group_matcher"):
+            raise ValueError(
+                f"timm's {self.config.architecture} doesn't say which of its parts come after each other (it has no "
+                "group_matcher); set optim.layer_decay=1, and tuning to None, HeadOnly() or LoRA()"
+            )
+        found = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
+        return {f"model.{name}": group for name, group in found.items()}
+
+    @property
+    def never_decayed(self) -> set[str]:
+        """Names of the parameters that timm exempts from weight decay, beside those with one dimension."""
+        patterns = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
+        names = [name for name, _ in self.model.named_parameters()]
+        return {f"model.{name}" for pattern in patterns for name in fnmatch.filter(names, pattern)}
 
     def gradient_checkpointing_enable(self) -> None:
         self.model.set_grad_checkpointing(True)

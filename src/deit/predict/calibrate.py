@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 
 from deit.data.batches import EvaluationBatches
-from deit.data.folders import fingerprint, has_split, matched, read_examples
+from deit.data.folders import Split, fingerprint, has_split, matched, read_examples
 from deit.evaluate.calibration import Calibration, HeadCalibration, fit
 from deit.model.heads import head_probabilities
 from deit.model.load import refuse_other_scoring
@@ -21,7 +21,6 @@ from deit.predict.predictor import Predictor
 _BATCH = 64
 
 
-@torch.inference_mode()
 def calibrate(
     folder: str | Path,
     data: str | Path,
@@ -47,12 +46,26 @@ def calibrate(
             f"{folder} is not a folder on this machine, and the calibration is stored in the model's folder; save the "
             "model first"
         )
-    console = console or Console(stderr=True)
-    predictor = Predictor(folder, device=device)
-    refuse_other_scoring(folder, predictor.config.scoring, "calibration")
     if split is None and has_split(data, "val"):
         split = "val"
     examples, _ = read_examples(data, split)
+    return calibrate_split(folder, examples, str(data), error_rate=error_rate, device=device, console=console)
+
+
+@torch.inference_mode()
+def calibrate_split(
+    folder: str | Path,
+    examples: Split,
+    data: str,
+    *,
+    error_rate: float = 0.05,
+    device: str = "auto",
+    console: Console | None = None,
+) -> Calibration:
+    """Like `calibrate`, for images that were already read. `data` only names them."""
+    console = console or Console(stderr=True)
+    predictor = Predictor(folder, device=device)
+    refuse_other_scoring(folder, predictor.config.scoring, "calibration")
     batches = EvaluationBatches(matched(examples, tuple(predictor.labels)), predictor.processor, _BATCH, keep=False)
     kind: type[ModelOutput] = ImageClassifierOutput
     parts: defaultdict[str, list[torch.Tensor]] = defaultdict(list)

@@ -44,6 +44,7 @@ def page(
     maps: Maps | None = None,
     figures: Sequence[Figure] = (),
     missing: str = "",
+    first: Section | None = None,
 ) -> str:
     """Returns the report as HTML. It needs a record or an evaluation.
 
@@ -53,9 +54,10 @@ def page(
         maps: what `report_maps.explained` returned for that evaluation.
         figures: more pictures to show, each with its caption.
         missing: a sentence that says why there is no evaluation.
+        first: a section before all others.
     """
     assert record is not None or evaluation is not None
-    parts = []
+    parts = [first] if first else []
     if evaluation:
         parts.append(report_evaluation.accuracy(evaluation.main.report))
     elif record:
@@ -136,9 +138,10 @@ def write(
     maps: Maps | None = None,
     figures: Sequence[Figure] = (),
     missing: str = "",
+    first: Section | None = None,
 ) -> Path:
     """Writes the report as a whole or not at all. The arguments are those of `page`."""
-    files.write_text(Path(file), page(record, evaluation, maps=maps, figures=figures, missing=missing))
+    files.write_text(Path(file), page(record, evaluation, maps=maps, figures=figures, missing=missing, first=first))
     return Path(file)
 
 
@@ -208,8 +211,11 @@ def _explained(evaluation: Evaluation | None, device: str) -> Maps | None:
         return Maps(missing=f"What the answers rest on could not be shown: {error}.")
 
 
-def of_evaluation(file: str | Path, evaluation: Evaluation, *, device: str = "auto") -> Path:
-    """Writes the report of an evaluation. If the model belongs to a run, the run's record is part of it."""
+def of_evaluation(
+    file: str | Path, evaluation: Evaluation, *, device: str = "auto", first: Section | None = None
+) -> Path:
+    """Writes the report of an evaluation. If the model belongs to a run, the run's record is part of it. `first` is as
+    for `page`."""
     record = None
     folder = Path(evaluation.main.model)
     if folder.is_dir() and folder.resolve().name == MODEL:
@@ -217,7 +223,7 @@ def of_evaluation(file: str | Path, evaluation: Evaluation, *, device: str = "au
             record = Record.read(folder.resolve().parent if folder.name != MODEL else folder.parent)
         except FileNotFoundError:
             record = None
-    return write(file, record, evaluation, maps=_explained(evaluation, device))
+    return write(file, record, evaluation, maps=_explained(evaluation, device), first=first)
 
 
 def _validation(record: Record) -> tuple[Split, str]:

@@ -20,7 +20,8 @@ from deit.model.network import (
     PreTrained,
 )
 from deit.model.timm_classifier import TimmClassifier, find_start
-from deit.recipe import Distilled, MaskedImage, Recipe
+from deit.recipe import Distilled, LoRA, MaskedImage, Recipe
+from deit.train import tuning
 from deit.train.teacher import find_teacher
 from deit.weights import hub
 
@@ -44,8 +45,10 @@ def build_model(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
     Fresh values depend on `recipe.seed` alone. With `recipe.start`, every tensor that the start has is taken from it.
     Positions are resized to the recipe's grid (bicubic), and the patch projection to its patches. A distillation token
     is added or left out. Heads are kept if the start's labels are the data's, in the same order, and fresh otherwise.
+    All of the model can be trained, whatever `recipe.tuning` is: see `tuning.tune`.
 
-    Raises `ValueError` if the start has another architecture, and `FileNotFoundError` and `CheckpointError` as
+    Raises `ValueError` if the start has another architecture, or no distillation token and `recipe.tuning` would keep a
+    fresh one, and `FileNotFoundError` and `CheckpointError` as
     `from_pretrained` does.
     """
     config = recipe.model.replace(id2label=dict(enumerate(classes)))
@@ -69,14 +72,23 @@ def build_model(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
         with _starting(recipe.start):
             checkpoint = hub.read_checkpoint(recipe.start)
         _start_from(model, checkpoint, classes)
+        token = weights.BASE + "distillation_token"
+        if recipe.tuning is not None and model.config.distillation_token and token not in checkpoint.tensors:
+            raise ValueError(
+                f"start {checkpoint.file} has no distillation token, and tuning={type(recipe.tuning).__name__} would "
+                "keep a random one; set tuning=None, or model.distillation_token=False with objective.token=class"
+            )
     return model
 
 
 def find_sources(recipe: Recipe) -> None:
     """Raises `FileNotFoundError` if the weights that a recipe starts from, or its teacher, are not there.
 
-    Long work begins with it. What comes from the hub is fetched.
+    Raises `ImportError` if it has adapters and `peft` is missing. Long work begins with it. What comes from the hub is
+    fetched.
     """
+    if isinstance(recipe.tuning, LoRA):
+        tuning.find_peft()
     if recipe.start:
         with _starting(recipe.start):
             if isinstance(recipe.model, TimmConfig):

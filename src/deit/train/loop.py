@@ -26,14 +26,15 @@ from rich.console import Console
 from deit import files
 from deit.data.ahead import Ahead
 from deit.data.batches import Batch, Faults, LoaderDied
-from deit.data.folders import Split
+from deit.data.folders import Split, fingerprint
 from deit.machine import (
     Processes,
     Rows,
     keep_memory,
     processes,
+    resolve_precision,
 )
-from deit.recipe import Recipe, steps
+from deit.recipe import LinearProbe, Recipe, steps
 from deit.train import compiling, objectives, runs, stepping
 from deit.train.build import find_sources
 from deit.train.progress import Reporter
@@ -62,6 +63,10 @@ class Run:
     images."""
     seconds: float
     """Training time of all sessions together."""
+
+
+class TooShort(ValueError):
+    """Not even one step fits into the time that a run was given."""
 
 
 class Stopped(SystemExit):
@@ -98,6 +103,7 @@ def train(
         FileExistsError: `out` holds a run, and `resume` is False.
         files.InUse: another process trains into `out`.
         ValueError: the run to resume has another recipe or other images.
+        TooShort: not even one step fits into `minutes`. It is a `ValueError`.
         Diverged: the loss is not finite again and again; the best model so far stays in `out/model`.
         Stopped: SIGTERM or Ctrl-C ended the run, and its state is saved. It is a `SystemExit`.
         data.BadImages: too many images can't be read.
@@ -111,6 +117,9 @@ def train(
         if us.device.type == "cpu":
             keep_memory()
         try:
+            if isinstance(recipe.objective, LinearProbe):
+                with signals.interrupting():
+                    return _probe(recipe, (train_split, val_split), Path(out), us, console, resume)
             return _train(recipe, (train_split, val_split), Path(out), us, signals, console, resume, end, receivers)
         except _Interrupted:
             if us.main:
@@ -141,7 +150,7 @@ def _train(
             files.write_json(out / "recipe.json", recipe.to_dict())
         work, state = runs.prepare(recipe, *splits, us, found)
         if us.main:
-            runs.write_about(work, state, *splits, out)
+            runs.write_about(us, work.precision, state.data, *splits, out, resumed=state.step > 0)
     with Reporter(
         out, recipe, us, console, done=state.step, total=work.total, written=state.written, receivers=receivers
     ) as reporter:
@@ -154,6 +163,29 @@ def _train(
         with compiling.graphs(reporter.say) if work.compiled else nullcontext():
             _loop(_Session(work, state, out, reporter, signals, end))
     return Run(out / "model", state.best if state.best is not None else -math.inf, state.seconds)
+
+
+def _probe(
+    recipe: Recipe, splits: tuple[Split, Split], out: Path, us: Processes, console: Console | None, resume: bool
+) -> Run:
+    """Fits a head on frozen features. A resumed run begins again, with the features that were kept."""
+    from deit.train import probe
+
+    if us.world > 1:
+        raise ValueError(f"a linear probe is fitted by one process, found {us.world}; start it without torchrun")
+    if not resume and (out / "metrics.jsonl").exists():
+        raise FileExistsError(f"{out} already holds a run; replace it with --resume, or choose another --out")
+    began = time.perf_counter()
+    files.write_json(out / "recipe.json", recipe.to_dict())
+    precision = resolve_precision(recipe.compute.precision, us.device)
+    runs.write_about(us, precision, fingerprint(splits[0]), *splits, out)
+    with Reporter(out, recipe, us, console, done=0, total=1, written=0) as reporter:
+        model, numbers = probe.learn(recipe, splits, us, reporter)
+        runs.save_classifier(model, recipe, out / "model")
+        seconds = time.perf_counter() - began
+        images = len(splits[0])
+        reporter.row({"step": 1, "epoch": 1.0, "images": images, **numbers, "seconds": round(seconds, 3)})
+    return Run(out / "model", numbers["val_accuracy"], seconds)
 
 
 class _Session:
@@ -209,6 +241,16 @@ class _Session:
             self.stop()
         self.save()
         raise LoaderDied(f"{error}; the state after step {self.state.step} is saved, continue with --resume")
+
+    def out_of_patience(self) -> bool:
+        state, part, total = self.state, self.work.recipe.patience, self.work.total
+        ends = 0 < part * total <= state.step - state.improved and state.step < total
+        if ends:
+            self.reporter.say(
+                f"the validation score has not improved since step {state.improved}, so training ends after step "
+                f"{state.step} of {total}"
+            )
+        return ends
 
     def judge(self) -> None:
         """Scores the model, saves it if it is the best so far, and writes a row."""
@@ -270,6 +312,8 @@ def _loop(session: _Session) -> None:
                 stepping.settle(work, state, say)
             if state.evaluated < state.step and work.due(state.step, work.every):
                 session.judge()
+                if session.out_of_patience():
+                    break
             elif state.counted and work.due(state.step, per_row):
                 session.row({})
             if state.step >= work.total:
@@ -313,7 +357,7 @@ def _judge(work: Work, state: State, out: Path, validation: Iterable[Batch], row
         verdict = work.objective.judge(work.model, validation, work.us, work.precision, rows)
         # On a tie, the later model is better, because it has seen more images at a lower learning rate.
         if math.isfinite(verdict.score) and (state.best is None or verdict.score >= state.best):
-            state.best = verdict.score
+            state.best, state.improved = verdict.score, state.step
             runs.save_model(work, out / "model")
     if verdict.picture is not None and work.us.main:
         path = out / "reconstructions" / f"update-{state.step:09}.png"
@@ -371,7 +415,7 @@ def _plan(
     left = 0.9 * (seconds - (time.perf_counter() - began)) - judging
     total = int(by_main(left / (per_step + judging / work.every)))
     if total < 1:
-        raise ValueError(
+        raise TooShort(
             f"a step takes about {per_step:.1f} s and an evaluation {judging:.1f} s, so not even one step fits into "
             f"the {seconds:.0f} s that are left; give more time, or take a smaller model"
         )
@@ -381,7 +425,7 @@ def _plan(
         )
     if total >= work.total:
         return recipe
-    shorter = replace(recipe.schedule, total=steps(total), warmup=steps(round(work.warmup * total / work.total)))
+    shorter = replace(work.schedule, total=steps(total), warmup=steps(round(work.warmup * total / work.total)))
     return replace(recipe, schedule=shorter)
 
 
@@ -434,4 +478,4 @@ class _Signals:
             self.interrupts = before
 
 
-__all__ = ["Diverged", "Run", "Stopped", "train"]
+__all__ = ["Diverged", "Run", "Stopped", "TooShort", "train"]

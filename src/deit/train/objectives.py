@@ -296,6 +296,7 @@ def build(recipe: r.Recipe, split: Split, device: torch.device) -> Objective:
             return DistilledObjective(recipe, settings, LabelCache.open(cache, split, recipe))
         case r.Distilled(teacher=teacher) as settings if teacher:
             return DistilledObjective(recipe, settings, Teacher.load(teacher, split.classes, recipe).to(device))
+    assert isinstance(recipe.objective, r.Distilled)  # a linear probe has no steps
     raise ValueError(
         f"recipe {recipe.name} distils but names no teacher; use --set objective.teacher=timm:NAME, a trained "
         "model's folder or FILE.py:FUNCTION, or set objective.cache to a folder that deit teach wrote"

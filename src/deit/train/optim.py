@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deit.machine import whole
+from deit.model.timm_classifier import TimmClassifier
 from deit.recipe import LAMB, SGD, AdamW, Cosine, Muon, Optimizer
 
 _NEVER_DECAYED = {"position", "cls_token", "mask_token"}
@@ -36,11 +37,25 @@ def parameter_groups(model: nn.Module, settings: Optimizer) -> list[dict[str, An
     As in the original code, vectors (biases, norms, LayerScale), positions, class token and mask token have no weight
     decay. The settings decide on the distillation token. The scale is `layer_decay ** (last - depth)`. Depth is 0 for
     patches, tokens and positions, i + 1 for block i, and last = blocks + 1 for everything after the blocks (Clark et
-    al. 2020; BEiT, Bao et al. 2021). timm counts the final norm as part of the last block, one power lower.
+    al. 2020; BEiT, Bao et al. 2021). timm counts the final norm as part of the last block, one power lower. For models
+    of timm, depth is the number of the group that timm puts a parameter into, and what timm exempts from weight decay
+    is exempt.
 
     Raises `ValueError` if `layer_decay` is below 1 and the model has no blocks.
     """
     return _groups(model, settings, _trained(model))
+
+
+def depths(model: nn.Module, coarse: bool = False) -> dict[str, int]:
+    """The depth of every parameter, as in `parameter_groups`. `coarse` is as in `TimmClassifier.groups`."""
+    if isinstance(model, TimmClassifier):
+        return model.groups(coarse)
+    names = [name for name, _ in model.named_parameters()]
+    last = 1 + len({found[1] for name in names if (found := _BLOCK.search(name))})
+    return {
+        name: int(block[1]) + 1 if (block := _BLOCK.search(name)) else 0 if _INPUT.search(name) else last
+        for name in names
+    }
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
@@ -48,19 +63,20 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _groups(model: nn.Module, settings: Optimizer, chosen: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    last = 1 + len({found[1] for name, _ in model.named_parameters() if (found := _BLOCK.search(name))})
-    if settings.layer_decay < 1 and last == 1:
+    depth = depths(model) if settings.layer_decay < 1 else dict.fromkeys(chosen, 1)
+    last = max(depth.values(), default=1)
+    if settings.layer_decay < 1 and last <= 1:
         raise ValueError(
             f"layer_decay={settings.layer_decay} needs a model with blocks, {type(model).__name__} has "
             "none; set optim.layer_decay=1"
         )
     free = _NEVER_DECAYED | (set() if settings.decay_distillation_token else {"distillation_token"})
+    exempt = model.never_decayed if isinstance(model, TimmClassifier) else set()
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in chosen.items():
-        block = _BLOCK.search(name)
-        depth = int(block[1]) + 1 if block else 0 if _INPUT.search(name) else last
-        scale = settings.layer_decay ** (last - depth)
-        decay = 0.0 if parameter.ndim <= 1 or name.rpartition(".")[2] in free else settings.weight_decay
+        scale = settings.layer_decay ** (last - depth[name])
+        kept = parameter.ndim <= 1 or name in exempt or name.rpartition(".")[2] in free
+        decay = 0.0 if kept else settings.weight_decay
         group = groups.setdefault((scale, decay), {"params": [], "weight_decay": decay, "lr_scale": scale})
         group["params"].append(parameter)
     return list(groups.values())
@@ -302,16 +318,16 @@ def learning_rate(settings: Cosine, peak: float, step: int, total_steps: int, wa
 
 
 class EMA:
-    """An exponential moving average of the model's parameters, which moves `1 - decay` of the way to them per step.
+    """An exponential moving average of the trained parameters, which moves `1 - decay` of the way to them per step.
 
     In the first steps it moves further, `1 / (updates + 1)` of the way, so that it forgets where it started. Buffers
-    are the model's own. It takes as much memory as the parameters, on their device and sharded as they are.
+    are the model's own. It takes as much memory as these parameters, on their device and sharded as they are.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay, self.updates = decay, 0
         self._model = model
-        self._parameters: dict[str, Tensor] = dict(model.named_parameters())
+        self._parameters: dict[str, Tensor] = _trained(model)
         self._averages = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
 
     @torch.no_grad()

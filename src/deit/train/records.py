@@ -11,7 +11,7 @@ from typing import Any
 
 from deit import files
 
-ABOUT, RECIPE, METRICS, MODEL = "about.json", "recipe.json", "metrics.jsonl", "model"
+ABOUT, RECIPE, METRICS, MODEL, ADAPTER = "about.json", "recipe.json", "metrics.jsonl", "model", "adapter"
 
 
 @dataclass(frozen=True, kw_only=True)

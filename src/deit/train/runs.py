@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from deit import files, host
 from deit.data.batches import EvaluationBatches, TrainingBatches, processor_for, steps_per_epoch
 from deit.data.folders import Split, fingerprint
-from deit.image.processor import DeiTImageProcessor
 from deit.machine import Processes, described, resolve_precision, whole
-from deit.recipe import Cosine, Recipe, difference
-from deit.train import checkpoint, compiling, objectives, optim
+from deit.recipe import Cosine, LoRA, Optimizer, Recipe, difference
+from deit.train import checkpoint, compiling, objectives, optim, tuning
 from deit.train.build import build_model
-from deit.train.records import ABOUT, MODEL, RECIPE, About
+from deit.train.records import ABOUT, ADAPTER, MODEL, RECIPE, About
 
 
 @dataclass
@@ -34,6 +33,8 @@ class State:
     evaluated: int = 0
     """The step after which the model was last evaluated."""
     best: float | None = None
+    improved: int = 0
+    """The step after which the score was `best`."""
     seconds: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -86,12 +87,12 @@ class Work:
     model: nn.Module
     computing: nn.Module
     """The module that training calls: the model, or a wrapper that spreads it over the processes."""
+    tuned: tuning.Tuned
     objective: objectives.Objective
     optimizers: optim.Optimizers
     average: optim.EMA | None
     batches: TrainingBatches
     validation: EvaluationBatches
-    processor: DeiTImageProcessor
     precision: torch.dtype
     total: int
     warmup: int
@@ -105,9 +106,19 @@ class Work:
     unread: Unread | None = None
     """The last step, if its numbers are not read yet."""
 
+    @property
+    def optim(self) -> Optimizer:
+        assert self.recipe.optim is not None
+        return self.recipe.optim
+
+    @property
+    def schedule(self) -> Cosine:
+        assert self.recipe.schedule is not None
+        return self.recipe.schedule
+
     def lr(self, step: int) -> float:
-        peak = optim.peak_lr(self.recipe.optim, self.recipe.data.batch)
-        return optim.learning_rate(self.recipe.schedule, peak, step, self.total, self.warmup)
+        peak = optim.peak_lr(self.optim, self.recipe.data.batch)
+        return optim.learning_rate(self.schedule, peak, step, self.total, self.warmup)
 
     def due(self, step: int, every: float) -> bool:
         """Whether an event that happens once every `every` steps happens after this step."""
@@ -145,6 +156,7 @@ def held(out: Path, us: Processes) -> Iterator[None]:
         if us.main:
             files.sweep(out, RECIPE, ABOUT)
             files.sweep(out / MODEL, "*.safetensors*", "config.json", "preprocessor_config.json")
+            files.sweep(out / ADAPTER, "*")
             files.sweep(out / "checkpoints", "*")
             files.sweep(out / "reconstructions", "*")
         yield
@@ -173,6 +185,7 @@ def find(out: Path, recipe: Recipe, resume: bool, planned: bool) -> Stopped | No
             f"{out} holds a run of another recipe: {changed}; continue with its own recipe "
             f"({out / 'recipe.json'}), or choose another --out"
         )
+    assert theirs.schedule is not None
     return Stopped(tensors, State(**values), theirs.schedule, problems)
 
 
@@ -187,10 +200,14 @@ def prepare(
             "the training images are not those that the run began with (names, sizes or contents differ); "
             "restore them, or choose another --out"
         )
+    assert recipe.optim is not None
+    assert recipe.schedule is not None
     per_epoch = steps_per_epoch(train_split, recipe)
     total = max(1, recipe.schedule.total.in_steps(per_epoch))
     # 1. The model, before it is spread over the processes.
-    model = build_model(recipe if not found else replace(recipe, start=""), train_split.classes).to(us.device)
+    model = build_model(_fresh(recipe) if found else recipe, train_split.classes)
+    tuned = tuning.tune(model, recipe.tuning)
+    model.to(us.device)
     if found:
         model.load_state_dict(_part(tensors, "model."))
     if recipe.compute.checkpoint_blocks:
@@ -217,12 +234,12 @@ def prepare(
         us,
         model,
         computing,
+        tuned,
         objective,
         optimizers,
         average,
         batches,
         objective.validation(val_split, us),
-        processor_for(recipe),
         resolve_precision(recipe.compute.precision, us.device),
         total,
         recipe.schedule.warmup.in_steps(per_epoch),
@@ -233,10 +250,20 @@ def prepare(
     ), state
 
 
-def write_about(work: Work, state: State, train_split: Split, val_split: Split, out: Path) -> None:
-    """Writes `about.json`, which says what the recipe does not. A resumed run keeps the date of its beginning."""
+def write_about(
+    us: Processes,
+    precision: torch.dtype,
+    data: str,
+    train_split: Split,
+    val_split: Split,
+    out: Path,
+    *,
+    resumed: bool = False,
+) -> None:
+    """Writes `about.json`, which says what the recipe does not. `data` is the fingerprint of the training images. A
+    resumed run keeps the date of its beginning."""
     try:
-        began = About.from_dict(files.read_json(out / ABOUT)).began if state.step else ""
+        began = About.from_dict(files.read_json(out / ABOUT)).began if resumed else ""
     except (OSError, ValueError):
         began = ""
     counts = [
@@ -252,13 +279,13 @@ def write_about(work: Work, state: State, train_split: Split, val_split: Split, 
     about = About(
         began=began or datetime.now(UTC).isoformat(timespec="seconds"),
         data=train_split.source or folder,
-        fingerprint=state.data,
+        fingerprint=data,
         classes=train_split.classes,
         train=tuple(counts[0]),
         val=tuple(counts[1]),
-        device=described(work.us.device),
-        processes=work.us.world,
-        precision=str(work.precision).removeprefix("torch."),
+        device=described(us.device),
+        processes=us.world,
+        precision=str(precision).removeprefix("torch."),
         versions={
             "deit": host.VERSION,
             "Python": platform.python_version(),
@@ -282,13 +309,32 @@ def save(work: Work, state: State, out: Path) -> None:
 
 
 def save_model(work: Work, folder: Path) -> None:
-    """Writes a folder that is enough for prediction: weights, config with labels, and preprocessing."""
+    """Writes a folder that is enough for prediction: weights, config with labels, and preprocessing.
+
+    Adapters are merged into the weights there, and written by themselves into the folder `adapter` beside it.
+    """
     model: Any = work.model
-    if work.recipe.compute.parallel == "shard" and work.us.world > 1:
+    adapted = isinstance(work.recipe.tuning, LoRA)
+    if adapted or (work.recipe.compute.parallel == "shard" and work.us.world > 1):
         tensors = {name: whole(value) for name, value in model.state_dict().items()}
         with torch.device("meta"):
-            model = build_model(replace(work.recipe, start=""), list(model.config.id2label.values()))
+            model = build_model(_fresh(work.recipe), list(model.config.id2label.values()))
+            tuned = tuning.tune(model, work.recipe.tuning)
+        if adapted:  # because they are merged in place
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         model.load_state_dict(tensors, assign=True)
+        if adapted and work.us.main:
+            tuning.save_adapters(tuned, folder.parent / ADAPTER, work.recipe.start or "")
+            model = tuning.merged(tuned)
     if work.us.main:
-        model.save_pretrained(folder)
-        work.processor.save_pretrained(folder)
+        save_classifier(model, work.recipe, folder)
+
+
+def save_classifier(model: Any, recipe: Recipe, folder: Path) -> None:
+    model.save_pretrained(folder)
+    processor_for(recipe).save_pretrained(folder)
+
+
+def _fresh(recipe: Recipe) -> Recipe:
+    """A recipe whose model takes no weights, because it gets them from elsewhere."""
+    return replace(recipe, start="", tuning=None)

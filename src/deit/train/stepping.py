@@ -45,7 +45,7 @@ def take(
     """
     buffers = [buffer.clone() for buffer in work.model.buffers()]  # running statistics change in the forward pass
     names, means = _gradients(work, state, batch, buffers, say)
-    norm = optim.clip_gradients(work.model.parameters(), work.recipe.optim.clip).detach().float() / work.us.world
+    norm = optim.clip_gradients(work.model.parameters(), work.optim.clip).detach().float() / work.us.world
     asked = torch.tensor(wishes, dtype=torch.float32).to(work.us.device, non_blocking=True)
     totals = work.us.sum(torch.cat([means, norm.reshape(1), asked]))
     names = [*names, "gradient_norm"]
@@ -106,7 +106,7 @@ def _count(work: Work, state: State, step: int, numbers: Mapping[str, float], sa
     state.skipped_in_a_row += 1
     say(f"step {step} is skipped: loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}")
     if state.skipped_in_a_row >= _MOST_SKIPPED:
-        optimizer = work.recipe.optim
+        optimizer = work.optim
         raise Diverged(
             f"{work.recipe.name}: the loss or its gradient was not finite in {_MOST_SKIPPED} steps in a row, up to "
             f"{step}; the last good checkpoint and model are kept. Lower optim.lr (now {optimizer.lr}), set optim.clip "
@@ -190,14 +190,14 @@ def _divide(work: Work, state: State, batch: Batch, say: Callable[[str], None]) 
         if us.world > 1 or not out_of_memory(error):
             raise
         return  # the step itself will say it
-    plans = us.gather(memory.plan(need, len(batch), work.accumulate, not _has_batch_norm(work.model), room))
+    plans = us.gather(memory.plan(need, len(batch), work.accumulate, not _has_batch_norm(work), room))
     chosen = max(plans, key=lambda each: (not each.fits, each.parts, each.need))
     if chosen.room is None:
         say(f"a step needs about {_gib(chosen.need)} of memory")
         return
     found = f"about {_gib(chosen.whole)} of memory, and {_gib(chosen.room)} are free"
     if not chosen.fits:
-        if _has_batch_norm(work.model):
+        if _has_batch_norm(work):
             raise RuntimeError(f"a step needs {found}; {_batch_norm_advice(work)}")
         raise RuntimeError(
             f"a step needs {found}; in the smallest parts it needs {_gib(chosen.need)}. Set "
@@ -217,8 +217,10 @@ def _gib(count: int) -> str:
     return f"{count / 2**30:.2g} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
-def _has_batch_norm(model: nn.Module) -> bool:
-    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
+def _has_batch_norm(work: Work) -> bool:
+    """Whether batch normalisation takes its statistics from the images of a step. Where it is frozen, it doesn't."""
+    frozen = {part for whole in work.tuned.frozen for part in whole.modules()}
+    return any(isinstance(p, nn.modules.batchnorm._BatchNorm) for p in work.model.modules() if p not in frozen)
 
 
 def _batch_norm_advice(work: Work) -> str:
@@ -229,7 +231,7 @@ def _batch_norm_advice(work: Work) -> str:
 
 
 def _halve(work: Work, batch: Batch, say: Callable[[str], None]) -> None:
-    if _has_batch_norm(work.model):
+    if _has_batch_norm(work):
         raise RuntimeError(f"out of memory with {len(batch)} images at once; {_batch_norm_advice(work)}")
     if work.accumulate >= (len(batch) + 1) // 2:  # mirror images can't be separated
         raise _too_large(work, batch)
@@ -258,6 +260,8 @@ def _accumulated(
 ) -> tuple[list[str], Tensor]:
     recipe, us = work.recipe, work.us
     torch.manual_seed(int(draws(recipe.seed, state.step, us.rank, 0, stream=Stream.DROPOUT).integers(2**62)))
+    for kept in work.tuned.frozen:  # an evaluation has put the whole model into training
+        kept.eval()
     parts = batch.to(us.device).parts(work.accumulate)
     totals: list[Tensor] = []
     for i, part in enumerate(parts):

@@ -435,7 +435,7 @@ def infer_config(tensors: Mapping[str, Any], *, file: str) -> DeiTConfig:
         num_labels=0 if head is None else head.shape[0],
         distillation_token=distilled,
         position_on_class_token=on_class,
-        layer_scale_init_value=1e-4 if scaled else None,
+        layer_scale_init_value=(1e-5 if on_class else 1e-4) if scaled else None,  # DINOv2's or DeiT III's
         drop_path_schedule="constant" if scaled else "linear",
     )
 

@@ -1,0 +1,213 @@
+"""Compares the models of a fit on the same images, chooses one, and says why."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from deit.choices import Prefer
+from deit.data.folders import Split
+from deit.evaluate.models import Evaluation, examine_split
+from deit.evaluate.scores import Accuracy, Comparison, Report, compare
+from deit.predict.predictor import Predictor
+from deit.report.markup import Section, table
+
+_TIMED = 32
+"""Number of images that a model's speed is measured on."""
+_SURE = 0.05
+"""The p-value below which two models count as different."""
+_NAMES = {"frozen": "frozen baseline", "teacher": "teacher", "student": "student"}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that a fit trained, and what it is worth."""
+
+    name: str
+    """The step that trained it."""
+    folder: Path
+    validation: Evaluation
+    judged: Evaluation
+    """On the test images, or on the validation images if there are no others."""
+    size: int
+    """Bytes of its weights."""
+    images_per_second: float
+    """From files to labels, on this machine, with PyTorch."""
+
+    @property
+    def report(self) -> Report:
+        return self.judged.main.report
+
+    @property
+    def heads(self) -> dict[str, Accuracy]:
+        return {head: self.report.accuracy(head) for head in self.report.heads}
+
+    @property
+    def accuracy(self) -> Accuracy:
+        return self.report.accuracy()
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The result of a fit."""
+
+    model: Path
+    """Folder of the recommended model."""
+    recommended: str
+    """The step that trained it: frozen, teacher or student."""
+    reason: str
+    """Why this one, in a sentence."""
+    candidates: tuple[Candidate, ...]
+    seconds: float
+    """Time of everything, in all sessions together."""
+    split: str
+    """The images that the accuracies are on: test or val."""
+    report: Path | None = None
+
+    def __getitem__(self, name: str) -> Candidate:
+        return next(each for each in self.candidates if each.name == name)
+
+    @property
+    def pairs(self) -> dict[tuple[str, str], Comparison]:
+        """Every two models, compared on the images that both could read."""
+        return {
+            (one.name, other.name): compare(one.report, other.report)
+            for one, other in itertools.combinations(self.candidates, 2)
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types; the keys are in docs/fit.md."""
+        return {
+            "model": str(self.model),
+            "recommended": self.recommended,
+            "reason": self.reason,
+            "seconds": round(self.seconds, 1),
+            "split": self.split,
+            "images": self.candidates[0].report.images,
+            "models": {
+                each.name: {
+                    "folder": str(each.folder),
+                    "heads": {head: accuracy.to_dict() for head, accuracy in each.heads.items()},
+                    "val_accuracy": each.validation.main.report.accuracy().value,
+                    "bytes": each.size,
+                    "images_per_second": round(each.images_per_second, 1),
+                }
+                for each in self.candidates
+            },
+            "pairs": [{"first": one, "second": other, **found.to_dict()} for (one, other), found in self.pairs.items()],
+            "report": None if self.report is None else str(self.report),
+        }
+
+
+def judge(
+    folders: Mapping[str, Path], data: str, val: Split, test: Split | None, *, device: str, console: Console
+) -> tuple[Candidate, ...]:
+    """Examines the models of these folders, by the names of their steps."""
+    found = []
+    for name, folder in folders.items():
+        validation = examine_split(folder, val, data, "val", device=device, console=console)
+        judged = validation
+        if test is not None:
+            judged = examine_split(folder, test, data, "test", device=device, console=console)
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        found.append(Candidate(name, folder, validation, judged, size, _speed(folder, validation, device)))
+    return tuple(found)
+
+
+def _speed(folder: Path, evaluation: Evaluation, device: str) -> float:
+    predictor = Predictor(folder, device=device, engine="torch")
+    readable = [file for file, read in zip(evaluation.files, evaluation.main.report.read, strict=True) if read]
+    files = readable[:: max(1, len(readable) // _TIMED)][:_TIMED]
+    predictor(files[:2])
+    began = time.perf_counter()
+    predictor(files)
+    return len(files) / (time.perf_counter() - began)
+
+
+def recommend(candidates: Sequence[Candidate], prefer: Prefer) -> tuple[Candidate, str]:
+    """The model to take, and why. Validation images decide, so that test images judge a choice that they did not make.
+
+    `accuracy` takes the model that is right most often, and of equal ones the fastest. `speed` takes the fastest of
+    those that are not surely worse than that one (McNemar's test, p below 0.05).
+    """
+    reports = {each.name: each.validation.main.report for each in candidates}
+    right = {name: report.accuracy() for name, report in reports.items()}
+    best = max(candidates, key=lambda each: (right[each.name].value, each.images_per_second))
+    if len(candidates) == 1:
+        return best, f"the {_NAMES[best.name]} is the only model"
+    as_good = [
+        each for each in candidates if each is best or compare(reports[best.name], reports[each.name]).p_value >= _SURE
+    ]
+    chosen = max(as_good, key=lambda each: each.images_per_second) if prefer == "speed" else best
+    rest = [f"the {_NAMES[each.name]} on {right[each.name].correct}" for each in candidates if each is not chosen]
+    found = right[chosen.name]
+    reason = (
+        f"the {_NAMES[chosen.name]} is right on {found.correct} of {found.total} validation images, "
+        f"{' and '.join(rest)}"
+    )
+    if chosen is not best:
+        return chosen, f"{reason}; it is the fastest of those that are not surely worse than the {_NAMES[best.name]}"
+    ties = [_NAMES[each.name] for each in as_good if each is not best]
+    if ties:
+        reason += f"; the difference to the {' and the '.join(ties)} may be chance"
+    return chosen, reason
+
+
+_COLUMNS = ("model", "head", "accuracy", "95 % interval", "validation", "MB", "images/s")
+
+
+def _rows(fitted: Fitted) -> list[tuple[str, ...]]:
+    """The cells of the table of all models and heads."""
+    found: list[tuple[str, ...]] = []
+    for each in fitted.candidates:
+        name = _NAMES[each.name] + " (recommended)" * (each.name == fitted.recommended)
+        speed = (f"{each.size / 1e6:.1f}", f"{each.images_per_second:.0f}")
+        for head, accuracy in each.heads.items():
+            value, interval = accuracy.cells()
+            validation = each.validation.main.report.accuracy(head).value
+            found.append((name, head, f"{value:.3f}", interval, f"{validation:.3f}", *speed))
+            name, speed = "", ("", "")
+    return found
+
+
+def show(fitted: Fitted, console: Console) -> None:
+    """Prints the table, the paired tests and the recommendation."""
+    images = fitted.candidates[0].report.images
+    kind = "test" if fitted.split == "test" else "validation"
+    shown = Table(title=f"On the {images:,} {kind} images", title_justify="left")
+    for place, column in enumerate(_COLUMNS):
+        shown.add_column(column, justify="left" if place < 2 else "right")
+    for row in _rows(fitted):
+        shown.add_row(*row)
+    console.print(shown)
+    for (one, other), found in fitted.pairs.items():
+        low, high = found.interval
+        _say(
+            console,
+            f"{_NAMES[one]} minus {_NAMES[other]}: {found.difference:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, "
+            f"McNemar's exact test p = {found.p_value:.3g}",
+        )
+    if fitted.split != "test":
+        _say(
+            console,
+            "The validation images chose these models, so new images will do somewhat worse; an honest number needs "
+            "test images that nothing has seen",
+        )
+    _say(console, f"Recommended: {fitted.reason}.")
+    _say(console, f"{fitted.model}")
+
+
+def section(fitted: Fitted) -> Section:
+    """The table and the recommendation for a report."""
+    return Section("fit", "The models that were compared", table(fitted.reason, _COLUMNS, _rows(fitted)))
+
+
+def _say(console: Console, sentence: str) -> None:
+    console.print(sentence, markup=False, highlight=False, soft_wrap=True)

