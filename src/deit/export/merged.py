@@ -53,7 +53,7 @@ def attempts(
         elif merge != "auto":
             raise TooInaccurate(
                 f"merging was not kept: on {before.total} images ({examples.source}) the accuracy falls from "
-                f"{before.value:.4f} to {after.value:.4f} with {merge} tokens a block, by more than {LOSS:.1%}; take "
+                f"{before.value:.4f} to {after.value:.4f} with merge={merge}, by more than {LOSS:.1%}; take "
                 "--merge auto or a smaller number, or leave --calibrate out to accept any accuracy"
             )
     if merge == "auto":

@@ -141,7 +141,11 @@ def _written(
                     description, accuracy={**known, "merged": accuracy.to_dict(), **(description.accuracy or {})}
                 )
             break
-        if lighter.merge == subject.merge and not to.endswith("int8") and (own := Calibration.of_model(source)) is not None:
+        if (
+            lighter.merge == subject.merge
+            and not to.endswith("int8")
+            and (own := Calibration.of_model(source)) is not None
+        ):
             own.save(temporary)  # what changes the answers needs its own by `deit calibrate DIR`
         files.write_json(temporary / DESCRIPTION, description.to_dict())
     return Exported(out, description.to_dict())
