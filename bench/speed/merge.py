@@ -3,8 +3,8 @@
     python -m bench.speed.merge [--rounds 7] [--case "tiny 32 merge 8 float32"|...]
 
 `deit` merges as many tokens in each block as the case says, and `plain` is the same model without merging. Both begin
-with `pixel_values`. In `float32` and `bfloat16`, PyTorch computes; with `openvino`, the engine that `deit predict` takes
-on a CPU computes in the precision of its own choice. Models have random weights and 1,000 classes.
+with `pixel_values`. In `float32` and `bfloat16`, PyTorch computes; with `openvino`, the engine that `deit predict`
+takes on a CPU computes in the precision of its own choice. Models have random weights and 1,000 classes.
 """
 
 from __future__ import annotations

@@ -773,6 +773,8 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
     `objective.teacher=timm:regnety_160`. All settings are applied before the whole recipe is checked.
     """
     values = recipe.to_dict()
+    if isinstance(recipe.model, DeiTConfig):
+        values["model"].setdefault("merge", 0)  # which is not written if it is 0
     for setting in settings:
         path, equals, text = setting.partition("=")
         check(bool(equals), f"--set {setting}: expected FIELD=VALUE, e.g. optim.lr=1e-3")

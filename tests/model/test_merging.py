@@ -9,6 +9,10 @@ from support.checks import assert_close, raises_saying
 from support.models import build, images, loss_of, small
 
 from deit.model import merging
+from deit.recipe import Recipe, override
+from deit.recipes.digits import digits
+from deit.recipes.masked import simmim
+from deit.train import compiling
 
 SHAPES = [
     ("backbone", {"merge": 3, "image_size": (12, 20)}),
@@ -350,3 +354,29 @@ def test_images_of_another_size():
     out = model(x, interpolate_pos_encoding=True, output_hidden_states=True)
     assert [state.shape[1] for state in out.hidden_states] == [26, 23, 20, 17]
     assert_close(out.logits, model(x, interpolate_pos_encoding=True).logits)
+
+
+def test_blocks_compiled_as_in_training_stay_within_their_graphs():
+    """Each block has another number of tokens, and few graphs serve them all."""
+    changes = {"merge": 3, "image_size": 48, "num_hidden_layers": 8, "drop_path_rate": 0.1}
+    model, plain, said = build("with_teacher", small(**changes)), build("with_teacher", small(**changes)), []
+    compiling.compile_parts(model, backend="eager")
+    with compiling.graphs(said.append):
+        for training, count in ((True, 4), (True, 3), (False, 4), (False, 3)):
+            x, draws = images(model.config, count), torch.rand(count, 8, 2)
+            with torch.set_grad_enabled(training):
+                found = model.train(training)(x, depth_draws=draws).logits
+                assert_close(found, plain.train(training)(x, depth_draws=draws).logits)
+    assert not said
+
+
+def test_a_recipe_sets_it():
+    assert override(digits(), ["model.merge=3"]).model.merge == 3
+    assert override(digits(), ["seed=1"]).to_dict()["model"] == digits().to_dict()["model"]
+    merging_recipe = override(digits(), ["model.merge=3"])
+    assert Recipe.from_dict(merging_recipe.to_dict()) == merging_recipe
+    assert override(merging_recipe, ["model.merge=0"]) == digits()
+    with raises_saying(ValueError, "merge must be a whole number of at least 0, found -1"):
+        override(digits(), ["model.merge=-1"])
+    with raises_saying(ValueError, "masked images are painted patch by patch", "set model.merge=0"):
+        override(simmim(), ["model.merge=3"])
