@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import fortress, harness
-from bench.speed import keras, predict, train
+from bench.speed import keras, merge, predict, train
 
 ROOT = Path(__file__).parents[1]
 TOY = """

@@ -302,9 +302,10 @@ def test_autocast_merges_as_float32_does():
 
 @pytest.mark.parametrize("train", [False, True])
 def test_a_compiled_model_gives_the_same(train):
+    torch._dynamo.reset()
     model = build("with_teacher", small(merge=3)).train(train)
     x = images(model.config, 3)
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_close(compiled(x).logits, model(x).logits)
 
 
@@ -356,10 +357,12 @@ def test_images_of_another_size():
     assert_close(out.logits, model(x, interpolate_pos_encoding=True).logits)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which the compiler looks at
 def test_blocks_compiled_as_in_training_stay_within_their_graphs():
     """Each block has another number of tokens, and few graphs serve them all."""
     changes = {"merge": 3, "image_size": 48, "num_hidden_layers": 8, "drop_path_rate": 0.1}
     model, plain, said = build("with_teacher", small(**changes)), build("with_teacher", small(**changes)), []
+    torch._dynamo.reset()
     compiling.compile_parts(model, backend="eager")
     with compiling.graphs(said.append):
         for training, count in ((True, 4), (True, 3), (False, 4), (False, 3)):
