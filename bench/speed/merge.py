@@ -2,9 +2,9 @@
 
     python -m bench.speed.merge [--rounds 7] [--case "tiny 32 float32"|...]
 
-`deit` merges nothing, and `merge-8` is the same model that merges 8 tokens in each block. All begin with `pixel_values`.
-In `float32` and `bfloat16`, PyTorch computes. With `openvino`, the engine that `deit predict` takes on a CPU computes
-in the precision of its own choice. Models have random weights and 1,000 classes.
+`deit` merges nothing, and `merge-8` is the same model that merges 8 tokens in each block. All begin with
+`pixel_values`. In `float32` and `bfloat16`, PyTorch computes. With `openvino`, the engine that `deit predict` takes on
+a CPU computes in the precision of its own choice. Models have random weights and 1,000 classes.
 """
 
 from __future__ import annotations

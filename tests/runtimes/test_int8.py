@@ -176,4 +176,5 @@ def test_the_page_has_every_key(digits, tmp_path):
     for to in ("openvino", "openvino-int8", "web"):
         done = write.export(digits / "convnet", to, tmp_path / to, calibrate=digits / "data")
         found |= set(keys_of(done.description))
-    assert found == documented
+    done = write.export(digits / "distilled", "torch", tmp_path / "m", calibrate=digits / "data", merge="auto")
+    assert found | set(keys_of(done.description)) == documented

@@ -115,7 +115,9 @@ def _checked_description(description: Description, agreement: Agreement, checked
         return description
     engine = load_engine(folder)
     assert isinstance(engine, OpenVINOEngine)
-    return replace(description, native={"precision": engine.inference_precision, **vars(checked.agreement(engine))})
+    found = {"precision": engine.inference_precision, **vars(checked.agreement(engine))}
+    del found["undecided"]  # which nothing was compared for
+    return replace(description, native=found)
 
 
 # ------------------------------------------------------------------------------------------------------- float formats
