@@ -39,6 +39,18 @@ def correct(folder, root, **options):
 
 
 @pytest.mark.parametrize("to", FLOAT)
+def test_every_format_merges_half_of_the_patches(tmp_path, to):
+    """So that no source stays."""
+    needs(to)
+    folder = trained_folder(tmp_path / "m", "plain", image_size=16, merge=100)
+    engine = load_engine(write.export(folder, to, tmp_path / "out").folder, precision="float32")
+    pixels = pixels_for(load_model(folder), 3)
+    with torch.inference_mode():
+        expected = softmax(load_model(folder)(pixels).logits)
+    torch.testing.assert_close(softmax(engine(pixels.numpy())["logits"]), expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("to", FLOAT)
 def test_every_format_merges_as_the_model(merging, tmp_path, to):
     needs(to)
     done, model = write.export(merging, to, tmp_path / "out"), load_model(merging)

@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_STEPS = 2**20
+"""Steps between a similarity of 0 and one of 1. Times the number of sources, it fits the 32 bits of some runtimes."""
+
 
 class Match(NamedTuple):
     """What becomes of each patch token. Sources and destinations are numbered from 0, each in their own order."""
@@ -31,21 +34,20 @@ class Match(NamedTuple):
 def match(keys: Tensor, count: int) -> Match:
     """Pairs the patch tokens by their keys (B, H, S + T, K), of which `count` are merged.
 
-    Of equal matches, the source and the destination with the lowest numbers win.
+    Of equal matches, the source and the destination with the lowest numbers win. The matches of two sources are equal
+    if they are the same in steps of a millionth.
     """
     # In float32, because bfloat16 would make many matches equal. Without gradient, because a choice has none.
     directions = F.normalize(keys.detach().float().mean(1), dim=-1)
     with _no_autocast(keys.device.type):
         similarity = directions[:, ::2] @ directions[:, 1::2].transpose(1, 2)  # (B, S, T)
     best, nearest = similarity.max(-1)
-    # The ranks are counted, because the sorting of some devices and runtimes has no fixed order for equal values.
-    number = torch.arange(best.shape[1], device=best.device)
-    one, other = best.unsqueeze(2), best.unsqueeze(1)
-    first_of_equals = (other == one).logical_and(number < number.unsqueeze(1))
-    rank = (other > one).logical_or(first_of_equals).sum(-1)  # the number of sources that go before
-    order = torch.where(rank < count, rank + len(number), number).topk(len(number), largest=False).indices
-    stay = len(number) - count
-    return Match(order[:, :stay], order[:, stay:], nearest.gather(1, order[:, stay:]))
+    # Whole numbers that all differ, because some devices and runtimes sort equal values in no fixed order.
+    sources = best.shape[1]
+    key = (best * _STEPS).round().long() * sources - torch.arange(sources, device=best.device)
+    order = key.topk(sources).indices
+    kept = order[:, count:].topk(sources - count, largest=False).values
+    return Match(kept, order[:, :count], nearest.gather(1, order[:, :count]))
 
 
 def merge(x: Tensor, sizes: Tensor | None, match: Match, prefix: int) -> tuple[Tensor, Tensor]:
@@ -54,16 +56,17 @@ def merge(x: Tensor, sizes: Tensor | None, match: Match, prefix: int) -> tuple[T
     The first `prefix` tokens stay in front. The sources that stay follow, and then the destinations.
     """
     sizes = x.new_ones(x.shape[:2], dtype=torch.float32) if sizes is None else sizes
-    (source, to), (source_size, to_size) = ((t[:, prefix::2], t[:, prefix + 1 :: 2]) for t in (x, sizes))
-    moved_size = source_size.gather(1, match.merged).unsqueeze(2)  # (B, M, 1)
-    moved = _rows(source, match.merged) * moved_size  # (B, M, D), in float32 or finer
+    to, to_size = x[:, prefix + 1 :: 2], sizes[:, prefix + 1 :: 2]
+    kept, merged = prefix + 2 * match.kept, prefix + 2 * match.merged  # their numbers among all tokens
+    moved_size = sizes.gather(1, merged).unsqueeze(2)  # (B, M, 1)
+    moved = _rows(x, merged) * moved_size  # (B, M, D), in float32 or finer
     # A product instead of adding at indices, which has no fixed order on a GPU.
     belongs = match.into.unsqueeze(1) == torch.arange(to.shape[1], device=x.device).unsqueeze(1)  # (B, T, M)
     with _no_autocast(x.device.type):
         total = to_size.unsqueeze(2) + belongs.to(sizes.dtype) @ moved_size  # (B, T, 1)
         to = (to * to_size.unsqueeze(2) + belongs.to(moved.dtype) @ moved) / total
-    x = torch.cat([x[:, :prefix], _rows(source, match.kept), to.to(x.dtype)], 1)
-    return x, torch.cat([sizes[:, :prefix], source_size.gather(1, match.kept), total.squeeze(2)], 1)
+    x = torch.cat([x[:, :prefix], _rows(x, kept), to.to(x.dtype)], 1)
+    return x, torch.cat([sizes[:, :prefix], sizes.gather(1, kept), total.squeeze(2)], 1)
 
 
 def followed(held: Tensor, match: Match | None, prefix: int) -> Tensor:
@@ -97,7 +100,10 @@ def shared(row: Tensor, held: Tensor, prefix: int) -> Tensor:
 
 
 def _rows(x: Tensor, numbers: Tensor) -> Tensor:
-    return x.gather(1, numbers.unsqueeze(2).expand(-1, -1, x.shape[2]))
+    # Whole rows, because runtimes copy them faster than they gather single values.
+    images, tokens, _ = x.shape
+    first = tokens * torch.arange(images, device=x.device).unsqueeze(1)
+    return x.flatten(0, 1).index_select(0, (first + numbers).flatten()).unflatten(0, numbers.shape)
 
 
 def _no_autocast(device: str) -> AbstractContextManager[object]:

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
+_STEPS = 2**20
+"""Steps between a similarity of 0 and one of 1, as in `deit.model.merging`."""
+
 
 class Match(NamedTuple):
     """What becomes of each patch token. Sources and destinations are numbered from 0, each in their own order."""
@@ -25,7 +28,8 @@ class Match(NamedTuple):
 def match(keys: Any, count: int) -> Match:
     """Pairs the patch tokens by their keys (B, H, S + T, K), of which `count` are merged.
 
-    Of equal matches, the source and the destination with the lowest numbers win.
+    Of equal matches, the source and the destination with the lowest numbers win. The matches of two sources are equal
+    if they are the same in steps of a millionth.
     """
     keys = ops.mean(ops.cast(ops.stop_gradient(keys), "float32"), axis=1)
     directions = keys / ops.maximum(ops.sqrt(ops.sum(keys * keys, axis=-1, keepdims=True)), 1e-12)
@@ -35,14 +39,10 @@ def match(keys: Any, count: int) -> Match:
     # Keras' argmax has operations that LiteRT lacks.
     highest = ops.where(similarity == best[:, :, None], ops.arange(destinations, dtype="int32"), destinations)
     nearest = ops.min(highest, axis=-1)
-    number = ops.arange(sources, dtype="int32")
-    one, other = best[:, :, None], best[:, None]
-    first_of_equals = ops.logical_and(other == one, number[None] < number[:, None])
-    before = ops.logical_or(other > one, first_of_equals)
-    rank = ops.sum(ops.cast(before, "int32"), axis=-1)  # the number of sources that go before
-    order = ops.cast(ops.argsort(ops.where(rank < count, rank + sources, number), axis=-1), "int32")
-    stay = sources - count
-    return Match(order[:, :stay], order[:, stay:], ops.take_along_axis(nearest, order[:, stay:], axis=1))
+    key = ops.arange(sources, dtype="int32") - ops.cast(ops.round(best * _STEPS), "int32") * sources
+    order = ops.cast(ops.argsort(key, axis=-1), "int32")
+    merged = order[:, :count]
+    return Match(ops.sort(order[:, count:], axis=-1), merged, ops.take_along_axis(nearest, merged, axis=1))
 
 
 def merge(x: Any, sizes: Any, match: Match, prefix: int) -> tuple[Any, Any]:
