@@ -64,7 +64,7 @@ def merge(x: Tensor, sizes: Tensor | None, match: Match, prefix: int) -> tuple[T
     belongs = match.into.unsqueeze(1) == torch.arange(to.shape[1], device=x.device).unsqueeze(1)  # (B, T, M)
     with _no_autocast(x.device.type):
         total = to_size.unsqueeze(2) + belongs.to(sizes.dtype) @ moved_size  # (B, T, 1)
-        to = (to * to_size.unsqueeze(2) + belongs.to(moved.dtype) @ moved) / total
+        to = to * (to_size.unsqueeze(2) / total) + (belongs.to(moved.dtype) / total) @ moved
     x = torch.cat([x[:, :prefix], _rows(x, kept), to.to(x.dtype)], 1)
     return x, torch.cat([sizes[:, :prefix], sizes.gather(1, kept), total.squeeze(2)], 1)
 

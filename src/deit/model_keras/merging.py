@@ -56,7 +56,7 @@ def merge(x: Any, sizes: Any, match: Match, prefix: int) -> tuple[Any, Any]:
     to_size = ops.cast(to_size, "float32")[:, :, None]
     belongs = ops.cast(match.into[:, None] == ops.arange(to.shape[1], dtype="int32")[:, None], "float32")  # (B, T, M)
     total = to_size + ops.matmul(belongs, moved_size)  # (B, T, 1)
-    to = (ops.cast(to, "float32") * to_size + ops.matmul(belongs, moved)) / total
+    to = ops.cast(to, "float32") * (to_size / total) + ops.matmul(belongs / total, moved)
     x = ops.concatenate([x[:, :prefix], _rows(source, match.kept), ops.cast(to, x.dtype)], axis=1)
     kept_size = ops.take_along_axis(source_size, match.kept, axis=1)
     return x, ops.concatenate([sizes[:, :prefix], kept_size, ops.cast(ops.round(total[:, :, 0]), "int32")], axis=1)
