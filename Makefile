@@ -47,6 +47,7 @@ test-slow: .venv/installed-clients  ## run the tests that take minutes each
 
 bench: .venv/installed-bench      ## compare the speed with timm, transformers and keras-hub; needs a quiet machine
 	$(BIN)/python -m bench.speed.train
+	$(BIN)/python -m bench.speed.reading
 	$(BIN)/python -m bench.speed.keras
 	$(BIN)/python -m bench.speed.predict
 
@@ -71,7 +72,7 @@ gpu-cifar10:                      ## train cifar10_gpu_teacher and cifar10_gpu o
 
 .venv/installed-test: .venv/installed
 	$(INSTALL) --upgrade 'pip>=25.1'  # the first version with dependency groups
-	$(INSTALL) --editable '.[export,hub,keras,parquet,pretrained,quickstart,serve]' --group dev
+	$(INSTALL) --editable '.[export,fit,hub,keras,parquet,serve]' --group dev
 	touch $@
 
 .venv/installed-clients: .venv/installed-test

@@ -33,6 +33,7 @@ from deit.recipe import (
     Duration,
     Erase,
     Jitter,
+    LinearProbe,
     MaskedImage,
     Mix,
     RandAugment,
@@ -161,6 +162,10 @@ def test_every_recipe_builds(name):
     recipe = recipe_of(name)
     if isinstance(recipe.model, DeiTConfig):
         recipe = replace(recipe, model=shrink(recipe.model, num_labels=2))
+    if isinstance(recipe.objective, LinearProbe):  # which no recipe can have without a start
+        recipe = replace(
+            recipe, objective=Supervised(), optim=AdamW(lr=1e-3, per_images=8), schedule=Cosine(total=epochs(1))
+        )
     recipe = replace(recipe, start="")
     with torch.device("meta"):
         model = build_model(recipe, ["cat", "dog", "cow"])
@@ -474,7 +479,10 @@ def test_override_checks_the_whole_once_at_the_end():
         ("optm.lr=1", ["--set optm.lr=1", "there is no 'optm'", "did you mean 'optim'"]),
         ("optim.lrr=1", ["AdamW: there is no 'lrr'", "did you mean 'lr'"]),
         ("model.hiden_size=1", ["there is no 'hiden_size'", "did you mean 'hidden_size'"]),
-        ("objective.teacher=x", ["Supervised: there is no 'teacher'", "there is cosub, loss, smoothing"]),
+        (
+            "objective.teacher=x",
+            ["Supervised: there is no 'teacher'", "there is class_weights, cosub, loss, smoothing"],
+        ),
         ("optim.kind_of=SGD", ["there is no 'kind_of'"]),
         ("augment.affine.rotate=3", ["augment.affine is None and has no field 'rotate'", "set it as a whole first"]),
         ("optim.lr.x=3", ["optim.lr is 0.0005 and has no field 'x'"]),
@@ -526,6 +534,26 @@ def test_the_built_in_convnet_in_a_record():
         override(teacher, ["start=facebook/deit-tiny-patch16-224"])
 
 
+@pytest.mark.parametrize("name", ["deit_tiny", "deit_tiny_distilled"])
+def test_classes_are_weighed_alike_or_not(name):
+    recipe = recipe_of(name)
+    assert recipe.objective.class_weights == "equal"
+    balanced = override(recipe, ["objective.class_weights=balanced"])
+    assert balanced.objective == replace(recipe.objective, class_weights="balanced")
+    assert Recipe.from_dict(json.loads(json.dumps(balanced.to_dict()))) == balanced
+    with raises_saying(ValueError, "objective.class_weights: expected equal or balanced, found 'rare'"):
+        override(recipe, ["objective.class_weights=rare"])
+    older = recipe.to_dict()
+    del older["objective"]["class_weights"]  # as it was written before there was a choice
+    assert Recipe.from_dict(older) == recipe
+
+
+def test_masked_images_have_no_classes_to_weigh():
+    name = next(name for name in NAMES if isinstance(recipe_of(name).objective, MaskedImage))
+    with raises_saying(ValueError, "MaskedImage: there is no 'class_weights'"):
+        override(recipe_of(name), ["objective.class_weights=balanced"])
+
+
 def test_from_dict_refuses_what_is_no_recipe():
     record = deit_tiny().to_dict()
     for path, value, parts in (
@@ -538,8 +566,8 @@ def test_from_dict_refuses_what_is_no_recipe():
     ):
         with raises_saying(ValueError, *parts):
             Recipe.from_dict({**record, path: value})
-    del record["optim"], record["data"]
-    with raises_saying(ValueError, "recipe: data and optim must be given"):
+    del record["name"], record["data"]
+    with raises_saying(ValueError, "recipe: name and data must be given"):
         Recipe.from_dict(record)
 
 

@@ -214,6 +214,28 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(verb)
     verb.set_defaults(run=_teach)
 
+    verb = verbs.add_parser(
+        "split",
+        help="divide images into training, validation and test images, as a list",
+        description="Writes a list of DATA's images that says which are for training, for validation and for the test. "
+        "Parts that DATA has already stay as they are. The others are drawn from its training images, the same share "
+        "of every class. Files with the same content stay together. No image is copied or moved. Every command takes "
+        "the list as its DATA.",
+    )
+    verb.add_argument("data", type=Path, metavar="DATA", help="folder or list of labelled images, as for train")
+    verb.add_argument(
+        "--out", type=Path, required=True, metavar="LIST", help="file to write; its name ends in .csv or .jsonl"
+    )
+    for name, whose in (("val", "validation"), ("test", "test")):
+        verb.add_argument(
+            f"--{name}",
+            type=float,
+            metavar="SHARE",
+            help=f"share of the training images that become {whose} images (default: 0.1, or none if DATA has such)",
+        )
+    verb.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
+    verb.set_defaults(run=_split)
+
     verb = verbs.add_parser("recipes", help="list the recipes, or print one as a recipe.json")
     verb.add_argument("name", nargs="?", metavar="NAME", help="recipe to print, as for train (default: list all)")
     _add_overrides(verb)
@@ -578,7 +600,8 @@ def _fit(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from deit.data.folders import read_data
+    from deit.data.folders import has_split, read_data
+    from deit.data.splitting import without_test_images
     from deit.recipe import MaskedImage
     from deit.recipes import find_to_run
     from deit.train.build import find_sources
@@ -596,6 +619,14 @@ def _train(options: argparse.Namespace) -> None:
             flush=True,
         )
         _report_training(options, splits[1])
+        if labelled and not has_split(options.data, "test"):
+            print(without_test_images(options.data), file=sys.stderr)
+
+
+def _split(options: argparse.Namespace) -> None:
+    from deit.data.splitting import split
+
+    print("\n".join(split(options.data, options.out, val=options.val, test=options.test, seed=options.seed)))
 
 
 def _report_training(options: argparse.Namespace, val_split: Any) -> None:

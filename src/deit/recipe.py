@@ -269,6 +269,10 @@ class Supervised:
     cosub: bool = False
     """Whether to make two passes over each batch with independent stochastic depth, which also learn from each other
     (Touvron et al. 2022, "Co-training 2^L submodels")."""
+    class_weights: Literal["equal", "balanced"] = "equal"
+    """Whether each image counts the same (`equal`) or each class does. With `balanced`, the loss of an image is
+    multiplied by n / (classes * images of its class), for n training images. These weights have the mean 1 over the
+    training images. Each label of a mixed image has its own weight."""
 
     def __post_init__(self) -> None:
         _within(self, 0.0, 0.999, "smoothing")
@@ -309,6 +313,8 @@ class Distilled:
     resolution: Literal["teacher", "student"] = "teacher"
     """Image size that the teacher sees: its own or the student's. The paper fine-tunes at 384 with a teacher at 384
     (section 6)."""
+    class_weights: Literal["equal", "balanced"] = "equal"
+    """As for `Supervised`. It weighs the loss of the labels only, not what the teacher says."""
 
     def __post_init__(self) -> None:
         _within(self, 0.0, 0.999, "smoothing")
@@ -352,6 +358,8 @@ class LinearProbe:
     smaller one gives smaller weights."""
     images: int | None = None
     """Largest number of training images, drawn at random; None takes all."""
+    class_weights: Literal["equal", "balanced"] = "equal"
+    """As for `Supervised`."""
     folds: int = 5
     """Number of parts of the training images in cross-validation. A head that did not see a part answers it."""
 

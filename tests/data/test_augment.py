@@ -15,10 +15,11 @@ from support.pictures import erase
 from torchvision.transforms import RandomCrop, Resize
 from torchvision.transforms import functional as reference
 
-from deit.data.augment import augment, crop, crop_box, patch_mask, random_affine
+from deit.data.augment import augment, crop, crop_box, crops, patch_mask, random_affine
 from deit.data.draws import draws
 from deit.data.mixing import Mixing, mix, mixing
-from deit.image.decode import ImageError, decode, load_image
+from deit.image.decode import ImageError, load_image, read
+from deit.image.jpeg import Jpeg
 from deit.recipe import (
     Affine,
     Augment,
@@ -196,24 +197,63 @@ def test_scaled_decoding(recipe, orientation):
 
 def test_scale_of_decoding(monkeypatch):
     """The smallest scale at which the drawn box still has twice the pixels of the view."""
-    decoded = []
+    decoded, decode = [], Jpeg.decode
 
     def spied(*args):
         decoded.append(decode(*args))
         return decoded[-1]
 
-    monkeypatch.setattr("deit.data.augment.decode", spied)
+    monkeypatch.setattr(Jpeg, "decode", spied)
     file, scales = jpeg(LARGE, orientation=6), set()  # 1307 rows and 1021 columns when upright
     for index, (rows, columns) in enumerate([(30, 45), (120, 60), (60, 90), (180, 120)] * 6):
         crop(file, (rows, columns), ResizedCrop(), draws(0, 0, index))
-        image, full, _ = decoded[-1]
         _, _, height, width = crop_box((1307, 1021), ResizedCrop(), draws(0, 0, index))
-        assert full == (1307, 1021)
-        scale = round(1307 / image.height)
+        assert decoded[-1].size == (1307, 1021)
+        scale = round(1021 / decoded[-1].stored.shape[0])
+        assert decoded[-1].scale == scale
         assert scale == 1 or (height / scale >= 2 * rows and width / scale >= 2 * columns)
         assert scale == 8 or height / (2 * scale) < 2 * rows + 2 or width / (2 * scale) < 2 * columns + 2  # or rounding
         scales.add(scale)
     assert scales == {1, 2, 4, 8}
+
+
+@pytest.mark.parametrize("recipe", [ResizedCrop(), SimpleCrop(padding=4)])
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(375, 500, (224, 224)), (300, 200, (64, 48)), (40, 30, (64, 64))]
+)
+def test_a_photo_is_resized_within_a_level(recipe, height, width, size):
+    """PyTorch and Pillow weigh the same pixels, but round between rows and columns, and may begin with others.
+
+    Measured on these: 0.0 to 0.3 on average, and above 1 for fewer than 1 value in 1,000.
+    """
+    file = jpeg(photo(height, width))
+    whole = load_image(file)
+    for index in range(6):
+        ours = np.asarray(crop(file, size, recipe, draws(0, 0, index)), int)
+        theirs = np.asarray(crop(whole, size, recipe, draws(0, 0, index)), int)
+        assert ours.shape == (*size, 3)
+        assert np.abs(ours - theirs).mean() < 0.4
+        assert (np.abs(ours - theirs) > 1).mean() < 0.005
+
+
+@pytest.mark.parametrize("orientation", [1, 6, 7])
+def test_crops_of_an_image_are_those_of_each_alone(orientation, monkeypatch):
+    """The image is decoded once for each scale, and what is kept of a small one serves as well as its file."""
+    decoded, decode = [], Jpeg.decode
+    monkeypatch.setattr(Jpeg, "decode", lambda self, scale=1: decoded.append(scale) or decode(self, scale))
+    for picture, scales in ((LARGE, {1, 2, 4, 8}), (SMALL, {1})):
+        file = jpeg(picture, orientation)
+        for recipe in (ResizedCrop(), SimpleCrop()):
+            alone = [crop(file, (40, 60), recipe, draws(0, 0, index)) for index in range(8)]
+            decoded.clear()
+            together = crops(file, (40, 60), recipe, [draws(0, 0, index) for index in range(8)])
+            assert len(decoded) == len(set(decoded))
+            assert set(decoded) <= scales
+            kept = crops(decode(read(file)), (40, 60), recipe, [draws(0, 0, index) for index in range(8)])
+            for index in range(8):
+                np.testing.assert_array_equal(np.asarray(together[index]), np.asarray(alone[index]))
+                if picture is SMALL:
+                    np.testing.assert_array_equal(np.asarray(kept[index]), np.asarray(alone[index]))
 
 
 def test_crop_reads_any_source(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
 from support.checks import raises_saying
 from support.models import build, saved, small, trained_folder
 from support.runs import photos, small_recipe
@@ -76,6 +76,7 @@ def by_hand(folder, split, head, processor=None):
     return scores / scores.sum(1, keepdims=True), np.array([names.index(split.classes[i]) for i in split.labels])
 
 
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")  # classes without images
 @pytest.mark.parametrize("head", ["fused", "class", "distillation", "softmax"])
 def test_values_are_those_of_model_processor_and_scikit_learn(evaluate, root, head):
     found = evaluate("m", "--json", "--head", head)
@@ -90,6 +91,8 @@ def test_values_are_those_of_model_processor_and_scikit_learn(evaluate, root, he
         assert found["heads"][head][f"top{top}"]["value"] == pytest.approx(
             top_k_accuracy_score(labels, scores, k=top, labels=range(7))
         )
+    assert found["heads"][head]["balanced"]["value"] == pytest.approx(balanced_accuracy_score(labels, scores.argmax(1)))
+    assert found["heads"][head]["balanced"]["classes"] == 3
     assert found["nll"] == pytest.approx(log_loss(labels, scores, labels=range(7)), rel=1e-5)
     assert found["brier"] == pytest.approx(((scores - np.eye(7)[labels]) ** 2).sum(1).mean(), rel=1e-5)
     matrix = confusion_matrix(labels, scores.argmax(1), labels=range(7))
@@ -236,9 +239,12 @@ def test_the_tables(evaluate, root):
     text = " ".join(evaluate("m", "--compare", root / "other").split())
     found = evaluate("m", "--json", "--compare", root / "other")
     top, compared = found["heads"]["distillation"]["top1"], found["comparison"]
+    balanced = found["heads"]["distillation"]["balanced"]
     for part in (
         f"distillation │ {top['value']:.3f} │ {top['low']:.3f} to {top['high']:.3f} │",
         "60 images, 3 of the model's 7 classes",
+        'No image shows "g", "f", "e" and 1 more, so nothing here is about them',
+        f"distillation │ {balanced['value']:.3f} │ {balanced['low']:.3f} to {balanced['high']:.3f} │ 3 │",
         "16x16 pixels, crop ratio 0.8889",
         f"calibration error {found['calibration']['error']:.4f}",
         f"p = {compared['p_value']:.3g}",

@@ -6,10 +6,16 @@ import math
 import numpy as np
 import pytest
 from scipy.stats import binomtest
-from sklearn.metrics import brier_score_loss, confusion_matrix, log_loss, precision_recall_fscore_support
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    brier_score_loss,
+    confusion_matrix,
+    log_loss,
+    precision_recall_fscore_support,
+)
 from support.checks import raises_saying
 
-from deit.evaluate.scores import Accuracy, Comparison, Report, compare, mcnemar
+from deit.evaluate.scores import Accuracy, BalancedAccuracy, Comparison, Report, compare, mcnemar
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 10), (10, 10), (353, 360), (1, 2), (500, 10_000)])
@@ -17,6 +23,55 @@ def test_interval_is_wilsons(correct, total):
     reference = binomtest(correct, total).proportion_ci(0.95, method="wilson")
     assert Accuracy(correct, total).interval == pytest.approx((reference.low, reference.high), abs=1e-12)
     assert Accuracy(correct, total).value == correct / total
+
+
+def balanced(*counts):
+    """(correct, images) of each class."""
+    return BalancedAccuracy(*zip(*counts, strict=True))
+
+
+@pytest.mark.parametrize("counts", [((353, 360),), ((0, 10),), ((7, 7), (0, 0))])
+def test_the_balanced_interval_of_one_class_is_wilsons(counts):
+    correct, total = counts[0]
+    assert balanced(*counts).value == Accuracy(correct, total).value
+    assert balanced(*counts).interval == pytest.approx(Accuracy(correct, total).interval, abs=1e-12)
+    assert balanced(*counts).classes == 1
+
+
+def test_the_balanced_interval_by_its_definition():
+    """SciPy's Wilson interval takes whole numbers, so the counts are chosen to give an effective number of 150."""
+    found = balanced((49, 98), (49, 98))  # recalls of 50/100 in the variance, and 0.5 in all
+    assert found.interval == pytest.approx(Accuracy(98, 196).interval, abs=1e-12)
+    found = balanced((79, 98), (3, 4), (0, 1), (0, 0))
+    recalls, images = np.array([80 / 100, 4 / 6, 1 / 3]), np.array([98, 4, 1])
+    variance = (recalls * (1 - recalls) / images).sum() / 9
+    n = recalls.mean() * (1 - recalls.mean()) / variance
+    assert 4 < n < 10  # the class of one image makes it small
+    for end in found.interval:  # where the score test is at its limit
+        assert abs(found.value - end) == pytest.approx(1.959963984540054 * math.sqrt(end * (1 - end) / n), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("images", "recalls"),
+    [((1000, 10), (0.99, 0.9)), ((36,) * 10, (0.99,) * 10), ((5,) * 100, (0.98,) * 100), ((1,) * 100, (0.9,) * 100)],
+)
+def test_the_balanced_interval_covers(images, recalls):
+    """For these counts, the interval of the normal distribution covers 0 to 93 %."""
+    draws = np.random.default_rng(0).binomial(images, recalls, (1500, len(images))).tolist()
+    true = float(np.mean(recalls))
+    covered = [low <= true <= high for low, high in (BalancedAccuracy(each, images).interval for each in draws)]
+    assert 0.92 < np.mean(covered) < 0.99
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")  # classes without images
+@pytest.mark.parametrize("never", [(), (5,), (0, 2, 5)])
+def test_balanced_accuracy_is_scikit_learns(never):
+    scores, labels = answers(never=never)
+    found = report(scores, labels).balanced()
+    assert found.value == pytest.approx(balanced_accuracy_score(labels, scores.argmax(1)), rel=1e-12)
+    assert (found.classes, found.plain) == (6 - len(never), report(scores, labels).accuracy())
+    assert report(scores, labels).absent == [name for i, name in enumerate("abcdef") if i in never]
+    assert found.interval[0] < found.value < found.interval[1]
 
 
 def answers(count=500, classes=6, seed=0, never=(5,)):

@@ -45,6 +45,9 @@ def test_the_worst_ten_classes_and_confusions():
         matrix[i, i], matrix[i, (i + 1) % 12] = 19 - i, i + 1
     text = shown(matrix)
     assert "240 images, 12 of the model's 13 classes" in text
+    assert 'No image shows "unseen", so nothing here is about it' in text
+    [balanced] = rows(text, "Balanced accuracy: [^\n]*")
+    assert balanced == ["class", f"{sum(19 - i for i in range(12)) / 240:.3f}", balanced[2], "12"]
     assert [row[0] for row in rows(text, "Worst classes")] == [NAMES[i] for i in range(11, 1, -1)]
     assert rows(text, "Worst classes")[0] == ["l", "20", "0.400", f"{8 / 19:.3f}", f"{16 / 39:.3f}"]
     assert rows(text, "Most common confusions")[:2] == [["l", "[red]", "12", "0.600"], ["k", "l", "11", "0.550"]]

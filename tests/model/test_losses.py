@@ -3,6 +3,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import log_loss
+from sklearn.utils.class_weight import compute_class_weight, compute_sample_weight
 from support.checks import assert_close, raises_saying
 from support.models import build, images, small
 
@@ -217,6 +219,101 @@ def test_cosub(is_binary, logits):
     assert found.item() == pytest.approx(expected, rel=1e-5)
     found.backward()
     np.testing.assert_allclose(one.grad.numpy(), gradient, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------- weights of classes
+
+
+COUNTS = (8, 4, 2, 5, 1)
+"""Of the images of each class, so that the last is rare."""
+EVERY = np.repeat(np.arange(C), COUNTS)
+WEIGHTS = torch.tensor(compute_class_weight("balanced", classes=np.arange(C), y=EVERY), dtype=torch.float64)
+MIXES = torch.tensor(
+    [[0.3, 0.7, 0, 0, 0], [0, 0, 0, 0.1, 0.9], [0, 1, 0, 0, 0], [0.5, 0, 0, 0, 0.5]], dtype=torch.float64
+)
+
+
+def test_weighted_cross_entropy_is_pytorchs_and_scikit_learns_over_all_images():
+    x = torch.randn(len(EVERY), C).double()
+    labels = torch.tensor(EVERY)
+    found = losses.cross_entropy(x, labels, class_weights=WEIGHTS).item()
+    assert found == pytest.approx(torch.nn.CrossEntropyLoss(weight=WEIGHTS)(x, labels).item(), rel=1e-12)
+    by_image = compute_sample_weight("balanced", EVERY)
+    assert found == pytest.approx(log_loss(EVERY, x.softmax(-1), sample_weight=by_image), rel=1e-12)
+    assert abs(found - losses.cross_entropy(x, labels).item()) > 1e-2
+    smoothed = losses.cross_entropy(x, labels, 0.1, WEIGHTS).item()
+    [n] = numbers(x)
+    ours = [
+        WEIGHTS[y].item() * cross_entropy(row[None], (0.9 * np.eye(C)[y] + 0.1 / C)[None])
+        for row, y in zip(n, EVERY, strict=True)
+    ]
+    assert smoothed == pytest.approx(np.mean(ours), rel=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_each_label_of_a_mixed_image_has_its_own_weight(smoothing):
+    x = torch.randn(len(MIXES), C).double()
+    found = losses.cross_entropy(x, MIXES, smoothing, WEIGHTS).item()
+    [n] = numbers(x)
+    total = 0.0
+    for row, shares in zip(n, MIXES.numpy(), strict=True):
+        for label, share in enumerate(shares):
+            target = (1 - smoothing) * np.eye(C)[label] + smoothing / C
+            total += share * WEIGHTS[label].item() * cross_entropy(row[None], target[None])
+    assert found == pytest.approx(total / len(MIXES), rel=1e-12)
+    if not smoothing:  # PyTorch divides by the number of images if the targets are shares
+        assert found == pytest.approx(torch.nn.CrossEntropyLoss(weight=WEIGHTS)(x, MIXES).item(), rel=1e-12)
+    swapped = losses.cross_entropy(x, torch.eye(C).double()[:4], smoothing, WEIGHTS)
+    assert swapped.item() == pytest.approx(losses.cross_entropy(x, torch.arange(4), smoothing, WEIGHTS).item())
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_weighted_binary_loss(mixed):
+    """The loss of each image times the mean of its labels' weights by their shares."""
+    x = torch.randn(4, C).double()
+    shares = MIXES if mixed else torch.eye(C).double()[[0, 4, 4, 2]]
+    targets = shares if mixed else torch.tensor([0, 4, 4, 2])
+    found = losses.binary_cross_entropy(x, targets, WEIGHTS).item()
+    [n] = numbers(x)
+    each = [
+        binary(row[None], (y > 0)[None]) * (y * WEIGHTS.numpy()).sum() for row, y in zip(n, shares.numpy(), strict=True)
+    ]
+    assert found == pytest.approx(np.mean(each), rel=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("targets", [torch.tensor([0, 4, 4, 2]), MIXES])
+def test_weights_of_1_change_nothing(targets, smoothing):
+    x, ones = torch.randn(4, C).double(), torch.ones(C).double()
+    for weighted, plain in (
+        (losses.cross_entropy(x, targets, smoothing, ones), losses.cross_entropy(x, targets, smoothing)),
+        (losses.binary_cross_entropy(x, targets, ones), losses.binary_cross_entropy(x, targets)),
+    ):
+        torch.testing.assert_close(weighted, plain, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_weights_act_on_the_labels_and_not_on_the_teacher(kind, logits):
+    cls, distillation, teacher = (each.detach().double() for each in logits)
+    labels = torch.tensor([0, 4, 4, 2, 1, 0])
+    options = {"kind": kind, "weight": 0.3, "smoothing": 0.1}
+    found = losses.distillation_loss(cls, distillation, labels, teacher, **options, class_weights=WEIGHTS)
+    plain = losses.distillation_loss(cls, distillation, labels, teacher, **options)
+    change = losses.cross_entropy(cls, labels, 0.1, WEIGHTS) - losses.cross_entropy(cls, labels, 0.1)
+    assert abs(change) > 1e-2
+    torch.testing.assert_close(found - plain, 0.7 * change, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("is_binary", [True, False])
+def test_weights_act_on_the_labels_and_not_on_the_other_submodel(is_binary, logits):
+    one, other = (each.detach().double() for each in logits[:2])
+    labels = torch.tensor([0, 4, 4, 2, 1, 0])
+    found = losses.cosub_loss(one, other, labels, binary=is_binary, class_weights=WEIGHTS)
+    plain = losses.cosub_loss(one, other, labels, binary=is_binary)
+    loss = losses.binary_cross_entropy if is_binary else losses.cross_entropy
+    change = sum(loss(x, labels, class_weights=WEIGHTS) - loss(x, labels) for x in (one, other))
+    assert abs(change) > 1e-2
+    torch.testing.assert_close(found - plain, change / 4, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])

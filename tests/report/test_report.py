@@ -11,8 +11,11 @@ import pytest
 from PIL import Image
 from support.checks import raises_saying
 from support.reports import ABOUT, HOSTILE, checked, evaluation, record
+from support.runs import small_recipe
 
 from deit.explain.explanation import Explanation, Map, TokenAnswer
+from deit.recipe import Supervised
+from deit.recipes import shipped
 from deit.report import document
 from deit.report import maps as report_maps
 from deit.report.drawing import Line, curves
@@ -45,6 +48,8 @@ def test_the_numbers_are_the_evaluations():
             str(numbers.accuracy(head).correct),
         ]
         assert cells[3] == f"{numbers.accuracy(head, 5).value:.3f}"
+        low, high = numbers.balanced(head).interval
+        assert cells[5:] == [f"{numbers.balanced(head).value:.3f}", f"{low:.3f} to {high:.3f}"]
     assert page.table("Calibration")[1:] == [
         [f"{each.low:.2f} to {each.high:.2f}", str(each.count), f"{each.confidence:.3f}", f"{each.accuracy:.3f}"]
         for each in numbers.bins
@@ -64,6 +69,8 @@ def test_the_numbers_are_the_evaluations():
     matrix = page.table("Images by true class (rows) and answer (columns)")
     assert [[int(cell or 0) for cell in row[1:]] for row in matrix[1:]] == numbers.confusion().tolist()
     page.sees(
+        f"balanced accuracy{numbers.balanced().value:.3f}",
+        "mean of 8 recalls",
         f"{numbers.calibration_error:.4f}",
         f"{numbers.brier:.4f}",
         f"{numbers.nll:.4f}",
@@ -71,6 +78,45 @@ def test_the_numbers_are_the_evaluations():
         "Judged by 60 test images in photos of 8 classes, at 224 by 224 pixels and crop ratio 0.875",
         "deit eval runs/a/model --data photos --split test",
     )
+
+
+def test_classes_without_images_are_named():
+    names = ("a", "b", "<i>", *"defg")
+    found = evaluation(names=names)
+    kept = np.isin(found.main.report.labels, [0, 3, 4])
+    labels = np.where(kept, found.main.report.labels, -1)
+    found = replace(found, main=replace(found.main, report=replace(found.main.report, labels=labels)))
+    page = checked(document.page(None, found))
+    page.sees('No image shows "\u2068b\u2069", "\u2068<i>\u2069", "\u2068f\u2069" and 1 more.', "mean of 3 recalls")
+
+
+@pytest.mark.parametrize("weights", ["equal", "balanced"])
+def test_what_the_numbers_of_images_make_hard(tmp_path, weights):
+    about = replace(ABOUT, classes=("a", "<i>", "c"), train=(400, 30, 3), val=(20, 5, 0))
+    rows = [
+        {"step": i, "epoch": i / 9, "loss": 1.0, "val_accuracy": 0.5, "val_balanced_accuracy": 0.1 * i} for i in (1, 2)
+    ]
+    made = small_recipe(Supervised(class_weights=weights)).to_dict()["objective"]
+    page = checked(document.page(Record.read(record(tmp_path / "run", about, rows, objective=made)), None))
+    page.sees(
+        '1 class has fewer than 5 training images, too few to learn from: "\u2068c\u2069" (3).',
+        "1 class has no validation image",
+        "validation, balanced",
+    )
+    assert ("--set objective.class_weights=balanced" in page.text) == (weights == "equal")
+    assert page.table("Metrics") == [
+        ["step", "epoch", "loss", "val accuracy", "val balanced accuracy"],
+        ["1", "0.1111", "1", "0.5", "0.1"],
+        ["2", "0.2222", "1", "0.5", "0.2"],
+    ]
+
+
+def test_fields_that_a_run_does_not_name_are_those_of_its_time(tmp_path):
+    """A run of a version without `class_weights` has not changed it."""
+    made = shipped()["digits"]().to_dict()
+    del made["objective"]["class_weights"]
+    page = checked(document.page(Record.read(record(tmp_path / "run", **made)), None))
+    page.sees("The shipped recipe of this name, unchanged.")
 
 
 def test_many_classes_are_summarised_and_none_is_lost():

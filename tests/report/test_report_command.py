@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from dataclasses import replace
 
@@ -68,6 +69,25 @@ def test_eval_writes_one_with_the_record_of_the_run(trained, capsys, tmp_path):
     assert main(["eval", str(tmp_path / "model"), *plain[2:], "--report", str(tmp_path / "alone.html")]) == 0
     alone = checked((tmp_path / "alone.html").read_text())
     assert "Training" not in [heading[2] for heading in alone.all("h2")]
+
+
+def test_training_without_test_images_ends_with_the_way_to_some(trained, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = f"{trained / 'recipes.py'}:short"
+    photos(tmp_path / "my photos", count=12)
+    assert main(["train", recipe, "--data", "my photos", "--out", "one", "--device", "cpu"]) == 0
+    said = capsys.readouterr().err
+    assert "my photos has no test images. The validation images chose the model" in said
+    [command] = re.findall(r"`deit (split [^`]*)`", said)
+    assert main(shlex.split(command)) == 0
+    [data] = re.findall(r"train again with --data ('[^']*')", said)
+    [data] = shlex.split(data)
+    assert data == "my photos.csv"
+    assert main(["train", recipe, "--data", data, "--out", "two", "--device", "cpu"]) == 0
+    assert "no test images" not in capsys.readouterr().err
+    assert main(["eval", "two/model", "--data", data, "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["images"], found["data"]["split"]) == (3, "test")
 
 
 def test_a_report_that_fails_is_a_warning(trained, capsys, monkeypatch):

@@ -51,7 +51,7 @@ def taught():
     return replace(student(), objective=Distilled(token="class"))
 '''
 
-TIMES = {"seconds", "images_per_second", "memory"}
+TIMES = {"seconds", "images_per_second", "waiting", "memory"}
 """Keys of metrics.jsonl that no two runs have alike."""
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import balanced_accuracy_score, log_loss
+from sklearn.utils.class_weight import compute_sample_weight
 from support.checks import raises_saying
 from support.models import small
 from support.objectives import CPU, QUIET, B, C, case, cross_entropy, log_softmax, number, recipe_for, taught_by
@@ -13,7 +15,7 @@ from support.objectives import CPU, QUIET, B, C, case, cross_entropy, log_softma
 from deit.data.batches import EvaluationBatches, TrainingBatches, processor_for
 from deit.evaluate.models import evaluate
 from deit.machine import Processes
-from deit.recipe import Distilled, MaskedImage, Supervised
+from deit.recipe import Augment, Data, Distilled, MaskedImage, Supervised
 from deit.train import objectives, stepping
 from deit.train.labels import LabelCache, teach
 
@@ -89,6 +91,79 @@ def test_accuracy_under_mixing_is_against_the_larger_part(given):
     assert now.objective(now.model, replace(batch, labels=decided), now.rows)["accuracy"] == 1
 
 
+@pytest.fixture(scope="module")
+def uneven(given):
+    """Of the training images, 7 of `a`, 4 of `b` and 1 of `c`."""
+    return given[0].take([*range(11), 20]), *given[1:]
+
+
+WEIGHTS = 12 / (3 * np.array([7, 4, 1]))
+STEP = 0
+"""A step whose batch has images of every class."""
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "binary"])
+def test_balanced_classes(uneven, loss):
+    now = case(uneven, Supervised(loss=loss, class_weights="balanced"), step=STEP)
+    logits, shares = number(now.model(now.batch.pixels, depth_draws=now.rows).logits), number(now.batch.labels)
+    assert (shares > 0).any(0).all()
+    assert ((shares > 0).sum(1) == 2).any()
+    if loss == "binary":
+        p = 1 / (1 + np.exp(-logits))
+        each = -np.where(shares > 0, np.log(p), np.log(1 - p)).mean(1) * (shares * WEIGHTS).sum(1)
+    else:
+        each = -(shares * WEIGHTS * log_softmax(logits)).sum(1)
+    assert now.loss()["loss"].item() == pytest.approx(each.mean(), abs=1e-5)
+    assert abs(each.mean() - case(uneven, Supervised(loss=loss), step=STEP).loss()["loss"].item()) > 1e-2
+
+
+def test_balanced_classes_beside_a_teacher(uneven):
+    plain, balanced = (
+        case(uneven, taught_by(uneven, class_weights=weights, smoothing=0.1), step=STEP)
+        for weights in ("equal", "balanced")
+    )
+    logits, shares = (
+        number(plain.model(plain.batch.pixels, depth_draws=plain.rows).cls_logits),
+        number(plain.batch.labels),
+    )
+    weighted = (shares * WEIGHTS)[..., None] * (0.9 * np.eye(C) + 0.1 / C)  # (B, label, C)
+    change = -(weighted.sum(1) * log_softmax(logits)).sum(1).mean() - cross_entropy(logits, shares, 0.1)
+    found = balanced.loss()["loss"].item() - plain.loss()["loss"].item()
+    assert found == pytest.approx(change / 2, abs=1e-5)
+    assert abs(change) > 1e-2
+
+
+def test_the_mean_loss_over_all_images_is_scikit_learns(uneven):
+    """Each image once, in three batches, without mixing."""
+    now = case(uneven, Supervised(class_weights="balanced"), augment=Augment(), data=Data(batch=4))
+    total, logits, labels = 0.0, [], []
+    for step in range(3):
+        batch = next(now.batches.from_step(step))
+        found = now.objective(now.model.eval(), batch, None)
+        total += found["loss"].item() / 3
+        logits.append(number(now.model(batch.pixels).logits))
+        labels += batch.labels.tolist()
+    assert Counter(labels) == {0: 7, 1: 4, 2: 1}
+    scores = np.exp(log_softmax(np.concatenate(logits)))
+    weights = compute_sample_weight("balanced", labels)
+    assert total == pytest.approx(log_loss(labels, scores, sample_weight=weights), abs=1e-5)
+
+
+def test_a_class_without_training_images_is_refused(given):
+    with raises_saying(ValueError, 'found none of "c"', "objective.class_weights=equal"):
+        case((given[0].take(range(14)), *given[1:]), Supervised(class_weights="balanced"))
+    case((given[0].take(range(14)), *given[1:]), Supervised())
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_what_is_rare_is_said_first(uneven, teacher):
+    now = case(uneven, taught_by(uneven) if teacher else Supervised())
+    few, unseen, *others = now.objective.introduction(now.model, uneven[1].take([0, 1, 2]), Processes(CPU))
+    assert few.startswith('2 classes have fewer than 5 training images, too few to learn from: "c" (1), "b" (4)')
+    assert unseen.startswith("2 classes have no validation image")
+    assert (len(others) > 0) == teacher
+
+
 # -------------------------------------------------------------------------------------------------------- masked images
 
 
@@ -119,6 +194,10 @@ EVERY = {
     "elements": Distilled(kind="soft", normalisation="elements"),
     "top_k": Distilled(kind="soft", top_k=2),
     "class_token": Distilled(token="class"),
+    "balanced": Supervised(smoothing=0.1, class_weights="balanced"),
+    "balanced_binary": Supervised(loss="binary", class_weights="balanced"),
+    "balanced_cosub": Supervised(cosub=True, class_weights="balanced"),
+    "balanced_soft": Distilled(kind="soft", class_weights="balanced"),
     "masked": MaskedImage(unit=8),
 }
 
@@ -127,16 +206,16 @@ EVERY = {
     ("name", "stored"),
     [(name, stored) for name in EVERY for stored in (False, True)[: 1 + isinstance(EVERY[name], Distilled)]],
 )
-def test_shares_of_a_batch_add_up_to_the_whole(given, name, stored, tmp_path):
+def test_shares_of_a_batch_add_up_to_the_whole(uneven, name, stored, tmp_path):
     """Two processes with three micro-batches each: weighted by their images, losses, logged means and gradients are
     those of one process with the whole batch."""
     objective = EVERY[name]
     if isinstance(objective, Distilled):
-        objective = replace(objective, teacher=given[2])
+        objective = replace(objective, teacher=uneven[2])
     if stored:
-        teach(recipe_for(objective), given[0], tmp_path / "cache", epochs=2, device="cpu", console=QUIET)
+        teach(recipe_for(objective), uneven[0], tmp_path / "cache", epochs=2, device="cpu", console=QUIET)
         objective = replace(objective, teacher="", cache=str(tmp_path / "cache"))
-    now = case(given, objective)
+    now = case(uneven, objective)
     whole = now.loss()
     whole["loss"].backward()
     expected = {key: p.grad.clone() for key, p in now.model.named_parameters() if p.grad is not None}
@@ -145,7 +224,7 @@ def test_shares_of_a_batch_add_up_to_the_whole(given, name, stored, tmp_path):
     totals: Counter[str] = Counter()
     counted = 0
     for rank in range(2):
-        batches = TrainingBatches(given[0], now.recipe, rank=rank, world=2, cycle=now.objective.cycle)
+        batches = TrainingBatches(uneven[0], now.recipe, rank=rank, world=2, cycle=now.objective.cycle)
         for part in next(batches.from_step(now.step)).parts(3):
             found = now.objective(now.model, batches.mix(part), torch.cat([each[part.positions] for each in depth]))
             share = len(part) / B
@@ -175,16 +254,20 @@ def by_hand(now, split):
 @pytest.mark.parametrize(
     "objective", [Supervised(), Distilled(), Distilled(token="class")], ids=["plain", "two", "one"]
 )
-def test_judging_is_evaluation(given, objective):
+def test_judging_is_evaluation(given, uneven, objective):
     """Accuracies of fused heads and of each, in evaluation mode, and the mode as it was afterwards."""
     if isinstance(objective, Distilled):
         objective = replace(objective, teacher=given[2])
     now = case(given, objective)
-    images = now.objective.validation(given[0], Processes(CPU))
+    images = now.objective.validation(uneven[0], Processes(CPU))
     found = now.objective.judge(now.model, images, Processes(CPU), torch.float32)
     assert now.model.training
-    logits, labels = by_hand(now, given[0])
-    expected = {"val_accuracy": (logits.mean(1).argmax(-1) == labels).mean()}
+    logits, labels = by_hand(now, uneven[0])
+    fused = logits.mean(1).argmax(-1)
+    expected = {
+        "val_accuracy": (fused == labels).mean(),
+        "val_balanced_accuracy": balanced_accuracy_score(labels, fused),
+    }
     if logits.shape[1] == 2:
         expected |= {
             f"val_accuracy_{name}": (logits[:, i].argmax(-1) == labels).mean()
@@ -195,7 +278,7 @@ def test_judging_is_evaluation(given, objective):
     assert found.score == found.numbers["val_accuracy"]
     heads = evaluate(now.model, images)
     assert found.score == heads["fused"].value
-    assert heads["fused"].total == 21
+    assert heads["fused"].total == 12
 
 
 @dataclass(frozen=True)
@@ -223,8 +306,10 @@ def test_two_processes_judge_every_image_once(given, objective):
         [values] = us.told
         told.append(values)
     total = sum(told)
-    assert [values[-1].item() for values in told] == [11, 10]
-    assert total[0].item() / 21 * (-1 if isinstance(objective, MaskedImage) else 1) == pytest.approx(alone.score, 1e-6)
+    assert [values[-1].sum().item() for values in told] == [11, 10]
+    assert total[0].sum().item() / 21 * (-1 if isinstance(objective, MaskedImage) else 1) == pytest.approx(
+        alone.score, 1e-6
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

@@ -22,7 +22,7 @@ from deit.data.folders import Split
 from deit.files import CheckpointError
 from deit.recipe import Augment, Compute, Data, Distilled, Erase, Mix, ResizedCrop, Supervised, override
 from deit.train import labels as teaching
-from deit.train.labels import LabelCache, teach
+from deit.train.labels import LabelCache, teach, views
 from deit.train.teacher import Teacher, answers
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
@@ -248,6 +248,28 @@ def test_changed_augmentation_code_is_refused(tmp_path, split, teacher, monkeypa
     monkeypatch.setattr(teaching, "VIEWS_VERSION", teaching.VIEWS_VERSION + 1)
     with raises_saying(ValueError, "other views: the code of augmentation has changed since"):
         LabelCache.open(tmp_path / "cache", split, pupil(teacher))
+
+
+@pytest.mark.parametrize(
+    ("form", "crop", "counts"), [("JPEG", True, True), ("JPEG", False, False), ("PNG", True, False)]
+)
+def test_code_that_crops_jpeg_files_has_a_version_of_its_own(tmp_path, teacher, monkeypatch, form, crop, counts):
+    """Labels of other images stay good if it changes."""
+    files = []
+    for i in range(8):
+        files.append(tmp_path / f"{i}.{form.lower()}")
+        Image.fromarray(np.full((40, 40, 3), 30 * i, np.uint8)).save(files[-1], form)
+    split = Split(tuple(files), (0, 1) * 4, ("a", "b"))
+    recipe = pupil(teacher, f"augment.crop={'ResizedCrop()' if crop else None}")
+    before = views(recipe, split)
+    assert ("jpeg_version" in before) == counts
+    monkeypatch.setattr(teaching, "JPEG_VERSION", teaching.JPEG_VERSION + 1)
+    assert (views(recipe, split) != before) == counts
+    older = {name: value for name, value in before.items() if name != "jpeg_version"}
+    description = {"fingerprints": {"views": "other"}, "views": older}
+    expected = "changed since (version 1 there, 1.2 here)" if counts else "changed since (version 1 there, 1 here)"
+    with raises_saying(ValueError, "other views: the code of augmentation has", expected):
+        teaching._compare(tmp_path, description, recipe, split, {"views": "mine"})
 
 
 def test_settings_that_change_no_view_are_free(tmp_path, split, teacher):

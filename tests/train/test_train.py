@@ -49,7 +49,7 @@ from deit.recipe import (
 )
 from deit.train import checkpoint, compiling, loop, objectives, optim, progress, records, runs, stepping
 from deit.train.build import build_model
-from deit.train.loop import Diverged, train
+from deit.train.loop import Diverged, TooShort, train
 from deit.train.progress import Reporter
 
 QUIET = Console(quiet=True)
@@ -314,6 +314,31 @@ def test_the_best_is_kept_and_a_tie_goes_to_the_later(splits, tmp_path, monkeypa
     done = run(replace(CONVNET, evaluate=steps(1), schedule=Cosine(total=steps(4))), splits, tmp_path)
     assert done.score == 3.0
     assert len(saved) == 4
+
+
+@pytest.mark.parametrize(
+    ("scores", "patience", "last"),
+    [
+        ([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 0.3, 10),
+        ([1, 3, 2, 2, 2, 9, 9, 9, 9, 9], 0.3, 5),  # the steps 3 to 5 are three tenths of the ten
+        ([1, 3, 3, 3, 3, 9, 9, 9, 9, 9], 0.3, 5),  # a tie is no improvement
+        ([1, 3, 2, 2, 2, 9, 9, 9, 9, 9], 0.5, 10),
+        ([9, 3, 2, 2, 2, 2, 2, 2, 2, 2], 0.0, 10),
+    ],
+)
+def test_training_ends_when_nothing_improves(scores, patience, last, splits, tmp_path, monkeypatch):
+    given = iter(scores)
+    monkeypatch.setattr(
+        objectives.SupervisedObjective,
+        "judge",
+        lambda *_: objectives.Verdict((score := float(next(given))), {"val_accuracy": score}),
+    )
+    recipe = replace(CONVNET, evaluate=steps(1), schedule=Cosine(total=steps(10)), patience=patience)
+    done = run(recipe, splits, tmp_path)
+    assert done.score == max(scores[:last])
+    assert rows(tmp_path)[-1]["step"] == last
+    assert run(recipe, splits, tmp_path, resume=True).score == done.score  # which has nothing to do
+    assert rows(tmp_path)[-1]["step"] == last
 
 
 def test_a_model_is_there_before_the_first_evaluation(splits, tmp_path, monkeypatch):
@@ -731,7 +756,7 @@ def test_the_plan_counts_the_waits_between_bursts(workers, each, splits, tmp_pat
 def test_a_recipe_that_fits_is_left_alone_and_one_that_cannot_is_refused(splits, tmp_path):
     run(CONVNET, splits, tmp_path / "fits", minutes=10)
     assert Recipe.from_dict(json.loads((tmp_path / "fits" / "recipe.json").read_text())) == CONVNET
-    with raises_saying(ValueError, "not even one step fits into the", "give more time"):
+    with raises_saying(TooShort, "not even one step fits into the", "give more time"):
         run(CONVNET, splits, tmp_path / "never", minutes=1e-6)
     assert not (tmp_path / "never" / "metrics.jsonl").exists()
 
@@ -771,10 +796,39 @@ def test_the_rate_counts_the_waits_between_bursts(tmp_path):
     with progress.Reporter(tmp_path, CONVNET, us, QUIET, done=0, total=99, written=0) as reporter:
         for step in range(1, 63):
             seconds = 60.0 if step <= 2 else 5.5 if step % 6 == 2 else 0.1
-            reporter.advance(step, {}, seconds)
+            reporter.advance(step, {}, seconds, 0.0)
             if step > 20:
                 assert reporter.rate == pytest.approx(8, rel=0.25)
     assert reporter.rate == pytest.approx(8, rel=0.1)
+
+
+def test_waiting_is_a_share_of_the_steps_since_the_last_row(tmp_path):
+    """Without the first two steps, which start things. A row after no step repeats the share."""
+    us = machine.Processes(torch.device("cpu"))
+    with progress.Reporter(tmp_path, CONVNET, us, QUIET, done=0, total=99, written=0) as reporter:
+        for step in range(1, 11):
+            reporter.advance(step, {}, *((50.0, 40.0) if step <= 2 else (2.0, 0.5)))
+        reporter.row({"step": 10})
+        reporter.row({"step": 10})
+        for step in range(11, 15):
+            reporter.advance(step, {}, 1.0, 0.9)
+        reporter.row({"step": 14})
+    assert [row["waiting"] for row in rows(tmp_path)] == [0.25, 0.25, 0.9]
+
+
+@pytest.mark.parametrize(("waited", "said"), [(0.3, False), (0.6, True)])
+def test_a_run_that_waits_for_images_says_so_once(splits, tmp_path, monkeypatch, waited, said):
+    """After the first epoch, or ten steps if that is more."""
+    told = []
+    monkeypatch.setattr(Reporter, "say", lambda self, sentence: told.append(sentence))
+    advance = Reporter.advance
+    monkeypatch.setattr(Reporter, "advance", lambda self, step, numbers, *_: advance(self, step, numbers, 1.0, waited))
+    recipe = replace(CONVNET, schedule=Cosine(total=steps(30)), evaluate=steps(30))
+    train(replace(recipe, compute=replace(recipe.compute, workers=0)), *splits, tmp_path / "run", device="cpu")
+    found = [sentence for sentence in told if "waiting for images" in sentence]
+    assert len(found) == said
+    if said:
+        assert found[0].startswith("60% of the time went by waiting for images; set compute.workers above 0")
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (89, "89 s"), (300, "5 min"), (2 * 3600, "2.0 h")])

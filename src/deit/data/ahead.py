@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -27,6 +28,8 @@ class Ahead:
         self.backend = torch.cuda if backend is None and device.type == "cuda" else backend
         self.copying = None if self.backend is None else self.backend.Stream(device)
         self.fetched: Batch | Exception | None = None
+        self.waited = 0.0
+        """Seconds spent on waiting for the generator, all batches together."""
 
     def __iter__(self) -> Self:
         return self
@@ -34,7 +37,7 @@ class Ahead:
     def __next__(self) -> Batch:
         """The next batch. An error of the loader processes is raised here, also if `fetch` met it."""
         if self.backend is None:
-            return next(self.batches).to(self.device)
+            return self._next().to(self.device)
         self.fetch()
         fetched, self.fetched = self.fetched, None
         if isinstance(fetched, Exception):
@@ -50,12 +53,19 @@ class Ahead:
         if self.backend is None or self.fetched is not None:
             return
         try:
-            batch = next(self.batches)
+            batch = self._next()
         except Exception as error:  # a step is under way, which is to be finished
             self.fetched = error
             return
         with self.backend.stream(self.copying):
             self.fetched = batch.to(self.device)
+
+    def _next(self) -> Batch:
+        began = time.perf_counter()
+        try:
+            return next(self.batches)
+        finally:
+            self.waited += time.perf_counter() - began
 
     def close(self) -> None:
         """Ends the loader processes."""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,26 +29,28 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from deit.config import DeiTConfig
-from deit.data.augment import augment, crop, erased, patch_mask
+from deit.data.augment import WHOLE_PIXELS, augment, crops, erased, patch_mask
 from deit.data.draws import Stream, draws
 from deit.data.folders import Split
 from deit.data.levels import Levels
 from deit.data.mixing import mix, mixing
 from deit.host import cores
-from deit.image.decode import ImageError, load_image, name_of
+from deit.image import jpeg
+from deit.image.decode import ImageError, name_of, read, reading
+from deit.image.jpeg import Jpeg, Pixels
 from deit.image.pixels import Normalisation
 from deit.image.processor import DeiTImageProcessor
 from deit.recipe import MaskedImage, Recipe
 
 CACHE_BYTES = 2**30
 """Limit of the memory that keeps a split's decoded images, for all loader processes of a training process together."""
-KEPT_PIXELS = 512 * 512
-"""Pixels of the largest image that is kept under a random crop. Larger images are decoded anew for each crop, at the
-scale that it needs."""
+
+Kept = TypeVar("Kept", Pixels, Image.Image)
 
 _CPU = torch.device("cpu")
 _STAND_IN_ATTEMPTS = 100
 _PIXEL_BYTES = 4  # for each pixel of an RGB image in Pillow's memory
+_COLOURS = 3
 
 
 @dataclass(frozen=True)
@@ -226,8 +228,7 @@ class _Views(Dataset[Any]):
         self.normalisation = Normalisation(recipe.data.mean, recipe.data.std)
         fill = [round(255 * value) for value in recipe.data.mean]
         self.fill = tuple(fill if len(fill) == 3 else fill * 3)
-        self.small: dict[int, bool] = {}
-        self.kept: dict[int, Image.Image] = {}
+        self.kept: dict[int, Pixels | Image.Image] = {}
         self.spent = 0
         """Bytes of the kept images."""
 
@@ -240,20 +241,13 @@ class _Views(Dataset[Any]):
         given: list[tuple[int, int, int, np.ndarray]] = []
         labels = np.empty(len(keys), np.int64)
         faults: list[tuple[str, str]] = []
-        for row, key in enumerate(keys.tolist()):
-            for index in self._candidates(*key):
-                try:
-                    box = self._draw(index, draws(recipe.seed, *key), levels[row])
-                    given += [] if box is None else [(row, *box)]
-                    break
-                except ImageError as error:
-                    faults.append(_fault(self.files[index], error))
-            else:
-                return BadImages(
-                    f"{_STAND_IN_ATTEMPTS} training images in a row can't be read, the last one: "
-                    f"{' '.join(faults[-1])}; check the folder"
-                )
-            labels[row] = self.files.labels[index]
+        for first, index, found in self._pictures(keys, faults):
+            if isinstance(found, BadImages):
+                return found
+            for row, (image, rng) in enumerate(found, first):
+                box = self._draw(image, rng, levels[row])
+                given += [] if box is None else [(row, *box)]
+                labels[row] = self.files.labels[index]
         return Batch(
             Levels.of(levels, self.normalisation, given),
             torch.from_numpy(labels),
@@ -263,49 +257,97 @@ class _Views(Dataset[Any]):
             tuple(faults),
         )
 
-    def _candidates(self, epoch: int, index: int, repeat: int) -> Iterator[int]:
-        """Yields the image and then those that may stand in for it."""
-        yield index
+    def _pictures(
+        self, keys: np.ndarray, faults: list[tuple[str, str]]
+    ) -> Iterator[tuple[int, int, list[tuple[Image.Image, np.random.Generator]] | BadImages]]:
+        """Yields the images of all rows: the first row that shows an image, the image's number, and for this and the
+        next rows the picture and the generator of the view. Adjacent views of an image are read together.
+
+        Unreadable ones are added to `faults`, and others stand in for them.
+        """
+        row = 0
+        for index, group in itertools.groupby(keys.tolist(), key=lambda key: key[1]):
+            same = list(group)
+            try:
+                found = self._cropped(index, same)
+            except ImageError as error:
+                for number, key in enumerate(same, row):
+                    faults.append(_fault(self.files[index], error))
+                    yield (number, *self._stand_in(key, faults))
+            else:
+                yield row, index, found
+            row += len(same)
+
+    def _stand_in(
+        self, key: list[int], faults: list[tuple[str, str]]
+    ) -> tuple[int, list[tuple[Image.Image, np.random.Generator]] | BadImages]:
+        epoch, index, repeat = key
         others = draws(self.recipe.seed, epoch, index, repeat, Stream.STAND_INS)
         for _ in range(_STAND_IN_ATTEMPTS - 1):
-            yield int(others.integers(len(self.files)))
+            other = int(others.integers(len(self.files)))
+            try:
+                return other, self._cropped(other, [key])
+            except ImageError as error:
+                faults.append(_fault(self.files[other], error))
+        return index, BadImages(
+            f"{_STAND_IN_ATTEMPTS} training images in a row can't be read, the last one: "
+            f"{' '.join(faults[-1])}; check the folder"
+        )
 
-    def _draw(self, index: int, rng: np.random.Generator, out: np.ndarray) -> tuple[int, int, np.ndarray] | None:
+    def _cropped(self, index: int, keys: Iterable[list[int]]) -> list[tuple[Image.Image, np.random.Generator]]:
+        """For each key, the picture of the model's size that its view begins with, and the generator of the rest."""
+        rngs = [draws(self.recipe.seed, epoch, number, repeat) for epoch, number, repeat in keys]
+        settings = self.recipe.augment.crop
+        if settings is None:
+            pictures = [self._resized(index)] * len(rngs)
+        else:
+            pictures = crops(self._source(index), self.recipe.model.image_hw, settings, rngs)
+        return list(zip(pictures, rngs, strict=True))
+
+    def _draw(
+        self, image: Image.Image, rng: np.random.Generator, out: np.ndarray
+    ) -> tuple[int, int, np.ndarray] | None:
         """Writes a view of an image into `out`, (channels, height, width) uint8, and returns what erases a part."""
         settings = self.recipe.augment
-        if settings.crop is None:
-            image = self._once(index, self._resized)
-        else:
-            source = self._once(index, load_image) if self._is_small(index) else self.files[index]
-            image = crop(source, self.recipe.model.image_hw, settings.crop, rng)
         image = augment(image, settings, rng, self.fill)
-        array = np.asarray(image if len(out) == 3 else image.convert("L"))
-        out[:] = array.transpose(2, 0, 1) if array.ndim == 3 else array
+        image = image if len(out) == 3 else image.convert("L")
+        for channel, band in zip(out, image.split(), strict=True):  # half as long as to transpose an array
+            channel[:] = np.frombuffer(band.tobytes(), np.uint8).reshape(channel.shape)
         return None if settings.erase is None else erased(out.shape, settings.erase, rng)
 
-    def _once(self, index: int, read: Callable[[Path], Image.Image]) -> Image.Image:
-        """An RGB image. It is read only once if the budget allows it."""
+    def _source(self, index: int) -> Jpeg | Pixels | Image.Image:
+        """An image to crop. It is read only once if it is small and the budget allows it."""
         if index in self.kept:
             return self.kept[index]
-        image = read(self.files[index])
-        size = _PIXEL_BYTES * image.width * image.height
-        if self.spent + size <= self.budget:
-            self.kept[index] = image
-            self.spent += size
-        return image
+        found = read(self.files[index])
+        height, width = found.size if isinstance(found, Jpeg) else (found.height, found.width)
+        pixels = height * width
+        if pixels > WHOLE_PIXELS:
+            return found
+        if isinstance(found, Jpeg):
+            if self.spent + pixels * _COLOURS > self.budget:
+                return found
+            with reading(found.name):
+                decoded = found.decode()
+            return self._keep(index, decoded, pixels * _COLOURS)
+        return self._keep(index, found, pixels * _PIXEL_BYTES)
 
-    def _resized(self, file: Path) -> Image.Image:
-        """An image, resized and cropped as for evaluation."""
-        levels = self.processor.levels(file)
+    def _keep(self, index: int, found: Kept, size: int) -> Kept:
+        if self.spent + size <= self.budget:
+            self.kept[index] = found
+            self.spent += size
+        return found
+
+    def _resized(self, index: int) -> Image.Image:
+        """An image, resized and cropped as for evaluation. It is read only once if the budget allows it."""
+        if (kept := self.kept.get(index)) is not None:
+            assert isinstance(kept, Image.Image)
+            return kept
+        levels = self.processor.levels(self.files[index])
         assert levels is not None  # the processor resizes, and that gives 8 bits
         array = levels.transpose(1, 2, 0)
-        return Image.fromarray(array if array.shape[-1] == 3 else array[..., 0]).convert("RGB")
-
-    def _is_small(self, index: int) -> bool:
-        if index not in self.small:
-            sides = _sides(self.files[index])
-            self.small[index] = sides is None or sides[0] * sides[1] <= KEPT_PIXELS
-        return self.small[index]
+        image = Image.fromarray(array if array.shape[-1] == 3 else array[..., 0]).convert("RGB")
+        return self._keep(index, image, _PIXEL_BYTES * image.width * image.height)
 
     def _masks(self, keys: np.ndarray) -> Tensor | None:
         if not isinstance(self.recipe.objective, MaskedImage):
@@ -414,6 +456,16 @@ class TrainingBatches:
         wanted = ((number, self.positions, self.keys(number)[self.positions]) for number in itertools.count(step))
         return _loaded(self.views, wanted, self.workers, self.device)
 
+    def advice(self) -> str:
+        """What to do if training waits for batches. Empty if they come faster after the first epoch anyway."""
+        if not self.workers and self.recipe.compute.workers is None:  # images are kept
+            return ""
+        most = _share()
+        steps = [f"set compute.workers above {self.workers} (this process has {most} cores)"] * (self.workers < most)
+        if not jpeg.is_fast():
+            steps.append('decode JPEG files faster with pip install "deit[fast]"')
+        return " or ".join(steps) or "store the images smaller, or train where there are more cores"
+
     def mix(self, batch: Batch) -> Batch:
         """Applies Mixup and CutMix on the device of the batch, which is a share of a global batch or a part of one.
 
@@ -441,7 +493,7 @@ def _fits(split: Split, recipe: Recipe) -> bool:
     files = [split.files[i] for i in np.unique(np.linspace(0, len(split) - 1, 16).round().astype(int))]
     sizes = [sides[0] * sides[1] for sides in map(_sides, files) if sides is not None]
     expected = len(split) * _PIXEL_BYTES * float(np.mean(sizes or [0]))
-    return max(sizes, default=0) <= KEPT_PIXELS and expected <= CACHE_BYTES
+    return max(sizes, default=0) <= WHOLE_PIXELS and expected <= CACHE_BYTES
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -564,15 +616,20 @@ def _workers(asked: int | None, fits: Callable[[], bool], device: torch.device) 
 
     `asked` if it is set, 0 if one process is enough (`fits`), and otherwise a number that depends on this process's
     share of the machine's cores. If a GPU computes, the loaders get the whole share but one core, which feeds the GPU:
-    a core prepares some 150 images of ImageNet a second, and a GPU trains on thousands. If the CPU computes, the model
-    needs the cores itself and is slower than a few loaders, so there are at most 8.
+    a core prepares a few hundred images of ImageNet a second, and a GPU trains on thousands. If the CPU computes, the
+    model needs the cores itself and is slower than a few loaders, so there are at most 8.
     """
     if asked is not None:
         return asked
     if fits():
         return 0
-    share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = _share()
     return max(1, min(8, share) if device.type == "cpu" else share - 1)
+
+
+def _share() -> int:
+    """This process's share of the machine's cores."""
+    return cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _loaded(views: Dataset[Any], wanted: Iterable[Any], workers: int, device: torch.device) -> Iterator[Batch]:

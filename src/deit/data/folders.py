@@ -373,13 +373,7 @@ def _refuse(error: OSError) -> NoReturn:
 
 
 def _hold_out(whole: Split, holdout: float, seed: int, folder: Path) -> tuple[Split, Split]:
-    held = np.zeros(len(whole), bool)
-    labels = np.array(whole.labels)
-    counts = np.bincount(labels, minlength=len(whole.classes))
-    members = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
-    for label, count in enumerate(counts.tolist()):
-        taken = min(max(1, round(holdout * count)), count - 1) if holdout > 0 else 0
-        held[draws(seed, 0, label, 0, Stream.HOLDOUT).permutation(members[label])[:taken]] = True
+    held = drawn(whole, [holdout], seed) == 1
     if not held.any():
         reason = f"no class of {folder} has two images" if holdout > 0 else f"data.holdout is {holdout:g}"
         raise ValueError(
@@ -387,6 +381,56 @@ def _hold_out(whole: Split, holdout: float, seed: int, folder: Path) -> tuple[Sp
             "none can be held out; add a folder val" + ("" if holdout > 0 else ", or set data.holdout above 0")
         )
     return whole.take(np.flatnonzero(~held)), whole.take(np.flatnonzero(held))
+
+
+def drawn(whole: Split, shares: Sequence[float], seed: int, copies: Sequence[int] | None = None) -> np.ndarray:
+    """(N,) int: the part of each image. Part 1 gets the first of `shares` (each 0 to 1) of every class, and so on. The
+    rest is part 0.
+
+    Of every class, each part with a share gets at least one image and part 0 keeps at least one, as long as there are
+    enough. Images with the same number in `copies` stay together, all in part 0 if their classes differ or if they are
+    more than a part needs.
+    """
+    parts = np.zeros(len(whole), np.int64)
+    labels = np.array(whole.labels)
+    counts = np.bincount(labels, minlength=len(whole.classes))
+    group_of: dict[int, list[int]] = {}
+    for row, number in enumerate(copies or ()):
+        group_of.setdefault(number, []).append(row)
+    for label, members in enumerate(np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])):
+        order = draws(seed, 0, label, 0, Stream.HOLDOUT).permutation(members).tolist()
+        left = len(order)
+        for part, share in enumerate(shares, 1):
+            needed = min(max(1, round(share * len(order))), left - 1) if share > 0 else 0
+            for row in order:
+                if not needed:
+                    break
+                group = group_of[copies[row]] if copies else [row]
+                if parts[row] or len(group) > needed or any(labels[each] != label for each in group):
+                    continue
+                parts[group] = part
+                needed, left = needed - len(group), left - len(group)
+    return parts
+
+
+def read_parts(place: str | Path) -> dict[str, Split]:
+    """Reads all images of a folder or list by their part: train, and val and test if they are there.
+
+    The training images are those that `read_data` would take if nothing was held out.
+    """
+    place = Path(place)
+    parts = {name: read_examples(place, name)[0] for name in SPLITS if has_split(place, name)}
+    if not parts:
+        return {"train": read_examples(place)[0]}
+    if "train" in parts:
+        return parts
+    if place.is_dir() and "val" not in parts and any(_listed(place, SPLITS["test"])[:2]):
+        with _counting(place) as passed:
+            return {"train": _read_labelled(place, passed, None, SPLITS["test"]), **parts}
+    raise ValueError(
+        f"{place} has {' and '.join(parts)} images but no training images, so there is nothing to divide; add them as "
+        f"{f'{place}/train/CLASS/IMAGE files' if place.is_dir() else 'lines with the split train'}"
+    )
 
 
 class _Row(NamedTuple):

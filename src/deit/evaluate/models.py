@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from deit.choices import Head
 from deit.data.batches import Batch, EvaluationBatches
 from deit.data.folders import Split, fingerprint, matched, read_examples
-from deit.evaluate.scores import Accuracy, Comparison, Report, compare
+from deit.evaluate.scores import Accuracy, BalancedAccuracy, Comparison, Report, compare
 from deit.machine import Processes, Rows, full_float32, resolve_device
 from deit.model.heads import head_probabilities
 from deit.model.load import load_classifier, refuse_head, refuse_not_finite, refuse_other_scoring
@@ -57,7 +57,6 @@ def _answered(
         model.train(training)
 
 
-@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -65,7 +64,19 @@ def evaluate(
     precision: torch.dtype = torch.float32,
     rows: Rows | None = None,
 ) -> dict[Head, Accuracy]:
-    """Accuracy of each head over all batches, in evaluation mode. The model's mode is restored.
+    """Accuracy of each head, as `evaluate_by_class` computes it."""
+    return {head: found.plain for head, found in evaluate_by_class(model, batches, us, precision, rows).items()}
+
+
+@torch.inference_mode()
+def evaluate_by_class(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    us: Processes | None = None,
+    precision: torch.dtype = torch.float32,
+    rows: Rows | None = None,
+) -> dict[Head, BalancedAccuracy]:
+    """Correct decisions of each head for each class over all batches, in evaluation mode. The model's mode is restored.
 
     With many processes, each gives its share of the batches, and all get the result on all of them. Rows labelled -1
     (padding and unreadable images) do not count. `rows` decides how many images are computed at once, and remembers it.
@@ -74,16 +85,17 @@ def evaluate(
     us = us or Processes(torch.device("cpu"))
     rows = rows or Rows(warnings.warn)
     heads: list[Head] = []
-    correct = torch.zeros(0, dtype=torch.int64, device=us.device)
-    total = 0
-    for batch, labels, by_head in _answered(model, batches, us.device, precision, rows):
-        found = torch.stack([(probabilities.argmax(-1) == labels).sum() for probabilities in by_head.values()])
-        correct = found if not heads else correct + found
-        heads, total = list(by_head), total + int((batch.labels >= 0).sum())
-    counts = us.sum(torch.cat([correct, torch.tensor([total], device=us.device)])).tolist()
-    if not counts[-1]:
+    counts = torch.zeros(0, dtype=torch.int64, device=us.device)  # (heads + 1, C): correct ones, and at last all images
+    for _, labels, by_head in _answered(model, batches, us.device, precision, rows):
+        answers = list(by_head.values())
+        if not heads:
+            heads, counts = list(by_head), counts.new_zeros(len(answers) + 1, answers[0].shape[1])
+        counted = torch.stack([*(probabilities.argmax(-1) == labels for probabilities in answers), labels >= 0])
+        counts.index_add_(1, labels.clamp(min=0), counted.long())
+    *correct, support = map(tuple, us.sum(counts).tolist()) if heads else [()]
+    if not sum(support):
         raise ValueError("there is no image to evaluate on")
-    return {head: Accuracy(count, counts[-1]) for head, count in zip(heads, counts, strict=False)}
+    return {head: BalancedAccuracy(found, support) for head, found in zip(heads, correct, strict=True)}
 
 
 @torch.inference_mode()

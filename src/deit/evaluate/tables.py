@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from deit.data.counts import listed
 from deit.evaluate.models import Evaluation, Examined
 from deit.evaluate.scores import Comparison, Report
 from deit.terminal import shown
@@ -30,6 +31,8 @@ def show(evaluation: Evaluation, console: Console) -> None:
         f"{where}: {report.images} images, "
         f"{sum(each.support > 0 for each in report.by_class)} of the model's {len(report.classes)} classes"
     )
+    if absent := report.absent:
+        say(f"No image shows {listed(absent)}, so nothing here is about {'it' if len(absent) == 1 else 'them'}")
     if report.unreadable:
         say(f"{len(report.unreadable)} more can't be read and are left out")
     console.print(
@@ -37,6 +40,13 @@ def show(evaluation: Evaluation, console: Console) -> None:
             "Accuracy",
             ["head", "top-1", "95 % interval", "top-5", "95 % interval"],
             ([head, *report.accuracy(head).cells(), *report.accuracy(head, 5).cells()] for head in report.heads),
+        )
+    )
+    console.print(
+        _table(
+            "Balanced accuracy: the mean of the recalls",
+            ["head", "balanced", "95 % interval", "classes"],
+            ([head, *report.balanced(head).cells(), report.balanced(head).classes] for head in report.heads),
         )
     )
     console.print()

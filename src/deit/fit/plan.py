@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,7 +20,9 @@ from deit import files
 from deit.choices import Prefer
 from deit.config import TimmConfig
 from deit.data.batches import processor_for
+from deit.data.counts import class_counts, remarks
 from deit.data.folders import Split, fingerprint
+from deit.data.splitting import without_test_images
 from deit.image.decode import ImageError
 from deit.machine import described, resolve_device, resolve_precision
 from deit.recipe import Distilled, LinearProbe, Recipe
@@ -108,8 +110,7 @@ class Plan:
                 written["recipe"] = f"{step.name}.json"
                 files.write_json(out / f"{step.name}.json", step.recipe.to_dict())
             steps.append(written)
-        whole = {key: value for key, value in asdict(replace(self, steps=())).items() if key != "steps"}
-        files.write_json(out / FILE, {"version": VERSION, **whole, "steps": steps})
+        files.write_json(out / FILE, {"version": VERSION, **vars(self), "steps": steps})
 
     @classmethod
     def read(cls, out: Path) -> Plan:
@@ -220,17 +221,20 @@ def make_plan(
     return Plan(data=str(data), fingerprint=fingerprint(splits[0]), minutes=minutes, prefer=prefer, steps=tuple(steps))
 
 
-def looked(splits: tuple[Split, Split], test: Split | None, device: str) -> Iterator[str]:
+def looked(data: str | Path, splits: tuple[Split, Split], test: Split | None, device: str) -> Iterator[str]:
     """Lines about the images and the machine."""
     train, val = splits
-    counts = np.bincount(train.labels, minlength=len(train.classes))
+    counts = class_counts(train)
     parts = [f"{len(train):,} to train, {len(val):,} to validate"]
     parts.append(f"{len(test):,} to test" if test else "none to test")
-    few, many = int(counts.argmin()), int(counts.argmax())
+    few, many = counts.index(min(counts)), counts.index(max(counts))
     yield (
         f"images: {', '.join(parts)}; {len(train.classes)} classes, from {counts[few]:,} ({train.classes[few]}) to "
         f"{counts[many]:,} ({train.classes[many]}) training images"
     )
+    yield from remarks(train.classes, counts, class_counts(val, len(train.classes)), balanced=False)
+    if test is None:
+        yield without_test_images(Path(data))
     yield f"machine: {described(resolve_device(device))}"
 
 

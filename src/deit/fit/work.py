@@ -92,7 +92,7 @@ def fit(
         holdout, drawn = (plan.first.data.holdout, plan.first.seed) if plan else (0.1, seed or 0)
         splits = read_data(data, holdout=holdout, seed=drawn)
         test = read_examples(data, "test")[0] if has_split(data, "test") else None
-        _say(console, *looked(splits, test, device))
+        _say(console, *looked(data, splits, test, device))
         if plan is None:
             plan = make_plan(
                 data,
@@ -229,8 +229,8 @@ class _Work:
         if self.state.epochs is None:
             tried = min(most, _TRIED / per_epoch)
             needed = store(tried)
-            fitting = tried * (0.9 * seconds - needed) / needed
-            self.state.epochs = min(most, max(tried, math.floor(fitting) if fitting > 1 else fitting))
+            fitting = min(most, tried * (0.9 * seconds - needed) / needed)
+            self.state.epochs = max(tried, math.floor(fitting) if fitting > 1 else fitting)  # whole ones, if possible
             self.state.write(self.out)
         store(self.state.epochs)
 

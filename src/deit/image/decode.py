@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from deit.image.jpeg import Jpeg
+
 __all__ = [
     "Decoded",
     "ImageError",
@@ -27,6 +29,7 @@ __all__ = [
     "is_encoded",
     "load_image",
     "name_of",
+    "read",
     "reading",
     "to_rgb",
     "without_texts",
@@ -135,7 +138,32 @@ def decode(
             upright = source if _orientation(source) == 1 else ImageOps.exif_transpose(source)
         return Decoded(upright, (upright.height, upright.width), None)
 
-    data = _read_bytes(source, name)
+    return _decode_bare(_read_bytes(source, name), name, min_side, max_pixels)
+
+
+def read(source: Any) -> Jpeg | Image.Image:
+    """A JPEG of which the header alone is read, or any other image, upright and in RGB.
+
+    For `source` and errors, see `load_image`. A JPEG in CMYK counts as another image.
+    """
+    name = name_of(source)
+    if not isinstance(source, Image.Image):
+        data = _read_bytes(source, name)
+        if data.startswith(b"\xff\xd8"):
+            header = _opened(data, name, MAX_PIXELS)
+            if header.format in ("JPEG", "MPO") and header.mode in ("RGB", "L"):
+                return Jpeg(name, data, header, _orientation(header))
+        image = _decode_bare(data, name, None, MAX_PIXELS).image
+    else:
+        image = decode(source, None).image
+    with reading(name):
+        return convert(image, "RGB", name)
+
+
+def _decode_bare(
+    data: bytes, name: str, min_side: Sides | Callable[[tuple[int, int]], Sides] | None, max_pixels: int
+) -> Decoded:
+    """Decodes the bytes of a file, or what is left of them without texts that Pillow refuses."""
     try:
         return _decode(data, name, min_side, max_pixels)
     except ImageError:
@@ -147,11 +175,7 @@ def decode(
 def _decode(
     data: bytes, name: str, min_side: Sides | Callable[[tuple[int, int]], Sides] | None, max_pixels: int
 ) -> Decoded:
-    with reading(name, data):
-        image = Image.open(io.BytesIO(data))
-    if image.format in _NO_PICTURES:
-        raise ImageError(f"{name} is an {image.format} file, expected a picture; render it to PNG first")
-    _check_pixels(image, name, max_pixels)
+    image = _opened(data, name, max_pixels)
     if image.format == "PNG" and (bits := _significant_bits(data)):
         image.info[_SBIT] = bits
     with reading(name):
@@ -170,6 +194,16 @@ def _decode(
     if drafted is None:
         return Decoded(image, (image.height, image.width), None)
     return Decoded(image, full if orientation >= 5 else full[::-1], _draft_box(image, drafted[1], orientation))
+
+
+def _opened(data: bytes, name: str, max_pixels: int) -> Image.Image:
+    """The image with its header read and checked."""
+    with reading(name, data):
+        image = Image.open(io.BytesIO(data))
+    if image.format in _NO_PICTURES:
+        raise ImageError(f"{name} is an {image.format} file, expected a picture; render it to PNG first")
+    _check_pixels(image, name, max_pixels)
+    return image
 
 
 _PNG = b"\x89PNG\r\n\x1a\n"

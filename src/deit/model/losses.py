@@ -17,36 +17,76 @@ from deit.model.loss_rules import (
 )
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy, as a mean over images. `targets` are class indices (B,) or probabilities (B, C)."""
+def cross_entropy(
+    logits: Tensor, targets: Tensor, smoothing: float = 0.0, class_weights: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy, as a mean over images. `targets` are class indices (B,) or probabilities (B, C).
+
+    With `class_weights` (C,), each label's loss is multiplied by the weight of its class. A mixed image has two labels,
+    so its loss is the sum over both of share * weight * loss of that label.
+
+    The sum is divided by the number of images. `torch.nn.CrossEntropyLoss` divides it by the sum of their weights, and
+    then the value would depend on how a batch is divided among processes. Over all training images both are the same,
+    because balanced weights have the mean 1 there.
+
+    Smoothing is part of a label's loss: the smoothed label keeps the weight of its class. PyTorch gives the smoothed
+    part the weights of all classes instead. If one class is rare, its large weight would then be in every image's loss.
+    """
+    if class_weights is not None:
+        weighted = _shares(logits, targets) * class_weights.to(logits.dtype)  # (B, C)
+        spread = smoothing / logits.shape[-1] * weighted.sum(-1, keepdim=True)  # (B, 1)
+        return F.cross_entropy(logits, (1 - smoothing) * weighted + spread)
     targets = targets.to(logits.dtype) if targets.is_floating_point() else targets.long()
     return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
 
-def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def _shares(logits: Tensor, targets: Tensor) -> Tensor:
+    """(B, C): each class's share of an image's label, in the type of the logits."""
+    if targets.dim() == 1:
+        targets = F.one_hot(targets.long(), logits.shape[-1])
+    return targets.to(logits.dtype)
+
+
+def binary_cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor | None = None) -> Tensor:
     """Binary cross-entropy, as a mean over images and classes (Touvron et al. 2022, DeiT III).
 
     `targets` are class indices (B,) or shares (B, C). Every class with a share counts as present: two mixed images have
     both of their classes.
+
+    With `class_weights` (C,), an image's loss is multiplied by the weight of its class, and that of a mixed image by
+    the mean of its two weights by their shares. The sum is divided by the number of images.
     """
     if targets.dim() == 1:
         targets = F.one_hot(targets.long(), logits.shape[-1])
-    return F.binary_cross_entropy_with_logits(logits, (targets > 0).to(logits.dtype))
+    present = (targets > 0).to(logits.dtype)
+    if class_weights is None:
+        return F.binary_cross_entropy_with_logits(logits, present)
+    by_image = F.binary_cross_entropy_with_logits(logits, present, reduction="none").mean(-1)  # (B,)
+    return (by_image * (targets.to(logits.dtype) @ class_weights.to(logits.dtype))).mean()
 
 
-def cosub_loss(one: Tensor, other: Tensor, targets: Tensor, *, binary: bool, smoothing: float = 0.0) -> Tensor:
+def cosub_loss(
+    one: Tensor,
+    other: Tensor,
+    targets: Tensor,
+    *,
+    binary: bool,
+    smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+) -> Tensor:
     """Co-training of two submodels (Touvron et al. 2022, "Co-training 2^L submodels", eq. 1).
 
     Each submodel's logits (B, C) learn from the labels and from the other submodel. These four losses have a quarter of
-    the weight each. Nothing flows back into a submodel that acts as the teacher.
+    the weight each. Nothing flows back into a submodel that acts as the teacher. `class_weights` weigh the two losses
+    of the labels.
     """
     if binary:
-        total = sum(binary_cross_entropy(logits, targets) for logits in (one, other)) + sum(
+        total = sum(binary_cross_entropy(logits, targets, class_weights) for logits in (one, other)) + sum(
             F.binary_cross_entropy_with_logits(logits, teacher.detach().sigmoid())
             for logits, teacher in ((one, other), (other, one))
         )
     else:
-        total = sum(cross_entropy(logits, targets, smoothing) for logits in (one, other)) + sum(
+        total = sum(cross_entropy(logits, targets, smoothing, class_weights) for logits in (one, other)) + sum(
             F.cross_entropy(logits, teacher.detach().softmax(-1)) for logits, teacher in ((one, other), (other, one))
         )
     return total / 4  # type: ignore[return-value]
@@ -94,6 +134,7 @@ def distillation_loss(
     temperature: float | None = None,
     normalisation: Normalisation = "images",
     smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
 ) -> Tensor:
     """The loss of a student that has a teacher (Touvron et al. 2020, section 4), as a mean over images.
 
@@ -110,9 +151,10 @@ def distillation_loss(
         normalisation: "images" divides KL by the number of images. "elements" divides it by images times classes, as
             the original code does.
         smoothing: label smoothing, 0 to below 1. The teacher's decisions are never smoothed.
+        class_weights: (C,), as for `cross_entropy`. They weigh the loss of the labels only.
     """
     weight, tau = distillation_settings(kind, weight, temperature)
-    truth = cross_entropy(cls_logits, labels, smoothing)
+    truth = cross_entropy(cls_logits, labels, smoothing, class_weights)
     if kind == "hard":
         decisions = teacher.argmax(-1) if teacher.dim() == 2 else teacher
         taught = cross_entropy(distillation_logits, decisions)

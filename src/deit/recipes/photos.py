@@ -118,9 +118,9 @@ def student(teacher: str = "") -> Recipe:
             num_attention_heads=3,
             intermediate_size=768,
             layer_norm_eps=1e-6,
-            image_size=96,
-            patch_size=12,
-            encoder_stride=12,
+            image_size=224,  # the teacher's, so that it sees the views as sharp as it learnt them
+            patch_size=28,
+            encoder_stride=28,
         ),
         data=Data(batch=64, crop_ratio=1.0, mean=_HALF, std=_HALF),
         augment=_MILD,

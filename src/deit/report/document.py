@@ -25,7 +25,7 @@ from deit.report import maps as report_maps
 from deit.report import run as report_run
 from deit.report.evaluation import deciding, images_of, picture
 from deit.report.maps import Maps
-from deit.report.markup import Html, Section, date, element, isolated, joined, named, scrolled, shortened
+from deit.report.markup import Html, Section, date, element, isolated, joined, named, plural, scrolled, shortened
 from deit.report.run import counted
 from deit.train.records import MODEL, RECIPE, Record, is_number, span
 
@@ -123,7 +123,8 @@ def page(
             element(
                 "p",
                 f"Written {date(datetime.now(UTC).isoformat())} by deit "
-                f"{host.VERSION}. Intervals are Wilson's, at 95 %.",
+                f"{host.VERSION}. Intervals are Wilson's, at 95 %; that of the balanced accuracy takes the effective "
+                "number of images.",
             ),
         ),
     )
@@ -329,6 +330,15 @@ def _headline(record: Record | None, evaluation: Evaluation | None) -> Html:
         report = evaluation.main.report
         which = deciding(report)
         tiles.append(_accuracy_tile("accuracy" + f", {which}" * (which != "model"), report.accuracy()))
+        balanced = report.balanced()
+        value, interval = balanced.cells()
+        tiles.append(
+            (
+                "balanced accuracy",
+                f"{value:.3f}",
+                [interval, f"mean of {plural(balanced.classes, 'recall', 'recalls')}"],
+            )
+        )
         if len(report.classes) > 5:
             tiles.append(_accuracy_tile("top-5 accuracy", report.accuracy(top=5)))
         tiles.append(

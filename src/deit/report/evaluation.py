@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
+from deit.data.counts import listed
 from deit.evaluate.models import Evaluation, Examined
 from deit.evaluate.scores import Accuracy, ClassScore, Report
 from deit.image.decode import load_image
@@ -48,12 +49,19 @@ def accuracy(report: Report) -> Section:
     if len(report.classes) > 5:
         columns += ["top-5", "95 % interval"]
         rows = [[*row, *report.accuracy(head, 5).cells()] for head, row in zip(report.heads, rows, strict=True)]
+    columns += ["balanced", "95 % interval"]
+    rows = [[*row, *report.balanced(head).cells()] for head, row in zip(report.heads, rows, strict=True)]
+    told = (
+        "Balanced accuracy is the mean of the recalls of the classes that have images, so each class counts the same."
+    )
+    if absent := report.absent:
+        told += f" No image shows {listed(map(isolated, absent))}."
     return Section(
         "accuracy",
         "Accuracy",
         beside(
             heads_drawn(heads),
-            table("Accuracy of each head", columns, rows, hidden=True),
+            element("div", table("Accuracy of each head", columns, rows, hidden=True), sentence(told)),
         ),
     )
 

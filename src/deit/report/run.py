@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from deit import recipes
+from deit.data.counts import remarks
 from deit.evaluate.models import Evaluation
 from deit.evaluate.scores import Accuracy
+from deit.recipe import Recipe
 from deit.report import drawing
 from deit.report.drawing import Line
 from deit.report.evaluation import heads_drawn, heads_table, images_of
@@ -20,6 +23,7 @@ from deit.report.markup import (
     element,
     facts,
     folded,
+    isolated,
     joined,
     named,
     plural,
@@ -40,7 +44,14 @@ _CURVES = (
     (
         "accuracy-curve",
         "Accuracy",
-        ("accuracy", "val_accuracy", "val_accuracy_class", "val_accuracy_distillation", "agreement"),
+        (
+            "accuracy",
+            "val_accuracy",
+            "val_accuracy_class",
+            "val_accuracy_distillation",
+            "agreement",
+            "val_balanced_accuracy",
+        ),
         (0.0, 1.0),
     ),
     ("rate", "Learning rate", ("lr",), (0.0, math.inf)),
@@ -51,6 +62,7 @@ _CALLED = {
     "accuracy": "training views",
     "agreement": "agreement with the teacher",
     "val_accuracy": "validation, fused heads",
+    "val_balanced_accuracy": "validation, balanced",
     "val_accuracy_class": "validation, class head",
     "val_accuracy_distillation": "validation, distillation head",
     "lr": "learning rate",
@@ -216,7 +228,7 @@ def _metric(key: str, value: object) -> str | None:
 def recipe(record: Record) -> Section:
     if not record.recipe:
         return Section("recipe", "Recipe", joined(sentence(f"{gap}.") for gap in record.gaps if "recipe" in gap))
-    ours = flat(record.recipe)
+    ours = flat(_completed(record.recipe))
     parts = []
     shipped = recipes.shipped().get(record.name)
     if shipped is None:
@@ -244,6 +256,14 @@ def recipe(record: Record) -> Section:
     )
     parts.append(folded("The whole recipe", element("div", *blocks, class_="groups")))
     return Section("recipe", "Recipe", joined(parts))
+
+
+def _completed(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The recipe with the defaults of fields that it doesn't name, because they are newer than the run."""
+    try:
+        return Recipe.from_dict(recipe).to_dict()
+    except (ValueError, TypeError, AttributeError):
+        return recipe
 
 
 def _setting(value: object) -> str:
@@ -281,6 +301,13 @@ def data(record: Record | None, evaluation: Evaluation | None) -> Section:
     if known:
         parts.append(facts(known))
     if record and about and record.labelled:
+        objective = record.recipe.get("objective")
+        balanced = not isinstance(objective, dict) or objective.get("class_weights", "balanced") == "balanced"
+        names = [isolated(name) for name in about.classes]
+        parts += [
+            sentence(f"{told[0].upper()}{told[1:]}.")
+            for told in remarks(names, about.train, about.val, balanced=balanced)
+        ]
         smallest, largest = min(about.train, default=0), max(about.train, default=0)
         parts.append(
             folded(
@@ -322,6 +349,7 @@ def machine(record: Record) -> Section:
         ]
     for key, name, form in (
         ("images_per_second", "rate of recent steps", "{:,.1f} images/s"),
+        ("waiting", "share of the time spent on waiting for images", "{:.0%}"),
         ("images", "views shown", "{:,.0f}"),
     ):
         if (value := record.last(key)) is not None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import signal
 import threading
@@ -45,6 +46,8 @@ VERSION = 1
 VIEWS_VERSION = 1
 """Version of the views. Raise it whenever the code of `data` or `augment` draws or computes other views than before, so
 that older caches are refused."""
+JPEG_VERSION = 1
+"""The same for views that are crops of JPEG files. Caches that have none of them don't depend on it."""
 PART_BYTES = 16 * 2**20
 """Largest size of a part in bytes. A single step that is larger has a part of its own."""
 _FILE = re.compile(r"labels-(\d{5,})\.safetensors")
@@ -138,7 +141,7 @@ def teach(
         raise ValueError(f"epochs must be positive, found {epochs}")
     teacher = Teacher.load(objective.teacher, split.classes, recipe).to(place)
     layout = _layout(recipe, split, math.ceil(epochs * len(split) / recipe.data.batch))
-    prints = {"data": fingerprint(split), "views": _hash(views(recipe)), "teacher": teacher.fingerprint()}
+    prints = {"data": fingerprint(split), "views": _hash(views(recipe, split)), "teacher": teacher.fingerprint()}
     console = Console(quiet=True) if rank else console or Console(stderr=True)
     with files.held(out, lock=out / f".rank-{rank}.lock"):
         layout = _claim(out, recipe, split, layout, prints)
@@ -254,7 +257,7 @@ class LabelCache:
         """
         folder = Path(folder)
         description = _description(folder)
-        _compare(folder, description, recipe, split, {"data": fingerprint(split), "views": _hash(views(recipe))})
+        _compare(folder, description, recipe, split, {"data": fingerprint(split), "views": _hash(views(recipe, split))})
         layout = replace(_layout(recipe, split, description["steps"]), steps_per_part=description["steps_per_part"])
         whole = sum(_is_whole(folder, layout, part) for part in range(layout.parts))
         if whole < layout.parts:
@@ -286,17 +289,32 @@ class LabelCache:
 # -------------------------------------------------------------------------------------------------------- descriptions
 
 
-def views(recipe: Recipe) -> dict[str, Any]:
-    """Everything that determines what the teacher sees and what is kept of its answers, as JSON types."""
+def views(recipe: Recipe, split: Split) -> dict[str, Any]:
+    """What determines the teacher's views, beside the images, and what is kept of its answers, as JSON types."""
     description = recipe.to_dict()
     chosen = {"data": ("batch", "repeats", "crop_ratio", "mean", "std"), "objective": ("kind", "top_k", "resolution")}
     return {
         "version": VIEWS_VERSION,
+        **({"jpeg_version": JPEG_VERSION} if _crops_jpeg(recipe, split) else {}),
         "seed": recipe.seed,
         "augment": description["augment"],
         "model": {"image_size": list(recipe.model.image_hw), "num_channels": recipe.model.num_channels},
         **{part: {name: description[part][name] for name in names} for part, names in chosen.items()},
     }
+
+
+def _crops_jpeg(recipe: Recipe, split: Split) -> bool:
+    """Whether a view may be a crop of a JPEG file, judged by the files' names."""
+    return recipe.augment.crop is not None and not all(
+        os.fspath(file).lower().endswith(_NO_JPEG) for file in split.files
+    )
+
+
+_NO_JPEG = (".bmp", ".gif", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def _version(views: Mapping[str, Any]) -> str:
+    return f"{views.get('version')}" + (f".{views['jpeg_version']}" if "jpeg_version" in views else "")
 
 
 def _hash(content: Any) -> str:
@@ -337,12 +355,12 @@ def _compare(
             else "names, classes or contents of its files differ"
         )
     elif name == "views":
-        then, now = description["views"], views(recipe)
+        then, now = description["views"], views(recipe, split)
+        versions = ("version", "jpeg_version")
+        theirs, ours = ({name: value for name, value in each.items() if name not in versions} for each in (then, now))
         reason = (
-            difference(then, now)
-            if then.get("version") == now["version"]
-            else "the code of augmentation has changed since "
-            f"(version {then.get('version')} there, {now['version']} here)"
+            difference(theirs, ours)
+            or f"the code of augmentation has changed since (version {_version(then)} there, {_version(now)} here)"
         )
     else:
         reason = f"its weights, classes or preprocessing differ from those that {description['teacher']} had then"
@@ -373,7 +391,7 @@ def _claim(out: Path, recipe: Recipe, split: Split, layout: _Layout, prints: Map
         "steps": layout.steps,
         "steps_per_part": layout.steps_per_part,
         "images": len(split),
-        "views": views(recipe),
+        "views": views(recipe, split),
         "deit": host.VERSION,
     }
     if "cache.json" in names:

@@ -46,6 +46,8 @@ _PLANNED, _MOST_PLANNED = 0.05, 0.2
 """Parts of a time budget: the usual one that planning takes, and the largest."""
 _ROWS = 50
 """Largest number of steps between two rows of metrics."""
+_FEW = 10
+"""Least number of steps after which it is said whether a run waits for images."""
 
 
 class _Interrupted(BaseException):
@@ -200,6 +202,8 @@ class _Session:
         self.began = self.last_saved - state.seconds
         sharded = work.recipe.compute.parallel == "shard" and work.us.world > 1
         self.rows = Rows(reporter.say, divides=not sharded)
+        self.first_epoch = state.step + max(_FEW, math.ceil(work.batches.steps_per_epoch))
+        """The step after which it is said whether the run waits for images."""
         self.judging = 0.0
         """Seconds that the last evaluation took."""
 
@@ -244,7 +248,7 @@ class _Session:
 
     def out_of_patience(self) -> bool:
         state, part, total = self.state, self.work.recipe.patience, self.work.total
-        ends = 0 < part * total <= state.step - state.improved and state.step < total
+        ends = 0 < part * total <= state.evaluated - state.improved
         if ends:
             self.reporter.say(
                 f"the validation score has not improved since step {state.improved}, so training ends after step "
@@ -273,6 +277,12 @@ class _Session:
         """The next batch; None if there is none. A signal ends the wait, unless many processes would have to agree."""
         with self.signals.interrupting() if self.work.us.world == 1 else nullcontext():
             return next(batches, None)
+
+    def advance(self, numbers: dict[str, float], seconds: float, waited: float) -> None:
+        """Shows a step that took `seconds`, `waited` of them to get images."""
+        self.reporter.advance(self.state.step, numbers, seconds, waited)
+        if self.state.step == self.first_epoch:
+            self.reporter.first_epoch(self.work.batches.advice())
 
     def row(self, numbers: dict[str, float]) -> None:
         work, state = self.work, self.state
@@ -312,14 +322,12 @@ def _loop(session: _Session) -> None:
                 stepping.settle(work, state, say)
             if state.evaluated < state.step and work.due(state.step, work.every):
                 session.judge()
-                if session.out_of_patience():
-                    break
             elif state.counted and work.due(state.step, per_row):
                 session.row({})
-            if state.step >= work.total:
+            if state.step >= work.total or session.out_of_patience():
                 break
 
-            began = time.perf_counter()
+            began, waited = time.perf_counter(), stream.waited
             try:
                 batch = session.waited(stream)
             except _Interrupted:
@@ -334,7 +342,7 @@ def _loop(session: _Session) -> None:
             work.optimizers.set_lr(work.lr(state.step))
             ahead = stream.fetch if state.step + 1 < work.total else None
             numbers, (stop, save, late) = stepping.take(work, state, batch, session.wishes(), say, ahead)
-            session.reporter.advance(state.step, numbers, time.perf_counter() - began)
+            session.advance(numbers, time.perf_counter() - began, stream.waited - waited)
 
             if late or stop or save:
                 stepping.settle(work, state, say)
@@ -357,7 +365,9 @@ def _judge(work: Work, state: State, out: Path, validation: Iterable[Batch], row
         verdict = work.objective.judge(work.model, validation, work.us, work.precision, rows)
         # On a tie, the later model is better, because it has seen more images at a lower learning rate.
         if math.isfinite(verdict.score) and (state.best is None or verdict.score >= state.best):
-            state.best, state.improved = verdict.score, state.step
+            if state.best is None or verdict.score > state.best:
+                state.improved = state.step
+            state.best = verdict.score
             runs.save_model(work, out / "model")
     if verdict.picture is not None and work.us.main:
         path = out / "reconstructions" / f"update-{state.step:09}.png"

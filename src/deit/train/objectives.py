@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from deit import recipe as r
 from deit.config import DeiTConfig
 from deit.data.batches import Batch, EvaluationBatches, hidden_patches, processor_for
+from deit.data.counts import balanced_weights, class_counts, remarks
 from deit.data.draws import Stream, draws
 from deit.data.folders import Split
-from deit.evaluate.models import evaluate
+from deit.evaluate.models import evaluate_by_class
 from deit.image.pixels import Normalisation
 from deit.machine import Processes, Rows
 from deit.model.losses import binary_cross_entropy, cosub_loss, cross_entropy, distillation_loss, masked_image_loss
@@ -102,15 +103,20 @@ def _share(recipe: r.Recipe, split: Split, us: Processes, **options: Any) -> Eva
 
 
 class ClassificationObjective:
-    """The part that all classifiers share: how they are judged."""
+    """The part that all classifiers share: the weights of the classes, and how they are judged."""
 
     cycle: int | None = None
 
-    def __init__(self, recipe: r.Recipe):
-        self.recipe = recipe
+    def __init__(self, recipe: r.Recipe, weighting: str, split: Split, device: torch.device):
+        """`weighting` is the recipe's `class_weights`, and `split` has the training images."""
+        self.recipe, self.weighting, self.split = recipe, weighting, split
+        self.class_weights: Tensor | None = None  # (C,) float32
+        if weighting == "balanced":
+            self.class_weights = torch.tensor(balanced_weights(split), dtype=torch.float32, device=device)
 
     def introduction(self, model: nn.Module, validation: Split, us: Processes) -> Iterable[str]:
-        return ()
+        counts = (class_counts(split, len(self.split.classes)) for split in (self.split, validation))
+        return remarks(self.split.classes, *counts, balanced=self.weighting == "balanced")
 
     def validation(self, split: Split, us: Processes) -> EvaluationBatches:
         return _share(self.recipe, split, us)
@@ -123,30 +129,35 @@ class ClassificationObjective:
         precision: torch.dtype,
         rows: Rows | None = None,
     ) -> Verdict:
-        heads = evaluate(model, batches, us, precision, rows)
-        numbers = {"val_accuracy": heads["fused"].value}
+        heads = evaluate_by_class(model, batches, us, precision, rows)
+        score = heads["fused"].plain.value
+        numbers = {"val_accuracy": score, "val_balanced_accuracy": heads["fused"].value}
         if len(heads) > 2:
-            numbers |= {f"val_accuracy_{head}": heads[head].value for head in ("class", "distillation")}
-        return Verdict(heads["fused"].value, numbers)
+            numbers |= {f"val_accuracy_{head}": heads[head].plain.value for head in ("class", "distillation")}
+        return Verdict(score, numbers)
 
 
 class SupervisedObjective(ClassificationObjective):
     """Learning from the labels alone."""
 
-    def __init__(self, recipe: r.Recipe, settings: r.Supervised):
-        super().__init__(recipe)
+    def __init__(self, recipe: r.Recipe, settings: r.Supervised, split: Split, device: torch.device):
+        super().__init__(recipe, settings.class_weights, split, device)
         self.settings = settings
         self.passes = 2 if settings.cosub else 1
 
     def __call__(self, model: nn.Module, batch: Batch, depth_draws: Tensor | None) -> dict[str, Tensor]:
-        binary, smoothing = self.settings.loss == "binary", self.settings.smoothing
+        binary, smoothing, weights = self.settings.loss == "binary", self.settings.smoothing, self.class_weights
         logits = _forward(model, torch.cat([batch.pixels] * self.passes), depth_draws).logits.float()
         if self.settings.cosub:
             one, other = logits.chunk(2)
-            loss = cosub_loss(one, other, batch.labels, binary=binary, smoothing=smoothing)
+            loss = cosub_loss(one, other, batch.labels, binary=binary, smoothing=smoothing, class_weights=weights)
         else:
             one = logits
-            loss = binary_cross_entropy(one, batch.labels) if binary else cross_entropy(one, batch.labels, smoothing)
+            loss = (
+                binary_cross_entropy(one, batch.labels, weights)
+                if binary
+                else cross_entropy(one, batch.labels, smoothing, weights)
+            )
         return {"loss": loss, "accuracy": _agreement(one, batch.labels)}
 
 
@@ -160,18 +171,27 @@ class DistilledObjective(ClassificationObjective):
 
     passes = 1
 
-    def __init__(self, recipe: r.Recipe, settings: r.Distilled, source: Teacher | LabelCache):
-        super().__init__(recipe)
+    def __init__(
+        self,
+        recipe: r.Recipe,
+        settings: r.Distilled,
+        split: Split,
+        device: torch.device,
+        source: Teacher | LabelCache,
+    ):
+        super().__init__(recipe, settings.class_weights, split, device)
         self.settings, self.source = settings, source
         if isinstance(source, LabelCache):
             self.cycle = source.steps
 
     def introduction(self, model: nn.Module, validation: Split, us: Processes) -> Iterable[str]:
+        yield from super().introduction(model, validation, us)
         if isinstance(self.source, LabelCache):
-            return [f"the labels that {self.source.teacher} gave, from {self.source.folder}"]
+            yield f"the labels that {self.source.teacher} gave, from {self.source.folder}"
+            return
         alone = us.world == 1 or self.recipe.compute.parallel == "replicate"  # a share of a model can't answer
         learned = model if self.recipe.start and alone else None
-        return self.source.introduction(self.recipe, validation, "validation", us.device, learned)
+        yield from self.source.introduction(self.recipe, validation, "validation", us.device, learned)
 
     def taught(self, batch: Batch) -> Tensor:
         """The teacher's answers to a batch: labels (B,) if distillation is hard, otherwise log-probabilities (B, C)."""
@@ -195,6 +215,7 @@ class DistilledObjective(ClassificationObjective):
             temperature=given.temperature,
             normalisation=given.normalisation,
             smoothing=given.smoothing,
+            class_weights=self.class_weights,
         )
         decided = taught if given.kind == "hard" else taught.argmax(-1)
         return {
@@ -289,13 +310,14 @@ def build(recipe: r.Recipe, split: Split, device: torch.device) -> Objective:
     """Builds the objective of a recipe. Its teacher or cache is opened and checked against the data."""
     match recipe.objective:
         case r.Supervised() as settings:
-            return SupervisedObjective(recipe, settings)
+            return SupervisedObjective(recipe, settings, split, device)
         case r.MaskedImage():
             return MaskedImageObjective(recipe)
         case r.Distilled(cache=cache) as settings if cache:
-            return DistilledObjective(recipe, settings, LabelCache.open(cache, split, recipe))
+            return DistilledObjective(recipe, settings, split, device, LabelCache.open(cache, split, recipe))
         case r.Distilled(teacher=teacher) as settings if teacher:
-            return DistilledObjective(recipe, settings, Teacher.load(teacher, split.classes, recipe).to(device))
+            source = Teacher.load(teacher, split.classes, recipe).to(device)
+            return DistilledObjective(recipe, settings, split, device, source)
     assert isinstance(recipe.objective, r.Distilled)  # a linear probe has no steps
     raise ValueError(
         f"recipe {recipe.name} distils but names no teacher; use --set objective.teacher=timm:NAME, a trained "

@@ -54,20 +54,22 @@ def learn(
     if most is not None and most < len(train):
         drawn = np.random.default_rng(recipe.seed).permutation(len(train))[:most]
         train = train.take(np.sort(drawn).tolist())
+    settings = recipe.objective
+    objective = ClassificationObjective(recipe, settings.class_weights, train, us.device)
+    for sentence in objective.introduction(nn.Identity(), validation, us):
+        reporter.say(sentence)
     model = build_model(recipe, train.classes).to(us.device).eval()
     heads = linear_heads(model)
     features, labels = _cached(recipe, train, model, us, reporter)
-    strength, accuracy = choose(features[0], labels, recipe.objective, recipe.seed)
+    strength, accuracy = choose(features[0], labels, settings, recipe.seed)
     reporter.say(
-        f"C={strength:g} is right on {accuracy:.3f} of the training images in {recipe.objective.folds}-fold "
-        "cross-validation"
+        f"C={strength:g} is right on {accuracy:.3f} of the training images in {settings.folds}-fold cross-validation"
     )
     for head, values in zip(heads, features, strict=True):
-        weight, bias = fit(values, labels, len(train.classes), strength)
+        weight, bias = fit(values, labels, len(train.classes), strength, settings.class_weights)
         with torch.no_grad():
             head.weight.copy_(torch.from_numpy(weight))
             head.bias.copy_(torch.from_numpy(bias))
-    objective = ClassificationObjective(recipe)
     verdict = objective.judge(
         model, objective.validation(validation, us), us, resolve_precision(recipe.compute.precision, us.device)
     )
@@ -107,7 +109,7 @@ def choose(features: np.ndarray, labels: np.ndarray, probe: LinearProbe, seed: i
         parts = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(features, labels))
     right, losses = np.zeros((2, len(strengths)))
     for learnt, judged in parts:
-        found = _fits(features[learnt], labels[learnt], classes, strengths)
+        found = _fits(features[learnt], labels[learnt], classes, strengths, probe.class_weights)
         for number, (weight, bias) in enumerate(found):
             logits = torch.from_numpy(features[judged] @ weight.T + bias)
             truth = torch.from_numpy(labels[judged])
@@ -117,27 +119,35 @@ def choose(features: np.ndarray, labels: np.ndarray, probe: LinearProbe, seed: i
     return strengths[best], float(right[best]) / len(labels)
 
 
-def fit(features: np.ndarray, labels: np.ndarray, classes: int, strength: float) -> tuple[np.ndarray, np.ndarray]:
+def fit(
+    features: np.ndarray, labels: np.ndarray, classes: int, strength: float, class_weights: str = "equal"
+) -> tuple[np.ndarray, np.ndarray]:
     """Weights (C, D) and biases (C,) of logistic regression on `features` (N, D) with `labels` (N,).
 
     The features are standardised for the fit, and the result is for the features as they are. A class without an image
     gets no weights and the bias of the least likely class, less 10, so that it is never the answer.
     """
-    [found] = _fits(features, labels, classes, [strength])
+    [found] = _fits(features, labels, classes, [strength], class_weights)
     return found
 
 
 def _fits(
-    features: np.ndarray, labels: np.ndarray, classes: int, strengths: Sequence[float]
+    features: np.ndarray, labels: np.ndarray, classes: int, strengths: Sequence[float], class_weights: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields `fit` for each of the rising strengths. Each fit begins where the one before ended."""
+    from threadpoolctl import threadpool_limits  # which scikit-learn needs too
+
+    # Threads win little on small matrices. On cores that others use too, waiting for each other costs up to fifty times
+    # as much as it gains.
+    threads = 1 if len(features) <= _COUNTED else None
     mean, deviation = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
     deviation[deviation < 1e-12] = 1.0
     standardised = ((features - mean) / deviation).astype(np.float32)
-    solver = _solver()(max_iter=_ITERATIONS, warm_start=True)
+    weighing = "balanced" if class_weights == "balanced" else None
+    solver = _solver()(max_iter=_ITERATIONS, warm_start=True, class_weight=weighing)
     for strength in strengths:
         solver.set_params(C=strength)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), threadpool_limits(threads):
             warnings.filterwarnings("ignore", category=_not_converged())  # then it is close enough for a decision
             solver.fit(standardised, labels)
         scaled, offsets = (values.astype(np.float64) for values in (solver.coef_, solver.intercept_))

@@ -29,6 +29,23 @@ _RECENT = 50
 waits between them."""
 _STARTING = 2
 """Number of first steps that do not count for the rate after them, because they start things."""
+_MUCH = 1 / 3
+"""Share of the time spent on waiting for images that is worth a sentence."""
+
+
+class _Shares:
+    """The time of some steps, and the part of it that went by waiting for images."""
+
+    def __init__(self) -> None:
+        self.seconds = self.waited = 0.0
+
+    def add(self, seconds: float, waited: float) -> None:
+        self.seconds += seconds
+        self.waited += waited
+
+    @property
+    def waiting(self) -> float:
+        return self.waited / self.seconds if self.seconds else 0.0
 
 
 class Reporter:
@@ -56,7 +73,8 @@ class Reporter:
     ):
         self.out, self.recipe, self.us, self.total = out, recipe, us, total
         self.console = (console or Console(stderr=True)) if us.main else Console(quiet=True)
-        self.first, self.rate = done, 0.0
+        self.first, self.rate, self.waiting = done, 0.0, 0.0
+        self.since_row, self.since_start = _Shares(), _Shares()
         self.durations: deque[float] = deque(maxlen=_RECENT)
         self.latest: dict[str, float] = {}
         self.receivers: list[Receiver] = []
@@ -108,11 +126,14 @@ class Reporter:
     def say(self, sentence: str) -> None:
         self.console.print(shown(sentence), markup=False, highlight=False, soft_wrap=True)
 
-    def advance(self, step: int, numbers: dict[str, float], seconds: float) -> None:
-        """Moves the line. To be called after every step, which took `seconds`."""
+    def advance(self, step: int, numbers: dict[str, float], seconds: float, waited: float) -> None:
+        """Moves the line. To be called after every step, which took `seconds`, `waited` of them to get images."""
         since = step - self.first
         if since == _STARTING + 1:
             self.durations.clear()
+            self.since_row, self.since_start = _Shares(), _Shares()
+        for shares in (self.since_row, self.since_start):
+            shares.add(seconds, waited)
         self.durations.append(seconds)
         self.rate = self.recipe.data.batch / statistics.fmean(self.durations)
         self.latest |= numbers
@@ -124,11 +145,22 @@ class Reporter:
             )
         self.bar.update(self.task, completed=step, note=self._note())
 
+    def first_epoch(self, advice: str) -> None:
+        """Says it if the run waits for images much of the time, and what to do. To be called after the first epoch."""
+        if self.since_start.waiting > _MUCH and advice:
+            self.say(f"{self.since_start.waiting:.0%} of the time went by waiting for images; {advice}")
+
     def row(self, row: dict[str, Any]) -> None:
         """Writes one line of `metrics.jsonl`."""
         if not self.us.main:
             return
-        row = row | {"images_per_second": round(self.rate, 1), "memory": peak_memory(self.us.device)}
+        if self.since_row.seconds:
+            self.waiting, self.since_row = self.since_row.waiting, _Shares()
+        row = row | {
+            "images_per_second": round(self.rate, 1),
+            "waiting": round(self.waiting, 3),
+            "memory": peak_memory(self.us.device),
+        }
         with files.told_if_full(self.out / "metrics.jsonl"):
             self.metrics.write(json.dumps(row).encode() + b"\n")
             self.metrics.flush()

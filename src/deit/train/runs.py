@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from deit import files, host
+from deit.config import TimmConfig
 from deit.data.batches import EvaluationBatches, TrainingBatches, processor_for, steps_per_epoch
 from deit.data.folders import Split, fingerprint
+from deit.image.jpeg import reader
 from deit.machine import Processes, described, resolve_precision, whole
-from deit.recipe import Cosine, LoRA, Optimizer, Recipe, difference
+from deit.recipe import MICRO_BATCHES_REFUSED, Cosine, LoRA, Optimizer, Recipe, difference
 from deit.train import checkpoint, compiling, objectives, optim, tuning
 from deit.train.build import build_model
 from deit.train.records import ABOUT, ADAPTER, MODEL, RECIPE, About
@@ -210,6 +212,8 @@ def prepare(
     model.to(us.device)
     if found:
         model.load_state_dict(_part(tensors, "model."))
+    if isinstance(recipe.model, TimmConfig) and tuning.normalises_batches(model, tuned):
+        _refuse_other_statistics(recipe)
     if recipe.compute.checkpoint_blocks:
         model.gradient_checkpointing_enable()  # type: ignore[operator]
     compiled = compiling.wanted(recipe.compute.compile, model, us, total)
@@ -248,6 +252,18 @@ def prepare(
         compiled,
         us.device.type == "cuda" and optimizers.can_skip,
     ), state
+
+
+def _refuse_other_statistics(recipe: Recipe) -> None:
+    if recipe.compute.accumulate > 1:
+        raise ValueError(
+            f"compute.accumulate is {recipe.compute.accumulate}, but {MICRO_BATCHES_REFUSED}; set compute.accumulate=1"
+        )
+    if recipe.compute.checkpoint_blocks:
+        raise ValueError(
+            "compute.checkpoint_blocks computes each block twice, and batch normalisation would count the images twice "
+            "in its running statistics, so it would train another model; leave it out"
+        )
 
 
 def write_about(
@@ -290,6 +306,7 @@ def write_about(
             "deit": host.VERSION,
             "Python": platform.python_version(),
             "PyTorch": str(torch.__version__),
+            "JPEG reader": reader(),
             "system": platform.platform(),
         },
     )

@@ -20,6 +20,7 @@ from deit.machine import alone, available_memory, free_memory, out_of_memory, sy
 from deit.recipe import MICRO_BATCHES_REFUSED, Recipe
 from deit.train import memory, optim
 from deit.train.runs import State, Unread, Work
+from deit.train.tuning import normalises_batches
 
 _MOST_SKIPPED = 5
 """Number of steps in a row without a finite loss and gradient that stop the run."""
@@ -190,14 +191,16 @@ def _divide(work: Work, state: State, batch: Batch, say: Callable[[str], None]) 
         if us.world > 1 or not out_of_memory(error):
             raise
         return  # the step itself will say it
-    plans = us.gather(memory.plan(need, len(batch), work.accumulate, not _has_batch_norm(work), room))
+    plans = us.gather(
+        memory.plan(need, len(batch), work.accumulate, not normalises_batches(work.model, work.tuned), room)
+    )
     chosen = max(plans, key=lambda each: (not each.fits, each.parts, each.need))
     if chosen.room is None:
         say(f"a step needs about {_gib(chosen.need)} of memory")
         return
     found = f"about {_gib(chosen.whole)} of memory, and {_gib(chosen.room)} are free"
     if not chosen.fits:
-        if _has_batch_norm(work):
+        if normalises_batches(work.model, work.tuned):
             raise RuntimeError(f"a step needs {found}; {_batch_norm_advice(work)}")
         raise RuntimeError(
             f"a step needs {found}; in the smallest parts it needs {_gib(chosen.need)}. Set "
@@ -217,12 +220,6 @@ def _gib(count: int) -> str:
     return f"{count / 2**30:.2g} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
-def _has_batch_norm(work: Work) -> bool:
-    """Whether batch normalisation takes its statistics from the images of a step. Where it is frozen, it doesn't."""
-    frozen = {part for whole in work.tuned.frozen for part in whole.modules()}
-    return any(isinstance(p, nn.modules.batchnorm._BatchNorm) for p in work.model.modules() if p not in frozen)
-
-
 def _batch_norm_advice(work: Work) -> str:
     return (
         f"{MICRO_BATCHES_REFUSED}: set data.batch below {work.recipe.data.batch} (the learning rate follows it), or "
@@ -231,7 +228,7 @@ def _batch_norm_advice(work: Work) -> str:
 
 
 def _halve(work: Work, batch: Batch, say: Callable[[str], None]) -> None:
-    if _has_batch_norm(work):
+    if normalises_batches(work.model, work.tuned):
         raise RuntimeError(f"out of memory with {len(batch)} images at once; {_batch_norm_advice(work)}")
     if work.accumulate >= (len(batch) + 1) // 2:  # mirror images can't be separated
         raise _too_large(work, batch)

@@ -51,6 +51,12 @@ def tune(model: nn.Module, tuning: Tuning | None) -> Tuned:
     return Tuned(tuple(frozen), adapters)
 
 
+def normalises_batches(model: nn.Module, tuned: Tuned) -> bool:
+    """Whether batch normalisation takes its statistics from the images of a step. Where it is frozen, it doesn't."""
+    frozen = {part for whole in tuned.frozen for part in whole.modules()}
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules() if part not in frozen)
+
+
 def _heads(model: nn.Module) -> tuple[str, ...]:
     """What the names of the parameters of all heads begin with."""
     if not isinstance(model, TimmClassifier):

@@ -1,0 +1,155 @@
+"""Speed of the training loader on one core, beside timm's: from JPEG files to the 8-bit views of the DeiT recipe.
+
+    python -m bench.speed.reading [--rounds 7] [--case "photos"|"photos one view"|"12 megapixels"|...]
+
+A step makes as many views as the case says, in one process with one thread: random crop to 224 pixels, flip and
+RandAugment, with a bicubic kernel. A batch shows each image `repeats` times in a row, as the recipe's repeated
+augmentation does with 3. No image is kept in memory from one batch to the next. We also draw the noise of erasing,
+which timm leaves to the GPU. `deit Pillow` decodes without the extra `fast`.
+
+The photos are ImageNet's if `shared/data/imagenet_sample.tar` is beside the repository, otherwise coarse random
+pictures of 500x375 pixels. Photos of 12 megapixels are made of them: enlarged, with noise like a sensor's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bench.harness import Comparison, answer
+from bench.speed import predict
+
+CASES = {
+    f"{name}{' one view' if repeats == 1 else ''}": {"large": large, "repeats": repeats, "views": views}
+    for name, large, views in (("photos", False, 360), ("12 megapixels", True, 24))
+    for repeats in (3, 1)
+}
+SIZE = 224
+
+
+def files(large: bool, count: int, folder: Path) -> list[Path]:
+    found = predict.photos(count, folder / "photos")
+    if not large:
+        return found
+    sensor = np.random.default_rng(0)
+    for i, file in enumerate(found):
+        with Image.open(file) as photo:
+            picture = photo.convert("RGB").resize((4000, 3000), Image.Resampling.BICUBIC)
+        noise = sensor.normal(0, 4, (3000, 4000, 1)).astype(np.int16)
+        levels = (np.asarray(picture, np.int16) + noise).clip(0, 255).astype(np.uint8)
+        Image.fromarray(levels).save(folder / f"{i}.jpg", quality=90)
+    return sorted(folder.glob("*.jpg"))
+
+
+def our_batches(images: Sequence[Path], repeats: int) -> Iterator[Any]:
+    from deit.data.batches import TrainingBatches
+    from deit.data.folders import Split
+    from deit.recipe import Compute
+    from deit.recipes.deit import deit_tiny
+
+    recipe = deit_tiny()
+    recipe = replace(
+        recipe,
+        data=replace(recipe.data, batch=repeats * len(images), repeats=repeats),
+        compute=Compute(workers=0),
+    )
+    batches = TrainingBatches(Split(tuple(images), (0,) * len(images), ("photo",)), recipe)
+    batches.views.budget = 0
+    return batches.from_step(0)
+
+
+class _Photos(torch.utils.data.Dataset[Any]):
+    """Images and a label, as timm's `ImageDataset` reads them."""
+
+    def __init__(self, images: Sequence[Path], repeats: int):
+        self.images = [file for file in images for _ in range(repeats)]
+        self.transform: Callable[[Image.Image], Any] = lambda image: image
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        with open(self.images[index], "rb") as file:
+            return self.transform(Image.open(file).convert("RGB")), 0
+
+
+def timm_batches(images: Sequence[Path], repeats: int) -> Iterator[Any]:
+    """What timm's loader hands to its `PrefetchLoader`, which normalises and erases on the device."""
+    from timm.data import auto_augment, create_loader
+
+    posterize: Callable[..., Image.Image] = auto_augment.posterize
+
+    def or_black(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+        """timm raises with Pillow 13 if no bit is kept."""
+        return posterize(image, bits, **options) if bits else Image.new(image.mode, image.size)
+
+    photos: Any = _Photos(images, repeats)
+    no_jitter: Any = None
+
+    auto_augment.NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), or_black))
+    loader = create_loader(
+        photos,
+        (3, SIZE, SIZE),
+        batch_size=repeats * len(images),
+        is_training=True,
+        color_jitter=no_jitter,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic",
+        re_prob=0.25,
+        re_mode="pixel",
+        num_workers=0,
+        persistent_workers=False,
+        device=torch.device("cpu"),
+    )
+    return itertools.chain.from_iterable(itertools.repeat(loader.loader))
+
+
+@contextmanager
+def without_simplejpeg() -> Iterator[None]:
+    from deit.image import jpeg
+
+    fast, jpeg._fast = jpeg._fast, lambda: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        jpeg._fast = fast
+
+
+def work(contender: str, large: bool, repeats: int, views: int) -> None:
+    """Makes batches, as many as it is asked to."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        images = files(large, views // repeats, Path(folder))
+        if contender == "timm":
+            answer(timm_batches(images, repeats).__next__)
+        elif contender == "deit":
+            answer(our_batches(images, repeats).__next__)
+        else:
+            with without_simplejpeg():
+                answer(our_batches(images, repeats).__next__)
+
+
+COMPARISON = Comparison(
+    module="bench.speed.reading",
+    description=__doc__,
+    records=Path(__file__).with_suffix(".jsonl"),
+    cases=CASES,
+    contenders=lambda _: ("deit", "deit Pillow", "timm"),
+    work=work,
+    step="batch",
+    images="views",
+    packages=("torch", "timm", "PIL", "simplejpeg"),
+    circumstances={"photos": predict.PHOTOS.is_file()},
+)
+
+if __name__ == "__main__":
+    COMPARISON.main()

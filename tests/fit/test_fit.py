@@ -1,0 +1,352 @@
+"""From a folder of images to the recommended model: the plan, its steps, its time, the choice."""
+
+import json
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+from support.checks import raises_saying
+from support.models import small, trained_folder
+from support.runs import photos, small_recipe
+
+from deit import Predictor
+from deit.cli import main
+from deit.data.folders import fingerprint, read_data, read_split
+from deit.evaluate.calibration import Calibration
+from deit.evaluate.models import examine_files
+from deit.fit import plan as planning
+from deit.fit import work
+from deit.fit.judging import recommend
+from deit.fit.plan import Plan, Step
+from deit.fit.work import carry_out, fit
+from deit.recipe import Augment, Cosine, Distilled, LinearProbe, epochs
+from deit.train.labels import LabelCache
+
+pytest.importorskip("sklearn")
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 12), ("val", 8), ("test", 6)):
+        photos(root, split=split, count=count)
+    return root
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def small_plan(out, data, start, *, minutes=None, shares=(0.1, 0.4, 0.1, 0.35, 0.05), **options):
+    """A plan of small recipes with the steps that `make_plan` gives."""
+    studying = small_recipe(
+        Distilled(kind="soft", teacher=str(out / "teacher" / "model"), cache=str(out / "labels")),
+        name="student",
+        schedule=Cosine(total=epochs(4)),
+        augment=Augment(flip=0.5),
+    )
+    config = small(distillation_token=False, num_labels=None)
+    probe = small_recipe(
+        LinearProbe(strengths=(0.01, 0.1), folds=2),
+        name="frozen",
+        model=config,
+        optim=None,
+        schedule=None,
+        start=str(start),
+    )
+    teaching = small_recipe(
+        name="teacher", model=config, schedule=Cosine(total=epochs(3)), start=str(out / "frozen" / "model")
+    )
+    recipes = {"frozen": probe, "teacher": teaching, "student": studying}
+    names = ("frozen", "teacher", "labels", "student", "judge")
+    return Plan(
+        data=str(data),
+        fingerprint=fingerprint(read_data(data, holdout=0.1, seed=0)[0]),
+        minutes=minutes,
+        steps=tuple(
+            Step(name=name, share=share, why=f"the {name}", recipe=recipes.get(name))
+            for name, share in zip(names, shares, strict=True)
+        ),
+        **options,
+    )
+
+
+def carried(plan, out, data, console=QUIET):
+    splits = read_data(data, holdout=0.1, seed=0)
+    return carry_out(plan, splits, read_split(data, "test", splits[0].classes), out, device="cpu", console=console)
+
+
+@pytest.fixture
+def start(tmp_path):
+    return trained_folder(tmp_path / "start", labels="uvwx", distilled=False)
+
+
+def test_the_whole_road(data, tmp_path, start, own_cache):
+    out = tmp_path / "run"
+    plan = small_plan(out, data, start)
+    plan.write(out)
+    fitted = carried(plan, out, data)
+    # What it says of each model is what an evaluation of its own finds.
+    for name in ("frozen", "teacher", "student"):
+        found = examine_files(out / name / "model", data, split="test", device="cpu", console=QUIET)
+        assert fitted[name].heads == {head: found.main.report.accuracy(head) for head in found.main.report.heads}
+        val = examine_files(out / name / "model", data, split="val", device="cpu", console=QUIET)
+        assert fitted.to_dict()["models"][name]["val_accuracy"] == val.main.report.accuracy().value
+    assert list(fitted["student"].heads) == ["fused", "class", "distillation", "softmax"]
+    other = examine_files(
+        out / "frozen" / "model", data, split="test", other=out / "student" / "model", device="cpu", console=QUIET
+    )
+    assert fitted.pairs["frozen", "student"] == other.comparison
+    # The recommended model is the best on the validation images, calibrated.
+    scores = {each.name: each.validation.main.report.accuracy().value for each in fitted.candidates}
+    assert scores[fitted.recommended] == max(scores.values())
+    assert fitted.model == out / "model"
+    photo = next((data / "test").rglob("*.png"))
+    folders = (out / "model", fitted[fitted.recommended].folder)
+    ours, theirs = ((folder / "model.safetensors").read_bytes() for folder in folders)
+    assert ours == theirs
+    assert Calibration.of_model(out / "model").images == 24
+    assert Predictor(out / "model")([photo])[0][0]["label"] in "abc"
+    assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(fitted.to_dict()))
+    page = (out / "report.html").read_text()
+    assert "The models that were compared" in page
+    assert f"{fitted[fitted.recommended].accuracy.value:.3f}" in page
+    # Each step is an ordinary recipe, and the student used stored labels of the better of baseline and teacher.
+    recipe = json.loads((out / "student" / "recipe.json").read_text())["objective"]
+    validation = {name: scores[name] for name in ("teacher", "frozen")}
+    assert recipe["teacher"] == str(out / max(validation, key=validation.get) / "model")
+    assert recipe["cache"] == str(out / "labels")
+    splits = read_data(data, holdout=0.1, seed=0)
+    assert LabelCache.open(out / "labels", splits[0], plan.recipe("student")).steps >= 16
+
+
+def test_the_same_call_goes_on(data, tmp_path, start, own_cache, monkeypatch):
+    out = tmp_path / "run"
+    plan = small_plan(out, data, start)
+    plan.write(out)
+    trained = []
+    train = work.train
+
+    def stopped(recipe, *given, **options):
+        trained.append(recipe.name)
+        if recipe.name == "student" and trained.count("student") == 1:
+            raise KeyboardInterrupt
+        return train(recipe, *given, **options)
+
+    monkeypatch.setattr(work, "train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fit(data, out, console=QUIET, device="cpu")
+    assert not (out / "model").exists()
+    again = fit(data, out, console=QUIET, device="cpu")
+    assert trained == ["frozen", "teacher", "student", "student"]
+    once_more = fit(data, out, console=QUIET, device="cpu")  # only judges again
+    assert trained == ["frozen", "teacher", "student", "student"]
+    first, second = again.to_dict(), once_more.to_dict()
+    for each in (*first["models"].values(), *second["models"].values()):
+        del each["images_per_second"]
+    assert (first["models"], first["pairs"]) == (second["models"], second["pairs"])
+
+
+@pytest.mark.parametrize("minutes", [0.25])
+def test_the_time_is_kept(data, tmp_path, start, own_cache, minutes):
+    out = tmp_path / "run"
+    plan = small_plan(out, data, start, minutes=minutes)
+    long = {name: replace(plan.recipe(name), schedule=Cosine(total=epochs(10_000))) for name in ("teacher", "student")}
+    plan = replace(plan, steps=tuple(replace(step, recipe=long.get(step.name, step.recipe)) for step in plan.steps))
+    plan.write(out)
+    began = time.perf_counter()
+    fitted = carried(plan, out, data)
+    assert time.perf_counter() - began <= 1.1 * 60 * minutes
+    assert fitted.seconds >= 0.4 * 60 * minutes  # it used what it was given
+
+
+def test_what_does_not_fit_into_the_time_is_left_out(data, tmp_path, start, own_cache, capsys):
+    out = tmp_path / "run"
+    plan = small_plan(out, data, start, minutes=1.0, shares=(0.1, 1e-9, 1e-9, 1e-9, 1.0))
+    plan.write(out)
+    fitted = carried(plan, out, data, Console(stderr=True, width=1000))
+    said = capsys.readouterr().err
+    assert "teacher: left out, because a step takes about" in said
+    assert [each.name for each in fitted.candidates] == ["frozen"]
+    assert fitted.reason == "the frozen baseline is the only model"
+
+
+# ------------------------------------------------------------------------------------------------------------ the plan
+
+
+def test_a_plan_is_read_as_it_was_written(data, tmp_path, start):
+    plan = small_plan(tmp_path / "run", data, start, minutes=7.5, prefer="speed")
+    plan.write(tmp_path / "run")
+    assert Plan.read(tmp_path / "run") == plan
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "plan.json",
+        "frozen.json",
+        "teacher.json",
+        "student.json",
+    }
+
+
+def edited(out, change):
+    values = json.loads((out / "plan.json").read_text())
+    change(values)
+    (out / "plan.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda plan: plan.update(version=9), "version must be 1"),
+        (lambda plan: plan["steps"].pop(), "with judge at the end"),
+        (lambda plan: plan["steps"].reverse(), "in this order"),
+        (lambda plan: plan["steps"].pop(3), "labels are stored for a student"),
+        (lambda plan: plan["steps"][0].update(recipe="../frozen.json"), "must be a file beside the plan"),
+        (lambda plan: plan["steps"][0].pop("recipe"), "the step frozen lacks its recipe"),
+        (lambda plan: plan["steps"][0].update(share="much"), "share of frozen must be a number"),
+        (lambda plan: plan.update(minutes="long"), "minutes must be a number"),
+        (lambda plan: plan.update(minutes=-1), "minutes must be positive"),
+        (lambda plan: plan.update(prefer="size"), "prefer one of accuracy, speed"),
+        (lambda plan: plan.update(surprise=1), "surprise"),
+        (lambda plan: plan.pop("steps"), "'steps' is missing"),
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_refused(data, tmp_path, start, change, words):
+    out = tmp_path / "run"
+    small_plan(out, data, start).write(out)
+    edited(out, change)
+    with raises_saying(ValueError, str(out / "plan.json"), words):
+        Plan.read(out)
+
+
+def test_an_edited_plan_is_carried_out(data, tmp_path, start, own_cache):
+    """Without baseline and labels, and with a recipe that was changed."""
+    out = tmp_path / "run"
+    small_plan(out, data, start).write(out)
+    edited(out, lambda plan: plan.update(steps=[plan["steps"][number] for number in (1, 4)]))
+    recipe = json.loads((out / "teacher.json").read_text())
+    recipe.update(start="", schedule={**recipe["schedule"], "total": {"amount": 3, "unit": "steps"}})
+    (out / "teacher.json").write_text(json.dumps(recipe))
+    fitted = fit(data, out, console=QUIET, device="cpu")
+    assert [each.name for each in fitted.candidates] == ["teacher"]
+    assert json.loads((out / "teacher" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
+
+
+def test_recipes_that_hold_out_other_images(data, tmp_path, start):
+    plan = small_plan(tmp_path / "run", data, start)
+    changed = replace(plan.steps[1], recipe=replace(plan.steps[1].recipe, seed=1))
+    with raises_saying(ValueError, "differ in seed or data.holdout"):
+        replace(plan, steps=(plan.steps[0], changed, *plan.steps[2:]))
+
+
+FIVE = ["frozen", "teacher", "labels", "student", "judge"]
+
+
+@pytest.mark.parametrize(
+    ("reached", "names", "teacher", "student"),
+    [
+        ((), ["teacher", "labels", "student", "judge"], "teacher_from_scratch", "student"),
+        (("installed",), FIVE, "teacher", "student"),
+        (
+            ("timm/tf_efficientnet_lite0.in1k",),
+            FIVE,
+            "teacher",
+            "student",
+        ),
+        (
+            ("installed", "facebook/deit-tiny-distilled-patch16-224"),
+            FIVE,
+            "teacher",
+            "finetune_distilled",
+        ),
+    ],
+)
+def test_the_plan_takes_the_best_that_can_be_reached(data, tmp_path, monkeypatch, reached, names, teacher, student):
+    monkeypatch.setattr(planning, "_reachable", lambda recipe: recipe.start in reached)
+    monkeypatch.setattr(planning, "_rate", lambda *_: 2.0)
+    splits = read_data(data, holdout=0.1, seed=5)
+    plan = planning.make_plan(data, splits, tmp_path / "run", minutes=2.5, seed=5, device="cpu")
+    assert [step.name for step in plan.steps] == names
+    assert (plan.recipe("teacher").name, plan.recipe("student").name) == (teacher, student)
+    assert {step.recipe.seed for step in plan.steps if step.recipe} == {5}
+    if "frozen" in names:
+        probe = plan.recipe("frozen")
+        assert probe.start == reached[0]
+        assert plan.recipe("teacher").start == str(tmp_path / "run" / "frozen" / "model")
+        assert probe.objective.images == 30  # 2 images/s for a tenth of 2.5 minutes, but ten for each class
+
+
+def test_the_plan_for_people(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(planning, "_reachable", lambda recipe: False)
+    assert main(["fit", str(data), "--out", str(tmp_path / "run"), "--time", "10m", "--plan", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "36 to train, 24 to validate, 18 to test; 3 classes, from 12 (a) to 12 (a) training images" in said
+    assert "1. teacher    4 min  the built-in ConvNet, trained from scratch" in said
+    assert "3. student    4 min  a small DeiT from scratch" in said
+    assert not (tmp_path / "run" / "teacher").exists()
+    assert main(["fit", str(data), "--out", str(tmp_path / "run"), "--time", "20m"]) == 1
+    assert "holds a plan with minutes=10.0, found minutes=20.0; edit" in capsys.readouterr().err
+
+
+def test_other_folders_and_other_images_are_refused(data, tmp_path, start):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with raises_saying(FileExistsError, "to be empty or to hold a plan"):
+        fit(data, tmp_path / "mine", console=QUIET)
+    out = tmp_path / "run"
+    changed = photos(photos(tmp_path / "changed"), split="val")
+    plan = small_plan(out, changed, start)
+    plan.write(out)
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(changed / "train" / "a" / "new.png")
+    with raises_saying(ValueError, "are not those that", "restore them"):
+        fit(changed, out, console=QUIET, device="cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------- the choice
+
+
+class _Made:
+    """A candidate whose answers are right or wrong as given."""
+
+    def __init__(self, name, right, rate):
+        from deit.evaluate.scores import Report
+
+        wrong = (~np.array(right)).astype(np.int64)
+        count = len(wrong)
+        report = Report(
+            classes=("a", "b"),
+            head="class",
+            labels=np.zeros(count, np.int64),
+            ranks={"class": wrong, "fused": wrong},
+            predicted=wrong,
+            confidence=np.full(count, 0.9),
+            probability=np.full(count, 0.9),
+            squares=np.full(count, 0.8),
+        )
+        self.name, self.images_per_second = name, rate
+        self.validation = type("V", (), {"main": type("M", (), {"report": report})})
+
+
+def answers(right, of=200):
+    return [True] * right + [False] * (of - right)
+
+
+@pytest.mark.parametrize(
+    ("rights", "rates", "prefer", "chosen", "words"),
+    [
+        ((150, 190, 160), (50, 50, 500), "accuracy", "teacher", "the teacher is right on 190 of 200"),
+        ((150, 190, 160), (50, 50, 500), "speed", "teacher", "the frozen baseline on 150 and the student on 160"),
+        ((150, 190, 188), (50, 50, 500), "speed", "student", "the fastest of those that are not surely worse"),
+        ((150, 190, 188), (50, 50, 500), "accuracy", "teacher", "the difference to the student may be chance"),
+        ((150, 190, 190), (50, 50, 500), "accuracy", "student", "may be chance"),
+    ],
+)
+def test_the_recommendation(rights, rates, prefer, chosen, words):
+    names = ("frozen", "teacher", "student")
+    made = [_Made(name, answers(right), rate) for name, right, rate in zip(names, rights, rates, strict=True)]
+    best, reason = recommend(made, prefer)
+    assert best.name == chosen
+    assert words in reason

@@ -1,0 +1,201 @@
+"""A linear probe, against scikit-learn on features that timm and transformers give."""
+
+import json
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from support.checks import raises_saying
+from support.models import trained_folder
+from support.runs import photos
+
+from deit import Predictor, load_model
+from deit.config import ConvNetConfig, TimmConfig
+from deit.data.folders import read_data
+from deit.files import cache_folder
+from deit.image.processor import DeiTImageProcessor
+from deit.machine import Processes
+from deit.model.timm_classifier import TimmClassifier
+from deit.recipe import AdamW, Augment, Compute, Cosine, Data, LinearProbe, Recipe, Supervised, epochs
+from deit.train import loop, probe
+from deit.train.loop import train
+
+pytest.importorskip("sklearn")
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+
+def clusters(classes, count=40, size=12):
+    rng = np.random.default_rng(classes)
+    labels = np.repeat(np.arange(classes), count)
+    centres = rng.normal(size=(classes, size))
+    features = 5 + 3 * (centres[labels] + rng.normal(size=(len(labels), size)))
+    features[:, 0] = 7  # a feature that never changes
+    return features.astype(np.float32), labels
+
+
+@pytest.mark.parametrize("weights", ["equal", "balanced"])
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_the_head_is_scikit_learns(classes, weights):
+    features, labels = (values[25:] for values in clusters(classes))  # the first class has 15 images, the others 40
+    weight, bias = probe.fit(features, labels, classes, 0.1, weights)
+    weighing = None if weights == "equal" else weights
+    solver = LogisticRegression(C=0.1, max_iter=1000, tol=1e-8, class_weight=weighing)
+    theirs = make_pipeline(StandardScaler(), solver).fit(features, labels)
+    ours = torch.softmax(torch.from_numpy(features @ weight.T + bias), 1).numpy()
+    np.testing.assert_allclose(ours, theirs.predict_proba(features), atol=2e-3)
+    assert not weight[:, 0].any()
+
+
+def test_the_strength_is_that_of_a_grid_search():
+    features, labels = clusters(4)
+    settings = LinearProbe(strengths=(0.0001, 0.01, 1.0, 100.0))
+    strength, accuracy = probe.choose(features, labels, settings, seed=3)
+    parts = StratifiedKFold(5, shuffle=True, random_state=3)
+    theirs = GridSearchCV(
+        make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
+        {"logisticregression__C": settings.strengths},
+        cv=parts,
+        scoring={"loss": "neg_log_loss", "accuracy": "accuracy"},
+        refit="loss",
+    ).fit(features, labels)
+    assert strength == theirs.best_params_["logisticregression__C"]
+    assert accuracy == pytest.approx(theirs.cv_results_["mean_test_accuracy"][theirs.best_index_], abs=0.007)
+
+
+def test_a_class_without_an_image_is_never_the_answer():
+    features, labels = clusters(3)
+    weight, bias = probe.fit(features, np.where(labels == 2, 3, labels), 4, 0.1)
+    assert set((features @ weight.T + bias).argmax(1)) == {0, 1, 3}
+
+
+def test_too_few_images_for_folds():
+    features, labels = clusters(3, count=1)
+    strength, accuracy = probe.choose(features, labels, LinearProbe(), seed=0)
+    assert strength == 0.001
+    assert np.isnan(accuracy)
+    features, labels = clusters(3, count=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        probe.choose(features, labels, LinearProbe(), seed=0)
+
+
+# ------------------------------------------------------------------------------------------------------------- whole
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return photos(photos(tmp_path_factory.mktemp("data")), split="val", count=3)
+
+
+def started(kind, folder):
+    """A recipe that starts from a trained model of other classes, by timm or ours."""
+    if kind == "timm":
+        timm = pytest.importorskip("timm")
+        torch.manual_seed(1)
+        folder.mkdir()
+        torch.save(timm.create_model("test_resnet", num_classes=7).state_dict(), folder / "weights.pth")
+        model, start = TimmConfig(architecture="test_resnet", image_size=32), folder / "weights.pth"
+    else:
+        start = trained_folder(folder, labels="uvwx")
+        model = load_model(start).config
+        model = model.replace(id2label={})
+    return Recipe(
+        name="probe",
+        model=model,
+        data=Data(batch=8),
+        objective=LinearProbe(strengths=(0.01, 0.1), folds=3),
+        compute=Compute(precision="float32", workers=0),
+        start=str(start),
+    )
+
+
+def features_by_hand(folder, files):
+    """What goes into the head, without the code that is tested."""
+    model, processor = load_model(folder), DeiTImageProcessor.from_pretrained(folder)
+    pixels = processor([str(file) for file in files], return_tensors="pt").pixel_values
+    with torch.inference_mode():
+        if isinstance(model, TimmClassifier):
+            inner = model.model
+            return [inner.forward_head(inner.forward_features(pixels), pre_logits=True).numpy()]
+        hidden = model.deit(pixels).last_hidden_state
+        return [hidden[:, 0].numpy(), hidden[:, 1].numpy()][: 2 if hasattr(model, "distillation_classifier") else 1]
+
+
+@pytest.mark.parametrize("kind", ["timm", "distilled"])
+def test_from_the_command_to_an_answer(kind, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    recipe = started(kind, tmp_path / "start")
+    splits = read_data(data, holdout=0.1, seed=0)
+    run = train(recipe, *splits, tmp_path / "run", console=Console(quiet=True))
+    [row] = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert run.score == row["val_accuracy"]
+    expected = []
+    val = features_by_hand(run.model, splits[1].files)
+    for number, features in enumerate(features_by_hand(run.model, splits[0].files)):
+        theirs = make_pipeline(StandardScaler(), LogisticRegression(C=row["strength"], max_iter=1000))
+        theirs.fit(features, splits[0].labels)
+        expected.append(theirs.predict_proba(val[number]))
+    found = Predictor(run.model, head="class")(splits[1].files, top_k=3)
+    answers = np.array([[next(x["score"] for x in one if x["label"] == name) for name in "abc"] for one in found])
+    np.testing.assert_allclose(answers, expected[0], atol=5e-3)
+    assert (Predictor(run.model).labels) == ["a", "b", "c"]
+
+
+def test_features_are_kept_by_content(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    recipe, splits = started("distilled", tmp_path / "start"), read_data(data, holdout=0.1, seed=0)
+    passes = []
+    computed = probe._computed
+    monkeypatch.setattr(probe, "_computed", lambda *given: passes.append(1) or computed(*given))
+
+    def score(name, **changes):
+        return train(replace(recipe, **changes), *splits, tmp_path / name, console=Console(quiet=True)).score
+
+    first = score("one")
+    assert score("two") == first
+    assert len(passes) == 1
+    score("three", objective=LinearProbe(strengths=(1.0,), folds=2))  # other settings, the same features
+    assert len(passes) == 1
+    score("four", data=replace(recipe.data, crop_ratio=1.0))
+    score("five", objective=LinearProbe(images=12))
+    assert len(passes) == 3
+    for file in cache_folder("features").iterdir():
+        file.write_bytes(b"damaged")
+    assert score("six") == first
+    assert len(passes) == 4
+
+
+def test_an_image_that_cannot_be_read_is_left_out(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    damaged = photos(photos(tmp_path / "data", count=120), split="val", count=3)
+    (damaged / "train" / "a" / "3.png").write_bytes(b"damaged")
+    train(started("distilled", tmp_path / "start"), *read_data(damaged, holdout=0.1, seed=0), tmp_path / "run")
+    assert "It is left out" in capsys.readouterr().err
+
+
+def test_what_is_refused(data, tmp_path, monkeypatch):
+    recipe, splits = started("distilled", tmp_path / "start"), read_data(data, holdout=0.1, seed=0)
+    for changes, words in (
+        ({"start": ""}, "needs the weights of a trained"),
+        ({"model": ConvNetConfig(widths=(8,), depth=1, image_size=16)}, "needs the weights of a trained"),
+        ({"ema": 0.9}, "it has no ema"),
+        ({"augment": Augment(flip=0.5)}, "it has no augment"),
+        ({"optim": AdamW(lr=1e-3, per_images=8)}, "it has no optim"),
+        ({"schedule": Cosine(total=epochs(1))}, "it has no schedule"),
+    ):
+        with raises_saying(ValueError, "recipe probe", words):
+            replace(recipe, **changes)
+    with raises_saying(ValueError, "training takes steps"):
+        replace(started("distilled", tmp_path / "other"), objective=Supervised())
+    train(recipe, *splits, tmp_path / "run", console=Console(quiet=True))
+    with raises_saying(FileExistsError, "already holds a run", "--resume"):
+        train(recipe, *splits, tmp_path / "run", console=Console(quiet=True))
+    monkeypatch.setattr(loop, "resolve_precision", lambda *_: torch.float32)
+    with raises_saying(ValueError, "fitted by one process", "without torchrun"):
+        loop._probe(recipe, splits, tmp_path / "two", Processes(torch.device("cpu"), 0, 2), None, False)
