@@ -302,8 +302,8 @@ def _add_written(verbs: Any) -> None:
         "export",
         help="write a classifier for a runtime, and prove that it answers the same",
         description="Writes a classifier with its labels and its preprocessing for a runtime and runs it there. The "
-        "export is kept only if it answers as the PyTorch model does. int8 needs --calibrate, and is kept only if it "
-        "costs no more than half a point of accuracy.",
+        "export is kept only if it answers as the PyTorch model does. int8 needs --calibrate. int8 and merging on "
+        "labelled images are kept only if they cost no more than half a point of accuracy.",
     )
     _add_model(verb)
     verb.add_argument("--to", choices=get_args(choices.Format), required=True, help="format to write")
@@ -311,7 +311,14 @@ def _add_written(verbs: Any) -> None:
         "--calibrate",
         type=Path,
         metavar="DATA",
-        help="folder or list of labelled images; they check the export, and calibrate and judge int8",
+        help="folder or list of labelled images; they check the export, calibrate int8, and judge int8 and merging",
+    )
+    verb.add_argument(
+        "--merge",
+        type=_merge,
+        metavar="N|auto",
+        help="patch tokens that each block merges with similar ones, for speed; auto takes as many as the accuracy on "
+        "--calibrate allows (default: as the model does)",
     )
     verb.add_argument(
         "--out",
@@ -467,6 +474,12 @@ def _count(text: str) -> int:
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
     return int(text)
+
+
+def _merge(text: str) -> int | str:
+    if text != "auto" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, or auto, found {text!r}")
+    return text if text == "auto" else int(text)
 
 
 def _add_eval(verbs: Any) -> None:
@@ -808,4 +821,4 @@ def _convert(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from deit.export.write import export
 
-    print(export(options.model, options.to, options.out, calibrate=options.calibrate))
+    print(export(options.model, options.to, options.out, calibrate=options.calibrate, merge=options.merge))
