@@ -94,7 +94,8 @@ _failed: dict[str, float] = {}
 
 
 def reachable(address: str, patience: float = _PATIENCE) -> bool:
-    """Whether a server accepts a connection within `patience` seconds. The hub's client would try each file six times, for half a minute.
+    """Whether a server accepts a connection within `patience` seconds. The hub's client would try each file six times,
+    for half a minute.
 
     What lies behind a proxy is taken to be reachable.
     """
