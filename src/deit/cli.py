@@ -732,6 +732,8 @@ def _calibrate(options: argparse.Namespace) -> None:
     found = calibrate(
         options.model, options.data, split=options.split, error_rate=options.error_rate, device=options.device
     )
+    for sentence in found.alarms():
+        print(sentence, file=sys.stderr)
     if options.json:
         print(json.dumps(asdict(found)))
         return
