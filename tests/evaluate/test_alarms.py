@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from support.models import trained_folder
 from support.runs import photos, small_recipe
@@ -16,8 +17,10 @@ from deit.data.folders import read_data
 from deit.evaluate import alarms
 from deit.evaluate.calibration import Calibration, fit
 from deit.evaluate.scores import Accuracy
+from deit.machine import Processes
 from deit.recipe import Cosine, Distilled, steps
 from deit.report import write
+from deit.train import runs
 from deit.train.loop import train
 from deit.train.records import About, Record
 
@@ -114,11 +117,15 @@ def sees():
 """
 
 
+def read(root):
+    return read_data(root / "data", holdout=0.1, seed=0)
+
+
 def trained(root, out, **parts):
     said = io.StringIO()
     recipe = small_recipe(schedule=Cosine(total=steps(2)), evaluate=steps(1), **parts)
     console = Console(file=said, width=10_000)
-    run = train(recipe, *read_data(root / "data", holdout=0.1, seed=0), root / out, device="cpu", console=console)
+    run = train(recipe, *read(root), root / out, device="cpu", console=console)
     return run, said.getvalue(), json.loads((root / out / "about.json").read_text())
 
 
@@ -138,11 +145,14 @@ def test_a_training_tells_what_its_student_and_teacher_are_worth(root, taught):
     assert about["teacher"] is None
 
 
-def test_what_a_run_remembers_of_its_teacher(taught):
+def test_what_a_run_remembers_of_its_teacher(root, taught, tmp_path):
     about = About.from_dict(taught[2])
     assert about.teacher == (6, 17)
-    assert About.from_dict(json.loads(json.dumps(about.to_dict()))) == about
-    values = about.to_dict()
+    (tmp_path / "about.json").write_text(json.dumps(taught[2]))
+    again = (Processes(torch.device("cpu")), torch.float32, about.fingerprint, *read(root), tmp_path)
+    assert runs.write_about(*again, resumed=True) == about
+    assert runs.write_about(*again).teacher is None
+    values = json.loads(json.dumps(about.to_dict()))
     del values["teacher"]
     assert About.from_dict(values) == replace(about, teacher=None)
     for wrong in ([1], [3, 2], [0, 0], ["a", "b"], "ab", [True, 1]):

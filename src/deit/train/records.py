@@ -66,7 +66,7 @@ class About:
                 right = isinstance(value, dict)
             elif each.name == "teacher":  # runs of earlier versions don't say
                 right = value is None or _is_part(value)
-                value = tuple(value) if right and value is not None else None
+                value = tuple(value) if right and value is not None else value
             else:
                 right = isinstance(value, int if each.name == "processes" else str)
             if not right:
