@@ -42,5 +42,5 @@ def judged_by_validation(part: str | None) -> list[str]:
         return []
     return [
         "warning: if these validation images chose the model in its training, their accuracy flatters it. Test images "
-        "do not: give --split test, or set some aside with `deit split` and train again"
+        "do not: take the test part of the data, or set one aside with `deit split` and train again"
     ]

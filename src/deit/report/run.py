@@ -93,10 +93,11 @@ def alarms(record: Record | None, evaluation: Evaluation | None) -> Section:
         found += [each for each in record.about.alarms(best["val_accuracy"], isolated) if each not in found]
     try:
         calibration = Calibration.of_model(evaluation.main.model) if evaluation else None
-    except (ValueError, OSError) as error:
-        found.append(str(error))
-    else:
         found += calibration.alarms() if calibration else []
+    except ValueError as error:
+        found.append(shortened(error))
+    except OSError:  # the model's name is none that a folder can have
+        pass
     return Section("alarms", "Beware", joined(sentence(f"{told[0].upper()}{told[1:]}.") for told in found))
 
 
