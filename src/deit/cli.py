@@ -214,6 +214,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(verb)
     verb.set_defaults(run=_teach)
 
+    _add_before_training(verbs)
+    _add_predict(verbs)
+    _add_serve(verbs)
+    _add_eval(verbs)
+    _add_shown(verbs)
+    _add_written(verbs)
+    _add_around(verbs)
+    return parser
+
+
+def _add_before_training(verbs: Any) -> None:
+    """Adds the verbs that are of use before a training."""
     verb = verbs.add_parser(
         "split",
         help="divide images into training, validation and test images, as a list",
@@ -240,13 +252,6 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("name", nargs="?", metavar="NAME", help="recipe to print, as for train (default: list all)")
     _add_overrides(verb)
     verb.set_defaults(run=_recipes)
-
-    _add_predict(verbs)
-    _add_serve(verbs)
-    _add_eval(verbs)
-    _add_shown(verbs)
-    _add_written(verbs)
-    return parser
 
 
 def _add_shown(verbs: Any) -> None:
@@ -328,6 +333,28 @@ def _add_written(verbs: Any) -> None:
         help="folder to write; a former export there is replaced after the new one has passed its check",
     )
     verb.set_defaults(run=_export)
+
+
+def _add_around(verbs: Any) -> None:
+    """Adds the verbs that are about this installation and not about images."""
+    verb = verbs.add_parser(
+        "doctor",
+        help="show what is installed, what this machine can do, and what is broken",
+        description="Shows what is installed, what this machine can do, what the commands choose on it and why, and "
+        "what is broken, with the command that mends it. The exit status is 1 if something is broken.",
+    )
+    verb.add_argument("--json", action="store_true", help="print the findings as one JSON line")
+    verb.set_defaults(run=_doctor)
+
+    verb = verbs.add_parser(
+        "completion",
+        help="print a script that lets a shell complete deit's commands",
+        description="Prints a script that lets a shell complete commands, options, recipes and file names. For bash, "
+        "write it to ~/.local/share/bash-completion/completions/deit; for zsh, to a file _deit in a folder of $fpath; "
+        "for fish, to ~/.config/fish/completions/deit.fish.",
+    )
+    verb.add_argument("shell", choices=get_args(choices.Shell), help="the shell that reads the script")
+    verb.set_defaults(run=_completion)
 
 
 def _add_predict(verbs: Any) -> None:
@@ -718,6 +745,8 @@ def _calibrate(options: argparse.Namespace) -> None:
     found = calibrate(
         options.model, options.data, split=options.split, error_rate=options.error_rate, device=options.device
     )
+    for sentence in found.alarms():
+        print(sentence, file=sys.stderr)
     if options.json:
         print(json.dumps(asdict(found)))
         return
@@ -810,6 +839,20 @@ def _report(options: argparse.Namespace) -> None:
     from deit.report import document
 
     print(document.of_run(options.run_folder, options.data, device=options.device))
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from deit.doctor import examine, text
+
+    found = examine()
+    print(json.dumps(found) if options.json else text(found))
+    return 1 if found["broken"] else 0
+
+
+def _completion(options: argparse.Namespace) -> None:
+    from deit.completion import script
+
+    print(script(_parser(), options.shell))
 
 
 def _convert(options: argparse.Namespace) -> None:
