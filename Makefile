@@ -51,7 +51,7 @@ bench: .venv/installed-bench      ## compare the speed with timm, transformers a
 	$(BIN)/python -m bench.speed.keras
 	$(BIN)/python -m bench.speed.predict
 
-fortress: .venv/installed-attacks ## attack everything for half an hour, and put the figures into docs/security.md
+fortress: .venv/installed-attacks ## attack everything for an hour, and put the figures into docs/security.md
 	$(BIN)/python -m bench.fortress --write
 
 gpu:                              ## try everything on an NVIDIA GPU, in ten minutes, with the Python and PyTorch there are

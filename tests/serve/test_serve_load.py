@@ -175,7 +175,7 @@ def test_load_with_a_tenth_hostile(tmp_path, capsys, record_property):
         f"{honest[len(honest) // 2]:.2f} s, p99 {honest[int(0.99 * len(honest))]:.2f} s, longest {honest[-1]:.1f} s), "
         f"{len(refused)} refused; the server's memory {first:.0f} MiB after a tenth of the time and {last:.0f} MiB at "
         f"the end; with decoders {quiet:.0f} MiB before and at most {max(all_of_it):.0f} MiB; {opened} descriptors "
-        f"before, {left} after, with {more} more decoders; SIGTERM took {ended:.1f} s"
+        f"before, {left} after, {more} decoders more; SIGTERM took {ended:.1f} s"
     )
     record_property("attacks", attacks.total())
     record_property("said", sentence)
