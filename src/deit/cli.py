@@ -214,6 +214,23 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(verb)
     verb.set_defaults(run=_teach)
 
+    _add_data(verbs)
+
+    verb = verbs.add_parser("recipes", help="list the recipes, or print one as a recipe.json")
+    verb.add_argument("name", nargs="?", metavar="NAME", help="recipe to print, as for train (default: list all)")
+    _add_overrides(verb)
+    verb.set_defaults(run=_recipes)
+
+    _add_predict(verbs)
+    _add_serve(verbs)
+    _add_eval(verbs)
+    _add_shown(verbs)
+    _add_written(verbs)
+    return parser
+
+
+def _add_data(verbs: Any) -> None:
+    """Adds the verbs that prepare images."""
     verb = verbs.add_parser(
         "split",
         help="divide images into training, validation and test images, as a list",
@@ -236,17 +253,24 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
     verb.set_defaults(run=_split)
 
-    verb = verbs.add_parser("recipes", help="list the recipes, or print one as a recipe.json")
-    verb.add_argument("name", nargs="?", metavar="NAME", help="recipe to print, as for train (default: list all)")
-    _add_overrides(verb)
-    verb.set_defaults(run=_recipes)
-
-    _add_predict(verbs)
-    _add_serve(verbs)
-    _add_eval(verbs)
-    _add_shown(verbs)
-    _add_written(verbs)
-    return parser
+    verb = verbs.add_parser(
+        "pack",
+        help="write images as a few tar files, which train faster",
+        description="Writes the labelled images of DATA as a pack: a folder of tar files in WebDataset's layout with "
+        "an index. Every command takes it as its DATA. With --short-side, large images are resized once, so that every "
+        "epoch decodes less. Without it, their bytes are copied unchanged.",
+    )
+    verb.add_argument("data", type=Path, metavar="DATA", help="folder or list of labelled images, as for train")
+    verb.add_argument("--out", type=Path, required=True, metavar="PACK", help="folder to write")
+    verb.add_argument(
+        "--short-side",
+        type=_count,
+        metavar="PIXELS",
+        help="resize images with a longer short side to it, as JPEG files, e.g. 288 for crops of 224 (default: as they "
+        "are)",
+    )
+    verb.add_argument("--quality", type=_count, metavar="Q", help="quality of these JPEG files, 1 to 100 (default: 90)")
+    verb.set_defaults(run=_pack)
 
 
 def _add_shown(verbs: Any) -> None:
@@ -614,6 +638,14 @@ def _split(options: argparse.Namespace) -> None:
     from deit.data.splitting import split
 
     print("\n".join(split(options.data, options.out, val=options.val, test=options.test, seed=options.seed)))
+
+
+def _pack(options: argparse.Namespace) -> None:
+    from deit.data.packing import pack
+
+    print(
+        "\n".join(map(shown, pack(options.data, options.out, short_side=options.short_side, quality=options.quality)))
+    )
 
 
 def _report_training(options: argparse.Namespace, val_split: Any) -> None:
