@@ -175,7 +175,7 @@ class Faults:
             first = "; ".join(f"{file} {reason}" for file, reason in itertools.islice(self.reasons.items(), 3))
             raise BadImages(
                 f"{len(self)} of {self.images} images can't be read, more than 1 %: {first}"
-                f"{' ...' if len(self) > 3 else ''}. Replace or remove such files, then resume"
+                f"{' ...' if len(self) > 3 else ''}. Replace or remove such files, then resume or start again"
             )
         return list(new.items())
 

@@ -9,7 +9,7 @@ import os
 import tarfile
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -45,7 +45,14 @@ class _Packed(NamedTuple):
     suffix: str
 
 
-def pack(data: str | Path, out: str | Path, *, short_side: int | None = None, quality: int | None = None) -> list[str]:
+def pack(
+    data: str | Path,
+    out: str | Path,
+    *,
+    short_side: int | None = None,
+    quality: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
     """Writes all labelled images of a folder or list as a pack (see `deit.image.packs`). Returns sentences about it.
 
     Each image lies in a shard as `NUMBER.SUFFIX` beside `NUMBER.cls`, its class as a number, as WebDataset expects it.
@@ -57,6 +64,7 @@ def pack(data: str | Path, out: str | Path, *, short_side: int | None = None, qu
         short_side: images whose short side is longer are resized to it, in pixels, and become JPEG files. The bytes of
             all others are copied unchanged.
         quality: of these JPEG files, 1 to 100; None is `QUALITY`.
+        progress: called after each image, with the number of images in the pack so far and of all images.
 
     Raises `ValueError` or an `OSError` that says what is expected, and `BadImages` if more than 1 % can't be read.
     """
@@ -83,6 +91,8 @@ def pack(data: str | Path, out: str | Path, *, short_side: int | None = None, qu
                 for image, packed in _prepared(images, short_side, quality, faults):
                     shard, offset = shards.add(image, packed)
                     rows.add(image, packed, shard, offset, named)
+                    if progress is not None:
+                        progress(len(rows.numbers), len(images))
             _refuse_lost(images, classes, faults)
             rows.write(folder, shards.sizes(), short_side, quality)
     return _said(out, rows, images, shards, faults, short_side)
