@@ -10,6 +10,7 @@ import os
 import re
 import select
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -643,9 +644,22 @@ def _split(options: argparse.Namespace) -> None:
 def _pack(options: argparse.Namespace) -> None:
     from deit.data.packing import pack
 
-    print(
-        "\n".join(map(shown, pack(options.data, options.out, short_side=options.short_side, quality=options.quality)))
+    told = time.monotonic()
+
+    def progress(packed: int, images: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > 1:
+            told = time.monotonic()
+            print(f"\r{packed:,} of {images:,} images", end="", file=sys.stderr, flush=True)
+
+    found = pack(
+        options.data,
+        options.out,
+        short_side=options.short_side,
+        quality=options.quality,
+        progress=progress if sys.stderr.isatty() else None,
     )
+    print("\n".join(map(shown, found)))
 
 
 def _report_training(options: argparse.Namespace, val_split: Any) -> None:

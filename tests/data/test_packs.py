@@ -72,7 +72,9 @@ def same(one, root, other, elsewhere):
 
 
 def test_a_pack_gives_the_images_of_its_folder(data, tmp_path):
-    [said] = pack(data, tmp_path / "pack")
+    counts = []
+    [said] = pack(data, tmp_path / "pack", progress=lambda *numbers: counts.append(numbers))
+    assert counts == [(number, 67) for number in range(1, 68)]
     assert said == f"{tmp_path / 'pack'}: 37 train, 12 val, 18 test images in 3 shards"
     for labelled in (True, False):
         theirs = read_data(tmp_path / "pack", holdout=0.5, seed=3, labelled=labelled)
@@ -345,6 +347,7 @@ def test_a_pack_appears_whole_and_one_process_writes_it(data, tmp_path, monkeypa
             raise KeyboardInterrupt
         return original(*arguments)
 
+    monkeypatch.setattr(packing.host, "cores", lambda: 1)
     monkeypatch.setattr(packing, "_packed", watching)
     with pytest.raises(KeyboardInterrupt):
         pack(data, tmp_path / "pack")
