@@ -37,13 +37,12 @@ CASES = {
     for name, large, views in (("photos", False, 360), ("12 megapixels", True, 24))
     for repeats in (3, 1)
 } | {
-    f"packed photos{' one view' if repeats == 1 else ''}": {
-        "large": False,
-        "repeats": repeats,
-        "views": 360,
-        "short_side": 288,
-    }
-    for repeats in (3, 1)
+    f"packed {name}": {"large": large, "repeats": repeats, "views": views, "short_side": 288}
+    for name, large, repeats, views in (
+        ("photos", False, 3, 360),
+        ("photos one view", False, 1, 360),
+        ("12 megapixels", True, 3, 24),
+    )
 }
 SIZE = 224
 
