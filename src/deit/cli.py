@@ -389,7 +389,7 @@ def _add_predict(verbs: Any) -> None:
         "images",
         nargs="+",
         metavar="INPUT",
-        help="image files, folders of images at any depth, patterns like 'photos/**/*.jpg', or - for a list of paths "
+        help="image files, folders of images at any depth, packs, patterns like 'photos/**/*.jpg', or - for paths "
         "on standard input",
     )
     verb.add_argument("--top-k", type=_count, default=3, metavar="K", help="labels for each image (default: 3)")
