@@ -35,7 +35,8 @@ class Client:
             self.headers["Authorization"] = f"Bearer {key}"
 
     def ask(self, path, question, accept="application/json"):
-        """The body of the answer. Raises `RuntimeError` with the server's sentence."""
+        """The body of the answer. Raises `RuntimeError` with the server's sentence if it refuses, or has no room in the
+        end."""
         body = json.dumps(question).encode()
         for attempt in range(1, self.tries + 1):
             request = urllib.request.Request(self.url + path, body, {**self.headers, "Accept": accept})
@@ -43,10 +44,11 @@ class Client:
                 with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                     return answer.read()
             except urllib.error.HTTPError as error:
-                seconds = error.headers.get("Retry-After")
+                with error:
+                    seconds, sentence = error.headers.get("Retry-After"), json.loads(error.read())["error"]
                 if error.code != 503 or seconds is None or attempt == self.tries:
-                    raise RuntimeError(f"{error.code}: {json.loads(error.read())['error']}") from None
-                time.sleep(int(seconds) + 0.5 * (attempt - 1))
+                    raise RuntimeError(f"{error.code}: {sentence}") from None
+            time.sleep(int(seconds) + 0.5 * (attempt - 1))
 
     def classify(self, images, top_k=3):
         """For each image file, its labels: `{"label": name, "score": number}`, best first; or an `error`."""
