@@ -44,7 +44,7 @@ def main():
     train, val = read_data(options.data, holdout=0.1, seed=0)
     config = DeiTConfig(
         hidden_size=96,
-        num_hidden_layers=6,
+        num_hidden_layers=4,
         num_attention_heads=3,
         intermediate_size=384,
         image_size=32,

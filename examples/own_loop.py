@@ -48,7 +48,7 @@ def main():
         raise SystemExit(f"expected a teacher of the classes {classes}, found {teacher.config.id2label}")
     config = DeiTConfig(
         hidden_size=96,
-        num_hidden_layers=6,
+        num_hidden_layers=4,
         num_attention_heads=3,
         intermediate_size=384,
         image_size=32,

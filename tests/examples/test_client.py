@@ -62,7 +62,7 @@ def busy(examples, monkeypatch):
     client, waits = examples.load("serve_client"), []
     monkeypatch.setattr(client.time, "sleep", waits.append)
     with HTTPServer(("127.0.0.1", 0), Busy) as found:
-        thread = threading.Thread(target=found.serve_forever, daemon=True)
+        thread = threading.Thread(target=found.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield client.Client(f"http://127.0.0.1:{found.server_port}", tries=3), waits
         found.shutdown()

@@ -87,11 +87,3 @@ def test_recipes_of_ones_own(examples, data, tmp_path, capsys):
     _, val = read_data(data, holdout=0.1, seed=0)
     mixed, plain = (accuracy(tmp_path / "out" / name / "model", val) for name in ("mixed", "plain"))
     assert f"mixed {mixed:.3f}, plain {plain:.3f}: p = " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["distill_any_teacher", "own_loop", "custom_recipe", "image_classification"])
-def test_help(name, examples, capsys):
-    with pytest.raises(SystemExit) as caught:
-        examples.run(name, "--help")
-    assert caught.value.code == 0
-    assert "--out" in capsys.readouterr().out

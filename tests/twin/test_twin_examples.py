@@ -16,7 +16,7 @@ def test_keras_fit_leaves_a_folder_that_pytorch_reads(monkeypatch, tmp_path, cap
     data = photos(photos(tmp_path / "data"), split="val", count=3)
     teacher = trained_folder(tmp_path / "teacher", "convnet", labels="abc")
     examples = Examples(monkeypatch, tmp_path)
-    given = ["--data", data, "--out", tmp_path / "student", "--epochs", "2", "--batch", "8"]
+    given = ["--data", data, "--out", tmp_path / "student", "--epochs", "2", "--batch", "21"]
     examples.run("keras_fit", *given, "--teacher", teacher)
     said = capsys.readouterr().out
     [*_, score] = re.findall(r"val_accuracy: ([\d.]+)", said)
