@@ -49,11 +49,16 @@ def stored(options):
     root = Path(options.output_dir) / "data"
     found = datasets.load_dataset(options.dataset_name, options.dataset_config_name)
     for split, rows in found.items():
+        if missing := {options.image_column_name, options.label_column_name} - rows.features.keys():
+            raise ValueError(
+                f"{options.dataset_name} has no column {', '.join(missing)}, but {', '.join(rows.features)}; set "
+                "--image_column_name and --label_column_name"
+            )
         names = rows.features[options.label_column_name]
         for number, row in enumerate(rows):
             folder = root / split / names.int2str(row[options.label_column_name])
             folder.mkdir(parents=True, exist_ok=True)
-            row[options.image_column_name].save(folder / f"{number:07}.png")
+            row[options.image_column_name].convert("RGB").save(folder / f"{number:07}.png")
     return root / "train", root / "validation" if "validation" in found else None
 
 

@@ -57,7 +57,7 @@ def show(files, titles, columns=10):
     plt.show()
 
 
-some = np.random.default_rng(0).permutation(len(train_split))[:20]
+some = np.random.default_rng(0).permutation(len(train_split))[:10]
 show([train_split.files[i] for i in some], [train_split.classes[train_split.labels[i]] for i in some])
 
 # %% [markdown]
@@ -112,7 +112,7 @@ print(f"student {comparison.first.value:.3f}, teacher {comparison.second.value:.
 
 # %%
 _, axis = plt.subplots(figsize=(4, 4))
-axis.imshow(np.sqrt(report.confusion), cmap="Greys")
+axis.imshow(np.sqrt(report.confusion()), cmap="Greys")
 axis.set(xlabel="answer", ylabel="true digit", title="test images (square roots of counts)")
 axis.set_xticks(range(10), report.classes)
 axis.set_yticks(range(10), report.classes)
@@ -128,8 +128,7 @@ plt.show()
 image = test_split.files[-100]
 explanation = explain_file(student.model, image, methods=["relevance"])
 print(explanation)
-picture = figure(explanation)
-picture.resize((picture.width // 2, picture.height // 2))
+figure(explanation).quantize(64)  # few colours make a small file
 
 # %% [markdown]
 # ## Labels for images

@@ -7,6 +7,7 @@ needs the packages of the group `clients`.
 import json
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def test_its_outputs_are_whole_and_say_nothing_of_a_machine():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_it_runs_from_beginning_to_end(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["src", *os.sys.path]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     notebook = executed(tmp_path)
     said = "".join(
         output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs

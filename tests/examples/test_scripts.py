@@ -191,6 +191,8 @@ def test_a_data_set_becomes_folders(examples, tmp_path):
     start = trained_folder(tmp_path / "start")
     out = tmp_path / "out"
     given = ["--dataset_name", tmp_path / "data", "--output_dir", out, "--model_name_or_path", start, "--do_train"]
+    with pytest.raises(SystemExit, match="has no column labels, but image, label; set"):
+        examples.run("image_classification", *given, "--label_column_name", "labels")
     examples.run("image_classification", *given, "--do_eval", "--max_steps", "1")
     found, expected = (read_data(root, holdout=0, seed=0) for root in (out / "data", tmp_path / "data"))
     for one, other in zip(found, expected, strict=True):
