@@ -279,6 +279,15 @@ def test_the_plan_takes_the_best_that_can_be_reached(data, tmp_path, monkeypatch
         assert probe.objective.images == 30  # 2 images/s for a tenth of 2.5 minutes, but ten for each class
 
 
+def test_a_plan_without_scikit_learn_has_no_baseline(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "_reachable", lambda recipe: recipe.start == "installed")
+    monkeypatch.setattr(planning, "find_spec", lambda name: None)
+    plan = planning.make_plan(data, read_data(data, holdout=0.1, seed=0), tmp_path / "run", device="cpu")
+    assert [step.name for step in plan.steps] == FIVE[1:]
+    assert plan.recipe("teacher").start == "installed"
+    assert 'scikit-learn: pip install "deit[fit]"' in plan.steps[0].why
+
+
 def test_the_plan_for_people(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(planning, "_reachable", lambda recipe: False)
     assert main(["fit", str(data), "--out", str(tmp_path / "run"), "--time", "10m", "--plan", "--device", "cpu"]) == 0

@@ -168,16 +168,74 @@ def references(net, recipe, rate):
         return [torch.optim.AdamW(groups(depth, rate), betas=(0.8, 0.95), eps=1e-6, foreach=False)]
     others = [name for name in depth if name not in matrices]
     return [
-        torch.optim.Muon(groups(matrices, rate), momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        MuonByHand(groups(matrices, rate)),
         torch.optim.AdamW(groups(others, rate * 4e-4 / 1e-3), betas=(0.8, 0.95), foreach=False),
     ]
+
+
+class MuonByHand(torch.optim.Optimizer):
+    """One matrix at a time, in float64, by the formulas of Jordan et al. 2024 and Liu et al. 2025."""
+
+    def __init__(self, groups):
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            [parameter] = group["params"]
+            gradient = parameter.grad.double()
+            state = self.state[parameter]
+            state["mean"] = 0.95 * state.get("mean", torch.zeros_like(gradient)) + 0.05 * gradient
+            found = 0.05 * gradient + 0.95 * state["mean"]
+            found /= found.norm()
+            if wide := found.shape[0] <= found.shape[1]:
+                found = found.T
+            for _ in range(5):
+                found = (
+                    3.4445 * found
+                    - 4.7750 * found @ found.T @ found
+                    + 2.0315 * found @ (found.T @ found) @ (found.T @ found)
+                )
+            found = 0.2 * max(found.shape) ** 0.5 * (found.T if wide else found)
+            parameter *= 1 - group["lr"] * group["weight_decay"]
+            parameter -= group["lr"] * found.float()
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has it since 2.9")
+@pytest.mark.parametrize(("precision", "tolerance"), [(torch.bfloat16, 0.01), (torch.float32, 0.03)])
+def test_muon_is_pytorchs_apart_from_bfloat16(precision, tolerance, monkeypatch):
+    monkeypatch.setattr(optim, "resolve_precision", lambda *_: precision)
+    ours, theirs = model(), model()
+    recipe = Muon(lr=1e-3, others_lr=4e-4, per_images=512, weight_decay=0.1)
+    mine = optim.build(ours, recipe)
+    blocks = [p for name, p in theirs.named_parameters() if "blocks" in name and p.ndim == 2]
+    reference = torch.optim.Muon(blocks, lr=1e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(3):
+        give_gradients([ours, theirs], step)
+        mine.step()
+        reference.step()
+    start = dict(model().named_parameters())
+    for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        if "blocks" in name and one.ndim == 2:
+            assert (one - other).norm() <= tolerance * (other - start[name]).norm(), name
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 9), (3, 9, 5), (7, 7)])
+def test_singular_values_become_one(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    found = left.mT @ optim._orthogonal(matrices) @ right.mT
+    values = found.diagonal(dim1=-2, dim2=-1)
+    assert 0.6 < values.min() <= values.max() < 1.25
+    assert_close(found, torch.diag_embed(values), atol=1e-9)
 
 
 @pytest.mark.parametrize(
     "recipe", [recipe for recipe in RECIPES if not isinstance(recipe, LAMB)], ids=lambda recipe: type(recipe).__name__
 )
-def test_steps_equal_torch(recipe):
-    """With layer decay, weight decay and a rate that changes."""
+def test_steps_equal_torch(recipe, monkeypatch):
+    """With layer decay, weight decay and a rate that changes. Muon's reference is written here."""
+    monkeypatch.setattr(optim, "resolve_precision", lambda *_: torch.float32)
     ours, theirs = model(), model()
     optimizers, expected = optim.build(ours, recipe), references(theirs, recipe, 3e-3)
     for step in range(10):

@@ -345,6 +345,7 @@ def test_timm_from_a_weight_file(tmp_path, suffix):
     with pytest.warns(UserWarning, match="does not name its 4 outputs"):
         teacher = Teacher.load(f"timm:resnet10t:{path}", CLASSES, student(176))
     found = teacher(normal(torch.from_numpy(levels).permute(2, 0, 1)[None] / 255, MEAN, STD))
+    assert teacher.model.layer1[0].conv2.weight.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-4)
     assert expected.std() > 1
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deit.machine import whole
+from deit.machine import resolve_precision, whole
 from deit.model.timm_classifier import TimmClassifier
 from deit.recipe import LAMB, SGD, AdamW, Cosine, Muon, Optimizer
 
@@ -190,11 +190,7 @@ def _muon(model: nn.Module, settings: Muon, matrices: Mapping[str, Tensor]) -> t
         raise ValueError(
             f"Muon trains the matrices of a transformer's blocks, {type(model).__name__} trains none; choose AdamW"
         )
-    if not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"Muon needs PyTorch 2.9 or newer, found {torch.__version__}; update it, or choose AdamW")
-    return torch.optim.Muon(
-        _groups(model, settings, matrices), lr=settings.lr, momentum=settings.momentum, adjust_lr_fn="match_rms_adamw"
-    )
+    return _Muon(_groups(model, settings, matrices), lr=settings.lr, momentum=settings.momentum)
 
 
 def _begin(optimizer: torch.optim.Optimizer) -> None:
@@ -209,6 +205,64 @@ def _begin(optimizer: torch.optim.Optimizer) -> None:
                 state["step"] = torch.zeros((), device=parameter.device if group.get("fused") else "cpu")
             for what in ("exp_avg", "exp_avg_sq") if adaptive else ("momentum_buffer",):
                 state[what] = torch.zeros_like(parameter, requires_grad=False)
+
+
+class _Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) with Nesterov's momentum, scaled to the size of AdamW's steps (Liu et al. 2025).
+
+    A step is 0.2 sqrt(max(rows, columns)) times the orthogonalised momentum. PyTorch's own Muon orthogonalises one
+    matrix at a time, and always in bfloat16. A CPU that only imitates bfloat16 needs 3.0 s for the 24 matrices of six
+    blocks of width 192; it takes a tenth of a second in float32. Here matrices of the same shape go together, in the
+    precision that the device is quick in.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, momentum: float):
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            shapes: dict[Any, list[Tensor]] = {}
+            for number, parameter in enumerate(group["params"]):
+                if parameter.grad is not None:  # a sharded matrix goes alone, because shards can't be stacked
+                    key = tuple(parameter.shape) if type(parameter.data) is Tensor else number
+                    shapes.setdefault(key, []).append(parameter)
+            for parameters in shapes.values():
+                self._step(group, parameters)
+
+    def _step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        """Steps matrices of one shape."""
+        momentum = group["momentum"]
+        gradients = _gradients(parameters)
+        means = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_lerp_(means, gradients, 1 - momentum)
+        directions = torch._foreach_lerp(gradients, means, momentum)
+        precision = resolve_precision("auto", parameters[0].device)
+        if len(parameters) == 1:
+            steps = [_orthogonal(directions[0].to(precision)).to(parameters[0].dtype)]
+        else:
+            steps = list(_orthogonal(torch.stack(directions).to(precision)).to(parameters[0].dtype))
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, steps, alpha=-0.2 * math.sqrt(max(parameters[0].shape)) * group["lr"])
+
+
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the polynomial a x + b x^3 + c x^5 that brings singular values near 1 (Jordan et al. 2024)."""
+
+
+def _orthogonal(matrices: Tensor) -> Tensor:
+    """(rows, columns) or (matrices, rows, columns), with the same singular vectors, and singular values near 1 (0.7 to
+    1.2), except those that were nearly 0. It takes five Newton-Schulz iterations."""
+    add_product = torch.addmm if matrices.dim() == 2 else torch.baddbmm
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    found = matrices.mT if tall else matrices
+    found = found / found.square().sum((-2, -1), keepdim=True).sqrt().clamp(min=1e-7)
+    first, third, fifth = _QUINTIC
+    for _ in range(5):
+        gram = found @ found.mT
+        polynomial = add_product(gram, gram, gram, beta=third, alpha=fifth)
+        found = add_product(found, polynomial, found, beta=first)
+    return found.mT if tall else found
 
 
 class _Lamb(torch.optim.Optimizer):

@@ -553,7 +553,7 @@ def _of_timm(name: str, model: nn.Module, classes: Sequence[str], recipe: Recipe
         for key in ("mean", "std")
     )
     return Teacher(
-        model,
+        model.to(memory_format=torch.channels_last),  # in which a CPU convolves up to three times as fast
         classes,
         recipe,
         name=name,
