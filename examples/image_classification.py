@@ -4,9 +4,12 @@
         --train_dir photos/train --validation_dir photos/val --output_dir runs/photos --do_train --do_eval \
         --learning_rate 5e-5 --num_train_epochs 5 --remove_unused_columns False --seed 1337
 
-A command that was written for that script runs here, if you exchange the name of the script. It trains with the same
-crops, flips, batches, optimizer and numbers. There are three differences: the learning rate falls along a cosine and
-not a line, images keep their aspect ratio in evaluation, and the model is in OUT/model.
+A command that was written for that script runs here, if you exchange the name of the script. These things differ:
+
+- The learning rate falls along a cosine and not a line.
+- Images are resized bicubically, and keep their aspect ratio in evaluation.
+- Positions and tokens have no weight decay.
+- The model is in OUT/model, and it is the best one by the validation images.
 
 With a teacher, the model is a distilled DeiT, and these arguments mean what they mean in DeiT's original main.py:
 
@@ -17,7 +20,7 @@ import json
 import sys
 from pathlib import Path
 
-from trainer_arguments import Arguments, batch, begin, settings, some
+from trainer_arguments import Arguments, batch, begin, main_process, settings, some
 
 from deit import DeiTConfig, DeiTImageProcessor
 from deit.data.folders import matched, read_data, read_examples
@@ -112,10 +115,12 @@ def recipe(options, classes):
 def main():
     options = parser.parse_args()
     out, model = Path(options.output_dir), options.model_name_or_path
+    if not (options.do_train or options.do_eval):
+        raise ValueError("there is nothing to do; add --do_train, --do_eval, or both")
     splits = read(options)
     if options.do_train:
         model = begin(recipe(options, splits[0].classes), splits, options).model
-    if options.do_eval:
+    if options.do_eval and main_process():
         report = examine_split(model, splits[1], str(options.validation_dir or options.train_dir), "val").main.report
         found = {"eval_accuracy": report.accuracy().value, "eval_loss": report.nll, "eval_samples": report.images}
         out.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,8 @@
 The model fills in hidden squares of the images (SimMIM). Afterwards, fine-tune it on labels with
 `image_classification.py --model_name_or_path runs/masked/model`. OUT/reconstructions shows what it fills in.
 
-The learning rate falls along a cosine and not a line, and the model is in OUT/model.
+These things differ from that script: the learning rate falls along a cosine and not a line, images are resized
+bicubically, positions and tokens have no weight decay, and the model is in OUT/model.
 """
 
 import ast
@@ -15,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from trainer_arguments import Arguments, batch, begin, settings, some
+from trainer_arguments import Arguments, batch, begin, main_process, settings, some
 
 from deit import DeiTConfig, DeiTImageProcessor, ViTConfig
 from deit.data import Split, read_data
@@ -100,7 +101,7 @@ def main():
     if not options.do_train:
         raise ValueError("there is nothing to do; add --do_train, which also judges the model")
     run = begin(recipe(options), read(options), options)
-    if options.do_eval:
+    if options.do_eval and main_process():
         found = {"eval_loss": -run.score}
         (Path(options.output_dir) / "eval_results.json").write_text(json.dumps(found, indent=4))
         print(f"eval_loss = {-run.score:.4g}")

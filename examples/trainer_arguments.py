@@ -73,7 +73,7 @@ class Refused(argparse.Action):
 class Arguments(argparse.ArgumentParser):
     """A parser that already has what both scripts share."""
 
-    def __init__(self, description, holdout=0.15):
+    def __init__(self, description):
         super().__init__(
             description=description,
             usage="%(prog)s --train_dir FOLDER --output_dir OUT --do_train [--do_eval] [ARGUMENTS]",
@@ -83,7 +83,7 @@ class Arguments(argparse.ArgumentParser):
         add("output_dir", required=True, metavar="OUT", help="folder of the run; its model is in OUT/model")
         add("train_dir", help="folder of training images")
         add("validation_dir", help="folder of validation images")
-        add("train_val_split", type=float, default=holdout, help="share that is held out without a --validation_dir")
+        add("train_val_split", type=float, default=0.15, help="share that is held out without a --validation_dir")
         add("max_train_samples", type=int, help="largest number of training images")
         add("max_eval_samples", type=int, help="largest number of validation images")
         add("do_train", type=flag, help="train")
@@ -168,6 +168,11 @@ def settings(options):
         ),
         "seed": options.seed,
     }
+
+
+def main_process():
+    """Whether this process speaks for all that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def batch(options):

@@ -156,6 +156,7 @@ def test_a_teacher_with_the_arguments_of_the_original_code(examples, data, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        ("", "add --do_train, --do_eval, or both"),
         ("--push_to_hub", "call push_to_hub of the trained model"),
         ("--fp16 True", "use --bf16"),
         ("--deepspeed file.json", "use torchrun"),
