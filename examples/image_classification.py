@@ -8,7 +8,7 @@ A command that was written for that script runs here, if you exchange the name o
 
 - The learning rate falls along a cosine and not a line.
 - Images are resized bicubically, and keep their aspect ratio in evaluation.
-- Positions and tokens have no weight decay.
+- Positions and the class token have no weight decay.
 - The model is in OUT/model, and it is the best one by the validation images.
 
 With a teacher, the model is a distilled DeiT, and these arguments mean what they mean in DeiT's original main.py:

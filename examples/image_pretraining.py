@@ -8,7 +8,7 @@ The model fills in hidden squares of the images (SimMIM). Afterwards, fine-tune 
 `image_classification.py --model_name_or_path runs/masked/model`. OUT/reconstructions shows what it fills in.
 
 These things differ from that script: the learning rate falls along a cosine and not a line, images are resized
-bicubically, positions and tokens have no weight decay, and the model is in OUT/model.
+bicubically, positions, class and mask token have no weight decay, and the model is in OUT/model.
 """
 
 import ast

@@ -98,7 +98,7 @@ class Arguments(argparse.ArgumentParser):
         add("warmup_ratio", type=float, default=0.0, help="share of training with a rising learning rate")
         add("warmup_steps", type=float, default=0.0, help="the same in steps; below 1, it is a share")
         add("optim", default="adamw_torch", choices=["adamw_torch", "adamw_torch_fused"], help="optimizer")
-        add("weight_decay", type=float, default=0.0, help="of everything but biases, norms, tokens and positions")
+        add("weight_decay", type=float, default=0.0, help="of all but biases, norms, positions, class and mask token")
         add("adam_beta1", type=float, default=0.9, help="AdamW's first decay")
         add("adam_beta2", type=float, default=0.999, help="AdamW's second decay")
         add("adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon")

@@ -67,7 +67,7 @@ def test_it_runs_from_beginning_to_end(tmp_path, monkeypatch):
         output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
     )
     scores = dict(re.findall(r"^(class|distillation|fused) +([\d.]+) ", said, re.MULTILINE))
-    assert {head: float(score) > 0.95 for head, score in scores.items()} == dict.fromkeys(
+    assert {head: float(score) > 0.9 for head, score in scores.items()} == dict.fromkeys(
         ("class", "distillation", "fused"), True
     )
     assert (tmp_path / "notebook-run/student/report.html").exists()
