@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import fortress, harness
-from bench.speed import keras, predict, reading, train
+from bench.speed import keras, merge, predict, reading, train
 
 ROOT = Path(__file__).parents[1]
 TOY = """
@@ -118,7 +118,7 @@ def test_ratios_are_of_the_same_round(rates, expected):
     assert list(found) == list(expected)
 
 
-@pytest.mark.parametrize("script", [train, keras, predict, reading], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [train, keras, predict, reading, merge], ids=lambda script: script.__name__)
 def test_stored_records_have_the_fields_of_new_ones(script):
     comparison = script.COMPARISON
     assert comparison.module == script.__name__

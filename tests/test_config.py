@@ -14,6 +14,7 @@ OURS_ONLY = {
     "drop_path_schedule",
     "layer_scale_init_value",
     "position_on_class_token",
+    "merge",
     "extra",
 }
 BOTH = pytest.mark.parametrize("name", ["DeiTConfig", "ViTConfig"])
@@ -320,3 +321,21 @@ def test_labels_follow_their_numbers(cls):
 def test_labels_with_gaps_or_repeats(cls, names, said):
     with raises_saying(ValueError, "id2label", said):
         cls(id2label=names)
+
+
+def test_merge_is_written_only_if_something_is_merged(tmp_path):
+    """So a plain model's file stays that of other libraries."""
+    plain = DeiTConfig(num_labels=3)
+    assert "merge" not in plain.to_dict()
+    assert "merge" not in plain.to_diff_dict()
+    assert plain.replace(merge=0) == plain
+    merging = plain.replace(merge=8)
+    assert merging != plain
+    assert hash(merging) != hash(plain)
+    merging.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["merge"] == 8
+    assert DeiTConfig.from_pretrained(tmp_path) == merging
+    assert DeiTConfig.from_pretrained(tmp_path, merge=0) == plain
+    for wrong in (-1, 1.5, True, "8", None):
+        with raises_saying(ValueError, f"merge must be a whole number of at least 0, found {wrong!r}"):
+            plain.replace(merge=wrong)

@@ -34,7 +34,9 @@ FRAMEWORKS = {
 LIGHT = [
     "deit",
     "deit.cli",
+    "deit.completion",
     "deit.config",
+    "deit.doctor",
     "deit.evaluate.scores",
     "deit.export.convert",
     "deit.export.engines",

@@ -18,5 +18,7 @@ Dialect = Literal["hf", "timm", "original", "keras"]
 """Which project's files `deit convert` writes."""
 Part = Literal["train", "val", "test"]
 """Which part of a data folder."""
+Shell = Literal["bash", "zsh", "fish"]
+"""Which shell `deit completion` is for."""
 Prefer = Literal["accuracy", "speed"]
 """What `deit fit` chooses its model by."""

@@ -214,6 +214,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(verb)
     verb.set_defaults(run=_teach)
 
+    _add_before_training(verbs)
+    _add_predict(verbs)
+    _add_serve(verbs)
+    _add_eval(verbs)
+    _add_shown(verbs)
+    _add_written(verbs)
+    _add_around(verbs)
+    return parser
+
+
+def _add_before_training(verbs: Any) -> None:
+    """Adds the verbs that are of use before a training."""
     verb = verbs.add_parser(
         "split",
         help="divide images into training, validation and test images, as a list",
@@ -240,13 +252,6 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("name", nargs="?", metavar="NAME", help="recipe to print, as for train (default: list all)")
     _add_overrides(verb)
     verb.set_defaults(run=_recipes)
-
-    _add_predict(verbs)
-    _add_serve(verbs)
-    _add_eval(verbs)
-    _add_shown(verbs)
-    _add_written(verbs)
-    return parser
 
 
 def _add_shown(verbs: Any) -> None:
@@ -302,8 +307,8 @@ def _add_written(verbs: Any) -> None:
         "export",
         help="write a classifier for a runtime, and prove that it answers the same",
         description="Writes a classifier with its labels and its preprocessing for a runtime and runs it there. The "
-        "export is kept only if it answers as the PyTorch model does. int8 needs --calibrate, and is kept only if it "
-        "costs no more than half a point of accuracy.",
+        "export is kept only if it answers as the PyTorch model does. int8 needs --calibrate. int8 and merging on "
+        "labelled images are kept only if they cost no more than half a point of accuracy.",
     )
     _add_model(verb)
     verb.add_argument("--to", choices=get_args(choices.Format), required=True, help="format to write")
@@ -311,7 +316,14 @@ def _add_written(verbs: Any) -> None:
         "--calibrate",
         type=Path,
         metavar="DATA",
-        help="folder or list of labelled images; they check the export, and calibrate and judge int8",
+        help="folder or list of labelled images; they check the export, calibrate int8, and judge int8 and merging",
+    )
+    verb.add_argument(
+        "--merge",
+        type=_merge,
+        metavar="N|auto",
+        help="patch tokens that each block merges with similar ones, for speed; auto takes as many as the accuracy on "
+        "--calibrate allows (default: as the model does)",
     )
     verb.add_argument(
         "--out",
@@ -321,6 +333,28 @@ def _add_written(verbs: Any) -> None:
         help="folder to write; a former export there is replaced after the new one has passed its check",
     )
     verb.set_defaults(run=_export)
+
+
+def _add_around(verbs: Any) -> None:
+    """Adds the verbs that are about this installation and not about images."""
+    verb = verbs.add_parser(
+        "doctor",
+        help="show what is installed, what this machine can do, and what is broken",
+        description="Shows what is installed, what this machine can do, what the commands choose on it and why, and "
+        "what is broken, with the command that mends it. The exit status is 1 if something is broken.",
+    )
+    verb.add_argument("--json", action="store_true", help="print the findings as one JSON line")
+    verb.set_defaults(run=_doctor)
+
+    verb = verbs.add_parser(
+        "completion",
+        help="print a script that lets a shell complete deit's commands",
+        description="Prints a script that lets a shell complete commands, options, recipes and file names. For bash, "
+        "write it to ~/.local/share/bash-completion/completions/deit; for zsh, to a file _deit in a folder of $fpath; "
+        "for fish, to ~/.config/fish/completions/deit.fish.",
+    )
+    verb.add_argument("shell", choices=get_args(choices.Shell), help="the shell that reads the script")
+    verb.set_defaults(run=_completion)
 
 
 def _add_predict(verbs: Any) -> None:
@@ -467,6 +501,12 @@ def _count(text: str) -> int:
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
     return int(text)
+
+
+def _merge(text: str) -> int | str:
+    if text != "auto" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, or auto, found {text!r}")
+    return text if text == "auto" else int(text)
 
 
 def _add_eval(verbs: Any) -> None:
@@ -705,6 +745,8 @@ def _calibrate(options: argparse.Namespace) -> None:
     found = calibrate(
         options.model, options.data, split=options.split, error_rate=options.error_rate, device=options.device
     )
+    for sentence in found.alarms():
+        print(sentence, file=sys.stderr)
     if options.json:
         print(json.dumps(asdict(found)))
         return
@@ -799,6 +841,20 @@ def _report(options: argparse.Namespace) -> None:
     print(document.of_run(options.run_folder, options.data, device=options.device))
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from deit.doctor import examine, text
+
+    found = examine()
+    print(json.dumps(found) if options.json else text(found))
+    return 1 if found["broken"] else 0
+
+
+def _completion(options: argparse.Namespace) -> None:
+    from deit.completion import script
+
+    print(script(_parser(), options.shell))
+
+
 def _convert(options: argparse.Namespace) -> None:
     from deit.export.convert import convert
 
@@ -808,4 +864,4 @@ def _convert(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from deit.export.write import export
 
-    print(export(options.model, options.to, options.out, calibrate=options.calibrate))
+    print(export(options.model, options.to, options.out, calibrate=options.calibrate, merge=options.merge))

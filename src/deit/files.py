@@ -93,8 +93,9 @@ _failed: dict[str, float] = {}
 """When which address did not answer."""
 
 
-def _reachable(address: str) -> bool:
-    """Whether a server accepts a connection. The hub's client would try each file six times, for half a minute.
+def reachable(address: str, patience: float = _PATIENCE) -> bool:
+    """Whether a server accepts a connection within `patience` seconds. The hub's client would try each file six times,
+    for half a minute.
 
     What lies behind a proxy is taken to be reachable.
     """
@@ -109,7 +110,7 @@ def _reachable(address: str) -> bool:
     if time.monotonic() - _failed.get(address, -_FORGOTTEN) < _FORGOTTEN:
         return False
     try:
-        socket.create_connection((host, port), timeout=_PATIENCE).close()
+        socket.create_connection((host, port), timeout=patience).close()
     except OSError:
         _failed[address] = time.monotonic()
         return False
@@ -124,7 +125,7 @@ def _download(name: str, filename: str, **options: Any) -> Path:
             str(host.missing(f"there is no folder {name}, and fetching it from the hub needs huggingface_hub", "hub"))
         ) from None
     if not options["local_files_only"] and not constants.HF_HUB_OFFLINE:
-        options["local_files_only"] = not _reachable(constants.ENDPOINT)
+        options["local_files_only"] = not reachable(constants.ENDPOINT)
     if options["force_download"] and (options["local_files_only"] or constants.HF_HUB_OFFLINE):
         raise NotFetched(
             f"{filename} of {name} could not be fetched again (offline, no network, or the hub does not answer); "

@@ -610,6 +610,10 @@ class Recipe:
                 f"masked images need a DeiT or ViT model, found {type(model).__name__}; choose another model",
             )
             check(
+                not getattr(model, "merge", 0),
+                "masked images are painted patch by patch, each from a token of its own; set model.merge=0",
+            )
+            check(
                 self.augment.mix is None and self.augment.erase is None,
                 "masked images have no labels to mix, and each pixel counts; set augment.mix and augment.erase to None",
             )
@@ -777,6 +781,8 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
     `objective.teacher=timm:regnety_160`. All settings are applied before the whole recipe is checked.
     """
     values = recipe.to_dict()
+    if isinstance(recipe.model, DeiTConfig):
+        values["model"].setdefault("merge", 0)  # which is not written if it is 0
     for setting in settings:
         path, equals, text = setting.partition("=")
         check(bool(equals), f"--set {setting}: expected FIELD=VALUE, e.g. optim.lr=1e-3")

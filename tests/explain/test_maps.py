@@ -43,16 +43,18 @@ class Spelled(nn.Module):
         super().__init__()
         self.attention = attention
 
-    def forward(self, x, head_mask=None, need_weights=False, read=None):
+    def forward(self, x, head_mask=None, need_weights=False, read=None, sizes=None, need_keys=False):
         own, width = self.attention, self.attention.head_width
         q, k, v = own.qkv(x).chunk(3, -1)
         self.weights = []
         for head in range(own.heads):
             part = slice(head * width, (head + 1) * width)
-            self.weights.append(torch.softmax(q[..., part] @ k[..., part].mT / width**0.5, -1))
+            scores = q[..., part] @ k[..., part].mT / width**0.5
+            self.weights.append(torch.softmax(scores if sizes is None else scores + sizes.log().unsqueeze(1), -1))
             self.weights[-1].retain_grad()
         mixed = [w @ v[..., i * width : (i + 1) * width] for i, w in enumerate(self.weights)]
-        return own.out(torch.cat(mixed, -1))[:, :read], None
+        keys = k.unflatten(-1, (own.heads, width)).transpose(1, 2) if need_keys else None
+        return own.out(torch.cat(mixed, -1))[:, :read], None, keys
 
 
 def spelled_out(model, x, token, target=None):
@@ -120,6 +122,35 @@ def test_maps_by_hand(kind, changes, method, target):
         assert not found[token].requires_grad
     if len(places) == 2:
         assert (found["class"] - found["distillation"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["with_teacher", "classification"])
+def test_maps_of_merged_tokens_by_hand(kind, method):
+    """Each merge is a matrix of means between the blocks, so the maps are over the patches that went in."""
+    model = build(kind, small(merge=5, image_size=(12, 20), num_hidden_layers=4))
+    config, x = model.config, images(model.config)
+    with torch.no_grad():
+        held = model(x, output_attentions=True).token_of_patch
+    found, prefix = explain(model, x, method), config.num_prefix_tokens
+    for token, (place, _) in logits_of(model(x)).items():
+        for image, blocks in enumerate(spelled_out(model, x, token)):
+            joint = np.eye(prefix + config.num_patches)
+            for level, (attention, gradient) in enumerate(blocks):
+                weights = attention.mean(0)
+                if method == "rollout":
+                    joint = (0.5 * weights + 0.5 * np.eye(len(weights))) @ joint
+                elif method == "relevance":
+                    joint = joint + np.maximum(attention * gradient, 0).mean(0) @ joint
+                elif level == len(blocks) - 1:
+                    joint = weights @ joint
+                before, after = (list(range(prefix)) + held[level + i][image].tolist() for i in (0, 1))
+                mean = np.zeros((max(after) + 1, max(before) + 1))
+                for old, new in zip(before, after, strict=True):
+                    mean[new, old] += 1
+                joint = mean / mean.sum(1, keepdims=True) @ joint
+            assert_close(found[token][image].double(), torch.tensor(map_by_hand(joint, place, config)))
+            assert found[token][image].max() > 1e-3
 
 
 def test_maps_from_the_attentions_of_transformers(quiet_transformers):

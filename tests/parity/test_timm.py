@@ -249,6 +249,7 @@ def test_convert_to_original(variant, tmp_path):
         ("masked_image", {}, ["is a masked_image model; timm stores classifiers only, keep --to hf"]),
         ("classification", {}, ["has a distillation token and one head; timm's distilled models have two"]),
         ("with_teacher", {"hidden_act": "relu"}, ["timm's models compute with gelu", "has relu"]),
+        ("with_teacher", {"merge": 2}, ["merge no tokens", "has merge=2, so it would answer differently"]),
         ("with_teacher", {"layer_norm_eps": 1e-3}, ["epsilon of 1e-6", "and 0.001, so it would answer differently"]),
         (
             "classification",

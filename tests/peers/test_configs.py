@@ -190,3 +190,17 @@ def test_get_config_dict(tmp_path):
     expected, theirs = transformers.DeiTConfig.get_config_dict(tmp_path, num_labels=3, revision="main")
     assert {key: expected[key] for key in found} == found
     assert rest == {key: value for key, value in theirs.items() if key == "num_labels"} == {"num_labels": 3}
+
+
+def test_a_folder_that_merges_is_read_without_merging(tmp_path):
+    ours = build("with_teacher", small(merge=3))
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.DeiTForImageClassificationWithTeacher.from_pretrained(tmp_path)
+    assert theirs.config.merge == 3
+    x = images(ours.config)
+    with torch.no_grad():
+        found, plain = theirs(x).logits, type(ours).from_pretrained(tmp_path, merge=0)(x).logits
+        assert (ours(x).logits - plain).abs().max() > 1e-3
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "again")
+    assert type(ours).from_pretrained(tmp_path / "again").config.merge == 3

@@ -290,7 +290,7 @@ def test_download_is_forced(model, tmp_path, monkeypatch):
             load("org/tiny", force_download=True, **local)
     assert asked == []
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("deit.files._reachable", lambda _: True)
+    monkeypatch.setattr("deit.files.reachable", lambda _: True)
     for force in (True, False):
         load("org/tiny", force_download=force)
     assert asked == [(name, force) for force in (True, False) for name in ("config.json", "model.safetensors")]

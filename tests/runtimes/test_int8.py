@@ -7,67 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from support.checks import raises_saying
 from support.exports import INT8, OUTPUTS, needs, tampering
 from support.runs import photos
 
-from deit.config import ConvNetConfig, DeiTConfig
-from deit.data.folders import write_digits
 from deit.export import checking, formats, write
 from deit.export.checking import Examples
 from deit.export.engines import load_engine
 from deit.export.subject import Subject
 from deit.image.processor import DeiTImageProcessor
-from deit.model.convnet import ConvNet
 from deit.model.load import load_classifier, load_model
-from deit.model.network import DeiTForImageClassificationWithTeacher
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """The digits on disk, and a small distilled model and a ConvNet trained on them for seconds."""
-    root = tmp_path_factory.mktemp("digits")
-    write_digits(root / "data", side=16)
-    processor = DeiTImageProcessor.paper(16, crop_ratio=1.0)
-    paths = sorted((root / "data" / "train").rglob("*.png"))
-    pixels = processor(paths, return_tensors="pt").pixel_values
-    labels = torch.tensor([int(path.parent.name) for path in paths])
-    config = DeiTConfig(
-        hidden_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        intermediate_size=96,
-        image_size=16,
-        patch_size=4,
-        encoder_stride=4,
-        layer_norm_eps=1e-6,
-        num_labels=10,
-        initializer_range=0.06,
-    )
-    config = config.replace(id2label={i: str(i) for i in range(10)})
-    torch.manual_seed(0)
-    nets = {
-        "distilled": DeiTForImageClassificationWithTeacher(config),
-        "convnet": ConvNet(ConvNetConfig(widths=(16, 32), depth=1, image_size=16, id2label=config.id2label)),
-    }
-    for name, net in nets.items():
-        net.train()
-        optimizer = torch.optim.AdamW(net.parameters(), lr=2e-2 if name == "convnet" else 3e-3)
-        decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=12)
-        for _ in range(12):
-            for rows in torch.randperm(len(labels)).split(64):
-                out = net(pixels[rows])
-                loss = F.cross_entropy(out.logits, labels[rows])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            decay.step()
-        net.eval().save_pretrained(root / name)
-        processor.save_pretrained(root / name)
-    return root
 
 
 def accuracy_by_hand(answer, root):
@@ -132,7 +83,7 @@ def test_int8_keeps_the_accuracy_and_reports_it(digits, tmp_path, to, kind):
 @pytest.mark.parametrize("to", INT8)
 def test_int8_that_costs_too_much_is_refused_with_the_layers_to_blame(digits, tmp_path, monkeypatch, to):
     needs(to)
-    monkeypatch.setattr(formats, "LOSS", -1.0)
+    monkeypatch.setattr(checking, "LOSS", -1.0)
     monkeypatch.setattr(checking, "_CALIBRATED", 20)
     monkeypatch.setattr(formats, "_SHARES", (0.0, 0.5))
     monkeypatch.setattr(formats, "by_sensitivity", lambda *_: ["features.4", "classifier"])
@@ -157,7 +108,7 @@ def test_layers_that_8_bits_hurt_stay_in_float(digits, tmp_path, monkeypatch, to
     monkeypatch.setattr(checking, "_CALIBRATED", 20)
     monkeypatch.setattr(formats, "by_sensitivity", lambda *_: [name, *(f"other{i}" for i in range(7))])
     monkeypatch.setattr(formats, "_SHARES", (0.0, 1 / 8))
-    monkeypatch.setattr(formats, "LOSS", 0.05)
+    monkeypatch.setattr(checking, "LOSS", 0.05)
     quantise = {"onnx-int8": "_quantise_onnx", "openvino-int8": "_quantise_openvino"}[to]
     real = getattr(formats, quantise)
 
@@ -225,4 +176,5 @@ def test_the_page_has_every_key(digits, tmp_path):
     for to in ("openvino", "openvino-int8", "web"):
         done = write.export(digits / "convnet", to, tmp_path / to, calibrate=digits / "data")
         found |= set(keys_of(done.description))
-    assert found == documented
+    done = write.export(digits / "distilled", "torch", tmp_path / "m", calibrate=digits / "data", merge="auto")
+    assert found | set(keys_of(done.description)) == documented

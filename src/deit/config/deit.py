@@ -192,6 +192,9 @@ class DeiTConfig:
     """Start value of LayerScale's gains on both residual branches (DeiT III); None: no LayerScale."""
     position_on_class_token: bool = True
     """False (DeiT III): position embeddings cover the patches only, not the class and distillation tokens."""
+    merge: int = 0
+    """Number of patch tokens that each block merges with similar ones, for speed (Bolya et al. 2023, "Token Merging").
+    A block merges at most half of its patch tokens. 0 merges nothing and is not written to files."""
 
     extra: dict[str, Any] = field(default_factory=dict)
     """Unknown keys of a `config.json`. They are kept, can be read as attributes, and are written back."""
@@ -277,6 +280,8 @@ class DeiTConfig:
         ):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, found {value!r}")
+        if not isinstance(self.merge, int) or isinstance(self.merge, bool) or self.merge < 0:
+            raise ValueError(f"merge must be a whole number of at least 0, found {self.merge!r:.80}")
         if not isinstance(self.pooler_output_size, int | None) or (self.pooler_output_size or 1) < 1:
             raise ValueError(f"pooler_output_size must be a whole number or None, found {self.pooler_output_size!r}")
         if not isinstance(self.layer_scale_init_value, int | float | None):
@@ -399,6 +404,8 @@ class DeiTConfig:
         known = {name: list(value) if isinstance(value, tuple) else value for name, value in known.items()}
         known["id2label"] = {str(i): label for i, label in self.id2label.items()}  # type: ignore[union-attr]
         del known["num_labels"]  # derived from id2label, as in `transformers`
+        if not self.merge:
+            del known["merge"]  # so that a plain model's file is that of other libraries
         return {**self.extra, **known, "model_type": self.model_type}
 
     def to_diff_dict(self) -> dict[str, Any]:

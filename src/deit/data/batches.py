@@ -419,7 +419,9 @@ class TrainingBatches:
         self.split, self.recipe, self.cycle, self.device = split, recipe, cycle, device
         self.positions = np.concatenate([np.arange(batch)[rows] for rows in _mirrored_share(batch, rank, world)])
         # even if each image is decoded only once, a GPU would wait for one process to augment them
-        self.workers = _workers(recipe.compute.workers, lambda: device.type == "cpu" and _fits(split, recipe), device)
+        self.workers = loader_processes(
+            recipe.compute.workers, lambda: device.type == "cpu" and _fits(split, recipe), device
+        )
         self.views = _Views(split, recipe, CACHE_BYTES // max(1, self.workers))
         self._orders: dict[int, np.ndarray] = {}
 
@@ -530,7 +532,7 @@ class EvaluationBatches:
         self.split, self.device = split, device
         self.views = _EvaluationViews(split, processor, batch, rank, world, masks)
         self.keeps = keep and self.views.rows * int(np.prod(self.views.shape)) <= CACHE_BYTES
-        self.workers = _workers(workers, lambda: self.keeps, device)
+        self.workers = loader_processes(workers, lambda: self.keeps, device)
         self.kept: list[Batch] = []
 
     def __len__(self) -> int:
@@ -611,7 +613,7 @@ class LoaderDied(RuntimeError):
     """A loader process died."""
 
 
-def _workers(asked: int | None, fits: Callable[[], bool], device: torch.device) -> int:
+def loader_processes(asked: int | None, fits: Callable[[], bool], device: torch.device) -> int:
     """Number of loader processes for this process.
 
     `asked` if it is set, 0 if one process is enough (`fits`), and otherwise a number that depends on this process's

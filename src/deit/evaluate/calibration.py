@@ -14,6 +14,10 @@ from deit import files
 from deit.evaluate.scores import LEAST
 
 FILE = "calibration.json"
+LIMITS = (0.05, 20.0)
+"""The least and the greatest temperature that are tried."""
+_AT_LIMIT = 1.001
+"""Largest ratio of a temperature to a limit that counts as the limit itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,25 @@ class Calibration:
         """Whether exactly one label is likely enough, for each row of probabilities (N, C) after the temperature."""
         return ((probabilities >= self._of(head).threshold).sum(1) == 1).tolist()
 
+    def alarms(self) -> list[str]:
+        """A warning for each head whose temperature is at a limit, with the next move."""
+        low, high = LIMITS
+        found = []
+        for name, head in self.heads.items():
+            if head.temperature <= low * _AT_LIMIT:
+                found.append(
+                    f"warning: the temperature of the head {name} is the least that is tried ({low:g}), because it is "
+                    f"right on almost all of the {self.images:,} images, so they can't tell how sure it may be. "
+                    "Calibrate with more or harder images"
+                )
+            elif head.temperature * _AT_LIMIT >= high:
+                found.append(
+                    f"warning: the temperature of the head {name} is the greatest that is tried ({high:g}), because "
+                    f"its probabilities tell next to nothing about the labels of the {self.images:,} images. Check "
+                    "labels and preprocessing with deit eval"
+                )
+        return found
+
     def _of(self, head: str) -> HeadCalibration:
         if head not in self.heads:
             raise ValueError(f"the calibration has no head {head!r}; choose one of {', '.join(self.heads)}")
@@ -111,7 +134,7 @@ def fit(probabilities_at: Any, labels: np.ndarray, error_rate: float) -> HeadCal
     def nll(temperature: float) -> float:
         return float(-np.log(np.maximum(of_true(temperature), LEAST)).mean())
 
-    temperature = math.exp(_lowest(lambda logarithm: nll(math.exp(logarithm)), math.log(0.05), math.log(20.0)))
+    temperature = math.exp(_lowest(lambda logarithm: nll(math.exp(logarithm)), *map(math.log, LIMITS)))
     threshold = float(np.sort(of_true(temperature))[::-1][rank - 1])
     answered = float(((probabilities_at(temperature) >= threshold).sum(1) == 1).mean())
     return HeadCalibration(

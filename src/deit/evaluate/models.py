@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from deit.choices import Head
 from deit.data.batches import Batch, EvaluationBatches
 from deit.data.folders import Split, fingerprint, matched, read_examples
+from deit.evaluate import alarms
 from deit.evaluate.scores import Accuracy, BalancedAccuracy, Comparison, Report, compare
 from deit.machine import Processes, Rows, full_float32, resolve_device
 from deit.model.heads import head_probabilities
@@ -238,6 +239,15 @@ class Evaluation:
     @property
     def comparison(self) -> Comparison | None:
         return None if self.other is None else compare(self.main.report, self.other.report)
+
+    def alarms(self, named: Callable[[str], str] = str) -> list[str]:
+        """What to beware of in these numbers, each with the next move. `named` shows the name of a class."""
+        report = self.main.report
+        images = [each.support for each in report.by_class]
+        return [
+            *alarms.learnt_nothing(report.accuracy().value, [*map(named, report.classes)], images),
+            *alarms.judged_by_validation(self.split),
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types; the keys are in docs/evaluation.md. `comparison` is only there if two models were compared."""

@@ -77,6 +77,8 @@ def show(evaluation: Evaluation, console: Console) -> None:
                 ),
             )
         )
+    for sentence in evaluation.alarms():
+        say(sentence)
     if evaluation.other is not None and (comparison := evaluation.comparison):
         _compare(main, evaluation.other, comparison, console, say)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from deit.choices import Method
 from deit.model.heads import head_scores
+from deit.model.merging import gathered, shared
 from deit.model.network import DeiTForImageClassification, DeiTForImageClassificationWithTeacher
 from deit.model.outputs import ModelOutput
 
@@ -34,7 +35,8 @@ def explain(model: nn.Module, pixels: Tensor, method: Method, target: Target = N
     """Returns a map for each token that has a head of its own: how much each patch counts, (B, R, S), 0 or more.
 
     Values can be compared within a map, but not between maps. The model runs in evaluation mode and gets its own mode
-    back. Gradients of its parameters are neither needed nor changed.
+    back. Gradients of its parameters are neither needed nor changed. If blocks merge patches (`config.merge`), what a
+    token has goes back to its patches in equal parts.
 
     Args:
         model: `DeiTForImageClassification` or `DeiTForImageClassificationWithTeacher`, with at least two classes.
@@ -62,21 +64,33 @@ def explain(model: nn.Module, pixels: Tensor, method: Method, target: Target = N
         logits = _logits(out)
         targets = _targets(logits, target)
         heads = [attention.detach().float() for attention in out.attentions]  # a block's: (B, H, N, N)
+        held = [None] * len(heads) if out.token_of_patch is None else out.token_of_patch[:-1]  # a block's: (B, P)
         for place, (token, scores) in enumerate(logits.items()):
-            row = torch.eye(heads[0].shape[-1], device=pixels.device)[place].expand(len(pixels), 1, -1)  # (B, 1, N)
+            row = torch.eye(heads[0].shape[-1], device=pixels.device)[place].expand(len(pixels), -1)  # (B, prefix + P)
             match method:
                 case "rollout":  # the rows of A sum to 1, and so do the rows of (A + I) / 2
-                    for attention in reversed(heads):
-                        row = (row @ attention.mean(1) + row) / 2
+                    for attention, of_patch in zip(reversed(heads), reversed(held), strict=True):
+                        row = (_through(row, attention.mean(1), of_patch) + row) / 2
                 case "relevance":
                     chosen = _of(targets[token], scores).sum()
                     slopes = torch.autograd.grad(chosen, out.attentions, retain_graph=True)
-                    for attention, slope in zip(reversed(heads), reversed(slopes), strict=True):
-                        row = row + row @ (attention * slope.float()).clamp(min=0).mean(1)
+                    for attention, slope, of_patch in zip(
+                        reversed(heads), reversed(slopes), reversed(held), strict=True
+                    ):
+                        row = row + _through(row, (attention * slope.float()).clamp(min=0).mean(1), of_patch)
                 case "attention":
-                    row = row @ heads[-1].mean(1)
-            maps[token] = row[:, 0, config.num_prefix_tokens :].unflatten(1, config.grid)
+                    row = _through(row, heads[-1].mean(1), held[-1])
+            maps[token] = row[:, config.num_prefix_tokens :].unflatten(1, config.grid)
     return maps
+
+
+def _through(row: Tensor, weights: Tensor, token_of_patch: Tensor | None) -> Tensor:
+    """A row over prefix and patches (B, prefix + P) times a block's weights (B, N, N), which are over its tokens."""
+    if token_of_patch is None:
+        return (row.unsqueeze(1) @ weights).squeeze(1)
+    prefix, tokens = row.shape[1] - token_of_patch.shape[1], weights.shape[-1]
+    row = gathered(row, token_of_patch, prefix, tokens)
+    return shared((row.unsqueeze(1) @ weights).squeeze(1), token_of_patch, prefix)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Checks an exported file: images with the PyTorch model's answers, which the file has to give too.
+"""Checks an export: images with the PyTorch model's answers, which the file has to give too, and its accuracy.
 
 B images, C channels, H rows, W columns, K classes.
 """
@@ -21,6 +21,9 @@ from deit.export.engines import Engine
 from deit.export.subject import Subject
 from deit.image.decode import ImageError, load_image
 
+LOSS = 0.005
+"""Largest allowed loss of accuracy by int8 and by merging, together."""
+
 _CHECKED = {"random": 16, "real": 64}
 """Number of images in the check."""
 _SIZES = (1, 3)
@@ -28,12 +31,23 @@ _SIZES = (1, 3)
 _CALIBRATED = 300
 """Maximum number of int8 calibration images."""
 _JUDGED_BATCH = 16
+_ROUNDING, _ROUNDINGS = 1e-6, 32
+"""Largest relative change of a pixel that counts as rounding, and the number of random ones that are tried."""
 _TIE = 1e-4
 """Largest difference of two probabilities that count as on the same side of 0.5, because only rounding parts them."""
 
 
+class TooInaccurate(ValueError):
+    """An export that costs more accuracy than `LOSS`."""
+
+
+def accurate_enough(after: Accuracy, before: Accuracy) -> bool:
+    """Whether no more than `LOSS` is lost, on the same images."""
+    return before.correct - after.correct <= LOSS * before.total
+
+
 class Examples:
-    """Labelled images for int8: some to calibrate its ranges, the others to judge its accuracy.
+    """Labelled images: some to calibrate the ranges of int8, the others to judge the accuracy.
 
     Raises `ValueError` for images that don't fit the model, and for a single image.
     """
@@ -63,7 +77,7 @@ class Examples:
         ]
 
     def batches(self) -> EvaluationBatches:
-        """Batches of the images that judge int8. They can be iterated any number of times."""
+        """Batches of the images that judge. They can be iterated any number of times."""
         return EvaluationBatches(self.judged, self.processor, _JUDGED_BATCH)
 
 
@@ -94,6 +108,9 @@ class Agreement:
     difference: float
     """Largest difference of a probability. For a regression it is the largest difference of an output, divided by the
     image's largest output if that is above 1."""
+    undecided: int
+    """Number of images for which rounding decides which patches are merged. The answer is compared with the one that
+    the PyTorch model gives after such a rounding."""
 
 
 class Checked:
@@ -116,7 +133,7 @@ class Checked:
             size = _SIZES[len(self.batches) % len(_SIZES)]
             self.batches.append(np.stack(pixels[:size]))
             pixels = pixels[size:]
-        self.scoring = subject.scoring
+        self.subject, self.scoring = subject, subject.scoring
         self.expected = [_scores(subject(batch), self.scoring) for batch in self.batches]
         self._files = () if examples is None else _spread(examples.judged, _CHECKED["random"]).files
 
@@ -128,11 +145,18 @@ class Checked:
             with suppress(ImageError):
                 yield load_image(path)
 
-    def agreement(self, engine: Engine) -> Agreement:
-        """Compares an engine's answers with the model's. Raises `ValueError` for outputs of another shape."""
-        alike, difference = 0, 0.0
-        for batch, expected in zip(self.batches, self.expected, strict=True):
-            found = _scores(engine(batch), self.scoring)
+    def agreement(self, engine: Engine, tolerance: float | None = None) -> Agreement:
+        """Compares an engine's answers with the model's. Raises `ValueError` for outputs of another shape.
+
+        With a `tolerance`, an answer that is farther from the model's is compared with what the model answers if the
+        pixels are rounded otherwise, in case the model merges patches.
+        """
+        alike, difference, undecided = 0, 0.0, 0
+        for batch, exact in zip(self.batches, self.expected, strict=True):
+            found, expected = _scores(engine(batch), self.scoring), exact
+            if tolerance is not None and self.subject.merge:
+                expected, otherwise = self._settled(batch, exact, found, tolerance)
+                undecided += otherwise
             same = np.ones(len(batch), bool)
             for name, reference in expected.items():
                 if found[name].shape != reference.shape:
@@ -149,7 +173,33 @@ class Checked:
                     apart = apart / np.maximum(1.0, np.abs(reference).max(-1))
                 difference = float(np.maximum(difference, apart.max()))  # unlike max, np.maximum keeps NaN
             alike += int(same.sum())
-        return Agreement(self.images, alike / self.images, difference)
+        return Agreement(self.images, alike / self.images, difference, undecided)
+
+    def _settled(
+        self, batch: np.ndarray, exact: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], tolerance: float
+    ) -> tuple[dict[str, np.ndarray], int]:
+        """The model's scores, for some images after a rounding that leads to the scores `found`; and the number of
+        these images. A merge is a choice, and two choices can be so close that each runtime makes its own."""
+        settled, otherwise = {name: values.copy() for name, values in exact.items()}, 0
+        random = np.random.default_rng(0)
+        for image, pixels in enumerate(batch):
+
+            def apart(scores: Mapping[str, np.ndarray], image: int = image) -> float:
+                if any(found[name].shape[1:] != values.shape[1:] for name, values in scores.items()):
+                    return 0.0  # which is refused elsewhere
+                return max(float(np.abs(found[name][image] - values[0]).max()) for name, values in scores.items())
+
+            if apart({name: values[image : image + 1] for name, values in exact.items()}) <= tolerance:
+                continue
+            for _ in range(_ROUNDINGS):
+                noise = random.uniform(-_ROUNDING, _ROUNDING, pixels.shape).astype(np.float32)
+                rounded = _scores(self.subject((pixels * (1 + noise))[None]), self.scoring)
+                if apart(rounded) <= tolerance:
+                    otherwise += 1
+                    for name, values in rounded.items():
+                        settled[name][image] = values[0]
+                    break
+        return settled, otherwise
 
 
 def _scores(logits: Mapping[str, np.ndarray], scoring: Scoring) -> dict[str, np.ndarray]:

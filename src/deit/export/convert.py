@@ -103,6 +103,11 @@ def _check_expressible(checkpoint: hub.Checkpoint, to: Dialect) -> None:
             f"{to}'s models compute with gelu and a LayerNorm epsilon of 1e-6, but {checkpoint.file} has "
             f"{config.hidden_act} and {config.layer_norm_eps}, so it would answer differently; keep --to hf"
         )
+    if config.merge:
+        raise ValueError(
+            f"{to}'s models merge no tokens, and the config.json of {checkpoint.file} has merge={config.merge}, so it "
+            "would answer differently; keep --to hf, or set merge to 0 there"
+        )
 
 
 def nearest_variant(config: DeiTConfig) -> str:

@@ -19,7 +19,16 @@ import torch
 from deit import files
 from deit.choices import Format, Scoring
 from deit.evaluate.calibration import FILE as CALIBRATION
-from deit.export.checking import Agreement, Checked, Examples, accuracy_of
+from deit.evaluate.scores import Accuracy
+from deit.export.checking import (
+    LOSS,
+    Agreement,
+    Checked,
+    Examples,
+    TooInaccurate,
+    accuracy_of,
+    accurate_enough,
+)
 from deit.export.engines import DESCRIPTION, Engine, OpenVINOEngine, import_openvino, load_engine, needed, sha256
 from deit.export.quantise import by_sensitivity, quantised_onnx, quantised_openvino
 from deit.export.subject import Subject
@@ -29,8 +38,6 @@ from deit.model.load import heads_of
 
 TOLERANCE = 1e-4
 """Largest allowed difference between a probability of a float format and the PyTorch model's."""
-LOSS = 0.005
-"""Largest allowed loss of accuracy in int8."""
 BESIDE = {"config.json", FILE_NAME, CALIBRATION, DESCRIPTION}
 """Files of an export that its `files` does not list."""
 
@@ -73,6 +80,7 @@ class Description:
     heads: Sequence[str]
     scoring: Scoring
     versions: Mapping[str, str]
+    merge: int | None = None
     weights: str | None = None
     agreement: Mapping[str, Any] | None = None
     native: Mapping[str, Any] | None = None
@@ -94,6 +102,7 @@ def _described(subject: Subject, to: Format, folder: Path) -> Description:
         heads=list(heads_of(len(subject.logits.names) > 1, subject.scoring)),
         scoring=subject.scoring,
         versions=versions(to),
+        merge=subject.merge or None,
     )
     files.write_json(folder / DESCRIPTION, description.to_dict())
     return description
@@ -106,7 +115,9 @@ def _checked_description(description: Description, agreement: Agreement, checked
         return description
     engine = load_engine(folder)
     assert isinstance(engine, OpenVINOEngine)
-    return replace(description, native={"precision": engine.inference_precision, **vars(checked.agreement(engine))})
+    found = {"precision": engine.inference_precision, **vars(checked.agreement(engine))}
+    del found["undecided"]  # which nothing was compared for
+    return replace(description, native=found)
 
 
 # ------------------------------------------------------------------------------------------------------- float formats
@@ -201,7 +212,7 @@ def write_float(
         attempt.save(subject, folder)
         description = _described(subject, to, folder)
         with run(folder, description.to_dict()) as engine:
-            agreement = checked.agreement(engine)
+            agreement = checked.agreement(engine, TOLERANCE)
         if agreement.labels == 1.0 and agreement.difference <= TOLERANCE:
             return _checked_description(replace(description, weights=attempt.weights), agreement, checked, folder)
     raise ValueError(
@@ -236,13 +247,15 @@ def write_web(subject: Subject, page: Page, folder: Path, checked: Checked) -> D
 # --------------------------------------------------------------------------------------------------------------- int8
 
 
-def write_int8(subject: Subject, to: Format, folder: Path, examples: Examples, checked: Checked) -> Description:
+def write_int8(
+    subject: Subject, to: Format, folder: Path, examples: Examples, checked: Checked, before: Accuracy
+) -> Description:
     """Writes the model's files in int8, with as few layers in float as the accuracy allows, and describes them.
 
-    Raises `ValueError` if the accuracy falls by more than `LOSS` even with the largest share of layers in float.
+    Raises `TooInaccurate` if it loses more than `LOSS` of the accuracy `before` even with the largest share of layers
+    in float.
     """
     batches, calibration = examples.batches(), examples.pixels(examples.calibration)
-    before = accuracy_of(subject, batches)
     quantise = {"onnx-int8": _quantise_onnx, "openvino-int8": _quantise_openvino}[to]
     order: list[str] = []
     for share in _SHARES:
@@ -253,10 +266,10 @@ def write_int8(subject: Subject, to: Format, folder: Path, examples: Examples, c
         description = _described(subject, to, folder)
         engine = load_engine(folder, precision="float32")
         after = accuracy_of(engine, batches)
-        if before.correct - after.correct <= LOSS * before.total:
+        if accurate_enough(after, before):
             break
     else:
-        raise ValueError(
+        raise TooInaccurate(
             f"{to} was not kept: on {before.total} images ({examples.source}) the accuracy falls from "
             f"{before.value:.4f} to {after.value:.4f}, by more than {LOSS:.1%}, even with {len(kept)} of {len(order)} "
             f"layers in float; the layers that 8 bits hurt most are {', '.join(order[:5])}; take "
@@ -267,8 +280,8 @@ def write_int8(subject: Subject, to: Format, folder: Path, examples: Examples, c
     accuracy = {
         "images": before.total,
         "source": examples.source,
-        "calibrated": len(calibration),
         "float": before.to_dict(),
+        "calibrated": len(calibration),
         "int8": after.to_dict(),
         "float_layers": kept,
         "int8_weights": quantised,

@@ -49,6 +49,7 @@ class Subject:
         self.model, self.processor, self.name = classifier.model, classifier.processor, classifier.name
         self.classes, config = classifier.labels, classifier.model.config
         self.scoring: Scoring = config.scoring
+        self.merge: int = getattr(config, "merge", 0)
         self.transformer = isinstance(self.model, PreTrained)
         if self.transformer:
             self.model.set_attn_implementation(
@@ -70,6 +71,12 @@ class Subject:
         found = {name: value.numpy() for name, value in self.logits(torch.from_numpy(pixels)).items()}
         refuse_not_finite(found.values())
         return found
+
+    def merging(self, count: int) -> Subject:
+        """The same model, which merges `count` patch tokens in each block."""
+        config, tensors = self.model.config.replace(merge=count), self.model.state_dict()
+        model = type(self.model).from_pretrained(None, config=config, state_dict=tensors, dtype="auto")
+        return Subject(Classifier(self.name, model, self.processor, self.classes))
 
     @property
     def bytes(self) -> int:

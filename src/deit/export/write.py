@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from deit import files
 from deit.choices import Format
 from deit.evaluate.calibration import Calibration
-from deit.export.checking import Checked, Examples
+from deit.evaluate.scores import Accuracy
+from deit.export.checking import Checked, Examples, TooInaccurate, accuracy_of
 from deit.export.engines import DESCRIPTION, read_description
 from deit.export.formats import (
     BESIDE,
+    Description,
     import_packages,
     refuse_for_the_web,
     write_float,
     write_int8,
     write_web,
 )
+from deit.export.merged import Merge, attempts, refuse_unmergeable
 from deit.export.subject import Subject
 from deit.export.web import Page
 from deit.model.load import load_classifier, refuse_other_scoring
@@ -34,22 +37,34 @@ class Exported:
     """The content of its `export.json`; docs/export.md explains the keys."""
 
     def __str__(self) -> str:
-        """One line with the format, the agreement, and for int8 the accuracies."""
+        """One line with the format, the agreement, and for int8 and merging the accuracies."""
         found, accuracy = self.description["agreement"], self.description.get("accuracy")
         said = (
             f"{self.folder}: {self.description['format']}, {round(found['labels'] * found['images'])} of "
             f"{found['images']} images labelled as by the PyTorch model, probabilities within "
             f"{found['difference']:.1e}"
         )
+        if merge := self.description.get("merge"):
+            said += f", merge={merge}"
         if accuracy is None:
             return said
-        said += f"; accuracy {accuracy['int8']['value']:.4f} after {accuracy['float']['value']:.4f}"
-        kept = accuracy["float_layers"]
-        return f"{said} on {accuracy['images']} images" + (f", in float: {', '.join(kept)}" if kept else "")
+        after = accuracy.get("int8") or accuracy["merged"]
+        said += (
+            f"; accuracy {after['value']:.4f} after {accuracy['float']['value']:.4f} on {accuracy['images']} images "
+            f"(95 % interval {after['low']:.4f} to {after['high']:.4f})"
+        )
+        kept = accuracy.get("float_layers")
+        return said + (f", in float: {', '.join(kept)}" if kept else "")
 
 
 def export(
-    source: str | Path, to: Format, out: str | Path, *, calibrate: str | Path | None = None, **where: Any
+    source: str | Path,
+    to: Format,
+    out: str | Path,
+    *,
+    calibrate: str | Path | None = None,
+    merge: Merge = None,
+    **where: Any,
 ) -> Exported:
     """Writes a classifier for a runtime into the folder `out`.
 
@@ -65,14 +80,17 @@ def export(
     - `onnx-int8` and `openvino-int8`: the same files as without int8, quantised by NNCF.
 
     The folder appears only after the file has passed a check in its runtime. A float format must give the PyTorch
-    model's labels, with probabilities within `TOLERANCE`. int8 may lose at most `LOSS` of the accuracy. An earlier
-    export in `out` is replaced only then. If the export fails, the earlier one stays and nothing else is left.
+    model's labels, with probabilities within `TOLERANCE`. int8 and merging together may lose at most `LOSS` of the
+    accuracy. An earlier export in `out` is replaced only then. If the export fails, the earlier one stays and nothing
+    else is left.
 
     Args:
         source: a model, as for `load_model`; `where` as for `from_pretrained`.
         calibrate: labelled images, as for `read_examples`. A float format is checked on some of them; without them, on
             random pictures. int8 is calibrated on the images of `train` and judged on those of `test` or `val`. If
-            there is no such pair, the images go alternately to both.
+            there is no such pair, the images go alternately to both. Merging is judged on the same images.
+        merge: number of patch tokens that each block merges (`DeiTConfig.merge`), `auto` for the largest that keeps the
+            accuracy, or None for the model's own. Without labelled images, a number is not judged.
 
     Raises:
         ValueError: `source` is no classifier, the images don't fit it, an answer differs, or int8 costs accuracy.
@@ -88,38 +106,65 @@ def export(
             f"{to} needs images to calibrate its ranges and to judge its accuracy; give labelled images with "
             "--calibrate DATA"
         )
+    refuse_unmergeable(merge, calibrate is not None)
     folder = Path(out).absolute()
     refuse_occupied(folder)
     import_packages(to)
     with files.held(folder, lock=files.lock_beside(folder)):
         files.restore_folder(folder)
-        return _written(source, to, Path(out), calibrate, where)
+        return _written(source, to, Path(out), calibrate, merge, where)
 
 
 def _written(
-    source: str | Path, to: Format, out: Path, calibrate: str | Path | None, where: dict[str, Any]
+    source: str | Path, to: Format, out: Path, calibrate: str | Path | None, merge: Merge, where: dict[str, Any]
 ) -> Exported:
     page = Page() if to == "web" else None
     subject = Subject(load_classifier(source, **where))
-    if to.endswith("int8"):
-        refuse_other_scoring(source, subject.scoring, to)
+    judged = to.endswith("int8") or (merge is not None and calibrate is not None)
+    if judged:
+        refuse_other_scoring(source, subject.scoring, to if to.endswith("int8") else "merging")
     if page is not None:
         refuse_for_the_web(subject)
     examples = None if calibrate is None else Examples(calibrate, subject)
-    checked = Checked(subject, examples)
+    before = accuracy_of(subject, examples.batches()) if examples is not None and judged else None
     with files.replacing_folder(out.absolute(), check=refuse_occupied) as temporary:
-        files.write_json(temporary / "config.json", subject.model.config.to_dict())
-        subject.processor.save_pretrained(temporary)
-        if not to.endswith("int8") and (calibration := Calibration.of_model(source)) is not None:
-            calibration.save(temporary)  # int8 differs too much, and needs its own by `deit calibrate DIR`
-        if examples is not None and to.endswith("int8"):
-            description = write_int8(subject, to, temporary, examples, checked)
-        elif page is not None:
-            description = write_web(subject, page, temporary, checked)
-        else:
-            description = write_float(subject, to, temporary, checked)
+        for lighter, accuracy in attempts(subject, merge, examples, before):
+            try:
+                description = _filled(temporary, lighter, to, page, examples, before)
+            except TooInaccurate:
+                if merge != "auto" or lighter is subject:
+                    raise
+                continue  # with less merging
+            if before is not None and accuracy is not None and examples is not None:
+                known = {"images": before.total, "source": examples.source, "float": before.to_dict()}
+                description = replace(
+                    description, accuracy={**known, "merged": accuracy.to_dict(), **(description.accuracy or {})}
+                )
+            break
+        if (
+            lighter.merge == subject.merge
+            and not to.endswith("int8")
+            and (own := Calibration.of_model(source)) is not None
+        ):
+            own.save(temporary)  # what changes the answers needs its own by `deit calibrate DIR`
         files.write_json(temporary / DESCRIPTION, description.to_dict())
     return Exported(out, description.to_dict())
+
+
+def _filled(
+    folder: Path, subject: Subject, to: Format, page: Page | None, examples: Examples | None, before: Accuracy | None
+) -> Description:
+    """Writes config, preprocessing and the checked files of a format."""
+    files.write_json(folder / "config.json", subject.model.config.to_dict())
+    subject.processor.save_pretrained(folder)
+    checked = Checked(subject, examples)
+    if to.endswith("int8"):
+        assert examples is not None
+        assert before is not None
+        return write_int8(subject, to, folder, examples, checked, before)
+    if page is not None:
+        return write_web(subject, page, folder, checked)
+    return write_float(subject, to, folder, checked)
 
 
 def refuse_occupied(folder: Path) -> None:

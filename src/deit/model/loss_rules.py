@@ -30,6 +30,15 @@ def distillation_settings(kind: str, weight: float | None, temperature: float | 
     return weight, PAPER_TEMPERATURE if temperature is None else temperature
 
 
+def refuse_merging(config: DeiTConfig) -> None:
+    """Raises `ValueError` for a masked-image model that merges tokens."""
+    if config.merge:
+        raise ValueError(
+            f"masked images are painted patch by patch, each from a token of its own, found merge={config.merge} in "
+            "the config; set merge=0"
+        )
+
+
 def check_soft_teacher(student: Sequence[int | None], teacher: Sequence[int | None]) -> None:
     if not same_shape(student, teacher):
         raise ValueError(

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from deit import weights
 from deit.config import DeiTConfig, ViTConfig
-from deit.model import cpu_training
+from deit.model import cpu_training, merging
 from deit.model.checkpointing import Checkpointing
-from deit.model.loss_rules import Distillation
+from deit.model.loss_rules import Distillation, refuse_merging
 from deit.model.losses import classification_loss, distillation_loss, masked_image_loss
 from deit.model.outputs import (
     BaseModelOutputWithPooling,
@@ -79,22 +79,35 @@ class Attention(nn.Module):
         self.implementation = "auto"
 
     def forward(
-        self, x: Tensor, head_mask: Tensor | None = None, need_weights: bool = False, read: int | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """What the first `read` tokens (None: all) gather from all tokens, and their weights if those are needed."""
+        self,
+        x: Tensor,
+        head_mask: Tensor | None = None,
+        need_weights: bool = False,
+        read: int | None = None,
+        sizes: Tensor | None = None,
+        need_keys: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What the first `read` tokens (None: all) gather from all tokens, their weights and the keys (B, H, N, K).
+
+        Weights and keys are None unless they are needed. A token counts as many times as `sizes` (B, N) says.
+        """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_width)).permute(2, 0, 3, 1, 4)  # (B, H, N, K)
         q = q[:, :, :read]
         dropout = self.dropout if self.training else 0.0
         attention = None
+        # Adding the logarithm to a score multiplies the weight before the softmax divides by the sum.
+        bias = None if sizes is None else sizes.log().to(q.dtype)[:, None, None]  # (B, 1, 1, N)
         if need_weights or head_mask is not None or self._eager(x):
             scores = (q * self.head_width**-0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
+            scores = scores if bias is None else scores + bias
             attention = F.dropout(scores.softmax(-1), dropout)
             if head_mask is not None:
                 attention = attention * head_mask.view(-1, 1, 1)
             y = attention @ v
         else:
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        return self.out(y.transpose(1, 2).flatten(2)), attention if need_weights else None
+            y = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout)
+        y = self.out(y.transpose(1, 2).flatten(2))
+        return y, attention if need_weights else None, k if need_keys else None
 
     def _eager(self, x: Tensor) -> bool:
         if self.implementation == "auto":
@@ -131,11 +144,13 @@ class Block(nn.Module):
     """Pre-norm transformer block.
 
     Both branches have optional LayerScale. `keep` (2, B) holds stochastic depth's factor of each branch for each image.
-    With `read`, the block returns only that many tokens, from the first on.
+    With `read`, the block returns only that many tokens, from the first on. Otherwise `config.merge` of the patch
+    tokens are merged between the branches, and `sizes` (B, N) says what the tokens hold already (None: one patch each).
 
     In training on the CPU, `cpu_training` computes both branches, because it gives the same values with less work.
     Autograd takes over if only it can do what is needed: dropout, attention weights, another activation, compilation,
-    `torch.func`, forward-mode differentiation, hooks on the parts, replaced parts.
+    `torch.func`, forward-mode differentiation, hooks on the parts, replaced parts. With merging, it computes the
+    attention, because merging needs the keys of all images, those that stochastic depth drops too.
     """
 
     scale1: Tensor | None
@@ -152,6 +167,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.scale2 = nn.Parameter(torch.empty(width)) if scaled else None
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.merge, self.prefix = config.merge, config.num_prefix_tokens
 
     def forward(
         self,
@@ -160,14 +176,24 @@ class Block(nn.Module):
         need_weights: bool = False,
         keep: Tensor | None = None,
         read: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+        sizes: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, merging.Match | None]:
+        """The tokens, the attention weights, the tokens' sizes, and the match by which patches were merged."""
         first, second = (None, None) if keep is None else keep
-        if self._by_hand(x, head_mask, need_weights):
-            return self._trained_on_cpu(x, first, second, x.shape[1] if read is None else read), None
-        y, attention = self.attention(self.norm1(x), head_mask, need_weights, read)
-        x = x[:, :read] + self._branch(y, self.scale1, first, x.dtype)
+        by_hand, attention, match = self._by_hand(x, head_mask, need_weights), None, None
+        if by_hand and not self.merge:
+            x = self._attention_by_hand(x, first, x.shape[1] if read is None else read)
+        else:
+            count = min(self.merge, (x.shape[1] - self.prefix) // 2) if read is None else 0
+            y, attention, keys = self.attention(self.norm1(x), head_mask, need_weights, read, sizes, count > 0)
+            x = x[:, :read] + self._branch(y, self.scale1, first, x.dtype)
+            if keys is not None:
+                match = merging.match(keys[:, :, self.prefix :], count)
+                x, sizes = merging.merge(x, sizes, match, self.prefix)
+        if by_hand:
+            return self._mlp_by_hand(x, second), None, sizes, match
         x = x + self._branch(self.mlp(self.norm2(x)), self.scale2, second, x.dtype)
-        return x, attention
+        return x, attention, sizes, match
 
     def _by_hand(self, x: Tensor, head_mask: Tensor | None, need_weights: bool) -> bool:
         return (
@@ -184,12 +210,12 @@ class Block(nn.Module):
             and all(_untouched(part) for child in self.children() for part in child.modules())
         )
 
-    def _trained_on_cpu(self, x: Tensor, first: Tensor | None, second: Tensor | None, read: int) -> Tensor:
-        attention, mlp, dtype = self.attention, self.mlp, cpu_training.compute_dtype(x)
+    def _attention_by_hand(self, x: Tensor, keep: Tensor | None, read: int) -> Tensor:
+        attention, dtype = self.attention, cpu_training.compute_dtype(x)
         with torch.autocast("cpu", enabled=False):  # the branches choose the type of each operation themselves
-            x = cpu_training.AttentionBranch.apply(
+            return cpu_training.AttentionBranch.apply(
                 x,
-                first,
+                keep,
                 read,
                 attention.heads,
                 self.norm1.eps,
@@ -202,9 +228,13 @@ class Block(nn.Module):
                 attention.out.bias,
                 self.scale1,
             )
+
+    def _mlp_by_hand(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        mlp, dtype = self.mlp, cpu_training.compute_dtype(x)
+        with torch.autocast("cpu", enabled=False):
             return cpu_training.MLPBranch.apply(
                 x,
-                second,
+                keep,
                 mlp.activation.approximate,
                 self.norm2.eps,
                 dtype,
@@ -319,6 +349,9 @@ class DeiTModel(PreTrained):
                 then computes no others. With hidden states, attentions, a trace or hooks on that block or on `norm`, it
                 computes all of them.
             trace: a dict to fill with every intermediate by name.
+
+        With `config.merge`, each block returns fewer tokens than it takes, so hidden states and attentions get smaller
+        from block to block. `token_of_patch` then says which token holds a patch; it is None if `read` is used.
         """
         config = self.config
         need_weights = config.output_attentions if output_attentions is None else output_attentions
@@ -329,15 +362,19 @@ class DeiTModel(PreTrained):
         reads: list[int | None] = [None] * len(self.blocks)
         if reads and not (need_weights or keep_states or trace is not None or self._watched()):
             reads[-1] = read
-        states, attentions = [x], []
+        states, attentions, sizes = [x], [], None
+        held = self._unmerged(x) if config.merge and reads[-1:] == [None] else None
         for i, block in enumerate(self.blocks):
+            given = x, masks[i], need_weights, keeps[i], reads[i], sizes
             if self.gradient_checkpointing and self.training:
-                x, attention = self.checkpointing(i, block, x, masks[i], need_weights, keeps[i], reads[i])
+                x, attention, sizes, match = self.checkpointing(i, block, *given)
             else:
-                x, attention = block(x, masks[i], need_weights, keeps[i], reads[i])
+                x, attention, sizes, match = block(*given)
             note(trace, f"block{i:02}", x)
             states.append(x)
             attentions.append(attention)
+            if held is not None:
+                held.append(merging.followed(held[-1], match, config.num_prefix_tokens))
         x = note(trace, "norm", self.norm(x))
         pooled = None if self.pooler is None else note(trace, "pooler", self.pooler_activation(self.pooler(x[:, 0])))
         return _result(
@@ -348,8 +385,13 @@ class DeiTModel(PreTrained):
                 pooler_output=pooled,
                 hidden_states=tuple(states) if keep_states else None,
                 attentions=tuple(attentions) if need_weights else None,
+                token_of_patch=None if held is None else tuple(held),
             ),
         )
+
+    def _unmerged(self, x: Tensor) -> list[Tensor]:
+        """The number of each patch's token (B, patches) before the first block."""
+        return [torch.arange(self.config.num_prefix_tokens, x.shape[1], device=x.device).expand(x.shape[0], -1)]
 
     def _watched(self) -> bool:
         """Whether hooks see what the last block and the norm after it compute. They expect all tokens."""
@@ -498,6 +540,7 @@ class DeiTForMaskedImageModeling(_WithHead):
                 f"the decoder paints each patch from its token, so encoder_stride={config.encoder_stride} must "
                 f"equal patch_size={config.patch_size}; use config.replace(encoder_stride=...)"
             )
+        refuse_merging(config)
         super().__init__(config, use_mask_token=True)
         outputs = math.prod(config.patch_hw) * config.num_channels
         self.decoder = nn.Conv2d(config.hidden_size, outputs, kernel_size=1)
@@ -599,7 +642,13 @@ class DeiTForImageClassification(_WithHead):
         return _result(
             self,
             return_dict,
-            ImageClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions),
+            ImageClassifierOutput(
+                loss=loss,
+                logits=logits,
+                hidden_states=out.hidden_states,
+                attentions=out.attentions,
+                token_of_patch=out.token_of_patch,
+            ),
         )
 
 
@@ -700,6 +749,7 @@ class DeiTForImageClassificationWithTeacher(_WithHead):
                 distillation_logits=distillation_logits,
                 hidden_states=out.hidden_states,
                 attentions=out.attentions,
+                token_of_patch=out.token_of_patch,
             ),
         )
 

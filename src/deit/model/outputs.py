@@ -1,6 +1,6 @@
 """What a forward pass returns in both frameworks, with the names and the access of `transformers`' outputs.
 
-B images, N tokens (prefix and patches), D width, H heads, C classes.
+B images, N tokens (prefix and patches; fewer after each block with `config.merge`), D width, H heads, C classes.
 """
 
 from __future__ import annotations
@@ -75,6 +75,9 @@ class BaseModelOutputWithPooling(ModelOutput):
     """The embeddings and the output of each block, before the final LayerNorm: each (B, N, D)."""
     attentions: tuple[Any, ...] | None = None
     """Attention weights of each block, after the softmax: each (B, H, N, N)."""
+    token_of_patch: tuple[Any, ...] | None = None
+    """Number of the token that holds each patch, in the embeddings and in the output of each block: each (B, patches).
+    None without merging."""
 
 
 @dataclass(init=False, eq=False)
@@ -94,6 +97,8 @@ class ImageClassifierOutput(ModelOutput):
     """(B, C), of the class head."""
     hidden_states: tuple[Any, ...] | None = None
     attentions: tuple[Any, ...] | None = None
+    token_of_patch: tuple[Any, ...] | None = None
+    """As for the backbone, with hidden states, attentions or a trace alone."""
 
 
 @dataclass(init=False, eq=False)
@@ -107,3 +112,5 @@ class DeiTForImageClassificationWithTeacherOutput(ModelOutput):
     """(B, C), of the distillation token's head."""
     hidden_states: tuple[Any, ...] | None = None
     attentions: tuple[Any, ...] | None = None
+    token_of_patch: tuple[Any, ...] | None = None
+    """As for the backbone, with hidden states, attentions or a trace alone."""

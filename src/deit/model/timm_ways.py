@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from deit.model import merging
+
 _NEVER_DECAYED = ("cls_token", "distillation_token", "mask_token", "position")
 _HEADS = ("classifier", "cls_classifier", "distillation_classifier")
 
@@ -85,7 +87,7 @@ class TimmWays:
         output_fmt: Literal["NCHW", "NLC"] = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """The patches after chosen blocks, and after them `forward_features`.
+        """The patches after chosen blocks, and after them `forward_features`. A merged patch has its token's value.
 
         Args:
             indices: numbers of blocks, negative ones from the end; an integer is as many of the last; None is all.
@@ -111,7 +113,8 @@ class TimmWays:
         for i in sorted(i % count for i in chosen):
             tokens = out.hidden_states[i + 1]
             tokens = self.backbone.norm(tokens) if norm else tokens
-            patches = tokens[:, prefix:]
+            held = None if out.token_of_patch is None else out.token_of_patch[i + 1]
+            patches = tokens[:, prefix:] if held is None else merging.spread(tokens, held)
             if output_fmt == "NCHW":
                 patches = patches.transpose(1, 2).unflatten(2, grid)
             found.append((patches, tokens[:, :prefix]) if return_prefix_tokens else patches)

@@ -15,7 +15,7 @@ import numpy as np
 from deit import weights
 from deit.choices import Head
 from deit.config import DeiTConfig, ViTConfig
-from deit.model.loss_rules import Distillation, distillation_settings, same_shape
+from deit.model.loss_rules import Distillation, distillation_settings, refuse_merging, same_shape
 from deit.model.outputs import (
     BaseModelOutputWithPooling,
     DeiTForImageClassificationWithTeacherOutput,
@@ -27,6 +27,7 @@ from deit.model_keras.pretrained import PreTrainedKeras, Trace, by_name, initial
 import keras  # isort: skip  # after the line above, which says what to install if Keras is missing
 from keras import ops  # isort: skip
 
+from deit.model_keras import merging  # isort: skip
 from deit.model_keras.losses import classification_loss, distillation_loss, masked_image_loss  # isort: skip
 
 
@@ -75,18 +76,23 @@ class Attention(keras.layers.Layer):
         self.dropout = keras.layers.Dropout(config.attention_probs_dropout_prob, dtype="float32")
         self.built = True
 
-    def call(self, x: Any, head_mask: Any = None, read: int | None = None, training: bool = False) -> tuple[Any, Any]:
-        """What the first `read` tokens (None: all) gather from all tokens, and their attention weights (B, H, N, N)."""
+    def call(
+        self, x: Any, head_mask: Any = None, read: int | None = None, sizes: Any = None, training: bool = False
+    ) -> tuple[Any, Any, Any]:
+        """What the first `read` tokens (None: all) gather from all tokens, their attention weights (B, H, N, N), and
+        the keys (B, H, N, K). A token counts as many times as `sizes` (B, N) says."""
         tokens, width = x.shape[1:]
         qkv = ops.reshape(self.qkv(x), (-1, tokens, 3, self.heads, self.head_width))
         q, k, v = ops.unstack(ops.transpose(qkv, (2, 0, 3, 1, 4)), 3)  # each (B, H, N, K)
         q = q[:, :, :read] * self.head_width**-0.5
         scores = ops.cast(ops.matmul(q, ops.transpose(k, (0, 1, 3, 2))), "float32")  # (B, H, N, N)
+        if sizes is not None:
+            scores = scores + ops.log(ops.cast(sizes, "float32"))[:, None, None]
         attention = self.dropout(ops.softmax(scores, axis=-1), training=training)
         if head_mask is not None:
             attention = attention * ops.reshape(head_mask, (-1, 1, 1))
         y = ops.transpose(ops.matmul(ops.cast(attention, v.dtype), v), (0, 2, 1, 3))
-        return self.out(ops.reshape(y, (-1, y.shape[1], width))), attention
+        return self.out(ops.reshape(y, (-1, y.shape[1], width))), attention, k
 
 
 class MLP(keras.layers.Layer):
@@ -107,7 +113,8 @@ class Block(keras.layers.Layer):
     """Pre-norm transformer block.
 
     Both branches have optional LayerScale. `keep` (2, B) holds stochastic depth's factor of each branch for each image.
-    With `read`, the block returns only that many tokens, from the first on.
+    With `read`, the block returns only that many tokens, from the first on. Otherwise `config.merge` of the patch
+    tokens are merged between the branches, and `sizes` (B, N) says what the tokens hold already (None: one patch each).
     """
 
     def __init__(self, config: DeiTConfig, dtype: Any, name: str):
@@ -120,19 +127,31 @@ class Block(keras.layers.Layer):
         self.mlp = MLP(config, dtype)
         self.scale2 = None if value is None else self._scale("scale2", width, value)
         self.dropout = keras.layers.Dropout(config.hidden_dropout_prob, dtype=dtype)
+        self.merge, self.prefix = config.merge, config.num_prefix_tokens
         self.built = True
 
     def _scale(self, name: str, width: int, value: float) -> keras.Variable:
         return self.add_weight(shape=(width,), initializer=keras.initializers.Constant(value), name=name)
 
     def call(
-        self, x: Any, head_mask: Any = None, keep: Any = None, read: int | None = None, training: bool = False
-    ) -> tuple[Any, Any]:
+        self,
+        x: Any,
+        head_mask: Any = None,
+        keep: Any = None,
+        read: int | None = None,
+        sizes: Any = None,
+        training: bool = False,
+    ) -> tuple[Any, Any, Any, Any]:
+        """The tokens, the attention weights, the tokens' sizes, and the match by which patches were merged."""
         first, second = (None, None) if keep is None else (keep[0], keep[1])
-        y, attention = self.attention(self.norm1(x), head_mask, read=read, training=training)
-        x = x[:, :read] + self._branch(y, self.scale1, first, training)
+        y, attention, keys = self.attention(self.norm1(x), head_mask, read=read, sizes=sizes, training=training)
+        x, match = x[:, :read] + self._branch(y, self.scale1, first, training), None
+        if read is None and (count := min(self.merge, (x.shape[1] - self.prefix) // 2)):
+            match = merging.match(keys[:, :, self.prefix :], count)
+            sizes = ops.ones_like(x[:, :, 0], dtype="int32") if sizes is None else sizes
+            x, sizes = merging.merge(x, sizes, match, self.prefix)
         x = x + self._branch(self.mlp(self.norm2(x)), self.scale2, second, training)
-        return x, attention
+        return x, attention, sizes, match
 
     def _branch(self, y: Any, scale: Any, keep: Any, training: bool) -> Any:
         y = self.dropout(y, training=training)
@@ -215,6 +234,9 @@ class TFDeiTModel(PreTrainedKeras):
             read: the number of tokens that the caller reads from `last_hidden_state`, from the first on. The last block
                 then computes no others. With hidden states, attentions or a trace, it computes all of them.
             trace: a dict to fill with every intermediate by name.
+
+        With `config.merge`, each block returns fewer tokens than it takes, so hidden states and attentions get smaller
+        from block to block. `token_of_patch` then says which token holds a patch; it is None if `read` is used.
         """
         config = self.config
         need_weights = config.output_attentions if output_attentions is None else output_attentions
@@ -225,12 +247,17 @@ class TFDeiTModel(PreTrainedKeras):
         reads: list[int | None] = [None] * len(self.blocks)
         if reads and not (need_weights or keep_states or trace is not None):
             reads[-1] = read
-        states, attentions = [x], []
+        states, attentions, sizes = [x], [], None
+        held = self._unmerged(x) if config.merge and reads[-1:] == [None] else None
         for i, block in enumerate(self.blocks):
-            x, attention = block(x, masks[i], keep=keeps[i], read=reads[i], training=training)
+            x, attention, sizes, match = block(
+                x, masks[i], keep=keeps[i], read=reads[i], sizes=sizes, training=training
+            )
             note(trace, f"block{i:02}", x)
             states.append(x)
             attentions.append(attention)
+            if held is not None:
+                held.append(merging.followed(held[-1], match, config.num_prefix_tokens))
         x = note(trace, "norm", self.norm(x))
         pooled = None if self.pooler is None else note(trace, "pooler", self.pooler_activation(self.pooler(x[:, 0])))
         return self._result(
@@ -240,8 +267,14 @@ class TFDeiTModel(PreTrainedKeras):
                 pooler_output=pooled,
                 hidden_states=tuple(states) if keep_states else None,
                 attentions=tuple(attentions) if need_weights else None,
+                token_of_patch=None if held is None else tuple(held),
             ),
         )
+
+    def _unmerged(self, x: Any) -> list[Any]:
+        """The number of each patch's token (B, patches) before the first block."""
+        prefix = self.config.num_prefix_tokens
+        return [ops.zeros_like(x[:, prefix:, 0], dtype="int32") + ops.arange(prefix, x.shape[1], dtype="int32")]
 
     def _keeps(self, x: Any, draws: Any, training: bool) -> Sequence[Any]:
         """The factors (2, B) of each block's branches: 0, or 1 / (1 - rate) so that the expectation stays the same."""
@@ -389,6 +422,7 @@ class TFDeiTForMaskedImageModeling(_WithHead):
                 f"the decoder paints each patch from its token, so encoder_stride={stride} must equal "
                 f"patch_size={config.patch_size}; use config.replace(encoder_stride=...)"
             )
+        refuse_merging(config)
         super().__init__(config, name=name, dtype=dtype, use_mask_token=True)
         self.decoder = _linear(
             config, config.hidden_size, math.prod(config.patch_hw) * config.num_channels, self.dtype_policy
@@ -502,7 +536,13 @@ class TFDeiTForImageClassification(_WithHead):
         loss = None if labels is None else classification_loss(logits, labels, self.config)
         return self._result(
             return_dict,
-            ImageClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions),
+            ImageClassifierOutput(
+                loss=loss,
+                logits=logits,
+                hidden_states=out.hidden_states,
+                attentions=out.attentions,
+                token_of_patch=out.token_of_patch,
+            ),
         )
 
     def own_loss(self, output: Any, given: Mapping[str, Any], training: bool, weights: Any = None) -> Any:
@@ -581,6 +621,7 @@ class TFDeiTForImageClassificationWithTeacher(_WithHead):
             distillation_logits=distillation_logits,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
+            token_of_patch=out.token_of_patch,
         )
         # Without labels here, they are among the targets of `fit`, and `own_loss` gets them from there.
         if labels is not None:

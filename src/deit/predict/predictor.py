@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -217,13 +217,18 @@ def _exported(folder: Path, device: torch.device, engine: Runtime | None) -> Eng
     return load_engine(folder)
 
 
+def auto_engine(device: torch.device) -> Literal["openvino", "torch"]:
+    """The engine that `auto` takes on a device."""
+    return "openvino" if device.type == "cpu" and find_spec("openvino") is not None else "torch"
+
+
 def _backend_for(classifier: Classifier, device: torch.device, engine: Runtime | None) -> Backend:
     """The back end that computes a trained model."""
     if engine is None or engine == "torch":
         return TorchBackend(classifier, device)
     if engine != "auto":
         return EngineBackend(cached_engine(classifier, engine), classifier.model.config.scoring)
-    if device.type == "cpu" and find_spec("openvino") is not None:
+    if auto_engine(device) == "openvino":
         try:
             return EngineBackend(cached_engine(classifier, "openvino"), classifier.model.config.scoring)
         except (ValueError, OSError, ImportError, RuntimeError) as error:

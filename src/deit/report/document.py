@@ -57,7 +57,7 @@ def page(
         first: a section before all others.
     """
     assert record is not None or evaluation is not None
-    parts = [first] if first else []
+    parts = [*([first] if first else []), report_run.alarms(record, evaluation)]
     if evaluation:
         parts.append(report_evaluation.accuracy(evaluation.main.report))
     elif record:

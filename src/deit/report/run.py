@@ -10,6 +10,7 @@ from typing import Any
 
 from deit import recipes
 from deit.data.counts import remarks
+from deit.evaluate.calibration import Calibration
 from deit.evaluate.models import Evaluation
 from deit.evaluate.scores import Accuracy
 from deit.recipe import Recipe
@@ -82,6 +83,22 @@ def title(record: Record) -> tuple[str, Sequence[str]]:
         return folder, ()
     long = len(", ".join(about.classes)) > _NAMES
     return folder, [plural(len(about.classes), "class", "classes")] if long else about.classes
+
+
+def alarms(record: Record | None, evaluation: Evaluation | None) -> Section:
+    """What to beware of: in the run, in the evaluation, and in the model's calibration. Empty if there is nothing."""
+    found: list[str] = evaluation.alarms(isolated) if evaluation else []
+    best = record.best if record and record.labelled else None
+    if record and record.about and best and is_number(best.get("val_accuracy")):
+        found += [each for each in record.about.alarms(best["val_accuracy"], isolated) if each not in found]
+    try:
+        calibration = Calibration.of_model(evaluation.main.model) if evaluation else None
+        found += calibration.alarms() if calibration else []
+    except ValueError as error:
+        found.append(shortened(error))
+    except OSError:  # the model's name is none that a folder can have
+        pass
+    return Section("alarms", "Beware", joined(sentence(f"{told[0].upper()}{told[1:]}.") for told in found))
 
 
 def unevaluated(record: Record, missing: str) -> Section:

@@ -34,11 +34,12 @@ from deit.machine import (
     processes,
     resolve_precision,
 )
-from deit.recipe import LinearProbe, Recipe, steps
+from deit.recipe import LinearProbe, MaskedImage, Recipe, steps
 from deit.train import compiling, objectives, runs, stepping
 from deit.train.build import find_sources
 from deit.train.progress import Reporter
 from deit.train.receivers import Receiver, named
+from deit.train.records import ABOUT, About
 from deit.train.runs import State, Work
 from deit.train.stepping import Diverged
 
@@ -151,19 +152,26 @@ def _train(
         if us.main:
             files.write_json(out / "recipe.json", recipe.to_dict())
         work, state = runs.prepare(recipe, *splits, us, found)
+        about: About | None = None
         if us.main:
-            runs.write_about(us, work.precision, state.data, *splits, out, resumed=state.step > 0)
+            about = runs.write_about(us, work.precision, state.data, *splits, out, resumed=state.step > 0)
     with Reporter(
         out, recipe, us, console, done=state.step, total=work.total, written=state.written, receivers=receivers
     ) as reporter:
         for problem in found.problems if found else []:
             reporter.say(f"{problem}: resuming from an earlier one")
-        if us.main and not state.step:
+        if about and not state.step:
             with signals.interrupting():
                 for sentence in work.objective.introduction(work.model, splits[1], us):
                     reporter.say(sentence)
+                if (teacher := work.objective.teacher) is not None:
+                    about = replace(about, teacher=(teacher.correct, teacher.total))
+                    files.write_json(out / ABOUT, about.to_dict())
         with compiling.graphs(reporter.say) if work.compiled else nullcontext():
             _loop(_Session(work, state, out, reporter, signals, end))
+        if about and state.best is not None and not isinstance(recipe.objective, MaskedImage):
+            for sentence in about.alarms(state.best):
+                reporter.say(sentence)
     return Run(out / "model", state.best if state.best is not None else -math.inf, state.seconds)
 
 
@@ -180,13 +188,15 @@ def _probe(
     began = time.perf_counter()
     files.write_json(out / "recipe.json", recipe.to_dict())
     precision = resolve_precision(recipe.compute.precision, us.device)
-    runs.write_about(us, precision, fingerprint(splits[0]), *splits, out)
+    about = runs.write_about(us, precision, fingerprint(splits[0]), *splits, out)
     with Reporter(out, recipe, us, console, done=0, total=1, written=0) as reporter:
         model, numbers = probe.learn(recipe, splits, us, reporter)
         runs.save_classifier(model, recipe, out / "model")
         seconds = time.perf_counter() - began
         images = len(splits[0])
         reporter.row({"step": 1, "epoch": 1.0, "images": images, **numbers, "seconds": round(seconds, 3)})
+        for sentence in about.alarms(numbers["val_accuracy"]):
+            reporter.say(sentence)
     return Run(out / "model", numbers["val_accuracy"], seconds)
 
 

@@ -23,6 +23,7 @@ from deit.data.counts import balanced_weights, class_counts, remarks
 from deit.data.draws import Stream, draws
 from deit.data.folders import Split
 from deit.evaluate.models import evaluate_by_class
+from deit.evaluate.scores import Accuracy
 from deit.image.pixels import Normalisation
 from deit.machine import Processes, Rows
 from deit.model.losses import binary_cross_entropy, cosub_loss, cross_entropy, distillation_loss, masked_image_loss
@@ -47,6 +48,11 @@ class Objective(Protocol):
     """Number of forward passes over each batch, each with its own stochastic depth."""
     cycle: int | None
     """Number of steps after which the batches repeat; None if they never do."""
+
+    @property
+    def teacher(self) -> Accuracy | None:
+        """Accuracy of the teacher on validation images, once it is introduced; None if there is no teacher at hand."""
+        ...
 
     def introduction(self, model: nn.Module, validation: Split, us: Processes) -> Iterable[str]:
         """Sentences for people, before the first step of `model`. Only the main process calls it."""
@@ -106,6 +112,10 @@ class ClassificationObjective:
     """The part that all classifiers share: the weights of the classes, and how they are judged."""
 
     cycle: int | None = None
+
+    @property
+    def teacher(self) -> Accuracy | None:
+        return None
 
     def __init__(self, recipe: r.Recipe, weighting: str, split: Split, device: torch.device):
         """`weighting` is the recipe's `class_weights`, and `split` has the training images."""
@@ -184,6 +194,10 @@ class DistilledObjective(ClassificationObjective):
         if isinstance(source, LabelCache):
             self.cycle = source.steps
 
+    @property
+    def teacher(self) -> Accuracy | None:
+        return self.source.judged if isinstance(self.source, Teacher) else None
+
     def introduction(self, model: nn.Module, validation: Split, us: Processes) -> Iterable[str]:
         yield from super().introduction(model, validation, us)
         if isinstance(self.source, LabelCache):
@@ -235,6 +249,7 @@ class MaskedImageObjective:
     cycle: int | None = None
     shown = 8
     """Number of validation images whose reconstructions are painted."""
+    teacher: Accuracy | None = None
 
     def __init__(self, recipe: r.Recipe):
         self.recipe = recipe

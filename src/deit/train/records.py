@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from deit import files
+from deit.evaluate.alarms import below_teacher, learnt_nothing
+from deit.evaluate.scores import Accuracy
 
 ABOUT, RECIPE, METRICS, MODEL, ADAPTER = "about.json", "recipe.json", "metrics.jsonl", "model", "adapter"
 
@@ -35,6 +37,17 @@ class About:
     precision: str
     """Number format of the forward and backward pass."""
     versions: Mapping[str, str]
+    teacher: tuple[int, int] | None = None
+    """Number of validation images that the teacher was right on before the first step, and of how many. None without a
+    teacher, or if it was not tried."""
+
+    def alarms(self, accuracy: float, named: Callable[[str], str] = str) -> list[str]:
+        """What to beware of in a model with this accuracy on the validation images, each with the next move. `named`
+        shows the name of a class."""
+        return [
+            *learnt_nothing(accuracy, [*map(named, self.classes)], self.val),
+            *below_teacher(accuracy, None if self.teacher is None else Accuracy(*self.teacher)),
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,6 +64,9 @@ class About:
                 value = tuple(value) if right and value is not None else value
             elif each.name == "versions":
                 right = isinstance(value, dict)
+            elif each.name == "teacher":  # runs of earlier versions don't say
+                right = value is None or _is_part(value)
+                value = tuple(value) if right and value is not None else value
             else:
                 right = isinstance(value, int if each.name == "processes" else str)
             if not right:
@@ -116,6 +132,12 @@ class Record:
     def last(self, key: str) -> float | None:
         """The latest number under a key of the metrics; None if there is none."""
         return next((row[key] for row in reversed(self.rows) if is_number(row.get(key))), None)
+
+
+def _is_part(value: object) -> bool:
+    """Whether a value is a list of two whole numbers: a part, and the whole that it belongs to."""
+    whole = isinstance(value, list) and len(value) == 2 and all(type(one) is int for one in value)
+    return whole and 0 <= value[0] <= value[1] and value[1] > 0  # type: ignore[index]
 
 
 def is_number(value: object) -> bool:

@@ -275,13 +275,13 @@ def write_about(
     out: Path,
     *,
     resumed: bool = False,
-) -> None:
+) -> About:
     """Writes `about.json`, which says what the recipe does not. `data` is the fingerprint of the training images. A
-    resumed run keeps the date of its beginning."""
+    resumed run keeps the date of its beginning and what its teacher was found to be worth."""
     try:
-        began = About.from_dict(files.read_json(out / ABOUT)).began if resumed else ""
+        before = About.from_dict(files.read_json(out / ABOUT)) if resumed else None
     except (OSError, ValueError):
-        began = ""
+        before = None
     counts = [
         np.bincount(split.labels, minlength=len(train_split.classes)).tolist() for split in (train_split, val_split)
     ]
@@ -293,7 +293,7 @@ def write_about(
     except ValueError:  # relative and absolute paths, or two drives
         folder = ""
     about = About(
-        began=began or datetime.now(UTC).isoformat(timespec="seconds"),
+        began=before.began if before else datetime.now(UTC).isoformat(timespec="seconds"),
         data=train_split.source or folder,
         fingerprint=data,
         classes=train_split.classes,
@@ -309,8 +309,10 @@ def write_about(
             "JPEG reader": reader(),
             "system": platform.platform(),
         },
+        teacher=before.teacher if before else None,
     )
     files.write_json(out / ABOUT, about.to_dict())
+    return about
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -68,6 +68,8 @@ class Teacher:
         self.name, self.classes, self.size, self.assumed = name, tuple(classes), size, tuple(assumed)
         self.student = _student(recipe)
         self.model = model.eval().requires_grad_(False)
+        self.judged: Accuracy | None = None
+        """Its accuracy on the images that it was introduced with; None before that."""
         self.resizes = self.student["resolution"] == "teacher"
         # our own transformers accept other image sizes only with this option
         self.options = {} if self.resizes or not isinstance(model, PreTrained) else {"interpolate_pos_encoding": True}
@@ -233,8 +235,8 @@ class Teacher:
                 total += int(read.sum())
         if not total:
             return
-        accuracy, often = Accuracy(correct, total), max(Counter(some.labels).values()) / len(some)
-        value, interval = accuracy.cells()
+        self.judged, often = Accuracy(correct, total), max(Counter(some.labels).values()) / len(some)
+        value, interval = self.judged.cells()
         yield (
             f"teacher {self.name}: {value:.3f} of {total} {kind} images right ({interval} at 95 %), prepared as the "
             "student sees them"
