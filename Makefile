@@ -51,9 +51,8 @@ bench: .venv/installed-bench      ## compare the speed with timm, transformers a
 	$(BIN)/python -m bench.speed.keras
 	$(BIN)/python -m bench.speed.predict
 
-fortress: .venv/installed-test    ## attack everything for half an hour, and put the figures into docs/security.md
+fortress: .venv/installed-attacks ## attack everything for half an hour, and put the figures into docs/security.md
 	$(BIN)/python -m bench.fortress --write
-	$(BIN)/python -m pytest -m slow tests/serve tests/processes tests/predict tests/weights
 
 gpu:                              ## try everything on an NVIDIA GPU, in ten minutes, with the Python and PyTorch there are
 	PYTHONPATH=src $(PYTHON) -m bench.gpu --records bench/gpu/records.jsonl
@@ -75,7 +74,11 @@ gpu-cifar10:                      ## train cifar10_gpu_teacher and cifar10_gpu o
 	$(INSTALL) --editable '.[export,fit,hub,keras,parquet,serve]' --group dev
 	touch $@
 
-.venv/installed-clients: .venv/installed-test
+.venv/installed-attacks: .venv/installed-test
+	$(INSTALL) --group attacks
+	touch $@
+
+.venv/installed-clients: .venv/installed-attacks
 	$(INSTALL) --group clients --group examples
 	touch $@
 

@@ -1,10 +1,12 @@
-"""Thousands of damaged files through the code that reads them: each has to give an answer or one sentence.
+"""Attacks on everything: damaged files, kills, full disks, clocks that jump, hostile requests, and all of them at once.
 
-    python -m bench.fortress [--count 10000] [--kind images ...] [--write]     # make fortress
-    python -m bench.fortress --kind images --only 4711                         # one of them again
+    python -m bench.fortress [--count 10000] [--minutes 10] [--kind images kills ...] [--write]     # make fortress
+    python -m bench.fortress --kind images --only 4711                                             # one file again
 
-File number N of a kind is always the same. A file is a fault if it raises anything but `ValueError` and `OSError`, if
-it takes longer than `PATIENCE`, or if it ends the process. `--write` puts the table into docs/security.md.
+Damaged files are made here. File number N of a kind is always the same. It is a fault if the code that reads it raises
+anything but `ValueError` and `OSError`, if it takes longer than `PATIENCE`, or if it ends the process. Other attacks
+are tests of the suite, which say how often they attacked (`record_property`). `--write` puts the rows of what was run
+into the tables of docs/security.md.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import copy
 import functools
 import io
 import json
+import os
 import random
 import re
 import resource
@@ -27,6 +30,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 PAGE = Path(__file__).parents[1] / "docs" / "security.md"
 PATIENCE = 5.0
@@ -243,6 +247,53 @@ KINDS = {
     for function in (images, safetensors, pickles, configs, preprocessing, recipes, exports, programs)
 }
 
+ATTACKS = {
+    "folders": (
+        "Folders, weights, programs and recipes of a stranger who wants code to run",
+        ("tests/predict", "tests/weights", "tests/train", "-k", "hostile"),
+    ),
+    "runtimes": ("Exports of a stranger, in their runtimes", ("tests/runtimes/test_hostile_exports.py",)),
+    "kills": (
+        "`kill -9` at random moments; the work goes on to the same bits",
+        (
+            "tests/processes/test_killed.py::test_killed_at_any_moment",
+            "tests/processes/test_parallel.py::test_killed_again_and_again",
+        ),
+    ),
+    "disks": ("Full disks, at any command and at any file", ("tests/processes/test_full_disk.py",)),
+    "memory": (
+        "Too little memory for the work",
+        ("tests/processes/test_killed.py::test_a_limit_of_memory_is_a_sentence",),
+    ),
+    "signals": ("SIGTERM and Ctrl-C, at any command", ("tests/processes/test_signals.py",)),
+    "clocks": (
+        "Clocks that jump by decades",
+        (
+            "tests/test_locks.py::test_clocks_that_jump",
+            "tests/runtimes/test_engines.py::test_a_model_is_exported_once_and_again_where_it_changed",
+        ),
+    ),
+    "locks": ("Two processes that write the same, and owners of locks that die", ("tests/test_locks.py",)),
+    "connections": (
+        "Bombs and hostile HTTP, one by one",
+        (
+            "tests/serve/test_serve_attacks.py",
+            "tests/serve/test_serve_connections.py",
+            "tests/serve/test_serve_process.py",
+        ),
+    ),
+    "mutated": ("Mutated requests", ("tests/serve/test_serve_strangers.py::test_mutated_requests",)),
+    "described": (
+        "Requests made from the server's own description, right and wrong ones",
+        ("tests/serve/test_serve_described.py",),
+    ),
+    "load": (
+        "Attacks of six clients on a server while 58 others ask without pause",
+        ("tests/serve/test_serve_load.py::test_load_with_a_tenth_hostile",),
+    ),
+}
+"""What is attacked, and the tests that do it."""
+
 
 # -------------------------------------------------------------------------------------------------------------- running
 
@@ -307,23 +358,86 @@ def run(kind: str, first: int, last: int) -> dict[str, Any]:
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| damaged | files | refused in one sentence | read | faults | slowest |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        about = (KINDS[row["kind"]].__doc__ or "").rstrip(".")
-        counts = f"{row['files']:,} | {row['refused']:,} | {row['files'] - row['refused'] - len(row['faults']):,}"
-        lines.append(f"| {about} | {counts} | {len(row['faults'])} | {1000 * row['slowest']:.0f} ms |")
-    return "\n".join(lines)
+def run_tests(kind: str, minutes: float) -> dict[str, Any]:
+    """The counts of an attack that is made by tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder) / "record.xml"
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *ATTACKS[kind][1], f"--junitxml={record}", "-o", "junit_family=xunit1"],
+            cwd=PAGE.parents[1],
+            env={**os.environ, "FORTRESS_MINUTES": str(minutes)},
+            stdout=sys.stderr,
+            check=False,
+        )
+        seconds = time.perf_counter() - began
+        cases = [*ElementTree.parse(record).getroot().iter("testcase")] if record.exists() else []
+    left_out = [case for case in cases if case.find("skipped") is not None]
+    faults = {
+        case.attrib["name"]: str(bad.attrib.get("message", ""))[:300]
+        for case in cases
+        for bad in (case.find("failure"), case.find("error"))
+        if bad is not None
+    }
+    if done.returncode not in (0, 1):
+        faults["pytest"] = f"ended with status {done.returncode}"
+    said = [_properties(case, "said") for case in cases]
+    return {
+        "kind": kind,
+        "times": sum(int((_properties(case, "attacks") or ["1"])[0]) for case in cases if case not in left_out),
+        "faults": faults,
+        "left out": len(left_out),
+        "seconds": seconds,
+        "said": "; ".join(one for each in said for one in each),
+    }
+
+
+def _properties(case: ElementTree.Element, name: str) -> list[str]:
+    return [each.attrib["value"] for each in case.iter("property") if each.attrib["name"] == name]
+
+
+FILES = ("| damaged | files | refused in one sentence | read | faults | slowest |", "|---|---|---|---|---|---|")
+TESTS = ("| attack | times | faults | left out | seconds | seen |", "|---|---|---|---|---|---|")
+
+
+def about(kind: str) -> str:
+    """What is damaged or attacked."""
+    return ATTACKS[kind][0] if kind in ATTACKS else (KINDS[kind].__doc__ or "").rstrip(".")
+
+
+def line(row: dict[str, Any]) -> str:
+    """A line of a table."""
+    faults = len(row["faults"])
+    if row["kind"] in ATTACKS:
+        counts = f"{row['times']:,} | {faults} | {row['left out']} | {row['seconds']:.0f} | {row['said']}"
+    else:
+        counts = f"{row['files']:,} | {row['refused']:,} | {row['files'] - row['refused'] - faults:,}"
+        counts += f" | {faults} | {1000 * row['slowest']:.0f} ms"
+    return f"| {about(row['kind'])} | {counts} |"
+
+
+def merged(page: str, rows: list[dict[str, Any]]) -> str:
+    """The page with the rows in its tables. A row of what was not run stays."""
+    new = {about(row["kind"]): line(row) for row in rows}
+    for name, heads, kinds in (("files", FILES, KINDS), ("attacks", TESTS, ATTACKS)):
+        marked = re.compile(rf"(<!-- make fortress: {name} -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
+        [found] = marked.finditer(page)
+        old = {each.split(" | ")[0].removeprefix("| "): each for each in found[2].splitlines()[len(heads) :]}
+        lines = [*heads, *(each for kind in kinds if (each := (old | new).get(about(kind))))]
+        page = page[: found.start(2)] + "\n".join(lines) + page[found.end(2) :]
+    return page
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.fortress", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--count", type=int, default=10_000, help="files of each kind (default: %(default)s)")
-    parser.add_argument("--kind", nargs="+", choices=tuple(KINDS), default=tuple(KINDS), help="these kinds alone")
+    kinds = (*KINDS, *ATTACKS)
+    parser.add_argument("--count", type=int, default=10_000, help="damaged files of each kind (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=10, help="of load (default: %(default)s)")
+    parser.add_argument("--kind", nargs="+", choices=kinds, default=kinds, help="these kinds alone")
     parser.add_argument("--only", type=int, help="the number of a single file")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/security.md")
+    parser.add_argument("--write", action="store_true", help="put the rows into docs/security.md")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
@@ -332,15 +446,15 @@ def main() -> int:
         attempt(kind, int(first), int(last))
         return 0
     numbers = (0, options.count) if options.only is None else (options.only, options.only + 1)
-    rows = [run(kind, *numbers) for kind in options.kind]
-    for row in rows:
+    rows = []
+    for kind in options.kind:
+        row = run_tests(kind, options.minutes) if kind in ATTACKS else run(kind, *numbers)
+        rows.append(row)
         for number, fault in row["faults"].items():
-            print(f"{row['kind']} {number}: {fault}", file=sys.stderr)
-    print(table(rows))
-    if options.write:
-        page = PAGE.read_text(encoding="utf-8")
-        marked = r"(<!-- make fortress -->\n).*?(\n<!-- end -->)"
-        PAGE.write_text(re.sub(marked, rf"\g<1>{table(rows)}\g<2>", page, flags=re.DOTALL), encoding="utf-8")
+            print(f"{kind} {number}: {fault}", file=sys.stderr)
+        print(line(row), flush=True)
+        if options.write:
+            PAGE.write_text(merged(PAGE.read_text(encoding="utf-8"), [row]), encoding="utf-8")
     return 1 if any(row["faults"] for row in rows) else 0
 
 

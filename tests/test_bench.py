@@ -194,7 +194,48 @@ def test_damaged_files_give_an_answer_or_a_sentence(capsys):
         row = fortress.run(kind, 0, 60)
         assert row["faults"] == {}
         assert 0 < row["refused"] <= 60
-    assert "| 60 |" in fortress.table([row])
+    assert "| 60 |" in fortress.line(row)
+
+
+def test_attacks_are_counted_by_the_tests_that_make_them(tmp_path, monkeypatch):
+    (tmp_path / "test_toy.py").write_text(
+        """
+import os
+import pytest
+
+def test_many(record_property):
+    record_property("attacks", 7)
+    record_property("said", f"{os.environ['FORTRESS_MINUTES']} minutes")
+
+def test_one():
+    pass
+
+def test_broken():
+    assert 1 == 2
+
+def test_impossible():
+    pytest.skip("not here")
+"""
+    )
+    monkeypatch.setitem(fortress.ATTACKS, "toy", ("A toy", (str(tmp_path / "test_toy.py"),)))
+    row = fortress.run_tests("toy", 0.5)
+    assert [*row["faults"]] == ["test_broken"]
+    assert (row["times"], row["left out"], row["said"]) == (9, 1, "0.5 minutes")
+    row["seconds"] = 3.2
+    assert fortress.line(row) == "| A toy | 9 | 1 | 1 | 3 | 0.5 minutes |"
+    page = fortress.PAGE.read_text(encoding="utf-8")
+    assert fortress.merged(page, [row]).replace(fortress.line(row) + "\n", "") == page
+    assert fortress.merged(page, []) == page
+    page = fortress.merged(page, [row])
+    assert fortress.merged(page, [{**row, "times": 12}]) == page.replace("| A toy | 9 |", "| A toy | 12 |")
+
+
+def test_every_attack_names_tests_that_are_there():
+    for _, places in fortress.ATTACKS.values():
+        for place in places[: places.index("-k") if "-k" in places else None]:
+            file, _, name = place.partition("::")
+            assert (ROOT / file).exists(), place
+            assert f"def {name}(" in (ROOT / file).read_text() if name else True, place
 
 
 def test_a_fault_is_found_and_does_not_end_the_search(monkeypatch, capsys):

@@ -10,10 +10,17 @@ import time
 from contextlib import suppress
 
 import pytest
+from rich.console import Console
 from support.checks import raises_saying
+from support.models import trained_folder
+from support.runs import photos
 
 from deit import files
+from deit.evaluate.calibration import FILE
+from deit.predict.calibrate import calibrate
+from deit.report import document
 
+QUIET = Console(quiet=True)
 HOLD = """
 import os, sys, time
 from pathlib import Path
@@ -162,3 +169,50 @@ def test_a_folder_whose_replacement_was_killed_comes_back(tmp_path, monkeypatch)
     files.restore_folder(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     assert (folder / "model").read_text() == "former"
+
+
+def test_one_process_calibrates_a_model_and_none_that_still_trains(tmp_path):
+    """A training could replace the model meanwhile. What a killed process left is removed."""
+    data, run = photos(tmp_path / "data", split="val", count=8), tmp_path / "run"
+    model = trained_folder(run / "model", labels="abc")
+    (model / f".{FILE}.0123abcd").write_text("half")
+    (run / "recipe.json").write_text("{}")
+    for busy in (model, run):
+        with files.held(busy), raises_saying(files.InUse, f"{busy} is being written by another process"):
+            calibrate(model, data, error_rate=0.5, console=QUIET)
+    assert not (model / FILE).exists()
+    calibrate(model, data, error_rate=0.5, console=QUIET)
+    assert json.loads((model / FILE).read_text())["images"] == 24
+    assert list(run.rglob(".*")) == []
+
+
+def test_reports_of_a_run_wait_for_each_other(tmp_path, monkeypatch):
+    """So the report at the end of a training stays, if another one was begun before it."""
+    order, inside, go_on = [], threading.Event(), threading.Event()
+
+    class Reads:
+        @staticmethod
+        def read(run):
+            return run
+
+    def slow(run, *_):
+        inside.set()
+        assert go_on.wait(20)
+        order.append("of a run")
+
+    monkeypatch.setattr(document, "Record", Reads)
+    monkeypatch.setattr(document, "_of_run", slow)
+    monkeypatch.setattr(document, "_of_training", lambda *_: order.append("of its training"))
+    (tmp_path / ".report.html.0123abcd").write_text("half")
+    first = threading.Thread(target=document.of_run, args=(tmp_path,))
+    first.start()
+    assert inside.wait(20)
+    second = threading.Thread(target=document.of_training, args=(tmp_path, None))
+    second.start()
+    time.sleep(0.5)
+    assert order == []
+    go_on.set()
+    for each in (first, second):
+        each.join(20)
+    assert order == ["of a run", "of its training"]
+    assert list(tmp_path.iterdir()) == []

@@ -78,7 +78,7 @@ def test_every_command_says_it(given, disk, name, free):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_when_there_is_space_again(given, disk, tmp_path):
+def test_a_run_goes_on_when_there_is_space_again(given, disk, tmp_path, record_property):
     """Wherever the disk was full: at the first model, at a checkpoint, at a row of metrics."""
     place, leave = disk
     often = ("--set", "compute.save_minutes=0", "--resume")
@@ -91,6 +91,7 @@ def test_a_run_goes_on_when_there_is_space_again(given, disk, tmp_path):
         reasons.add(output.splitlines()[-1].partition(" can't be written")[0].rpartition("/")[2].partition("-")[0])
         steps.append(reached(place / "run"))
         assert load_file(place / "run/model/model.safetensors") if free > 90 else True
+    record_property("attacks", len(steps))
     assert {"model.safetensors", "step"} <= reasons
     assert steps == sorted(steps)
     (place / "fill").unlink()

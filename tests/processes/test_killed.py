@@ -34,7 +34,7 @@ def commands(given, out):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("name", "kills"), [("train", 20), ("predict", 15), ("export", 15)])
-def test_killed_at_any_moment(given, tmp_path, name, kills):
+def test_killed_at_any_moment(given, tmp_path, name, kills, record_property):
     """By SIGKILL, anywhere between its first import and its end. Nothing half done is left at the end."""
     draw = random.Random(name)
     began = time.monotonic()
@@ -57,7 +57,8 @@ def test_killed_at_any_moment(given, tmp_path, name, kills):
             killed += 1
     if not (name == "predict" and (tmp_path / "killed/rows.jsonl").exists()):
         finish(start(*command))
-    print(f"{name}: killed {killed} times, ended {done} times by itself")
+    record_property("attacks", killed)
+    record_property("said", f"`deit {name}` killed {killed} times, ended {done} times by itself")
     whole, out = tmp_path / "whole", tmp_path / "killed"
     if name == "train":
         assert_same_end(out / "run", whole / "run")

@@ -133,7 +133,7 @@ def test_a_killed_worker_is_restarted_and_the_run_ends_as_it_would(given, tmp_pa
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_again_and_again(kills, given, tmp_path):
+def test_killed_again_and_again(kills, given, tmp_path, record_property):
     """All processes at once, and each time another number of loaders."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     longer = ("--set", "schedule.total=steps(90)")
@@ -154,6 +154,7 @@ def test_killed_again_and_again(kills, given, tmp_path):
         )
         assert wait_for(broken, reached(broken) + 2, process)
         kill(process, broken)
+    record_property("attacks", kills)
     assert reached(broken) < 90
     finish(start(*command(given, broken, *longer, "--resume"), processes=2))
     assert_same_end(broken, whole)

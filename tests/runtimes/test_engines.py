@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import threading
 import time
 from pathlib import Path
 
@@ -99,6 +100,29 @@ def test_engines_agree_on_a_trained_folder(distilled, photos, monkeypatch, engin
     pixels = torch.from_numpy(np.stack([found.prepared(photo) for photo in photos]))
     for token, values in explain(expected.model, pixels, "relevance").items():  # which needs the model's inside
         torch.testing.assert_close(explain(found.model, pixels, "relevance")[token], values)
+
+
+def test_who_needs_the_same_engine_waits_for_it(distilled, photos, cache, monkeypatch):
+    """Many servers may start at once. Also, what a killed one left is removed."""
+    written, found = [], []
+    write = exporting.write_float
+    monkeypatch.setattr(exporting, "write_float", lambda *given: written.append(given[1]) or write(*given))
+    classifier = load_classifier(distilled)
+    name = cached_engine(classifier, "onnx").folder.name
+    [folder] = cache.iterdir()
+    assert folder.name == name
+    folder.rename(cache / f".{name}.0123abcd")
+    threads = [
+        threading.Thread(target=lambda: found.append(cached_engine(load_classifier(distilled), "onnx").folder))
+        for _ in range(3)
+    ]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(100)
+    assert found == [folder] * 3
+    assert written == ["onnx"] * 2
+    assert list(cache.iterdir()) == [folder]
 
 
 def test_a_model_is_exported_once_and_again_where_it_changed(distilled, photos, cache, monkeypatch):

@@ -125,6 +125,25 @@ def test_pages_ask_nobody_else(web):
         assert path in listed
 
 
+def test_the_description_names_types_keys_and_limits(folder):
+    with client(folder, keys=("one",), max_batch=7) as web:
+        described = web.get("/openapi.json").json()
+        paths = described["paths"]
+        [of_metrics] = paths["/metrics"]["get"]["responses"]["200"]["content"]
+        assert web.get("/metrics").headers["content-type"].startswith(of_metrics)
+        for path, status in (("/healthz", "ok"), ("/readyz", "ready")):
+            schema = paths[path]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+            assert schema == {"$ref": "#/components/schemas/Status"}
+            assert web.get(path).json()["status"] == status
+            assert status in described["components"]["schemas"]["Status"]["properties"]["status"]["enum"]
+        assert described["components"]["securitySchemes"] == {"key": {"type": "http", "scheme": "bearer"}}
+        keyed = [path for path, found in paths.items() if any("security" in each for each in found.values())]
+        assert keyed == ["/v1/classify", "/v1/explain"]
+        form = paths["/v1/classify"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+        assert (form["required"], form["properties"]["image"]["maxItems"]) == (["image"], 7)
+        assert all("421" in each["responses"] for found in paths.values() for each in found.values())
+
+
 def test_metrics_count(folder):
     with client(folder) as web:
         for i in range(3):

@@ -106,6 +106,9 @@ def test_the_sender_of_a_large_body_reads_why_it_was_refused(shut):
     [
         b"nonsense\r\n\r\n",
         b"GET / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/9.9\r\nHost: localhost\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        POST.replace(b"1.1", b"0.9") + b"Content-Length: 1000\r\n\r\nx",
         b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: localhost\r\nA: " + b"x" * 30_000 + b"\r\n\r\n",
         b"GET /" + b"x" * 300_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",

@@ -51,6 +51,8 @@ from support.serving import (
         (b'{"images": ["QUJD"], "top_k": ' + b"9" * 5000 + b"}", TEXT, 400, "the body is not valid JSON"),
         (b'{"images": ["QUJD"], "top_k": true}', TEXT, 400, "top_k is not a whole number"),
         (b'{"images": ["QUJD"], "top_k": -1}', TEXT, 400, "top_k is not a whole number"),
+        (b'{"images": ["QUJD"], "top_k": 1.5}', TEXT, 400, "top_k is not a whole number"),
+        (b'{"images": ["QUJD"], "top_k": 1, "top_k": 1}', TEXT, 400, "the body is not valid JSON"),
         (b'{"images": ["QUJD"], "model": "x"}', TEXT, 400, "the body is other JSON"),
         (b'{"images": "QUJD"}', TEXT, 400, "images is not a list of texts"),
         (b'{"images": []}', TEXT, 400, "the request holds no image"),
@@ -88,6 +90,30 @@ def test_strips_and_dots_are_images(web):
         assert ask(web, file.getvalue()).status_code == 200
     assert ask(web, picture(0), params={"top_k": 10**8}).status_code == 200
     assert_refused(ask(web, picture(0), params={"top_k": "9" * 5000}), 400, "top_k is not a whole number")
+
+
+def test_a_number_is_the_same_in_each_place(web):
+    """As text in the query, and as any number of JSON that is whole."""
+    image, huge = picture(0), 10**20
+    [[expected], every] = (web.predictor([image], top_k=count)[0] for count in (1, 9))
+    for found, text in ((huge, f"{huge}"), (1, "1")):
+        for value in (text, f"{text}.0"):
+            body = b'{"images": ["%s"], "top_k": %s}' % (base64.b64encode(image), value.encode())
+            labels = ask(web, body, TEXT).json()["results"][0]["labels"]
+            assert_labels(labels, every if found == huge else [expected])
+        assert ask(web, image, params={"top_k": text}).json()["results"][0]["labels"] == labels
+
+
+def test_what_is_given_twice_or_unknown_is_refused(web):
+    """One of the two would say nothing, and neither would a name that is misspelt."""
+    twice, body = "top_k is given twice; give it once", json.dumps({"images": ["QUJD"], "top_k": 3}).encode()
+    assert_refused(ask(web, picture(0), params=[("top_k", "1"), ("top_k", "1")]), 400, twice)
+    assert_refused(ask(web, body, TEXT, params={"top_k": "x"}), 400, twice)
+    part = b'--x\r\nContent-Disposition: form-data; name="top_k"\r\n\r\n3\r\n'
+    assert_refused(ask(web, part * 2 + b"--x--", FORM), 400, twice)
+    assert_refused(
+        ask(web, picture(0), params={"topk": "1"}), 400, "the query holds 'topk', which is not top_k; leave it"
+    )
 
 
 def test_wrong_addresses_and_methods(web):
@@ -238,8 +264,9 @@ def fuzz(web, count, seed, path):
 @pytest.mark.parametrize("path", ["/v1/classify", "/v1/explain"])
 @pytest.mark.parametrize(("count", "seed"), [(300, 1), pytest.param(2000, 2, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
-def test_mutated_requests(folder, count, seed, path):
+def test_mutated_requests(folder, count, seed, path, record_property):
     """Each is answered or refused in a sentence, a good one after each hundred; and nothing stays in the queue."""
     with client(folder, max_wait_ms=0) as web:
         assert {200, 400, 415, 422} <= fuzz(web, count, seed, path)
         assert web.batcher.waiting == 0
+    record_property("attacks", count)

@@ -316,6 +316,19 @@ def test_the_best_is_kept_and_a_tie_goes_to_the_later(splits, tmp_path, monkeypa
     assert len(saved) == 4
 
 
+@pytest.mark.parametrize(("scores", "stays"), [([1.0, 2.0], False), ([2.0, 1.0], True)])
+def test_a_calibration_goes_with_the_model_that_it_was_made_of(splits, tmp_path, monkeypatch, scores, stays):
+    left = iter(scores)
+
+    def judge(*_):
+        (tmp_path / "model/calibration.json").write_text("{}")
+        return objectives.Verdict((score := next(left)), {"val_accuracy": score})
+
+    monkeypatch.setattr(objectives.SupervisedObjective, "judge", judge)
+    run(replace(CONVNET, evaluate=steps(1), schedule=Cosine(total=steps(2))), splits, tmp_path)
+    assert (tmp_path / "model/calibration.json").exists() == stays
+
+
 @pytest.mark.parametrize(
     ("scores", "patience", "last"),
     [

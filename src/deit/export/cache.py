@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,9 +24,9 @@ from deit.model.load import Classifier
 def cached_engine(classifier: Classifier, to: Literal["onnx", "openvino"]) -> Engine:
     """Returns a trained classifier in another runtime, in the precision that the runtime chooses.
 
-    The first use writes and checks it as `export` does. The folder lies in this user's cache, and its name is a hash of
-    the model's content. A folder that another user could have written is made anew. That use also removes folders that
-    were not used for a month.
+    The first use writes and checks it as `export` does. If many processes begin at once, one does it and the others
+    wait. The folder lies in this user's cache, and its name is a hash of the model's content. A folder that another
+    user could have written is made anew. The first use also removes folders that were not used for a month.
 
     Raises the errors of `export`, and `PermissionError` if others could change the cache (`files.cache_folder`).
     """
@@ -33,16 +34,28 @@ def cached_engine(classifier: Classifier, to: Literal["onnx", "openvino"]) -> En
     folder = files.cache_folder("engines") / f"{to}-{_digest(classifier.model, to)}"
     if os.path.lexists(folder) and not (folder.is_dir() and files.only_mine(folder)):
         files.remove(folder)  # another user could have written it
-    try:
-        engine = load_engine(folder)
-    except FileNotFoundError:
-        pass
-    except files.CheckpointError:
-        shutil.rmtree(folder)
-    else:
-        with suppress(OSError):  # the folder is read-only
-            os.utime(folder)
-        return engine
+    with suppress(FileNotFoundError, files.CheckpointError):
+        return _used(folder)
+    # Others that need the same engine wait for it, because exporting takes the memory of a model several times.
+    with files.held(folder, lock=files.lock_beside(folder), wait=True):
+        files.restore_folder(folder)
+        try:
+            return _used(folder)
+        except FileNotFoundError:
+            pass
+        except files.CheckpointError:
+            shutil.rmtree(folder)
+        return _written(classifier, to, folder)
+
+
+def _used(folder: Path) -> Engine:
+    engine = load_engine(folder)
+    with suppress(OSError):  # the folder is read-only
+        os.utime(folder)
+    return engine
+
+
+def _written(classifier: Classifier, to: Literal["onnx", "openvino"], folder: Path) -> Engine:
     subject = Subject(classifier)
     written: Engine | None = None
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +12,15 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from deit import files
 from deit.data.batches import EvaluationBatches
 from deit.data.folders import Split, fingerprint, has_split, matched, read_examples
-from deit.evaluate.calibration import Calibration, HeadCalibration, fit
+from deit.evaluate.calibration import FILE, Calibration, HeadCalibration, fit
 from deit.model.heads import head_probabilities
 from deit.model.load import refuse_other_scoring
 from deit.model.outputs import ImageClassifierOutput, ModelOutput
 from deit.predict.predictor import Predictor
+from deit.train.records import RECIPE
 
 _BATCH = 64
 
@@ -62,8 +66,22 @@ def calibrate_split(
     device: str = "auto",
     console: Console | None = None,
 ) -> Calibration:
-    """Like `calibrate`, for images that were already read. `data` only names them."""
-    console = console or Console(stderr=True)
+    """Like `calibrate`, for images that were already read. `data` only names them.
+
+    Raises `files.InUse` if another process calibrates the model, or if the run that it belongs to is still training.
+    """
+    run = Path(os.path.abspath(folder)).parent
+    with ExitStack() as held:
+        if (run / RECIPE).exists():  # a better model may replace the one that is calibrated
+            held.enter_context(files.held(run))
+        held.enter_context(files.held(Path(folder)))
+        files.sweep(Path(folder), FILE)
+        return _calibrated(folder, examples, data, error_rate, device, console or Console(stderr=True))
+
+
+def _calibrated(
+    folder: str | Path, examples: Split, data: str, error_rate: float, device: str, console: Console
+) -> Calibration:
     predictor = Predictor(folder, device=device)
     refuse_other_scoring(folder, predictor.config.scoring, "calibration")
     batches = EvaluationBatches(matched(examples, tuple(predictor.labels)), predictor.processor, _BATCH, keep=False)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
@@ -151,6 +152,21 @@ def of_training(run: str | Path, val_split: Split, *, device: str = "auto") -> P
 
     The model is examined on the validation images if that costs little beside the training.
     """
+    with _turn(run):
+        return _of_training(run, val_split, device)
+
+
+@contextmanager
+def _turn(run: str | Path) -> Iterator[None]:
+    """Waits until other processes have written the report of a run, so that none replaces a later one. Removes what
+    killed ones left."""
+    file = Path(run) / FILE
+    with files.held(file, lock=files.lock_beside(file), wait=True):
+        files.sweep(file.parent, file.name)
+        yield
+
+
+def _of_training(run: str | Path, val_split: Split, device: str) -> Path:
     record, evaluation, missing = Record.read(run), None, ""
     if record.labelled and len(val_split) > _SHARE * (record.last("images") or 0):
         missing = (
@@ -178,6 +194,12 @@ def of_run(
     `data` are the images to judge the model by, as for `deit eval`. None takes the run's own validation images, if they
     are still there. Raises `FileNotFoundError` if there is no run, and the errors of `examine_files` for `data`.
     """
+    Record.read(run)  # or a lock would make the folder of a run that isn't there
+    with _turn(run):
+        return _of_run(run, data, device, console)
+
+
+def _of_run(run: str | Path, data: str | Path | None, device: str, console: Console | None) -> Path:
     record, evaluation, missing = Record.read(run), None, ""
     if data is not None:
         evaluation = examine_files(record.folder / MODEL, data, device=device, console=console)

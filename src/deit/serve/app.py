@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import prometheus_client as prometheus
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.security import HTTPBearer
 from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.responses import PlainTextResponse
 
 from deit import host
 from deit.explain.explanation import Explanation, explained_model
@@ -36,7 +38,7 @@ from deit.predict.predictor import Predictor
 from deit.report.markup import data_uri
 from deit.serve.batcher import Batcher, Full, ModelFailed
 from deit.serve.described import (
-    CLASSIFY,
+    ANYWHERE,
     EXPLAIN,
     NOT_EXPLAINED,
     SAID,
@@ -44,7 +46,9 @@ from deit.serve.described import (
     Explained,
     Failure,
     ModelCard,
+    Status,
     api_page,
+    classify_described,
 )
 from deit.serve.limits import Service
 from deit.serve.outermost import GONE, Json, Metrics, Outermost
@@ -181,7 +185,8 @@ class Routes:
             refuse(415, "the body is compressed; send it as it is")
 
         def parsed(body: bytes) -> tuple[list[bytes], _Read]:
-            images, fields = read_request(body, request.headers.get("content-type", ""), request.query_params, question)
+            query = request.query_params.multi_items()
+            images, fields = read_request(body, request.headers.get("content-type", ""), query, question)
             return images, read(fields)
 
         with self.bodies.room() as body:
@@ -370,20 +375,33 @@ def create_app(predictor: Predictor, service: Service, name: str) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         lifespan=routes.life,
+        responses=_failures(ANYWHERE),
         exception_handlers={HTTPException: _refused, ClientDisconnect: _gone},
     )
     app.state.routes = routes
     app.add_middleware(Outermost, metrics=routes.metrics, hosts=service.hosts)
-    app.post("/v1/classify", response_model=Answers, responses=_failures(SAID), openapi_extra=CLASSIFY)(routes.classify)
+    key = [Depends(HTTPBearer(scheme_name="key", auto_error=False))] if service.keys else []  # only for the description
+    app.post(
+        "/v1/classify",
+        response_model=Answers,
+        responses=_failures(SAID),
+        openapi_extra=classify_described(service.max_batch),
+        dependencies=key,
+    )(routes.classify)
     picture: dict[int | str, Any] = {200: {"content": {"image/png": {}}}}
     app.post(
-        "/v1/explain", response_model=Explained, responses=picture | _failures(NOT_EXPLAINED), openapi_extra=EXPLAIN
+        "/v1/explain",
+        response_model=Explained,
+        responses=picture | _failures(NOT_EXPLAINED),
+        openapi_extra=EXPLAIN,
+        dependencies=key,
     )(routes.explain)
     needed = _failures({401: SAID[401]}) if service.private else {}
-    app.get("/model", response_model=ModelCard, responses=needed)(routes.model)
-    app.get("/healthz", responses={503: {"model": Failure}})(routes.healthz)
-    app.get("/readyz", responses={503: {"model": Failure}})(routes.readyz)
-    app.get("/metrics", responses=needed)(routes.metrics_text)
+    private = key if service.private else []
+    app.get("/model", response_model=ModelCard, responses=needed, dependencies=private)(routes.model)
+    app.get("/healthz", response_model=Status, responses={503: {"model": Failure}})(routes.healthz)
+    app.get("/readyz", response_model=Status, responses={503: {"model": Failure}})(routes.readyz)
+    app.get("/metrics", response_class=PlainTextResponse, responses=needed, dependencies=private)(routes.metrics_text)
     for path, (file, kind) in _PAGES.items():
         app.get(path, include_in_schema=False)(_sends(file.read_bytes(), kind))
     app.get("/api", include_in_schema=False)(_sends(api_page(app.openapi()).encode(), "text/html"))

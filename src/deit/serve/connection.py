@@ -78,13 +78,15 @@ def _sender(transport: Any) -> str:
 
 
 class _Parser(h11.Connection):
-    """Refuses a body of very many very small chunks."""
+    """Refuses a body of very many very small chunks, and HTTP of another major version than 1."""
 
     pieces = size = 0
 
     def next_event(self) -> Any:
         event = super().next_event()
         if isinstance(event, h11.Request):
+            if not event.http_version.startswith(b"1."):
+                raise h11.RemoteProtocolError("another version of HTTP")
             self.pieces = self.size = 0
         elif isinstance(event, h11.Data):
             self.pieces += 1

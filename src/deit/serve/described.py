@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -66,6 +66,10 @@ class Failure(BaseModel):
     error: str
 
 
+class Status(BaseModel):
+    status: Literal["ok", "ready"]
+
+
 class CalibrationCard(BaseModel):
     error_rate: float
     images: int
@@ -105,12 +109,14 @@ SAID = {
     503: "There is no room, or the model failed. Try again after Retry-After seconds.",
     504: "The time is up.",
 }
+ANYWHERE = {421: "Host names another server.", 431: "The head of the request is too large."}
 NOT_EXPLAINED = {**SAID, 501: "The model can't be explained (GET /model says so too)."}
 
 
-def _described(most: int | None, fields: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _described(most: int, fields: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Describes a request in OpenAPI: at most `most` images, and fields, which may be in the body or in the query."""
-    images: dict[str, Any] = {"type": "array", "minItems": 1, **({} if most is None else {"maxItems": most})}
+    images: dict[str, Any] = {"type": "array", "minItems": 1, "maxItems": most}
+    image = {"type": "string", "minLength": 1}
     schemas = {
         name: {key: value for key, value in field.items() if key != "description"} for name, field in fields.items()
     }
@@ -123,19 +129,18 @@ def _described(most: int | None, fields: dict[str, dict[str, Any]]) -> dict[str,
                         "type": "object",
                         "required": ["images"],
                         "additionalProperties": False,
-                        "properties": {"images": {**images, "items": {"type": "string", "format": "byte"}}, **schemas},
+                        "properties": {"images": {**images, "items": {**image, "format": "byte"}}, **schemas},
                     }
                 },
                 "multipart/form-data": {
                     "schema": {
                         "type": "object",
-                        "properties": {"image": {**images, "items": {"type": "string", "format": "binary"}}, **schemas},
+                        "required": ["image"],
+                        "additionalProperties": False,
+                        "properties": {"image": {**images, "items": {**image, "format": "binary"}}, **schemas},
                     }
                 },
-                **{
-                    kind: {"schema": {"type": "string", "format": "binary"}}
-                    for kind in ("image/*", "application/octet-stream")
-                },
+                **{kind: {"schema": {**image, "format": "binary"}} for kind in ("image/*", "application/octet-stream")},
             },
         },
         "parameters": [
@@ -145,10 +150,12 @@ def _described(most: int | None, fields: dict[str, dict[str, Any]]) -> dict[str,
     }
 
 
-CLASSIFY = _described(
-    None,
-    {"top_k": {"type": "integer", "minimum": 1, "default": TOP_K, "description": "Number of labels for each image."}},
-)
+def classify_described(most: int) -> dict[str, Any]:
+    """Describes a request for the labels of at most `most` images."""
+    top_k = {"type": "integer", "minimum": 1, "default": TOP_K, "description": "Number of labels for each image."}
+    return _described(most, {"top_k": top_k})
+
+
 EXPLAIN = _described(
     1,
     {

@@ -10,7 +10,7 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -31,6 +31,7 @@ _PARTS = 8  # of a form, beyond its images
 _CONTENT_TYPE = 1000  # characters
 _VALUES = 100_000
 """Most values in JSON. There is one for each image, and 20 MB of nothing but brackets would become 500 MB."""
+_DIGITS = 1000  # of a number
 TOP_K = 5
 METHOD = "relevance"  # scores best of those that look inside the model, see docs/explain.md
 _LONGEST, _MANY = 200, 1000  # longest unknown label (in characters) and most labels for which similar ones are searched
@@ -127,11 +128,15 @@ class Question:
 
 
 def read_request(
-    body: bytes, content_type: str, query: Mapping[str, str], question: Question
+    body: bytes, content_type: str, query: Iterable[tuple[str, str]], question: Question
 ) -> tuple[list[bytes], dict[str, Any]]:
     """Returns the images of a body, and the unchecked fields of the body and the query. Refuses anything else."""
     kind, boundary = _content_type(content_type)
-    fields: dict[str, Any] = {name: query[name] for name in question.fields if name in query}
+    fields: dict[str, Any] = {}
+    for name, value in query:
+        if name not in question.fields:
+            refuse(400, f"the query holds {name[:80]!r}, which is not {' or '.join(question.fields)}; leave it out")
+        _put(fields, name, value)
     if kind == "application/json":
         images = _from_json(body, fields, question)
     elif kind == "multipart/form-data":
@@ -152,6 +157,12 @@ def read_request(
     return images, fields
 
 
+def _put(fields: dict[str, Any], name: str, value: Any) -> None:
+    if name in fields:  # one of them would say nothing
+        refuse(400, f"{name} is given twice; give it once")
+    fields[name] = value
+
+
 def _from_json(body: bytes, fields: dict[str, Any], question: Question) -> list[bytes]:
     expected = f"expected {question.example}"
 
@@ -160,8 +171,15 @@ def _from_json(body: bytes, fields: dict[str, Any], question: Question) -> list[
 
     if body.count(b"[") + body.count(b"{") + body.count(b",") > _VALUES:
         refuse(400, f"the body is not valid JSON for images, because it has more than {_VALUES} values; {expected}")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a name is there twice")
+        return found
+
     try:
-        found = json.loads(body, parse_constant=constant)
+        found = json.loads(body, parse_constant=constant, object_pairs_hook=once)
     except (ValueError, RecursionError):
         refuse(400, f"the body is not valid JSON; {expected}")
     if not isinstance(found, dict) or not set(found) <= {"images", *question.fields}:
@@ -171,7 +189,8 @@ def _from_json(body: bytes, fields: dict[str, Any], question: Question) -> list[
         refuse(400, f"images is not a list of texts; {expected}")
     if len(texts) > question.most:
         question.too_many()
-    fields |= found
+    for name, value in found.items():
+        _put(fields, name, value)
     try:
         return list(map(_from_base64, texts))
     except (binascii.Error, ValueError):
@@ -212,7 +231,7 @@ def _from_form(body: bytes, boundary: str | None, fields: dict[str, Any], questi
             if len(images) > question.most:
                 question.too_many()
         elif field and (name := field[1].decode().lower()) in question.fields:
-            fields[name] = content.decode("utf-8", "replace")
+            _put(fields, name, content.decode("utf-8", "replace"))
         else:
             refuse(
                 400, f"a field of the form is neither a file nor {' or '.join(question.fields)}; send images as files"
@@ -225,7 +244,9 @@ EXPLANATION = Question(("method", "target"), '{"images": ["<base64>"], "method":
 
 def labels_asked(fields: Mapping[str, Any]) -> int:
     asked = fields.get("top_k", TOP_K)
-    if isinstance(asked, str) and asked.isascii() and asked.isdigit() and len(asked) < 10:
+    if isinstance(asked, str) and asked.isascii() and asked.isdigit() and len(asked) <= _DIGITS:
+        asked = int(asked)
+    if isinstance(asked, float) and asked.is_integer():  # JSON has one kind of numbers
         asked = int(asked)
     if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
         refuse(400, "top_k is not a whole number of at least 1; give one, or leave it out")

@@ -19,6 +19,7 @@ from deit import files, host
 from deit.config import TimmConfig
 from deit.data.batches import EvaluationBatches, TrainingBatches, processor_for, steps_per_epoch
 from deit.data.folders import Split, fingerprint
+from deit.evaluate.calibration import FILE as CALIBRATION
 from deit.image.jpeg import reader
 from deit.machine import Processes, described, resolve_precision, whole
 from deit.recipe import MICRO_BATCHES_REFUSED, Cosine, LoRA, Optimizer, Recipe, difference
@@ -346,6 +347,7 @@ def save_model(work: Work, folder: Path) -> None:
             tuning.save_adapters(tuned, folder.parent / ADAPTER, work.recipe.start or "")
             model = tuning.merged(tuned)
     if work.us.main:
+        (folder / CALIBRATION).unlink(missing_ok=True)  # it was of the model before
         save_classifier(model, work.recipe, folder)
 
 
