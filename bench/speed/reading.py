@@ -1,11 +1,14 @@
 """Speed of the training loader on one core, beside timm's: from JPEG files to the 8-bit views of the DeiT recipe.
 
-    python -m bench.speed.reading [--rounds 7] [--case "photos"|"photos one view"|"12 megapixels"|...]
+    python -m bench.speed.reading [--rounds 7] [--case "photos"|"photos one view"|"packed photos"|...]
 
 A step makes as many views as the case says, in one process with one thread: random crop to 224 pixels, flip and
 RandAugment, with a bicubic kernel. A batch shows each image `repeats` times in a row, as the recipe's repeated
 augmentation does with 3. No image is kept in memory from one batch to the next. We also draw the noise of erasing,
 which timm leaves to the GPU. `deit Pillow` decodes without the extra `fast`.
+
+In the cases with `packed`, `deit` reads what `deit pack --short-side 288` makes of the photos, `timm-packed` reads the
+same JPEG files, and the others read the photos as they were.
 
 The photos are ImageNet's if `shared/data/imagenet_sample.tar` is beside the repository, otherwise coarse random
 pictures of 500x375 pixels. Photos of 12 megapixels are made of them: enlarged, with noise like a sensor's.
@@ -14,6 +17,7 @@ pictures of 500x375 pixels. Photos of 12 megapixels are made of them: enlarged, 
 from __future__ import annotations
 
 import itertools
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +36,13 @@ CASES = {
     f"{name}{' one view' if repeats == 1 else ''}": {"large": large, "repeats": repeats, "views": views}
     for name, large, views in (("photos", False, 360), ("12 megapixels", True, 24))
     for repeats in (3, 1)
+} | {
+    f"packed {name}": {"large": large, "repeats": repeats, "views": views, "short_side": 288}
+    for name, large, repeats, views in (
+        ("photos", False, 3, 360),
+        ("photos one view", False, 1, 360),
+        ("12 megapixels", True, 3, 24),
+    )
 }
 SIZE = 224
 
@@ -48,6 +59,29 @@ def files(large: bool, count: int, folder: Path) -> list[Path]:
         levels = (np.asarray(picture, np.int16) + noise).clip(0, 255).astype(np.uint8)
         Image.fromarray(levels).save(folder / f"{i}.jpg", quality=90)
     return sorted(folder.glob("*.jpg"))
+
+
+def packed(images: Sequence[Path], short_side: int, folder: Path) -> list[Path]:
+    """The images of a pack that is made of these files, each as often as among them."""
+    from deit.data import read_examples
+    from deit.data.packing import pack
+
+    place = {file: number for number, file in enumerate(dict.fromkeys(images))}
+    lines = (json.dumps({"path": str(file.absolute()), "label": "photo"}) for file in place)
+    (folder / "list.jsonl").write_text("\n".join(lines))
+    pack(folder / "list.jsonl", folder / "pack", short_side=short_side)
+    found = read_examples(folder / "pack")[0].files
+    return [found[place[file]] for file in images]
+
+
+def unpacked(images: Sequence[Path], folder: Path) -> list[Path]:
+    """The same images as files."""
+    from deit.data.folders import contents
+
+    place = {image: folder / f"{number}.jpg" for number, image in enumerate(dict.fromkeys(images))}
+    for image, file in place.items():
+        file.write_bytes(contents(image))
+    return [place[image] for image in images]
 
 
 def our_batches(images: Sequence[Path], repeats: int) -> Iterator[Any]:
@@ -124,14 +158,18 @@ def without_simplejpeg() -> Iterator[None]:
         jpeg._fast = fast
 
 
-def work(contender: str, large: bool, repeats: int, views: int) -> None:
+def work(contender: str, large: bool, repeats: int, views: int, short_side: int = 0) -> None:
     """Makes batches, as many as it is asked to."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         images = files(large, views // repeats, Path(folder))
-        if contender == "timm":
+        if short_side and contender in ("deit", "timm-packed"):
+            images = packed(images, short_side, Path(folder))
+        if contender == "timm-packed":
+            images = unpacked(images, Path(folder))
+        if contender.startswith("timm"):
             answer(timm_batches(images, repeats).__next__)
-        elif contender == "deit":
+        elif contender in ("deit", "deit originals"):
             answer(our_batches(images, repeats).__next__)
         else:
             with without_simplejpeg():
@@ -143,7 +181,9 @@ COMPARISON = Comparison(
     description=__doc__,
     records=Path(__file__).with_suffix(".jsonl"),
     cases=CASES,
-    contenders=lambda _: ("deit", "deit Pillow", "timm"),
+    contenders=lambda case: (
+        ("deit", "deit originals", "timm", "timm-packed") if "short_side" in case else ("deit", "deit Pillow", "timm")
+    ),
     work=work,
     step="batch",
     images="views",

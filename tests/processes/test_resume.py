@@ -53,6 +53,16 @@ def test_killed_again_and_again(given, tmp_path):
     assert_same_end(out, given[2])
 
 
+def test_a_pack_goes_on_where_its_folder_was_killed(given, tmp_path):
+    """The bytes, their order and the fingerprint are those of the folder."""
+    finish(start("pack", given[0], "--out", tmp_path / "pack"))
+    process = start(*command(given, tmp_path / "run"))
+    assert wait_for(tmp_path / "run", 20, process)
+    kill(process, tmp_path / "run")
+    finish(start(*command((tmp_path / "pack", *given[1:]), tmp_path / "run", "--set", "compute.workers=2")))
+    assert_same_end(tmp_path / "run", given[2])
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_ends(given, tmp_path, number, code):
     """Between two checkpoints: what is saved is the moment of the signal."""

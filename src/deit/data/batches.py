@@ -36,7 +36,7 @@ from deit.data.levels import Levels
 from deit.data.mixing import mix, mixing
 from deit.host import cores
 from deit.image import jpeg
-from deit.image.decode import ImageError, name_of, read, reading
+from deit.image.decode import ImageError, name_of, read, reading, stored_size
 from deit.image.jpeg import Jpeg, Pixels
 from deit.image.pixels import Normalisation
 from deit.image.processor import DeiTImageProcessor
@@ -175,7 +175,7 @@ class Faults:
             first = "; ".join(f"{file} {reason}" for file, reason in itertools.islice(self.reasons.items(), 3))
             raise BadImages(
                 f"{len(self)} of {self.images} images can't be read, more than 1 %: {first}"
-                f"{' ...' if len(self) > 3 else ''}. Replace or remove such files, then resume"
+                f"{' ...' if len(self) > 3 else ''}. Replace or remove such files, then resume or start again"
             )
         return list(new.items())
 
@@ -187,7 +187,7 @@ class Faults:
         self.reasons = dict(state or {})
 
 
-def _fault(file: Path, error: ImageError) -> tuple[str, str]:
+def fault(file: Path, error: ImageError) -> tuple[str, str]:
     return str(file), " ".join(str(error).removeprefix(f"{name_of(file)} ").split())
 
 
@@ -272,7 +272,7 @@ class _Views(Dataset[Any]):
                 found = self._cropped(index, same)
             except ImageError as error:
                 for number, key in enumerate(same, row):
-                    faults.append(_fault(self.files[index], error))
+                    faults.append(fault(self.files[index], error))
                     yield (number, *self._stand_in(key, faults))
             else:
                 yield row, index, found
@@ -288,7 +288,7 @@ class _Views(Dataset[Any]):
             try:
                 return other, self._cropped(other, [key])
             except ImageError as error:
-                faults.append(_fault(self.files[other], error))
+                faults.append(fault(self.files[other], error))
         return index, BadImages(
             f"{_STAND_IN_ATTEMPTS} training images in a row can't be read, the last one: "
             f"{' '.join(faults[-1])}; check the folder"
@@ -369,17 +369,6 @@ def hidden_patches(recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
     assert isinstance(model, DeiTConfig)
     unit = (objective.unit // model.patch_hw[0], objective.unit // model.patch_hw[1])
     return patch_mask(model.grid, unit, objective.ratio, rng)
-
-
-def _sides(file: Path) -> tuple[int, int] | None:
-    """Width and height of an image, from its header. None if that can't be read; decoding will report why."""
-    if not file.is_file():  # a named pipe would wait for somebody to write
-        return None
-    try:
-        with Image.open(file) as image:
-            return image.size
-    except Exception:  # Pillow's plugins raise nearly anything on damaged bytes
-        return None
 
 
 def steps_per_epoch(split: Split, recipe: Recipe) -> float:
@@ -493,7 +482,7 @@ def _fits(split: Split, recipe: Recipe) -> bool:
         height, width = recipe.model.image_hw
         return len(split) * height * width * _PIXEL_BYTES <= CACHE_BYTES
     files = [split.files[i] for i in np.unique(np.linspace(0, len(split) - 1, 16).round().astype(int))]
-    sizes = [sides[0] * sides[1] for sides in map(_sides, files) if sides is not None]
+    sizes = [sides[0] * sides[1] for sides in map(stored_size, files) if sides is not None]
     expected = len(split) * _PIXEL_BYTES * float(np.mean(sizes or [0]))
     return max(sizes, default=0) <= WHOLE_PIXELS and expected <= CACHE_BYTES
 
@@ -587,7 +576,7 @@ class _EvaluationViews(Dataset[Batch]):
                         pixels[:] = self.processor([file]).pixel_values[0]
                     labels[row] = self.files.labels[index]
                 except ImageError as error:
-                    faults.append(_fault(file, error))
+                    faults.append(fault(file, error))
             if found is None:
                 given.append((row, 0, 0, pixels))
             else:

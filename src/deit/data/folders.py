@@ -23,6 +23,7 @@ from PIL import Image
 
 from deit import host
 from deit.data.draws import Stream, draws
+from deit.image import packs
 from deit.image.decode import image_suffixes
 
 _COMMON = "*{.bmp,.gif,.jpeg,.jpg,.png,.tif,.tiff,.webp}"
@@ -62,6 +63,11 @@ def read_split(root: str | Path, split: str, classes: Sequence[str] | None = Non
     read.
     """
     root = Path(root)
+    if packs.is_pack(root):
+        if not (rows := [row for row in _pack_rows(root) if row.split == split]):
+            raise FileNotFoundError(f"{root} has no {split} images; pack them too, or give another pack")
+        found = _of_rows(rows)
+        return found if classes is None else matched(found, classes)
     folder = _split_folder(root, split)
     if folder is None:
         raise FileNotFoundError(
@@ -73,7 +79,7 @@ def read_split(root: str | Path, split: str, classes: Sequence[str] | None = Non
 
 
 def read_data(root: str | Path, *, holdout: float, seed: int, labelled: bool = True) -> tuple[Split, Split]:
-    """Reads the training and validation images of a folder or a list. Test images are never among them.
+    """Reads the training and validation images of a folder, a pack or a list. Test images are never among them.
 
     In a folder they are `root/train/CLASS/**` and, if it exists, `root/val/CLASS/**` (or valid, validation). Without
     val, the share `holdout` (0 to 1) of each class's training images is held out, drawn with `seed`: at least one image
@@ -81,7 +87,8 @@ def read_data(root: str | Path, *, holdout: float, seed: int, labelled: bool = T
     images.
 
     In a list (see `read_examples`), the column or key `split` says train, val or test. Without it, all are training
-    images. Without val, images are held out in the same way.
+    images. Without val, images are held out in the same way. A pack gives the images of the folder or list that it was
+    made of, in the same order.
 
     `labelled=False` is for masked-image runs: all images below `root/train` or `root`, at any depth, form one class. A
     list then needs no labels.
@@ -90,7 +97,7 @@ def read_data(root: str | Path, *, holdout: float, seed: int, labelled: bool = T
     read.
     """
     root = Path(root)
-    if root.suffix.lower() in LIST_SUFFIXES and root.is_file():
+    if packs.is_pack(root) or (root.suffix.lower() in LIST_SUFFIXES and root.is_file()):
         return _listed_data(root, holdout, seed, labelled)
     if not root.is_dir():
         raise FileNotFoundError(
@@ -121,8 +128,9 @@ def read_examples(place: str | Path, split: str | None = None) -> tuple[Split, s
 
     The images keep their own classes, sorted by name; `matched` brings the labels into a model's order.
 
-    `place` is a folder or a list. If it has splits, `split` (train, val or test) is read; None takes test, or val if
-    there is no test. If it has none, all of `place/CLASS/**` or of the list is read, and the name of the split is None.
+    `place` is a folder, a pack or a list. If it has splits, `split` (train, val or test) is read; None takes test, or
+    val if there is no test. If it has none, all of `place/CLASS/**`, of the pack or of the list is read, and the name
+    of the split is None.
 
     A list is a UTF-8 file of paths and class names, one image per line. Relative paths start from the list's folder.
     A `.csv` file has commas and a header that names the columns `path` and `label`. A `.jsonl` file has an object with
@@ -132,7 +140,7 @@ def read_examples(place: str | Path, split: str | None = None) -> tuple[Split, s
     Raises `FileNotFoundError` or `ValueError` that says what is expected and, for a list, in which line.
     """
     place = Path(place)
-    if place.is_dir():
+    if place.is_dir() and not packs.is_pack(place):
         found = split or next((name for name in ("test", "val") if _split_folder(place, name)), None)
         if found:
             return read_split(place, found), found
@@ -144,6 +152,8 @@ def read_examples(place: str | Path, split: str | None = None) -> tuple[Split, s
         _refuse_misnamed(place, tuple(itertools.chain(*SPLITS.values())))
         with _counting(place) as passed:
             return _read_labelled(place, passed), None
+    if packs.is_pack(place):
+        return _examples(place, _pack_rows(place), split)
     if place.exists() and not place.is_file():
         raise ValueError(
             f"{place} is neither a folder nor a regular file, expected a folder of images, or a list of them "
@@ -158,13 +168,16 @@ def read_examples(place: str | Path, split: str | None = None) -> tuple[Split, s
             f"{place} is neither a folder of images nor a list of them ({' or '.join(LIST_SUFFIXES)}); "
             "give one of the two"
         )
-    rows = _read_list(place)
+    return _examples(place, _read_list(place), split)
+
+
+def _examples(place: Path, rows: Sequence[_Row], split: str | None) -> tuple[Split, str | None]:
     there = {row.split for row in rows}
     if there == {""}:
         if split:
-            raise ValueError(
-                f"{place} is a list without a column split, found --split {split}; leave it out, or add the column"
-            )
+            kind, move = ("pack", "pack images") if place.is_dir() else ("list", "add the column")
+            without = "without parts" if place.is_dir() else "without a column split"
+            raise ValueError(f"{place} is a {kind} {without}, found --split {split}; leave it out, or {move}")
         return _of_rows(rows), None
     found = split or next((name for name in ("test", "val") if name in there), None)
     if found is None:
@@ -178,8 +191,10 @@ def read_examples(place: str | Path, split: str | None = None) -> tuple[Split, s
 
 
 def has_split(place: str | Path, split: str) -> bool:
-    """Whether a folder has a separate folder, or a list has images, of this split (train, val or test)."""
+    """Whether a folder has a separate folder, or a list or pack has images, of this split (train, val or test)."""
     place = Path(place)
+    if packs.is_pack(place):
+        return any(row.split == split for row in _pack_rows(place))
     if place.is_file() and place.suffix.lower() in LIST_SUFFIXES:
         return any(row.split == split for row in _read_list(place))
     return place.is_dir() and _split_folder(place, split) is not None
@@ -414,7 +429,7 @@ def drawn(whole: Split, shares: Sequence[float], seed: int, copies: Sequence[int
 
 
 def read_parts(place: str | Path) -> dict[str, Split]:
-    """Reads all images of a folder or list by their part: train, and val and test if they are there.
+    """Reads all images of a folder, pack or list by their part: train, and val and test if they are there.
 
     The training images are those that `read_data` would take if nothing was held out.
     """
@@ -434,9 +449,10 @@ def read_parts(place: str | Path) -> dict[str, Split]:
 
 
 class _Row(NamedTuple):
-    """An image of a list."""
+    """An image of a list or of a pack."""
 
     line: int
+    """Its line in the list."""
     path: str
     label: str
     split: str
@@ -444,11 +460,13 @@ class _Row(NamedTuple):
 
 
 def _listed_data(file: Path, holdout: float, seed: int, labelled: bool) -> tuple[Split, Split]:
-    rows = _read_list(file, labelled)
+    packed = packs.is_pack(file)
+    rows = _pack_rows(file, labelled) if packed else _read_list(file, labelled)
     train = [row for row in rows if row.split in ("train", "")]
     val = [row for row in rows if row.split == "val"]
     if not train:
-        raise ValueError(f"{file} has no image of the split train; name the training images so in the column split")
+        move = "pack training images too" if packed else "name the training images so in the column split"
+        raise ValueError(f"{file} has no image of the split train; {move}")
     whole = replace(_of_rows(train), source=str(file))
     if labelled and len(whole.classes) < 2:
         raise ValueError(
@@ -456,8 +474,9 @@ def _listed_data(file: Path, holdout: float, seed: int, labelled: bool) -> tuple
             "another class"
         )
     if unknown := next((row for row in val if row.label not in whole.classes), None):
+        where = unknown.path if packed else f"{file}, line {unknown.line}"
         raise ValueError(
-            f"{file}, line {unknown.line}: the class {unknown.label!r} of this validation image has no training image; "
+            f"{where}: the class {unknown.label!r} of this validation image has no training image; "
             f"{near(unknown.label, whole.classes)}; correct the label, or add training images"
         )
     return (whole, _of_rows(val, whole.classes)) if val else _hold_out(whole, holdout, seed, file)
@@ -467,6 +486,16 @@ def _of_rows(rows: Sequence[_Row], classes: tuple[str, ...] | None = None) -> Sp
     classes = classes or tuple(sorted({row.label for row in rows}))
     label_of = {name: label for label, name in enumerate(classes)}
     return Split(tuple(Path(row.path) for row in rows), tuple(label_of[row.label] for row in rows), classes)
+
+
+def _pack_rows(root: Path, labelled: bool = True) -> list[_Row]:
+    """The images of a pack, in the order in which the folder or list would give them that it was made of."""
+    pack = packs.open_pack(root)
+    numbers = zip(pack.paths(), pack.arrays["label"].tolist(), pack.arrays["part"].tolist(), strict=True)
+    rows = [
+        _Row(0, path, pack.classes[label] if labelled else "image", packs.PARTS[part]) for path, label, part in numbers
+    ]
+    return rows if labelled or not pack.of_folder else sorted(rows, key=lambda row: row.path)
 
 
 def _read_list(file: Path, labelled: bool = True) -> list[_Row]:
@@ -575,24 +604,37 @@ def fingerprint(split: Split) -> str:
     files = [os.fspath(file) for file in split.files]
     root = os.path.commonpath([os.path.dirname(min(files)), os.path.dirname(max(files))])
     digest = hashlib.sha256(repr(split.classes).encode())
-    sizes = [_size(file) for file in files]
+    sizes = [size_of(file) for file in files]
     for file, label, size in zip(files, split.labels, sizes, strict=True):
         digest.update(f"{os.path.relpath(file, root)!r} {label} {size}\n".encode())
     some = np.unique(np.linspace(0, len(files) - 1, 256).round().astype(int)).tolist()
     for i in range(len(files)) if sum(sizes) <= _READ_WHOLE else some:
         if sizes[i] >= 0:
-            with suppress(OSError):  # without permission, it counts as an unreadable image
-                digest.update(hashlib.sha256(Path(files[i]).read_bytes()).digest())
+            with suppress(OSError, packs.BadPack):  # without permission, it counts as an unreadable image
+                digest.update(hashlib.sha256(contents(files[i])).digest())
     return digest.hexdigest()
 
 
-def _size(file: str) -> int:
+def size_of(file: str | os.PathLike[str]) -> int:
     """Size in bytes; -1 if it is not a file, such as a broken link, which then counts as an unreadable image."""
     try:
         status = os.stat(file)
         return status.st_size if stat.S_ISREG(status.st_mode) else -1
+    except FileNotFoundError:
+        entry = packs.find(file)
+        return -1 if entry is None else entry.length
     except OSError:
         return -1
+
+
+def contents(file: str | os.PathLike[str]) -> bytes:
+    """The bytes of a file or of an image in a pack."""
+    try:
+        return Path(file).read_bytes()
+    except FileNotFoundError:
+        if (entry := packs.find(file)) is None:
+            raise
+        return entry.read()
 
 
 # -------------------------------------------------------------------------------------------------------------- digits

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from deit import files
 from deit.data.counts import listed
-from deit.data.folders import LIST_SUFFIXES, SPLITS, Split, drawn, read_parts
+from deit.data.folders import LIST_SUFFIXES, SPLITS, Split, contents, drawn, read_parts, size_of
+from deit.image.packs import BadPack
 
 SHARE = 0.1
 """Share of the training images that becomes validation or test images if nobody says another."""
@@ -102,7 +103,7 @@ def _shares(data: str, parts: dict[str, Split], asked: dict[str, float | None]) 
 
 def _same_content(paths: Sequence[Path]) -> list[int]:
     """A number for each file, the same for files with the same content. Only files of the same size are read."""
-    sizes = [_size(path) for path in paths]
+    sizes = [size_of(path) for path in paths]
     count = Counter(sizes)
     numbers: dict[object, int] = {}
     found = []
@@ -110,19 +111,11 @@ def _same_content(paths: Sequence[Path]) -> list[int]:
         key: object = place
         if size > 0 and count[size] > 1:
             try:
-                key = (size, hashlib.sha256(path.read_bytes()).digest())
-            except OSError:  # it counts as an unreadable image later
+                key = (size, hashlib.sha256(contents(path)).digest())
+            except (OSError, BadPack):  # it counts as an unreadable image later
                 key = place
         found.append(numbers.setdefault(key, len(numbers)))
     return found
-
-
-def _size(path: Path) -> int:
-    """Size in bytes; 0 if it is not a file."""
-    try:
-        return path.stat().st_size if path.is_file() else 0
-    except OSError:
-        return 0
 
 
 def _doubts(rows: Sequence[tuple[Path, str, str]], copies: Sequence[int]) -> list[str]:

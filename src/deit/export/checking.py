@@ -15,7 +15,7 @@ from PIL import Image
 
 from deit.choices import Scoring
 from deit.data.batches import Batch, EvaluationBatches
-from deit.data.folders import SPLITS, Split, matched, read_examples
+from deit.data.folders import SPLITS, Split, has_split, matched, read_examples
 from deit.evaluate.scores import Accuracy
 from deit.export.engines import Engine
 from deit.export.subject import Subject
@@ -54,7 +54,7 @@ class Examples:
 
     def __init__(self, data: str | Path, subject: Subject):
         self.data, self.processor = data, subject.processor
-        present = {split for split, names in SPLITS.items() if any((Path(data) / name).is_dir() for name in names)}
+        present = {split for split in SPLITS if has_split(data, split)}
         split = "train" if present == {"train"} else None
         examples, found = read_examples(data, split)
         whole = matched(examples, subject.classes)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from deit.image import packs
 from deit.image.jpeg import Jpeg
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "name_of",
     "read",
     "reading",
+    "stored_size",
     "to_rgb",
     "without_texts",
 ]
@@ -91,6 +93,19 @@ def load_image(
     decoded = decode(source, min_side, max_pixels).image
     with reading(name_of(source)):
         return convert(decoded, mode, name_of(source))
+
+
+def stored_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """Width and height of an image as it is stored, from its header. None if that can't be read; decoding will say
+    why."""
+    try:
+        if os.path.isfile(path):  # a named pipe would wait for somebody to write
+            with Image.open(path) as image:
+                return image.size
+        entry = packs.find(path)
+        return None if entry is None else Image.open(io.BytesIO(entry.read())).size
+    except Exception:  # Pillow's plugins raise nearly anything on damaged bytes
+        return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -312,12 +327,23 @@ def _read_path(path: str | os.PathLike[str], name: str) -> bytes:
     except ImageError:
         raise
     except FileNotFoundError:
+        if (packed := _read_packed(path, name)) is not None:
+            return packed
         slashes = "write its path with / instead of \\" if "\\" in name and os.sep == "/" else "check the path"
         raise ImageError(f"{name} does not exist; {slashes}") from None
     except IsADirectoryError:
         raise ImageError(f"{name} is a folder, expected one image file; give the files in it one by one") from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         raise ImageError(f"{name} cannot be opened ({error}); check the path and its permissions") from error
+
+
+def _read_packed(path: str | os.PathLike[str], name: str) -> bytes | None:
+    """The bytes of an image in a pack; None if there is none at this path."""
+    try:
+        entry = packs.find(path)
+        return None if entry is None else entry.read()
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{name} can't be read from its pack: {error}") from None
 
 
 @contextmanager

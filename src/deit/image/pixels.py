@@ -175,6 +175,12 @@ def _to_picture(array: np.ndarray, name: str) -> tuple[Image.Image, bool]:
     return Image.fromarray(np.ascontiguousarray(array)), in_unit
 
 
+def shrunk(source: Decoded, side: int) -> Image.Image:
+    """An RGB or grey image whose short side becomes `side`, by the rule and with the bicubic kernel of `size=side`."""
+    height, width = _target_size(source.full, {"shortest_edge": side})
+    return source.image.resize((width, height), Image.Resampling.BICUBIC, box=source.box)
+
+
 def _target_size(full: tuple[int, int], size: Mapping[str, int]) -> tuple[int, int]:
     """The (height, width) to which the option `size` resizes an image of `full` (height, width)."""
     if "height" in size:

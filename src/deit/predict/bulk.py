@@ -24,6 +24,7 @@ from deit import files, host
 from deit.choices import Head, Runtime
 from deit.data.folders import native, passed_over, walk_images
 from deit.export.engines import sha256
+from deit.image.packs import find, is_pack, open_pack
 from deit.predict.predictor import Predictor
 from deit.terminal import cell, shown
 
@@ -154,8 +155,9 @@ def find_images(
 ) -> Iterator[str]:
     """Yields the paths of images in a fixed order.
 
-    A file gives itself. A folder gives the image files in it and in its folders, sorted by name. A pattern gives what
-    it matches, and `-` gives the lines of `listed`. `passed` counts the other files in folders by suffix.
+    A pack gives its images, and a file gives itself. A folder gives the image files in it and in its folders, sorted by
+    name. A pattern gives what it matches, and `-` gives the lines of `listed`. `passed` counts the other files in
+    folders by suffix.
 
     Raises `FileNotFoundError` for a pattern that matches nothing.
     """
@@ -163,6 +165,8 @@ def find_images(
     for given in inputs:
         if given == "-":
             yield from _paths(listed or ())
+        elif is_pack(given):
+            yield from open_pack(given).walked()
         elif os.path.isdir(given):
             yield from walk_images(given, passed)
         elif os.path.isfile(given) or not glob.has_magic(given):
@@ -225,13 +229,19 @@ def claim(folder: Path, job: Mapping[str, Any]) -> None:
 
 
 Stamp = list[int] | None
-"""Size of a file in bytes and its time of change in microseconds, as finely as file systems agree on it; None if there
-is no such file."""
+"""Size of a file in bytes and its time of change in microseconds, as finely as file systems agree on it, or the size
+and the CRC-32 of an image in a pack; None if there is no such file."""
 
 
 def stamp(path: str) -> Stamp:
     try:
         status = os.stat(path)
+    except FileNotFoundError:
+        try:
+            entry = find(path)
+        except (OSError, ValueError):
+            return None
+        return None if entry is None else [entry.length, entry.crc]
     except (OSError, ValueError):
         return None
     return [status.st_size, status.st_mtime_ns // 1000]
