@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -81,8 +82,16 @@ def test_the_folder_it_leaves(done):
 def test_what_it_shows(done):
     """The table with intervals, predictions from files, and next commands that are commands."""
     shown, out = done[0].stderr, done[1]
-    for row in ("ConvNet teacher", "DeiT, class head", "DeiT, distillation head", "DeiT, both heads fused", "/360"):
-        assert row in shown
+    result = json.loads(done[0].stdout.splitlines()[-1])
+    assert "On the 360 test images" in shown
+    for row in (
+        rf"teacher( \*)? +class +{result['teacher']:.3f} +0\.\d{{3}} to [01]\.\d{{3}}",
+        rf"student( \*)? +fused +{result['fused']:.3f} ",
+        rf" class +{result['class_head']:.3f} ",
+        rf" distillation +{result['distillation_head']:.3f} ",
+        r"Recommended: the \w+ is right on \d+ of 144 validation images",
+    ):
+        assert re.search(row, shown), row
     assert f"deit predict '{out / 'student' / 'model'}' '{out / 'data' / 'test'}" in shown
     assert f"deit convert '{out / 'student' / 'model'}' --to timm --out '{out / 'timm'}'" in shown
     assert shown.count(".png: ") == 5

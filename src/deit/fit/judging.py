@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -160,14 +161,14 @@ def recommend(candidates: Sequence[Candidate], prefer: Prefer) -> tuple[Candidat
     return chosen, reason
 
 
-_COLUMNS = ("model", "head", "accuracy", "95 % interval", "validation", "MB", "images/s")
+_COLUMNS = ("model", "head", "accuracy", "95 % interval", "val", "MB", "images/s")
 
 
-def _rows(fitted: Fitted) -> list[tuple[str, ...]]:
-    """The cells of the table of all models and heads."""
+def _rows(fitted: Fitted, mark: str) -> list[tuple[str, ...]]:
+    """The cells of the table of all models and heads. `mark` follows the recommended one."""
     found: list[tuple[str, ...]] = []
     for each in fitted.candidates:
-        name = _NAMES[each.name] + " (recommended)" * (each.name == fitted.recommended)
+        name = each.name + mark * (each.name == fitted.recommended)
         speed = (f"{each.size / 1e6:.1f}", f"{each.images_per_second:.0f}")
         for head, accuracy in each.heads.items():
             value, interval = accuracy.cells()
@@ -181,10 +182,10 @@ def show(fitted: Fitted, console: Console) -> None:
     """Prints the table, the paired tests and the recommendation."""
     images = fitted.candidates[0].report.images
     kind = "test" if fitted.split == "test" else "validation"
-    shown = Table(title=f"On the {images:,} {kind} images", title_justify="left")
+    shown = Table(title=f"On the {images:,} {kind} images", title_justify="left", box=SIMPLE)
     for place, column in enumerate(_COLUMNS):
-        shown.add_column(column, justify="left" if place < 2 else "right")
-    for row in _rows(fitted):
+        shown.add_column(column, justify="left" if place < 2 else "right", no_wrap=True)
+    for row in _rows(fitted, " *"):
         shown.add_row(*row)
     console.print(shown)
     for (one, other), found in fitted.pairs.items():
@@ -206,7 +207,9 @@ def show(fitted: Fitted, console: Console) -> None:
 
 def section(fitted: Fitted) -> Section:
     """The table and the recommendation for a report."""
-    return Section("fit", "The models that were compared", table(fitted.reason, _COLUMNS, _rows(fitted)))
+    return Section(
+        "fit", "The models that were compared", table(fitted.reason, _COLUMNS, _rows(fitted, " (recommended)"))
+    )
 
 
 def _say(console: Console, sentence: str) -> None:
