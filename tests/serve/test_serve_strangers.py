@@ -262,7 +262,7 @@ def fuzz(web, count, seed, path):
 
 
 @pytest.mark.parametrize("path", ["/v1/classify", "/v1/explain"])
-@pytest.mark.parametrize(("count", "seed"), [(300, 1), pytest.param(2000, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("count", "seed"), [(300, 1), pytest.param(5000, 2, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 def test_mutated_requests(folder, count, seed, path, record_property):
     """Each is answered or refused in a sentence, a good one after each hundred; and nothing stays in the queue."""
