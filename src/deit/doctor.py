@@ -325,7 +325,7 @@ def _precision(device: Any) -> tuple[str, str]:
 
 
 def _loaders(device: Any) -> tuple[int, str]:
-    from deit.data.batches import loader_processes
+    from deit.data.loading import loader_processes
 
     count = loader_processes(None, lambda: False, device)
     cores = f"this process has {host.cores()} core{'s' * (host.cores() != 1)}"

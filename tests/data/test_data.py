@@ -23,10 +23,12 @@ from support.runs import small_recipe
 
 from deit.config import DeiTConfig
 from deit.data import batches as data
+from deit.data import loading
 from deit.data.augment import augment, crop, patch_mask
-from deit.data.batches import BadImages, Batch, EvaluationBatches, Faults, LoaderDied, TrainingBatches, processor_for
+from deit.data.batches import BadImages, Batch, EvaluationBatches, Faults, TrainingBatches, processor_for
 from deit.data.draws import draws
 from deit.data.folders import Split, read_split, write_digits
+from deit.data.loading import LoaderDied
 from deit.data.mixing import mix, mixing
 from deit.image.decode import load_image
 from deit.image.processor import DeiTImageProcessor
@@ -560,8 +562,8 @@ def test_a_parent_that_breaks_off_leaves_no_traceback():
 import multiprocessing, os, time
 from multiprocessing.connection import Client
 from multiprocessing.resource_sharer import DupFd
-from deit.data import batches
-batches._begin_worker(0)
+from deit.data import loading
+loading._begin_worker(0)
 address, key = DupFd(os.dup(1))._id
 for authkey in (multiprocessing.current_process().authkey, None):
     Client(address, authkey=authkey).close()
@@ -598,7 +600,7 @@ def test_the_number_of_workers(split, monkeypatch):
 
 def test_advice_for_a_run_that_waits(split, monkeypatch):
     """More loaders as long as there are cores, and the extra if it is missing; nothing if images are kept."""
-    monkeypatch.setattr(data, "cores", lambda: 4)
+    monkeypatch.setattr(loading, "cores", lambda: 4)
     for fast, workers, expected in (
         (True, 2, "set compute.workers above 2 (this process has 4 cores)"),
         (
@@ -642,7 +644,7 @@ def test_memory_is_pinned_for_the_gpu_of_the_run(split, monkeypatch, device, kin
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device", made_present)
-    monkeypatch.setattr(data, "DataLoader", Pinning)
+    monkeypatch.setattr(loading, "DataLoader", Pinning)
     if kind == "training":
         take(TrainingBatches(split, recipe(), device=torch.device(device)), 2)
     else:

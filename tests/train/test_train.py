@@ -25,9 +25,10 @@ from torch._dynamo.utils import counters
 from deit import machine
 from deit.config import ConvNetConfig
 from deit.data.ahead import Ahead
-from deit.data.batches import BadImages, EvaluationBatches, LoaderDied, TrainingBatches, processor_for
+from deit.data.batches import BadImages, EvaluationBatches, TrainingBatches, processor_for
 from deit.data.draws import draws
 from deit.data.folders import Split, read_data
+from deit.data.loading import LoaderDied
 from deit.evaluate.models import evaluate
 from deit.image.processor import DeiTImageProcessor
 from deit.model.load import load_model

@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from deit.data.batches import Batch as Batch
     from deit.data.batches import EvaluationBatches as EvaluationBatches
     from deit.data.batches import Faults as Faults
-    from deit.data.batches import LoaderDied as LoaderDied
     from deit.data.batches import TrainingBatches as TrainingBatches
     from deit.data.batches import processor_for as processor_for
     from deit.data.folders import Split as Split
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from deit.data.folders import read_data as read_data
     from deit.data.folders import read_examples as read_examples
     from deit.data.folders import read_split as read_split
+    from deit.data.loading import LoaderDied as LoaderDied
 
 __getattr__, __dir__ = offer(
     __name__,
@@ -28,10 +28,10 @@ __getattr__, __dir__ = offer(
             "Batch",
             "EvaluationBatches",
             "Faults",
-            "LoaderDied",
             "TrainingBatches",
             "processor_for",
         ),
         "deit.data.folders": ("Split", "fingerprint", "read_data", "read_examples", "read_split"),
+        "deit.data.loading": ("LoaderDied",),
     },
 )

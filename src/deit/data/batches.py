@@ -8,16 +8,10 @@ B. Any number of processes share the same batches. The number `step` alone is th
 
 from __future__ import annotations
 
-import gc
 import itertools
 import math
 import os
-import signal
-import sys
-import threading
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,15 +20,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from deit.config import DeiTConfig
 from deit.data.augment import WHOLE_PIXELS, augment, crops, erased, patch_mask
 from deit.data.draws import Stream, draws
 from deit.data.folders import Split
 from deit.data.levels import Levels
+from deit.data.loading import loaded, loader_processes, share_of_cores
 from deit.data.mixing import mix, mixing
-from deit.host import cores
 from deit.image import jpeg
 from deit.image.decode import ImageError, name_of, read, reading, stored_size
 from deit.image.jpeg import Jpeg, Pixels
@@ -445,13 +439,13 @@ class TrainingBatches:
         image can stand in for one that can't be read.
         """
         wanted = ((number, self.positions, self.keys(number)[self.positions]) for number in itertools.count(step))
-        return _loaded(self.views, wanted, self.workers, self.device)
+        return loaded(self.views, wanted, self.workers, self.device)
 
     def advice(self) -> str:
         """What to do if training waits for batches. Empty if they come faster after the first epoch anyway."""
         if not self.workers and self.recipe.compute.workers is None:  # images are kept
             return ""
-        most = _share()
+        most = share_of_cores()
         steps = [f"set compute.workers above {self.workers} (this process has {most} cores)"] * (self.workers < most)
         if not jpeg.is_fast():
             steps.append('decode JPEG files faster with pip install "deit[fast]"')
@@ -532,7 +526,7 @@ class EvaluationBatches:
             yield from self.kept
             return
         kept: list[Batch] = []
-        for batch in _loaded(self.views, range(len(self)), self.workers, self.device):
+        for batch in loaded(self.views, range(len(self)), self.workers, self.device):
             if self.keeps:
                 kept.append(batch)
             yield batch
@@ -593,131 +587,3 @@ class _EvaluationViews(Dataset[Batch]):
             mask=mask,
             faults=tuple(faults),
         )
-
-
-# ---------------------------------------------------------------------------------------------------- loader processes
-
-
-class LoaderDied(RuntimeError):
-    """A loader process died."""
-
-
-def loader_processes(asked: int | None, fits: Callable[[], bool], device: torch.device) -> int:
-    """Number of loader processes for this process.
-
-    `asked` if it is set, 0 if one process is enough (`fits`), and otherwise a number that depends on this process's
-    share of the machine's cores. If a GPU computes, the loaders get the whole share but one core, which feeds the GPU:
-    a core prepares a few hundred images of ImageNet a second, and a GPU trains on thousands. If the CPU computes, the
-    model needs the cores itself and is slower than a few loaders, so there are at most 8.
-    """
-    if asked is not None:
-        return asked
-    if fits():
-        return 0
-    share = _share()
-    return max(1, min(8, share) if device.type == "cpu" else share - 1)
-
-
-def _share() -> int:
-    """This process's share of the machine's cores."""
-    return cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def _loaded(views: Dataset[Any], wanted: Iterable[Any], workers: int, device: torch.device) -> Iterator[Batch]:
-    """Yields what `views` gives for each of `wanted`, in order. Loader processes read ahead and end with it.
-
-    The batches are in memory that is pinned for `device` if that is a GPU.
-    """
-    pinned = device.type == "cuda"
-
-    def opened() -> AbstractContextManager[Any]:
-        """Makes `device` the present GPU, because pinning opens the present one. It takes memory for each process."""
-        return torch.cuda.device(device) if pinned else nullcontext()
-
-    loader = DataLoader(
-        views,
-        sampler=wanted,
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_unchanged,
-        worker_init_fn=_begin_worker,
-        pin_memory=pinned,
-        generator=torch.Generator(),  # its own, because PyTorch's global one is the model's
-    )
-    with _child_signal_kept(), opened():
-        batches = iter(loader)
-    died = ""
-    try:
-        while True:
-            try:
-                with opened():
-                    batch = next(batches)
-            except StopIteration:
-                return
-            except (RuntimeError, ConnectionError, EOFError) as error:
-                if not _tells_of_a_death(error):
-                    raise
-                died = (str(error) or type(error).__name__).splitlines()[0]
-            if died:  # raised here, because the traceback of `error` would keep the other processes alive
-                raise LoaderDied(
-                    f"a loader process died ({died}), most likely because memory or shared memory (/dev/shm) ran "
-                    f"out; set compute.workers below {workers}"
-                )
-            if isinstance(batch, BadImages):
-                raise batch
-            yield batch
-    finally:
-        loaders = getattr(batches, "_workers", ())  # each is a process that may wait for a file for ever
-        if not pinned:
-            _kill(loaders)
-        del batches
-        _kill(loaders)  # not before, because the thread that pins waits for what they send
-
-
-def _kill(loaders: Iterable[Any]) -> None:
-    for loader in loaders:
-        if loader.is_alive():
-            loader.kill()
-
-
-def _tells_of_a_death(error: Exception) -> bool:
-    """Whether a loader process died while the next batch was waited for, or while its memory was handed over, which
-    takes a connection to the process."""
-    if isinstance(error, ConnectionError | EOFError):
-        return "in DataLoader worker process" not in str(error)  # which is an error of the process itself
-    return "exited unexpectedly" in str(error) or "killed by signal" in str(error)
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
-
-
-def _begin_worker(_: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # they may go to all processes; the parent ends this one
-        signal.signal(number, signal.SIG_IGN)
-    sys.excepthook = _not_of_the_parents_end
-    gc.freeze()  # a collection would write to all memory that is shared with the parent, and so copy it
-
-
-def _not_of_the_parents_end(
-    kind: type[BaseException], error: BaseException, traceback: types.TracebackType | None
-) -> None:
-    """Prints no traceback of the thread that hands batches over if the parent, which may end at any time, broke off."""
-    if not issubclass(kind, OSError | EOFError):
-        sys.__excepthook__(kind, error, traceback)
-
-
-@contextmanager
-def _child_signal_kept() -> Iterator[None]:
-    """Keeps the present handler for the end of a child process, which PyTorch would replace.
-
-    PyTorch's handler raises wherever the parent is, even while it saves. Without it, waiting for a batch finds the
-    death within 5 seconds.
-    """
-    number = getattr(signal, "SIGCHLD", None)  # Windows has none
-    before = None if number is None else signal.getsignal(number)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread() and number is not None and before is not None:
-            signal.signal(number, before)

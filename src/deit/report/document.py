@@ -58,67 +58,20 @@ def page(
         first: a section before all others.
     """
     assert record is not None or evaluation is not None
-    parts = [*([first] if first else []), report_run.alarms(record, evaluation)]
-    if evaluation:
-        parts.append(report_evaluation.accuracy(evaluation.main.report))
-    elif record:
-        parts.append(report_run.unevaluated(record, missing))
-    if record:
-        parts.append(report_run.training(record))
-    if evaluation:
-        parts += report_evaluation.sections(evaluation)
-        if maps:
-            parts.append(report_maps.section(evaluation, maps))
-    if record:
-        parts.append(report_run.recipe(record))
-    parts.append(report_run.data(record, evaluation))
-    if record:
-        parts.append(report_run.machine(record))
-    if figures:
-        parts.append(
-            Section(
-                "pictures",
-                "Pictures",
-                element(
-                    "div",
-                    *(
-                        picture(image, isolated(caption), element("p", named(caption)), 640)
-                        for caption, image in figures
-                    ),
-                    class_="figures",
-                ),
-            )
-        )
-    parts.append(_repeat(record, evaluation))
-    shown = [part for part in parts if part.body]
-    style = resources.files("deit.report").joinpath("report.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    sections = [*([first] if first else []), *_sections(record, evaluation, maps, figures, missing)]
+    shown = [section for section in sections if section.body]
     main, rest = _title(record, evaluation)
     title = f"Report: {': '.join([shortened(main), *filter(None, [', '.join(map(shortened, rest))])])}"
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element(
-            "meta",
-            http_equiv="Content-Security-Policy",
-            content="default-src 'none'; img-src data:; style-src "
-            f"'sha256-{digest}'; base-uri 'none'; form-action 'none'",
-        ),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("title", title),
-        element("style", Html(style)),
-    )
     contents = element(
         "nav",
-        element("ul", *(element("li", element("a", part.title, href=f"#{part.key}")) for part in shown)),
+        element("ul", *(element("li", element("a", section.title, href=f"#{section.key}")) for section in shown)),
         aria_label="Contents",
     )
     body = element(
         "body",
         element("a", "Skip to the content", href="#content", class_="skip"),
         _header(record, evaluation, contents),
-        element("main", *(part.html for part in shown), id="content"),
+        element("main", *(section.html for section in shown), id="content"),
         element(
             "footer",
             element(
@@ -129,7 +82,48 @@ def page(
             ),
         ),
     )
-    return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
+    return f"<!DOCTYPE html>\n{element('html', _head(title), body, lang='en')}\n"
+
+
+def _sections(
+    record: Record | None, evaluation: Evaluation | None, maps: Maps | None, figures: Sequence[Figure], missing: str
+) -> Iterator[Section]:
+    """The sections of a page, in order. Those without a body are not shown."""
+    yield report_run.alarms(record, evaluation)
+    if evaluation:
+        yield report_evaluation.accuracy(evaluation.main.report)
+    elif record:
+        yield report_run.unevaluated(record, missing)
+    if record:
+        yield report_run.training(record)
+    if evaluation:
+        yield from report_evaluation.sections(evaluation)
+        if maps:
+            yield report_maps.section(evaluation, maps)
+    if record:
+        yield report_run.recipe(record)
+    yield report_run.data(record, evaluation)
+    if record:
+        yield report_run.machine(record)
+    if figures:
+        pictures = (picture(image, isolated(caption), element("p", named(caption)), 640) for caption, image in figures)
+        yield Section("pictures", "Pictures", element("div", *pictures, class_="figures"))
+    yield _repeat(record, evaluation)
+
+
+def _head(title: str) -> Html:
+    style = resources.files("deit.report").joinpath("report.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    return element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=policy),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("title", title),
+        element("style", Html(style)),
+    )
 
 
 def write(

@@ -25,8 +25,9 @@ from rich.console import Console
 
 from deit import files
 from deit.data.ahead import Ahead
-from deit.data.batches import Batch, Faults, LoaderDied
+from deit.data.batches import Batch, Faults
 from deit.data.folders import Split, fingerprint
+from deit.data.loading import LoaderDied
 from deit.machine import (
     Processes,
     Rows,
