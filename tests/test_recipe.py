@@ -51,6 +51,7 @@ from deit.recipes.deit import deit_base, deit_tiny, deit_tiny_distilled
 from deit.recipes.digits import digits
 from deit.recipes.finetune import finetune, finetune_distilled
 from deit.train.build import build_model
+from deit.train.guidance import GuidedStudent
 
 GOLDEN = Path(__file__).parent / "golden" / "recipes.json"
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
@@ -161,12 +162,12 @@ def test_every_recipe_builds(name):
     """Narrow, and without its start: the class of model that its objective trains, with the data's labels."""
     recipe = recipe_of(name)
     if isinstance(recipe.model, DeiTConfig):
-        recipe = replace(recipe, model=shrink(recipe.model, num_labels=2))
+        recipe = replace(recipe, model=shrink(recipe.model, num_labels=2, num_hidden_layers=3))
     if isinstance(recipe.objective, LinearProbe):  # which no recipe can have without a start
         recipe = replace(
             recipe, objective=Supervised(), optim=AdamW(lr=1e-3, per_images=8), schedule=Cosine(total=epochs(1))
         )
-    recipe = replace(recipe, start="")
+    recipe = replace(recipe, start="", statistics="batch")
     with torch.device("meta"):
         model = build_model(recipe, ["cat", "dog", "cow"])
     assert next(model.parameters()).is_meta
@@ -176,6 +177,8 @@ def test_every_recipe_builds(name):
         assert type(model) is (
             DeiTForMaskedImageModeling
             if isinstance(objective, MaskedImage)
+            else GuidedStudent
+            if token and objective.guidance
             else DeiTForImageClassificationWithTeacher
             if token
             else DeiTForImageClassification

@@ -313,11 +313,21 @@ class Distilled:
     resolution: Literal["teacher", "student"] = "teacher"
     """Image size that the teacher sees: its own or the student's. The paper fine-tunes at 384 with a teacher at 384
     (section 6)."""
+    guidance: float = 0.0
+    """Weight of locality guidance (Li et al., ECCV 2022): the student's patch tokens learn to predict the feature maps
+    of a convolutional teacher, the last three, standardised. It is for a student from scratch with few images. 0 is
+    none."""
     class_weights: Literal["equal", "balanced"] = "equal"
     """As for `Supervised`. It weighs the loss of the labels only, not what the teacher says."""
 
     def __post_init__(self) -> None:
         _within(self, 0.0, 0.999, "smoothing")
+        _within(self, 0.0, 1000.0, "guidance")
+        check(
+            not self.guidance or self.token == "distillation",
+            "guidance is for a student with a distillation token; set objective.token=distillation, or "
+            "objective.guidance=0",
+        )
         if self.weight is not None:
             _within(self, 0.0, 1.0, "weight")
         if self.kind == "hard":
@@ -570,6 +580,10 @@ class Recipe:
     """The part of the model that is trained, if it has a start: `HeadOnly()`, `LastBlocks(count=2)` or `LoRA(rank=8)`.
     None trains all of it. Modules of which nothing is trained compute as in evaluation: no dropout, no stochastic
     depth, and batch normalisation with the statistics of the start."""
+    statistics: Literal["batch", "start"] = "batch"
+    """Where batch normalisation takes means and variances from: the images of each step (`batch`), or the `start`,
+    whose statistics then stay as they are. Small batches of augmented, mixed images have other statistics than the
+    images that are predicted later, so `start` suits the fine-tuning of a convnet."""
     ema: float = 0.0
     """Decay per step of the exponential moving average of the weights, 0 to <1. The average is evaluated and saved; 0
     takes the weights themselves."""
@@ -603,6 +617,12 @@ class Recipe:
                     not token,
                     "with objective.token=class, the distillation token would learn nothing; set "
                     "model.distillation_token=False",
+                )
+            if objective.guidance and isinstance(model, DeiTConfig):
+                check(
+                    model.num_hidden_layers >= 3 and not model.merge and self.tuning is None,
+                    "guidance needs a token for every patch after each third of at least three blocks, which are all "
+                    "trained; set model.merge=0 and tuning=None, or objective.guidance=0",
                 )
         if isinstance(objective, MaskedImage):
             check(
@@ -672,6 +692,10 @@ class Recipe:
             )
         if self.tuning is not None:
             self._check_tuning(self.tuning)
+        check(
+            self.statistics == "batch" or bool(self.start),
+            "statistics=start keeps those of the start, and there is none; set start, or statistics=batch",
+        )
         check(self.seed >= 0, f"seed can't be negative, found {self.seed}")
 
     def _check_probe(self) -> None:
@@ -679,7 +703,15 @@ class Recipe:
             bool(self.start) and not isinstance(self.model, ConvNetConfig),
             "a linear probe needs the weights of a trained DeiT, ViT or timm model; set start to them",
         )
-        unused = {"optim": None, "schedule": None, "ema": 0.0, "patience": 0.0, "augment": Augment(), "tuning": None}
+        unused = {
+            "optim": None,
+            "schedule": None,
+            "ema": 0.0,
+            "patience": 0.0,
+            "augment": Augment(),
+            "tuning": None,
+            "statistics": "batch",
+        }
         for name, value in unused.items():
             check(
                 getattr(self, name) == value,

@@ -21,7 +21,7 @@ from deit.image.processor import DeiTImageProcessor
 from deit.model.convnet import ConvNet
 from deit.model.outputs import ImageClassifierOutput
 from deit.recipe import Data, Distilled, Recipe, Supervised
-from deit.train.teacher import Teacher, answers
+from deit.train.teacher import Teacher, condense, expand
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 PAPER = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -462,7 +462,7 @@ def test_fingerprint_is_of_the_content(tmp_path):
 
 def test_hard_answers_are_decisions():
     logits = torch.randn(50, 7).bfloat16()
-    found = answers(logits, Distilled(teacher="t"))
+    found = expand(condense(logits, Distilled(teacher="t")), logits.shape[1])
     assert found.dtype == torch.int64
     assert found.tolist() == logits.double().numpy().argmax(1).tolist()
 
@@ -471,7 +471,7 @@ def test_hard_answers_are_decisions():
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_soft_answers_stand_for_the_logits_at_any_temperature(temperature, top_k):
     logits = 5 * torch.randn(50, 7) + 100 * torch.randn(50, 1)
-    found = answers(logits, Distilled(teacher="t", kind="soft", top_k=top_k))
+    found = expand(condense(logits, Distilled(teacher="t", kind="soft", top_k=top_k)), logits.shape[1])
     assert found.dtype == torch.float32
     assert_close(found.exp().sum(1), torch.ones(50))
     assert_close((found / temperature).softmax(1), (logits / temperature).softmax(1))
@@ -480,7 +480,7 @@ def test_soft_answers_stand_for_the_logits_at_any_temperature(temperature, top_k
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_the_most_likely_classes_are_kept_and_the_rest_is_spread(top_k):
     logits = 2 * torch.randn(40, 10)
-    found = answers(logits, Distilled(teacher="t", kind="soft", top_k=top_k))
+    found = expand(condense(logits, Distilled(teacher="t", kind="soft", top_k=top_k)), logits.shape[1])
     exact = np.exp(logits.double().numpy())
     exact /= exact.sum(1, keepdims=True)
     for row, probability in zip(found.double().exp().numpy(), exact, strict=True):
@@ -495,7 +495,7 @@ def test_the_most_likely_classes_are_kept_and_the_rest_is_spread(top_k):
 
 def test_certain_answers_stay_finite():
     logits = torch.tensor([[200.0, 0, -200, 0], [-500, 500, -500, -500]])
-    found = answers(logits, Distilled(teacher="t", kind="soft", top_k=2))
+    found = expand(condense(logits, Distilled(teacher="t", kind="soft", top_k=2)), logits.shape[1])
     assert found.isfinite().all()
     assert found.argmax(1).tolist() == [0, 1]
     assert_close(found.exp().sum(1), torch.ones(2))

@@ -1,10 +1,12 @@
 """What a run trains: all of a model, its head, its last blocks, or adapters; each from every kind of start."""
 
 import json
+import math
 import os
 import signal
 import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,12 @@ from support.runs import assert_same_end, photos, small_recipe
 
 from deit import Predictor, load_model, weights
 from deit.config import VARIANTS, ConvNetConfig, TimmConfig
+from deit.data.batches import TrainingBatches
 from deit.data.folders import read_data
 from deit.model import timm_classifier
 from deit.model.timm_classifier import TimmClassifier
 from deit.recipe import (
+    SGD,
     AdamW,
     Compute,
     Cosine,
@@ -188,6 +192,44 @@ def test_statistics_of_frozen_batch_norm_stay(tuning, starts, splits, tmp_path):
     else:
         run(parts, splits, tmp_path / "parts")
         assert_close(load_file(tmp_path / "parts" / "model" / "model.safetensors"), after)
+
+
+@pytest.mark.parametrize("tuning", [None, LastBlocks(count=1)], ids=str)
+def test_statistics_of_the_start_stay_where_layers_are_trained(tuning, starts, splits, tmp_path):
+    """Scales and shifts are trained, and a batch may be computed in parts. A plain loop in evaluation mode gives the
+    same weights."""
+    model, place = starts["timm"]
+    parts = {"ema": 0.0, "statistics": "start", "optim": SGD(lr=1e-2, per_images=8, momentum=0.0, weight_decay=0.0)}
+    recipe = recipe_of(model, place, tuning, schedule=Cosine(total=steps(3)), **parts)
+    start = build_model(recipe, CLASSES)
+    run(recipe, splits, tmp_path / "whole")
+    after = load_file(tmp_path / "whole" / "model" / "model.safetensors")
+    for name, value in own(start).items():
+        if "running_" in name or "num_batches" in name:
+            assert torch.equal(after[name], value), name
+    assert not torch.equal(after["layer4.0.bn1.weight"], own(start)["layer4.0.bn1.weight"])
+
+    divided = replace(recipe, compute=replace(recipe.compute, accumulate=2))
+    run(divided, splits, tmp_path / "parts")
+    assert_close(load_file(tmp_path / "parts" / "model" / "model.safetensors"), after)
+
+    tune(start.eval(), tuning)
+    batches = TrainingBatches(splits[0], recipe)
+    for step, batch in enumerate(islice(batches.from_step(0), 3)):
+        mixed = batches.mix(batch.finished())
+        torch.nn.functional.cross_entropy(start(mixed.pixels).logits, mixed.labels).backward()
+        rate = 1e-5 + (1e-2 - 1e-5) * (1 + math.cos(math.pi * step / 3)) / 2
+        for parameter in start.parameters():
+            if parameter.grad is not None:
+                with torch.no_grad():
+                    parameter -= rate * parameter.grad
+                parameter.grad = None
+    assert_close(own(start), after)
+
+
+def test_statistics_of_a_start_need_one(starts):
+    with raises_saying(ValueError, "statistics=start keeps those of the start", "set start, or statistics=batch"):
+        replace(recipe_of(*starts["timm"], None), start="", statistics="start")
 
 
 @pytest.mark.parametrize("architecture", ["test_resnet", "test_efficientnet", "test_vit", "tf_efficientnet_lite0"])

@@ -41,6 +41,16 @@ class ConvNet(nn.Module):
         features = self.features(pixel_values.contiguous(memory_format=torch.channels_last))
         return ImageClassifierOutput(logits=self.classifier(features.mean((2, 3))))
 
+    def with_maps(self, pixel_values: Tensor, count: int) -> tuple[Tensor, list[Tensor]]:
+        """Logits, and the outputs (B, channels, height, width) of the last `count` stages, or of all if there are
+        fewer."""
+        x, maps = pixel_values.contiguous(memory_format=torch.channels_last), []
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):
+                maps.append(x)
+            x = layer(x)
+        return self.classifier(x.mean((2, 3))), [*maps, x][-count:]
+
     def save_pretrained(self, save_directory: str | Path) -> None:
         hub.write_tensors(Path(save_directory), self.state_dict())
         files.write_json(Path(save_directory) / "config.json", self.config.to_dict())

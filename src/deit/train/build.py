@@ -22,6 +22,7 @@ from deit.model.network import (
 from deit.model.timm_classifier import TimmClassifier, find_start
 from deit.recipe import Distilled, LoRA, MaskedImage, Recipe
 from deit.train import tuning
+from deit.train.guidance import GuidedStudent
 from deit.train.teacher import find_teacher
 from deit.weights import hub
 
@@ -65,7 +66,8 @@ def build_model(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
     if isinstance(recipe.objective, MaskedImage):
         model = DeiTForMaskedImageModeling(config.replace(encoder_stride=config.patch_size))
     elif isinstance(recipe.objective, Distilled) and recipe.objective.token == "distillation":
-        model = DeiTForImageClassificationWithTeacher(config)
+        distilled = GuidedStudent if recipe.objective.guidance else DeiTForImageClassificationWithTeacher
+        model = distilled(config)
     else:
         model = DeiTForImageClassification(config)
     if recipe.start:

@@ -34,12 +34,14 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from deit import files, host
+from deit.config import DeiTConfig
 from deit.data.batches import Batch, Faults, TrainingBatches
 from deit.data.folders import Split, fingerprint
 from deit.machine import resolve_device, resolve_precision
 from deit.recipe import Distilled, Recipe, difference
 from deit.terminal import shown
-from deit.train.teacher import Teacher, condense, expand
+from deit.train import guidance
+from deit.train.teacher import Teacher
 
 VERSION = 1
 """Version of the files' layout."""
@@ -65,6 +67,10 @@ class _Layout:
     kind: str
     top_k: int | None
     """Number of classes that soft labels keep; None keeps all."""
+    patches: int = 0
+    """Number of the student's patches, if it is guided."""
+    channels: tuple[int, ...] = ()
+    """Number of channels of each of the teacher's maps."""
 
     @property
     def parts(self) -> int:
@@ -80,25 +86,30 @@ class _Layout:
         index = np.dtype(
             next((kind for kind in (np.uint8, np.uint16) if self.classes <= np.iinfo(kind).max + 1), np.int32)
         )
+        kept: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
         if self.kind == "hard":
-            return {"hard": (index, rows)}
-        if self.top_k is None:
-            return {"log_probability": (np.dtype(np.float32), (*rows, self.classes))}
-        return {"index": (index, (*rows, self.top_k)), "probability": (np.dtype(np.float16), (*rows, self.top_k))}
+            kept = {"hard": (index, rows)}
+        elif self.top_k is None:
+            kept = {"log_probability": (np.dtype(np.float32), (*rows, self.classes))}
+        else:
+            kept = {"index": (index, (*rows, self.top_k)), "probability": (np.dtype(np.float16), (*rows, self.top_k))}
+        maps = guidance.shapes(self.channels, self.patches)
+        return kept | {name: (np.dtype(np.int8), (*rows, *shape)) for name, shape in maps.items()}
 
     def size(self, steps: int) -> int:
         """Size of the tensors of so many steps, in bytes."""
         return sum(kind.itemsize * math.prod(shape) for kind, shape in self.tensors(steps).values())
 
 
-def _layout(recipe: Recipe, split: Split, steps: int) -> _Layout:
+def _layout(recipe: Recipe, split: Split, steps: int, channels: tuple[int, ...] = ()) -> _Layout:
     objective = recipe.objective
     assert isinstance(objective, Distilled)
     classes = len(split.classes)
     top_k = objective.top_k if objective.top_k is not None and objective.top_k < classes else None
-    one = _Layout(steps, 1, recipe.data.batch, classes, objective.kind, top_k)
+    patches = math.prod(recipe.model.grid) if channels and isinstance(recipe.model, DeiTConfig) else 0
+    one = _Layout(steps, 1, recipe.data.batch, classes, objective.kind, top_k, patches, channels)
     most = min(PART_BYTES // one.size(1), len(split) // recipe.data.batch)
-    return _Layout(steps, max(1, most), recipe.data.batch, classes, objective.kind, top_k)
+    return replace(one, steps_per_part=max(1, most))
 
 
 def teach(
@@ -140,7 +151,10 @@ def teach(
     if not epochs > 0:
         raise ValueError(f"epochs must be positive, found {epochs}")
     teacher = Teacher.load(objective.teacher, split.classes, recipe).to(place)
-    layout = _layout(recipe, split, math.ceil(epochs * len(split) / recipe.data.batch))
+    if objective.guidance:
+        teacher.read_maps(recipe, split, place)
+    channels = teacher.maps.channels if teacher.maps else ()
+    layout = _layout(recipe, split, math.ceil(epochs * len(split) / recipe.data.batch), channels)
     prints = {"data": fingerprint(split), "views": _hash(views(recipe, split)), "teacher": teacher.fingerprint()}
     console = Console(quiet=True) if rank else console or Console(stderr=True)
     with files.held(out, lock=out / f".rank-{rank}.lock"):
@@ -179,7 +193,7 @@ class _Work:
             assert part.positions is not None
             pixels = batches.mix(part).pixels
             with torch.autocast(self.place.type, precision, enabled=precision != torch.float32):
-                yield part.positions.to(self.place, non_blocking=True), condense(self.teacher(pixels), objective)
+                yield part.positions.to(self.place, non_blocking=True), self.teacher.kept(pixels, objective)
 
 
 def _write_parts(work: _Work, out: Path, todo: list[int], prints: Mapping[str, str], console: Console) -> None:
@@ -206,7 +220,7 @@ def _write_parts(work: _Work, out: Path, todo: list[int], prints: Mapping[str, s
             for positions, found in work.answers(batch, batches):
                 for name, value in found.items():
                     if row == 0 and (name not in kept or len(kept[name]) != rows):
-                        kind = value.dtype if value.is_floating_point() else torch.int32
+                        kind = torch.int32 if value.dtype == torch.int64 else value.dtype
                         kept[name] = torch.zeros(rows, layout.batch, *value.shape[1:], dtype=kind, device=work.place)
                     kept[name][row, positions] = value.to(kept[name].dtype)
             done += layout.batch
@@ -245,7 +259,7 @@ class LabelCache:
     def __init__(self, folder: Path, layout: _Layout, prints: Mapping[str, str], teacher: str):
         self.folder, self.layout, self.steps, self.prints = folder, layout, layout.steps, dict(prints)
         self.teacher = teacher
-        self.part, self.kept = -1, dict[str, np.ndarray]()
+        self.part, self.part_kept = -1, dict[str, np.ndarray]()
         self.verified: set[int] = set()
 
     @classmethod
@@ -258,7 +272,9 @@ class LabelCache:
         folder = Path(folder)
         description = _description(folder)
         _compare(folder, description, recipe, split, {"data": fingerprint(split), "views": _hash(views(recipe, split))})
-        layout = replace(_layout(recipe, split, description["steps"]), steps_per_part=description["steps_per_part"])
+        channels = tuple(description.get("channels", ()))
+        layout = _layout(recipe, split, description["steps"], channels)
+        layout = replace(layout, steps_per_part=description["steps_per_part"])
         whole = sum(_is_whole(folder, layout, part) for part in range(layout.parts))
         if whole < layout.parts:
             raise ValueError(
@@ -267,23 +283,21 @@ class LabelCache:
             )
         return cls(folder, layout, description["fingerprints"], str(description["teacher"]))
 
-    def labels(self, step: int, positions: Tensor) -> Tensor:
-        """The result of `answers` for `positions` (B,) of the global batch of step `step`: decisions (B,) int64 or
-        log-probabilities (B, C) float32, on the CPU.
+    def kept(self, step: int, positions: Tensor) -> dict[str, Tensor]:
+        """The result of `Teacher.kept` for `positions` (B,) of the global batch of step `step`, on the CPU.
 
         Raises `CheckpointError` if the part is damaged.
         """
         part, row = divmod(step % self.steps, self.layout.steps_per_part)
         if part != self.part:  # a part is read whole, because its checksum needs every byte
-            self.kept = _read(self.folder, self.layout, part, self.prints, verify=part not in self.verified)
+            self.part_kept = _read(self.folder, self.layout, part, self.prints, verify=part not in self.verified)
             self.part = part
             self.verified.add(part)
         rows = positions.numpy()
-        taken = {
-            name: torch.from_numpy(array[row][rows].astype(np.int64 if array.dtype.kind in "iu" else array.dtype))
-            for name, array in self.kept.items()
+        return {
+            name: torch.from_numpy(array[row][rows].astype(np.int64 if name in ("hard", "index") else array.dtype))
+            for name, array in self.part_kept.items()
         }
-        return expand(taken, self.layout.classes)
 
 
 # -------------------------------------------------------------------------------------------------------- descriptions
@@ -300,7 +314,16 @@ def views(recipe: Recipe, split: Split) -> dict[str, Any]:
         "augment": description["augment"],
         "model": {"image_size": list(recipe.model.image_hw), "num_channels": recipe.model.num_channels},
         **{part: {name: description[part][name] for name in names} for part, names in chosen.items()},
+        **_guided(recipe),
     }
+
+
+def _guided(recipe: Recipe) -> dict[str, Any]:
+    """What determines the teacher's maps, if they are kept."""
+    objective, model = recipe.objective, recipe.model
+    if not isinstance(objective, Distilled) or not objective.guidance or not isinstance(model, DeiTConfig):
+        return {}
+    return {"maps": {"version": guidance.VERSION, "grid": list(model.grid), "width": model.hidden_size}}
 
 
 def _crops_jpeg(recipe: Recipe, split: Split) -> bool:
@@ -387,6 +410,7 @@ def _claim(out: Path, recipe: Recipe, split: Split, layout: _Layout, prints: Map
         "kind": layout.kind,
         "top_k": layout.top_k,
         "classes": layout.classes,
+        "channels": list(layout.channels),
         "batch": layout.batch,
         "steps": layout.steps,
         "steps_per_part": layout.steps_per_part,

@@ -27,8 +27,9 @@ from deit.evaluate.scores import Accuracy
 from deit.image.pixels import Normalisation
 from deit.machine import Processes, Rows
 from deit.model.losses import binary_cross_entropy, cosub_loss, cross_entropy, distillation_loss, masked_image_loss
+from deit.train import guidance
 from deit.train.labels import LabelCache
-from deit.train.teacher import Teacher, answers
+from deit.train.teacher import Teacher, expand
 
 
 @dataclass(frozen=True)
@@ -207,15 +208,17 @@ class DistilledObjective(ClassificationObjective):
         learned = model if self.recipe.start and alone else None
         yield from self.source.introduction(self.recipe, validation, "validation", us.device, learned)
 
-    def taught(self, batch: Batch) -> Tensor:
-        """The teacher's answers to a batch: labels (B,) if distillation is hard, otherwise log-probabilities (B, C)."""
+    def kept(self, batch: Batch) -> dict[str, Tensor]:
+        """What is kept of the teacher's answers to a batch."""
         if isinstance(self.source, LabelCache):
             assert batch.positions is not None
-            return self.source.labels(batch.step, batch.positions).to(batch.labels.device, non_blocking=True)
-        return answers(self.source(batch.pixels), self.settings)
+            kept = self.source.kept(batch.step, batch.positions)
+            return {name: value.to(batch.labels.device, non_blocking=True) for name, value in kept.items()}
+        return self.source.kept(batch.pixels, self.settings)
 
     def __call__(self, model: nn.Module, batch: Batch, depth_draws: Tensor | None) -> dict[str, Tensor]:
-        given, taught = self.settings, self.taught(batch)
+        given, kept = self.settings, self.kept(batch)
+        taught = expand(kept, len(self.split.classes))
         out = _forward(model, batch.pixels, depth_draws)
         student = out.distillation_logits if given.token == "distillation" else out.logits
         own = out.cls_logits if given.token == "distillation" else out.logits
@@ -232,11 +235,11 @@ class DistilledObjective(ClassificationObjective):
             class_weights=self.class_weights,
         )
         decided = taught if given.kind == "hard" else taught.argmax(-1)
-        return {
-            "loss": loss,
-            "accuracy": _agreement(out.logits, batch.labels),
-            "agreement": _agreement(student, decided),
-        }
+        found = {"accuracy": _agreement(out.logits, batch.labels), "agreement": _agreement(student, decided)}
+        if given.guidance:
+            found["guidance"] = guidance.loss(out.hidden_states, kept)
+            loss = loss + given.guidance * found["guidance"]
+        return {"loss": loss, **found}
 
 
 class MaskedImageObjective:
@@ -332,6 +335,8 @@ def build(recipe: r.Recipe, split: Split, device: torch.device) -> Objective:
             return DistilledObjective(recipe, settings, split, device, LabelCache.open(cache, split, recipe))
         case r.Distilled(teacher=teacher) as settings if teacher:
             source = Teacher.load(teacher, split.classes, recipe).to(device)
+            if settings.guidance:
+                source.read_maps(recipe, split, device)
             return DistilledObjective(recipe, settings, split, device, source)
     assert isinstance(recipe.objective, r.Distilled)  # a linear probe has no steps
     raise ValueError(

@@ -209,7 +209,7 @@ def prepare(
     total = max(1, recipe.schedule.total.in_steps(per_epoch))
     # 1. The model, before it is spread over the processes.
     model = build_model(_fresh(recipe) if found else recipe, train_split.classes)
-    tuned = tuning.tune(model, recipe.tuning)
+    tuned = tuning.tune(model, recipe.tuning, recipe.statistics)
     model.to(us.device)
     if found:
         model.load_state_dict(_part(tensors, "model."))
@@ -358,4 +358,4 @@ def save_classifier(model: Any, recipe: Recipe, folder: Path) -> None:
 
 def _fresh(recipe: Recipe) -> Recipe:
     """A recipe whose model takes no weights, because it gets them from elsewhere."""
-    return replace(recipe, start="", tuning=None)
+    return replace(recipe, start="", tuning=None, statistics="batch")

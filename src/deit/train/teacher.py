@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deit import files, host
-from deit.config import TimmConfig, read_config
+from deit.config import DeiTConfig, TimmConfig, read_config
 from deit.data.batches import EvaluationBatches, processor_for
 from deit.data.folders import Split, nfc
 from deit.evaluate.models import evaluate
@@ -28,10 +28,13 @@ from deit.model.load import load_classifier
 from deit.model.network import PreTrained
 from deit.model.timm_classifier import refuse_larger
 from deit.recipe import Distilled, Recipe, is_code
+from deit.train.guidance import MapReader
 from deit.weights import hub
 
 _JUDGED = 512
 """Largest number of validation images that a teacher is tried on before a run."""
+_MEASURED = 64
+"""Number of training images on which its feature maps are measured."""
 TINY = 2.0**-24
 """Smallest probability of a kept class, or of all other classes together: float16's smallest number."""
 
@@ -68,6 +71,7 @@ class Teacher:
         self.name, self.classes, self.size, self.assumed = name, tuple(classes), size, tuple(assumed)
         self.student = _student(recipe)
         self.model = model.eval().requires_grad_(False)
+        self.maps: MapReader | None = None
         self.judged: Accuracy | None = None
         """Its accuracy on the images that it was introduced with; None before that."""
         self.resizes = self.student["resolution"] == "teacher"
@@ -186,17 +190,50 @@ class Teacher:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Logits (B, C) in the student's class order, for the student's batch (B, channels, height, width)."""
-        logits = self._logits(pixels)
+        return self._ordered(self._logits(pixels))
+
+    def kept(self, pixels: Tensor, settings: Distilled) -> dict[str, Tensor]:
+        """What is kept of its answers to the student's batch: those of `condense` and, with guidance, its maps."""
+        if self.maps is None:
+            return condense(self(pixels), settings)
+        with torch.no_grad():
+            logits, maps = self.maps(self._adapted(pixels))
+        return condense(self._ordered(logits), settings) | maps
+
+    def read_maps(self, recipe: Recipe, split: Split, device: torch.device) -> None:
+        """Prepares it for guidance. `split` has the training images, of which some are looked at.
+
+        Raises `ValueError` if it gives no maps, or other logits with them.
+        """
+        assert isinstance(recipe.model, DeiTConfig)
+        [batch] = EvaluationBatches(_some(split, _MEASURED), processor_for(recipe), _MEASURED, keep=False)
+        pixels = batch.pixels[batch.labels >= 0].to(device)
+        if not len(pixels):
+            raise ValueError(f"none of the images that teacher {self.name} is tried on can be read; check them")
+        with torch.no_grad():
+            self.maps = MapReader(self.model, self.name, recipe.model, self._adapted(pixels))
+            found, _ = self.maps(self._adapted(pixels))
+        if not torch.allclose(found.softmax(-1), self._logits(pixels).softmax(-1), atol=1e-3):
+            raise ValueError(
+                f"teacher {self.name} gives other logits when it gives feature maps, which objective.guidance needs; "
+                "choose a convnet of timm, or set objective.guidance=0"
+            )
+
+    def _ordered(self, logits: Tensor) -> Tensor:
         return logits if self.order is None else logits[:, self.order]
 
-    @torch.no_grad()
-    def _logits(self, pixels: Tensor) -> Any:
+    def _adapted(self, pixels: Tensor) -> Tensor:
+        """The student's batch as the teacher takes it."""
         if self.model.training:  # because train() of a parent module also changes this one
             self.model.eval()
         pixels = pixels * self.gain + self.shift  # one channel becomes the teacher's three by broadcasting
         if self.resizes and tuple(pixels.shape[2:]) != self.size:
             pixels = F.interpolate(pixels, self.size, mode="bicubic", antialias=True)
-        out = self.model(pixels, **self.options)
+        return pixels
+
+    @torch.no_grad()
+    def _logits(self, pixels: Tensor) -> Any:
+        out = self.model(self._adapted(pixels), **self.options)
         if isinstance(out, Tensor):
             return out
         if isinstance(out, Mapping):
@@ -224,7 +261,7 @@ class Teacher:
         which are `kind` images, and a warning if it is no better than the answer that never looks, or than a student
         that has learned before."""
         yield str(self)
-        some = split.take(np.unique(np.linspace(0, len(split) - 1, _JUDGED).round().astype(int)).tolist())
+        some = _some(split, _JUDGED)
         batches = EvaluationBatches(some, processor_for(recipe), min(recipe.data.batch, _JUDGED), keep=False)
         correct = total = 0
         for batch in batches:
@@ -292,6 +329,11 @@ class Teacher:
         return digest.hexdigest()
 
 
+def _some(split: Split, count: int) -> Split:
+    """At most `count` images, evenly spread."""
+    return split.take(np.unique(np.linspace(0, len(split) - 1, count).round().astype(int)).tolist())
+
+
 # -------------------------------------------------------------------------------------------------------------- answers
 
 
@@ -311,9 +353,11 @@ def condense(logits: Tensor, settings: Distilled) -> dict[str, Tensor]:
 
 
 def expand(kept: Mapping[str, Tensor], classes: int) -> Tensor:
-    """The answers that `condense` stored as `kept`: decisions (B,) int64, or log-probabilities (B, classes) float32.
+    """The answers that the student learns from, made of what `condense` kept.
 
-    The probability that the kept classes leave is spread evenly over the others.
+    Hard: the decisions (B,) int64 (Touvron et al. 2020, equation 3). Soft: log-probabilities (B, classes) float32 at
+    temperature 1. Any temperature can be applied to them as to logits, because they differ from logits by a constant
+    for each image. The probability that the kept classes leave is spread evenly over the others.
     """
     if "hard" in kept:
         return kept["hard"]
@@ -322,17 +366,6 @@ def expand(kept: Mapping[str, Tensor], classes: int) -> Tensor:
     index, probability = kept["index"], kept["probability"].double()  # all devices round float64 to the same float32
     rest = (1 - probability.sum(-1, keepdim=True)).clamp(min=TINY) / (classes - index.shape[1])
     return rest.log().float().repeat(1, classes).scatter(1, index, probability.log().float())
-
-
-def answers(logits: Tensor, settings: Distilled) -> Tensor:
-    """The answers that the student learns from, made of a teacher's logits (B, C).
-
-    Hard: the decisions (B,) int64 (Touvron et al. 2020, equation 3). Soft: log-probabilities (B, C) float32 at
-    temperature 1. Any temperature can be applied to them as to logits, because they differ from logits by a constant
-    for each image. If `settings.top_k` is below C, that many probabilities are kept in float16, and the remaining
-    probability is spread evenly.
-    """
-    return expand(condense(logits, settings), logits.shape[1])
 
 
 # -------------------------------------------------------------------------------------------------------------- finding

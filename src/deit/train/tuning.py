@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from deit import files, host
 from deit.model.network import PreTrained
@@ -25,18 +26,21 @@ class Tuned:
     """A model of which the trained part is chosen."""
 
     frozen: tuple[nn.Module, ...] = ()
-    """The modules of which nothing is trained. They compute as in evaluation."""
+    """The modules that compute as in evaluation: those of which nothing is trained, and batch normalisation that keeps
+    its statistics."""
     adapters: Any = None
     """The `peft.PeftModel` around the model, if it has adapters."""
 
 
-def tune(model: nn.Module, tuning: Tuning | None) -> Tuned:
-    """Chooses the parameters that are trained, by `requires_grad`. Adapters are put into the model itself.
+def tune(model: nn.Module, tuning: Tuning | None, statistics: Literal["batch", "start"] = "batch") -> Tuned:
+    """Chooses the parameters that are trained, by `requires_grad`. Adapters are put into the model itself. `statistics`
+    is the recipe's.
 
     Raises `ValueError` if the model has no such part.
     """
+    kept = () if statistics == "batch" else tuple(part for part in model.modules() if isinstance(part, _BatchNorm))
     if tuning is None:
-        return Tuned()
+        return Tuned(kept)
     heads = _heads(model)
     adapters = None
     if isinstance(tuning, LoRA):
@@ -48,13 +52,13 @@ def tune(model: nn.Module, tuning: Tuning | None) -> Tuned:
     frozen = _frozen(model)
     if isinstance(model, PreTrained):
         frozen.append(model.backbone.dropout)  # of the tokens, which no tuning trains
-    return Tuned(tuple(frozen), adapters)
+    return Tuned((*frozen, *kept), adapters)
 
 
 def normalises_batches(model: nn.Module, tuned: Tuned) -> bool:
     """Whether batch normalisation takes its statistics from the images of a step. Where it is frozen, it doesn't."""
     frozen = {part for whole in tuned.frozen for part in whole.modules()}
-    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules() if part not in frozen)
+    return any(isinstance(part, _BatchNorm) for part in model.modules() if part not in frozen)
 
 
 def _heads(model: nn.Module) -> tuple[str, ...]:
