@@ -14,11 +14,10 @@ from support.pages import PAGES, ROOT, anchors, blocks, commands, links
 
 from deit.cli import _parser
 from deit.config import VARIANTS
-from deit.data.folders import write_digits
 from deit.model.load import load_model
 from deit.recipe import Cosine, override, steps
-from deit.recipes import find, finetune
 from deit.recipes import digits as digits_recipes
+from deit.recipes import find, finetune
 
 CLASSES = ("cat", "dog", "horse")
 
@@ -107,10 +106,6 @@ def test_the_task_guide(place, monkeypatch, capsys):
     tested = len(list((place / "photos/test").glob("*/*.png")))
     assert re.search(rf"of {tested} test images are right", said)
     assert names["label"] == names["classify"](names["image"])[0]["label"]
-
-
-def test_the_digits_of_the_task_guide_have_their_names(tmp_path):
-    assert sum(write_digits(tmp_path).values()) == 1797
 
 
 def test_fine_tuning(place):

@@ -29,8 +29,8 @@ def blocks(text, language):
 def anchors(text):
     """What links to the headings of a page end with, as GitHub makes it."""
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    found = [re.sub(r"[^\w\- ]", "", line).replace(" ", "-").lower() for line in re.findall(r"^#+ (.+)$", prose, re.M)]
-    return {name if number == 0 else f"{name}-{number}" for i, name in enumerate(found) for number in [found[:i].count(name)]}
+    names = [re.sub(r"[^\w\- ]", "", line).replace(" ", "-").lower() for line in re.findall(r"^#+ (.+)$", prose, re.M)]
+    return {f"{name}-{names[:i].count(name)}" if name in names[:i] else name for i, name in enumerate(names)}
 
 
 def links(text):
