@@ -110,9 +110,10 @@ def names(tmp_path_factory):
         "id2label": dict(enumerate("abcde")),
         "label2id": {name: number for number, name in enumerate("abcde")},
     }
-    for name, kind in (("tiny", "DeiTForImageClassificationWithTeacher"), ("base", "ViTForImageClassification")):
-        config = getattr(transformers, f"{kind[:4].rstrip('F')}Config")(**sizes)
-        scramble(getattr(transformers, kind)(config), len(name)).save_pretrained(root / name)
+    distilled = transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**sizes))
+    plain = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes))
+    for seed, (name, model) in enumerate({"tiny": distilled, "base": plain}.items()):
+        scramble(model, seed).save_pretrained(root / name)
         as_published(root / name)
     for name, architecture in (("timm", "deit_tiny_distilled_patch16_224.fb_in1k"), ("teacher", "resnet10t.c3_in1k")):
         torch.manual_seed(3)
