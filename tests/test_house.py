@@ -156,7 +156,7 @@ def test_every_public_name_resolves():
 
 
 def commands(text):
-    """The words after `deit` of each command, also after `torchrun … -m`, `python -m` and `srun`, on one line or more."""
+    """The words after `deit` of each command, also after `torchrun … -m`, `python -m` and `srun`."""
     for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
         for line in block.replace("\\\n", "").splitlines():
             if found := re.match(r"(?:.* -m |srun .*? )?deit (.*)", line.split(" #")[0].removesuffix(" &")):
