@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.serving import RAW, ask, client, picture
 
-from deit.cli import _parser
+from deit.cli.arguments import parser
 from deit.serve.limits import Service
 
 yaml = pytest.importorskip("yaml")
@@ -29,7 +29,7 @@ def text_of(name):
 def options_of(command):
     """What the command line makes of a command, given as its words. The first one is the program."""
     assert Path(command[0]).name == "deit"
-    return _parser().parse_args(command[1:])
+    return parser().parse_args(command[1:])
 
 
 def entry_point():
@@ -205,7 +205,7 @@ def test_a_proxy_keeps_within_the_servers_limits(name):
     found = of_unit()
     assert re.findall(r"\b127\.0\.0\.1:\d+", text) == [f"{found.host}:{found.port}"]
     assert set(re.findall(r"\bmodels[\w.]*\.org\b", text)) == set(found.allowed_host)
-    values = dict(re.findall(r"\b(\w+)[ =]\"?(\w+)\"?", text))
+    values = dict(re.findall(r"\b([a-z_]+)[ =](\w+)", text))
     if name == "nginx.conf":
         assert re.search(r"location = /metrics \{\s*deny all;", text)
         assert "proxy_set_header Host $host;" in text
