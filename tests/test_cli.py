@@ -12,7 +12,9 @@ from PIL import Image
 from support.models import trained_folder
 
 from deit import __version__
-from deit.cli import _parser, main
+from deit.cli import main
+from deit.cli.arguments import parser
+from deit.cli.verbs import BY_NAME
 from deit.model.network import DeiTForImageClassificationWithTeacher
 from deit.predict.predictor import Predictor
 from deit.recipe import Recipe, override
@@ -85,7 +87,7 @@ def test_usage_is_status_2_and_version_0():
 )
 def test_spans_of_time(text, minutes):
     given = ["train", "digits", "--data", "d", "--out", "o", "--time", text]
-    assert _parser().parse_args(given).time == pytest.approx(minutes)
+    assert parser().parse_args(given).time == pytest.approx(minutes)
 
 
 @pytest.mark.parametrize(
@@ -110,9 +112,14 @@ def test_recipes_are_listed_and_printed(capsys):
     assert "deit recipes: there is no recipe 'deit_tinny'; did you mean deit_tiny" in capsys.readouterr().err
 
 
+def test_every_verb_runs_something():
+    [verbs] = [action for action in parser()._actions if action.dest == "verb"]
+    assert set(verbs.choices) == set(BY_NAME)
+
+
 def test_the_options_of_train_do_not_grow():
     """A new knob is a field of the recipe: --set reaches it."""
-    [verbs] = [action for action in _parser()._actions if action.dest == "verb"]
+    [verbs] = [action for action in parser()._actions if action.dest == "verb"]
     options = {action.dest for action in verbs.choices["train"]._actions}
     assert options == {"help", "recipe", "data", "out", "settings", "device", "resume", "time"}
 

@@ -26,6 +26,13 @@ def check(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def within(owner: object, low: float, high: float, *names: str) -> None:
+    """Checks that each field is from `low` to `high`, both included."""
+    for name in names:
+        value = getattr(owner, name)
+        check(low <= value <= high, f"{name} must be from {low} to {high}, found {value}")
+
+
 def known(name: str, names: Iterable[str], where: str) -> None:
     """Raises `ValueError` if `name` is not among `names`. The message suggests the nearest of them."""
     names = sorted(names)

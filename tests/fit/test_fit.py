@@ -1,8 +1,10 @@
 """From a folder of images to the recommended model: the plan, its steps, its time, the choice."""
 
 import json
+import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from PIL import Image
 from rich.console import Console
 from support.checks import raises_saying
 from support.models import small, trained_folder
-from support.runs import photos, small_recipe
+from support.runs import assert_same_end, finish, kill, photos, small_recipe
+from support.runs import start as begin
 
 from deit import Predictor
 from deit.cli import main
@@ -22,7 +25,7 @@ from deit.fit import work
 from deit.fit.judging import recommend
 from deit.fit.plan import Plan, Step
 from deit.fit.work import carry_out, fit
-from deit.recipe import Augment, Cosine, Distilled, LinearProbe, epochs
+from deit.recipe import Augment, Compute, Cosine, Distilled, LinearProbe, epochs
 from deit.train.labels import LabelCache
 
 pytest.importorskip("sklearn")
@@ -312,6 +315,83 @@ def test_other_folders_and_other_images_are_refused(data, tmp_path, start):
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(changed / "train" / "a" / "new.png")
     with raises_saying(ValueError, "are not those that", "restore them"):
         fit(changed, out, console=QUIET, device="cpu")
+
+
+def test_a_folder_among_the_images_is_refused(data, tmp_path):
+    for out in (data / "run", data / "train" / "run", data):
+        with raises_saying(ValueError, f"--out {out} lies in the folder of the images", "outside of it"):
+            fit(data, out, console=QUIET)
+    assert not (data / "run").exists()
+
+
+def test_the_same_plan_from_elsewhere(data, tmp_path, start, own_cache, monkeypatch):
+    """Relative and absolute names of the images, and another working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(planning, "_reachable", lambda recipe: False)
+    relative = Path(os.path.relpath(data, tmp_path))
+    assert fit(relative, "run", console=QUIET, device="cpu", only_plan=True) is None
+    plan = Plan.read(tmp_path / "run")
+    assert Path(plan.data) == tmp_path / relative
+    assert plan.recipe("student").objective.teacher == str(tmp_path / "run" / "teacher" / "model")
+    monkeypatch.chdir("/")
+    assert fit(data, tmp_path / "run", console=QUIET, device="cpu", only_plan=True) is None
+    with raises_saying(ValueError, f"holds a plan for {plan.data}, found {tmp_path}", "choose another --out"):
+        fit(tmp_path, tmp_path / "run", console=QUIET)
+
+
+def test_labels_that_were_stopped_count(data, tmp_path, start, own_cache, monkeypatch):
+    out = tmp_path / "run"
+    small_plan(out, data, start, minutes=2.0).write(out)
+    calls = []
+    teach = work.teach
+
+    def stopped(*given, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            time.sleep(2)
+            raise KeyboardInterrupt
+        return teach(*given, **options)
+
+    monkeypatch.setattr(work, "teach", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fit(data, out, console=QUIET, device="cpu")
+    state = json.loads((out / "state.json").read_text())
+    assert state["begun"] > 2
+    fitted = fit(data, out, console=QUIET, device="cpu")
+    after = json.loads((out / "state.json").read_text())["seconds"]
+    assert after["labels"] > state["begun"]
+    assert fitted.seconds > sum(after.values()) - 1e-6
+
+
+def test_killed_again_and_again_is_uninterrupted(data, tmp_path, start):
+    """SIGKILL in every step, as soon as something of it is there. Weights are equal to the bit, because the plan has no
+    time limit, on which the schedules would depend."""
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    for name in ("whole", "broken"):
+        plan = small_plan(tmp_path / name, data, start)
+        plan = replace(
+            plan,
+            steps=tuple(
+                replace(step, recipe=step.recipe and replace(step.recipe, compute=Compute(save_minutes=0, workers=0)))
+                for step in plan.steps
+            ),
+        )
+        plan.write(tmp_path / name)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finish(begin("fit", data, "--out", whole, "--device", "cpu", **environment))
+    signs = ("frozen/recipe.json", "teacher/checkpoints/*", "labels/cache.json", "student/checkpoints/*", "model")
+    for sign in signs:
+        process = begin("fit", data, "--out", broken, "--device", "cpu", **environment)
+        while process.poll() is None and not list(broken.glob(sign)):
+            time.sleep(0.001)
+        kill(process, broken)
+    finish(begin("fit", data, "--out", broken, "--device", "cpu", **environment))
+    for name in ("teacher", "student"):
+        assert_same_end(broken / name, whole / name)
+    found, expected = (json.loads((out / "result.json").read_text()) for out in (broken, whole))
+    assert found["recommended"] == expected["recommended"]
+    for name, each in expected["models"].items():
+        assert found["models"][name]["heads"] == each["heads"]
 
 
 # ---------------------------------------------------------------------------------------------------------- the choice

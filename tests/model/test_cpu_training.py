@@ -6,7 +6,7 @@ from support.checks import assert_close
 from support.models import CLASS_OF, build, images, loss_of, mask_for, small
 
 from deit.model import cpu_training
-from deit.model.network import Attention
+from deit.model.blocks import Attention
 
 KINDS = pytest.mark.parametrize("kind", CLASS_OF)
 CHANGES = [

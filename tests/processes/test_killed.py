@@ -106,7 +106,7 @@ def test_a_limit_of_memory_is_a_sentence(given, tmp_path, name):
     script = (
         "import resource, sys, threading\n"
         "from deit.predict.predictor import Predictor\n"
-        "import deit.cli, deit.predict.bulk, deit.export.write, torch, torch.export\n"
+        "import deit.cli.command, deit.predict.bulk, deit.export.write, torch, torch.export\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         f"resource.setrlimit(resource.RLIMIT_AS, (used + {limit},) * 2)\n"
         "sys.exit(deit.cli.main(sys.argv[1:]))\n"

@@ -17,7 +17,8 @@ from support.models import NAMES, build, saved, small, trained_folder
 from support.runs import photos
 
 from deit import files
-from deit.cli import _parser, main
+from deit.cli import main
+from deit.cli.arguments import parser
 from deit.export import engines, formats, write
 from deit.export.engines import ENGINES, load_engine
 from deit.image.processor import DeiTImageProcessor
@@ -324,7 +325,7 @@ def test_the_command(models, tmp_path, capsys):
     assert shown.startswith(f"{tmp_path / 'out'}: torch, 16 of 16 images labelled as by the PyTorch model")
     assert main(["export", str(models / "plain"), "--to", "onnx-int8", "--out", str(tmp_path / "int8")]) == 1
     assert "deit export: onnx-int8 needs images" in capsys.readouterr().err
-    [verbs] = [action for action in _parser()._actions if action.dest == "verb"]
+    [verbs] = [action for action in parser()._actions if action.dest == "verb"]
     [to] = [action for action in verbs.choices["export"]._actions if action.dest == "to"]
     assert set(to.choices) == set(get_args(formats.Format)) == set(ENGINES)
 

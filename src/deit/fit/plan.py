@@ -61,7 +61,7 @@ class Plan:
     """The steps, in order."""
 
     data: str
-    """Folder or list of the images."""
+    """Folder or list of the images, as an absolute path."""
     fingerprint: str
     """`folders.fingerprint` of the training images."""
     minutes: float | None
@@ -175,7 +175,7 @@ def make_plan(
     EfficientNet-Lite0 from the installed weights or from the hub; otherwise the built-in ConvNet from scratch. The
     student is a published distilled DeiT from the hub, or else a small DeiT from scratch.
     """
-    out = Path(out)
+    out = Path(out).absolute()  # because the plan may be carried out from elsewhere
     place = resolve_device(device)
     steps: list[Step] = []
     teaching, source = _teacher(place)
@@ -226,7 +226,13 @@ def make_plan(
             why="all models on the same images; the better one is calibrated, and a report is written",
         ),
     ]
-    return Plan(data=str(data), fingerprint=fingerprint(splits[0]), minutes=minutes, prefer=prefer, steps=tuple(steps))
+    return Plan(
+        data=str(Path(data).absolute()),
+        fingerprint=fingerprint(splits[0]),
+        minutes=minutes,
+        prefer=prefer,
+        steps=tuple(steps),
+    )
 
 
 def looked(data: str | Path, splits: tuple[Split, Split], test: Split | None, device: str) -> Iterator[str]:

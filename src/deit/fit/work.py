@@ -39,6 +39,8 @@ class _State:
     """Validation accuracy of each model."""
     epochs: float | None = None
     """Epochs of stored labels."""
+    begun: float = 0.0
+    """Time that the storing of labels took before it was stopped."""
 
     @classmethod
     def read(cls, out: Path) -> _State:
@@ -80,15 +82,16 @@ def fit(
     """
     out = Path(out)
     console = console or Console(stderr=True)
+    _refuse_inside(data, out)
     with files.held(out, lock=files.lock_beside(out.absolute())):
-        asked = {"data": str(data), "minutes": minutes, "prefer": prefer}
+        asked = {"minutes": minutes, "prefer": prefer, "seed": seed}
         plan = Plan.read(out) if (out / FILE).exists() else None
         if plan is None and out.exists() and any(out.iterdir()):
             raise FileExistsError(
                 f"expected {out} to be empty or to hold a plan, found other files; give another --out"
             )
         if plan is not None:
-            _refuse_another(plan, out, asked | {"seed": seed})
+            _refuse_another(plan, out, data, asked)
         holdout, drawn = (plan.first.data.holdout, plan.first.seed) if plan else (0.1, seed or 0)
         splits = read_data(data, holdout=holdout, seed=drawn)
         test = read_examples(data, "test")[0] if has_split(data, "test") else None
@@ -112,8 +115,17 @@ def fit(
         return carry_out(plan, splits, test, out, device=device, console=console)
 
 
-def _refuse_another(plan: Plan, out: Path, asked: dict[str, Any]) -> None:
-    theirs = {"data": plan.data, "minutes": plan.minutes, "prefer": plan.prefer, "seed": plan.first.seed}
+def _refuse_inside(data: str | Path, out: Path) -> None:
+    """Refuses to write among the images, where the next call would take the models' folders for classes."""
+    place = Path(data).resolve()
+    if place.is_dir() and (out.resolve() == place or place in out.resolve().parents):
+        raise ValueError(f"--out {out} lies in the folder of the images, {data}; choose a folder outside of it")
+
+
+def _refuse_another(plan: Plan, out: Path, data: str | Path, asked: dict[str, Any]) -> None:
+    if Path(plan.data).resolve() != Path(data).resolve():
+        raise ValueError(f"{out} holds a plan for {plan.data}, found {data}; choose another --out")
+    theirs = {"minutes": plan.minutes, "prefer": plan.prefer, "seed": plan.first.seed}
     for name, value in asked.items():
         if value is not None and value != theirs[name]:
             raise ValueError(
@@ -126,7 +138,7 @@ def _left(plan: Plan, state: _State, out: Path) -> float:
     """Seconds that are left, infinity without a limit. A step that was stopped has used what its run says."""
     if plan.minutes is None:
         return math.inf
-    begun = 0.0
+    begun = 0.0 if "labels" in state.seconds else state.begun
     for step in plan.steps:
         if step.name not in state.seconds and (out / step.name / METRICS).exists():
             begun += Record.read(out / step.name).last("seconds") or 0.0
@@ -167,8 +179,13 @@ class _Work:
     def take(self, name: StepName, seconds: float) -> float:
         """Takes a step in about `seconds`. Returns the seconds that sessions before this one gave it."""
         if name == "labels":
-            self.store_labels(seconds)
-            return 0.0
+            began, earlier = time.perf_counter(), self.state.begun
+            try:
+                self.store_labels(seconds)
+            finally:
+                self.state.begun = earlier + time.perf_counter() - began
+                self.state.write(self.out)
+            return earlier
         recipe = self.plan.recipe(name)
         assert recipe is not None
         recipe = self.taught(recipe) if name == "student" else recipe
@@ -199,7 +216,7 @@ class _Work:
         objective, best = recipe.objective, self.teacher()
         if not isinstance(objective, Distilled):
             return recipe
-        own = objective.teacher == str(self.out / "teacher" / MODEL)
+        own = Path(objective.teacher) == (self.out / "teacher" / MODEL).absolute()
         return replace(
             recipe,
             objective=replace(

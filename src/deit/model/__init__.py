@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from deit.lazy import offer
 
 if TYPE_CHECKING:
+    from deit.model.blocks import Attention as Attention
+    from deit.model.blocks import Block as Block
     from deit.model.convnet import ConvNet as ConvNet
     from deit.model.heads import fuse_heads as fuse_heads
     from deit.model.heads import head_probabilities as head_probabilities
     from deit.model.load import load_classifier as load_classifier
     from deit.model.load import load_model as load_model
-    from deit.model.network import Attention as Attention
-    from deit.model.network import Block as Block
     from deit.model.network import DeiTForImageClassification as DeiTForImageClassification
     from deit.model.network import DeiTForImageClassificationWithTeacher as DeiTForImageClassificationWithTeacher
     from deit.model.network import DeiTForMaskedImageModeling as DeiTForMaskedImageModeling
@@ -26,12 +26,11 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = offer(
     __name__,
     {
+        "deit.model.blocks": ("Attention", "Block"),
         "deit.model.convnet": ("ConvNet",),
         "deit.model.heads": ("fuse_heads", "head_probabilities"),
         "deit.model.load": ("load_classifier", "load_model"),
         "deit.model.network": (
-            "Attention",
-            "Block",
             "DeiTForImageClassification",
             "DeiTForImageClassificationWithTeacher",
             "DeiTForMaskedImageModeling",

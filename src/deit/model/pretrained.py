@@ -32,7 +32,7 @@ class Backbone(Protocol):
     """(1, positions, D)."""
     patch: nn.Conv2d
     dropout: nn.Dropout
-    """Of the tokens, before the first block."""
+    """Dropout of the tokens, before the first block."""
     blocks: nn.ModuleList
     gradient_checkpointing: bool
     checkpointing: Checkpointing

@@ -3,8 +3,8 @@
 Importing this package registers the classes with Keras, so that `keras.saving.load_model` opens their `.keras` files.
 """
 
-from deit.model_keras.network import Attention as Attention
-from deit.model_keras.network import Block as Block
+from deit.model_keras.blocks import Attention as Attention
+from deit.model_keras.blocks import Block as Block
 from deit.model_keras.network import TFDeiTForImageClassification as TFDeiTForImageClassification
 from deit.model_keras.network import TFDeiTForImageClassificationWithTeacher as TFDeiTForImageClassificationWithTeacher
 from deit.model_keras.network import TFDeiTForMaskedImageModeling as TFDeiTForMaskedImageModeling

@@ -1,132 +1,23 @@
-"""The `deit` command: each verb parses, calls one function and prints. Most imports wait until the verb is known."""
+"""The arguments of every verb, with their help."""
 
 from __future__ import annotations
 
 import argparse
-import codecs
-import io
-import json
-import os
 import re
-import select
-import sys
-import time
-import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
-from deit import choices, host, signals
-from deit.terminal import shown
+from deit import choices, host
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit status.
-
-    It is 0 if the work is done, 1 if it failed with a message, 2 after wrong usage, 130 or 143 if Ctrl-C or SIGTERM
-    ended it, and 141 if nobody reads the output any more.
-
-    A training that a signal stops ends the process itself, with status 130 or 143.
-    """
-    options = _parser().parse_args(arguments)
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else _NAMES)
-    with warnings.catch_warnings():
-        # Appended, so that -W and PYTHONWARNINGS come first. The room `image` refuses what is too large.
-        warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit", append=True)
-        formatted, warnings.formatwarning = warnings.formatwarning, _sentence(options.verb, warnings.formatwarning)
-        try:
-            with nullcontext() if options.verb in _OWN_SIGNALS else signals.ending():
-                status = int(options.run(options) or 0)
-                sys.stdout.flush()
-            return status
-        except KeyboardInterrupt as error:
-            print("interrupted", file=sys.stderr)
-            return error.status if isinstance(error, signals.Interrupted) else 130
-        except MemoryError:
-            if options.debug:
-                raise
-            print(
-                f"deit {options.verb}: expected more free memory than this process may have; end other programs, raise "
-                "its limit, or ask for less at once",
-                file=sys.stderr,
-            )
-            return 1
-        except (ValueError, OSError, ImportError, RuntimeError) as error:
-            if isinstance(error, BrokenPipeError) and _nobody_reads():
-                return 141  # 128 + SIGPIPE, as a shell reports it
-            if options.debug:
-                raise
-            print(f"deit {options.verb}: {_short(shown(error))}", file=sys.stderr)
-            return 1
-        finally:
-            warnings.formatwarning = formatted
-
-
-_OWN_SIGNALS = ("fit", "train", "quickstart", "serve")
-"""Verbs that save or answer something when a signal comes, which may take its time."""
-_LONGEST = 4000
-"""Largest number of characters of an error."""
-_NAMES = "deit.names"
-"""How standard output writes what its encoding lacks: the bytes of file names that are not text as they are, other
-characters as \\u escapes."""
-
-
-def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
-    try:
-        return codecs.lookup_error("surrogateescape")(error)
-    except UnicodeError:
-        return codecs.lookup_error("backslashreplace")(error)
-
-
-codecs.register_error(_NAMES, _escape)
-
-
-def _sentence(verb: str, otherwise: Any) -> Any:
-    """Formats the warnings that are meant for users in one line, like errors."""
-
-    def formatted(message: Any, category: Any, *where: Any, **more: Any) -> str:
-        return (
-            f"deit {verb}: {_short(shown(message))}\n"
-            if category is UserWarning
-            else otherwise(message, category, *where, **more)
-        )
-
-    return formatted
-
-
-def _short(message: str) -> str:
-    """The message without the middle of what a file made too long."""
-    return message if len(message) <= _LONGEST else f"{message[: _LONGEST // 2]} … {message[-_LONGEST // 2 :]}"
-
-
-def _nobody_reads() -> bool:
-    """Whether the reader of standard output or standard error has gone away, as `head` does; then both lead nowhere."""
-    try:
-        places = [stream.fileno() for stream in (sys.stdout, sys.stderr)]
-    except (OSError, ValueError, AttributeError):
-        return False
-    if hasattr(select, "poll"):
-        poll = select.poll()
-        for place in places:
-            poll.register(place, 0)  # errors are told unasked
-        if not any(event & select.POLLERR for _, event in poll.poll(0)):
-            return False
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for place in places:
-        os.dup2(nowhere, place)
-    return True
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The parser of the command. Its result has the `verb`, and the verb's options."""
+    whole = argparse.ArgumentParser(
         prog="deit", description="Data-efficient image transformers: from a folder of labelled images to a classifier."
     )
-    parser.add_argument("--version", action="version", version=f"deit {host.VERSION}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    whole.add_argument("--version", action="version", version=f"deit {host.VERSION}")
+    whole.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs = whole.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     verb = verbs.add_parser("quickstart", help="run the whole path on bundled handwritten digits, offline, in minutes")
     verb.add_argument(
@@ -140,7 +31,6 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="seed of the split, the weights and the order of images (default: 0)"
     )
     verb.add_argument("--json", action="store_true", help="print the result as one JSON line, last on standard output")
-    verb.set_defaults(run=_quickstart)
 
     verb = verbs.add_parser(
         "fit",
@@ -167,7 +57,6 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--seed", type=int, help="seed of the held-out images, the weights and the order (default: 0)")
     _add_device(verb)
     verb.add_argument("--json", action="store_true", help="print the result as one JSON line on standard output")
-    verb.set_defaults(run=_fit)
 
     verb = verbs.add_parser(
         "train",
@@ -194,7 +83,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SPAN",
         help="shorten the schedule so that training ends within this time, e.g. 90s, 30m, 1h20m",
     )
-    verb.set_defaults(run=_train)
 
     verb = verbs.add_parser("teach", help="store a teacher's labels for the views that a recipe will train on")
     verb.add_argument("data", type=Path, metavar="DATA", help="folder or list of labelled images, as for train")
@@ -213,7 +101,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--out", type=Path, required=True, metavar="CACHE", help="folder to write")
     _add_settings(verb)
-    verb.set_defaults(run=_teach)
 
     _add_before_training(verbs)
     _add_predict(verbs)
@@ -222,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_shown(verbs)
     _add_written(verbs)
     _add_around(verbs)
-    return parser
+    return whole
 
 
 def _add_before_training(verbs: Any) -> None:
@@ -247,7 +134,6 @@ def _add_before_training(verbs: Any) -> None:
             help=f"share of the training images that become {whose} images (default: 0.1, or none if DATA has such)",
         )
     verb.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
-    verb.set_defaults(run=_split)
 
     verb = verbs.add_parser(
         "pack",
@@ -266,12 +152,10 @@ def _add_before_training(verbs: Any) -> None:
         "are)",
     )
     verb.add_argument("--quality", type=_count, metavar="Q", help="quality of these JPEG files, 1 to 100 (default: 90)")
-    verb.set_defaults(run=_pack)
 
     verb = verbs.add_parser("recipes", help="list the recipes, or print one as a recipe.json")
     verb.add_argument("name", nargs="?", metavar="NAME", help="recipe to print, as for train (default: list all)")
     _add_overrides(verb)
-    verb.set_defaults(run=_recipes)
 
 
 def _add_shown(verbs: Any) -> None:
@@ -296,7 +180,6 @@ def _add_shown(verbs: Any) -> None:
     )
     _add_device(verb)
     verb.add_argument("--json", action="store_true", help="print scores and maps as one JSON line")
-    verb.set_defaults(run=_explain)
 
     verb = verbs.add_parser(
         "report",
@@ -312,7 +195,6 @@ def _add_shown(verbs: Any) -> None:
         help="images to evaluate the model on, as for eval (default: the run's own validation images)",
     )
     _add_device(verb)
-    verb.set_defaults(run=_report)
 
 
 def _add_written(verbs: Any) -> None:
@@ -321,7 +203,6 @@ def _add_written(verbs: Any) -> None:
     verb.add_argument("source", help="folder, weight file or hub name, in any known format")
     verb.add_argument("--to", choices=get_args(choices.Dialect), required=True, help="whose format to write")
     verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    verb.set_defaults(run=_convert)
 
     verb = verbs.add_parser(
         "export",
@@ -352,7 +233,6 @@ def _add_written(verbs: Any) -> None:
         metavar="DIR",
         help="folder to write; a former export there is replaced after the new one has passed its check",
     )
-    verb.set_defaults(run=_export)
 
 
 def _add_around(verbs: Any) -> None:
@@ -364,7 +244,6 @@ def _add_around(verbs: Any) -> None:
         "what is broken, with the command that mends it. The exit status is 1 if something is broken.",
     )
     verb.add_argument("--json", action="store_true", help="print the findings as one JSON line")
-    verb.set_defaults(run=_doctor)
 
     verb = verbs.add_parser(
         "completion",
@@ -374,7 +253,6 @@ def _add_around(verbs: Any) -> None:
         "for fish, to ~/.config/fish/completions/deit.fish.",
     )
     verb.add_argument("shell", choices=get_args(choices.Shell), help="the shell that reads the script")
-    verb.set_defaults(run=_completion)
 
 
 def _add_predict(verbs: Any) -> None:
@@ -408,7 +286,6 @@ def _add_predict(verbs: Any) -> None:
     verb.add_argument("--shard", metavar="i/N", help="only every N-th image, beginning with the i-th (1 to N)")
     _add_device(verb)
     _add_engine(verb, "auto takes OpenVINO for many images, and for a list on standard input")
-    verb.set_defaults(run=_predict)
 
     verb = verbs.add_parser(
         "calibrate",
@@ -431,7 +308,6 @@ def _add_predict(verbs: Any) -> None:
     )
     _add_device(verb)
     verb.add_argument("--json", action="store_true", help="print the result as one JSON line")
-    verb.set_defaults(run=_calibrate)
 
 
 def _add_serve(verbs: Any) -> None:
@@ -505,28 +381,6 @@ def _add_serve(verbs: Any) -> None:
         metavar="NAME",
         help="name by which the server may be asked, beyond localhost and --host; can be given many times",
     )
-    verb.set_defaults(run=_serve)
-
-
-def _size(text: str) -> int:
-    """A number of bytes like 500KiB or 20MiB."""
-    number, unit = text.rstrip("KMGiB"), text[len(text.rstrip("KMGiB")) :]
-    units = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-    if not number.isdecimal() or not int(number) or unit not in units:
-        raise argparse.ArgumentTypeError(f"expected a size like 500KiB or 20MiB, found {text!r}")
-    return int(number) * units[unit]
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
-    return int(text)
-
-
-def _merge(text: str) -> int | str:
-    if text != "auto" and not text.isdigit():
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, or auto, found {text!r}")
-    return text if text == "auto" else int(text)
 
 
 def _add_eval(verbs: Any) -> None:
@@ -561,7 +415,6 @@ def _add_eval(verbs: Any) -> None:
         help="print the result as one JSON line on standard output, and the tables on standard error",
     )
     verb.add_argument("--report", type=Path, metavar="FILE.html", help="write the result as a page too")
-    verb.set_defaults(run=_eval)
 
 
 def _add_overrides(verb: argparse.ArgumentParser) -> None:
@@ -606,6 +459,27 @@ def _add_head(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def _size(text: str) -> int:
+    """A number of bytes like 500KiB or 20MiB."""
+    number, unit = text.rstrip("KMGiB"), text[len(text.rstrip("KMGiB")) :]
+    units = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    if not number.isdecimal() or not int(number) or unit not in units:
+        raise argparse.ArgumentTypeError(f"expected a size like 500KiB or 20MiB, found {text!r}")
+    return int(number) * units[unit]
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+def _merge(text: str) -> int | str:
+    if text != "auto" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, or auto, found {text!r}")
+    return text if text == "auto" else int(text)
+
+
 def _minutes(text: str) -> float:
     """A span of time like 90s, 1.5h or 4m30s, in minutes."""
     number = r"(\d+\.?\d*|\.\d+)"
@@ -615,294 +489,3 @@ def _minutes(text: str) -> float:
     if not 0 < whole < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a time like 90s, 30m, 1.5h or 1h20m, found {text!r}")
     return whole
-
-
-def _quickstart(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from deit.quickstart import quickstart
-
-    result = quickstart(options.out, seed=options.seed, console=Console(stderr=options.json))
-    if options.json:
-        print(json.dumps(vars(result)))
-
-
-def _fit(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from deit.fit.work import fit
-
-    fitted = fit(
-        options.data,
-        options.out,
-        minutes=options.time,
-        prefer=options.prefer,
-        seed=options.seed,
-        device=options.device,
-        only_plan=options.plan,
-        console=Console(stderr=options.json),
-    )
-    if options.json and fitted:
-        print(json.dumps(fitted.to_dict()))
-
-
-def _train(options: argparse.Namespace) -> None:
-    from deit.data.folders import has_split, read_data
-    from deit.data.splitting import without_test_images
-    from deit.recipe import MaskedImage
-    from deit.recipes import find_to_run
-    from deit.train.build import find_sources
-    from deit.train.loop import train
-
-    recipe = find_to_run(options.recipe, options.settings)
-    find_sources(recipe)
-    labelled = not isinstance(recipe.objective, MaskedImage)
-    splits = read_data(options.data, holdout=recipe.data.holdout, seed=recipe.seed, labelled=labelled)
-    run = train(recipe, *splits, options.out, device=options.device, resume=options.resume, minutes=options.time)
-    if os.environ.get("RANK", "0") == "0":
-        print(
-            f"{run.model}: {'accuracy' if labelled else 'minus the loss'} {run.score:.4f} on {len(splits[1])} "
-            f"validation images, {run.seconds:.0f} s",
-            flush=True,
-        )
-        _report_training(options, splits[1])
-        if labelled and not has_split(options.data, "test"):
-            print(without_test_images(options.data), file=sys.stderr)
-
-
-def _split(options: argparse.Namespace) -> None:
-    from deit.data.splitting import split
-
-    print("\n".join(split(options.data, options.out, val=options.val, test=options.test, seed=options.seed)))
-
-
-def _pack(options: argparse.Namespace) -> None:
-    from deit.data.packing import pack
-
-    told = time.monotonic()
-
-    def progress(packed: int, images: int) -> None:
-        nonlocal told
-        if time.monotonic() - told > 1:
-            told = time.monotonic()
-            print(f"\r{packed:,} of {images:,} images", end="", file=sys.stderr, flush=True)
-
-    found = pack(
-        options.data,
-        options.out,
-        short_side=options.short_side,
-        quality=options.quality,
-        progress=progress if sys.stderr.isatty() else None,
-    )
-    print("\n".join(map(shown, found)))
-
-
-def _report_training(options: argparse.Namespace, val_split: Any) -> None:
-    """Writes the report of a run. The run itself is complete, so a failure here is only a warning."""
-    from deit.report import document
-
-    try:
-        print(document.of_training(options.out, val_split, device=options.device))
-    except Exception as error:
-        print(
-            f"deit train: the model is trained and saved, but its report is not written "
-            f"({_short(shown(error))}); run `deit report {options.out}` to try again",
-            file=sys.stderr,
-        )
-
-
-def _teach(options: argparse.Namespace) -> None:
-    from deit.data.folders import read_data
-    from deit.recipes import find_to_run
-    from deit.train.labels import teach
-    from deit.train.teacher import find_teacher
-
-    recipe = find_to_run(options.recipe, [*options.settings, f"objective.teacher={options.teacher}"])
-    find_teacher(recipe)
-    split, _ = read_data(options.data, holdout=recipe.data.holdout, seed=recipe.seed)
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    print(teach(recipe, split, options.out, epochs=options.epochs, device=options.device, rank=rank, world=world))
-
-
-def _recipes(options: argparse.Namespace) -> None:
-    from deit.recipe import override
-    from deit.recipes import find, shipped, summary
-
-    if options.name:
-        print(json.dumps(override(find(options.name), options.settings).to_dict(), indent=2))
-        return
-    width = max(map(len, shipped()))
-    for name, function in shipped().items():
-        print(f"{name:{width}}  {summary(function)}")
-
-
-def _predict(options: argparse.Namespace) -> int:
-    from deit.predict.bulk import parse_shard, predict_files
-
-    unreadable = predict_files(
-        options.model,
-        options.images,
-        _destination(options),
-        head=options.head,
-        top_k=options.top_k,
-        batch=options.batch,
-        shard=parse_shard(options.shard) if options.shard else (1, 1),
-        device=options.device,
-        engine=options.engine,
-    )
-    return 1 if unreadable else 0
-
-
-def _destination(options: argparse.Namespace) -> Any:
-    """Where --json, --csv or --parquet put the rows: a file, or the name of the format for standard output."""
-    chosen = [
-        (name, suffix, value)
-        for name, suffix, value in (
-            ("json", ".jsonl", options.json),
-            ("csv", ".csv", options.csv),
-            ("parquet", ".parquet", options.parquet),
-        )
-        if value
-    ]
-    if len(chosen) > 1:
-        raise ValueError(f"{' and '.join(f'--{name}' for name, _, _ in chosen)} exclude each other; choose one")
-    for name, suffix, value in chosen:
-        if value == "-":
-            return name
-        if not value.endswith(suffix):
-            raise ValueError(
-                f"expected a {suffix} file after --{name}, found {value}; give such a name, or put "
-                f"--{name} last for standard output"
-            )
-        return Path(value)
-    return "text"
-
-
-def _calibrate(options: argparse.Namespace) -> None:
-    from dataclasses import asdict
-
-    from deit.predict.calibrate import calibrate
-
-    found = calibrate(
-        options.model, options.data, split=options.split, error_rate=options.error_rate, device=options.device
-    )
-    for sentence in found.alarms():
-        print(sentence, file=sys.stderr)
-    if options.json:
-        print(json.dumps(asdict(found)))
-        return
-    print(f"{found.images} images; at most {found.error_rate:.3g} of new images get one label that is sure and wrong")
-    for name, head in found.heads.items():
-        print(
-            f"{name:12}  temperature {head.temperature:.3f}  negative log likelihood {head.nll[0]:.4f} -> "
-            f"{head.nll[1]:.4f}  sure from {head.threshold:.3f} on: {head.answered:.1%} of images"
-        )
-
-
-def _serve(options: argparse.Namespace) -> None:
-    from deit.predict.predictor import Predictor
-    from deit.serve.limits import MAX_PIXELS, Service, read_keys
-    from deit.serve.server import serve
-
-    def keys() -> tuple[str, ...]:
-        return read_keys(options.api_key_file) if options.api_key_file else ()
-
-    serve(
-        lambda: Predictor(options.model, head=options.head, device=options.device, engine=options.engine),
-        Service(
-            max_batch=options.max_batch,
-            max_wait_ms=options.max_wait_ms,
-            queue=options.queue,
-            max_bytes=options.max_bytes,
-            max_pixels=options.max_pixels or MAX_PIXELS,
-            timeout=options.timeout,
-            keys=keys(),
-            private=options.private,
-            hosts=tuple(options.allowed_host),
-        ),
-        options.model,
-        host=options.host,
-        port=options.port,
-        keys=keys,
-        listening=lambda predictor, address: print(
-            f"serving {options.model} ({predictor.engine}) at {address}", flush=True
-        ),
-    )
-
-
-def _eval(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from deit.evaluate.models import examine_files
-    from deit.evaluate.tables import show
-
-    found = examine_files(
-        options.model,
-        options.data,
-        split=options.split,
-        head=options.head,
-        crop_ratio=options.crop_ratio,
-        other=options.compare,
-        device=options.device,
-    )
-    show(found, Console(stderr=options.json))
-    if options.report:
-        from deit.report import document
-
-        print(document.of_evaluation(options.report, found, device=options.device), file=sys.stderr)
-    if options.json:
-        print(json.dumps(found.to_dict()))
-
-
-def _explain(options: argparse.Namespace) -> None:
-    from deit.explain.explanation import explain_file
-    from deit.explain.maps import METHODS
-    from deit.explain.picture import figure
-    from deit.files import replacing
-
-    if options.out.suffix.lower() != ".png":
-        raise ValueError(f"expected a .png file after --out, found {options.out}; give a name that ends in .png")
-    if options.out.exists() and Path(options.image).exists() and options.out.samefile(options.image):
-        raise ValueError(f"--out {options.out} is the image itself; give the figure another name")
-    found = explain_file(
-        options.model,
-        options.image,
-        target=options.target,
-        device=options.device,
-        methods=METHODS if options.method == "all" else (options.method,),
-    )
-    with replacing(options.out) as temporary:
-        figure(found).save(temporary, format="PNG")
-    print(json.dumps({**found.to_dict(), "figure": str(options.out)}) if options.json else f"{found}\n\n{options.out}")
-
-
-def _report(options: argparse.Namespace) -> None:
-    from deit.report import document
-
-    print(document.of_run(options.run_folder, options.data, device=options.device))
-
-
-def _doctor(options: argparse.Namespace) -> int:
-    from deit.doctor import examine, text
-
-    found = examine()
-    print(json.dumps(found) if options.json else text(found))
-    return 1 if found["broken"] else 0
-
-
-def _completion(options: argparse.Namespace) -> None:
-    from deit.completion import script
-
-    print(script(_parser(), options.shell))
-
-
-def _convert(options: argparse.Namespace) -> None:
-    from deit.export.convert import convert
-
-    print(convert(options.source, options.to, options.out))
-
-
-def _export(options: argparse.Namespace) -> None:
-    from deit.export.write import export
-
-    print(export(options.model, options.to, options.out, calibrate=options.calibrate, merge=options.merge))
