@@ -16,6 +16,7 @@ myst_heading_anchors = 4  # headings get the anchors that GitHub gives them
 default_role = "literal"  # docstrings write code between single backticks
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 100
 suppress_warnings = ["misc.highlighting_failure"]  # examples of JSON are cut short with an ellipsis
 linkcheck_ignore = [r"http://(127\.0\.0\.1|localhost)"]
 
