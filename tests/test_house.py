@@ -3,17 +3,15 @@
 import ast
 import re
 import resource
-import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from support.checks import run_python
+from support.pages import PAGES, ROOT, commands
 
 from deit.cli.arguments import parser
 
-ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "deit"
 
 FRAMEWORKS = {
@@ -155,22 +153,7 @@ def test_every_public_name_resolves():
     assert "no attribute 'nothing'" in shown
 
 
-def commands(text):
-    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
-        for line in block.splitlines():
-            if line.startswith("deit "):
-                yield shlex.split(line.split(" #")[0])[1:]
-
-
-@pytest.mark.parametrize(
-    "page",
-    [
-        "README.md",
-        "README.zh-CN.md",
-        "CONTRIBUTING.md",
-        *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md"))),
-    ],
-)
+@pytest.mark.parametrize("page", PAGES)
 def test_documented_commands_parse(page):
     text = (ROOT / page).read_text()
     for command in commands(text):

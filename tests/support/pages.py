@@ -1,0 +1,39 @@
+"""The pages for people, in Markdown: their commands, their Python, their headings and their links."""
+
+import re
+import shlex
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGES = (
+    "README.md",
+    "README.zh-CN.md",
+    "CONTRIBUTING.md",
+    *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md"))),
+)
+
+
+def commands(text):
+    """The arguments of every `deit` command in the shell blocks of a page."""
+    for block in blocks(text, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.startswith("deit "):
+                yield shlex.split(line.split(" #")[0])[1:]
+
+
+def blocks(text, language):
+    """The blocks of a page in one language."""
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def anchors(text):
+    """What links to the headings of a page end with, as GitHub makes it."""
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    names = [re.sub(r"[^\w\- ]", "", line).replace(" ", "-").lower() for line in re.findall(r"^#+ (.+)$", prose, re.M)]
+    return {f"{name}-{names[:i].count(name)}" if name in names[:i] else name for i, name in enumerate(names)}
+
+
+def links(text):
+    """The targets of a page's links and pictures in this repository."""
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    return [target for target in re.findall(r"\]\(([^)\s]+)\)", prose) if not re.match(r"https?:|mailto:", target)]
