@@ -1,4 +1,4 @@
-# Serves the model that is mounted at /model (docs/serve.md). For NVIDIA GPUs, build with `--build-arg TORCH_INDEX=`.
+# Serves the model that is mounted at /model (docs/deploying.md). For NVIDIA GPUs, build with `--build-arg TORCH_INDEX=`.
 # pip then uses its own index, where torch comes with CUDA.
 FROM python:3.12-slim
 

@@ -90,7 +90,7 @@ gpu-cifar10:                      ## train cifar10_gpu_teacher and cifar10_gpu o
 	touch $@
 
 .venv/installed-clients: .venv/installed-attacks
-	$(INSTALL) --group clients --group docs --group examples
+	$(INSTALL) --group clients --group docs --group examples --group release
 	touch $@
 
 # --no-deps, because keras-hub requires tensorflow-text (which brings a second TensorFlow) and more. Its DeiT does

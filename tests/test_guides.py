@@ -12,7 +12,7 @@ from PIL import Image
 from support.models import trained_folder
 from support.pages import PAGES, ROOT, anchors, blocks, commands, links
 
-from deit.cli import _parser
+from deit.cli.arguments import parser
 from deit.config import VARIANTS
 from deit.model.load import load_model
 from deit.recipe import Cosine, override, steps
@@ -43,7 +43,7 @@ def test_recipes_and_settings_of_commands_exist(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (ROOT / name).read_text()
     for command in commands(text):
-        options = _parser().parse_args(command)
+        options = parser().parse_args(command)
         asked = getattr(options, "recipe", None)
         if asked is None or asked.endswith(".json"):
             continue

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 VERSION = "0.1.0"
 
 
-def cores() -> int:
-    """Number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores(root: str = "/") -> int:
+    """Number of CPU cores that this process may use.
+
+    They are those that the system lets it run on, or fewer if a control group allows less time, as in a container with a
+    limit. A part of a core counts as one. `root` is the folder where `proc` and `sys` are.
+    """
+    known = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shares = (_share_of_time(*place) for place in _groups(root, "cpu", ("cpu.max",), _CPU_OF_V1))
+    return min([known, *(math.ceil(share) for share in shares if share is not None)])
 
 
 def available_memory(root: str = "/") -> int | None:
@@ -19,7 +26,7 @@ def available_memory(root: str = "/") -> int | None:
     It is the least of what the machine has (`MemAvailable`) and what the control groups of this process allow. `root`
     is the folder where `proc` and `sys` are.
     """
-    rooms = [_room(*place) for place in _groups(root)]
+    rooms = [_room(*place) for place in _groups(root, "memory", ("memory.max", "memory.current"), _MEMORY_OF_V1)]
     for line in _lines(os.path.join(root, "proc/meminfo")):
         name, *rest = line.split()
         if name == "MemAvailable:":
@@ -27,28 +34,45 @@ def available_memory(root: str = "/") -> int | None:
     return min((room for room in rooms if room is not None), default=None)
 
 
-def _groups(root: str) -> Iterator[tuple[str, str, str]]:
-    """Folder of each control group that limits this process, and its files for the limit and for what is in use.
+_CPU_OF_V1 = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+_MEMORY_OF_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+
+
+def _groups(
+    root: str, controller: str, names: Sequence[str], names_of_v1: Sequence[str]
+) -> Iterator[tuple[str, Sequence[str]]]:
+    """Folder of each control group that limits this process, and the names of its files for one controller.
 
     A container may see its own group as the topmost one.
     """
     for line in _lines(os.path.join(root, "proc/self/cgroup")):
         _, controllers, path = line.strip().split(":", 2)
         if not controllers:
-            top, names = os.path.join(root, "sys/fs/cgroup"), ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            top, names = os.path.join(root, "sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            top, there = os.path.join(root, "sys/fs/cgroup"), names
+        elif controller in controllers.split(","):
+            top, there = os.path.join(root, "sys/fs/cgroup", controller), names_of_v1
         else:
             continue
         steps = [step for step in path.split("/") if step not in ("", "..")]
         for count in range(len(steps) + 1):
-            yield os.path.join(top, *steps[:count]), *names
+            yield os.path.join(top, *steps[:count]), there
 
 
-def _room(folder: str, limit: str, usage: str) -> int | None:
+def _first_lines(folder: str, names: Sequence[str]) -> list[str]:
+    """The first line of each file; an empty text for one that is missing."""
+    return [next(iter(_lines(os.path.join(folder, name))), "").strip() for name in names]
+
+
+def _share_of_time(folder: str, names: Sequence[str]) -> float | None:
+    """Seconds that all processes of a group may compute in each second; None if there is no limit."""
+    quota, period, *_ = [*" ".join(_first_lines(folder, names)).split(), "", ""]
+    return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None  # no limit: "max", or -1
+
+
+def _room(folder: str, names: Sequence[str]) -> int | None:
     """Number of bytes that a group may still take. What it keeps of files can be dropped at any time."""
-    [most], [used] = ([*_lines(os.path.join(folder, name))][:1] or [""] for name in (limit, usage))
-    if not most.strip().isdigit() or not used.strip().isdigit():  # no such group, or no limit ("max")
+    most, used = _first_lines(folder, names)
+    if not most.isdigit() or not used.isdigit():  # no such group, or no limit ("max")
         return None
     found = {name: int(value) for name, value in map(str.split, _lines(os.path.join(folder, "memory.stat")))}
     prefix = "total_" if "total_inactive_file" in found else ""

@@ -14,11 +14,11 @@ PAGES = (
 
 
 def commands(text):
-    """The arguments of every `deit` command in the shell blocks of a page."""
+    """The arguments of every `deit` command in the shell blocks of a page, also after `torchrun … -m` and `srun`."""
     for block in blocks(text, "sh"):
         for line in block.replace("\\\n", " ").splitlines():
-            if line.startswith("deit "):
-                yield shlex.split(line.split(" #")[0])[1:]
+            if found := re.match(r"(?:.* -m |srun .*? )?deit (.*)", line.split(" #")[0].removesuffix(" &")):
+                yield shlex.split(found[1])
 
 
 def blocks(text, language):
