@@ -1,49 +1,18 @@
-"""The pages as a site: each page has its place, each link leads somewhere, and the site builds without a warning."""
+"""The pages as a site: each page has its place, the reference its names, and the site builds without a warning."""
 
 import re
-import string
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import torch
+from support.models import trained_folder
+from support.pages import ROOT, blocks
 
 import deit
+from deit import DeiTImageProcessor, load_model
 
-ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted(
-    path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *DOCS.glob("*.md"), ROOT / "examples/README.md"]
-)
-
-
-def prose(page):
-    """A page without its blocks of code."""
-    return re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
-
-
-def anchors(page):
-    """What GitHub calls the headings of a page: in lower case, without punctuation, with hyphens for spaces."""
-    gone = str.maketrans("", "", re.sub("[-_]", "", string.punctuation))
-    titles = re.findall(r"^#+ +(.*)$", prose(page), re.MULTILINE)
-    return [title.lower().translate(gone).replace(" ", "-") for title in titles]
-
-
-def test_anchors_are_those_of_github(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
-    (tmp_path / "page.md").write_text("# `from_pretrained`, and why?\n\n```sh\n# no heading\n```\n\n## int8 & it's A-B\n")
-    assert anchors("page.md") == ["from_pretrained-and-why", "int8--its-a-b"]
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_links_lead_to_files_and_headings(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
-        if re.match(r"https?:", target):
-            continue
-        file, _, anchor = target.partition("#")
-        place = ((ROOT / page).parent / file).resolve() if file else ROOT / page
-        assert place.exists(), target
-        assert not anchor or anchor in anchors(place.relative_to(ROOT)), target
 
 
 def test_every_page_is_in_a_table_of_contents_once():
@@ -56,6 +25,17 @@ def test_the_reference_has_every_public_name():
     described = set(re.findall(r"^\.\. (?:auto\w+|py:data):: (\S+)", (DOCS / "api.md").read_text(), re.MULTILINE))
     missing = {f"deit.{name}" for name in deit.__all__ if name != "__version__"} - described
     assert not missing
+
+
+def test_the_python_of_the_questions_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    trained_folder(tmp_path / "facebook/deit-tiny-patch16-224", "plain")
+    [block] = blocks((DOCS / "faq.md").read_text(), "python")
+    exec(block, {})
+    assert capsys.readouterr().out.startswith("DeiTImageProcessor(")
+    assert DeiTImageProcessor.from_pretrained("deit-tiny-paper") == DeiTImageProcessor.paper(224)
+    before, after = (load_model(name)._tensors() for name in ("facebook/deit-tiny-patch16-224", "deit-tiny-paper"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.slow
