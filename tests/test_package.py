@@ -134,7 +134,9 @@ def test_the_wheel_works_where_it_is_installed(clean, tmp_path):
     assert found["installed"]["deit"] == host.VERSION, done.stderr
     assert found["unknown"] == {}
     assert done.returncode == bool(found["broken"])
-    shown = out("python", "-c", "from deit.serve.app import _PAGES; print(sum(p.stat().st_size for p, _ in _PAGES.values()))")
+    shown = out(
+        "python", "-c", "from deit.serve.app import _PAGES; print(sum(p.stat().st_size for p, _ in _PAGES.values()))"
+    )
     assert int(shown) == sum(
         FILES[f"deit/{name}"].stat().st_size
         for name in ("serve/page.html", "serve/page.js", "serve/page.css", "web/shown.js", "web/shown.css")

@@ -47,7 +47,10 @@ SAME = {
         "Distil": ["loss", ("model.deit.embeddings.distillation_token.grad", "model.deit.distillation_token.grad")],
         "Trainer": [
             "[row['loss'] for row in trainer.state.log_history if 'loss' in row]",
-            ("AutoModelForImageClassification.from_pretrained('out')(pixels).logits", "load_model('out')(pixels).logits"),
+            (
+                "AutoModelForImageClassification.from_pretrained('out')(pixels).logits",
+                "load_model('out')(pixels).logits",
+            ),
         ],
         "Export": ["exported"],
     },
@@ -173,7 +176,9 @@ def test_both_sides_give_the_same(peer, names, tmp_path, monkeypatch):
             exec(code.replace('TrainingArguments("out", ', QUIET), namespace)
         for each in SAME[peer][heading]:
             values = []
-            for (side, namespace), name in zip(sides.items(), (each, each) if isinstance(each, str) else each, strict=True):
+            for (side, namespace), name in zip(
+                sides.items(), (each, each) if isinstance(each, str) else each, strict=True
+            ):
                 monkeypatch.chdir(tmp_path / side)
                 values.append(value(name, namespace))
             assert_same(values[1], values[0], f"{heading}: {each}")

@@ -71,7 +71,9 @@ def slurm(tmp_path):
 def test_a_job_saves_before_its_time_is_up_and_continues_when_it_is_queued_again(slurm, tmp_path):
     data, recipes = data_and_recipes(tmp_path)
     out, options = tmp_path / "runs/base", "--device cpu --set compute.save_minutes=0"
-    whole = start("train", f"{recipes}:student", "--data", data, "--out", tmp_path / "whole", *options.split(), processes=2)
+    whole = start(
+        "train", f"{recipes}:student", "--data", data, "--out", tmp_path / "whole", *options.split(), processes=2
+    )
     finish(whole)
     script = scripts()["deit"]
     for theirs, ours in (
