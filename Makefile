@@ -5,7 +5,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup quickstart format lint test coverage test-slow bench fortress gpu gpu-cifar10
+.PHONY: setup quickstart format lint test coverage test-slow docs docs-links bench fortress gpu gpu-cifar10
 
 setup: .venv/installed            ## create .venv with the package
 
@@ -48,6 +48,12 @@ test-slow: .venv/installed-clients  ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow tests/runtimes
 	KERAS_BACKEND=jax $(BIN)/python -m pytest -m slow tests/twin
 
+docs: .venv/installed-docs        ## make a site of docs/, without any warning, in docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
+
+docs-links: .venv/installed-docs  ## try the site's links to other sites; needs a network
+	$(BIN)/python -m sphinx -b linkcheck docs docs/_build/links
+
 bench: .venv/installed-bench      ## compare the speed with timm, transformers and keras-hub; needs a quiet machine
 	$(BIN)/python -m bench.speed.train
 	$(BIN)/python -m bench.speed.reading
@@ -77,12 +83,17 @@ gpu-cifar10:                      ## train cifar10_gpu_teacher and cifar10_gpu o
 	$(INSTALL) --editable '.[export,fit,hub,keras,parquet,serve]' --group dev
 	touch $@
 
+.venv/installed-docs: .venv/installed
+	$(INSTALL) --upgrade 'pip>=25.1'  # the first version with dependency groups
+	$(INSTALL) --group docs
+	touch $@
+
 .venv/installed-attacks: .venv/installed-test
 	$(INSTALL) --group attacks
 	touch $@
 
 .venv/installed-clients: .venv/installed-attacks
-	$(INSTALL) --group clients --group examples --group release
+	$(INSTALL) --group clients --group docs --group examples --group release
 	touch $@
 
 # --no-deps, because keras-hub requires tensorflow-text (which brings a second TensorFlow) and more. Its DeiT does

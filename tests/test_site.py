@@ -1,0 +1,52 @@
+"""The pages as a site: each page has its place, the reference its names, and the site builds without a warning."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.models import trained_folder
+from support.pages import ROOT, blocks
+
+import deit
+from deit import DeiTImageProcessor, load_model
+
+DOCS = ROOT / "docs"
+
+
+def test_every_page_is_in_a_table_of_contents_once():
+    tables = re.findall(r"^```\{toctree\}\n(.*?)^```$", (DOCS / "index.md").read_text(), re.DOTALL | re.MULTILINE)
+    named = [line for table in tables for line in table.splitlines() if line and not line.startswith(":")]
+    assert sorted(named) == sorted(path.stem for path in DOCS.glob("*.md") if path.stem != "index")
+
+
+def test_the_reference_has_every_public_name():
+    described = set(re.findall(r"^\.\. (?:auto\w+|py:data):: (\S+)", (DOCS / "api.md").read_text(), re.MULTILINE))
+    missing = {f"deit.{name}" for name in deit.__all__ if name != "__version__"} - described
+    assert not missing
+
+
+def test_the_python_of_the_questions_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    trained_folder(tmp_path / "facebook/deit-tiny-patch16-224", "plain")
+    [block] = blocks((DOCS / "faq.md").read_text(), "python")
+    exec(block, {})
+    assert capsys.readouterr().out.startswith("DeiTImageProcessor(")
+    assert DeiTImageProcessor.from_pretrained("deit-tiny-paper") == DeiTImageProcessor.paper(224)
+    before, after = (load_model(name)._tensors() for name in ("facebook/deit-tiny-patch16-224", "deit-tiny-paper"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    for package in ("furo", "myst_parser", "sphinx"):
+        pytest.importorskip(package)
+    [command] = re.findall(r"^docs: .*\n\t\$\(BIN\)/python (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    command = command.replace("docs/_build/html", str(tmp_path)).split()
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for path in DOCS.glob("*.md"):
+        assert (tmp_path / f"{path.stem}.html").is_file()
+    assert 'href="contributing.html"' in (tmp_path / "design.html").read_text()
+    assert 'id="deit.Predictor.stream"' in (tmp_path / "api.html").read_text()
