@@ -104,7 +104,7 @@ def test_a_stopped_run_says_so_and_how_to_go_on(splits, tmp_path):
     with pytest.raises(Stopped):
         train(RECIPE, *splits, tmp_path, device="cpu", console=QUIET, receivers=[collected, Stops()])
     page = checked(collected.pages[-1], unfinished=True)
-    page.sees("The run was stopped. The same command goes on with --resume.", "2 of 6")
+    page.sees("A signal or an error has ended the run early", "The same command goes on with --resume.", "2 of 6")
     assert "time left" not in collected.pages[-1]
 
 

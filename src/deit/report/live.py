@@ -46,7 +46,7 @@ class LivePage:
         assert self.out is not None
         if not finished:
             move = "The same command goes on" + (" with --resume." if self.more is None else ".")
-            self.write(f"The {self.what} was stopped. {move}")
+            self.write(f"A signal or an error has ended the {self.what} early; its terminal or log says which. {move}")
         elif self.more:
             self.write("A step has reached its end, and the next one follows.")
         else:

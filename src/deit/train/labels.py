@@ -182,7 +182,8 @@ def teach(
         _foretell(out, layout, todo, split, console)
         if not rank:
             _introduce(teacher, recipe, split, validation, out, bool(todo), place, console)
-        _write_parts(_Work(recipe, split, teacher, layout, place), out, todo, prints, console)
+        if todo:
+            _write_parts(_Work(recipe, split, teacher, layout, place), out, todo, prints, console)
     return out
 
 

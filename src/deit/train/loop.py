@@ -191,7 +191,8 @@ def _train(
 def _room(work: Work, out: Path) -> forecast.Room:
     """What the run needs of its disk, as the main process sees it. Raises `DiskFull` in all processes if it is not
     there."""
-    room, refused = forecast.Room.of(work, out), None
+    room = forecast.Room.of(work, out)
+    refused: str | None = None
     if work.us.main:
         try:
             room.refuse_too_little(out)
