@@ -98,9 +98,7 @@ def test_a_terminal_that_moves_no_cursor_gets_lines(tmp_path):
 
 def evaluations(total, every, step):
     """Counted one by one, as the loop does them."""
-    return sum(
-        1 for now in range(step + 1, total + 1) if now == total or int(now / every) > int((now - 1) / every)
-    )
+    return sum(1 for now in range(step + 1, total + 1) if now == total or int(now / every) > int((now - 1) / every))
 
 
 @pytest.mark.parametrize(("total", "every"), [(30, 10), (31, 10), (29, 10), (7, 2.5), (5, 100), (10, 1), (9, math.inf)])
@@ -140,7 +138,7 @@ def test_a_run_says_first_what_it_will_take(splits, tmp_path):
         number, unit = text.split()
         assert unit == "KiB"
         assert float(number) * 1024 == pytest.approx(written, rel=0.1)  # a file has a header too
-    assert f"that are free on the disk" in lines[1]
+    assert "that are free on the disk" in lines[1]
     _, lines = said_by(tmp_path, splits, replace(RECIPE, data=Data(batch=7)), resume=True)
     assert lines[1].startswith("goes on after step 30, which took ")
 
@@ -150,7 +148,9 @@ def test_under_a_budget_it_says_what_was_assumed(splits, tmp_path):
     assert lines[0].startswith("a step takes about ")
     assert " s and an evaluation " in lines[0]
     assert lines[0].endswith("of the recipe's 20000 steps fit into 6 s")
-    assert lines[1].split(" steps of 8 images, ")[0].replace(",", "") == "small: " + lines[0].split(", so ")[1].split()[0]
+    assert (
+        lines[1].split(" steps of 8 images, ")[0].replace(",", "") == "small: " + lines[0].split(", so ")[1].split()[0]
+    )
 
 
 def work_of(recipe, splits):

@@ -68,7 +68,8 @@ def page(
     sections = [*first, *_sections(record, evaluation, maps, figures, missing, unfinished, beware)]
     shown = [section for section in sections if section.body]
     main, rest = _title(record, evaluation)
-    title = f"{'Unfinished run' if unfinished else 'Report'}: {': '.join([shortened(main), *filter(None, [', '.join(map(shortened, rest))])])}"
+    names = [shortened(main), *filter(None, [", ".join(map(shortened, rest))])]
+    title = f"{'Unfinished run' if unfinished else 'Report'}: {': '.join(names)}"
     contents = element(
         "nav",
         element("ul", *(element("li", element("a", section.title, href=f"#{section.key}")) for section in shown)),

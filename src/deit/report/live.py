@@ -82,9 +82,9 @@ class LivePage:
                 known.append((f"{name} so far", f"{best[key]:.4g}, after step {best['step']:,.0f}"))
         known.append(("this page", f"as of {date(datetime.now(UTC).isoformat())}"))
         told = state or (
-            "The numbers are those of the latest evaluation. The page loads itself again while the run goes on, and the "
-            "report replaces it at the end. If its date stays the same for long, the run was killed, or its disk is "
-            "full: look into its terminal or log."
+            "The numbers are those of the latest evaluation. The page loads itself again while the run goes on, and "
+            "the report replaces it at the end. If its date stays the same for long, the run was killed, or its disk "
+            "is full: look into its terminal or log."
         )
         waits = []
         if (waiting := record.last("waiting")) is not None and waiting > MUCH:

@@ -66,8 +66,8 @@ def opening(work: Work, state: State) -> Iterator[str]:
     images, views = len(work.batches.split), work.total * work.recipe.data.batch
     count = 1 + int((work.total - 1) / work.every)
     yield (
-        f"{work.recipe.name}: {work.total:,} steps of {work.recipe.data.batch:,} images, {views / images:.4g} epochs of "
-        f"{images:,} images, and {count:,} evaluation{'s' * (count != 1)} on {len(work.validation.split):,} others"
+        f"{work.recipe.name}: {work.total:,} steps of {work.recipe.data.batch:,} images, {views / images:.4g} epochs "
+        f"of {images:,} images, and {count:,} evaluation{'s' * (count != 1)} on {len(work.validation.split):,} others"
     )
     if state.step:
         yield f"goes on after step {state.step:,}, which took {span(state.seconds)}"

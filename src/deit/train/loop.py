@@ -476,8 +476,8 @@ def _plan(
         )
     if us.main:
         (console or Console(stderr=True)).print(
-            f"a step takes about {per_step:.2g} s and an evaluation {judging:.2g} s, so {min(total, work.total)} of the "
-            f"recipe's {work.total} steps fit into {span(seconds)}",
+            f"a step takes about {per_step:.2g} s and an evaluation {judging:.2g} s, so {min(total, work.total)} of "
+            f"the recipe's {work.total} steps fit into {span(seconds)}",
             highlight=False,
             soft_wrap=True,
         )
