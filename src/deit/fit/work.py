@@ -27,7 +27,7 @@ from deit.train.labels import teach
 from deit.train.loop import TooShort, train
 from deit.train.records import METRICS, MODEL, Record, span
 
-_STATE, RESULT = "state.json", "result.json"
+_STATE, RESULT, _LABELS = "state.json", "result.json", "labels"
 _STEPS = ("step", "state", "validation accuracy", "what it does")
 _TRIED = 16
 """Number of batches whose labels are timed before it is decided how many are stored."""
@@ -169,6 +169,8 @@ def carry_out(
         earlier = work.take(step.name, plan.seconds(step.name, left))
         state.seconds[step.name] = earlier + time.perf_counter() - began
         state.write(out)
+    if (out / _LABELS).exists():
+        shutil.rmtree(out / _LABELS)  # they are large, and only the student needed them
     work.begin("judge")
     return work.judge(test)
 
@@ -263,7 +265,7 @@ class _Work:
         assert isinstance(taught.objective, Distilled)
         assert recipe.schedule is not None
         taught = replace(taught, objective=replace(taught.objective, cache=""))
-        split, folder = self.splits[0], self.out / "labels"
+        split, folder = self.splits[0], self.out / _LABELS
 
         def store(epochs: float) -> float:
             began = time.perf_counter()
