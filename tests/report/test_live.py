@@ -73,7 +73,8 @@ def test_each_evaluation_is_on_the_page_and_the_report_replaces_it(splits, tmp_p
 
 def test_the_command_shows_a_page_and_ends_with_the_report(tmp_path, monkeypatch, capsys):
     data = photos(photos(tmp_path / "data"), split="val", count=3)
-    (tmp_path / "recipe.json").write_text(json.dumps(RECIPE.to_dict()))
+    recipe = replace(RECIPE, schedule=Cosine(total=steps(12)), evaluate=steps(4))
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
     seen, write = [], document.write
 
     def noted(file, record, evaluation, **options):

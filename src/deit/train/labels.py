@@ -235,7 +235,7 @@ def _judged(description: Mapping[str, Any], validation: Split) -> Accuracy | Non
     found = description.get("judged")
     if not isinstance(found, dict) or found.get("data") != fingerprint(validation):
         return None
-    part = [found.get("correct"), found.get("total")]
+    part: list[Any] = [found.get("correct"), found.get("total")]
     return Accuracy(*part) if is_part(part) else None
 
 
@@ -499,8 +499,8 @@ def _claim(out: Path, recipe: Recipe, split: Split, layout: _Layout, prints: Map
                 "many epochs, or choose another folder"
             )
         layout = replace(layout, steps_per_part=found["steps_per_part"])
-        kept = {name: found[name] for name in ("deit", "judged") if name in found}
-        description |= {"steps_per_part": layout.steps_per_part} | kept
+        kept: dict[str, Any] = {name: found[name] for name in ("deit", "judged") if name in found}
+        description |= {"steps_per_part": layout.steps_per_part, **kept}
     elif names:
         raise ValueError(f"{out} holds {min(names)} but no cache.json that describes it; choose an empty or new folder")
     if found != json.loads(json.dumps(description)):
