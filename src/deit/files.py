@@ -321,6 +321,20 @@ class DiskFull(OSError):
         self.reason = reason
 
 
+def free_bytes(folder: Path) -> int | None:
+    """Number of bytes that are free on the disk of a folder; None if the system doesn't say."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
+
+
+def refuse_full(path: Path, needs: str, needed: int, free: int | None) -> None:
+    """Raises `DiskFull` before anything is written, if fewer than `needed` bytes are `free`. `needs` says it."""
+    if free is not None and free < needed:
+        raise DiskFull(path, f"{os.strerror(errno.ENOSPC)}: {needs}, and {free / 2**20:.1f} MiB are free")
+
+
 _FULL = 2**16
 """Free bytes below which an error that names no reason is taken for one of a full disk."""
 

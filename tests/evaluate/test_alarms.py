@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import shutil
 from dataclasses import replace
 
@@ -20,11 +21,12 @@ from deit.evaluate.scores import Accuracy
 from deit.machine import Processes
 from deit.recipe import Cosine, Distilled, steps
 from deit.report import write
-from deit.train import runs
+from deit.train import LabelCache, runs, teach
 from deit.train.loop import train
 from deit.train.records import About, Record
 
 NAMES = ("ant", "bee", "cat")
+QUIET = Console(quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -129,10 +131,14 @@ def trained(root, out, **parts):
     return run, said.getvalue(), json.loads((root / out / "about.json").read_text())
 
 
+def taught_by(root):
+    return Distilled(teacher=f"{root / 'teachers.py'}:sees")
+
+
 @pytest.fixture(scope="module")
 def taught(root):
     (root / "teachers.py").write_text(TEACHER)
-    return trained(root, "taught", objective=Distilled(teacher=f"{root / 'teachers.py'}:sees"))
+    return trained(root, "taught", objective=taught_by(root))
 
 
 def test_a_training_tells_what_its_student_and_teacher_are_worth(root, taught):
@@ -158,6 +164,36 @@ def test_what_a_run_remembers_of_its_teacher(root, taught, tmp_path):
     for wrong in ([1], [3, 2], [0, 0], ["a", "b"], "ab", [True, 1]):
         with pytest.raises(ValueError, match="teacher"):
             About.from_dict({**values, "teacher": wrong})
+
+
+def test_a_student_of_stored_labels_is_compared_with_their_teacher(root, taught):
+    recipe, (training, validation) = small_recipe(taught_by(root)), read(root)
+    teach(recipe, training, root / "labels", epochs=1, validation=validation, device="cpu", console=QUIET)
+    objective = replace(recipe.objective, cache=str(root / "labels"))
+    run, said, about = trained(root, "stored", objective=objective)
+    assert about["teacher"] == [6, 17]
+    assert f"sees gave, from {root / 'labels'}; it was right on 0.353 of 17 validation images" in said
+    expected = [*alarms.learnt_nothing(run.score, "abc", (5, 6, 6)), *alarms.below_teacher(run.score, Accuracy(6, 17))]
+    assert all(sentence in said.splitlines() for sentence in expected)
+    other = validation.take(range(5, 17))
+    cache = LabelCache.open(root / "labels", training, recipe)
+    [sentence] = cache.introduction(other)
+    assert cache.judged is None
+    assert "is not stored, and the same deit teach adds it" in sentence
+
+
+def test_training_ends_with_the_command_for_test_images(root, tmp_path, capsys):
+    data = shutil.copytree(root / "data", tmp_path / "my data")
+    photos(data, split="test", count=2)
+    (tmp_path / "recipe.json").write_text(json.dumps(small_recipe(schedule=Cosine(total=steps(2))).to_dict()))
+    command = ["train", tmp_path / "recipe.json", "--data", data, "--device", "cpu", "--out", tmp_path / "run"]
+    assert main([*map(str, command)]) == 0
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("warning: the validation images chose this model, so their accuracy flatters it. ")
+    words = shlex.split(last.partition("do not: ")[2])
+    assert words[0] == "deit"
+    assert main([*words[1:], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["data"]["split"] == "test"
 
 
 def test_eval_and_report_warn(root, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,14 @@ from PIL import Image
 from rich.console import Console
 from support.checks import raises_saying
 from support.models import small, trained_folder
+from support.reports import checked
 from support.runs import assert_same_end, finish, kill, photos, small_recipe
 from support.runs import start as begin
 
 from deit import Predictor
 from deit.cli import main
 from deit.data.folders import fingerprint, read_data, read_split
-from deit.evaluate.calibration import Calibration
+from deit.evaluate.calibration import Calibration, HeadCalibration
 from deit.evaluate.models import examine_files
 from deit.fit import plan as planning
 from deit.fit import work
@@ -26,6 +28,7 @@ from deit.fit.judging import recommend
 from deit.fit.plan import Plan, Step
 from deit.fit.work import carry_out, fit
 from deit.recipe import Augment, Compute, Cosine, Distilled, LinearProbe, epochs
+from deit.report import document
 
 pytest.importorskip("sklearn")
 QUIET = Console(quiet=True)
@@ -129,6 +132,50 @@ def test_the_whole_road(data, tmp_path, start, own_cache, monkeypatch):
     assert recipe["cache"] == str(out / "labels")
     assert stored == [16 / (36 / 8), 4.0]  # epochs: some batches to time them, and then as many as the student takes
     assert not (out / "labels").exists()
+
+
+def test_the_page_while_it_goes_on(data, tmp_path, start, own_cache, monkeypatch):
+    """Each step is on it when it begins; at the end it is the report."""
+    out, pages, write = tmp_path / "run", [], document.write
+
+    def noted(file, *given, **options):
+        path = write(file, *given, **options)
+        if Path(file) == out / "report.html":
+            pages.append(Path(file).read_text())
+        return path
+
+    monkeypatch.setattr(document, "write", noted)
+    carried(small_plan(out, data, start), out, data)
+    *during, last = [checked(text, unfinished=text is not pages[-1]) for text in pages]
+    assert {page.all("h2")[0][2] for page in during} == {"This fit is not finished"}
+    states = [tuple(row[1] for row in page.table("Steps")[1:]) for page in during]
+    seen = list(dict.fromkeys(tuple(re.sub("done in .*", "done", state) for state in row) for row in states))
+    names = ("frozen", "teacher", "labels", "student", "judge")
+    assert seen == [
+        tuple("done" if place < now else "now" if place == now else "to come" for place in range(5)) for now in range(5)
+    ]
+    assert [row[0] for row in during[-1].table("Steps")[1:]] == list(names)
+    scores = json.loads((out / "state.json").read_text())["scores"]
+    assert [row[2] for row in during[-1].table("Steps")[1:] if row[2]] == [f"{value:.3f}" for value in scores.values()]
+    assert last.all("h2")[0][2] == "The models that were compared"
+    assert not (out / "teacher" / "report.html").exists()
+
+
+def test_a_temperature_at_its_limit_and_the_judges_are_told(data, tmp_path, start, own_cache, monkeypatch):
+    """In the terminal and on the page, also that validation images chose the model and judge it."""
+    plan, out, said = small_plan(tmp_path / "run", data, start), tmp_path / "run", tmp_path / "said"
+    head = HeadCalibration(temperature=0.05, threshold=0.5, nll=(1.0, 0.5), answered=0.5)
+    found = Calibration(error_rate=0.05, images=24, data="", heads={"class": head})
+    monkeypatch.setattr(work, "calibrate_split", lambda *_, **__: found)
+    plan = replace(plan, steps=tuple(step for step in plan.steps if step.name in ("frozen", "judge")))
+    with open(said, "w") as file:
+        splits = read_data(data, holdout=0.1, seed=0)
+        carry_out(plan, splits, None, out, device="cpu", console=Console(file=file, width=1000))
+    page, lines = (out / "report.html").read_text(), said.read_text().splitlines()
+    for words in ("is the least that is tried (0.05)", "if these validation images chose the model"):
+        [line] = [line for line in lines if words in line]
+        assert line.startswith("warning: ")
+        assert words in page
 
 
 def test_the_same_call_goes_on(data, tmp_path, start, own_cache, monkeypatch):

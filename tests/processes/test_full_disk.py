@@ -39,6 +39,21 @@ def disk(tmp_path):
     subprocess.run(["umount", place], check=True)
 
 
+LATER = """
+import shutil
+from types import SimpleNamespace
+shutil.disk_usage = lambda path: SimpleNamespace(free=2**40)
+"""
+"""A module `sitecustomize` that lets a disk seem empty, as it is if others fill it after a command has looked."""
+
+
+@pytest.fixture
+def fills_later(tmp_path):
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later" / "sitecustomize.py").write_text(LATER)
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path / "later"), os.environ.get("PYTHONPATH")]))}
+
+
 COMMANDS = {
     "train": "train RECIPES:student --data DATA --out OUT",
     "teach": "teach DATA --teacher MODEL --recipe RECIPES:taught --epochs 100 --out OUT",
@@ -57,13 +72,16 @@ COMMANDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("free", [0, 8, 50])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_says_it(given, disk, name, free):
+@pytest.mark.parametrize("later", [False, True], ids=["before", "later"])
+def test_every_command_says_it(given, disk, fills_later, name, free, later):
     place, leave = disk
+    if later and name not in ("train", "teach"):
+        pytest.skip("looks at no disk before")
     command = COMMANDS[name]
     for key, value in {**given, "OUT": place / "out"}.items():
         command = command.replace(key, str(value))
     leave(free)
-    process = start(*command.split())
+    process = start(*command.split(), **(fills_later if later else {}))
     output, _ = process.communicate(timeout=240)
     if process.returncode == 0:
         assert free
@@ -71,14 +89,14 @@ def test_every_command_says_it(given, disk, name, free):
     assert process.returncode == 1, output
     said = output.splitlines()[-1]
     assert said.startswith(f"deit {command.split()[0]}: {place}"), said
-    assert "can't be written (No space left on device)" in said
+    assert "can't be written (No space left on device" in said
     assert "free space, then" in said
     assert "Traceback" not in output
     assert list(place.rglob(".*")) == []
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_when_there_is_space_again(given, disk, tmp_path, record_property):
+def test_a_run_goes_on_when_there_is_space_again(given, disk, fills_later, tmp_path, record_property):
     """Wherever the disk was full: at the first model, at a checkpoint, at a row of metrics."""
     place, leave = disk
     often = ("--set", "compute.save_minutes=0", "--resume")
@@ -87,7 +105,7 @@ def test_a_run_goes_on_when_there_is_space_again(given, disk, tmp_path, record_p
     reasons, steps = set(), []
     for free in (20, 90, 270, 290, 310):
         leave(free)
-        output = finish(start(*command, place / "run", *often), 1)
+        output = finish(start(*command, place / "run", *often, **fills_later), 1)
         reasons.add(output.splitlines()[-1].partition(" can't be written")[0].rpartition("/")[2].partition("-")[0])
         steps.append(reached(place / "run"))
         assert load_file(place / "run/model/model.safetensors") if free > 90 else True
@@ -98,6 +116,19 @@ def test_a_run_goes_on_when_there_is_space_again(given, disk, tmp_path, record_p
     shutil.move(place / "run", tmp_path / "run")
     finish(start(*command, tmp_path / "run", *often))
     assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_run_that_can_not_reach_its_end_is_refused(given, disk):
+    """A checkpoint of the model takes about 270 KiB, the model 70."""
+    place, leave = disk
+    leave(200)
+    command = ("train", f"{given['RECIPES']}:student", "--data", given["DATA"], "--out", place / "run")
+    output = finish(start(*command), 1)
+    assert "No space left on device: the run needs at least" in output.splitlines()[-1]
+    assert not (place / "run" / "model").exists()
+    (place / "fill").unlink()
+    finish(start(*command))  # the same command again
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import math
 import signal
 import time
@@ -17,8 +18,9 @@ from support.checks import raises_saying
 from support.models import small
 from support.runs import small_recipe
 
-from deit.data.batches import BadImages, TrainingBatches
-from deit.data.folders import Split
+from deit import files
+from deit.data.batches import BadImages, TrainingBatches, processor_for
+from deit.data.folders import Split, fingerprint
 from deit.files import CheckpointError
 from deit.recipe import Augment, Compute, Data, Distilled, Erase, Mix, ResizedCrop, Supervised, override
 from deit.train import labels as teaching
@@ -480,3 +482,76 @@ def test_reading_costs_less_than_a_millisecond(tmp_path, teacher, monkeypatch):
         labels(cache, step, positions)
         times.append(time.perf_counter() - began)
     assert sorted(times)[50] < 1e-3
+
+
+# ------------------------------------------------------------------------------------------------- before and meanwhile
+
+
+def judged(folder):
+    return json.loads((folder / "cache.json").read_text()).get("judged")
+
+
+def test_the_teachers_accuracy_is_stored_once(tmp_path, split, teacher, monkeypatch):
+    recipe, out = pupil(teacher), tmp_path / "cache"
+    others = split.take(range(2, 18, 2))
+    logits = Teacher.load(teacher, CLASSES, recipe)
+    pixels = processor_for(recipe)([*others.files], return_tensors="pt").pixel_values
+    right = int((logits(pixels).argmax(1) == torch.tensor(others.labels)).sum())
+    run(recipe, split, out, 1, validation=others)
+    stored = judged(out)
+    assert stored == {"data": fingerprint(others), "correct": right, "total": 8}
+    monkeypatch.setattr(Teacher, "introduction", lambda *_: pytest.fail("tried again"))
+    run(recipe, split, out, 3, validation=others)
+    run(recipe, split, out, 3, validation=others)
+    assert judged(out) == stored
+    run(recipe, split, out, 4, rank=1, world=2)  # which doesn't know of it
+    assert judged(out) == stored
+    run(recipe, split, out, 4, validation=others)
+    cache = LabelCache.open(out, split, recipe)
+    assert str(right / 8)[:5] in next(cache.introduction(others))
+    assert (cache.judged.correct, cache.judged.total) == (right, 8)
+    monkeypatch.undo()
+    run(recipe, split, out, 4, validation=split)  # other images
+    assert judged(out)["total"] == 18
+    run(recipe, split, tmp_path / "older", 1)
+    assert judged(tmp_path / "older") is None
+    run(recipe, split, tmp_path / "older", 1, validation=others)
+    assert judged(tmp_path / "older") == stored
+
+
+@pytest.mark.parametrize("wrong", [[], {}, {"correct": 3}, {"correct": 9, "total": 8}, {"correct": "a", "total": 8}])
+def test_a_damaged_accuracy_counts_as_none(tmp_path, split, teacher, wrong):
+    run(pupil(teacher), split, tmp_path / "cache", 1)
+    cache = LabelCache.open(tmp_path / "cache", split, pupil(teacher))
+    cache.description["judged"] = wrong if isinstance(wrong, list) else {**wrong, "data": fingerprint(split)}
+    assert "is not stored" in next(cache.introduction(split))
+    assert cache.judged is None
+
+
+@pytest.mark.parametrize("objective", KINDS, ids=str)
+def test_what_it_will_write_is_said_before(tmp_path, split, teacher, objective, monkeypatch):
+    """And that is what it writes, apart from the parts' headers."""
+    monkeypatch.setattr(teaching, "PART_BYTES", 16 * 2**20)
+    monkeypatch.setattr(teaching, "amount", lambda count: f"<{count}>")
+    said = run(pupil(teacher, **objective), split, tmp_path / "cache", 40)
+    first = said.splitlines()[0]
+    assert first.startswith("720 views to answer, 40 epochs of 18 images; the labels take <")
+    planned = int(first.partition("take <")[2].partition(">")[0])
+    written = sum(path.stat().st_size for path in (tmp_path / "cache").glob("labels-*"))
+    parts = len(list((tmp_path / "cache").glob("labels-*")))
+    assert written <= planned <= written + parts * teaching._HEADER
+    assert "views to go: about " in said
+    assert "views to" not in run(pupil(teacher, **objective), split, tmp_path / "cache", 40)  # nothing is missing
+    more = run(pupil(teacher, **objective), split, tmp_path / "cache", 41)
+    assert more.startswith("20 views to answer")  # 5 more steps of 4
+
+
+def test_labels_that_the_disk_can_not_hold_are_refused(tmp_path, split, teacher, monkeypatch):
+    recipe = pupil(teacher, kind="soft")
+    monkeypatch.setattr(Teacher, "kept", lambda *_: pytest.fail("answered"))
+    monkeypatch.setattr(files, "free_bytes", lambda _: 1000)
+    with raises_saying(
+        files.DiskFull, tmp_path / "cache", "No space left on device: the labels need", "0.0 MiB are free", "free space"
+    ):
+        run(recipe, split, tmp_path / "cache", 40)
+    assert not list((tmp_path / "cache").glob("labels-*"))

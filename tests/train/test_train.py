@@ -795,10 +795,12 @@ def test_progress_and_estimate(splits, tmp_path):
     train(recipe, *splits, tmp_path / "run", device="cpu", console=shown)
     shown.file.close()
     lines = (tmp_path / "shown.txt").read_text().splitlines()
-    assert lines[0].startswith("20 steps of 8 images to go: about ")
-    assert "images/s" in lines[0]
-    assert len(lines) == 3
-    for line, step in zip(lines[1:], (15, 30), strict=True):
+    assert lines[0].startswith("convnet: 30 steps of 8 images, ")
+    assert lines[1].startswith("a checkpoint takes ")
+    assert lines[2].startswith("20 steps of 8 images to go: about ")
+    assert "images/s" in lines[2]
+    assert len(lines) == 5
+    for line, step in zip(lines[3:], (15, 30), strict=True):
         assert f"step {step} of 30: loss " in line
         for part in ("accuracy", "val ", "images/s", "GiB"):
             assert part in line

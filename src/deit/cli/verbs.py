@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -47,8 +48,10 @@ def fit(options: argparse.Namespace) -> None:
 def train(options: argparse.Namespace) -> None:
     from deit.data.folders import has_split, read_data
     from deit.data.splitting import without_test_images
-    from deit.recipe import MaskedImage
+    from deit.evaluate.alarms import chosen_by_validation
+    from deit.recipe import LinearProbe, MaskedImage
     from deit.recipes import find_to_run
+    from deit.report.live import LivePage
     from deit.train.build import find_sources
     from deit.train.loop import train
 
@@ -56,7 +59,15 @@ def train(options: argparse.Namespace) -> None:
     find_sources(recipe)
     labelled = not isinstance(recipe.objective, MaskedImage)
     splits = read_data(options.data, holdout=recipe.data.holdout, seed=recipe.seed, labelled=labelled)
-    run = train(recipe, *splits, options.out, device=options.device, resume=options.resume, minutes=options.time)
+    run = train(
+        recipe,
+        *splits,
+        options.out,
+        device=options.device,
+        resume=options.resume,
+        minutes=options.time,
+        receivers=[LivePage()],
+    )
     if os.environ.get("RANK", "0") == "0":
         print(
             f"{run.model}: {'accuracy' if labelled else 'minus the loss'} {run.score:.4f} on {len(splits[1])} "
@@ -66,6 +77,9 @@ def train(options: argparse.Namespace) -> None:
         _report_training(options, splits[1])
         if labelled and not has_split(options.data, "test"):
             print(without_test_images(options.data), file=sys.stderr)
+        elif labelled and not isinstance(recipe.objective, LinearProbe):
+            command = shlex.join(["deit", "eval", str(run.model), "--data", str(options.data)])
+            print(chosen_by_validation(command), file=sys.stderr)
 
 
 def _report_training(options: argparse.Namespace, val_split: Any) -> None:
@@ -117,9 +131,10 @@ def teach(options: argparse.Namespace) -> None:
 
     recipe = find_to_run(options.recipe, [*options.settings, f"objective.teacher={options.teacher}"])
     find_teacher(recipe)
-    split, _ = read_data(options.data, holdout=recipe.data.holdout, seed=recipe.seed)
+    split, validation = read_data(options.data, holdout=recipe.data.holdout, seed=recipe.seed)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    print(teach(recipe, split, options.out, epochs=options.epochs, device=options.device, rank=rank, world=world))
+    place = {"device": options.device, "rank": rank, "world": world}
+    print(teach(recipe, split, options.out, epochs=options.epochs, validation=validation, **place))
 
 
 def recipes(options: argparse.Namespace) -> None:

@@ -44,3 +44,11 @@ def judged_by_validation(part: str | None) -> list[str]:
         "warning: if these validation images chose the model in its training, their accuracy flatters it. Test images "
         "do not: take the test part of the data, or set one aside with `deit split` and train again"
     ]
+
+
+def chosen_by_validation(command: str) -> str:
+    """Says after a training that its accuracy flatters the model. `command` judges it by test images."""
+    return (
+        "warning: the validation images chose this model, so their accuracy flatters it. The test images do not: "
+        f"{command}"
+    )

@@ -196,12 +196,6 @@ def show(fitted: Fitted, console: Console) -> None:
             f"{_NAMES[one]} minus {_NAMES[other]}: {found.difference:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, "
             f"McNemar's exact test p = {found.p_value:.3g}",
         )
-    if fitted.split != "test":
-        _say(
-            console,
-            "The validation images chose these models, so new images will do somewhat worse; an honest number needs "
-            "test images that nothing has seen",
-        )
     _say(console, f"Recommended: {fitted.reason}.")
     _say(console, f"{fitted.model}")
 

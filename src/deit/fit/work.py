@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,15 @@ from deit.fit.plan import FILE, Plan, StepName, looked, make_plan
 from deit.predict.calibrate import calibrate_split
 from deit.recipe import Distilled, Recipe
 from deit.report import document
+from deit.report.live import LivePage
+from deit.report.markup import Section, table
 from deit.terminal import shown
 from deit.train.labels import teach
 from deit.train.loop import TooShort, train
 from deit.train.records import METRICS, MODEL, Record, span
 
 _STATE, RESULT, _LABELS = "state.json", "result.json", "labels"
+_STEPS = ("step", "state", "validation accuracy", "what it does")
 _TRIED = 16
 """Number of batches whose labels are timed before it is decided how many are stored."""
 
@@ -160,12 +164,14 @@ def carry_out(
         if step.name in state.seconds:
             continue
         _say(console, f"{step.name}: {step.why}")
+        work.begin(step.name)
         began, left = time.perf_counter(), _left(plan, state, out)
         earlier = work.take(step.name, plan.seconds(step.name, left))
         state.seconds[step.name] = earlier + time.perf_counter() - began
         state.write(out)
     if (out / _LABELS).exists():
         shutil.rmtree(out / _LABELS)  # they are large, and only the student needed them
+    work.begin("judge")
     return work.judge(test)
 
 
@@ -177,6 +183,28 @@ class _Work:
     device: str
     console: Console
     state: _State
+    now: StepName | None = None
+    """The step that is being taken."""
+
+    def __post_init__(self) -> None:
+        self.live = LivePage(self.out / document.FILE, self.progress, "fit")
+
+    def progress(self) -> Section:
+        """The steps, for the page: what is done, what is being done, what is to come."""
+        rows = []
+        for step in self.plan.steps:
+            seconds = self.state.seconds.get(step.name)
+            done = "now" if step.name == self.now else "to come" if seconds is None else f"done in {span(seconds)}"
+            score = self.state.scores.get(step.name)
+            rows.append((step.name, done, "" if score is None else f"{score:.3f}", step.why))
+        return Section("steps", "The steps of the fit", table("Steps", _STEPS, rows, hidden=True))
+
+    def begin(self, name: StepName) -> None:
+        """Shows on the page which step begins. A run shows it by itself."""
+        self.now = name
+        if self.plan.recipe(name) is None:
+            with suppress(Exception):  # the page is not worth the fit
+                self.live.write("No model trains in this step. The page shows the latest run.")
 
     def take(self, name: StepName, seconds: float) -> float:
         """Takes a step in about `seconds`. Returns the seconds that sessions before this one gave it."""
@@ -202,6 +230,7 @@ class _Work:
                 console=self.console,
                 resume=True,
                 minutes=minutes,
+                receivers=[self.live],
             )
         except TooShort as error:
             _say(self.console, f"{name}: left out, because {error}")
@@ -240,7 +269,8 @@ class _Work:
 
         def store(epochs: float) -> float:
             began = time.perf_counter()
-            teach(taught, split, folder, epochs=epochs, device=self.device, console=self.console)
+            given: dict[str, Any] = {"validation": self.splits[1], "device": self.device, "console": self.console}
+            teach(taught, split, folder, epochs=epochs, **given)
             return time.perf_counter() - began
 
         per_epoch = len(split) / recipe.data.batch
@@ -265,18 +295,22 @@ class _Work:
         with files.replacing_folder(model, check=lambda _: None) as temporary:
             for file in best.folder.iterdir():
                 shutil.copy2(file, temporary / file.name)
+        beware: list[str] = []
         try:
-            calibrate_split(model, self.splits[1], self.plan.data, **options)
+            beware = calibrate_split(model, self.splits[1], self.plan.data, **options).alarms()
         except ValueError as error:
             _say(self.console, f"the model is not calibrated: {error}")
         fitted = Fitted(
             model, best.name, reason, candidates, sum(self.state.seconds.values()), "val" if test is None else "test"
         )
-        page = document.of_evaluation(self.out / document.FILE, best.judged, device=self.device, first=section(fitted))
+        page = document.of_evaluation(
+            self.out / document.FILE, best.judged, device=self.device, first=[section(fitted)], beware=beware
+        )
         seconds = fitted.seconds + time.perf_counter() - began
         fitted = replace(fitted, seconds=seconds, report=page)
         files.write_json(self.out / RESULT, fitted.to_dict())
         show(fitted, self.console)
+        _say(self.console, *best.judged.alarms(), *beware)
         _say(self.console, f"{page}", f"{span(seconds)} in all")
         return fitted
 

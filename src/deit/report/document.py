@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -34,6 +35,8 @@ FILE = "report.html"
 _SHARE = 0.1
 """Largest number of images that are evaluated at the end of a training, for each view that the training showed. A view
 costs at least three times as much as an image, because of its backward pass, so this adds at most 4 % to the run."""
+_RELOAD = 30
+"""Seconds after which the page of an unfinished run loads itself again."""
 Figure = tuple[str, Image.Image]
 """A caption and a picture."""
 
@@ -45,7 +48,9 @@ def page(
     maps: Maps | None = None,
     figures: Sequence[Figure] = (),
     missing: str = "",
-    first: Section | None = None,
+    first: Sequence[Section] = (),
+    unfinished: bool = False,
+    beware: Sequence[str] = (),
 ) -> str:
     """Returns the report as HTML. It needs a record or an evaluation.
 
@@ -55,13 +60,16 @@ def page(
         maps: what `report_maps.explained` returned for that evaluation.
         figures: more pictures to show, each with its caption.
         missing: a sentence that says why there is no evaluation.
-        first: a section before all others.
+        first: sections before all others.
+        unfinished: whether the run still trains. The page then says so in its title, and loads itself again.
+        beware: more warnings.
     """
     assert record is not None or evaluation is not None
-    sections = [*([first] if first else []), *_sections(record, evaluation, maps, figures, missing)]
+    sections = [*first, *_sections(record, evaluation, maps, figures, missing, unfinished, beware)]
     shown = [section for section in sections if section.body]
     main, rest = _title(record, evaluation)
-    title = f"Report: {': '.join([shortened(main), *filter(None, [', '.join(map(shortened, rest))])])}"
+    names = [shortened(main), *filter(None, [", ".join(map(shortened, rest))])]
+    title = f"{'Unfinished run' if unfinished else 'Report'}: {': '.join(names)}"
     contents = element(
         "nav",
         element("ul", *(element("li", element("a", section.title, href=f"#{section.key}")) for section in shown)),
@@ -82,18 +90,24 @@ def page(
             ),
         ),
     )
-    return f"<!DOCTYPE html>\n{element('html', _head(title), body, lang='en')}\n"
+    return f"<!DOCTYPE html>\n{element('html', _head(title, unfinished), body, lang='en')}\n"
 
 
 def _sections(
-    record: Record | None, evaluation: Evaluation | None, maps: Maps | None, figures: Sequence[Figure], missing: str
+    record: Record | None,
+    evaluation: Evaluation | None,
+    maps: Maps | None,
+    figures: Sequence[Figure],
+    missing: str,
+    unfinished: bool,
+    beware: Sequence[str],
 ) -> Iterator[Section]:
     """The sections of a page, in order. Those without a body are not shown."""
-    yield report_run.alarms(record, evaluation)
+    yield report_run.alarms(record, evaluation, beware)
     if evaluation:
         yield report_evaluation.accuracy(evaluation.main.report)
     elif record:
-        yield report_run.unevaluated(record, missing)
+        yield report_run.unevaluated(record, missing, unfinished)
     if record:
         yield report_run.training(record)
     if evaluation:
@@ -111,7 +125,7 @@ def _sections(
     yield _repeat(record, evaluation)
 
 
-def _head(title: str) -> Html:
+def _head(title: str, unfinished: bool) -> Html:
     style = resources.files("deit.report").joinpath("report.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
@@ -119,6 +133,7 @@ def _head(title: str) -> Html:
         "head",
         element("meta", charset="utf-8"),
         element("meta", http_equiv="Content-Security-Policy", content=policy),
+        *([element("meta", http_equiv="refresh", content=_RELOAD)] if unfinished else []),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
         element("title", title),
@@ -134,10 +149,13 @@ def write(
     maps: Maps | None = None,
     figures: Sequence[Figure] = (),
     missing: str = "",
-    first: Section | None = None,
+    first: Sequence[Section] = (),
+    unfinished: bool = False,
+    beware: Sequence[str] = (),
 ) -> Path:
     """Writes the report as a whole or not at all. The arguments are those of `page`."""
-    files.write_text(Path(file), page(record, evaluation, maps=maps, figures=figures, missing=missing, first=first))
+    options: dict[str, Any] = {"first": first, "unfinished": unfinished, "beware": beware}
+    files.write_text(Path(file), page(record, evaluation, maps=maps, figures=figures, missing=missing, **options))
     return Path(file)
 
 
@@ -229,10 +247,15 @@ def _explained(evaluation: Evaluation | None, device: str) -> Maps | None:
 
 
 def of_evaluation(
-    file: str | Path, evaluation: Evaluation, *, device: str = "auto", first: Section | None = None
+    file: str | Path,
+    evaluation: Evaluation,
+    *,
+    device: str = "auto",
+    first: Sequence[Section] = (),
+    beware: Sequence[str] = (),
 ) -> Path:
-    """Writes the report of an evaluation. If the model belongs to a run, the run's record is part of it. `first` is as
-    for `page`."""
+    """Writes the report of an evaluation. If the model belongs to a run, the run's record is part of it. `first` and
+    `beware` are as for `page`."""
     record = None
     folder = Path(evaluation.main.model)
     if folder.is_dir() and folder.resolve().name == MODEL:
@@ -240,7 +263,7 @@ def of_evaluation(
             record = Record.read(folder.resolve().parent if folder.name != MODEL else folder.parent)
         except FileNotFoundError:
             record = None
-    return write(file, record, evaluation, maps=_explained(evaluation, device), first=first)
+    return write(file, record, evaluation, maps=_explained(evaluation, device), first=first, beware=beware)
 
 
 def _validation(record: Record) -> tuple[Split, str]:

@@ -85,8 +85,9 @@ def title(record: Record) -> tuple[str, Sequence[str]]:
     return folder, [plural(len(about.classes), "class", "classes")] if long else about.classes
 
 
-def alarms(record: Record | None, evaluation: Evaluation | None) -> Section:
-    """What to beware of: in the run, in the evaluation, and in the model's calibration. Empty if there is nothing."""
+def alarms(record: Record | None, evaluation: Evaluation | None, more: Sequence[str] = ()) -> Section:
+    """What to beware of: in the run, in the evaluation, in the model's calibration, and `more`. Empty if there is
+    nothing."""
     found: list[str] = evaluation.alarms(isolated) if evaluation else []
     best = record.best if record and record.labelled else None
     if record and record.about and best and is_number(best.get("val_accuracy")):
@@ -98,10 +99,11 @@ def alarms(record: Record | None, evaluation: Evaluation | None) -> Section:
         found.append(shortened(error))
     except OSError:  # the model's name is none that a folder can have
         pass
+    found += more
     return Section("alarms", "Beware", joined(sentence(f"{told[0].upper()}{told[1:]}.") for told in found))
 
 
-def unevaluated(record: Record, missing: str) -> Section:
+def unevaluated(record: Record, missing: str, unfinished: bool = False) -> Section:
     """The section about a model without an evaluation: what the metrics say about the model that was kept."""
     if not record.labelled:
         return Section(
@@ -133,6 +135,9 @@ def unevaluated(record: Record, missing: str) -> Section:
             parts.append(table("Accuracy of each head", ["head", "accuracy"], rows))
     else:
         parts.append(sentence("The run has no evaluation yet."))
+    if unfinished:
+        parts.append(sentence("Calibration, confusions, classes and single images follow when the run is finished."))
+        return Section("accuracy", "Accuracy", joined(parts))
     parts.append(
         element(
             "p",

@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -37,10 +36,13 @@ from deit import files, host
 from deit.config import DeiTConfig
 from deit.data.batches import Batch, Faults, TrainingBatches
 from deit.data.folders import Split, fingerprint
+from deit.evaluate.scores import Accuracy
 from deit.machine import resolve_device, resolve_precision
 from deit.recipe import Distilled, Recipe, difference
 from deit.terminal import shown
 from deit.train import guidance
+from deit.train.bar import Bar
+from deit.train.records import amount, is_part, span
 from deit.train.teacher import Teacher
 
 VERSION = 1
@@ -53,6 +55,10 @@ JPEG_VERSION = 1
 PART_BYTES = 16 * 2**20
 """Largest size of a part in bytes. A single step that is larger has a part of its own."""
 _FILE = re.compile(r"labels-(\d{5,})\.safetensors")
+_HEADER = 1024
+"""Bytes of a part that are planned for its description."""
+_STARTING, _SETTLED = 2, 6
+"""Number of first batches that start things, and the number after which it is said how long the others will take."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,7 @@ def teach(
     out: str | Path,
     *,
     epochs: float,
+    validation: Split | None = None,
     device: str = "auto",
     console: Console | None = None,
     rank: int = 0,
@@ -130,6 +137,8 @@ def teach(
     extend the cache.
 
     Args:
+        validation: validation images. The teacher is tried on up to 512 of them, and its accuracy is stored too, so
+            that a student can be compared with it.
         rank, world: number of this process and number of all. Each process writes every `world`-th part, independently
             of the others.
 
@@ -137,6 +146,7 @@ def teach(
         ValueError: the recipe has no teacher, `out` holds something else, or its answers come from other data, other
             views or another teacher.
         files.InUse: a process of the same rank is writing into `out`.
+        files.DiskFull: the disk has no room for the answers.
         data.BadImages: too many images can't be read.
     """
     out, place = Path(out), resolve_device(device)
@@ -169,11 +179,64 @@ def teach(
                     _say(console, str(error))
             files.sweep(out, _path(out, part).name)
             todo.append(part)
-        if todo and not rank:
-            for sentence in teacher.introduction(recipe, split, "training", place):
-                _say(console, sentence)
-        _write_parts(_Work(recipe, split, teacher, layout, place), out, todo, prints, console)
+        _foretell(out, layout, todo, split, console)
+        if not rank:
+            _introduce(teacher, recipe, split, validation, out, bool(todo), place, console)
+        if todo:
+            _write_parts(_Work(recipe, split, teacher, layout, place), out, todo, prints, console)
     return out
+
+
+def _foretell(out: Path, layout: _Layout, todo: list[int], split: Split, console: Console) -> None:
+    """Says how many answers are missing and how many bytes they take. Raises `DiskFull` if there is no room."""
+    missing = {*todo, *(part for part in range(layout.parts) if not _is_whole(out, layout, part))}
+    if not missing:
+        return
+    steps = sum(len(layout.steps_of(part)) for part in missing)
+    needed, free = sum(layout.size(len(layout.steps_of(part))) + _HEADER for part in missing), files.free_bytes(out)
+    files.refuse_full(out, f"the labels need {amount(needed)} there", needed, free)
+    views, images = steps * layout.batch, len(split)
+    left = "" if free is None else f" of the {amount(free)} that are free on the disk"
+    _say(
+        console,
+        f"{views:,} views to answer, {views / images:.4g} epochs of {images:,} images; the labels take "
+        f"{amount(needed)}{left}",
+    )
+
+
+def _introduce(
+    teacher: Teacher,
+    recipe: Recipe,
+    split: Split,
+    validation: Split | None,
+    out: Path,
+    works: bool,
+    place: torch.device,
+    console: Console,
+) -> None:
+    """Introduces the teacher, if it `works` or is not tried yet, and stores its accuracy on the validation images."""
+    description = _description(out)
+    known = None if validation is None else _judged(description, validation)
+    if known is not None:
+        if works:
+            _say(console, str(teacher))
+        return
+    if works or validation is not None:
+        tried = (split, "training") if validation is None else (validation, "validation")
+        for sentence in teacher.introduction(recipe, *tried, place):
+            _say(console, sentence)
+    if validation is not None and (judged := teacher.judged) is not None:
+        found = {"data": fingerprint(validation), "correct": judged.correct, "total": judged.total}
+        files.write_json(out / "cache.json", {**_description(out), "judged": found})
+
+
+def _judged(description: Mapping[str, Any], validation: Split) -> Accuracy | None:
+    """The teacher's accuracy on these validation images; None if it was not tried on them."""
+    found = description.get("judged")
+    if not isinstance(found, dict) or found.get("data") != fingerprint(validation):
+        return None
+    part: list[Any] = [found.get("correct"), found.get("total")]
+    return Accuracy(*part) if is_part(part) else None
 
 
 @dataclass(frozen=True)
@@ -201,18 +264,9 @@ def _write_parts(work: _Work, out: Path, todo: list[int], prints: Mapping[str, s
     batches = TrainingBatches(work.split, work.recipe, cycle=layout.steps, device=work.place)
     faults = Faults(len(work.split))
     total = layout.batch * sum(len(layout.steps_of(part)) for part in todo)
-    done, began = 0, time.perf_counter()
+    done, began, rate = 0, time.perf_counter(), 0.0
     kept: dict[str, Tensor] = {}  # of one part, on the device, so that it is fetched only once
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[rate]:.0f} images/s"),
-        console=console,
-        disable=not console.is_terminal,
-    ) as progress:
-        bar = progress.add_task(work.teacher.name, total=total, rate=0.0)
+    with Bar(console, work.teacher.name, total=total) as bar:
         for part, row, batch in _rows(batches, layout, todo):
             for file, reason in faults.add(batch.faults):
                 _say(console, f"{file} {reason}. Another image stands in for it")
@@ -224,16 +278,21 @@ def _write_parts(work: _Work, out: Path, todo: list[int], prints: Mapping[str, s
                         kept[name] = torch.zeros(rows, layout.batch, *value.shape[1:], dtype=kind, device=work.place)
                     kept[name][row, positions] = value.to(kept[name].dtype)
             done += layout.batch
-            rate = done / (time.perf_counter() - began)
-            progress.update(bar, completed=done, rate=rate)
+            started = _STARTING * layout.batch
+            if done == started:
+                began = time.perf_counter()
+            else:
+                rate = (done - started * (done > started)) / (time.perf_counter() - began)
+            left = (total - done) / rate if rate else None
+            bar.move(done, left)
+            bar.say([f"{rate:.0f} images/s"])
+            if done == _SETTLED * layout.batch and total > 2 * done and left is not None:
+                _say(console, f"{total - done:,} views to go: about {span(left)} at {rate:.0f} images/s")
             if row == rows - 1:
                 _write(out, layout, part, prints, kept)
-                if not console.is_terminal:
-                    _say(
-                        console,
-                        f"part {part + 1} of {layout.parts}: {rate:.0f} images/s, "
-                        f"{(total - done) / rate / 60:.0f} min left",
-                    )
+                if not bar.moves:
+                    told = "" if left is None else f", {span(left)} left"
+                    _say(console, f"part {part + 1} of {layout.parts}: {rate:.0f} images/s{told}")
 
 
 def _rows(batches: TrainingBatches, layout: _Layout, parts: list[int]) -> Iterator[tuple[int, int, Batch]]:
@@ -256,9 +315,11 @@ def _say(console: Console, sentence: str) -> None:
 class LabelCache:
     """The teacher's answers from a folder that `teach` wrote. They cover `steps` steps and then repeat."""
 
-    def __init__(self, folder: Path, layout: _Layout, prints: Mapping[str, str], teacher: str):
-        self.folder, self.layout, self.steps, self.prints = folder, layout, layout.steps, dict(prints)
-        self.teacher = teacher
+    def __init__(self, folder: Path, layout: _Layout, description: Mapping[str, Any]):
+        self.folder, self.layout, self.steps, self.description = folder, layout, layout.steps, description
+        self.prints, self.teacher = dict(description["fingerprints"]), str(description["teacher"])
+        self.judged: Accuracy | None = None
+        """The teacher's accuracy on the images that it was introduced with; None if it was not tried on them."""
         self.part, self.part_kept = -1, dict[str, np.ndarray]()
         self.verified: set[int] = set()
 
@@ -281,7 +342,17 @@ class LabelCache:
                 f"{folder} holds {whole} of {layout.parts} parts; run the same deit teach again, which makes the "
                 "missing ones"
             )
-        return cls(folder, layout, description["fingerprints"], str(description["teacher"]))
+        return cls(folder, layout, description)
+
+    def introduction(self, validation: Split) -> Iterator[str]:
+        """Where the labels come from, and what their teacher was worth on these validation images."""
+        told = f"the labels that {self.teacher} gave, from {self.folder}"
+        self.judged = _judged(self.description, validation)
+        if self.judged is None:
+            yield f"{told}; its accuracy on these validation images is not stored, and the same deit teach adds it"
+            return
+        value, interval = self.judged.cells()
+        yield f"{told}; it was right on {value:.3f} of {self.judged.total:,} validation images ({interval} at 95 %)"
 
     def kept(self, step: int, positions: Tensor) -> dict[str, Tensor]:
         """The result of `Teacher.kept` for `positions` (B,) of the global batch of step `step`, on the CPU.
@@ -418,6 +489,7 @@ def _claim(out: Path, recipe: Recipe, split: Split, layout: _Layout, prints: Map
         "views": views(recipe, split),
         "deit": host.VERSION,
     }
+    found: dict[str, Any] = {}
     if "cache.json" in names:
         found = _description(out)
         _compare(out, found, recipe, split, prints)
@@ -427,10 +499,12 @@ def _claim(out: Path, recipe: Recipe, split: Split, layout: _Layout, prints: Map
                 "many epochs, or choose another folder"
             )
         layout = replace(layout, steps_per_part=found["steps_per_part"])
-        description |= {"steps_per_part": layout.steps_per_part, "deit": found["deit"]}
+        kept: dict[str, Any] = {name: found[name] for name in ("deit", "judged") if name in found}
+        description |= {"steps_per_part": layout.steps_per_part, **kept}
     elif names:
         raise ValueError(f"{out} holds {min(names)} but no cache.json that describes it; choose an empty or new folder")
-    files.write_json(out / "cache.json", description)
+    if found != json.loads(json.dumps(description)):
+        files.write_json(out / "cache.json", description)
     return layout
 
 

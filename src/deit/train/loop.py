@@ -36,11 +36,11 @@ from deit.machine import (
     resolve_precision,
 )
 from deit.recipe import LinearProbe, MaskedImage, Recipe, steps
-from deit.train import compiling, objectives, runs, stepping
+from deit.train import compiling, forecast, objectives, runs, stepping
 from deit.train.build import find_sources
 from deit.train.progress import Reporter
 from deit.train.receivers import Receiver, named
-from deit.train.records import ABOUT, About
+from deit.train.records import ABOUT, About, span
 from deit.train.runs import State, Work
 from deit.train.stepping import Diverged
 
@@ -123,7 +123,7 @@ def train(
         try:
             if isinstance(recipe.objective, LinearProbe):
                 with signals.interrupting():
-                    return _probe(recipe, (train_split, val_split), Path(out), us, console, resume)
+                    return _probe(recipe, (train_split, val_split), Path(out), us, console, resume, receivers)
             return _train(recipe, (train_split, val_split), Path(out), us, signals, console, resume, end, receivers)
         except _Interrupted:
             if us.main:
@@ -154,11 +154,23 @@ def _train(
             files.write_json(out / "recipe.json", recipe.to_dict())
         work, state = runs.prepare(recipe, *splits, us, found)
         about: About | None = None
+        room = _room(work, out)
         if us.main:
             about = runs.write_about(us, work.precision, state.data, *splits, out, resumed=state.step > 0)
     with Reporter(
-        out, recipe, us, console, done=state.step, total=work.total, written=state.written, receivers=receivers
+        out,
+        recipe,
+        us,
+        console,
+        done=state.step,
+        total=work.total,
+        written=state.written,
+        receivers=receivers,
+        every=work.every,
+        until=end,
     ) as reporter:
+        for sentence in (*forecast.opening(work, state), str(room)):
+            reporter.say(sentence)
         for problem in found.problems if found else []:
             reporter.say(f"{problem}: resuming from an earlier one")
         if about and not state.step:
@@ -176,8 +188,29 @@ def _train(
     return Run(out / "model", state.best if state.best is not None else -math.inf, state.seconds)
 
 
+def _room(work: Work, out: Path) -> forecast.Room:
+    """What the run needs of its disk, as the main process sees it. Raises `DiskFull` in all processes if it is not
+    there."""
+    room = forecast.Room.of(work, out)
+    refused: str | None = None
+    if work.us.main:
+        try:
+            room.refuse_too_little(out)
+        except files.DiskFull as error:
+            refused = str(error)
+    if refused := work.us.gather(refused)[0]:
+        raise OSError(refused)
+    return room
+
+
 def _probe(
-    recipe: Recipe, splits: tuple[Split, Split], out: Path, us: Processes, console: Console | None, resume: bool
+    recipe: Recipe,
+    splits: tuple[Split, Split],
+    out: Path,
+    us: Processes,
+    console: Console | None,
+    resume: bool,
+    receivers: Sequence[Receiver],
 ) -> Run:
     """Fits a head on frozen features. A resumed run begins again, with the features that were kept."""
     from deit.train import probe
@@ -190,7 +223,7 @@ def _probe(
     files.write_json(out / "recipe.json", recipe.to_dict())
     precision = resolve_precision(recipe.compute.precision, us.device)
     about = runs.write_about(us, precision, fingerprint(splits[0]), *splits, out)
-    with Reporter(out, recipe, us, console, done=0, total=1, written=0) as reporter:
+    with Reporter(out, recipe, us, console, done=0, total=1, written=0, receivers=receivers) as reporter:
         model, numbers = probe.learn(recipe, splits, us, reporter)
         runs.save_classifier(model, recipe, out / "model")
         seconds = time.perf_counter() - began
@@ -274,6 +307,7 @@ class _Session:
             verdict = _judge(self.work, self.state, self.out, self.validation(), self.rows)
         except _Interrupted:  # saved here, where the model has its own weights again; a resumed run evaluates first
             self.stop()
+        self.reporter.judged(time.perf_counter() - began)
         self.row(verdict.numbers)
         self.judging = time.perf_counter() - began
 
@@ -442,7 +476,10 @@ def _plan(
         )
     if us.main:
         (console or Console(stderr=True)).print(
-            f"{min(total, work.total)} of the recipe's {work.total} steps fit into the time", highlight=False
+            f"a step takes about {per_step:.2g} s and an evaluation {judging:.2g} s, so {min(total, work.total)} of "
+            f"the recipe's {work.total} steps fit into {span(seconds)}",
+            highlight=False,
+            soft_wrap=True,
         )
     if total >= work.total:
         return recipe

@@ -197,12 +197,12 @@ class DistilledObjective(ClassificationObjective):
 
     @property
     def teacher(self) -> Accuracy | None:
-        return self.source.judged if isinstance(self.source, Teacher) else None
+        return self.source.judged
 
     def introduction(self, model: nn.Module, validation: Split, us: Processes) -> Iterable[str]:
         yield from super().introduction(model, validation, us)
         if isinstance(self.source, LabelCache):
-            yield f"the labels that {self.source.teacher} gave, from {self.source.folder}"
+            yield from self.source.introduction(validation)
             return
         alone = us.world == 1 or self.recipe.compute.parallel == "replicate"  # a share of a model can't answer
         learned = model if self.recipe.start and alone else None

@@ -128,6 +128,11 @@ class Optimizers:
         """
         return _gathered(self._state())
 
+    @property
+    def size(self) -> int:
+        """Number of bytes of `state`."""
+        return _bytes(self._state())
+
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restores `state`, bit for bit. With sharded parameters, all processes must call this.
 
@@ -422,6 +427,11 @@ class EMA:
         """The averages by parameter name, as whole tensors as in `Optimizers.state`, and the count of `updates`."""
         return _gathered(self._averages) | {"updates": torch.tensor(self.updates)}
 
+    @property
+    def size(self) -> int:
+        """Number of bytes of `state`."""
+        return _bytes(self._averages)
+
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restores `state`. Raises like `Optimizers.load_state`."""
         updates = torch.tensor(self.updates)
@@ -444,6 +454,11 @@ class EMA:
 def _gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors. Gathered ones go to main memory, so that a device holds only one of them at a time."""
     return {name: whole(tensor).cpu() if _is_sharded(tensor) else tensor.detach() for name, tensor in tensors.items()}
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Number of bytes of whole tensors, whether they are sharded or not."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 @torch.no_grad()

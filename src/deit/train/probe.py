@@ -31,11 +31,14 @@ from deit.train.build import build_model
 from deit.train.labels import VIEWS_VERSION
 from deit.train.objectives import ClassificationObjective
 from deit.train.progress import Reporter
+from deit.train.records import amount, span
 
 _COUNTED = 5000
 """Largest number of images that cross-validation uses, drawn at random. The choice is as sure with so many."""
 _ITERATIONS = 300
 """Largest number of iterations of a fit."""
+_SOON = 3.0
+"""Seconds after which it is said how long the images will take."""
 
 
 def learn(
@@ -228,7 +231,12 @@ def _computed(
     labels: list[np.ndarray] = []
     faults = Faults(len(split))
     hooks = [head.register_forward_pre_hook(_keeping(seen[number])) for number, head in enumerate(heads)]
-    began = time.perf_counter()
+    dimensions = sum(head.in_features for head in heads)
+    reporter.say(
+        f"{len(split):,} images go once through the frozen model; their features take "
+        f"{amount(4 * dimensions * len(split))} of memory, and as much in the cache"
+    )
+    began, done, told = time.perf_counter(), 0, False
     try:
         for batch in batches:
             for file, reason in faults.add(batch.faults):
@@ -236,6 +244,14 @@ def _computed(
             with torch.autocast(us.device.type, precision, enabled=precision != torch.float32):
                 model(batch.to(us.device).pixels)
             labels.append(batch.labels.numpy())
+            done, seconds = done + len(batch.labels), time.perf_counter() - began
+            reporter.looked(done, len(split), done / seconds)
+            if not told and seconds > _SOON and done < len(split):
+                told = True
+                reporter.say(
+                    f"{len(split) - done:,} images to go: about {span(seconds * (len(split) - done) / done)} at "
+                    f"{done / seconds:.0f} images/s, then seconds for the head; the evaluation is not counted"
+                )
     finally:
         for hook in hooks:
             hook.remove()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -13,12 +15,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deit import files
 from deit.machine import Processes, peak_memory
 from deit.recipe import Recipe
 from deit.terminal import shown
+from deit.train.bar import Bar
 from deit.train.receivers import Receiver, TensorBoard
 from deit.train.records import span
 
@@ -29,7 +31,7 @@ _RECENT = 50
 waits between them."""
 _STARTING = 2
 """Number of first steps that do not count for the rate after them, because they start things."""
-_MUCH = 1 / 3
+MUCH = 1 / 3
 """Share of the time spent on waiting for images that is worth a sentence."""
 
 
@@ -57,6 +59,8 @@ class Reporter:
         written: number of bytes of `metrics.jsonl` that belong to the run so far. Whatever a stopped run wrote after
             its last checkpoint is cut off and written again.
         receivers: what else receives the rows. TensorBoard does anyway, if it is installed.
+        every: number of steps between two evaluations.
+        until: the time of `time.perf_counter` at which the run ends at the latest.
     """
 
     def __init__(
@@ -70,6 +74,8 @@ class Reporter:
         total: int,
         written: int,
         receivers: Sequence[Receiver] = (),
+        every: float = math.inf,
+        until: float = math.inf,
     ):
         self.out, self.recipe, self.us, self.total = out, recipe, us, total
         self.console = (console or Console(stderr=True)) if us.main else Console(quiet=True)
@@ -78,16 +84,10 @@ class Reporter:
         self.durations: deque[float] = deque(maxlen=_RECENT)
         self.latest: dict[str, float] = {}
         self.receivers: list[Receiver] = []
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self.task = self.bar.add_task(recipe.name, total=total, completed=done, note="")
+        self.every, self.until = every, until
+        self.judging: float | None = None
+        """Seconds that the last evaluation took; None before the first one."""
+        self.bar = Bar(self.console, recipe.name, total=total, done=done)
         if us.main:
             self.metrics = open(out / "metrics.jsonl", "a+b")  # noqa: SIM115 (closed by __exit__)
             self.metrics.truncate(written)
@@ -96,11 +96,11 @@ class Reporter:
             self._tell(lambda receiver: receiver.begin(out, recipe, done))
 
     def __enter__(self) -> Self:
-        self.bar.start()
+        self.bar.__enter__()
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        self.bar.stop()
+        self.bar.__exit__()
         if self.us.main:
             with suppress(OSError) if error else nullcontext():  # a full disk, which is told already
                 self.metrics.close()
@@ -137,17 +137,36 @@ class Reporter:
         self.durations.append(seconds)
         self.rate = self.recipe.data.batch / statistics.fmean(self.durations)
         self.latest |= numbers
-        if since == _SETTLED and self.total > 2 * _SETTLED:
-            left = (self.total - step) * self.recipe.data.batch / self.rate
+        if since == _SETTLED and self.total - step > _SETTLED:
+            count, known = self._evaluations(step), self.judging is not None
+            evaluations = f"with {count} evaluation{'s' * (count != 1)}" if known else "evaluation not counted"
             self.say(
-                f"{self.total - step} steps of {self.recipe.data.batch} images to go: about {span(left)} at "
-                f"{self.rate:.0f} images/s, evaluation not counted"
+                f"{self.total - step} steps of {self.recipe.data.batch} images to go: about {span(self.left(step))} at "
+                f"{self.rate:.0f} images/s, {evaluations}; {self._memory()} of memory so far"
             )
-        self.bar.update(self.task, completed=step, note=self._note())
+        self.bar.move(step, self.left(step) if since > _STARTING and step < self.total else None)
+        self.bar.say(self._numbers())
+
+    def judged(self, seconds: float) -> None:
+        """Remembers how long an evaluation took."""
+        self.judging = seconds
+
+    def left(self, step: int) -> float:
+        """Seconds to go after a step: the steps at the recent rate, the evaluations as the last one."""
+        steps = (self.total - step) * self.recipe.data.batch / self.rate if self.rate else 0.0
+        left = steps + self._evaluations(step) * (self.judging or 0.0)
+        return max(0.0, min(left, self.until - time.perf_counter()))
+
+    def _evaluations(self, step: int) -> int:
+        """Number of evaluations after a step. The last one is after the last step."""
+        if step >= self.total:
+            return 0
+        regular = int((self.total - 1) / self.every) - int(step / self.every)
+        return regular + 1
 
     def first_epoch(self, advice: str) -> None:
         """Says it if the run waits for images much of the time, and what to do. To be called after the first epoch."""
-        if self.since_start.waiting > _MUCH and advice:
+        if self.since_start.waiting > MUCH and advice:
             self.say(f"{self.since_start.waiting:.0%} of the time went by waiting for images; {advice}")
 
     def row(self, row: dict[str, Any]) -> None:
@@ -166,15 +185,26 @@ class Reporter:
             self.metrics.flush()
         self.latest |= {name: value for name, value in row.items() if name.startswith("val_")}
         self._tell(lambda receiver: receiver.row(dict(row)))
-        if not self.console.is_terminal and any(name.startswith("val_") for name in row):
+        self.bar.say(self._numbers())
+        if not self.bar.moves and any(name.startswith("val_") for name in row):
+            left = [f"about {span(self.left(row['step']))} left"] if self.rate and row["step"] < self.total else []
             self.say(
-                f"{self.recipe.name}: epoch {row['epoch']:.4g}, step {row['step']} of {self.total}: {self._note()}"
+                f"{self.recipe.name}: epoch {row['epoch']:.4g}, step {row['step']} of {self.total}: "
+                f"{'  '.join([*self._numbers(), *left])}"
             )
 
-    def _note(self) -> str:
+    def looked(self, images: int, total: int, rate: float) -> None:
+        """Moves the line of a run that takes no steps, but looks once at each of its images."""
+        self.bar.move(images, (total - images) / rate, total=total)
+        self.bar.say([f"{rate:.0f} images/s", self._memory()])
+
+    def _numbers(self) -> list[str]:
         shown = [
             f"{name.replace('val_accuracy', 'val').replace('_', ' ')} {self.latest[name]:.3f}"
-            for name in ("loss", "accuracy", "agreement", "val_accuracy", "val_loss")
+            for name in ("loss", "accuracy", "val_accuracy", "agreement", "val_loss")
             if name in self.latest
         ]
-        return "  ".join([*shown, f"{self.rate:.0f} images/s", f"{peak_memory(self.us.device) / 2**30:.1f} GiB"])
+        return [*shown, *([f"{self.rate:.0f} images/s"] if self.rate else []), self._memory()]
+
+    def _memory(self) -> str:
+        return f"{peak_memory(self.us.device) / 2**30:.1f} GiB"

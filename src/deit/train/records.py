@@ -65,7 +65,7 @@ class About:
             elif each.name == "versions":
                 right = isinstance(value, dict)
             elif each.name == "teacher":  # runs of earlier versions don't say
-                right = value is None or _is_part(value)
+                right = value is None or is_part(value)
                 value = tuple(value) if right and value is not None else value
             else:
                 right = isinstance(value, int if each.name == "processes" else str)
@@ -134,7 +134,7 @@ class Record:
         return next((row[key] for row in reversed(self.rows) if is_number(row.get(key))), None)
 
 
-def _is_part(value: object) -> bool:
+def is_part(value: object) -> bool:
     """Whether a value is a list of two whole numbers: a part, and the whole that it belongs to."""
     whole = isinstance(value, list) and len(value) == 2 and all(type(one) is int for one in value)
     return whole and 0 <= value[0] <= value[1] and value[1] > 0  # type: ignore[index]
@@ -204,3 +204,10 @@ def span(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = seconds / 60
     return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def amount(count: int) -> str:
+    """A number of bytes for people: `45 KiB`, `12 MiB` or `1.5 GiB`."""
+    if count < 2**20:
+        return f"{count / 2**10:.0f} KiB"
+    return f"{count / 2**30:.2g} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -19,6 +19,7 @@ from deit.data.draws import Stream, draws
 from deit.machine import alone, available_memory, free_memory, out_of_memory, synchronised
 from deit.recipe import MICRO_BATCHES_REFUSED, Recipe
 from deit.train import memory, optim
+from deit.train.records import amount
 from deit.train.runs import State, Unread, Work
 from deit.train.tuning import normalises_batches
 
@@ -196,14 +197,14 @@ def _divide(work: Work, state: State, batch: Batch, say: Callable[[str], None]) 
     )
     chosen = max(plans, key=lambda each: (not each.fits, each.parts, each.need))
     if chosen.room is None:
-        say(f"a step needs about {_gib(chosen.need)} of memory")
+        say(f"a step needs about {amount(chosen.need)} of memory")
         return
-    found = f"about {_gib(chosen.whole)} of memory, and {_gib(chosen.room)} are free"
+    found = f"about {amount(chosen.whole)} of memory, and {amount(chosen.room)} are free"
     if not chosen.fits:
         if normalises_batches(work.model, work.tuned):
             raise RuntimeError(f"a step needs {found}; {_batch_norm_advice(work)}")
         raise RuntimeError(
-            f"a step needs {found}; in the smallest parts it needs {_gib(chosen.need)}. Set "
+            f"a step needs {found}; in the smallest parts it needs {amount(chosen.need)}. Set "
             "compute.checkpoint_blocks=True, take a smaller model, or free memory"
         )
     if chosen.parts == work.accumulate:
@@ -212,12 +213,8 @@ def _divide(work: Work, state: State, batch: Batch, say: Callable[[str], None]) 
     work.accumulate = chosen.parts
     say(
         f"a step would need {found}: the batch is now computed in {chosen.parts} parts, which need "
-        f"{_gib(chosen.need)}; the result is the same"
+        f"{amount(chosen.need)}; the result is the same"
     )
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2g} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def _batch_norm_advice(work: Work) -> str:
