@@ -299,6 +299,46 @@ def loader(place: Place) -> Iterator[Found]:
     yield {"deit train": "deit_tiny", "command_seconds": round(seconds, 1), "rows": rows(run)[-1]["seconds"]}
 
 
+@stage(60, alone=True)
+def changes(place: Place) -> Iterator[Found]:
+    """Views of `augment.on=device`: on the device, the levels that a CPU gives, without a wait, and how many a second."""
+    from deit import recipe as r
+    from deit.data.augment import drawn
+    from deit.data.draws import draws
+    from deit.data.on_device import Changes
+
+    side, count, some = place.size(224, 32), place.size(512, 16), place.size(64, 16)
+    coarse = torch.randint(0, 256, (count, 3, side // 8, side // 8), generator=torch.Generator().manual_seed(0))
+    levels = torch.nn.functional.interpolate(coarse.float(), (side, side), mode="bilinear").to(torch.uint8)
+    there = levels.to(place.device)
+    recipes = {
+        "RandAugment": r.Augment(flip=0.5, policy=r.RandAugment(std=0.5)),
+        "AutoAugment": r.Augment(flip=0.5, policy=r.AutoAugment()),
+        "ThreeAugment": r.Augment(flip=0.5, policy=r.ThreeAugment(), jitter=r.Jitter(brightness=0.3)),
+        "affine": r.Augment(affine=r.Affine(rotate=30)),
+    }
+    for name, settings in recipes.items():
+        views = [drawn(settings, (side, side), draws(0, 0, index)) for index in range(count)]
+        given = Changes.of(views, (side, side), (124, 116, 104), 3)
+        moved = given.changed(lambda tensor: tensor.to(place.device))
+        found = moved.applied(there)
+        expected = given.at([slice(0, some)]).applied(levels[:some])
+        yield check(f"{name}, levels unlike the CPU's", int((found[:some].cpu() != expected).sum()), 0)
+        if not place.toy:
+            torch.cuda.set_sync_debug_mode("error")
+        moved.applied(there)
+        if not place.toy:
+            torch.cuda.set_sync_debug_mode("default")
+        times = []
+        for _ in range(5):
+            place.wait()
+            began = time.perf_counter()
+            moved.applied(there)
+            place.wait()
+            times.append(time.perf_counter() - began)
+        yield {"views": name, "images_per_second": round(count / sorted(times)[2])}
+
+
 @stage(60, alone=True, needs=("timm",))
 def teacher(place: Place) -> Iterator[Found]:
     """A RegNetY-16GF that answers as a teacher does, in three layouts."""

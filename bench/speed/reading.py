@@ -10,8 +10,8 @@ which timm leaves to the GPU. `deit Pillow` decodes without the extra `fast`.
 In the cases with `packed`, `deit` reads what `deit pack --short-side 288` makes of the photos, `timm-packed` reads the
 same JPEG files, and the others read the photos as they were.
 
-In the cases `on the device`, nothing is compared with timm. `deit` makes whole views, `crops` is what loader processes do
-with `augment.on=device`, and `changes` is the rest, for a batch of crops on the CPU.
+In the cases `on the device`, nothing is compared with timm. `deit` makes whole views, `crops` is what loader processes
+do with `augment.on=device`, and `changes` is the rest, for a batch of crops on the CPU.
 
 The photos are ImageNet's if `shared/data/imagenet_sample.tar` is beside the repository, otherwise coarse random
 pictures of 500x375 pixels. Photos of 12 megapixels are made of them: enlarged, with noise like a sensor's.

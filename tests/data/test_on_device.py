@@ -113,25 +113,26 @@ def test_levels_are_those_of_pillow(name, size):
     assert torch.equal(changed(images, changes), by_pillow(images, changes))
 
 
+def one_of_three(kind):
+    """The operation of 3-Augment."""
+    views = (drawn(Augment(policy=ThreeAugment()), (9, 9), draws(0, 0, index)) for index in range(20))
+    return next(change.operation for view in views for change in view if change.operation.kind == kind)
+
+
 def test_flip_grey_and_blur_are_those_of_pillow():
-    drawn_ones = {change[0].operation.kind: change for index in range(20)
-                  if (change := drawn(Augment(policy=ThreeAugment()), (9, 9), draws(0, 0, index)))}  # fmt: skip
-    blur = drawn_ones[Kind.BLUR][0].operation
     radii = [0.1, 0.5, 1.0, 1.2247, 1.4142, 1.4143, 1.9, 2.0, *np.random.default_rng(0).uniform(0.1, 2.0, 40)]
-    given = [Change(MIRROR), *drawn_ones[Kind.GREY], *(Change(blur, radius) for radius in radii)]
+    blurs = [Change(one_of_three(Kind.BLUR), radius) for radius in radii]
     for size in ((40, 56), (1, 1), (2, 31), (31, 2)):
-        images, changes = all_with_all(pictures(*size), given)
+        images, changes = all_with_all(pictures(*size), [Change(MIRROR), Change(one_of_three(Kind.GREY)), *blurs])
         assert torch.equal(changed(images, changes), by_pillow(images, changes))
 
 
 def test_extreme_levels_survive_the_blur():
     """Black and white are the ends of the sums of 32 bits."""
-    blur = next(change for index in range(20) for change in drawn(Augment(policy=ThreeAugment()), (9, 9), draws(0, 0, index))
-                if change.operation.kind == Kind.BLUR).operation  # fmt: skip
     for level in (0, 1, 127, 128, 254, 255):
         image = Image.new("RGB", (6, 5), (level, level, 255 - level))
         for radius in np.linspace(0.1, 2.0, 97):
-            assert torch.equal(changed([image], [[Change(blur, radius)]]), batch_of([image]))
+            assert torch.equal(changed([image], [[Change(one_of_three(Kind.BLUR), radius)]]), batch_of([image]))
 
 
 @pytest.mark.parametrize("size", [(40, 56), (96, 96), (1, 1), (2, 31), (31, 2)])
@@ -307,9 +308,8 @@ def test_batches_are_those_of_the_loader(split, parts):
     for ours, theirs in zip(take(here, 12), take(there, 12), strict=True):
         assert torch.equal(ours.labels, theirs.labels)
         assert torch.equal(ours.positions, theirs.positions)
-        assert (ours.mask is None) == (theirs.mask is None) and (
-            ours.mask is None or torch.equal(ours.mask, theirs.mask)
-        )
+        assert (ours.mask is None) == (theirs.mask is None)
+        assert ours.mask is None or torch.equal(ours.mask, theirs.mask)
         assert torch.equal(ours.images.given, theirs.images.given)
         assert torch.equal(ours.images.places, theirs.images.places)
         assert ours.pixels.shape == theirs.pixels.shape

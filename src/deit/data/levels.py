@@ -26,7 +26,7 @@ class Levels:
     """A batch of images before normalisation. Some pixels are not computed but given, such as the noise of erasing."""
 
     values: Tensor
-    """(B, C, height, width) uint8; or (B, height, width, C), as the processor wants them. If there are changes, C is 3."""
+    """(B, C, height, width) uint8; or (B, height, width, C), as the processor wants them. Before changes, C is 3."""
     scale: Tensor
     """float32, of a shape that fits one image. A pixel is level * scale + shift."""
     shift: Tensor
@@ -74,7 +74,7 @@ class Levels:
         )
 
     def pixels(self) -> Tensor:
-        """The changed and normalised images with the given pixels, float32 in the layout of `values`, on their device."""
+        """The changed, normalised images with the given pixels, float32 in the layout of `values`, on their device."""
         values = self.values if self.changes is None else self.changes.applied(self.values)
         pixels = torch.empty(values.shape, dtype=torch.float32, device=values.device)
         size = max(1, _IN_CACHE // pixels[0].numel()) if pixels.device.type == "cpu" else len(pixels)

@@ -25,14 +25,14 @@ from torch import Tensor
 from deit.data.policies import Change, Fill, Kind
 
 _TOGETHER = {"cpu": 2**18, "cuda": 2**24}
-"""Number of levels that are changed at once: on a CPU, few enough to stay in its cache, and on a GPU, few enough for its
-memory (a gigabyte)."""
+"""Number of levels that are changed at once: on a CPU, few enough to stay in its cache, and on a GPU, few enough to
+take no more than a gigabyte."""
 _POINT = 36
 """Bits of a place after the point. 26 remain before it."""
 _PART = 24
 """Bits of a fraction that float32 holds."""
 _ONE_AXIS = len(Kind)
-"""A `MAP` that moves whole rows along themselves, by a distance for each row. `_ONE_AXIS + 1` is the same for columns."""
+"""A `MAP` that moves each row along itself, by a distance of its own. `_ONE_AXIS + 1` does the same to columns."""
 _LUMA = (19595, 38470, 7471)
 """Shares of red, green and blue in Pillow's grey, of 65,536."""
 
@@ -287,7 +287,7 @@ def _blurred(images: Tensor, given: _Given) -> Tensor:
 
 
 def _cubic(v1: Tensor, v2: Tensor, v3: Tensor, v4: Tensor, part: Tensor) -> Tensor:
-    """Keys' kernel with a = -1 at `part` of the way from `v2` to `v3`, in Horner's form, as Pillow has it. Where all four
+    """Keys' kernel with a = -1 at `part` of the way from `v2` to `v3`, in Horner's form, as Pillow has it. If all four
     are equal, so is the result."""
     slope = v1 - v2
     third = 2 * slope + v3 - v4

@@ -19,7 +19,7 @@ from deit.recipe import AutoAugment, Jitter, RandAugment, ThreeAugment
 
 Fill = tuple[int, ...]
 Matrix = tuple[float, ...]
-"""a, b, c, d, e, f: the pixel at (x, y) comes from (a x + b y + c, d x + e y + f), measured from the top left corner."""
+"""a, b, c, d, e, f: the pixel at (x, y) comes from (a x + b y + c, d x + e y + f), counted from the top left corner."""
 SubPolicy = tuple[tuple[str, float, float], ...]
 """Operations in order, each with its probability and its strength."""
 
