@@ -340,7 +340,7 @@ def _engine(device: Any) -> tuple[str, str]:
 
     name = auto_engine(device)
     if name == "openvino":
-        return name, f"the device is the CPU, and OpenVINO is installed; deit predict takes it from {MANY} images on"
+        return name, f"the device is the CPU, and OpenVINO is installed; deit predict tries it from {MANY} images on"
     return name, "a GPU computes" if device.type != "cpu" else str(host.missing("OpenVINO is missing", "openvino"))
 
 

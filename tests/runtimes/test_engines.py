@@ -27,6 +27,7 @@ from deit.export.cache import cached_engine
 from deit.export.engines import load_engine
 from deit.export.write import export
 from deit.model.load import load_classifier, load_model
+from deit.predict import fastest
 from deit.predict import predictor as predict
 from deit.predict.predictor import Predictor
 from deit.serve.app import create_app
@@ -178,6 +179,7 @@ def test_two_that_export_at_once_both_have_their_engine(distilled, cache, monkey
 
 def test_auto_is_openvino_where_it_is_to_be_had(distilled, photos, monkeypatch, cache):
     pytest.importorskip("openvino")
+    monkeypatch.setattr(fastest, "measured", lambda *_: {"torch": 1.0, "engine": 2.0})
     assert Predictor(distilled, engine="auto").engine.startswith("openvino")
     assert Predictor(distilled, device="meta", engine="auto").engine == "torch"
     with monkeypatch.context() as patch:
@@ -197,9 +199,58 @@ def test_auto_is_openvino_where_it_is_to_be_had(distilled, photos, monkeypatch, 
         Predictor(distilled, engine="tensorrt")
 
 
+def test_auto_is_what_was_measured_to_be_faster(distilled, monkeypatch, cache):
+    """Once for a model and a machine; again if the file is damaged, or another machine wrote it."""
+    pytest.importorskip("openvino")
+    calls = []
+
+    def rates(torch, engine):
+        def measured(backends, shape):
+            calls.append(shape)
+            assert {name: str(each).partition("-")[0] for name, each in backends.items()} == {
+                "torch": "torch",
+                "engine": "openvino",
+            }
+            return {"torch": torch, "engine": engine}
+
+        monkeypatch.setattr(fastest, "measured", measured)
+
+    def chosen():
+        return Predictor(distilled, engine="auto").engine.partition("-")[0]
+
+    rates(3.0, 2.0)
+    assert [chosen(), chosen()] == ["torch", "torch"]
+    assert calls == [(3, 16, 16)]
+    [place] = cache.glob("openvino-*/speed.json")
+    rates(2.0, 3.0)
+    for content in ("{", "[]", place.read_text().replace("core", "kernel")):
+        place.write_text(content)
+        assert [chosen(), chosen()] == ["openvino", "openvino"]
+    assert len(calls) == 4
+
+    def read_only(*_):
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fastest.files, "write_json", read_only)
+        place.unlink()
+        assert chosen() == "openvino"
+    assert not place.exists()
+
+
+def test_rates_are_those_of_the_back_ends(monkeypatch):
+    def backend(seconds):
+        return lambda pixels: time.sleep(seconds * len(pixels))
+
+    found = fastest.measured({"torch": backend(0.002), "engine": backend(0.004)}, (3, 4, 4))
+    assert 300 < found["torch"] < 501
+    assert 150 < found["engine"] < 251
+
+
 def test_the_command_prepares_an_engine_where_there_is_much_to_do(distilled, tmp_path, monkeypatch, capsys):
     pytest.importorskip("openvino")
     monkeypatch.setattr("deit.predict.bulk.MANY", 4)
+    monkeypatch.setattr(fastest, "measured", lambda *_: {"torch": 1.0, "engine": 2.0})
     for i in range(4):
         Image.new("RGB", (20, 20), (60 * i, 9, 9)).save(tmp_path / f"{i}.png")
     names = [str(tmp_path / f"{i}.png") for i in range(4)]

@@ -226,7 +226,13 @@ def make_plan(
             why="all models on the same images; the better one is calibrated, and a report is written",
         ),
     ]
-    return Plan(data=str(Path(data).absolute()), fingerprint=fingerprint(splits[0]), minutes=minutes, prefer=prefer, steps=tuple(steps))
+    return Plan(
+        data=str(Path(data).absolute()),
+        fingerprint=fingerprint(splits[0]),
+        minutes=minutes,
+        prefer=prefer,
+        steps=tuple(steps),
+    )
 
 
 def looked(data: str | Path, splits: tuple[Split, Split], test: Split | None, device: str) -> Iterator[str]:

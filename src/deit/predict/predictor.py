@@ -28,6 +28,7 @@ from deit.machine import resolve_device
 from deit.model.heads import head_scores
 from deit.model.load import Classifier, load_classifier, refuse_head, refuse_not_finite, refuse_other_scoring
 from deit.predict.backends import Backend, EngineBackend, TorchBackend
+from deit.predict.fastest import fastest
 
 Source = str | Path | bytes | Image.Image
 """A file's path or bytes, or a picture."""
@@ -62,7 +63,8 @@ class Predictor:
         device: `cpu`, `cuda`, …; `auto` is the GPU if there is one and PyTorch computes.
         engine: the software that computes. None is PyTorch, or for an exported model its own runtime. `openvino` and
             `onnx` compute on the CPU; the first use exports the model for them, which takes some seconds
-            (`cached_engine`). `auto` is OpenVINO if the device is the CPU and it is installed, otherwise PyTorch.
+            (`cached_engine`). `auto` is the faster one of OpenVINO and PyTorch if the device is the CPU and OpenVINO
+            is installed, otherwise PyTorch. It is measured once for a model and a machine.
 
     If the folder has a `calibration.json` (`deit calibrate`), its temperature is part of every probability.
 
@@ -218,7 +220,7 @@ def _exported(folder: Path, device: torch.device, engine: Runtime | None) -> Eng
 
 
 def auto_engine(device: torch.device) -> Literal["openvino", "torch"]:
-    """The engine that `auto` takes on a device."""
+    """The engine that `auto` tries on a device. On a CPU, PyTorch computes if it turns out to be faster."""
     return "openvino" if device.type == "cpu" and find_spec("openvino") is not None else "torch"
 
 
@@ -230,7 +232,8 @@ def _backend_for(classifier: Classifier, device: torch.device, engine: Runtime |
         return EngineBackend(cached_engine(classifier, engine), classifier.model.config.scoring)
     if auto_engine(device) == "openvino":
         try:
-            return EngineBackend(cached_engine(classifier, "openvino"), classifier.model.config.scoring)
+            engine = EngineBackend(cached_engine(classifier, "openvino"), classifier.model.config.scoring)
+            return fastest(TorchBackend(classifier, device), engine)
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             warnings.warn(f"using PyTorch because OpenVINO can't be used: {error}", stacklevel=3)
     return TorchBackend(classifier, device)
