@@ -142,10 +142,11 @@ def _described(change: Change, size: tuple[int, int], fill: Fill) -> _Descriptio
     if kind != Kind.MAP:
         return _Description(kind, factor=argument)
     a, b, c, d, e, f = operation.matrix(argument, size[1], size[0])
-    # Those of a coordinate are multiplied by 2 x + 1, because the middle of pixel x is at x + 1/2. Shifts are rounded
-    # down, so a place that is a little outside of the image stays outside.
+    # Those of a coordinate are multiplied by 2 x + 1, because the middle of pixel x is at x + 1/2. What is a
+    # little outside of the left or upper border stays outside, and what is a little inside of the others does not stay
+    # inside, because float64 is finer than the numbers here at 0 and coarser at the width.
     slopes = [round(float(each) * 2 ** (_POINT - 1)) for each in (a, b, d, e)]
-    shifts = [math.floor(float(each) * 2**_POINT) for each in (c, f)]
+    shifts = [(math.floor if each < 0 else round)(float(each) * 2**_POINT) for each in (c, f)]
     one = 2 ** (_POINT - 1)
     along_x = slopes[0] == one and slopes[2:] == [0, one] and shifts[1] == 0
     along_y = slopes[:2] == [one, 0] and slopes[3] == one and shifts[0] == 0
@@ -286,9 +287,10 @@ def _blurred(images: Tensor, given: _Given) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------- maps
 
 
-def _cubic(v1: Tensor, v2: Tensor, v3: Tensor, v4: Tensor, part: Tensor) -> Tensor:
-    """Keys' kernel with a = -1 at `part` of the way from `v2` to `v3`, in Horner's form, as Pillow has it. If all four
+def _cubic(values: Sequence[Tensor], part: Tensor) -> Tensor:
+    """Keys' kernel with a = -1 at `part` of the way from the second of four values to the third, in Horner's form, as Pillow has it. If all four
     are equal, so is the result."""
+    v1, v2, v3, v4 = values
     slope = v1 - v2
     third = 2 * slope + v3 - v4
     return v2 + part * (v3 - v1 + part * (third + part * (slope - third)))
@@ -314,7 +316,7 @@ def _slid(images: Tensor, slope: Tensor, shift: Tensor, colour: Tensor) -> Tenso
     reach = torch.arange(-1, columns + 2, device=images.device)
     at = (reach + (by >> _POINT)).clamp_(0, columns - 1)[:, None].expand(-1, 3, -1, -1)
     taps = images.gather(3, at).float()  # (G, 3, rows, columns + 3)
-    found = _cubic(*(taps[..., start : start + columns] for start in range(4)), _fraction(by)[:, None])
+    found = _cubic([taps[..., start : start + columns] for start in range(4)], _fraction(by)[:, None])
     place = reach[1:-2] + ((by + 2 ** (_POINT - 1)) >> _POINT)
     return _painted(found, (place >= 0) & (place < columns), colour)
 
@@ -345,8 +347,8 @@ def _mapped(images: Tensor, given: _Given) -> Tensor:
     for line in range(-1, 3):
         at = (top + line).clamp_(0, rows - 1).mul_(columns + 1).add_(left).add_(1).flatten(1)
         taps = fours.gather(2, at[:, None].expand(-1, 3, -1)).view(torch.uint8).view(*images.shape, 4)
-        lines.append(_cubic(*(each.float() for each in taps.unbind(-1)), part))
-    return _painted(_cubic(*lines, _fraction(y)[:, None]), inside, given.numbers[:, 6:])
+        lines.append(_cubic([each.float() for each in taps.unbind(-1)], part))
+    return _painted(_cubic(lines, _fraction(y)[:, None]), inside, given.numbers[:, 6:])
 
 
 _COMPUTED: dict[int, Callable[[Tensor, _Given], Tensor]] = {
