@@ -23,6 +23,7 @@ from torch.profiler import profile as profiled
 from bench.gpu.place import (
     Found,
     Place,
+    check,
     command,
     first_batch,
     prepared,
@@ -297,6 +298,40 @@ def loader(place: Place) -> Iterator[Found]:
     recipe = replace(recipe, compute=r.Compute(precision="auto"))
     _, seconds = command("train", *saved_recipe(place, recipe, "run"), "--data", data, "--device", place.device.type)
     yield {"deit train": "deit_tiny", "command_seconds": round(seconds, 1), "rows": rows(run)[-1]["seconds"]}
+
+
+@stage(60, alone=True)
+def changes(place: Place) -> Iterator[Found]:
+    """Views of `augment.on=device`: the same levels on the device as on the CPU, no waits, and views a second."""
+    from deit import recipe as r
+    from deit.data.augment import drawn
+    from deit.data.draws import draws
+    from deit.data.on_device import Changes
+
+    side, count, some = place.size(224, 32), place.size(512, 16), place.size(64, 16)
+    coarse = torch.randint(0, 256, (count, 3, side // 8, side // 8), generator=torch.Generator().manual_seed(0))
+    levels = torch.nn.functional.interpolate(coarse.float(), (side, side), mode="bilinear").to(torch.uint8)
+    there = levels.to(place.device)
+    recipes = {
+        "RandAugment": r.Augment(flip=0.5, policy=r.RandAugment(std=0.5)),
+        "AutoAugment": r.Augment(flip=0.5, policy=r.AutoAugment()),
+        "ThreeAugment": r.Augment(flip=0.5, policy=r.ThreeAugment(), jitter=r.Jitter(brightness=0.3)),
+        "affine": r.Augment(affine=r.Affine(rotate=30)),
+    }
+    for name, settings in recipes.items():
+        views = [drawn(settings, (side, side), draws(0, 0, index)) for index in range(count)]
+        given = Changes.of(views, (side, side), (124, 116, 104), 3)
+        moved = given.changed(lambda tensor: tensor.to(place.device))
+        found = moved.applied(there)
+        expected = given.at([slice(0, some)]).applied(levels[:some])
+        yield check(f"{name}, levels unlike the CPU's", int((found[:some].cpu() != expected).sum()), 0)
+        if not place.toy:
+            torch.cuda.set_sync_debug_mode("error")
+        moved.applied(there)
+        if not place.toy:
+            torch.cuda.set_sync_debug_mode("default")
+        seconds = [timed(place.device, lambda moved=moved: moved.applied(there)) for _ in range(ROUNDS)]  # type: ignore[misc]
+        yield {"views": name, "images_per_second": round(count / statistics.median(seconds))}
 
 
 @stage(60, alone=True, needs=("timm",))

@@ -10,6 +10,9 @@ which timm leaves to the GPU. `deit Pillow` decodes without the extra `fast`.
 In the cases with `packed`, `deit` reads what `deit pack --short-side 288` makes of the photos, `timm-packed` reads the
 same JPEG files, and the others read the photos as they were.
 
+In the cases `on the device`, nothing is compared with timm. `deit` makes whole views, `crops` is what loader processes
+do with `augment.on=device`, and `changes` is the rest, for a batch of crops on the CPU.
+
 The photos are ImageNet's if `shared/data/imagenet_sample.tar` is beside the repository, otherwise coarse random
 pictures of 500x375 pixels. Photos of 12 megapixels are made of them: enlarged, with noise like a sensor's.
 """
@@ -23,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,18 +35,25 @@ from PIL import Image
 from bench.harness import Comparison, answer
 from bench.speed import predict
 
-CASES = {
-    f"{name}{' one view' if repeats == 1 else ''}": {"large": large, "repeats": repeats, "views": views}
-    for name, large, views in (("photos", False, 360), ("12 megapixels", True, 24))
-    for repeats in (3, 1)
-} | {
-    f"packed {name}": {"large": large, "repeats": repeats, "views": views, "short_side": 288}
-    for name, large, repeats, views in (
-        ("photos", False, 3, 360),
-        ("photos one view", False, 1, 360),
-        ("12 megapixels", True, 3, 24),
-    )
-}
+CASES = (
+    {
+        f"{name}{' one view' if repeats == 1 else ''}": {"large": large, "repeats": repeats, "views": views}
+        for name, large, views in (("photos", False, 360), ("12 megapixels", True, 24))
+        for repeats in (3, 1)
+    }
+    | {
+        f"packed {name}": {"large": large, "repeats": repeats, "views": views, "short_side": 288}
+        for name, large, repeats, views in (
+            ("photos", False, 3, 360),
+            ("photos one view", False, 1, 360),
+            ("12 megapixels", True, 3, 24),
+        )
+    }
+    | {
+        f"photos{name} on the device": {"large": False, "repeats": repeats, "views": 360, "divided": True}
+        for name, repeats in (("", 3), (" one view", 1))
+    }
+)
 SIZE = 224
 
 
@@ -84,7 +94,7 @@ def unpacked(images: Sequence[Path], folder: Path) -> list[Path]:
     return [place[image] for image in images]
 
 
-def our_batches(images: Sequence[Path], repeats: int) -> Iterator[Any]:
+def our_batches(images: Sequence[Path], repeats: int, on: Literal["loader", "device"] = "loader") -> Iterator[Any]:
     from deit.data.batches import TrainingBatches
     from deit.data.folders import Split
     from deit.recipe import Compute
@@ -94,6 +104,7 @@ def our_batches(images: Sequence[Path], repeats: int) -> Iterator[Any]:
     recipe = replace(
         recipe,
         data=replace(recipe.data, batch=repeats * len(images), repeats=repeats),
+        augment=replace(recipe.augment, on=on),
         compute=Compute(workers=0),
     )
     batches = TrainingBatches(Split(tuple(images), (0,) * len(images), ("photo",)), recipe)
@@ -158,7 +169,7 @@ def without_simplejpeg() -> Iterator[None]:
         jpeg._fast = fast
 
 
-def work(contender: str, large: bool, repeats: int, views: int, short_side: int = 0) -> None:
+def work(contender: str, large: bool, repeats: int, views: int, short_side: int = 0, divided: bool = False) -> None:
     """Makes batches, as many as it is asked to."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -167,7 +178,14 @@ def work(contender: str, large: bool, repeats: int, views: int, short_side: int 
             images = packed(images, short_side, Path(folder))
         if contender == "timm-packed":
             images = unpacked(images, Path(folder))
-        if contender.startswith("timm"):
+        if divided and contender != "deit":
+            batches = our_batches(images, repeats, on="device")
+            if contender == "crops":
+                answer(batches.__next__)
+            else:
+                crops = next(batches).images
+                answer(lambda: crops.changes.applied(crops.values))
+        elif contender.startswith("timm"):
             answer(timm_batches(images, repeats).__next__)
         elif contender in ("deit", "deit originals"):
             answer(our_batches(images, repeats).__next__)
@@ -182,7 +200,11 @@ COMPARISON = Comparison(
     records=Path(__file__).with_suffix(".jsonl"),
     cases=CASES,
     contenders=lambda case: (
-        ("deit", "deit originals", "timm", "timm-packed") if "short_side" in case else ("deit", "deit Pillow", "timm")
+        ("deit", "deit originals", "timm", "timm-packed")
+        if "short_side" in case
+        else ("deit", "crops", "changes")
+        if "divided" in case
+        else ("deit", "deit Pillow", "timm")
     ),
     work=work,
     step="batch",

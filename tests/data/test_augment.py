@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
 from support.checks import raises_saying
-from support.pictures import erase
+from support.pictures import erase, photo
 from torchvision.transforms import RandomCrop, Resize
 from torchvision.transforms import functional as reference
 
@@ -109,17 +109,6 @@ def test_second_stream_has_its_own_numbers():
 
 
 # --------------------------------------------------------------------------------------------------------------- crops
-
-
-def photo(height, width, seed=0):
-    """As much detail at every scale, as in photographs: amplitudes fall with the frequency."""
-    rng = np.random.default_rng(seed)
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
-    frequency[0, 0] = np.inf
-    waves = [(rng.normal(size=frequency.shape) + 1j * rng.normal(size=frequency.shape)) / frequency for _ in range(3)]
-    grey, *colours = (np.fft.irfft2(wave, (height, width)) for wave in waves)
-    pixels = np.stack([grey, 0.8 * grey + 0.2 * colours[0], 0.8 * grey + 0.2 * colours[1]], axis=-1)
-    return Image.fromarray(np.clip(120 + 50 * pixels / grey.std(), 0, 255).astype(np.uint8))
 
 
 def jpeg(image, orientation=1):

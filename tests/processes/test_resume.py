@@ -63,6 +63,17 @@ def test_a_pack_goes_on_where_its_folder_was_killed(given, tmp_path):
     assert_same_end(tmp_path / "run", given[2])
 
 
+def test_augmentation_on_the_device_goes_on(given, tmp_path):
+    """With other loader processes than before."""
+    here, out = ("--set", "augment.on=device"), tmp_path / "run"
+    finish(start(*command(given, tmp_path / "whole", *here)))
+    process = start(*command(given, out, *here, "--set", "compute.workers=2"))
+    assert wait_for(out, 20, process)
+    kill(process, out)
+    finish(start(*command(given, out, *here, "--set", "compute.workers=1")))
+    assert_same_end(out, tmp_path / "whole")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_ends(given, tmp_path, number, code):
     """Between two checkpoints: what is saved is the moment of the signal."""

@@ -29,6 +29,17 @@ def smooth(height, width):
     return Image.fromarray(waves.astype(np.uint8))
 
 
+def photo(height, width, seed=0):
+    """As much detail at every scale, as in photographs: amplitudes fall with the frequency."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    frequency[0, 0] = np.inf
+    waves = [(rng.normal(size=frequency.shape) + 1j * rng.normal(size=frequency.shape)) / frequency for _ in range(3)]
+    grey, *colours = (np.fft.irfft2(wave, (height, width)) for wave in waves)
+    pixels = np.stack([grey, 0.8 * grey + 0.2 * colours[0], 0.8 * grey + 0.2 * colours[1]], axis=-1)
+    return Image.fromarray(np.clip(120 + 50 * pixels / grey.std(), 0, 255).astype(np.uint8))
+
+
 def encode(image, form="JPEG", **options):
     """The bytes of its file."""
     file = io.BytesIO()

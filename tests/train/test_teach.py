@@ -231,6 +231,7 @@ def test_more_epochs_extend_a_cache(tmp_path, split, teacher):
         ("model.image_size=12", "model.image_size is [8, 8] there and [12, 12] here"),
         ("objective.kind=soft", "objective.kind is 'hard' there and 'soft' here"),
         ("objective.resolution=student", "objective.resolution is 'teacher' there"),
+        ("augment.on=device", "augment.on is 'loader' there and 'device' here"),
     ],
 )
 def test_other_views_are_refused_by_name(tmp_path, split, teacher, setting, named):
@@ -242,6 +243,19 @@ def test_other_views_are_refused_by_name(tmp_path, split, teacher, setting, name
     ):
         with raises_saying(ValueError, tmp_path / "cache", f"was taught with other views: {named}", "set it back, or"):
             act()
+
+
+def test_views_of_the_device_have_labels_of_their_own(tmp_path, split, teacher):
+    """The views of the loader are described as by versions that knew no others."""
+    recipe = pupil(teacher, "augment.on=device")
+    run(recipe, split, tmp_path / "cache")
+    cache = LabelCache.open(tmp_path / "cache", split, recipe)
+    for step, positions, expected in on_the_way(recipe, split, cache.steps, 3):
+        assert torch.equal(labels(cache, step, positions), expected)
+    with raises_saying(ValueError, "other views: augment.on is 'device' there and 'loader' here"):
+        LabelCache.open(tmp_path / "cache", split, pupil(teacher))
+    assert teaching.views(recipe, split)["augment"]["on"] == "device"
+    assert "on" not in teaching.views(pupil(teacher), split)["augment"]
 
 
 def test_another_top_k_is_refused(tmp_path, split, teacher):

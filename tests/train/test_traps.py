@@ -161,7 +161,7 @@ def test_posterize_down_to_no_bits(bits, kept):
     """timm: `rand-m9-mstd0.5-inc1` asks for 0 bits where a strength reaches 10, which Pillow refuses."""
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     image = Image.fromarray(np.stack([levels, levels.T, 255 - levels], -1))
-    found = np.asarray(policies._posterize(image, bits, (0, 0, 0)))
+    found = np.asarray(policies.OPERATIONS["Posterize"].apply(image, bits, (0, 0, 0)))
     assert np.array_equal(found, np.asarray(image) & kept)
     strongest = policies.OPERATIONS["PosterizeIncreasing"]
     assert int(strongest.argument(10)) == 0

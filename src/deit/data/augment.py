@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from deit.data.policies import apply_policy, jitter
+from deit.data.policies import MIRROR, Change, Kind, Matrix, Operation, drawn_jitter, drawn_policy, moved
 from deit.image.decode import read, reading
 from deit.image.jpeg import Box, Jpeg, Pixels
 from deit.recipe import Affine, Augment, Erase, ResizedCrop, SimpleCrop
@@ -172,24 +172,40 @@ def augment(
     colour of the pixels that a policy's rotations and shifts uncover. Cropping comes before (`crop`), erasing after
     (`erased`), and mixing last (`deit.data.mixing`).
     """
-    if settings.flip > 0 and rng.random() < settings.flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if settings.affine is not None:
-        image = random_affine(image, settings.affine, rng)
-    if settings.policy is not None:
-        if len(fill) != len(image.getbands()):
-            raise ValueError(
-                f"fill needs one value for each channel of an image in mode {image.mode}, found {fill}; "
-                "give the mean colour, 0 to 255"
-            )
-        image = apply_policy(image, settings.policy, rng, fill)
-    if settings.jitter is not None:
-        image = jitter(image, settings.jitter, rng)
+    if settings.policy is not None and len(fill) != len(image.getbands()):
+        raise ValueError(
+            f"fill needs one value for each channel of an image in mode {image.mode}, found {fill}; "
+            "give the mean colour, 0 to 255"
+        )
+    for change in drawn(settings, (image.height, image.width), rng):
+        image = change.apply(image, fill)
     return image
 
 
+def drawn(settings: Augment, size: tuple[int, int], rng: np.random.Generator) -> list[Change]:
+    """What `augment` does to an image of `size` (height, width), in this order."""
+    changes = [Change(MIRROR)] if settings.flip > 0 and rng.random() < settings.flip else []
+    if settings.affine is not None:
+        changes.append(_by_matrix(_affine_matrix(size, settings.affine, rng)))
+    if settings.policy is not None:
+        changes += drawn_policy(settings.policy, rng)
+    if settings.jitter is not None:
+        changes += drawn_jitter(settings.jitter, rng)
+    return changes
+
+
 def random_affine(image: Image.Image, settings: Affine, rng: np.random.Generator) -> Image.Image:
-    width, height = image.size
+    return moved(image, _affine_matrix((image.height, image.width), settings, rng), None)
+
+
+def _by_matrix(matrix: Matrix) -> Change:
+    return Change(
+        Operation(lambda image, *_: moved(image, matrix, None), Kind.MAP, matrix=lambda *_: matrix, black=True)
+    )
+
+
+def _affine_matrix(size: tuple[int, int], settings: Affine, rng: np.random.Generator) -> Matrix:
+    height, width = size
     rotate, shear_x, shear_y = np.radians(rng.uniform(-1, 1, 3) * (settings.rotate, settings.shear, settings.shear))
     scale = rng.uniform(*settings.scale)
     shift = rng.uniform(-settings.shift, settings.shift, 2) * (width, height)
@@ -198,12 +214,7 @@ def random_affine(image: Image.Image, settings: Affine, rng: np.random.Generator
     back = np.linalg.inv(forward)  # Pillow asks, for each output pixel, where it comes from
     centre = np.array([width / 2, height / 2])
     offset = centre - back @ (centre + shift)
-    return image.transform(
-        image.size,
-        Image.Transform.AFFINE,
-        (*back[0], offset[0], *back[1], offset[1]),
-        resample=Image.Resampling.BICUBIC,
-    )
+    return *back[0], offset[0], *back[1], offset[1]
 
 
 def erased(shape: tuple[int, ...], settings: Erase, rng: np.random.Generator) -> tuple[int, int, np.ndarray] | None:

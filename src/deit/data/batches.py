@@ -23,12 +23,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from deit.config import DeiTConfig
-from deit.data.augment import WHOLE_PIXELS, augment, crops, erased, patch_mask
+from deit.data.augment import WHOLE_PIXELS, augment, crops, drawn, erased, patch_mask
 from deit.data.draws import Stream, draws
 from deit.data.folders import Split
 from deit.data.levels import Levels
 from deit.data.loading import loaded, loader_processes, share_of_cores
 from deit.data.mixing import mix, mixing
+from deit.data.on_device import Changes
+from deit.data.policies import Change
 from deit.image import jpeg
 from deit.image.decode import ImageError, name_of, read, reading, stored_size
 from deit.image.jpeg import Jpeg, Pixels
@@ -50,7 +52,8 @@ _COLOURS = 3
 @dataclass(frozen=True)
 class Batch:
     images: Tensor | Levels
-    """The pixels, or 8-bit levels that they have yet to be made of, as loader processes hand them over."""
+    """The pixels, or 8-bit levels that they have yet to be made of, as loader processes hand them over. With
+    `augment.on=device`, the levels are those of the crops."""
     labels: Tensor
     """(B,) int64 class indices; after mixing, (B, classes) float32 probabilities. In evaluation, -1 marks padding and
     images that can't be read."""
@@ -68,7 +71,7 @@ class Batch:
 
     @property
     def pixels(self) -> Tensor:
-        """(B, channels, height, width) float32, normalised and erased, on the device of the batch.
+        """(B, channels, height, width) float32, augmented, normalised and erased, on the device of the batch.
 
         They are computed each time, unless the batch is finished.
         """
@@ -231,7 +234,10 @@ class _Views(Dataset[Any]):
         traceback as the message."""
         step, positions, keys = wanted
         recipe = self.recipe
-        levels = np.empty((len(keys), recipe.model.num_channels, *recipe.model.image_hw), np.uint8)
+        size, channels = recipe.model.image_hw, recipe.model.num_channels
+        later = recipe.augment.on == "device"
+        levels = np.empty((len(keys), _COLOURS if later else channels, *size), np.uint8)
+        changes: list[list[Change]] = [[] for _ in keys]
         given: list[tuple[int, int, int, np.ndarray]] = []
         labels = np.empty(len(keys), np.int64)
         faults: list[tuple[str, str]] = []
@@ -239,11 +245,22 @@ class _Views(Dataset[Any]):
             if isinstance(found, BadImages):
                 return found
             for row, (image, rng) in enumerate(found, first):
-                box = self._draw(image, rng, levels[row])
+                if later:
+                    changes[row] = drawn(recipe.augment, size, rng)
+                else:
+                    image = augment(image, recipe.augment, rng, self.fill)
+                _write(image, levels[row])
+                erase = recipe.augment.erase
+                box = None if erase is None else erased((channels, *size), erase, rng)
                 given += [] if box is None else [(row, *box)]
                 labels[row] = self.files.labels[index]
         return Batch(
-            Levels.of(levels, self.normalisation, given),
+            Levels.of(
+                levels,
+                self.normalisation,
+                given,
+                changes=Changes.of(changes, size, self.fill, channels) if later else None,
+            ),
             torch.from_numpy(labels),
             step,
             torch.from_numpy(positions),
@@ -298,17 +315,6 @@ class _Views(Dataset[Any]):
             pictures = crops(self._source(index), self.recipe.model.image_hw, settings, rngs)
         return list(zip(pictures, rngs, strict=True))
 
-    def _draw(
-        self, image: Image.Image, rng: np.random.Generator, out: np.ndarray
-    ) -> tuple[int, int, np.ndarray] | None:
-        """Writes a view of an image into `out`, (channels, height, width) uint8, and returns what erases a part."""
-        settings = self.recipe.augment
-        image = augment(image, settings, rng, self.fill)
-        image = image if len(out) == 3 else image.convert("L")
-        for channel, band in zip(out, image.split(), strict=True):  # half as long as to transpose an array
-            channel[:] = np.frombuffer(band.tobytes(), np.uint8).reshape(channel.shape)
-        return None if settings.erase is None else erased(out.shape, settings.erase, rng)
-
     def _source(self, index: int) -> Jpeg | Pixels | Image.Image:
         """An image to crop. It is read only once if it is small and the budget allows it."""
         if index in self.kept:
@@ -354,6 +360,13 @@ class _Views(Dataset[Any]):
                 ]
             )
         )
+
+
+def _write(image: Image.Image, out: np.ndarray) -> None:
+    """Writes an image into `out`, (channels, height, width) uint8."""
+    image = image if len(out) == _COLOURS else image.convert("L")
+    for channel, band in zip(out, image.split(), strict=True):  # half as long as to transpose an array
+        channel[:] = np.frombuffer(band.tobytes(), np.uint8).reshape(channel.shape)
 
 
 def hidden_patches(recipe: Recipe, rng: np.random.Generator) -> np.ndarray:

@@ -2,11 +2,14 @@
 
 `OPERATIONS` says what each operation does, and the rest says what is drawn. Names, lists, strengths and the order of
 the draws are those of timm (`timm/data/auto_augment.py`), whose `rand-m9-mstd0.5-inc1` is the paper's RandAugment.
+Everything is drawn before anything is applied, so that `deit.data.on_device` can apply it to a whole batch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
@@ -15,10 +18,30 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from deit.recipe import AutoAugment, Jitter, RandAugment, ThreeAugment
 
 Fill = tuple[int, ...]
+Matrix = tuple[float, ...]
+"""a, b, c, d, e, f: the pixel at (x, y) comes from (a x + b y + c, d x + e y + f), counted from the top left corner."""
 SubPolicy = tuple[tuple[str, float, float], ...]
 """Operations in order, each with its probability and its strength."""
 
 HIGHEST = 10.0  # strength of an operation
+
+
+class Kind(IntEnum):
+    """What an operation needs to know of an image, which decides how a batch is computed."""
+
+    MIRROR = 0
+    TABLE = 1
+    """Each level has another one in its place, for all images the same."""
+    MAP = 2
+    """Each pixel comes from another place."""
+    AUTO_CONTRAST = 3
+    EQUALIZE = 4
+    BRIGHTNESS = 5
+    CONTRAST = 6
+    COLOR = 7
+    SHARPNESS = 8
+    GREY = 9
+    BLUR = 10
 
 
 class Operation(NamedTuple):
@@ -26,95 +49,122 @@ class Operation(NamedTuple):
     also takes strengths from -10 to 0."""
 
     apply: Callable[[Image.Image, float, Fill], Image.Image]
+    kind: Kind
     argument: Callable[[float], float] = lambda strength: strength
     signed: bool = False
+    table: Callable[[float], list[int]] = lambda _: []
+    """From the argument to the 256 levels of a `TABLE`."""
+    matrix: Callable[[float, int, int], Matrix] = lambda *_: ()
+    """From the argument and the image's width and height to the matrix of a `MAP`."""
+    black: bool = False
+    """Whether a `MAP` leaves uncovered pixels black."""
 
 
-def _moved(image: Image.Image, matrix: tuple[float, ...], fill: Fill) -> Image.Image:
+class Change(NamedTuple):
+    """An operation that was drawn for an image."""
+
+    operation: Operation
+    argument: float = 0.0
+
+    def apply(self, image: Image.Image, fill: Fill) -> Image.Image:
+        return self.operation.apply(image, self.argument, fill)
+
+
+def moved(image: Image.Image, matrix: Matrix, fill: Fill | None) -> Image.Image:
+    """The image with its pixels at other places. Uncovered pixels have the colour `fill`, or are black."""
     return image.transform(
         image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC, fillcolor=fill
     )
 
 
-def _mapped(image: Image.Image, table: list[int]) -> Image.Image:
-    """Replaces every value of every channel by its entry in `table`."""
-    return image.point(table * len(image.getbands()))
+def _map(matrix: Callable[[float, int, int], Matrix], argument: Callable[[float], float]) -> Operation:
+    def apply(image: Image.Image, by: float, fill: Fill) -> Image.Image:
+        return moved(image, matrix(by, *image.size), fill)
+
+    return Operation(apply, Kind.MAP, argument, signed=True, matrix=matrix)
 
 
-def _posterize(image: Image.Image, bits: float, _: Fill) -> Image.Image:
-    """Keeps the highest `bits` bits of each value. With 0 bits, the image is black. Pillow's own `posterize` refuses 0
-    bits, which stops timm's `inc1` whenever a strength reaches 10."""
-    dropped = (1 << (8 - int(bits))) - 1
-    return _mapped(image, [value & ~dropped for value in range(256)])
-
-
-def _solarize_add(image: Image.Image, amount: float, _: Fill) -> Image.Image:
-    return _mapped(image, [min(255, value + int(amount)) if value < 128 else value for value in range(256)])
-
-
-def _enhanced(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
-    """An enhancement by a factor of 0.1 to 1.9."""
-    return Operation(lambda image, factor, _: kind(image).enhance(factor), lambda s: s / HIGHEST * 1.8 + 0.1)
-
-
-def _increasingly(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
-    """An enhancement by a factor that moves away from 1 to either side, as far as 0.1 and 1.9."""
+def _table(table: Callable[[float], list[int]], argument: Callable[[float], float] = lambda s: s) -> Operation:
+    """Replaces every value of every channel by its entry in a table."""
     return Operation(
-        lambda image, factor, _: kind(image).enhance(factor), lambda s: max(0.1, 1.0 + s / HIGHEST * 0.9), signed=True
+        lambda image, by, _: image.point(table(by) * len(image.getbands())), Kind.TABLE, argument, table=table
     )
 
 
-def _solarized(image: Image.Image, threshold: float, _: Fill) -> Image.Image:
-    return ImageOps.solarize(image, int(threshold))
+def _turned(degrees: float, width: int, height: int) -> Matrix:
+    """A rotation about the centre, with the rounding of Pillow's `rotate`."""
+    angle = -math.radians(degrees % 360.0)
+    cosine, sine = round(math.cos(angle), 15), round(math.sin(angle), 15)
+    x, y = width / 2, height / 2
+    return cosine, sine, cosine * -x + sine * -y + x, -sine, cosine, -sine * -x + cosine * -y + y
+
+
+def _posterized_levels(bits: float) -> list[int]:
+    """Keeps the highest `bits` bits of each value. With 0 bits, the image is black. Pillow's own `posterize` refuses 0
+    bits, which stops timm's `inc1` whenever a strength reaches 10."""
+    dropped = (1 << (8 - int(bits))) - 1
+    return [value & ~dropped for value in range(256)]
+
+
+def _solarized_levels(threshold: float) -> list[int]:
+    return [value if value < int(threshold) else 255 - value for value in range(256)]
+
+
+def _solarize_add_levels(amount: float) -> list[int]:
+    return [min(255, value + int(amount)) if value < 128 else value for value in range(256)]
+
+
+def _enhancement(
+    name: Callable[[Image.Image], ImageEnhance._Enhance], kind: Kind, argument: Callable[[float], float], signed: bool
+) -> Operation:
+    return Operation(lambda image, factor, _: name(image).enhance(factor), kind, argument, signed)
+
+
+def _enhanced(name: Callable[[Image.Image], ImageEnhance._Enhance], kind: Kind) -> Operation:
+    """An enhancement by a factor of 0.1 to 1.9."""
+    return _enhancement(name, kind, lambda s: s / HIGHEST * 1.8 + 0.1, signed=False)
+
+
+def _increasingly(name: Callable[[Image.Image], ImageEnhance._Enhance], kind: Kind) -> Operation:
+    """An enhancement by a factor that moves away from 1 to either side, as far as 0.1 and 1.9."""
+    return _enhancement(name, kind, lambda s: max(0.1, 1.0 + s / HIGHEST * 0.9), signed=True)
 
 
 def _posterized(argument: Callable[[int], int]) -> Operation:
     """Posterisation. `argument` turns a strength that is scaled to 0 to 4 into the number of bits to keep."""
-    return Operation(_posterize, lambda s: argument(int(s / HIGHEST * 4)))
+    return _table(_posterized_levels, lambda s: argument(int(s / HIGHEST * 4)))
 
 
 OPERATIONS: dict[str, Operation] = {
-    "AutoContrast": Operation(lambda image, _, fill: ImageOps.autocontrast(image)),
-    "Equalize": Operation(lambda image, _, fill: ImageOps.equalize(image)),
-    "Invert": Operation(lambda image, _, fill: ImageOps.invert(image)),
-    "Rotate": Operation(
-        lambda image, degrees, fill: image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=fill),
-        lambda s: s / HIGHEST * 30,
-        signed=True,
-    ),
-    "ShearX": Operation(
-        lambda image, by, fill: _moved(image, (1, by, 0, 0, 1, 0), fill), lambda s: s / HIGHEST * 0.3, signed=True
-    ),
-    "ShearY": Operation(
-        lambda image, by, fill: _moved(image, (1, 0, 0, by, 1, 0), fill), lambda s: s / HIGHEST * 0.3, signed=True
-    ),
-    "TranslateXRel": Operation(
-        lambda image, by, fill: _moved(image, (1, 0, by * image.width, 0, 1, 0), fill),
-        lambda s: s / HIGHEST * 0.45,
-        signed=True,
-    ),
-    "TranslateYRel": Operation(
-        lambda image, by, fill: _moved(image, (1, 0, 0, 0, 1, by * image.height), fill),
-        lambda s: s / HIGHEST * 0.45,
-        signed=True,
-    ),
+    "AutoContrast": Operation(lambda image, *_: ImageOps.autocontrast(image), Kind.AUTO_CONTRAST),
+    "Equalize": Operation(lambda image, *_: ImageOps.equalize(image), Kind.EQUALIZE),
+    "Invert": _table(lambda _: list(range(255, -1, -1))),
+    "Rotate": _map(_turned, lambda s: s / HIGHEST * 30),
+    "ShearX": _map(lambda by, *_: (1, by, 0, 0, 1, 0), lambda s: s / HIGHEST * 0.3),
+    "ShearY": _map(lambda by, *_: (1, 0, 0, by, 1, 0), lambda s: s / HIGHEST * 0.3),
+    "TranslateXRel": _map(lambda by, width, _: (1, 0, by * width, 0, 1, 0), lambda s: s / HIGHEST * 0.45),
+    "TranslateYRel": _map(lambda by, _, height: (1, 0, 0, 0, 1, by * height), lambda s: s / HIGHEST * 0.45),
     "Posterize": _posterized(lambda bits: bits),
     "PosterizeIncreasing": _posterized(lambda bits: 4 - bits),
     "PosterizeOriginal": _posterized(lambda bits: 4 + bits),
-    "Solarize": Operation(_solarized, lambda s: int(s / HIGHEST * 256)),
-    "SolarizeIncreasing": Operation(_solarized, lambda s: 256 - int(s / HIGHEST * 256)),
-    "SolarizeAdd": Operation(_solarize_add, lambda s: int(s / HIGHEST * 110)),
-    "Color": _enhanced(ImageEnhance.Color),
-    "Contrast": _enhanced(ImageEnhance.Contrast),
-    "Brightness": _enhanced(ImageEnhance.Brightness),
-    "Sharpness": _enhanced(ImageEnhance.Sharpness),
-    "ColorIncreasing": _increasingly(ImageEnhance.Color),
-    "ContrastIncreasing": _increasingly(ImageEnhance.Contrast),
-    "BrightnessIncreasing": _increasingly(ImageEnhance.Brightness),
-    "SharpnessIncreasing": _increasingly(ImageEnhance.Sharpness),
+    "Solarize": _table(_solarized_levels, lambda s: int(s / HIGHEST * 256)),
+    "SolarizeIncreasing": _table(_solarized_levels, lambda s: 256 - int(s / HIGHEST * 256)),
+    "SolarizeAdd": _table(_solarize_add_levels, lambda s: int(s / HIGHEST * 110)),
+    "Color": _enhanced(ImageEnhance.Color, Kind.COLOR),
+    "Contrast": _enhanced(ImageEnhance.Contrast, Kind.CONTRAST),
+    "Brightness": _enhanced(ImageEnhance.Brightness, Kind.BRIGHTNESS),
+    "Sharpness": _enhanced(ImageEnhance.Sharpness, Kind.SHARPNESS),
+    "ColorIncreasing": _increasingly(ImageEnhance.Color, Kind.COLOR),
+    "ContrastIncreasing": _increasingly(ImageEnhance.Contrast, Kind.CONTRAST),
+    "BrightnessIncreasing": _increasingly(ImageEnhance.Brightness, Kind.BRIGHTNESS),
+    "SharpnessIncreasing": _increasingly(ImageEnhance.Sharpness, Kind.SHARPNESS),
 }
 """All operations that RandAugment and AutoAugment choose from. Translations are a share of the image's side. Geometric
 operations resample with a bicubic kernel and paint uncovered pixels in the colour `fill`."""
+
+MIRROR = Operation(lambda image, *_: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), Kind.MIRROR)
+_GREY = Operation(lambda image, *_: image.convert("L").convert(image.mode), Kind.GREY)
+_BLUR = Operation(lambda image, radius, _: image.filter(ImageFilter.GaussianBlur(radius)), Kind.BLUR)
 
 RAND_AUGMENT = (
     "AutoContrast",
@@ -197,57 +247,50 @@ AUTO_AUGMENT: dict[str, tuple[SubPolicy, ...]] = {
 }
 
 
-def apply_policy(
-    image: Image.Image, settings: RandAugment | AutoAugment | ThreeAugment, rng: np.random.Generator, fill: Fill
-) -> Image.Image:
-    """Applies the operations that `rng` draws to `image`, RGB or grey. `fill` has one entry for each channel."""
+def drawn_policy(settings: RandAugment | AutoAugment | ThreeAugment, rng: np.random.Generator) -> list[Change]:
+    """The operations that `rng` draws for an image, RGB or grey."""
     if isinstance(settings, ThreeAugment):
-        return _three_augment(image, rng)
+        return [_one_of_three(rng)]
     if isinstance(settings, RandAugment):
         names = RAND_AUGMENT_INCREASING if settings.increasing else RAND_AUGMENT
-        drawn: SubPolicy = tuple(
+        chosen: SubPolicy = tuple(
             (names[at], settings.probability, settings.magnitude)
             for at in rng.integers(len(names), size=settings.layers)
         )
     else:
         policy = AUTO_AUGMENT[settings.policy]
-        drawn = policy[rng.integers(len(policy))]
-    for name, probability, strength in drawn:
-        if probability >= 1 or rng.random() < probability:
-            image = _operate(image, OPERATIONS[name], strength, settings.std, rng, fill)
-    return image
+        chosen = policy[rng.integers(len(policy))]
+    return [
+        _with_argument(OPERATIONS[name], strength, settings.std, rng)
+        for name, probability, strength in chosen
+        if probability >= 1 or rng.random() < probability
+    ]
 
 
-def _operate(
-    image: Image.Image, operation: Operation, strength: float, std: float, rng: np.random.Generator, fill: Fill
-) -> Image.Image:
+def _with_argument(operation: Operation, strength: float, std: float, rng: np.random.Generator) -> Change:
     if std > 0:
         strength = min(max(rng.normal(strength, std), 0.0), HIGHEST)
     if operation.signed and rng.random() > 0.5:
         strength = -strength
-    return operation.apply(image, operation.argument(strength), fill)
+    return Change(operation, operation.argument(strength))
 
 
-def _three_augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Always applies exactly one of three changes (Touvron et al. 2022, DeiT III, section 3)."""
+def _one_of_three(rng: np.random.Generator) -> Change:
+    """Always exactly one of three changes (Touvron et al. 2022, DeiT III, section 3)."""
     which = rng.integers(3)
     if which == 0:
-        return image.convert("L").convert(image.mode)
+        return Change(_GREY)
     if which == 1:
-        return ImageOps.solarize(image, 128)
-    return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
+        return Change(OPERATIONS["Solarize"], 128)
+    return Change(_BLUR, rng.uniform(0.1, 2.0))
 
 
-def jitter(image: Image.Image, settings: Jitter, rng: np.random.Generator) -> Image.Image:
+def drawn_jitter(settings: Jitter, rng: np.random.Generator) -> list[Change]:
     """Multiplies brightness, contrast and saturation by a random factor each, in random order."""
     parts = (
-        (ImageEnhance.Brightness, settings.brightness),
-        (ImageEnhance.Contrast, settings.contrast),
-        (ImageEnhance.Color, settings.saturation),
+        (OPERATIONS["Brightness"], settings.brightness),
+        (OPERATIONS["Contrast"], settings.contrast),
+        (OPERATIONS["Color"], settings.saturation),
     )
     order, factors = rng.permutation(3), rng.uniform(-1, 1, 3)
-    for at in order:
-        kind, strength = parts[at]
-        if strength > 0:
-            image = kind(image).enhance(1 + strength * factors[at])
-    return image
+    return [Change(parts[at][0], 1 + parts[at][1] * factors[at]) for at in order if parts[at][1] > 0]

@@ -204,6 +204,11 @@ class Augment:
     jitter: Jitter | None = None
     erase: Erase | None = None
     mix: Mix | None = None
+    on: Literal["loader", "device"] = "loader"
+    """Where the flip and what follows is computed: by the loader processes, image by image, or on the device that
+    trains, for all images of a batch together, which suits a GPU that waits for its loaders. What is drawn is the same,
+    and hardly a pixel differs. Erasing and mixing are always done on the device."""
 
     def __post_init__(self) -> None:
         within(self, 0.0, 1.0, "flip")
+        check(self.on in ("loader", "device"), f"on must be loader or device, found {self.on!r}")

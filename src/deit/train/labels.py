@@ -382,11 +382,15 @@ def views(recipe: Recipe, split: Split) -> dict[str, Any]:
         "version": VIEWS_VERSION,
         **({"jpeg_version": JPEG_VERSION} if _crops_jpeg(recipe, split) else {}),
         "seed": recipe.seed,
-        "augment": description["augment"],
+        "augment": {name: value for name, value in description["augment"].items() if (name, value) != _USUAL},
         "model": {"image_size": list(recipe.model.image_hw), "num_channels": recipe.model.num_channels},
         **{part: {name: description[part][name] for name in names} for part, names in chosen.items()},
         **_guided(recipe),
     }
+
+
+_USUAL = ("on", "loader")
+"""A setting that descriptions leave out, because the caches of earlier versions don't have it."""
 
 
 def _guided(recipe: Recipe) -> dict[str, Any]:
@@ -451,7 +455,11 @@ def _compare(
     elif name == "views":
         then, now = description["views"], views(recipe, split)
         versions = ("version", "jpeg_version")
-        theirs, ours = ({name: value for name, value in each.items() if name not in versions} for each in (then, now))
+        theirs, ours = (
+            {name: value for name, value in each.items() if name not in versions}
+            | {"augment": dict([_USUAL]) | each["augment"]}
+            for each in (then, now)
+        )
         reason = (
             difference(theirs, ours)
             or f"the code of augmentation has changed since (version {_version(then)} there, {_version(now)} here)"
