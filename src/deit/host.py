@@ -12,8 +12,8 @@ VERSION = "0.1.0"
 def cores(root: str = "/") -> int:
     """Number of CPU cores that this process may use.
 
-    They are those that the system lets it run on, or fewer if a control group allows less time, as in a container with a
-    limit. A part of a core counts as one. `root` is the folder where `proc` and `sys` are.
+    They are those that the system lets it run on, or fewer if a control group allows less time, as in a container with
+    a limit. A part of a core counts as one. `root` is the folder where `proc` and `sys` are.
     """
     known = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shares = (_share_of_time(*place) for place in _groups(root, "cpu", ("cpu.max",), _CPU_OF_V1))
