@@ -24,7 +24,10 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("torchvision")
 
-pytestmark = pytest.mark.usefixtures("quiet_transformers")
+pytestmark = [
+    pytest.mark.usefixtures("quiet_transformers"),
+    pytest.mark.filterwarnings("ignore:.* initialised anew, train before use:UserWarning"),  # new classes
+]
 
 PAGE = (Path(__file__).parents[2] / "docs" / "migrating.md").read_text()
 QUIET = (
@@ -212,4 +215,4 @@ def test_the_commands_of_the_tables_parse():
     assert len(said) >= 6
     for command in said:
         if " --" in command:
-            assert callable(parser().parse_args(shlex.split(command)).run)
+            parser().parse_args(shlex.split(command))  # or it ends with a message

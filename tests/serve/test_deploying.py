@@ -205,7 +205,7 @@ def test_a_proxy_keeps_within_the_servers_limits(name):
     found = of_unit()
     assert re.findall(r"\b127\.0\.0\.1:\d+", text) == [f"{found.host}:{found.port}"]
     assert set(re.findall(r"\bmodels[\w.]*\.org\b", text)) == set(found.allowed_host)
-    values = dict(re.findall(r"\b(\w+)[ =]\"?(\w+)\"?", text))
+    values = dict(re.findall(r"\b([a-z_]+)[ =](\w+)", text))
     if name == "nginx.conf":
         assert re.search(r"location = /metrics \{\s*deny all;", text)
         assert "proxy_set_header Host $host;" in text
