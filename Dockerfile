@@ -1,6 +1,6 @@
 # Serves the model that is mounted at /model (docs/deploying.md). For NVIDIA GPUs, build with `--build-arg TORCH_INDEX=`.
 # pip then uses its own index, where torch comes with CUDA.
-FROM python:3.12-slim
+FROM python:3.11-slim
 
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -50,19 +49,25 @@ def clean(built, tmp_path_factory):
     programs = place / ("Scripts" if os.name == "nt" else "bin")
     run(sys.executable, "-m", "pip", "--python", programs / "python", "install", "--no-deps", "--no-index", built[0])
     own = run(programs / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
-    paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    (Path(own) / "others.pth").write_text("\n".join(sorted(paths)))
+    (Path(own) / "others.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
     return programs
 
 
 def test_the_kinds_of_files_that_are_no_code():
     """If this fails, look whether `test_nothing_is_left_out` still sees every kind."""
     kinds = {path.suffix or path.name for path in FILES.values()} - {".py"}
-    assert kinds == {".css", ".html", ".js", ".mjs", "py.typed", "onnxruntime-LICENSE"}
+    assert kinds == {".css", ".html", ".js", ".mjs", ".typed", "onnxruntime-LICENSE"}
 
 
 def test_the_version_has_one_value():
     assert re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE) == [host.VERSION]
+
+
+def test_the_image_has_a_version_of_python_that_is_tested():
+    [image] = re.findall(r"^FROM python:([\d.]+)-", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    named = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
+    assert image in named
+    assert re.search(rf"tests run on Python {'and '.join(named)}", (ROOT / "README.md").read_text())
 
 
 @pytest.mark.slow
@@ -104,7 +109,7 @@ def test_what_the_index_shows(built):
     assert (about["Name"], about["Version"]) == ("deit", host.VERSION)
     assert (about["License-Expression"], about["Requires-Python"]) == ("Apache-2.0", ">=3.11")
     assert about["Description-Content-Type"] == "text/markdown"
-    assert about.get_payload() == (ROOT / "README.md").read_text()
+    assert about.get_payload(decode=True).decode() == (ROOT / "README.md").read_text()
     assert "Typing :: Typed" in about.get_all("Classifier")
     assert about.get_all("Project-URL")
 

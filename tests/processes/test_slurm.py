@@ -68,6 +68,7 @@ def slurm(tmp_path):
     return begin
 
 
+@pytest.mark.slow
 def test_a_job_saves_before_its_time_is_up_and_continues_when_it_is_queued_again(slurm, tmp_path):
     data, recipes = data_and_recipes(tmp_path)
     out, options = tmp_path / "runs/base", "--device cpu --set compute.save_minutes=0"
@@ -114,7 +115,7 @@ def test_an_array_labels_every_image_once(slurm, tmp_path, monkeypatch, capsys):
     assert "--array=1-16 " in script
     for number in range(1, 4):
         finish(slurm(script, SLURM_ARRAY_TASK_ID=str(number), SLURM_ARRAY_TASK_COUNT="3"))
-    rows = [json.loads(line) for file in sorted(tmp_path.glob("labels/*.jsonl")) for line in file.open()]
+    rows = [json.loads(line) for file in tmp_path.glob("labels/*.jsonl") for line in file.read_text().splitlines()]
     monkeypatch.chdir(tmp_path)
     assert main(["predict", "runs/taught/model", "archive", "--json", "--engine", "torch"]) == 0
     expected = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -233,8 +233,7 @@ class Report:
 
     @property
     def calibration_error(self) -> float:
-        """Expected calibration error: the mean over images of `|accuracy - confidence|` of their bin (Guo et al. 2017).
-        """
+        """Expected calibration error: mean over images of `|accuracy - confidence|` of their bin (Guo et al. 2017)."""
         return (
             sum(
                 each.count * abs(each.accuracy - each.confidence)
