@@ -795,6 +795,7 @@ def test_progress_and_estimate(splits, tmp_path):
     train(recipe, *splits, tmp_path / "run", device="cpu", console=shown)
     shown.file.close()
     lines = (tmp_path / "shown.txt").read_text().splitlines()
+    lines = [line for line in lines if "waiting for images" not in line]  # depends on the machine
     assert lines[0].startswith("convnet: 30 steps of 8 images, ")
     assert lines[1].startswith("a checkpoint takes ")
     assert lines[2].startswith("20 steps of 8 images to go: about ")

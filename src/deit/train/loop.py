@@ -210,7 +210,7 @@ def _probe(
     us: Processes,
     console: Console | None,
     resume: bool,
-    receivers: Sequence[Receiver],
+    receivers: Sequence[Receiver] = (),
 ) -> Run:
     """Fits a head on frozen features. A resumed run begins again, with the features that were kept."""
     from deit.train import probe
