@@ -24,12 +24,15 @@ lint: .venv/installed-test        ## check style, types, spelling and the order 
 	$(BIN)/codespell
 
 test: lint                        ## run make lint, then the test suite
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) suite apart
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) trainings others apart
 
-# Both run side by side with one thread each, because more threads would mostly wait for each other.
-.PHONY: suite apart
-suite:
-	$(BIN)/python -m pytest -m "not slow" --durations=20
+# Two of them run side by side with one thread each, because more threads would mostly wait for each other.
+.PHONY: trainings others apart
+TRAININGS := tests/fit tests/processes tests/serve tests/train
+trainings:
+	$(BIN)/python -m pytest -m "not slow" --durations=20 $(TRAININGS)
+others:
+	$(BIN)/python -m pytest -m "not slow" --durations=20 $(TRAININGS:%=--ignore=%)
 # These run in processes of their own. Each Keras back end needs one, and TensorFlow and OpenVINO must stay out of the
 # rest of the suite: OpenVINO leaves a signal stack behind that is too small for Python's signal handlers.
 apart:

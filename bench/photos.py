@@ -80,7 +80,7 @@ def one(photos: Path, work: Path, count: int, seed: int, minutes: float) -> dict
     spent = seconds["labels"] + seconds["student"]
     deit(work, "train", work / "alone.json", "--data", data, "--out", alone, "--time", f"{spent:.0f}s", "--resume")
     judged = json.loads(deit(work, "eval", alone / "model", "--data", data, "--split", "test", "--json"))
-    parts = {
+    parts: dict[str, dict[str, Any]] = {
         name: {"accuracy": {head: each["value"] for head, each in found["heads"].items()}, "seconds": seconds[name]}
         for name, found in fitted["models"].items()
     }
@@ -88,7 +88,9 @@ def one(photos: Path, work: Path, count: int, seed: int, minutes: float) -> dict
     right = {head: each["top1"]["value"] for head, each in judged["heads"].items()}
     parts["alone"] = {"accuracy": right, "seconds": rows[-1]["seconds"]}
     for name, folder in (("teacher", out / "teacher"), ("student", out / "student"), ("alone", alone)):
-        parts[name]["views"] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]["images"])
+        if name not in parts:  # it did not fit into the time
+            continue
+        parts[name]["views"] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["images"]
     return {
         "per_class": count,
         "seed": seed,

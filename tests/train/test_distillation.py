@@ -27,6 +27,7 @@ from deit.model.load import load_model
 from deit.recipe import AdamW, Augment, Compute, Cosine, Data, Distilled, Recipe, Supervised, steps
 from deit.train import objectives, runs, stepping
 from deit.train.labels import teach
+from deit.train.teacher import expand
 
 RECIPES = '''
 from deit.config import ConvNetConfig, DeiTConfig
@@ -148,15 +149,15 @@ class Lesson:
 @contextmanager
 def watched(monkeypatch):
     """Every lesson of the runs within."""
-    lessons, taught = [], objectives.DistilledObjective.taught
+    lessons, kept = [], objectives.DistilledObjective.kept
 
     def watch(self, batch):
-        found = taught(self, batch)
-        lessons.append(Lesson(batch.step, batch.pixels, batch.labels, found))
+        found = kept(self, batch)
+        lessons.append(Lesson(batch.step, batch.pixels, batch.labels, expand(found, len(self.split.classes))))
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(objectives.DistilledObjective, "taught", watch)
+        patch.setattr(objectives.DistilledObjective, "kept", watch)
         yield lessons
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from support.models import shrink
+from support.models import saved, shrink
 from support.runs import photos
 
 from deit.config import ConvNetConfig, DeiTConfig, TimmConfig
 from deit.data.batches import processor_for
 from deit.data.folders import read_data
+from deit.model.convnet import ConvNet
 from deit.predict.predictor import Predictor
 from deit.recipe import (
     LAMB,
@@ -189,7 +190,11 @@ def toy(recipe: Recipe, teacher: Path, root: Path) -> Recipe:
     """The same experiment, narrow, of a few patches and two steps."""
     model, objective = recipe.model, recipe.objective
     if isinstance(model, DeiTConfig):
-        model = shrink(model, num_labels=None, image_size=4 * model.patch_hw[0])
+        guided = isinstance(objective, Distilled) and objective.guidance > 0
+        model = shrink(model, num_labels=None, image_size=4 * model.patch_hw[0], num_hidden_layers=3 if guided else 2)
+        if guided:  # which needs three maps
+            config = ConvNetConfig(widths=(8, 8, 8), depth=1, image_size=16, id2label=dict(enumerate("abc")))
+            teacher = saved(ConvNet(config), root / "guide")
     elif isinstance(model, TimmConfig):
         model = model.replace(architecture="test_resnet", image_size=32)
     else:
@@ -217,7 +222,7 @@ def test_every_recipe_runs(name, folder, teacher, tmp_path):
     else:
         run, losses = curve(recipe, folder, tmp_path / "run")
         assert len(losses) >= 1
-        assert all(0 < loss < 20 for loss in losses)
+        assert all(0 < loss < 20 + 3 * getattr(recipe.objective, "guidance", 0) for loss in losses)
     again = Recipe.from_dict(json.loads((tmp_path / "run" / "recipe.json").read_text()))
     assert again == recipe
     if isinstance(recipe.objective, MaskedImage):

@@ -182,7 +182,8 @@ def show(fitted: Fitted, console: Console) -> None:
     """Prints the table, the paired tests and the recommendation."""
     images = fitted.candidates[0].report.images
     kind = "test" if fitted.split == "test" else "validation"
-    shown = Table(title=f"On the {images:,} {kind} images", title_justify="left", box=SIMPLE)
+    title = f"On the {images:,} {kind} images"
+    shown = Table(title=title, title_justify="left", box=SIMPLE, collapse_padding=True, pad_edge=False)
     for place, column in enumerate(_COLUMNS):
         shown.add_column(column, justify="left" if place < 2 else "right", no_wrap=True)
     for row in _rows(fitted, " *"):

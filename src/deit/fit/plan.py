@@ -33,7 +33,7 @@ from deit.train.build import build_model, find_sources
 VERSION = 1
 FILE = "plan.json"
 StepName = Literal["frozen", "teacher", "labels", "student", "judge"]
-_SHARES: dict[StepName, float] = {"frozen": 0.1, "teacher": 0.4, "labels": 0.1, "student": 0.35, "judge": 0.05}
+_SHARES: dict[StepName, float] = {"frozen": 0.1, "teacher": 0.35, "labels": 0.2, "student": 0.3, "judge": 0.05}
 _LAST = 3
 """Number of a teacher's last stages that are trained on a CPU. In the same time they see twice to four times as many
 images as the whole network would, for the same accuracy (docs/log.md)."""

@@ -24,7 +24,7 @@ from deit.train.labels import teach
 from deit.train.loop import TooShort, train
 from deit.train.records import METRICS, MODEL, Record, span
 
-_STATE, RESULT = "state.json", "result.json"
+_STATE, RESULT, _LABELS = "state.json", "result.json", "labels"
 _TRIED = 16
 """Number of batches whose labels are timed before it is decided how many are stored."""
 
@@ -164,6 +164,8 @@ def carry_out(
         earlier = work.take(step.name, plan.seconds(step.name, left))
         state.seconds[step.name] = earlier + time.perf_counter() - began
         state.write(out)
+    if (out / _LABELS).exists():
+        shutil.rmtree(out / _LABELS)  # they are large, and only the student needed them
     return work.judge(test)
 
 
@@ -234,7 +236,7 @@ class _Work:
         assert isinstance(taught.objective, Distilled)
         assert recipe.schedule is not None
         taught = replace(taught, objective=replace(taught.objective, cache=""))
-        split, folder = self.splits[0], self.out / "labels"
+        split, folder = self.splits[0], self.out / _LABELS
 
         def store(epochs: float) -> float:
             began = time.perf_counter()

@@ -232,8 +232,8 @@ def _backend_for(classifier: Classifier, device: torch.device, engine: Runtime |
         return EngineBackend(cached_engine(classifier, engine), classifier.model.config.scoring)
     if auto_engine(device) == "openvino":
         try:
-            engine = EngineBackend(cached_engine(classifier, "openvino"), classifier.model.config.scoring)
-            return fastest(TorchBackend(classifier, device), engine)
+            exported = EngineBackend(cached_engine(classifier, "openvino"), classifier.model.config.scoring)
+            return fastest(TorchBackend(classifier, device), exported)
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             warnings.warn(f"using PyTorch because OpenVINO can't be used: {error}", stacklevel=3)
     return TorchBackend(classifier, device)

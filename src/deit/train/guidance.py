@@ -134,8 +134,8 @@ def _at_patches(maps: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _directions(channels: int, width: int) -> Tensor:
-    """Columns that are orthonormal, float32 (channels, min(channels, width)). All variance of independent channels
-    stays the same."""
+    """Orthonormal columns, float32 (channels, min(channels, width)). Projections of independent, standardised channels
+    onto them have a variance of 1 too."""
     if channels <= width:
         return torch.eye(channels)
     drawn = torch.randn(channels, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
