@@ -288,8 +288,8 @@ def _blurred(images: Tensor, given: _Given) -> Tensor:
 
 
 def _cubic(values: Sequence[Tensor], part: Tensor) -> Tensor:
-    """Keys' kernel with a = -1 at `part` of the way from the second of four values to the third, in Horner's form, as Pillow has it. If all four
-    are equal, so is the result."""
+    """Keys' kernel with a = -1 at `part` of the way from the second of four values to the third, in Horner's form, as
+    Pillow has it. If all four are equal, so is the result."""
     v1, v2, v3, v4 = values
     slope = v1 - v2
     third = 2 * slope + v3 - v4
