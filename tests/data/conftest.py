@@ -62,8 +62,9 @@ class Command:
 
     def assert_refused(self, *given, saying):
         assert self(*given) == 1
-        [sentence] = self.shown.err.splitlines()
+        *before, sentence = self.shown.err.splitlines()  # what a run says of itself, and then the error
         assert sentence.startswith("deit train: ")
+        assert not any(line.startswith("deit train: ") for line in before)
         assert [str(part) for part in saying if str(part) not in sentence] == [], sentence
         assert self.shown.out == ""
 
