@@ -392,7 +392,6 @@ def test_killed_again_and_again_is_uninterrupted(data, tmp_path, start):
     for name in ("teacher", "student"):
         assert_same_end(broken / name, whole / name)
     found, expected = (json.loads((out / "result.json").read_text()) for out in (broken, whole))
-    assert found["recommended"] == expected["recommended"]
     for name, each in expected["models"].items():
         assert found["models"][name]["heads"] == each["heads"]
 
