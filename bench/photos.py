@@ -99,7 +99,7 @@ def one(photos: Path, work: Path, count: int, seed: int, minutes: float) -> dict
         "recommended": fitted["recommended"],
         "pairs": fitted["pairs"],
         "seconds": fitted["seconds"],
-        **machine("torch", "timm", "scikit-learn"),
+        **machine("torch", "timm", "sklearn"),
     }
 
 
