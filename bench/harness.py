@@ -206,6 +206,15 @@ def machine(*packages: str) -> dict[str, Any]:
     }
 
 
+def write_between(path: Path, name: str, text: str) -> None:
+    """Puts tables between the markers of this name in a Markdown file."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
+    if not found or end not in rest:
+        raise ValueError(f"{path} lacks the lines {begin} and {end}; put them where the tables belong")
+    path.write_text(f"{before}{begin}\n\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
 def _peer(name: str) -> str:
     return name.partition(" ")[0]
 

@@ -16,7 +16,6 @@ import argparse
 import csv
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.harness import machine
+from bench.harness import machine, write_between
 from deit import files
 from deit.data.folders import read_parts
 from deit.recipe import Distilled, Recipe, Supervised
@@ -48,7 +47,7 @@ def main() -> None:
     verb.add_argument("--write", type=Path, help="write it between the markers of this Markdown file")
     options = parser.parse_args()
     if options.verb == "table":
-        write(options.write) if options.write else print(table())
+        write_between(options.write, "photos", table()) if options.write else print(table())
         return
     for count in options.per_class:
         for seed in options.seeds:
@@ -100,7 +99,7 @@ def one(photos: Path, work: Path, count: int, seed: int, minutes: float) -> dict
         "recommended": fitted["recommended"],
         "pairs": fitted["pairs"],
         "seconds": fitted["seconds"],
-        **machine("torch", "timm", "scikit-learn"),
+        **machine("torch", "timm", "sklearn"),
     }
 
 
@@ -149,14 +148,6 @@ def table() -> str:
     )
     seeds = ", ".join(str(seed) for seed in sorted({each["seed"] for each in found}))
     return f"{head}{chr(10).join(rows)}\n\nSeeds {seeds}; {'; '.join(machines)}.\n"
-
-
-def write(page: Path) -> None:
-    begin, end = "<!-- photos: begin -->", "<!-- photos: end -->"
-    text = page.read_text()
-    if begin not in text or end not in text:
-        sys.exit(f"{page} lacks the lines {begin} and {end}; add them where the table belongs")
-    page.write_text(re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n\n{table()}\n{end}", text, flags=re.DOTALL))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from support.runs import photos
 
 from bench import fortress, harness
+from bench import photos as photos_bench
 from bench.speed import keras, merge, predict, reading, train
+from deit.data.folders import read_parts
 
 ROOT = Path(__file__).parents[1]
 TOY = """
@@ -259,3 +262,54 @@ def test_a_fault_is_found_and_does_not_end_the_search(monkeypatch, capsys):
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
     assert [(number, refused) for number, refused, *_ in answers] == [(0, 0), (1, 0), (2, 0), (3, 1), (4, 0)]
     assert [fault for _, _, fault, _ in answers if fault] == ["KeyError: 'x'", "took longer than 0 s"]
+
+
+def test_few_photos_of_each_class_are_drawn_again(tmp_path):
+    """From the training photos alone, and the same ones for the same seed."""
+    data = photos(photos(photos(tmp_path / "data"), split="validation", count=3), split="test", count=2)
+    drawn = [photos_bench.chosen(data, tmp_path / f"{seed}.csv", 4, seed).read_text() for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    parts = read_parts(tmp_path / "1.csv")
+    assert {name: sorted(split.labels) for name, split in parts.items()} == {
+        "train": 4 * [0] + 4 * [1] + 4 * [2],
+        "val": 3 * [0] + 3 * [1] + 3 * [2],
+        "test": 2 * [0] + 2 * [1] + 2 * [2],
+    }
+    assert len(read_parts(photos_bench.chosen(data, tmp_path / "all.csv", 0, 0))["train"]) == 21
+
+
+def test_fits_in_a_table(tmp_path, monkeypatch):
+    def record(count, seed, baseline, student):
+        parts = {
+            "frozen": {"accuracy": {"class": baseline}, "seconds": 30.0},
+            "student": {"accuracy": {"fused": student, "class": 0.1}, "seconds": 60.0},
+        }
+        about = {"recommended": "frozen" if seed else "student", "machine": "2 cores of X"}
+        return {"per_class": count, "seed": seed, "images": {"train": 3068}, "parts": parts, **about}
+
+    monkeypatch.setattr(photos_bench, "RECORDS", tmp_path / "photos.jsonl")
+    made = [record(0, 0, 0.875, 0.5), record(0, 1, 0.885, 0.52), record(10, 0, 0.7, 0.4)]
+    (tmp_path / "photos.jsonl").write_text("".join(json.dumps(each) + "\n" for each in made))
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- photos: begin -->\nold\n<!-- photos: end -->\nafter\n")
+    harness.write_between(page, "photos", photos_bench.table())
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
+    assert rows[1:] == [
+        "| 10 a class, 3,068 | frozen baseline | 70.0 | 0.5 | 0 |",
+        "| 10 a class, 3,068 | student | 40.0 | 1.0 | 1 |",
+        "| all, 3,068 | frozen baseline | 88.0 (87.5 to 88.5) | 0.5 | 1 |",
+        "| all, 3,068 | student | 51.0 (50.0 to 52.0) | 1.0 | 1 |",
+    ]
+    text = page.read_text()
+    assert text.startswith("before\n<!-- photos: begin -->\n")
+    assert text.endswith("<!-- photos: end -->\nafter\n")
+    assert "old" not in text
+    assert "Seeds 0, 1; 2 cores of X." in text
+    with pytest.raises(ValueError, match="lacks the lines <!-- claims: begin -->"):
+        harness.write_between(page, "claims", "")
+
+
+def test_the_packages_of_a_record_exist():
+    names = re.search(r"machine\((.*)\)", (ROOT / "bench" / "photos.py").read_text())[1]
+    found = harness.machine(*json.loads(f"[{names}]"))
+    assert {"machine", "torch", "timm", "sklearn", "commit"} <= found.keys()

@@ -10,6 +10,7 @@ from typing import Any
 
 from bench.claims.curves import PICTURES, curves
 from bench.claims.experiments import ARMS, EXPERIMENTS, ONCE, UPDATES, Expected, Reading, Task
+from bench.harness import write_between
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 
@@ -173,8 +174,4 @@ def draw() -> None:
 
 def write(path: Path, text: str) -> None:
     """Puts the tables between the markers of a Markdown file."""
-    begin, end = "<!-- claims: begin -->", "<!-- claims: end -->"
-    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
-    if not found or end not in rest:
-        raise ValueError(f"{path} lacks the lines {begin} and {end}; put them where the tables belong")
-    path.write_text(f"{before}{begin}\n\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+    write_between(path, "claims", text)

@@ -106,16 +106,17 @@ def test_the_built_in_convnet_is_loaded(tmp_path):
 
 
 def test_the_guide_runs(distilled, photos, tmp_path, monkeypatch, capsys):
-    """docs/predict.md's Python, as it stands."""
+    """The Python of docs/predict.md and of docs/clusters.md, as it stands."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/taught").mkdir(parents=True)
     distilled.rename(tmp_path / "runs/taught/model")
     photos[1].rename("photo.jpg")
     photos[0].rename("other.png")
-    page = (Path(__file__).parents[2] / "docs/predict.md").read_text()
+    docs = Path(__file__).parents[2] / "docs"
     (tmp_path / "archive").mkdir()
     shutil.copy("photo.jpg", "archive")
-    parts, pipelines = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    parts, pipelines = ((docs / page).read_text() for page in ("clusters.md", "predict.md"))
+    [parts], [pipelines] = (re.findall(r"```python\n(.*?)```", page, re.DOTALL) for page in (parts, pipelines))
     exec(parts, {})
     [part] = (tmp_path / "labels").glob("*.jsonl")
     assert len(part.read_text().splitlines()) == 1

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -162,6 +164,24 @@ def kill(process: subprocess.Popen[str], out: Path) -> None:
                 os.kill(number, signal.SIGKILL)
         process.poll()
     process.communicate()
+
+
+@contextmanager
+def stopped_at(call: int, owner: type, name: str = "__call__") -> Iterator[None]:
+    """Asserts that the run within is stopped, because this process gets SIGTERM at a call of a method."""
+    calls: list[int] = []
+
+    def signalled(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(*given)
+
+    honest = getattr(owner, name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, signalled)
+        with pytest.raises(SystemExit, match="143"):
+            yield
 
 
 def metrics(out: Path) -> list[dict[str, float]]:

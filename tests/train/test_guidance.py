@@ -1,8 +1,6 @@
 """Locality guidance: a student's patch tokens learn the feature maps of a convnet."""
 
 import json
-import os
-import signal
 from dataclasses import replace
 from itertools import islice
 
@@ -14,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from support.checks import assert_close, raises_saying
 from support.models import saved, small
-from support.runs import assert_same_end, photos, small_recipe
+from support.runs import assert_same_end, photos, small_recipe, stopped_at
 
 from deit import Predictor, load_model
 from deit.config import ConvNetConfig, TimmConfig
@@ -190,21 +188,11 @@ def run(recipe, splits, out, **options):
     return train(recipe, *splits, out, device="cpu", console=QUIET, **options)
 
 
-def test_a_guided_run_resumes_to_the_bit_and_leaves_an_ordinary_model(teachers, splits, tmp_path, monkeypatch):
+def test_a_guided_run_resumes_to_the_bit_and_leaves_an_ordinary_model(teachers, splits, tmp_path):
     recipe = recipe_of(teachers["timm"])
     run(recipe, splits, tmp_path / "whole")
-    honest, calls = objectives.DistilledObjective.__call__, []
-
-    def signalled(*given):
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return honest(*given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(objectives.DistilledObjective, "__call__", signalled)
-        with pytest.raises(SystemExit, match="143"):
-            run(recipe, splits, tmp_path / "broken")
+    with stopped_at(3, objectives.DistilledObjective):
+        run(recipe, splits, tmp_path / "broken")
     run(recipe, splits, tmp_path / "broken", resume=True)
     assert_same_end(tmp_path / "broken", tmp_path / "whole")
     unguided = replace(recipe, objective=replace(recipe.objective, guidance=0.0))

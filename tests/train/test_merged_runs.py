@@ -1,14 +1,11 @@
 """Training of a model that merges tokens."""
 
-import os
-import signal
 from dataclasses import replace
 
-import pytest
 import torch
 from rich.console import Console
 from support.models import small
-from support.runs import small_recipe
+from support.runs import small_recipe, stopped_at
 
 from deit.model.load import load_model
 from deit.train import objectives
@@ -25,20 +22,10 @@ def run(recipe, given, out, **options):
     return model.state_dict()
 
 
-def test_a_run_is_the_same_to_the_bit_after_a_stop(given, tmp_path, monkeypatch):
+def test_a_run_is_the_same_to_the_bit_after_a_stop(given, tmp_path):
     whole = run(RECIPE, given, tmp_path / "whole")
-    honest, calls = objectives.SupervisedObjective.__call__, []
-
-    def signalled(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return honest(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(objectives.SupervisedObjective, "__call__", signalled)
-        with pytest.raises(SystemExit, match="143"):
-            run(RECIPE, given, tmp_path / "broken")
+    with stopped_at(2, objectives.SupervisedObjective):
+        run(RECIPE, given, tmp_path / "broken")
     resumed = run(RECIPE, given, tmp_path / "broken", resume=True)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     plain = run(replace(RECIPE, model=RECIPE.model.replace(merge=0)), given, tmp_path / "plain")

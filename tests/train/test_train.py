@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import signal
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from support.checks import raises_saying
 from support.models import small
-from support.runs import assert_same_end, photos, small_recipe
+from support.runs import assert_same_end, photos, small_recipe, stopped_at
 from torch._dynamo.utils import counters
 
 from deit import machine
@@ -407,25 +405,15 @@ def replace_split(split):
 
 
 @pytest.mark.parametrize("when", ["evaluation", "step"])
-def test_a_signal_saves_the_weights_and_not_their_average(when, splits, tmp_path, monkeypatch):
+def test_a_signal_saves_the_weights_and_not_their_average(when, splits, tmp_path):
     """SIGTERM within an evaluation, when the model has the average for its weights, or within a step."""
     recipe = replace(PLAIN, ema=0.9, augment=Augment(erase=Erase(), mix=Mix(mixup=0.8)))
     run(recipe, splits, tmp_path / "whole")
     owner, name = (
         (EvaluationBatches, "__iter__") if when == "evaluation" else (objectives.SupervisedObjective, "__call__")
     )
-    honest, calls = getattr(owner, name), []
-
-    def signalled(*given):
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return honest(*given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, signalled)
-        with pytest.raises(SystemExit, match="143"):
-            run(recipe, splits, tmp_path / "broken")
+    with stopped_at(2, owner, name):
+        run(recipe, splits, tmp_path / "broken")
     assert len(rows(tmp_path / "broken")) == (1 if when == "evaluation" else 0)
     run(recipe, splits, tmp_path / "broken", resume=True)
     one, other = end(tmp_path / "broken"), end(tmp_path / "whole")

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import signal
 import sys
 from dataclasses import replace
 from itertools import islice
@@ -15,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from support.checks import assert_close, raises_saying
 from support.models import CLASS_OF, build, images, small, trained_folder
-from support.runs import assert_same_end, photos, small_recipe
+from support.runs import assert_same_end, photos, small_recipe, stopped_at
 
 from deit import Predictor, load_model, weights
 from deit.config import VARIANTS, ConvNetConfig, TimmConfig
@@ -323,21 +322,11 @@ def test_gradients_of_adapters(targets, starts, peft):
 
 @pytest.mark.parametrize("start", ["folder", "timm"])
 @pytest.mark.parametrize("tuning", [LastBlocks(count=1), LoRA(rank=2, dropout=0.3, targets="all")], ids=str)
-def test_resumes_to_the_bit(tuning, start, starts, splits, tmp_path, monkeypatch):
+def test_resumes_to_the_bit(tuning, start, starts, splits, tmp_path):
     recipe = recipe_of(*starts[start], tuning, schedule=Cosine(total=steps(6)), evaluate=steps(2))
     run(recipe, splits, tmp_path / "whole")
-    honest, calls = objectives.SupervisedObjective.__call__, []
-
-    def signalled(*given):
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return honest(*given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(objectives.SupervisedObjective, "__call__", signalled)
-        with pytest.raises(SystemExit, match="143"):
-            run(recipe, splits, tmp_path / "broken")
+    with stopped_at(3, objectives.SupervisedObjective):
+        run(recipe, splits, tmp_path / "broken")
     run(recipe, splits, tmp_path / "broken", resume=True)
     assert_same_end(tmp_path / "broken", tmp_path / "whole")
     if isinstance(tuning, LoRA):

@@ -19,6 +19,20 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = whole.add_subparsers(dest="verb", metavar="VERB", required=True)
 
+    _add_fit(verbs)
+    _add_train(verbs)
+    _add_before_training(verbs)
+    _add_predict(verbs)
+    _add_serve(verbs)
+    _add_eval(verbs)
+    _add_shown(verbs)
+    _add_written(verbs)
+    _add_around(verbs)
+    return whole
+
+
+def _add_fit(verbs: Any) -> None:
+    """Adds the verbs that go the whole way."""
     verb = verbs.add_parser("quickstart", help="run the whole path on bundled handwritten digits, offline, in minutes")
     verb.add_argument(
         "--out",
@@ -58,6 +72,9 @@ def parser() -> argparse.ArgumentParser:
     _add_device(verb)
     verb.add_argument("--json", action="store_true", help="print the result as one JSON line on standard output")
 
+
+def _add_train(verbs: Any) -> None:
+    """Adds the verbs that take one step of it."""
     verb = verbs.add_parser(
         "train",
         help="train a recipe on a folder or list of images",
@@ -101,15 +118,6 @@ def parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--out", type=Path, required=True, metavar="CACHE", help="folder to write")
     _add_settings(verb)
-
-    _add_before_training(verbs)
-    _add_predict(verbs)
-    _add_serve(verbs)
-    _add_eval(verbs)
-    _add_shown(verbs)
-    _add_written(verbs)
-    _add_around(verbs)
-    return whole
 
 
 def _add_before_training(verbs: Any) -> None:

@@ -35,8 +35,8 @@ FILE = "plan.json"
 StepName = Literal["frozen", "teacher", "labels", "student", "judge"]
 _SHARES: dict[StepName, float] = {"frozen": 0.1, "teacher": 0.35, "labels": 0.2, "student": 0.3, "judge": 0.05}
 _LAST = 3
-"""Number of a teacher's last stages that are trained on a CPU. In the same time they see twice to four times as many
-images as the whole network would, for the same accuracy (docs/log.md)."""
+"""Number of a teacher's last stages that are trained on a CPU. In the same time they saw 1.8 times as many images as
+the whole network, for about the same accuracy (docs/log.md)."""
 _MEASURED = 16
 """Number of images that are timed before the plan is made."""
 _TIMES = 4

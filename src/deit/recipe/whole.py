@@ -74,44 +74,10 @@ class Recipe:
 
     def _check(self) -> None:
         model, objective = self.model, self.objective
-        token = getattr(model, "distillation_token", False)
         if isinstance(objective, Distilled):
-            if objective.token == "distillation":
-                check(
-                    token,
-                    "distillation through the distillation token needs a model that has one; set "
-                    "model.distillation_token=True, or objective.token=class",
-                )
-            else:
-                check(
-                    not token,
-                    "with objective.token=class, the distillation token would learn nothing; set "
-                    "model.distillation_token=False",
-                )
-            if objective.guidance and isinstance(model, DeiTConfig):
-                check(
-                    model.num_hidden_layers >= 3 and not model.merge and self.tuning is None,
-                    "guidance needs a token for every patch after each third of at least three blocks, which are all "
-                    "trained; set model.merge=0 and tuning=None, or objective.guidance=0",
-                )
+            self._check_distillation(objective)
         if isinstance(objective, MaskedImage):
-            check(
-                isinstance(model, DeiTConfig),
-                f"masked images need a DeiT or ViT model, found {type(model).__name__}; choose another model",
-            )
-            check(
-                not getattr(model, "merge", 0),
-                "masked images are painted patch by patch, each from a token of its own; set model.merge=0",
-            )
-            check(
-                self.augment.mix is None and self.augment.erase is None,
-                "masked images have no labels to mix, and each pixel counts; set augment.mix and augment.erase to None",
-            )
-            rows, columns = model.patch_hw  # type: ignore[union-attr]
-            check(
-                objective.unit % rows == 0 and objective.unit % columns == 0,
-                f"objective.unit={objective.unit} must be a multiple of the patch size {rows}x{columns}",
-            )
+            self._check_masked(objective)
         if isinstance(objective, LinearProbe):
             self._check_probe()
         else:
@@ -167,6 +133,47 @@ class Recipe:
             "statistics=start keeps those of the start, and there is none; set start, or statistics=batch",
         )
         check(self.seed >= 0, f"seed can't be negative, found {self.seed}")
+
+    def _check_distillation(self, objective: Distilled) -> None:
+        model, token = self.model, getattr(self.model, "distillation_token", False)
+        if objective.token == "distillation":
+            check(
+                token,
+                "distillation through the distillation token needs a model that has one; set "
+                "model.distillation_token=True, or objective.token=class",
+            )
+        else:
+            check(
+                not token,
+                "with objective.token=class, the distillation token would learn nothing; set "
+                "model.distillation_token=False",
+            )
+        if objective.guidance and isinstance(model, DeiTConfig):
+            check(
+                model.num_hidden_layers >= 3 and not model.merge and self.tuning is None,
+                "guidance needs a token for every patch after each third of at least three blocks, which are all "
+                "trained; set model.merge=0 and tuning=None, or objective.guidance=0",
+            )
+
+    def _check_masked(self, objective: MaskedImage) -> None:
+        model = self.model
+        check(
+            isinstance(model, DeiTConfig),
+            f"masked images need a DeiT or ViT model, found {type(model).__name__}; choose another model",
+        )
+        check(
+            not getattr(model, "merge", 0),
+            "masked images are painted patch by patch, each from a token of its own; set model.merge=0",
+        )
+        check(
+            self.augment.mix is None and self.augment.erase is None,
+            "masked images have no labels to mix, and each pixel counts; set augment.mix and augment.erase to None",
+        )
+        rows, columns = model.patch_hw  # type: ignore[union-attr]
+        check(
+            objective.unit % rows == 0 and objective.unit % columns == 0,
+            f"objective.unit={objective.unit} must be a multiple of the patch size {rows}x{columns}",
+        )
 
     def _check_probe(self) -> None:
         check(

@@ -24,7 +24,7 @@ from deit.recipe import (
 _LITE0 = "tf_efficientnet_lite0"
 _HALF = (0.5, 0.5, 0.5)
 _GUIDANCE = 20.0
-"""Weight of the teacher's maps. Without them, the student is right on half as many photos (docs/log.md)."""
+"""Weight of the teacher's maps. A prototype without them was right on half as many photos (docs/log.md)."""
 _MILD = Augment(
     crop=ResizedCrop(scale=(0.35, 1.0)),
     flip=0.5,

@@ -81,13 +81,19 @@ class MapReader:
     than the student is wide, they are projected onto as many random orthonormal directions, always the same ones.
     Values are kept as int8.
 
-    Raises `ValueError` if the teacher has no maps.
+    Raises `ValueError` if the teacher has no maps, or gives other logits with them.
     """
 
-    def __init__(self, model: nn.Module, name: str, config: DeiTConfig, pixels: Tensor):
-        """`pixels` (B, channels, height, width) are images to measure the channels on, as the teacher takes them."""
+    def __init__(self, model: nn.Module, name: str, config: DeiTConfig, pixels: Tensor, logits: Tensor):
+        """`pixels` (B, channels, height, width) are images to measure the channels on, as the teacher takes them, and
+        `logits` are what it says of them."""
         self.model, self.name, self.grid = model, name, config.grid
-        _, maps = self._compute(pixels)
+        found, maps = self._compute(pixels)
+        if not torch.allclose(found.softmax(-1), logits.softmax(-1), atol=1e-3):
+            raise ValueError(
+                f"teacher {name} gives other logits when it gives feature maps, which objective.guidance needs; choose "
+                "a convnet of timm, or set objective.guidance=0"
+            )
         self.mean = [each.mean((0, 1)) for each in maps]
         self.std = [each.flatten(0, 1).std(0, unbiased=False).clamp(min=1e-5) for each in maps]
         self.onto = [_directions(len(mean), config.hidden_size).to(mean.device) for mean in self.mean]

@@ -72,6 +72,7 @@ class Teacher:
         self.student = _student(recipe)
         self.model = model.eval().requires_grad_(False)
         self.maps: MapReader | None = None
+        """Reads its feature maps, once `read_maps` has prepared it."""
         self.judged: Accuracy | None = None
         """Its accuracy on the images that it was introduced with; None before that."""
         self.resizes = self.student["resolution"] == "teacher"
@@ -211,13 +212,7 @@ class Teacher:
         if not len(pixels):
             raise ValueError(f"none of the images that teacher {self.name} is tried on can be read; check them")
         with torch.no_grad():
-            self.maps = MapReader(self.model, self.name, recipe.model, self._adapted(pixels))
-            found, _ = self.maps(self._adapted(pixels))
-        if not torch.allclose(found.softmax(-1), self._logits(pixels).softmax(-1), atol=1e-3):
-            raise ValueError(
-                f"teacher {self.name} gives other logits when it gives feature maps, which objective.guidance needs; "
-                "choose a convnet of timm, or set objective.guidance=0"
-            )
+            self.maps = MapReader(self.model, self.name, recipe.model, self._adapted(pixels), self._logits(pixels))
 
     def _ordered(self, logits: Tensor) -> Tensor:
         return logits if self.order is None else logits[:, self.order]
