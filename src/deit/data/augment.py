@@ -106,6 +106,8 @@ def _resize(pixels: np.ndarray, box: tuple[float, float, float, float], size: tu
     """A box (left, top, right, bottom) of pixels (height, width, 3), resized. What is outside of it has no part."""
     if box != (0, 0, pixels.shape[1], pixels.shape[0]):  # PyTorch takes no box
         return np.asarray(Image.fromarray(pixels).resize(size[::-1], _BICUBIC, box=box))
+    if pixels.shape[:2] == size:
+        return pixels
     if not pixels.flags.writeable or min(pixels.strides) < 0:  # which PyTorch does not take
         pixels = pixels.copy()
     levels = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # channels last, of which no copy is made

@@ -11,10 +11,12 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from deit.config import DeiTConfig
 from deit.data.augment import WHOLE_PIXELS, augment, crops, drawn, erased, patch_mask
 from deit.data.draws import Stream, draws
 from deit.data.folders import Split
+from deit.data.kept import Kept
 from deit.data.levels import Levels
 from deit.data.loading import loaded, loader_processes, share_of_cores
 from deit.data.mixing import mix, mixing
@@ -39,13 +42,10 @@ from deit.image.processor import DeiTImageProcessor
 from deit.recipe import MaskedImage, Recipe
 
 CACHE_BYTES = 2**30
-"""Limit of the memory that keeps a split's decoded images, for all loader processes of a training process together."""
-
-Kept = TypeVar("Kept", Pixels, Image.Image)
+"""Limit of the memory that keeps a split's decoded images, for a training process with all its loader processes."""
 
 _CPU = torch.device("cpu")
 _STAND_IN_ATTEMPTS = 100
-_PIXEL_BYTES = 4  # for each pixel of an RGB image in Pillow's memory
 _COLOURS = 3
 
 
@@ -219,15 +219,13 @@ class _Files:
 class _Views(Dataset[Any]):
     """Training batches by (step, positions, keys). There is a row for each position, drawn from its key alone."""
 
-    def __init__(self, split: Split, recipe: Recipe, budget: int):
-        self.files, self.recipe, self.budget = _Files(split), recipe, budget
+    def __init__(self, split: Split, recipe: Recipe, loaders: int):
+        self.files, self.recipe = _Files(split), recipe
+        self.kept = Kept(len(split), CACHE_BYTES, loaders)
         self.processor = processor_for(recipe)
         self.normalisation = Normalisation(recipe.data.mean, recipe.data.std)
         fill = [round(255 * value) for value in recipe.data.mean]
         self.fill = tuple(fill if len(fill) == 3 else fill * 3)
-        self.kept: dict[int, Pixels | Image.Image] = {}
-        self.spent = 0
-        """Bytes of the kept images."""
 
     def __getitem__(self, wanted: tuple[int, np.ndarray, np.ndarray]) -> Batch | BadImages:
         """Returns an exception instead of raising it, because one raised in a loader process would arrive with its
@@ -316,30 +314,21 @@ class _Views(Dataset[Any]):
         return list(zip(pictures, rngs, strict=True))
 
     def _source(self, index: int) -> Jpeg | Pixels | Image.Image:
-        """An image to crop. It is read only once if it is small and the budget allows it."""
-        if index in self.kept:
-            return self.kept[index]
+        """An image to crop. It is read only once if it is small and there is room for it."""
+        if (kept := self.kept.get(index)) is not None:
+            return kept
         found = read(self.files[index])
         height, width = found.size if isinstance(found, Jpeg) else (found.height, found.width)
-        pixels = height * width
-        if pixels > WHOLE_PIXELS:
+        if height * width > WHOLE_PIXELS or not self.kept.fits(height, width):
             return found
         if isinstance(found, Jpeg):
-            if self.spent + pixels * _COLOURS > self.budget:
-                return found
             with reading(found.name):
-                decoded = found.decode()
-            return self._keep(index, decoded, pixels * _COLOURS)
-        return self._keep(index, found, pixels * _PIXEL_BYTES)
-
-    def _keep(self, index: int, found: Kept, size: int) -> Kept:
-        if self.spent + size <= self.budget:
-            self.kept[index] = found
-            self.spent += size
+                found = found.decode()
+        self.kept.add(index, found)
         return found
 
     def _resized(self, index: int) -> Image.Image:
-        """An image, resized and cropped as for evaluation. It is read only once if the budget allows it."""
+        """An image, resized and cropped as for evaluation. It is read only once if there is room for it."""
         if (kept := self.kept.get(index)) is not None:
             assert isinstance(kept, Image.Image)
             return kept
@@ -347,7 +336,8 @@ class _Views(Dataset[Any]):
         assert levels is not None  # the processor resizes, and that gives 8 bits
         array = levels.transpose(1, 2, 0)
         image = Image.fromarray(array if array.shape[-1] == 3 else array[..., 0]).convert("RGB")
-        return self._keep(index, image, _PIXEL_BYTES * image.width * image.height)
+        self.kept.add(index, image)
+        return image
 
     def _masks(self, keys: np.ndarray) -> Tensor | None:
         if not isinstance(self.recipe.objective, MaskedImage):
@@ -415,15 +405,30 @@ class TrainingBatches:
         self.split, self.recipe, self.cycle, self.device = split, recipe, cycle, device
         self.positions = np.concatenate([np.arange(batch)[rows] for rows in _mirrored_share(batch, rank, world)])
         # even if each image is decoded only once, a GPU would wait for one process to augment them
-        self.workers = loader_processes(
-            recipe.compute.workers, lambda: device.type == "cpu" and _fits(split, recipe), device
-        )
-        self.views = _Views(split, recipe, CACHE_BYTES // max(1, self.workers))
+        self.workers = loader_processes(recipe.compute.workers, lambda: device.type == "cpu" and self.keeps, device)
+        self.views = _Views(split, recipe, self.workers)
         self._orders: dict[int, np.ndarray] = {}
+
+    @cached_property
+    def keeps(self) -> bool:
+        """Whether all images are read only once, and then kept in memory."""
+        return _fits(self.split, self.recipe)
 
     @property
     def steps_per_epoch(self) -> float:
         return steps_per_epoch(self.split, self.recipe)
+
+    def reading_seconds(self, images: int = 64) -> float:
+        """Measures how much longer an image takes the first time, in seconds, if it is kept afterwards."""
+        views = _Views(self.split, self.recipe, 0)
+        chosen = np.unique(np.linspace(0, len(self.split) - 1, images).round().astype(int))
+        keys = np.stack([np.zeros_like(chosen), chosen, np.zeros_like(chosen)], axis=1)
+        seconds = []
+        for _ in range(2):
+            began = time.perf_counter()
+            views[0, np.arange(len(keys)), keys]
+            seconds.append(time.perf_counter() - began)
+        return max(0.0, seconds[0] - seconds[1]) / len(keys)
 
     def keys(self, step: int) -> np.ndarray:
         """(B, 3) int64: epoch, image and repeat of every place of the global batch. They determine its view."""
@@ -445,13 +450,15 @@ class TrainingBatches:
     def _drawn(self, step: int) -> int:
         return step % self.cycle if self.cycle else step
 
-    def from_step(self, step: int) -> Iterator[Batch]:
-        """Yields this process's share of every batch from `step` on, without end.
+    def from_step(self, step: int, *, repeat: int | None = None) -> Iterator[Batch]:
+        """Yields this process's share of every batch from `step` on, without end. `repeat` is for measurements: after
+        so many steps, the same batches follow again.
 
         Closing the iterator ends the loader processes. Raises `LoaderDied` if one of them dies, and `BadImages` if no
         image can stand in for one that can't be read.
         """
-        wanted = ((number, self.positions, self.keys(number)[self.positions]) for number in itertools.count(step))
+        numbers = itertools.count(step) if repeat is None else itertools.cycle(range(step, step + repeat))
+        wanted = ((number, self.positions, self.keys(number)[self.positions]) for number in numbers)
         return loaded(self.views, wanted, self.workers, self.device)
 
     def advice(self) -> str:
@@ -487,10 +494,10 @@ def _fits(split: Split, recipe: Recipe) -> bool:
     """Whether all images can be kept in the cache, judged by the headers of a few."""
     if recipe.augment.crop is None:
         height, width = recipe.model.image_hw
-        return len(split) * height * width * _PIXEL_BYTES <= CACHE_BYTES
+        return len(split) * height * width * _COLOURS <= CACHE_BYTES
     files = [split.files[i] for i in np.unique(np.linspace(0, len(split) - 1, 16).round().astype(int))]
     sizes = [sides[0] * sides[1] for sides in map(stored_size, files) if sides is not None]
-    expected = len(split) * _PIXEL_BYTES * float(np.mean(sizes or [0]))
+    expected = len(split) * _COLOURS * float(np.mean(sizes or [0]))
     return max(sizes, default=0) <= WHOLE_PIXELS and expected <= CACHE_BYTES
 
 

@@ -93,6 +93,12 @@ class Pixels:
     """Size of the upright file."""
     orientation: int
 
+    @classmethod
+    def whole(cls, stored: np.ndarray, orientation: int) -> Pixels:
+        """All pixels of a file, (rows, columns, 3) uint8 in the orientation of the file."""
+        rows, columns = stored.shape[:2]
+        return cls(stored, 1, (columns, rows) if orientation in _LYING else (rows, columns), orientation)
+
     def cut(self, box: Box) -> tuple[np.ndarray, tuple[float, float, float, float]]:
         """The pixels that show a box, upright, (height, width, 3); and the box in them: left, top, right, bottom."""
         upright = self.stored

@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 import torch
 from rich.console import Console
@@ -435,7 +435,12 @@ def _plan(
     began = time.perf_counter()
     work, state = runs.prepare(recipe, train_split, val_split, us, None)
     times: list[float] = []
-    stream = Ahead(work.batches.from_step(0), us.device)
+    # Loader processes give batches in bursts of as many as there are loaders, with waits between the bursts. At the
+    # start, they have time to make two bursts ahead. So whole bursts count, and only those after that. Images that are
+    # kept in memory take longer the first time only, so the same ones come again.
+    burst = max(1, work.batches.workers)
+    keeps = work.batches.keeps
+    stream = Ahead(work.batches.from_step(0, repeat=burst if keeps else None), us.device)
 
     def by_main(value: float) -> float:
         """The main process's value, in all processes, because their clocks differ and their work must not."""
@@ -444,9 +449,6 @@ def _plan(
     def spent_above(part: float) -> bool:
         return by_main(sum(times) > part * seconds) > 0
 
-    # Loader processes give batches in bursts of as many as there are loaders, with waits between the bursts. At the
-    # start, they have time to make two bursts ahead. So whole bursts count, and only those after that.
-    burst = max(1, work.batches.workers)
     first = max(2, 2 * burst) if work.batches.workers else 2
     while len(times) < 3 or not (
         spent_above(_MOST_PLANNED)
@@ -461,22 +463,23 @@ def _plan(
         stepping.take(work, state, batch, (False,), lambda _: None, stream.fetch)
         times.append(time.perf_counter() - started)
     stream.close()
-    per_step = _seconds_per_step(times, first, burst)
-    sample = min(3, len(work.validation))
-    work.objective.judge(work.model, islice(work.validation, 1), us, work.precision)  # because the first one is slow
-    started = time.perf_counter()
-    work.objective.judge(work.model, islice(work.validation, sample), us, work.precision)
-    judging = (time.perf_counter() - started) * len(work.validation) / sample
-    left = 0.9 * (seconds - (time.perf_counter() - began)) - judging
-    total = int(by_main(left / (per_step + judging / work.every)))
+    per_image = work.batches.reading_seconds() if keeps else 0.0
+    costs = _Costs(
+        _seconds_per_step(times, first, burst),
+        per_image * recipe.data.batch / us.world / burst,
+        work.batches.steps_per_epoch * us.world,
+        *_judging_seconds(work, us),
+    )
+    left = 0.9 * (seconds - (time.perf_counter() - began))
+    total = int(by_main(costs.steps_within(left, work.every)))
     if total < 1:
         raise TooShort(
-            f"a step takes about {per_step:.1f} s and an evaluation {judging:.1f} s, so not even one step fits into "
-            f"the {seconds:.0f} s that are left; give more time, or take a smaller model"
+            f"a step takes about {costs.step:.1f} s and an evaluation {costs.judging:.1f} s, so not even one step fits "
+            f"into the {seconds:.0f} s that are left; give more time, or take a smaller model"
         )
     if us.main:
         (console or Console(stderr=True)).print(
-            f"a step takes about {per_step:.2g} s and an evaluation {judging:.2g} s, so {min(total, work.total)} of "
+            f"a step takes about {costs.step:.2g} s and an evaluation {costs.judging:.2g} s, so {min(total, work.total)} of "
             f"the recipe's {work.total} steps fit into {span(seconds)}",
             highlight=False,
             soft_wrap=True,
@@ -485,6 +488,46 @@ def _plan(
         return recipe
     shorter = replace(work.schedule, total=steps(total), warmup=steps(round(work.warmup * total / work.total)))
     return replace(recipe, schedule=shorter)
+
+
+class _Costs(NamedTuple):
+    """Seconds that parts of a run take."""
+
+    step: float
+    reading: float
+    """What a step takes in addition while its images are read for the first time."""
+    unread: float
+    """Number of steps that do."""
+    judging: float
+    """What an evaluation takes."""
+    first: float
+    """What the first evaluation takes in addition, because its images are read."""
+
+    def steps_within(self, seconds: float, every: float) -> float:
+        """How many steps fit, with an evaluation after `every` of them, and one at the end."""
+        seconds -= self.judging + self.first
+        each = self.step + self.judging / every
+        reading = seconds / (each + self.reading)
+        return reading if reading <= self.unread else (seconds - self.unread * self.reading) / each
+
+
+def _judging_seconds(work: Work, us: Processes) -> tuple[float, float]:
+    """Seconds of an evaluation, and those that the first one takes in addition, judged by up to three batches."""
+
+    def judged(batches: Iterable[Batch]) -> float:
+        began = time.perf_counter()
+        work.objective.judge(work.model, batches, us, work.precision)
+        return time.perf_counter() - began
+
+    judged(islice(work.validation, 1))  # because the first one is slow
+    sample = min(3, len(work.validation))
+    parts = len(work.validation) / sample
+    if not work.validation.keeps:
+        return parts * judged(islice(work.validation, sample)), 0.0
+    began = time.perf_counter()
+    batches = list(islice(work.validation, sample))
+    reading = time.perf_counter() - began
+    return parts * judged(batches), parts * reading
 
 
 def _seconds_per_step(times: list[float], first: int, burst: int) -> float:
