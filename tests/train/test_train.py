@@ -718,10 +718,10 @@ class Bursts:
     def __getattr__(self, name):
         return getattr(self.batches, name)
 
-    def from_step(self, step):
+    def from_step(self, step, **options):
         ready = [0.0] * self.workers  # when each loader finishes its next batch
         taken = []
-        for number, batch in enumerate(self.batches.from_step(step)):
+        for number, batch in enumerate(self.batches.from_step(step, **options)):
             loader = number % self.workers
             room = taken[number - 2 * self.workers] if number >= 2 * self.workers else 0.0
             ready[loader] = max(ready[loader], room) + self.each
@@ -753,6 +753,44 @@ def test_the_plan_counts_the_waits_between_bursts(workers, each, splits, tmp_pat
     expected = 0.9 * (100 - clock.now) / max(0.01, each / workers)
     assert planned == pytest.approx(expected, rel=0.03)
     assert clock.now < 20 + 2 * each
+
+
+@pytest.mark.parametrize("seconds", [1.0, 7.0, 30.0, 31.0, 33.0, 1000.0])
+def test_reading_counts_once(seconds):
+    """Against a clock that goes from step to step: images are read in the first 20 steps and in the first evaluation,
+    and the run ends with one more evaluation."""
+    costs = loop._Costs(step=0.25, reading=1.0, unread=20, judging=0.5, first=2.0)
+    now, taken = 2.5, 0
+    while now <= seconds:
+        now += 0.25 + (taken < 20) + 0.5 / 40
+        taken += now <= seconds
+    assert costs.steps_within(seconds, 40) == pytest.approx(taken + 0.5, abs=0.5) or seconds < 2.5
+
+
+def test_kept_images_are_read_once_and_timed_once(splits, tmp_path, monkeypatch):
+    """On a clock on which to read an image takes a second, and nothing else takes time but a step."""
+    now, honest, take = [0.0], batching.read, stepping.take
+
+    def slow(file):
+        now[0] += 1.0
+        return honest(file)
+
+    def stepped(*given):
+        now[0] += 0.1
+        return take(*given)
+
+    monkeypatch.setattr(batching, "read", slow)
+    monkeypatch.setattr(stepping, "take", stepped)
+    for module in (loop, batching):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    batches = batching.TrainingBatches(splits[0], CONVNET)
+    assert batches.keeps
+    assert batches.reading_seconds() == pytest.approx(1.0)
+    assert now[0] == len(splits[0])
+    recipe = replace(CONVNET, schedule=Cosine(total=steps(100_000)), evaluate=steps(100_000))
+    length = planned(recipe, splits, 1000.0).schedule.total.amount
+    left = 0.9 * (1000 - (now[0] - len(splits[0])))
+    assert length == pytest.approx((left - len(splits[0])) / 0.1, rel=0.01)
 
 
 def test_a_recipe_that_fits_is_left_alone_and_one_that_cannot_is_refused(splits, tmp_path):
