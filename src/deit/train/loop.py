@@ -46,6 +46,8 @@ from deit.train.stepping import Diverged
 
 _PLANNED, _MOST_PLANNED = 0.05, 0.2
 """Parts of a time budget: the usual one that planning takes, and the largest."""
+_EVALUATED = 0.1
+"""Largest part of a time budget that evaluations take, if the recipe leaves their interval open."""
 _ROWS = 50
 """Largest number of steps between two rows of metrics."""
 _FEW = 10
@@ -147,7 +149,7 @@ def _train(
         found = runs.find(out, recipe, resume, planned=end < math.inf)
         us.wait()  # because no process may write before all have looked
         if found is not None:
-            recipe = replace(recipe, schedule=found.schedule)
+            recipe = replace(recipe, schedule=found.schedule, evaluate=found.evaluate)
         elif end < math.inf:
             recipe = _plan(recipe, *splits, us, end - time.perf_counter(), console)
         if us.main:
@@ -434,20 +436,42 @@ def _plan(
     work.objective.judge(work.model, islice(work.validation, sample), us, work.precision)
     judging = (time.perf_counter() - started) * len(work.validation) / sample
     left = 0.9 * (seconds - (time.perf_counter() - began)) - judging
-    total = int(by_main(left / (per_step + judging / work.every)))
+    total, interval = (int(by_main(value)) for value in _fitting(left, per_step, judging, work))
     if total < 1:
         raise TooShort(
             f"a step takes about {per_step:.1f} s and an evaluation {judging:.1f} s, so not even one step fits into "
             f"the {seconds:.0f} s that are left; give more time, or take a smaller model"
         )
+    taken, reason = min(total, work.total), ""
+    if interval:
+        recipe = replace(recipe, evaluate=steps(min(interval, taken)))
+        count = math.ceil(taken / interval)
+        reason = (
+            f", with {count} evaluation{'s' * (count != 1)}, because one after each epoch would take more than a tenth "
+            "of it"
+        )
     if us.main:
         (console or Console(stderr=True)).print(
-            f"{min(total, work.total)} of the recipe's {work.total} steps fit into the time", highlight=False
+            f"{taken} of the recipe's {work.total} steps fit into the time{reason}", highlight=False, soft_wrap=True
         )
     if total >= work.total:
         return recipe
     shorter = replace(work.schedule, total=steps(total), warmup=steps(round(work.warmup * total / work.total)))
     return replace(recipe, schedule=shorter)
+
+
+def _fitting(left: float, per_step: float, judging: float, work: Work) -> tuple[float, int]:
+    """Number of steps that fit into `left` seconds before the last evaluation, and number of steps between evaluations,
+    or 0 if the interval of `work` stays.
+
+    If the recipe leaves the interval open, evaluations take `_EVALUATED` of the time at most, or are only one.
+    """
+    if work.recipe.evaluate is None and judging > 0:
+        most = max(1, int(_EVALUATED * (left + judging) / judging))
+        total = min(work.total, int((left - (most - 1) * judging) / per_step))
+        if total > most * work.every:
+            return total, math.ceil(total / most)
+    return left / (per_step + judging / work.every), 0
 
 
 def _seconds_per_step(times: list[float], first: int, burst: int) -> float:
