@@ -501,6 +501,7 @@ def test_override_checks_the_whole_once_at_the_end():
         ("compute.compile=1", ["compute.compile: expected bool, found 1"]),
         ("compute.precision=float16", ["expected auto or float32 or bfloat16, found 'float16'"]),
         ("start=5", ["start: expected str, found 5"]),
+        ("evaluate.amount=5", ["evaluate is None and has no field 'amount'", "set it as a whole first"]),
         ("evaluate=5", ["evaluate: expected epochs(NUMBER) or steps(NUMBER), found 5"]),
         ("evaluate=epochs()", ["expected epochs(NUMBER), e.g. epochs(30)"]),
         ("evaluate=epochs(soon)", ["epochs.amount: expected float, found 'soon'"]),

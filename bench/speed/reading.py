@@ -108,7 +108,7 @@ def our_batches(images: Sequence[Path], repeats: int, on: Literal["loader", "dev
         compute=Compute(workers=0),
     )
     batches = TrainingBatches(Split(tuple(images), (0,) * len(images), ("photo",)), recipe)
-    batches.views.budget = 0
+    batches.views.kept.room = 0
     return batches.from_step(0)
 
 

@@ -70,6 +70,11 @@ def _classes(hint: Any) -> list[type]:
     ]
 
 
+def _written(kind: type) -> str:
+    """How a person writes an object of this class."""
+    return str(getattr(kind, "WRITTEN", kind.__name__))
+
+
 def _is_union(hint: Any) -> bool:
     return isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
 
@@ -95,12 +100,10 @@ def from_plain(value: Any, hint: Any, path: str) -> Any:
             )
             return from_plain(value, classes[str(name)], path)
         plain = [part for part in typing.get_args(hint) if part is not type(None) and not is_dataclass(part)]
-        check(
-            len(plain) == 1, f"{path}: expected {' or '.join(cls.__name__ for cls in _classes(hint))}, found {value!r}"
-        )
+        check(len(plain) == 1, f"{path}: expected {' or '.join(map(_written, _classes(hint)))}, found {value!r}")
         return from_plain(value, plain[0], path)
     if is_dataclass(hint):
-        expected = getattr(hint, "WRITTEN", hint.__name__)  # type: ignore[union-attr]
+        expected = _written(hint)  # type: ignore[arg-type]
         given = value.get("kind_of", hint.__name__) if isinstance(value, Mapping) else repr(value)  # type: ignore[union-attr]
         check(given == hint.__name__, f"{path}: expected {expected}, found {given}")  # type: ignore[union-attr]
         hints = typing.get_type_hints(hint)

@@ -1,14 +1,17 @@
 """From a folder of images to the recommended model: the plan, its steps, its time, the choice."""
 
 import json
+import math
 import os
 import re
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 from support.checks import raises_saying
@@ -19,7 +22,7 @@ from support.runs import start as begin
 
 from deit import Predictor
 from deit.cli import main
-from deit.data.folders import fingerprint, read_data, read_split
+from deit.data.folders import Split, fingerprint, read_data, read_split
 from deit.evaluate.calibration import Calibration, HeadCalibration
 from deit.evaluate.models import examine_files
 from deit.fit import plan as planning
@@ -27,11 +30,14 @@ from deit.fit import work
 from deit.fit.judging import recommend
 from deit.fit.plan import Plan, Step
 from deit.fit.work import carry_out, fit
+from deit.machine import Processes
 from deit.recipe import Augment, Compute, Cosine, Distilled, LinearProbe, epochs
 from deit.report import document
+from deit.train import budget, objectives, stepping
 
 pytest.importorskip("sklearn")
 QUIET = Console(quiet=True)
+CLASSES = tuple("abcdefghij")
 
 
 @pytest.fixture(scope="module")
@@ -441,6 +447,80 @@ def test_killed_again_and_again_is_uninterrupted(data, tmp_path, start):
     found, expected = (json.loads((out / "result.json").read_text()) for out in (broken, whole))
     for name, each in expected["models"].items():
         assert found["models"][name]["heads"] == each["heads"]
+
+
+class _Numbers(list[int]):
+    keeps = False
+
+
+class _Costs:
+    """An objective and a clock: a step takes `step` seconds, an evaluation of all images `judging`."""
+
+    cycle = teacher = None
+    passes = 1
+
+    def __init__(self, monkeypatch, step, judging):
+        self.now, self.step, self.judging = 0.0, step, judging
+        monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(budget, "Ahead", lambda *_: self)
+        monkeypatch.setattr(stepping, "fit", lambda *_: None)
+        monkeypatch.setattr(stepping, "take", self.take)
+        monkeypatch.setattr(objectives, "build", lambda recipe, *_: self)
+
+    def __next__(self):
+        return None
+
+    fetch = close = lambda self: None
+
+    def take(self, *_):
+        self.now += self.step
+
+    def validation(self, split, us):
+        return _Numbers(range(math.ceil(len(split) / 32)))
+
+    def judge(self, model, batches, *_):
+        self.now += self.judging * len(list(batches)) / len(self.validation(range(341), None))
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "judging", "before", "total", "evaluations"),
+    [
+        # The teacher's 94 steps are 60 epochs of 1.56 steps, in 233 s. The student's 312 steps are 200, in 231 s.
+        # Planning takes 14 steps or a twentieth of that, and 4 of 11 batches of an evaluation.
+        ("teacher", 0.5, 0.1, 60, 94, 60),  # 6 s for 60 evaluations are affordable, so the interval stays
+        ("teacher", 0.5, 3.0, 52, 94, 6),
+        ("student", 0.5, 0.5, 157, 312, 39),
+        ("student", 0.5, 3.0, 52, 312, 6),
+        ("student", 2.0, 6.0, 20, 88, 3),
+    ],
+)
+def test_evaluations_of_few_images(name, step, judging, before, total, evaluations, tmp_path, monkeypatch):
+    """100 photos to train and 341 to validate, ten minutes. `before` is the number with one after each epoch."""
+    few, many = (
+        Split(tuple(tmp_path / f"{part}{i}.png" for i in range(count)), tuple(i % 10 for i in range(count)), CLASSES)
+        for part, count in (("train", 100), ("val", 341))
+    )
+    monkeypatch.setattr(planning, "fingerprint", lambda split: "")
+    monkeypatch.setattr(planning, "_reachable", lambda recipe: False)
+    plan = planning.make_plan(tmp_path, (few, many), tmp_path / "run", minutes=10, device="cpu")
+    recipe, seconds = plan.recipe(name), plan.seconds(name, 600 if name == "teacher" else 270)
+    us = Processes(torch.device("cpu"))
+
+    def planned(recipe):
+        costs = _Costs(monkeypatch, step, judging)
+        found = budget.fitted(recipe, few, many, us, seconds, QUIET)
+        length = found.schedule.total.in_steps(100 / 64)
+        every = 100 / 64 if found.evaluate in (None, epochs(1)) else found.evaluate.amount
+        count = sum(1 for n in range(1, length + 1) if n == length or n // every > (n - 1) // every)
+        assert costs.now + length * step + count * judging <= seconds
+        return length, count
+
+    assert planned(recipe) == (total, evaluations)
+    assert evaluations * judging <= 0.1 * seconds
+    assert evaluations >= 10 or 10 * judging > 0.1 * seconds
+    length, count = planned(replace(recipe, evaluate=epochs(1)))
+    assert count == before
+    assert length <= total
 
 
 # ---------------------------------------------------------------------------------------------------------- the choice

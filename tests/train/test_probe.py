@@ -30,6 +30,16 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 
+class Scaler(StandardScaler):
+    """Divides no feature by less than a tenth of the median deviation of those that vary."""
+
+    def fit(self, features, labels=None):
+        super().fit(features)
+        deviations = np.sqrt(self.var_)
+        self.scale_ = np.maximum(deviations, 0.1 * np.median(deviations[deviations > 1e-12]))
+        return self
+
+
 def clusters(classes, count=40, size=12):
     rng = np.random.default_rng(classes)
     labels = np.repeat(np.arange(classes), count)
@@ -72,6 +82,35 @@ def test_a_class_without_an_image_is_never_the_answer():
     features, labels = clusters(3)
     weight, bias = probe.fit(features, np.where(labels == 2, 3, labels), 4, 0.1)
     assert set((features @ weight.T + bias).argmax(1)) == {0, 1, 3}
+
+
+def test_a_feature_that_hardly_varies_does_not_decide():
+    features, labels = clusters(3, count=4)
+    features[:, 1] = 0.0
+    features[labels == 2, 1] = 1e-4
+    weight, bias = probe.fit(features, labels, 3, 0.1)
+    theirs = make_pipeline(Scaler(), LogisticRegression(C=0.1, max_iter=1000, tol=1e-8)).fit(features, labels)
+    ours = torch.softmax(torch.from_numpy(features @ weight.T + bias), 1).numpy()
+    np.testing.assert_allclose(ours, theirs.predict_proba(features), atol=2e-3)
+    other = features[labels == 0]
+    other[:, 1] = 0.5  # 5,000 times as much as in any image of the class 2
+    assert set((other @ weight.T + bias).argmax(1)) == {0}
+    plain = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(features, labels)
+    assert set(plain.predict(other)) == {2}
+
+
+@pytest.mark.parametrize("counts", [(2, 1), (1, 3), (1, 4, 1)])
+def test_a_fold_that_leaves_one_class_to_learn(counts):
+    """A part that has all images of the other classes is judged by a head that knows one class, and never others."""
+    labels = np.repeat(np.arange(len(counts)), counts)
+    features = np.random.default_rng(0).normal(size=(len(labels), 12)).astype(np.float32)
+    for weights in ("equal", "balanced"):
+        strength, accuracy = probe.choose(features, labels, LinearProbe(class_weights=weights), seed=0)
+        assert strength in LinearProbe().strengths
+        assert 0 <= accuracy <= max(counts) / len(labels)
+    weight, bias = probe.fit(features[labels == 1], labels[labels == 1], 3, 0.1)
+    assert not weight.any()
+    assert bias.tolist() == [-10, 0, -10]
 
 
 def test_too_few_images_for_folds():
@@ -138,13 +177,30 @@ def test_from_the_command_to_an_answer(kind, data, tmp_path, monkeypatch):
     expected = []
     val = features_by_hand(run.model, splits[1].files)
     for number, features in enumerate(features_by_hand(run.model, splits[0].files)):
-        theirs = make_pipeline(StandardScaler(), LogisticRegression(C=row["strength"], max_iter=1000))
+        theirs = make_pipeline(Scaler(), LogisticRegression(C=row["strength"], max_iter=1000))
         theirs.fit(features, splits[0].labels)
         expected.append(theirs.predict_proba(val[number]))
     found = Predictor(run.model, head="class")(splits[1].files, top_k=3)
     answers = np.array([[next(x["score"] for x in one if x["label"] == name) for name in "abc"] for one in found])
     np.testing.assert_allclose(answers, expected[0], atol=5e-3)
     assert (Predictor(run.model).labels) == ["a", "b", "c"]
+
+
+def test_a_run_with_one_image_of_each_class(tmp_path, monkeypatch, capsys):
+    """There is nothing to cross-validate, so the record has no such number, and each image is answered right."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = photos(photos(tmp_path / "data", count=1), split="val", count=3)
+    splits = read_data(root, holdout=0.1, seed=0)
+    run = train(
+        started("distilled", tmp_path / "start"), *splits, tmp_path / "run", console=Console(stderr=True, width=999)
+    )
+    assert (
+        "C=0.01, the least, because cross-validation needs a class with two training images" in capsys.readouterr().err
+    )
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert "cross_validation" not in json.loads(text)
+    assert [one[0]["label"] for one in Predictor(run.model)(splits[0].files)] == ["a", "b", "c"]
 
 
 def test_features_are_kept_by_content(data, tmp_path, monkeypatch):

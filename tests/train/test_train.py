@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch._dynamo.utils import counters
 
 from deit import machine
 from deit.config import ConvNetConfig
+from deit.data import batches as batching
 from deit.data.ahead import Ahead
 from deit.data.batches import BadImages, EvaluationBatches, TrainingBatches, processor_for
 from deit.data.draws import draws
@@ -46,9 +48,10 @@ from deit.recipe import (
     epochs,
     steps,
 )
-from deit.train import checkpoint, compiling, loop, objectives, optim, progress, records, runs, stepping
+from deit.train import budget, checkpoint, compiling, loop, objectives, optim, progress, records, runs, stepping
+from deit.train.budget import TooShort
 from deit.train.build import build_model
-from deit.train.loop import Diverged, TooShort, train
+from deit.train.loop import Diverged, train
 from deit.train.progress import Reporter
 
 QUIET = Console(quiet=True)
@@ -744,27 +747,146 @@ def test_the_plan_counts_the_waits_between_bursts(workers, each, splits, tmp_pat
         work, state = prepare(*given)
         return replace(work, batches=Bursts(work.batches, clock, workers, each)), state
 
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(stepping, "take", slow)
     monkeypatch.setattr(runs, "prepare", prepared)
     recipe = replace(CONVNET, schedule=Cosine(total=steps(100_000)), evaluate=steps(100_000))
     us = machine.Processes(torch.device("cpu"))
-    planned = loop._plan(recipe, *splits, us, 100.0, QUIET).schedule.total.amount
+    planned = budget.fitted(recipe, *splits, us, 100.0, QUIET).schedule.total.amount
     expected = 0.9 * (100 - clock.now) / max(0.01, each / workers)
     assert planned == pytest.approx(expected, rel=0.03)
     assert clock.now < 20 + 2 * each
 
 
-@pytest.mark.parametrize("seconds", [1.0, 7.0, 30.0, 31.0, 33.0, 1000.0])
-def test_reading_counts_once(seconds):
+class Costs:
+    """A clock on which a step takes `step` seconds and an evaluation `judging`, and nothing else takes time."""
+
+    def __init__(self, monkeypatch, step, judging):
+        self.now, count = 0.0, math.ceil(9 / CONVNET.data.batch)
+        honest_take, honest_judge = stepping.take, objectives.SupervisedObjective.judge
+
+        def take(*given):
+            self.now += step
+            return honest_take(*given)
+
+        def counted(batches):
+            for batch in batches:
+                self.now += judging / count
+                yield batch
+
+        def judge(self_, model, batches, *given):
+            return honest_judge(self_, model, counted(batches), *given)
+
+        monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(stepping, "take", take)
+        monkeypatch.setattr(objectives.SupervisedObjective, "judge", judge)
+
+
+def planned(recipe, splits, seconds, console=QUIET):
+    return budget.fitted(recipe, *splits, machine.Processes(torch.device("cpu")), seconds, console)
+
+
+@pytest.mark.parametrize(
+    ("step", "judging", "total", "evaluate", "expected"),
+    [
+        # 21 images in batches of 8: an epoch is 2.625 steps. Planning takes 14 steps and 1.5 evaluations. A tenth of
+        # what it leaves is kept in reserve.
+        (0.1, 0.02, 10_000, None, None),  # an evaluation of 0.02 s for each 0.26 s of steps is below a tenth
+        (0.1, 0.1, 10_000, None, 10),  # 8.86 s for evaluations are 88 of them, and 798 steps take the rest
+        (0.1, 2.0, 10_000, None, 195),  # 8.6 s are 4 of them, and 780 steps take the rest
+        (0.1, 2.0, 40, None, 10),  # all steps fit, and 4 evaluations are a tenth of the time that there is
+        (0.1, 2.0, 9, None, None),  # the 4 evaluations of the recipe are as many
+        (0.1, 30.0, 10_000, None, 182),  # one evaluation takes more than a tenth, so there is one alone, at the end
+        (0.1, 2.0, 10_000, epochs(1), epochs(1)),  # what the recipe says counts
+        (0.1, 2.0, 10_000, steps(20), steps(20)),
+    ],
+)
+def test_evaluations_take_a_tenth_of_the_time(step, judging, total, evaluate, expected, splits, monkeypatch, capsys):
+    seconds = 100.0
+    recipe = replace(CONVNET, schedule=Cosine(total=steps(total)), evaluate=evaluate)
+    costs = Costs(monkeypatch, step, judging)
+    found = planned(recipe, splits, seconds, Console(stderr=True, width=40))
+    said = capsys.readouterr().err
+    assert found.evaluate == (steps(expected) if isinstance(expected, int) else expected)
+    length = min(total, found.schedule.total.in_steps(1))
+    every = 21 / 8 if found.evaluate in (None, epochs(1)) else found.evaluate.amount
+    taken = sum(1 for n in range(1, length + 1) if n == length or n // every > (n - 1) // every)
+    assert costs.now + length * step + taken * judging <= seconds
+    chosen = isinstance(expected, int)
+    if chosen and taken > 1:
+        available = 0.9 * (seconds - costs.now)
+        assert taken * judging <= 0.1 * available
+        assert math.ceil(length / (expected - 1)) * judging > 0.1 * available  # one step less would be too often
+    count = f"with {taken} evaluation{'s' * (taken != 1)}, because one after each epoch would take more than a tenth"
+    assert (count in said) == chosen
+
+
+def test_a_run_with_rarer_evaluations_goes_on_as_it_began(splits, tmp_path, monkeypatch):
+    """The interval that the time gave stands in the record. The same command goes on with it, with or without a time,
+    and so does one that repeats the record."""
+    recipe = replace(CONVNET, schedule=Cosine(total=steps(12)), compute=replace(CONVNET.compute, save_minutes=0))
+    with monkeypatch.context() as costs:
+        Costs(costs, 0.1, 3.0)
+        whole = run(recipe, splits, tmp_path / "whole", minutes=100 / 60)
+    written = json.loads((tmp_path / "whole" / "recipe.json").read_text())
+    assert Recipe.from_dict(written) == replace(recipe, evaluate=steps(6))
+    assert [row["step"] for row in rows(tmp_path / "whole")] == [6, 12]
+    for name, again in {"timed": recipe, "untimed": recipe, "repeated": Recipe.from_dict(written)}.items():
+        out = tmp_path / name
+        shutil.copytree(tmp_path / "whole", out)
+        for path in checkpoint.saved(out / "checkpoints")[1:]:  # as if it had stopped after an earlier step
+            path.unlink()
+        options = {"minutes": 10} if name == "timed" else {}
+        assert run(again, splits, out, resume=True, **options).score == whole.score
+        assert json.loads((out / "recipe.json").read_text()) == written
+        assert [row["step"] for row in rows(out)] == [6, 12]
+        assert all(torch.equal(end(out)[key], value) for key, value in end(tmp_path / "whole").items())
+    with raises_saying(ValueError, "evaluate.amount is 6.0 there and 1.0 here", "continue with its own recipe"):
+        run(replace(recipe, evaluate=epochs(1)), splits, tmp_path / "whole", resume=True, minutes=1)
+
+
+def test_a_run_that_recorded_an_epoch_goes_on(splits, tmp_path):
+    """Earlier records say `epochs(1)` where the recipe says nothing."""
+    recipe = replace(CONVNET, schedule=Cosine(total=steps(12)))
+    run(replace(recipe, evaluate=epochs(1)), splits, tmp_path)
+    record = (tmp_path / "recipe.json").read_text()
+    run(recipe, splits, tmp_path, resume=True)
+    assert (tmp_path / "recipe.json").read_text() == record
+
+
+def test_patience_with_rarer_evaluations(splits, tmp_path, monkeypatch):
+    """Ten evaluations of 1,000 steps in a tenth of the time. The third is the best, so half of the schedule ends with
+    the eighth."""
+    recipe = replace(CONVNET, schedule=Cosine(total=steps(10_000)), patience=0.5)
+    Costs(monkeypatch, 0.1, 1.0)
+    recipe = planned(recipe, splits, 123.0)
+    total, every = recipe.schedule.total.in_steps(1), recipe.evaluate.in_steps(1)
+    assert math.ceil(total / every) == 10
+    given = iter([1, 2, 9, 3, 4, 5, 6, 7, 8, 8])
+    monkeypatch.setattr(
+        objectives.SupervisedObjective,
+        "judge",
+        lambda *_: objectives.Verdict((score := float(next(given))), {"val_accuracy": score}),
+    )
+    assert run(recipe, splits, tmp_path).score == 9
+    assert rows(tmp_path)[-1]["step"] == 8 * every
+
+
+@pytest.mark.parametrize("seconds", [7.0, 30.0, 31.0, 33.0, 1000.0])
+@pytest.mark.parametrize("evaluate", [steps(40), None])
+def test_reading_counts_once(evaluate, seconds):
     """Against a clock that goes from step to step: images are read in the first 20 steps and in the first evaluation,
     and the run ends with one more evaluation."""
-    costs = loop._Costs(step=0.25, reading=1.0, unread=20, judging=0.5, first=2.0)
-    now, taken = 2.5, 0
+    costs = budget.Costs(step=0.25, reading=1.0, unread=20, judging=0.5, first=2.0)
+    work = SimpleNamespace(recipe=SimpleNamespace(evaluate=evaluate), every=40.0 if evaluate else 1.0, total=100_000)
+    found, interval = costs.choice(seconds, work)
+    assert bool(interval) == (evaluate is None)
+    evaluations = 1 + found / 40 if evaluate else math.ceil(found / interval)
+    now, taken = 2.0 + 0.5 * evaluations, 0
     while now <= seconds:
-        now += 0.25 + (taken < 20) + 0.5 / 40
+        now += 0.25 + (taken < 20)
         taken += now <= seconds
-    assert costs.steps_within(seconds, 40) == pytest.approx(taken + 0.5, abs=0.5) or seconds < 2.5
+    assert taken == pytest.approx(found, abs=1, rel=0.005)
 
 
 def test_kept_images_are_read_once_and_timed_once(splits, tmp_path, monkeypatch):
@@ -781,7 +903,7 @@ def test_kept_images_are_read_once_and_timed_once(splits, tmp_path, monkeypatch)
 
     monkeypatch.setattr(batching, "read", slow)
     monkeypatch.setattr(stepping, "take", stepped)
-    for module in (loop, batching):
+    for module in (budget, batching):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     batches = batching.TrainingBatches(splits[0], CONVNET)
     assert batches.keeps
@@ -803,7 +925,7 @@ def test_a_recipe_that_fits_is_left_alone_and_one_that_cannot_is_refused(splits,
 
 def test_time_that_runs_out_ends_with_an_evaluation(splits, tmp_path, monkeypatch):
     """The plan was too hopeful: steps became slower."""
-    monkeypatch.setattr(loop, "_plan", lambda recipe, *_: recipe)
+    monkeypatch.setattr(budget, "fitted", lambda recipe, *_: recipe)
     recipe = replace(CONVNET, schedule=Cosine(total=steps(10_000)), evaluate=steps(5000))
     run(recipe, splits, tmp_path, minutes=0.3 / 60)
     written = rows(tmp_path)

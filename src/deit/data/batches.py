@@ -323,9 +323,11 @@ class _Views(Dataset[Any]):
             return found
         if isinstance(found, Jpeg):
             with reading(found.name):
-                found = found.decode()
-        self.kept.add(index, found)
-        return found
+                decoded: Pixels | Image.Image = found.decode()
+        else:
+            decoded = found
+        self.kept.add(index, decoded)
+        return decoded
 
     def _resized(self, index: int) -> Image.Image:
         """An image, resized and cropped as for evaluation. It is read only once if there is room for it."""

@@ -23,8 +23,9 @@ from deit.report import document
 from deit.report.live import LivePage
 from deit.report.markup import Section, table
 from deit.terminal import shown
+from deit.train.budget import TooShort
 from deit.train.labels import teach
-from deit.train.loop import TooShort, train
+from deit.train.loop import train
 from deit.train.records import METRICS, MODEL, Record, span
 
 _STATE, RESULT, _LABELS = "state.json", "result.json", "labels"

@@ -24,7 +24,6 @@ from deit.recipe.learning import (
     Optimizer,
     Supervised,
     Tuning,
-    epochs,
 )
 from deit.recipe.views import Augment, Data
 
@@ -57,8 +56,9 @@ class Recipe:
     ema: float = 0.0
     """Decay per step of the exponential moving average of the weights, 0 to <1. The average is evaluated and saved; 0
     takes the weights themselves."""
-    evaluate: Duration = field(default_factory=lambda: epochs(1))
-    """Length of training between evaluations on the validation images. There is always one at the end."""
+    evaluate: Duration | None = None
+    """Length of training between evaluations on the validation images. There is always one at the end. None is an
+    epoch, or longer if the time is limited and evaluations would take more than a tenth of it."""
     patience: float = 0.0
     """Part of the schedule, 0 to 1: training ends if the validation score has not improved for so long. 0 never ends
     it."""
@@ -108,10 +108,11 @@ class Recipe:
         )
         check(0.0 <= self.ema < 1.0, f"ema must be at least 0 and below 1, found {self.ema}")
         within(self, 0.0, 1.0, "patience")
-        check(
-            self.evaluate.amount > 0,
-            f"evaluate must be longer than 0, found {self.evaluate.amount} {self.evaluate.unit}",
-        )
+        if self.evaluate is not None:
+            check(
+                self.evaluate.amount > 0,
+                f"evaluate must be longer than 0, found {self.evaluate.amount} {self.evaluate.unit}",
+            )
         if isinstance(model, ConvNetConfig):
             check(
                 not self.compute.checkpoint_blocks and not self.start,

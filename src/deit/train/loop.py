@@ -10,17 +10,14 @@ from __future__ import annotations
 import math
 import os
 import signal
-import statistics
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import Any, NoReturn, Self
 
-import torch
 from rich.console import Console
 
 from deit import files
@@ -35,17 +32,15 @@ from deit.machine import (
     processes,
     resolve_precision,
 )
-from deit.recipe import LinearProbe, MaskedImage, Recipe, steps
-from deit.train import compiling, forecast, objectives, runs, stepping
+from deit.recipe import LinearProbe, MaskedImage, Recipe
+from deit.train import budget, compiling, forecast, objectives, runs, stepping
 from deit.train.build import find_sources
 from deit.train.progress import Reporter
 from deit.train.receivers import Receiver, named
-from deit.train.records import ABOUT, About, span
+from deit.train.records import ABOUT, About
 from deit.train.runs import State, Work
 from deit.train.stepping import Diverged
 
-_PLANNED, _MOST_PLANNED = 0.05, 0.2
-"""Parts of a time budget: the usual one that planning takes, and the largest."""
 _ROWS = 50
 """Largest number of steps between two rows of metrics."""
 _FEW = 10
@@ -67,10 +62,6 @@ class Run:
     images."""
     seconds: float
     """Training time of all sessions together."""
-
-
-class TooShort(ValueError):
-    """Not even one step fits into the time that a run was given."""
 
 
 class Stopped(SystemExit):
@@ -147,9 +138,9 @@ def _train(
         found = runs.find(out, recipe, resume, planned=end < math.inf)
         us.wait()  # because no process may write before all have looked
         if found is not None:
-            recipe = replace(recipe, schedule=found.schedule)
+            recipe = replace(recipe, schedule=found.schedule, evaluate=found.evaluate)
         elif end < math.inf:
-            recipe = _plan(recipe, *splits, us, end - time.perf_counter(), console)
+            recipe = budget.fitted(recipe, *splits, us, end - time.perf_counter(), console)
         if us.main:
             files.write_json(out / "recipe.json", recipe.to_dict())
         work, state = runs.prepare(recipe, *splits, us, found)
@@ -425,118 +416,6 @@ def _judge(work: Work, state: State, out: Path, validation: Iterable[Batch], row
 # ------------------------------------------------------------------------------------------------- time, interruptions
 
 
-def _plan(
-    recipe: Recipe, train_split: Split, val_split: Split, us: Processes, seconds: float, console: Console | None
-) -> Recipe:
-    """The recipe with a schedule that ends within `seconds` and is never longer than the recipe's own.
-
-    Steps and evaluation are timed on a model that is then thrown away, so that the record of the run stays complete.
-    """
-    began = time.perf_counter()
-    work, state = runs.prepare(recipe, train_split, val_split, us, None)
-    times: list[float] = []
-    # Loader processes give batches in bursts of as many as there are loaders, with waits between the bursts. At the
-    # start, they have time to make two bursts ahead. So whole bursts count, and only those after that. Images that are
-    # kept in memory take longer the first time only, so the same ones come again.
-    burst = max(1, work.batches.workers)
-    keeps = work.batches.keeps
-    stream = Ahead(work.batches.from_step(0, repeat=burst if keeps else None), us.device)
-
-    def by_main(value: float) -> float:
-        """The main process's value, in all processes, because their clocks differ and their work must not."""
-        return float(us.sum(torch.tensor(float(value) if us.main else 0.0, device=us.device)))
-
-    def spent_above(part: float) -> bool:
-        return by_main(sum(times) > part * seconds) > 0
-
-    first = max(2, 2 * burst) if work.batches.workers else 2
-    while len(times) < 3 or not (
-        spent_above(_MOST_PLANNED)
-        or (len(times) >= first + max(4, burst) and (len(times) - first) % burst == 0 and spent_above(_PLANNED))
-        or len(times) >= first + 12 * burst
-    ):
-        started = time.perf_counter()
-        batch = next(stream)
-        if not times:
-            stepping.fit(work, state, batch, lambda _: None)
-        work.optimizers.set_lr(work.lr(0))
-        stepping.take(work, state, batch, (False,), lambda _: None, stream.fetch)
-        times.append(time.perf_counter() - started)
-    stream.close()
-    per_image = work.batches.reading_seconds() if keeps else 0.0
-    costs = _Costs(
-        _seconds_per_step(times, first, burst),
-        per_image * recipe.data.batch / us.world / burst,
-        work.batches.steps_per_epoch * us.world,
-        *_judging_seconds(work, us),
-    )
-    left = 0.9 * (seconds - (time.perf_counter() - began))
-    total = int(by_main(costs.steps_within(left, work.every)))
-    if total < 1:
-        raise TooShort(
-            f"a step takes about {costs.step:.1f} s and an evaluation {costs.judging:.1f} s, so not even one step fits "
-            f"into the {seconds:.0f} s that are left; give more time, or take a smaller model"
-        )
-    if us.main:
-        (console or Console(stderr=True)).print(
-            f"a step takes about {costs.step:.2g} s and an evaluation {costs.judging:.2g} s, so {min(total, work.total)} of "
-            f"the recipe's {work.total} steps fit into {span(seconds)}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    if total >= work.total:
-        return recipe
-    shorter = replace(work.schedule, total=steps(total), warmup=steps(round(work.warmup * total / work.total)))
-    return replace(recipe, schedule=shorter)
-
-
-class _Costs(NamedTuple):
-    """Seconds that parts of a run take."""
-
-    step: float
-    reading: float
-    """What a step takes in addition while its images are read for the first time."""
-    unread: float
-    """Number of steps that do."""
-    judging: float
-    """What an evaluation takes."""
-    first: float
-    """What the first evaluation takes in addition, because its images are read."""
-
-    def steps_within(self, seconds: float, every: float) -> float:
-        """How many steps fit, with an evaluation after `every` of them, and one at the end."""
-        seconds -= self.judging + self.first
-        each = self.step + self.judging / every
-        reading = seconds / (each + self.reading)
-        return reading if reading <= self.unread else (seconds - self.unread * self.reading) / each
-
-
-def _judging_seconds(work: Work, us: Processes) -> tuple[float, float]:
-    """Seconds of an evaluation, and those that the first one takes in addition, judged by up to three batches."""
-
-    def judged(batches: Iterable[Batch]) -> float:
-        began = time.perf_counter()
-        work.objective.judge(work.model, batches, us, work.precision)
-        return time.perf_counter() - began
-
-    judged(islice(work.validation, 1))  # because the first one is slow
-    sample = min(3, len(work.validation))
-    parts = len(work.validation) / sample
-    if not work.validation.keeps:
-        return parts * judged(islice(work.validation, sample)), 0.0
-    began = time.perf_counter()
-    batches = list(islice(work.validation, sample))
-    reading = time.perf_counter() - began
-    return parts * judged(batches), parts * reading
-
-
-def _seconds_per_step(times: list[float], first: int, burst: int) -> float:
-    """The mean over the whole bursts of steps from the `first` on; if there is none, over all but the two first steps,
-    which start things, although loaders then gave some batches that they had made ahead."""
-    whole = (len(times) - first) // burst * burst
-    return statistics.fmean(times[first : first + whole] if whole > 0 else times[2:])
-
-
 class _Signals:
     """Remembers SIGTERM and Ctrl-C, so that the loop can stop when its state is complete. A second Ctrl-C stops it at
     once."""
@@ -579,4 +458,4 @@ class _Signals:
             self.interrupts = before
 
 
-__all__ = ["Diverged", "Run", "Stopped", "TooShort", "train"]
+__all__ = ["Diverged", "Run", "Stopped", "train"]

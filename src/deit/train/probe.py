@@ -37,6 +37,8 @@ _COUNTED = 5000
 """Largest number of images that cross-validation uses, drawn at random. The choice is as sure with so many."""
 _ITERATIONS = 300
 """Largest number of iterations of a fit."""
+_LEAST = 0.1
+"""Least standard deviation that a feature is divided by, as a part of the median one."""
 _SOON = 3.0
 """Seconds after which it is said how long the images will take."""
 
@@ -65,8 +67,11 @@ def learn(
     heads = linear_heads(model)
     features, labels = _cached(recipe, train, model, us, reporter)
     strength, accuracy = choose(features[0], labels, settings, recipe.seed)
+    crossed = {"cross_validation": accuracy} if (folds := _folds(labels, settings)) else {}
     reporter.say(
-        f"C={strength:g} is right on {accuracy:.3f} of the training images in {settings.folds}-fold cross-validation"
+        f"C={strength:g} is right on {accuracy:.3f} of the training images in {folds}-fold cross-validation"
+        if folds
+        else f"C={strength:g}, the least, because cross-validation needs a class with two training images"
     )
     for head, values in zip(heads, features, strict=True):
         weight, bias = fit(values, labels, len(train.classes), strength, settings.class_weights)
@@ -76,7 +81,7 @@ def learn(
     verdict = objective.judge(
         model, objective.validation(validation, us), us, resolve_precision(recipe.compute.precision, us.device)
     )
-    return model, {"strength": strength, "cross_validation": accuracy, **verdict.numbers}
+    return model, {"strength": strength, **crossed, **verdict.numbers}
 
 
 def linear_heads(model: nn.Module) -> list[nn.Linear]:
@@ -97,15 +102,18 @@ def linear_heads(model: nn.Module) -> list[nn.Linear]:
 
 def choose(features: np.ndarray, labels: np.ndarray, probe: LinearProbe, seed: int) -> tuple[float, float]:
     """The strength with the smallest log loss in stratified cross-validation, and the accuracy there. The accuracy
-    itself would choose among near ties by chance. `features` (N, D), `labels` (N,)."""
+    itself would choose among near ties by chance. `features` (N, D), `labels` (N,).
+
+    If no class has two images, it is the least strength, and the accuracy is NaN.
+    """
     from sklearn.model_selection import StratifiedKFold
 
     if len(labels) > _COUNTED:
         kept = np.sort(np.random.default_rng(seed).permutation(len(labels))[:_COUNTED])
         features, labels = features[kept], labels[kept]
     strengths, classes = sorted(probe.strengths), int(labels.max()) + 1
-    folds = min(probe.folds, int(np.bincount(labels).max()))
-    if folds < 2:
+    folds = _folds(labels, probe)
+    if not folds:
         return strengths[0], float("nan")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)  # it is told before training
@@ -122,6 +130,12 @@ def choose(features: np.ndarray, labels: np.ndarray, probe: LinearProbe, seed: i
     return strengths[best], float(right[best]) / len(labels)
 
 
+def _folds(labels: np.ndarray, probe: LinearProbe) -> int:
+    """Number of parts in cross-validation: no more than the largest class has images. 0 if that is one image."""
+    most = int(np.bincount(labels).max())
+    return min(probe.folds, most) if most > 1 else 0
+
+
 def fit(
     features: np.ndarray, labels: np.ndarray, classes: int, strength: float, class_weights: str = "equal"
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -129,6 +143,9 @@ def fit(
 
     The features are standardised for the fit, and the result is for the features as they are. A class without an image
     gets no weights and the bias of the least likely class, less 10, so that it is never the answer.
+
+    A feature whose standard deviation is below a tenth of the median one is divided by that tenth. With few images,
+    some features hardly vary by chance, and would otherwise decide about other images.
     """
     [found] = _fits(features, labels, classes, [strength], class_weights)
     return found
@@ -144,9 +161,14 @@ def _fits(
     # as much as it gains.
     threads = 1 if len(features) <= _COUNTED else None
     mean, deviation = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
-    deviation[deviation < 1e-12] = 1.0
+    varying = deviation[deviation > 1e-12]
+    deviation = np.maximum(deviation, _LEAST * np.median(varying) if len(varying) else 1.0)
     standardised = ((features - mean) / deviation).astype(np.float32)
     weighing = "balanced" if class_weights == "balanced" else None
+    if len(seen := np.unique(labels)) == 1:  # without another class, there is nothing to fit
+        bias = np.where(np.arange(classes) == seen, 0.0, -10.0)
+        yield from [(np.zeros((classes, features.shape[1])), bias)] * len(strengths)
+        return
     solver = _solver()(max_iter=_ITERATIONS, warm_start=True, class_weight=weighing)
     for strength in strengths:
         solver.set_params(C=strength)

@@ -22,7 +22,7 @@ from deit.data.folders import Split, fingerprint
 from deit.evaluate.calibration import FILE as CALIBRATION
 from deit.image.jpeg import reader
 from deit.machine import Processes, described, resolve_precision, whole
-from deit.recipe import MICRO_BATCHES_REFUSED, Cosine, LoRA, Optimizer, Recipe, difference
+from deit.recipe import MICRO_BATCHES_REFUSED, Cosine, Duration, LoRA, Optimizer, Recipe, difference, epochs
 from deit.train import checkpoint, compiling, objectives, optim, tuning
 from deit.train.build import build_model
 from deit.train.records import ABOUT, ADAPTER, MODEL, RECIPE, About
@@ -137,6 +137,8 @@ class Stopped:
     state: State
     schedule: Cosine
     """The schedule that the run began with. A time budget may have shortened it."""
+    evaluate: Duration | None
+    """Its interval between evaluations. A time budget may have lengthened it."""
     problems: list[str]
     """One sentence for each newer checkpoint, which says why it could not be read."""
 
@@ -182,14 +184,19 @@ def find(out: Path, recipe: Recipe, resume: bool, planned: bool) -> Stopped | No
         return None
     tensors, values, problems = found
     theirs = Recipe.from_dict(files.read_json(out / "recipe.json"))
-    same = replace(recipe, compute=theirs.compute, schedule=theirs.schedule if planned else recipe.schedule)
+    same = replace(
+        recipe,
+        compute=theirs.compute,
+        schedule=theirs.schedule if planned else recipe.schedule,
+        evaluate=theirs.evaluate if recipe.evaluate is None else recipe.evaluate,
+    )
     if changed := difference(theirs.to_dict(), same.to_dict()):
         raise ValueError(
             f"{out} holds a run of another recipe: {changed}; continue with its own recipe "
             f"({out / 'recipe.json'}), or choose another --out"
         )
     assert theirs.schedule is not None
-    return Stopped(tensors, State(**values), theirs.schedule, problems)
+    return Stopped(tensors, State(**values), theirs.schedule, theirs.evaluate, problems)
 
 
 def prepare(
@@ -233,7 +240,8 @@ def prepare(
     batches = TrainingBatches(
         train_split, recipe, rank=us.rank, world=us.world, cycle=objective.cycle, device=us.device
     )
-    every = max(1.0, recipe.evaluate.amount * (per_epoch if recipe.evaluate.unit == "epochs" else 1))
+    interval = epochs(1) if recipe.evaluate is None else recipe.evaluate
+    every = max(1.0, interval.amount * (per_epoch if interval.unit == "epochs" else 1))
     return Work(
         recipe,
         us,
