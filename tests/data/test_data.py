@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -562,9 +563,9 @@ def test_another_loader_is_watched_as_ever(split, another_loader):
     ours = multiprocessing.active_children()
     theirs = iter(torch.utils.data.DataLoader(range(100), num_workers=1))
     [child] = set(multiprocessing.active_children()) - set(ours)
+    threading.Timer(0.2, os.kill, (child.pid, signal.SIGKILL)).start()
     with pytest.raises(RuntimeError, match=f"pid {child.pid}. is killed by signal"):
-        os.kill(child.pid, signal.SIGKILL)
-        time.sleep(30)  # which the signal ends
+        time.sleep(30)  # the signal ends it
     stream.close()
     del theirs
     assert multiprocessing.active_children() == []
