@@ -1,8 +1,10 @@
-"""How many cores this process may use, in control groups of both versions."""
+"""How many cores this process may use, in control groups of both versions, and how much memory it has used."""
 
 import os
+import sys
 
 import pytest
+from support.checks import run_python
 
 from deit import host
 
@@ -31,3 +33,21 @@ def test_cores_are_those_that_machine_and_groups_allow(tmp_path, monkeypatch, gr
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert host.cores(str(tmp_path)) == expected
+
+
+def used_by(child, mib):
+    """MiB that a process has used which another one has started, when that one had used more."""
+    code = (
+        f"import subprocess, sys; taken = bytes([1]) * ({mib} << 20); subprocess.run([sys.executable, '-c', {child!r}])"
+    )
+    return float(run_python(code)) / 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says")
+def test_memory_is_that_of_this_process_and_not_of_the_one_that_started_it(tmp_path):
+    child = "from deit import host; taken = bytes([1]) * (50 << 20); del taken; print(host.peak_memory())"
+    assert 50 < used_by(child, 400) < 150
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "status").write_text("Name:\tpython\nVmPeak:\t  9000 kB\nVmHWM:\t    8772 kB\n")
+    assert host.peak_memory(str(tmp_path)) == 8772 * 1024
+    assert host.peak_memory(str(tmp_path / "another system")) is None

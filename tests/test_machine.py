@@ -2,13 +2,14 @@
 
 import socket
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.checks import raises_saying
 from support.models import build, small, trained_folder
 
-from deit import machine
+from deit import host, machine
 from deit.data.batches import Batch
 from deit.evaluate.models import examine
 from deit.explain.explanation import explain_pixels
@@ -139,6 +140,17 @@ def test_float32_is_float32_on_a_gpu_too(wish, tmp_path):
     exact = ["ieee"] * 2 if isinstance(before[0], str) else [False] * 2
     assert len(asked) >= 3
     assert all(each == exact for each in asked)
+
+
+def test_the_memory_used_is_what_the_system_says(monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(host, "peak_memory", lambda: 123)
+    assert machine.peak_memory(torch.device("cpu")) == 123
+    monkeypatch.setattr(host, "peak_memory", lambda: None)
+    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=2048))
+    for system, used in (("linux", 2048 * 1024), ("darwin", 2048)):
+        monkeypatch.setattr(machine.sys, "platform", system)
+        assert machine.peak_memory(torch.device("cpu")) == used
 
 
 # ------------------------------------------------------------------------------------------------------ many processes

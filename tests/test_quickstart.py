@@ -20,7 +20,10 @@ from deit.machine import resolve_precision
 from deit.model.load import load_model
 from deit.quickstart import quickstart
 
-pytestmark = pytest.mark.timeout(900)  # of a hang; what it may take is in test_the_numbers
+pytestmark = pytest.mark.timeout(900)  # of a hang
+
+SECONDS = 180
+"""What it may take on a machine that it has for itself."""
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +44,8 @@ def done(tmp_path_factory):
 
 
 def slowness():
-    """How much longer a product of matrices takes than on the machine that the bound of 180 s is from, 1 at least. A
-    core of that one makes 200 GFLOP/s in bfloat16 (docs/log.md); here it is the precision that training takes."""
+    """How much longer a product of matrices takes than on the machine that `SECONDS` is from, 1 at least. A core of
+    that one makes 200 GFLOP/s in bfloat16 (docs/log.md); here it is the precision that training takes."""
     matrix = torch.randn(2048, 2048).to(resolve_precision("auto", torch.device("cpu")))
     seconds = []
     for _ in range(4):
@@ -57,8 +60,14 @@ def test_the_numbers(done):
     assert set(result) == {"teacher", "class_head", "distillation_head", "fused", "seconds", "model"}
     assert result["fused"] >= 0.98
     assert min(result["teacher"], result["class_head"], result["distillation_head"]) >= 0.97
-    # Other tests may have the cores meanwhile, so seconds of computing count where they are fewer.
-    assert min(result["seconds"], done[2]) <= 180 * slowness()
+    # Other tests have the cores meanwhile. A product of matrices, which waits less for memory than a training does,
+    # doesn't tell how slow they make it, so the bound is three times as wide as it is for a machine of its own.
+    assert min(result["seconds"], done[2]) <= 3 * SECONDS * slowness()
+
+
+@pytest.mark.slow  # where nothing runs beside it
+def test_the_time_it_takes(done):
+    assert json.loads(done[0].stdout.splitlines()[-1])["seconds"] <= SECONDS * slowness()
 
 
 def test_the_folder_it_leaves(done):

@@ -34,6 +34,17 @@ def available_memory(root: str = "/") -> int | None:
     return min((room for room in rooms if room is not None), default=None)
 
 
+def peak_memory(root: str = "/") -> int | None:
+    """The most bytes of main memory that this process has used; None if the system doesn't say it here.
+
+    `getrusage` isn't asked, because Linux counts there what the process that started this one used, too.
+    """
+    for line in _lines(os.path.join(root, "proc/self/status")):
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    return None
+
+
 _CPU_OF_V1 = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
 _MEMORY_OF_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 

@@ -367,6 +367,9 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes that this process has used, of the GPU's memory or of main memory. 0 if the system doesn't say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    known = host.peak_memory()
+    if known is not None:
+        return known
     try:
         import resource
     except ImportError:  # Windows

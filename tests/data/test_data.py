@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,7 @@ from sklearn.datasets import load_digits
 from support.checks import assert_close, raises_saying
 from support.pictures import erase
 from support.runs import small_recipe
+from torch.utils.data._utils import signal_handling
 
 from deit.config import DeiTConfig
 from deit.data import batches as data
@@ -505,9 +507,27 @@ def test_masks_are_drawn_for_each_view(split):
 # ---------------------------------------------------------------------------------------------------- loader processes
 
 
+@pytest.fixture
+def another_loader(monkeypatch):
+    """Uses a `DataLoader` as if it were the first one of the program. It leaves PyTorch's handler for the end of a
+    child process."""
+    before = signal.getsignal(signal.SIGCHLD)
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+
+    def use():
+        assert list(torch.utils.data.DataLoader(range(2), num_workers=1)) == [0, 1]
+        assert signal.getsignal(signal.SIGCHLD) is not before
+
+    yield use
+    signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.parametrize("other", [False, True])
 @pytest.mark.parametrize("killed", [1, 2])
-def test_a_dead_worker_is_told(split, killed):
+def test_a_dead_worker_is_told(split, killed, other, another_loader):
     """In `next` and nowhere else: the loop may be saving when it dies."""
+    if other:
+        another_loader()
     batches = TrainingBatches(split, recipe(workers=2))
     stream = batches.from_step(0)
     next(stream)
@@ -516,6 +536,38 @@ def test_a_dead_worker_is_told(split, killed):
     time.sleep(0.2)
     with raises_saying(LoaderDied, "a loader process died", "memory", "compute.workers below 2"):
         list(islice(stream, 10))
+    assert multiprocessing.active_children() == []
+
+
+def test_closing_raises_nothing_if_there_was_another_loader(split, another_loader, monkeypatch):
+    unraised = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda told: unraised.append(told.exc_value))
+    another_loader()
+    for _ in range(10):
+        stream = TrainingBatches(split, recipe(workers=2)).from_step(0)
+        next(stream)
+        stream.close()
+        time.sleep(0.01)
+    assert unraised == []
+    assert multiprocessing.active_children() == []
+
+
+def test_another_loader_is_watched_as_ever(split, another_loader):
+    """After ours and beside it."""
+    before = signal.getsignal(signal.SIGCHLD)
+    take(TrainingBatches(split, recipe(workers=1)), 1)
+    assert signal.getsignal(signal.SIGCHLD) is before
+    another_loader()
+    stream = TrainingBatches(split, recipe(workers=1)).from_step(0)
+    next(stream)
+    ours = multiprocessing.active_children()
+    theirs = iter(torch.utils.data.DataLoader(range(100), num_workers=1))
+    [child] = set(multiprocessing.active_children()) - set(ours)
+    threading.Timer(0.2, os.kill, (child.pid, signal.SIGKILL)).start()
+    with pytest.raises(RuntimeError, match=f"pid {child.pid}. is killed by signal"):
+        time.sleep(30)  # the signal ends it
+    stream.close()
+    del theirs
     assert multiprocessing.active_children() == []
 
 

@@ -191,8 +191,8 @@ def test_lack_of_memory_changes_no_value():
 
 
 MEMORY = """
-import resource
 import torch
+from deit.machine import peak_memory
 from deit.data.batches import Batch
 from deit.evaluate.models import examine
 from deit.model.outputs import ImageClassifierOutput
@@ -204,10 +204,10 @@ class Model(torch.nn.Module):
 def peak(batches):
     examine(Model(), (Batch(torch.randn(64, 1, 1, 1000), torch.randint(0, 1000, (64,))) for _ in range(batches)),
             tuple(map(str, range(1000))))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_memory(torch.device("cpu"))
 
 before = peak(20)
-print((peak(320) - before) / 1024)
+print((peak(320) - before) / 2**20)
 """
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from deit.host import cores
 
@@ -69,6 +70,7 @@ def loaded(views: Dataset[Any], wanted: Iterable[Any], workers: int, device: tor
     )
     with _child_signal_kept(), opened():
         batches = iter(loader)
+        _unwatch(batches)
     died = ""
     try:
         while True:
@@ -97,6 +99,17 @@ def loaded(views: Dataset[Any], wanted: Iterable[Any], workers: int, device: tor
         _kill(loaders)  # not before, because the thread that pins waits for what they send
 
 
+def _unwatch(batches: Any) -> None:
+    """Takes the loader processes from the list of those whose death PyTorch's handler of signals tells.
+
+    The handler is there if the program has used a `DataLoader` of its own. It would raise wherever the program is, for
+    the processes that are killed here too. Without it, waiting for a batch finds the death within 5 seconds.
+    """
+    if getattr(batches, "_worker_pids_set", False):
+        signal_handling._remove_worker_pids(id(batches))
+        batches._worker_pids_set = False
+
+
 def _kill(loaders: Iterable[Any]) -> None:
     for loader in loaders:
         if loader.is_alive():
@@ -108,7 +121,7 @@ def _tells_of_a_death(error: Exception) -> bool:
     takes a connection to the process."""
     if isinstance(error, ConnectionError | EOFError):
         return "in DataLoader worker process" not in str(error)  # which is an error of the process itself
-    return "exited unexpectedly" in str(error) or "killed by signal" in str(error)
+    return "exited unexpectedly" in str(error)
 
 
 def _unchanged(batch: Any) -> Any:
@@ -134,13 +147,14 @@ def _not_of_the_parents_end(
 def _child_signal_kept() -> Iterator[None]:
     """Keeps the present handler for the end of a child process, which PyTorch would replace.
 
-    PyTorch's handler raises wherever the parent is, even while it saves. Without it, waiting for a batch finds the
-    death within 5 seconds.
+    PyTorch sets its own once, so it must not believe that it is set: another `DataLoader` of the program needs it.
     """
     number = getattr(signal, "SIGCHLD", None)  # Windows has none
     before = None if number is None else signal.getsignal(number)
+    there = signal_handling._SIGCHLD_handler_set
     try:
         yield
     finally:
         if threading.current_thread() is threading.main_thread() and number is not None and before is not None:
             signal.signal(number, before)
+            signal_handling._SIGCHLD_handler_set = there
