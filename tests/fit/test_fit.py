@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file
 from support.checks import raises_saying
 from support.models import small, trained_folder
 from support.reports import checked
@@ -31,7 +32,7 @@ from deit.fit.judging import recommend
 from deit.fit.plan import Plan, Step
 from deit.fit.work import carry_out, fit
 from deit.machine import Processes
-from deit.recipe import Augment, Compute, Cosine, Distilled, LinearProbe, epochs
+from deit.recipe import Augment, Compute, Cosine, Distilled, LinearProbe, epochs, steps
 from deit.report import document
 from deit.train import budget, objectives, stepping
 
@@ -182,6 +183,36 @@ def test_a_temperature_at_its_limit_and_the_judges_are_told(data, tmp_path, star
         [line] = [line for line in lines if words in line]
         assert line.startswith("warning: ")
         assert words in page
+
+
+def test_a_handful_of_photos(tmp_path, start, own_cache, monkeypatch):
+    """Five photos of three classes, in batches of eight: folds without a class, batches of more than an epoch, a
+    warm-up of no step, an average of three steps."""
+    root = photos(photos(tmp_path / "data", count=2), split="val", count=8)
+    (root / "train" / "c" / "1.png").unlink()
+    out = tmp_path / "run"
+    plan = small_plan(out, root, start)
+    parts = {"schedule": Cosine(total=epochs(5), warmup=epochs(0.5)), "ema": 0.99, "evaluate": steps(2)}
+    recipes = {name: replace(plan.recipe(name), **parts) for name in ("teacher", "student")}
+    plan = replace(plan, steps=tuple(replace(s, recipe=recipes.get(s.name, s.recipe)) for s in plan.steps))
+    stored, teach = [], work.teach
+    monkeypatch.setattr(
+        work, "teach", lambda *given, epochs, **more: [stored.append(epochs), teach(*given, epochs=epochs, **more)]
+    )
+    splits = read_data(root, holdout=0.1, seed=0)
+    fitted = carry_out(plan, splits, None, out, device="cpu", console=QUIET)
+    assert [each.name for each in fitted.candidates] == ["frozen", "teacher", "student"]
+    assert stored == [3 * 8 / 5, 3 * 8 / 5]  # as many epochs as the student takes, which are less than 16 batches
+    for name in recipes:
+        rows = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [2, 3]  # 5 epochs of 5 photos are 3.125 steps of 8
+        # The rates of the steps 1 and 2, counted from 0: a cosine from 1e-3 to 1e-5 over three steps.
+        falling = [1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * step / 3)) / 2 for step in (1, 2)]
+        assert [row["lr"] for row in rows] == pytest.approx(falling)
+        tensors = load_file(next((out / name / "checkpoints").iterdir()))
+        assert tensors["ema.updates"] == 3
+    probe = examine_files(out / "frozen" / "model", root, split="val", device="cpu", console=QUIET)
+    assert fitted["frozen"].heads == {head: probe.main.report.accuracy(head) for head in probe.main.report.heads}
 
 
 def test_the_same_call_goes_on(data, tmp_path, start, own_cache, monkeypatch):
