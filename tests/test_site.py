@@ -16,9 +16,29 @@ DOCS = ROOT / "docs"
 
 
 def test_every_page_is_in_a_table_of_contents_once():
-    tables = re.findall(r"^```\{toctree\}\n(.*?)^```$", (DOCS / "index.md").read_text(), re.DOTALL | re.MULTILINE)
-    named = [line for table in tables for line in table.splitlines() if line and not line.startswith(":")]
-    assert sorted(named) == sorted(path.stem for path in DOCS.glob("*.md") if path.stem != "index")
+    for folder, more in ((DOCS, ["zh/index"]), (DOCS / "zh", [])):
+        text = (folder / "index.md").read_text()
+        tables = re.findall(r"^```\{toctree\}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+        named = [line for table in tables for line in table.splitlines() if line and not line.startswith(":")]
+        assert sorted(named) == sorted([*more, *(page.stem for page in folder.glob("*.md") if page.stem != "index")])
+
+
+def figures(text):
+    """The numbers in the rows of a page's tables, without links and code."""
+    rows = re.findall(r"^\|.*", re.sub(r"\]\([^)]*\)|`[^`\n]*`", "", text), re.MULTILINE)
+    return [re.findall(r"\d(?:[\d.,]*\d)?", row) for row in rows]
+
+
+@pytest.mark.parametrize("page", sorted(page.name for page in (DOCS / "zh").glob("*.md") if page.stem != "index"))
+def test_a_page_in_chinese_says_the_same(page):
+    """The same blocks, formulas, figures of tables and headings of each depth as in English; and each names the
+    other."""
+    english, chinese = ((DOCS / part / page).read_text() for part in ("", "zh"))
+    for pattern in (r"```.*?```", r"\$\$.*?\$\$", r"(?m)^#+ "):
+        assert re.findall(pattern, chinese, re.DOTALL) == re.findall(pattern, english, re.DOTALL)
+    assert figures(chinese) == figures(english)
+    assert f"](zh/{page})" in english.split("##")[0]
+    assert f"](../{page})" in chinese.split("##")[0]
 
 
 def test_the_reference_has_every_public_name():

@@ -9,7 +9,7 @@ PAGES = (
     "README.md",
     "README.zh-CN.md",
     "CONTRIBUTING.md",
-    *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md"))),
+    *(str(page.relative_to(ROOT)) for part in ("", "zh") for page in sorted((ROOT / "docs" / part).glob("*.md"))),
 )
 
 
