@@ -35,16 +35,24 @@ SHOWN = {
 """Pages outside of this folder, and the page here that includes each."""
 
 
-def lead_to_pages(folder: Path, source: list[str]) -> None:
-    """Changes the links of a text in `folder` so that they lead to pages of the site. On GitHub, they lead to files."""
+def lead_to_pages(folder: Path, page: str, source: list[str]) -> None:
+    """Changes the links of a text in `folder`, which `page` shows, so that they lead to pages of the site. On GitHub,
+    they lead to files."""
 
     def changed(found: re.Match[str]) -> str:
         place = (folder / found[0]).resolve()
         if not place.is_file() or not place.is_relative_to(DOCS.parent):
             return found[0]
-        return SHOWN.get(place.relative_to(DOCS.parent).as_posix(), os.path.relpath(place, DOCS))
+        place = DOCS / SHOWN.get(place.relative_to(DOCS.parent).as_posix(), place)
+        return os.path.relpath(place, (DOCS / page).parent)
 
     source[0] = re.sub(r"(?<=\]\()[\w./-]+", changed, source[0])
+
+
+def name_language(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Marks pages in Chinese as such, so that browsers choose fonts for it and screen readers a voice."""
+    if page.startswith("zh/"):
+        context["language"] = "zh-CN"
 
 
 def read_sections(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
@@ -54,6 +62,9 @@ def read_sections(app: Any, what: str, name: str, thing: Any, options: Any, line
 
 
 def setup(app: Any) -> None:
-    app.connect("source-read", lambda app, page, source: lead_to_pages(DOCS, source))
-    app.connect("include-read", lambda app, path, page, source: lead_to_pages((DOCS / path).parent, source))
+    app.connect("source-read", lambda app, page, source: lead_to_pages((DOCS / page).parent, page, source))
+    app.connect(
+        "include-read", lambda app, path, page, source: lead_to_pages((DOCS / path).parent, page, source)
+    )
     app.connect("autodoc-process-docstring", read_sections)
+    app.connect("html-page-context", name_language)

@@ -65,7 +65,7 @@ def test_links_lead_to_files_and_headings(name):
 
 def test_anchors_are_githubs():
     text = "# A: b's `c.d`\n```sh\n# not a heading\n```\n## Same\n## Same\n"
-    assert anchors(text) == {"a-bs-cd", "same", "same-1"}
+    assert anchors(text) == ["a-bs-cd", "same", "same-1"]
     assert links("[a](b.md#c), `[d](e)`, ![f](g.svg), [h](https://i)\n```\n[j](k)\n```") == ["b.md#c", "g.svg"]
 
 

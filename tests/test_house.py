@@ -163,12 +163,6 @@ def test_documented_commands_parse(page):
         assert target in targets
 
 
-def test_the_readmes_show_the_same_commands():
-    english, chinese = ((ROOT / page).read_text() for page in ("README.md", "README.zh-CN.md"))
-    blocks = [re.findall(r"```(?:sh|python)\n(.*?)```", text, re.DOTALL) for text in (english, chinese)]
-    assert [re.sub(r" *#.*", "", block) for block in blocks[0]] == [re.sub(r" *#.*", "", block) for block in blocks[1]]
-
-
 def test_test_files_have_names_of_their_own():
     """pytest collects files of the same name as one module."""
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]

@@ -27,10 +27,10 @@ def blocks(text, language):
 
 
 def anchors(text):
-    """What links to the headings of a page end with, as GitHub makes it."""
+    """What links to the headings of a page end with, in order, as GitHub makes it."""
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     names = [re.sub(r"[^\w\- ]", "", line).replace(" ", "-").lower() for line in re.findall(r"^#+ (.+)$", prose, re.M)]
-    return {f"{name}-{names[:i].count(name)}" if name in names[:i] else name for i, name in enumerate(names)}
+    return [f"{name}-{names[:i].count(name)}" if name in names[:i] else name for i, name in enumerate(names)]
 
 
 def links(text):
