@@ -17,6 +17,7 @@ html_theme = "furo"
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4  # headings get the anchors that GitHub gives them
 default_role = "literal"  # docstrings write code between single backticks
 autodoc_member_order = "bysource"

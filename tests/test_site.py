@@ -68,4 +68,5 @@ def test_the_site_builds_without_a_warning(tmp_path):
         language = "zh-CN" if path.parent.name == "zh" else "en"
         assert f'<html class="no-js" lang="{language}"' in (tmp_path / path.relative_to(DOCS)).with_suffix(".html").read_text()
     assert 'href="contributing.html"' in (tmp_path / "design.html").read_text()
+    assert 'class="math' in (tmp_path / "distillation.html").read_text()
     assert 'id="deit.Predictor.stream"' in (tmp_path / "api.html").read_text()
