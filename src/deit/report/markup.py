@@ -119,10 +119,10 @@ def scrolled(label: str, body: Html) -> Html:
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, hidden: bool = False) -> Html:
     """A table with numbers on the right, three digits for fractions and a dash for None.
 
-    The first cell of a row is its heading.
+    The first cell of a row is its heading. An empty cell may stand in any column.
     """
     kept = [list(row) for row in rows]
-    right = ["n" if all(_is_numeric(row[i]) for row in kept) else None for i in range(len(columns))]
+    right = ["n" if all(row[i] == "" or _is_numeric(row[i]) for row in kept) else None for i in range(len(columns))]
     head = element("tr", *(element("th", name, scope="col", class_=right[i]) for i, name in enumerate(columns)))
     body = (
         element(
