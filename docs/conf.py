@@ -17,7 +17,7 @@ html_theme = "furo"
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["dollarmath"]  # formulas, as on GitHub
 myst_heading_anchors = 4  # headings get the anchors that GitHub gives them
 default_role = "literal"  # docstrings write code between single backticks
 autodoc_member_order = "bysource"
@@ -64,8 +64,6 @@ def read_sections(app: Any, what: str, name: str, thing: Any, options: Any, line
 
 def setup(app: Any) -> None:
     app.connect("source-read", lambda app, page, source: lead_to_pages((DOCS / page).parent, page, source))
-    app.connect(
-        "include-read", lambda app, path, page, source: lead_to_pages((DOCS / path).parent, page, source)
-    )
+    app.connect("include-read", lambda app, path, page, source: lead_to_pages((DOCS / path).parent, page, source))
     app.connect("autodoc-process-docstring", read_sections)
     app.connect("html-page-context", name_language)
