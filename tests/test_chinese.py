@@ -5,7 +5,7 @@ import re
 from collections import Counter
 
 import pytest
-from support.pages import ROOT, anchors, links
+from support.pages import ROOT, anchors, blocks, links
 
 TWINS = {"README.md": "README.zh-CN.md"} | {
     f"docs/{page.name}": f"docs/zh/{page.name}" for page in sorted((ROOT / "docs" / "zh").glob("*.md"))
@@ -76,3 +76,11 @@ def test_links_lead_to_the_same_places_in_chinese(english, chinese):
         assert wanted.pop((chinese, -1)) == 1
         assert found.pop((english, -1)) == 1
     assert found == Counter({(TWINS.get(file, file), heading): count for (file, heading), count in wanted.items()})
+
+
+def test_the_chinese_index_begins_with_the_same_commands():
+    """The rest of the two indexes differs: the Chinese one also leads to the pages that are in English alone."""
+    ours, theirs = ((ROOT / page).read_text() for page in ("docs/index.md", TWINS["docs/index.md"]))
+    assert [block(f"```sh\n{code}```") for code in blocks(theirs, "sh")] == [
+        block(f"```sh\n{code}```") for code in blocks(ours, "sh")
+    ]
