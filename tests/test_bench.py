@@ -275,26 +275,27 @@ def test_few_photos_of_each_class_are_drawn_again(tmp_path):
 
 
 def test_fits_in_a_table(tmp_path, monkeypatch):
-    def record(count, seed, baseline, student):
+    def record(count, seed, baseline, student, minutes=30.0):
         parts = {
             "frozen": {"accuracy": {"class": baseline}, "seconds": 30.0},
             "student": {"accuracy": {"fused": student, "class": 0.1}, "seconds": 60.0},
         }
         about = {"recommended": "frozen" if seed else "student", "machine": "2 cores of X"}
-        return {"per_class": count, "seed": seed, "images": {"train": 3068}, "parts": parts, **about}
+        about |= {"per_class": count, "seed": seed, "minutes": minutes}
+        return {"images": {"train": 3068}, "parts": parts, **about}
 
     monkeypatch.setattr(photos_bench, "RECORDS", tmp_path / "photos.jsonl")
-    made = [record(0, 0, 0.875, 0.5), record(0, 1, 0.885, 0.52), record(10, 0, 0.7, 0.4)]
+    made = [record(0, 0, 0.875, 0.5), record(0, 1, 0.885, 0.52), record(10, 0, 0.7, 0.4, 10.0)]
     (tmp_path / "photos.jsonl").write_text("".join(json.dumps(each) + "\n" for each in made))
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- photos: begin -->\nold\n<!-- photos: end -->\nafter\n")
     harness.write_between(page, "photos", photos_bench.table())
     rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
     assert rows[1:] == [
-        "| 10 a class, 3,068 | frozen baseline | 70.0 | 0.5 | 0 |",
-        "| 10 a class, 3,068 | student | 40.0 | 1.0 | 1 |",
-        "| all, 3,068 | frozen baseline | 88.0 (87.5 to 88.5) | 0.5 | 1 |",
-        "| all, 3,068 | student | 51.0 (50.0 to 52.0) | 1.0 | 1 |",
+        "| 10 a class, 3,068 | 10 | frozen baseline | 70.0 | 0.5 | 0 of 1 |",
+        "| 10 a class, 3,068 | 10 | student | 40.0 | 1.0 | 1 of 1 |",
+        "| all, 3,068 | 30 | frozen baseline | 88.0 (87.5 to 88.5) | 0.5 | 1 of 2 |",
+        "| all, 3,068 | 30 | student | 51.0 (50.0 to 52.0) | 1.0 | 1 of 2 |",
     ]
     text = page.read_text()
     assert text.startswith("before\n<!-- photos: begin -->\n")
