@@ -53,7 +53,13 @@ def main() -> None:
         for seed in options.seeds:
             asked = (count, seed, options.minutes)
             if not any((each["per_class"], each["seed"], each["minutes"]) == asked for each in records()):
-                record = one(options.photos, options.work / f"{count or 'all'}-{seed}", count, seed, options.minutes)
+                record = one(
+                    options.photos,
+                    options.work / f"{count or 'all'}-{options.minutes:g}m-{seed}",
+                    count,
+                    seed,
+                    options.minutes,
+                )
                 with RECORDS.open("a") as file:
                     file.write(json.dumps(record) + "\n")
 
