@@ -59,6 +59,7 @@ bench: .venv/installed-bench      ## compare the speed with timm, transformers a
 	$(BIN)/python -m bench.speed.reading
 	$(BIN)/python -m bench.speed.keras
 	$(BIN)/python -m bench.speed.predict
+	$(BIN)/python -m bench.speed
 
 fortress: .venv/installed-attacks ## attack everything for an hour, and put the figures into docs/security.md
 	$(BIN)/python -m bench.fortress --write

@@ -1,7 +1,7 @@
 """What `deit fit` makes of a folder of photos, and of a few photos of each class.
 
     python -m bench.photos run PHOTOS WORK                           # all photos, seeds 0 to 2, half an hour each
-    python -m bench.photos run PHOTOS WORK --per-class 10 30 100     # so many training photos of each class
+    python -m bench.photos run PHOTOS WORK --per-class 10 30 100 --minutes 10      # so many training photos of a class
     python -m bench.photos table --write docs/results.md
 
 For each number of photos and each seed: a fit, and beside it the fit's student without a teacher, in the time that the
@@ -51,8 +51,15 @@ def main() -> None:
         return
     for count in options.per_class:
         for seed in options.seeds:
-            if not any((each["per_class"], each["seed"]) == (count, seed) for each in records()):
-                record = one(options.photos, options.work / f"{count or 'all'}-{seed}", count, seed, options.minutes)
+            asked = (count, seed, options.minutes)
+            if not any((each["per_class"], each["seed"], each["minutes"]) == asked for each in records()):
+                record = one(
+                    options.photos,
+                    options.work / f"{count or 'all'}-{options.minutes:g}m-{seed}",
+                    count,
+                    seed,
+                    options.minutes,
+                )
                 with RECORDS.open("a") as file:
                     file.write(json.dumps(record) + "\n")
 
@@ -127,8 +134,8 @@ def deit(work: Path, *arguments: object) -> str:
 def table() -> str:
     rows = []
     found = records()
-    for count in sorted({each["per_class"] for each in found}, key=lambda each: each or sys.maxsize):
-        runs = [each for each in found if each["per_class"] == count]
+    for count, limit in sorted({(each["per_class"] or sys.maxsize, each["minutes"]) for each in found}):
+        runs = [each for each in found if (each["per_class"] or sys.maxsize, each["minutes"]) == (count, limit)]
         for name, shown in PARTS.items():
             parts = [each["parts"][name] for each in runs if name in each["parts"]]
             if not parts:
@@ -136,15 +143,17 @@ def table() -> str:
             values = [100 * part["accuracy"].get("fused", next(iter(part["accuracy"].values()))) for part in parts]
             spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
             minutes = statistics.fmean(part["seconds"] for part in parts) / 60
+            chosen_of = f"{sum(each['recommended'] == name for each in runs)} of {len(runs)}"
             rows.append(
-                f"| {f'{count} a class' if count else 'all'}, {runs[0]['images']['train']:,} | {shown} | "
+                f"| {'all' if count == sys.maxsize else f'{count} a class'}, {runs[0]['images']['train']:,} | "
+                f"{limit:g} | {shown} | "
                 f"{statistics.fmean(values):.1f}{spread} | {minutes:.1f} | "
-                f"{sum(each['recommended'] == name for each in runs) if name != 'alone' else ''} |"
+                f"{'' if name == 'alone' else chosen_of} |"
             )
     machines = sorted({each["machine"] for each in found})
     head = (
-        "| training photos | model | test photos right, %, mean (lowest to highest) | minutes | recommended |\n"
-        "|---|---|---|---|---|\n"
+        "| training photos | minutes of the fit | model | test photos right, %, mean (lowest to highest) | minutes of "
+        "the step | recommended |\n|---|---|---|---|---|---|\n"
     )
     seeds = ", ".join(str(seed) for seed in sorted({each["seed"] for each in found}))
     return f"{head}{chr(10).join(rows)}\n\nSeeds {seeds}; {'; '.join(machines)}.\n"

@@ -14,6 +14,7 @@ from support.runs import photos
 
 from bench import fortress, harness
 from bench import photos as photos_bench
+from bench.speed import __main__ as speed
 from bench.speed import keras, merge, predict, reading, train
 from deit.data.folders import read_parts
 
@@ -275,26 +276,27 @@ def test_few_photos_of_each_class_are_drawn_again(tmp_path):
 
 
 def test_fits_in_a_table(tmp_path, monkeypatch):
-    def record(count, seed, baseline, student):
+    def record(count, seed, baseline, student, minutes=30.0):
         parts = {
             "frozen": {"accuracy": {"class": baseline}, "seconds": 30.0},
             "student": {"accuracy": {"fused": student, "class": 0.1}, "seconds": 60.0},
         }
         about = {"recommended": "frozen" if seed else "student", "machine": "2 cores of X"}
-        return {"per_class": count, "seed": seed, "images": {"train": 3068}, "parts": parts, **about}
+        about |= {"per_class": count, "seed": seed, "minutes": minutes}
+        return {"images": {"train": 3068}, "parts": parts, **about}
 
     monkeypatch.setattr(photos_bench, "RECORDS", tmp_path / "photos.jsonl")
-    made = [record(0, 0, 0.875, 0.5), record(0, 1, 0.885, 0.52), record(10, 0, 0.7, 0.4)]
+    made = [record(0, 0, 0.875, 0.5), record(0, 1, 0.885, 0.52), record(10, 0, 0.7, 0.4, 10.0)]
     (tmp_path / "photos.jsonl").write_text("".join(json.dumps(each) + "\n" for each in made))
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- photos: begin -->\nold\n<!-- photos: end -->\nafter\n")
     harness.write_between(page, "photos", photos_bench.table())
     rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
     assert rows[1:] == [
-        "| 10 a class, 3,068 | frozen baseline | 70.0 | 0.5 | 0 |",
-        "| 10 a class, 3,068 | student | 40.0 | 1.0 | 1 |",
-        "| all, 3,068 | frozen baseline | 88.0 (87.5 to 88.5) | 0.5 | 1 |",
-        "| all, 3,068 | student | 51.0 (50.0 to 52.0) | 1.0 | 1 |",
+        "| 10 a class, 3,068 | 10 | frozen baseline | 70.0 | 0.5 | 0 of 1 |",
+        "| 10 a class, 3,068 | 10 | student | 40.0 | 1.0 | 1 of 1 |",
+        "| all, 3,068 | 30 | frozen baseline | 88.0 (87.5 to 88.5) | 0.5 | 1 of 2 |",
+        "| all, 3,068 | 30 | student | 51.0 (50.0 to 52.0) | 1.0 | 1 of 2 |",
     ]
     text = page.read_text()
     assert text.startswith("before\n<!-- photos: begin -->\n")
@@ -303,6 +305,40 @@ def test_fits_in_a_table(tmp_path, monkeypatch):
     assert "Seeds 0, 1; 2 cores of X." in text
     with pytest.raises(ValueError, match="lacks the lines <!-- claims: begin -->"):
         harness.write_between(page, "claims", "")
+
+
+def test_the_tables_of_speed_are_those_of_the_records(tmp_path):
+    for page in speed.PAGES:
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        (tmp_path / page).write_bytes((ROOT / page).read_bytes())
+    speed.write(tmp_path)
+    for page in speed.PAGES:
+        assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"{page}: run python -m bench.speed"
+
+
+def test_the_latest_record_of_each_kind_of_processor_is_shown(tmp_path):
+    def record(case, kind, ours, rate, ratio, date):
+        about = {"case": case, "bfloat16": kind, "machine": "2 cores of X", "date": date}
+        rates = {"deit": ours, "deit Pillow": 1.0, "timm float32": 3.0, "timm bfloat16": rate}
+        return {**about, "images_per_second": rates, "ratio_to_best": {"timm bfloat16": [ratio, 1.0, 9.0]}}
+
+    made = [
+        record("b", "AMX", 100.0, 50.0, 2.0, "2026-01-01"),
+        record("a", "none", 9.94, 5.0, 2.0, "2026-01-01"),
+        record("b", "none", 30.0, 10.0, 3.0, "2026-01-02"),
+        record("b", "AMX", 120.0, 48.0, 2.5, "2026-01-03"),
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(each) + "\n" for each in made))
+    records = speed.latest(tmp_path / "x.jsonl")
+    assert records == [made[2], made[3], made[1]]
+    assert speed.table(records, speed.ENGLISH, True).splitlines() == [
+        "| | machine | deit | timm (ours over it) |",
+        "|---|---|---|---|",
+        "| b | 2 cores of X, AVX2 | 30 | 10 (3.00 x, 1.00 to 9.00) |",
+        "| b | 2 cores of X, AMX | 120 | 48 (2.50 x, 1.00 to 9.00) |",
+        "| a | 2 cores of X, AVX2 | 9.9 | 5.0 (2.00 x, 1.00 to 9.00) |",
+    ]
+    assert speed.table(records[1:2], speed.CHINESE, False).splitlines()[2] == "| b | AMX | 120 | 48 (2.50 x) |"
 
 
 def test_the_packages_of_a_record_exist():

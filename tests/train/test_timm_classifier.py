@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 from support.checks import raises_saying
-from support.models import small
+from support.models import small, trained_folder
 from support.runs import photos, small_recipe
 
 from deit import Predictor, load_model
@@ -61,6 +61,14 @@ def test_a_trained_folder_is_timms_and_transformers(trained):
     assert wrapper.config.id2label == dict(enumerate(CLASSES))
     assert list(theirs.pretrained_cfg["mean"]) == [0.5, 0.5, 0.5]
     assert list(theirs.pretrained_cfg["input_size"]) == [3, 32, 32]
+
+
+def test_options_that_a_convnet_can_not_honour_are_refused(trained, tmp_path):
+    ours = trained_folder(tmp_path / "ours", "convnet")
+    for folder, what in ((trained, "a model of timm"), (ours, "a ConvNet")):
+        assert load_model(folder, local_files_only=True).config.num_labels == len(load_model(folder).config.id2label)
+        with raises_saying(ValueError, f"{folder} holds {what}", "leave out attn_implementation, dtype, and change"):
+            load_model(folder, dtype="bfloat16", attn_implementation="eager")
 
 
 def test_preprocessing_comes_from_timms_config_too(trained, tmp_path, data):

@@ -469,6 +469,8 @@ class TrainingBatches:
             return ""
         most = share_of_cores()
         steps = [f"set compute.workers above {self.workers} (this process has {most} cores)"] * (self.workers < most)
+        if self.device.type == "cuda" and self.recipe.augment.on == "loader":
+            steps.append("set augment.on=device, so that the GPU augments")
         if not jpeg.is_fast():
             steps.append('decode JPEG files faster with pip install "deit[fast]"')
         return " or ".join(steps) or "store the images smaller, or train where there are more cores"

@@ -35,7 +35,11 @@ _OF_KIND = {cls.kind: cls for cls in _CLASS.values()}
 
 
 def load_model(name_or_folder: str | Path, **options: Any) -> Any:
-    """A trained model in evaluation mode, of the class that its files need. `options` are as for `from_pretrained`."""
+    """A trained model in evaluation mode, of the class that its files need. `options` are as for `from_pretrained`.
+
+    Raises `ValueError` for options that the class can't honour: a ConvNet and a model of timm take only those that say
+    where the files are.
+    """
     where = {key: options[key] for key in files.WHERE if key in options}
     try:
         path = files.find_file(name_or_folder, "config.json", **where)
@@ -45,10 +49,13 @@ def load_model(name_or_folder: str | Path, **options: Any) -> Any:
     kind = (
         type(read_config(path)) if config.get("model_type") == ConvNet.model_type or "architecture" in config else None
     )
-    if kind is ConvNetConfig:
-        return ConvNet.from_pretrained(name_or_folder, **where)
-    if kind is TimmConfig:
-        return TimmClassifier.from_pretrained(name_or_folder, **where)
+    if kind in (ConvNetConfig, TimmConfig):
+        if others := options.keys() - where.keys():
+            raise ValueError(
+                f"{name_or_folder} holds a {'ConvNet' if kind is ConvNetConfig else 'model of timm'}, which is loaded "
+                f"as it is; leave out {', '.join(sorted(others))}, and change the loaded model"
+            )
+        return (ConvNet if kind is ConvNetConfig else TimmClassifier).from_pretrained(name_or_folder, **where)
     named = config.get("architectures") or [""]
     if not isinstance(named, list) or not isinstance(named[0], str):
         raise files.CheckpointError(

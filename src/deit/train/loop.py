@@ -209,7 +209,9 @@ def _probe(
     if us.world > 1:
         raise ValueError(f"a linear probe is fitted by one process, found {us.world}; start it without torchrun")
     if not resume and (out / "metrics.jsonl").exists():
-        raise FileExistsError(f"{out} already holds a run; replace it with --resume, or choose another --out")
+        raise FileExistsError(
+            f"{out} already holds a run; replace it with --resume (in Python resume=True), or choose another --out"
+        )
     began = time.perf_counter()
     files.write_json(out / "recipe.json", recipe.to_dict())
     precision = resolve_precision(recipe.compute.precision, us.device)

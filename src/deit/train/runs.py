@@ -177,7 +177,9 @@ def find(out: Path, recipe: Recipe, resume: bool, planned: bool) -> Stopped | No
     folder = out / "checkpoints"
     if not resume:
         if checkpoint.saved(folder) or (out / "metrics.jsonl").exists():
-            raise FileExistsError(f"{out} already holds a run; continue it with --resume, or choose another --out")
+            raise FileExistsError(
+                f"{out} already holds a run; continue it with --resume (in Python resume=True), or choose another --out"
+            )
         return None
     found = checkpoint.restore(folder)
     if found is None:
