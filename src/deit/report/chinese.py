@@ -47,7 +47,7 @@ CHINESE = {
     "top-5 accuracy": "top-5 准确率",
     "calibration error": "校准误差",
     "negative log likelihood {nll:.3f}": "负对数似然 {nll:.3f}",
-    "{correct:,} of {total:,}": "{total:,} 张中的 {correct:,} 张",
+    "{correct:,} of {total:,}": "{correct:,} / {total:,} 张",
     "loss on validation images": "验证图像上的损失",
     "accuracy on validation images": "验证图像上的准确率",
     "after step {step:,}": "第 {step:,} 步之后",
