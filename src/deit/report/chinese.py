@@ -287,17 +287,17 @@ CHINESE = {
     "class token": "类别 token",
     "distillation token": "蒸馏 token",
     "Map of the {token}, which answers {answer}: strongest {strongest}": (
-        "{token} 的热图，答案为 {answer}；最强的位置：{strongest}"
+        "{token} 的热图，答案为 {answer}；影响最大处：{strongest}"
     ),
-    "in the upper left": "左上",
+    "in the upper left": "左上方",
     "at the top": "上方",
-    "in the upper right": "右上",
+    "in the upper right": "右上方",
     "on the left": "左侧",
     "in the middle": "中间",
     "on the right": "右侧",
-    "in the lower left": "左下",
+    "in the lower left": "左下方",
     "at the bottom": "下方",
-    "in the lower right": "右下",
+    "in the lower right": "右下方",
     "nowhere more than elsewhere": "各处相同",
     # recipe
     "Recipe": "配方",
