@@ -55,7 +55,9 @@ def load_model(name_or_folder: str | Path, **options: Any) -> Any:
                 f"{name_or_folder} holds a {'ConvNet' if kind is ConvNetConfig else 'model of timm'}, which is loaded "
                 f"as it is; leave out {', '.join(sorted(others))}, and change the loaded model"
             )
-        return (ConvNet if kind is ConvNetConfig else TimmClassifier).from_pretrained(name_or_folder, **where)
+        if kind is ConvNetConfig:
+            return ConvNet.from_pretrained(name_or_folder, **where)
+        return TimmClassifier.from_pretrained(name_or_folder, **where)
     named = config.get("architectures") or [""]
     if not isinstance(named, list) or not isinstance(named[0], str):
         raise files.CheckpointError(
