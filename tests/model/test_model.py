@@ -95,7 +95,7 @@ def test_the_product_that_projects_patches_is_the_convolution(size, patch):
 def test_where_a_product_projects_patches_on_a_cpu(learns, bfloat16, expected, monkeypatch):
     """Where it is faster, and never in an export, whose runtimes have convolutions of their own."""
     model, taken, product = build("backbone", small()), [], network._product
-    model.patch.requires_grad_(learns)
+    model.train(learns).patch.requires_grad_(learns)
     monkeypatch.setattr(network, "_product", lambda *given: [taken.append(1), product(*given)][1])
     x = images(model.config)
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):

@@ -44,7 +44,7 @@ def _product_is_faster(patch: nn.Conv2d, pixels: Tensor) -> bool:
     """
     if pixels.device.type != "cpu":
         return pixels.device.type == "cuda"
-    learns = torch.is_grad_enabled() and patch.weight.requires_grad
+    learns = patch.training and torch.is_grad_enabled() and patch.weight.requires_grad
     return (learns or torch.is_autocast_enabled("cpu")) and not torch.compiler.is_compiling()
 
 
