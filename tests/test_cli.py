@@ -29,6 +29,21 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_threads_that_wait_sleep_soon(given, spins):
+    """What OpenMP reads when PyTorch is loaded is set before, unless the user has decided."""
+    code = (
+        "import os, sys; from deit.cli import main; main(['recipes']); "
+        "print(os.environ.get('GOMP_SPINCOUNT'), file=sys.stderr)"
+    )
+    rest = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=rest | given)
+    assert done.stderr.split()[-1] == spins
+
+
 def test_predict(folder, capsys):
     images = [str(folder / f"{i}.png") for i in range(2)]
     assert (

@@ -144,5 +144,8 @@ def test_the_wheel_works_where_it_is_installed(clean, tmp_path):
     )
     assert int(shown) == sum(
         FILES[f"deit/{name}"].stat().st_size
-        for name in ("serve/page.html", "serve/page.js", "serve/page.css", "web/shown.js", "web/shown.css")
+        for name in (
+            *("serve/page.html", "serve/page.js", "serve/page.css"),
+            *("web/shown.js", "web/words.js", "web/shown.css"),
+        )
     )

@@ -16,9 +16,10 @@ DOCS = ROOT / "docs"
 
 
 def listed(index):
-    """The pages in the tables of contents of a page, as they stand there."""
+    """The pages in the tables of contents of a page. An entry is PAGE, or TITLE <PAGE>."""
     tables = re.findall(r"^```\{toctree\}\n(.*?)^```$", index.read_text(), re.DOTALL | re.MULTILINE)
-    return [line for table in tables for line in table.splitlines() if line and not line.startswith(":")]
+    entries = [line for table in tables for line in table.splitlines() if line and not line.startswith(":")]
+    return [re.sub(r"^.* <(.*)>$", r"\1", entry) for entry in entries]
 
 
 @pytest.mark.parametrize(("folder", "more"), [(DOCS, ["zh/index"]), (DOCS / "zh", [])], ids=["english", "chinese"])

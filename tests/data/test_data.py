@@ -668,7 +668,7 @@ def test_advice_for_a_run_that_waits(split, monkeypatch):
         found = TrainingBatches(split, recipe(workers=workers)).advice()
         assert expected in found
         assert bool(expected) == bool(found)
-    for on, expected in (("loader", "set augment.on=device, so that the GPU augments"), ("device", "store the images")):
+    for on, expected in (("loader", "set augment.on=device, so that the GPU augments"), ("device", "decode JPEG")):
         given = recipe(workers=4)
         given = replace(given, augment=replace(given.augment, on=on))
         assert TrainingBatches(split, given, device=torch.device("cuda")).advice().startswith(expected)

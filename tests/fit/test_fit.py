@@ -239,12 +239,8 @@ def test_the_same_call_goes_on(data, tmp_path, start, own_cache, monkeypatch):
     assert trained == ["frozen", "teacher", "student", "student"]
     said = Console(file=io.StringIO(), width=1000)
     once_more = fit(data, out, console=said, device="cpu")  # only judges again
-    for line in (
-        "1. frozen      done  the frozen",
-        "4. student     done  the student",
-        "5. judge            the judge",
-    ):
-        assert line in said.file.getvalue()
+    lines = [" ".join(line.split()) for line in said.file.getvalue().splitlines()]
+    assert {"1. frozen done the frozen", "4. student done the student", "5. judge the judge"} <= set(lines)
     assert trained == ["frozen", "teacher", "student", "student"]
     first, second = again.to_dict(), once_more.to_dict()
     for each in (*first["models"].values(), *second["models"].values()):

@@ -74,17 +74,39 @@ def test_masked_image_modelling(changes, size):
 
 
 @pytest.mark.parametrize(("size", "patch"), [((16, 16), (4, 4)), ((17, 22), (4, 5)), ((7, 9), (7, 3))])
-def test_the_product_that_projects_patches_on_a_gpu_is_the_convolution(size, patch):
+def test_the_product_that_projects_patches_is_the_convolution(size, patch):
     torch.manual_seed(0)
     convolution = torch.nn.Conv2d(3, 24, patch, patch).double()
-    pixels = torch.randn(2, 3, *size, dtype=torch.float64)
+    pixels = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    inputs = (pixels, *convolution.parameters())
     expected = convolution(pixels)
     found = network._product(convolution, pixels, *expected.shape[2:])
     assert_close(found, expected.flatten(2).transpose(1, 2), 1e-12)
     upstream = torch.randn_like(found)
-    theirs = torch.autograd.grad(expected, convolution.parameters(), upstream.transpose(1, 2).view_as(expected))
-    for ours, other in zip(torch.autograd.grad(found, convolution.parameters(), upstream), theirs, strict=True):
+    theirs = torch.autograd.grad(expected, inputs, upstream.transpose(1, 2).view_as(expected))
+    for ours, other in zip(torch.autograd.grad(found, inputs, upstream), theirs, strict=True):
         assert_close(ours, other, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("learns", "bfloat16", "expected"),
+    [(True, False, True), (True, True, True), (False, True, True), (False, False, False)],
+)
+def test_where_a_product_projects_patches_on_a_cpu(learns, bfloat16, expected, monkeypatch):
+    """Where it is faster, and never in an export, whose runtimes have convolutions of their own."""
+    model, taken, product = build("backbone", small()), [], network._product
+    model.patch.requires_grad_(learns)
+    monkeypatch.setattr(network, "_product", lambda *given: [taken.append(1), product(*given)][1])
+    x = images(model.config)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        found = model(x).last_hidden_state
+    assert bool(taken) == expected
+    monkeypatch.setattr(network, "_product_is_faster", lambda *_: False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        assert_close(found, model(x).last_hidden_state, 0.05 if bfloat16 else 1e-5)
+    monkeypatch.undo()
+    program = torch.export.export(model.eval(), (x,))
+    assert [node.target for node in program.graph.nodes if "conv2d" in str(node.target)]
 
 
 def test_mask_hides_pixels():

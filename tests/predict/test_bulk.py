@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,18 +117,22 @@ def test_stopped_work_goes_on(folder, name, capsys, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def until(limit):
+    def until(limit, parts):
         def reading(self, source):
             read.append(source)
             if len(read) > limit:
+                written = folder / "stopped" / f"{name}.parts"
+                waited = time.monotonic() + 10  # images are read ahead of the rows that are written
+                while len(list(written.glob("*[0-9].jsonl"))) < parts and time.monotonic() < waited:
+                    time.sleep(0.01)
                 raise Killed
             return prepared(self, source)
 
         return reading
 
-    for limit in (5, 4, 99):
+    for parts, limit in enumerate((5, 4, 99), 1):
         read.clear()
-        monkeypatch.setattr(Predictor, "prepared", until(limit))
+        monkeypatch.setattr(Predictor, "prepared", until(limit, parts))
         if limit < 99:
             with pytest.raises(Killed):
                 assert main(command("stopped")) == 1

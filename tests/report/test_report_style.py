@@ -49,9 +49,9 @@ def test_contrast_of_text_and_of_lines(scheme):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("scheme", "language"), [("light", "en-US"), ("dark", "en-US"), ("light", "zh-CN")])
 @pytest.mark.parametrize("width", [1200, 400])
-def test_in_a_browser(scheme, width, tmp_path, trained, judged):
+def test_in_a_browser(scheme, language, width, tmp_path, trained, judged):
     """No violation that axe-core knows, no request, no complaint on the console, nothing wider than the page."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if not BROWSER:
@@ -77,13 +77,15 @@ def test_in_a_browser(scheme, width, tmp_path, trained, judged):
         browser = engine.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         for file in pages:
             said, asked = [], []
-            context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
+            shown = {"color_scheme": scheme, "locale": language, "viewport": {"width": width, "height": 900}}
+            context = browser.new_context(**shown)
             page = context.new_page()
             page.on("console", lambda message, said=said: said.append(message.text))
             page.on("request", lambda request, asked=asked: asked.append(request.url))
             page.goto(file.as_uri())
             assert said == []  # a breach of the policy is said there
             assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
+            assert page.evaluate("document.documentElement.lang") == ("en" if language == "en-US" else language)
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             background = page.evaluate("getComputedStyle(document.body).backgroundColor")
             assert (background == "rgb(255, 255, 255)") == (scheme == "light")
@@ -91,9 +93,7 @@ def test_in_a_browser(scheme, width, tmp_path, trained, judged):
                 page.keyboard.press("Tab")
                 assert page.evaluate("document.activeElement.tagName") == "A", pressed
             context.close()
-            context = browser.new_context(
-                color_scheme=scheme, viewport={"width": width, "height": 900}, bypass_csp=True
-            )
+            context = browser.new_context(**shown, bypass_csp=True)
             page = context.new_page()
             page.goto(file.as_uri())
             page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")

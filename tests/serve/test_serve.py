@@ -115,7 +115,7 @@ def test_every_answer_has_the_security_headers(web):
 
 
 def test_pages_ask_nobody_else(web):
-    for path in ("/", "/page.js", "/page.css", "/shown.js", "/shown.css", "/api"):
+    for path in ("/", "/page.js", "/page.css", "/shown.js", "/words.js", "/shown.css", "/api"):
         answer = web.get(path)
         assert answer.status_code == 200
         assert "//" not in re.sub(r"(?m)^\s*//.*$|\s// .*$", "", answer.text)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from PIL import Image
-from support.browser import AXE, BROWSER
+from support.browser import AXE, BROWSER, LATIN_WORDS
 from support.models import trained_folder
 from support.serving import SVG, calibrated, picture, server
 
@@ -16,7 +16,7 @@ from deit.report.markup import data_uri
 
 
 @contextmanager
-def opened(engine, address, **options):
+def opened(engine, address, *, about="labels apart", **options):
     """The page, what the console said, and every address that was asked."""
     browser = engine.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
     page = browser.new_page(**options)
@@ -24,7 +24,7 @@ def opened(engine, address, **options):
     page.on("console", lambda message: said.append(message.text))
     page.on("request", lambda request: asked.append(request.url))
     page.goto(address)
-    page.wait_for_selector("#about:has-text('labels apart')")
+    page.wait_for_selector(f"#about:has-text('{about}')")
     try:
         yield page, said, asked
     finally:
@@ -76,6 +76,8 @@ def test_the_page_in_a_browser(scheme, width, tmp_path, engine):
             assert bars == pytest.approx([each["score"] for each in answer.labels], abs=0.02)
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             page.evaluate("document.querySelector('#labels').replaceChildren()")
+        names = page.eval_on_selector_all("#names li", "names => names.map(each => each.innerText)")
+        assert names == list(predictor.labels)
         page.evaluate(PASTE, [*picture(3)])
         page.wait_for_selector("#labels li")
         assert said == []  # a breach of the policy would be said there
@@ -87,10 +89,32 @@ def test_the_page_in_a_browser(scheme, width, tmp_path, engine):
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (background == "rgb(251, 250, 248)") == (scheme == "light")
         focused = set()
-        for _ in range(5):
+        for _ in range(6):
             page.keyboard.press("Tab")
             focused.add(page.evaluate("document.activeElement.id || document.activeElement.href"))
         assert {"file", "camera", f"{address}/api"} <= focused
+
+
+@pytest.mark.slow
+def test_the_page_in_chinese(tmp_path, engine):
+    """A browser that prefers Chinese sees no English but what the server says."""
+    folder = calibrated(trained_folder(tmp_path, labels="uvwxyz"))
+    predictor = Predictor(folder)
+    answers = {answer.sure: (seed, answer) for seed in range(40) for answer in predictor.stream([picture(seed)])}
+    chinese = {"locale": "zh-CN", "about": "此模型可区分 6 个标签。"}
+    with server(folder) as (_, address), opened(engine, address, **chinese) as (page, said, _):
+        assert page.evaluate("document.documentElement.lang") == "zh-CN"
+        assert "这张图片里是什么" in page.title()
+        for sure, (seed, answer) in answers.items():
+            page.set_input_files("#file", chosen(picture(seed)))
+            page.wait_for_selector("#labels li:nth-child(5)")
+            assert page.inner_text("#heading") == (answer.labels[0]["label"] if sure else "无法确定")
+            page.click("#why")
+            page.wait_for_selector("#looked:visible")
+            assert page.inner_text("#said").startswith("类别 token 的回答是")
+            assert LATIN_WORDS.findall(page.inner_text("body") + page.get_attribute("#map", "alt")) == []
+            page.evaluate("document.querySelector('#labels').replaceChildren()")
+        assert said == []
 
 
 DROP = """bytes => { const transfer = new DataTransfer();

@@ -111,47 +111,54 @@ def test_what_has_no_explanation(tmp_path, problem, said):
 SHOWN = """
 const nodes = new Map();
 const made = () => ({ style: {}, children: [], get lastChild() { return this.children.at(-1); },
-  append(child) { child.parent = this; this.children.push(child); }, setAttribute() {},
+  get lastElementChild() { return this.list ??= made(); }, setAttribute() {},
+  append(child) { child.parent = this; this.children.push(child); },
   remove() { this.parent.children = this.parent.children.filter((each) => each !== this); },
   replaceChildren(...children) { this.children = children; } });
 globalThis.document = { createElement: made,
   getElementById: (id) => nodes.get(id) ?? nodes.set(id, made()).get(id) };
-const { show, work } = await import("./shown.mjs");
-const [scoring, labels, count] = JSON.parse(process.argv[2]);
+const { describe, show } = await import("./shown.js");
+const [scoring, labels, names] = JSON.parse(process.argv[2]);
 show({ labels, sure: null }, scoring, null);
+describe(names, scoring);
+const listed = document.getElementById("names");
 const rows = document.getElementById("labels").children.map((row) => row.children.map((each) => each.textContent));
-console.log(JSON.stringify([document.getElementById("heading").textContent, rows, work(count, scoring)]));
+console.log(JSON.stringify([document.getElementById("heading").textContent, rows,
+  document.getElementById("about").textContent, listed.open, listed.list.children.map((each) => each.textContent)]));
 """
 
 
 @pytest.mark.parametrize(
     ("scoring", "count", "heading", "shares", "work"),
     [
-        ("softmax", 2, "ant", [["ant", "75.0 %", ""], ["bee", "25.0 %", ""]], "tells 2 labels apart"),
+        ("softmax", 2, "ant", [["ant", "75.0 %", ""], ["bee", "25.0 %", ""]], "This model tells 2 labels apart."),
         (
             "sigmoid",
             2,
             "How likely each label is",
             [["ant", "75.0 %", ""], ["bee", "25.0 %", ""]],
-            "says how likely each of 2 labels is, by itself",
+            "This model says how likely each of 2 labels is, by itself.",
         ),
-        ("sigmoid", 1, "How likely each label is", [["ant", "75.0 %", ""]], "says how likely its label is, by itself"),
-        ("none", 2, "Measured", [["ant", "1234"], ["bee", "-0.05"]], "measures 2 quantities"),
-        ("none", 1, "Measured", [["ant", "1234"]], "measures 1 quantity"),
+        ("sigmoid", 1, "How likely each label is", [["ant", "75.0 %", ""]], "This model says how likely its label is."),
+        ("none", 2, "Measured", [["ant", "1234"], ["bee", "-0.05"]], "This model measures 2 quantities."),
+        ("none", 1, "Measured", [["ant", "1234"]], "This model measures 1 quantity."),
     ],
 )
 def test_the_page_shows_what_the_scores_are(tmp_path, scoring, count, heading, shares, work):
     if shutil.which("node") is None:
         pytest.skip("Node is not installed")
-    shutil.copy(serving._PAGES["/shown.js"][0], tmp_path / "shown.mjs")
-    (tmp_path / "run.mjs").write_text(SHOWN)
+    for name in ("shown.js", "words.js"):
+        shutil.copy(serving._PAGES[f"/{name}"][0], tmp_path / name)
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    (tmp_path / "run.js").write_text(SHOWN)
     scores = [1234.04, -0.05] if scoring == "none" else [0.75, 0.25]
-    labels = [{"label": name, "score": score} for name, score in zip(("ant", "bee"), scores, strict=True)][:count]
+    names = ["ant", "bee"][:count]
+    labels = [{"label": name, "score": score} for name, score in zip(names, scores[:count], strict=True)]
     done = subprocess.run(
-        ["node", str(tmp_path / "run.mjs"), json.dumps([scoring, labels, count])],
+        ["node", str(tmp_path / "run.js"), json.dumps([scoring, labels, names])],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [heading, shares, work]
+    assert json.loads(done.stdout) == [heading, shares, work, True, names]

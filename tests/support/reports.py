@@ -1,10 +1,12 @@
 """Reports read as a browser reads them, and made-up runs and evaluations to write them from."""
 
 import base64
+import hashlib
 import io
 import json
 import re
 from html.parser import HTMLParser
+from importlib import resources
 from itertools import pairwise
 from xml.etree import ElementTree
 
@@ -86,12 +88,57 @@ class Page(HTMLParser):
         raise AssertionError(f"no table {caption}")
 
 
+class ChinesePage(Page):
+    """The page as its script shows it in a Chinese browser. `english` holds the texts and attributes that are still
+    English by their looks: three Latin words in a row that are no name, no code and not marked as English."""
+
+    KEPT = ("bdi", "code", "pre", "script", "style")
+
+    def __init__(self, text):
+        self.english, self.replaced = [], None
+        super().__init__(text)
+
+    def handle_starttag(self, tag, attributes):
+        assert self.replaced is None, f"<{tag}> is in an element whose text is replaced"
+        given = dict(attributes)
+        assert all(name[8:] in given for name in given if name.startswith("data-zh-")), given
+        shown = {name: given.get(f"data-zh-{name}", value) for name, value in given.items()}
+        super().handle_starttag(tag, shown.items())
+        for name in ("alt", "aria-label"):
+            self._noted(shown.get(name, ""))
+        if "data-zh" in given:
+            super().handle_data(given["data-zh"])
+            self._noted(given["data-zh"])
+            self.replaced = len(self.stack)
+
+    def handle_data(self, data):
+        if self.replaced is None:
+            super().handle_data(data)
+            self._noted(data)
+
+    def handle_endtag(self, tag):
+        if self.replaced == len(self.stack):
+            self.replaced = None
+        super().handle_endtag(tag)
+
+    def _noted(self, text):
+        if not any(tag in self.KEPT or attributes.get("lang") == "en" for tag, attributes, _ in self.stack[1:]):
+            words = re.sub("\u2068[^\u2069]*\u2069", "", text)
+            self.english += re.findall(r"[A-Za-z][a-z']+(?:[ ,]+[A-Za-z][a-z']+){2,}", words)
+
+
 def checked(text, unfinished=False):
     """Asserts what holds for every report; its parsed page. That of an unfinished run loads itself again."""
     text.encode()
     page = Page(text)
     assert text.startswith('<!DOCTYPE html>\n<html lang="en">')
-    assert not page.all("script")
+    policy = page.all("meta", **{"http-equiv": "Content-Security-Policy"})[0][1]["content"]
+    for kind, file in (("style", "report.css"), ("script", "report.js")):
+        [entry] = page.all(kind)
+        assert entry[2] == resources.files("deit.report").joinpath(file).read_text(encoding="utf-8")
+        digest = base64.b64encode(hashlib.sha256(entry[2].encode()).digest()).decode()
+        assert re.findall(f"{kind}-src ([^;]*)", policy) == [f"'sha256-{digest}'"]
+    assert not ChinesePage(text).english
     assert not page.all("link")
     for tag, attributes, _ in page.elements:
         assert not any(name.startswith("on") or name == "style" for name in attributes), (tag, attributes)

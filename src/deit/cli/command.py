@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     A training that a signal stops ends the process itself, with status 130 or 143.
     """
+    _share_cores()
     options = parser().parse_args(arguments)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
@@ -67,6 +68,20 @@ _OWN_SIGNALS = ("fit", "train", "quickstart", "serve")
 _NAMES = "deit.names"
 """How standard output writes what its encoding lacks: the bytes of file names that are not text as they are, other
 characters as \\u escapes."""
+
+
+def _share_cores() -> None:
+    """Lets PyTorch's threads sleep soon while they wait for each other.
+
+    GNU's OpenMP reads these variables when PyTorch is loaded. By default, a thread spins for a long time. If another
+    program takes a core, the threads that spin keep the thread that they wait for from running.
+    """
+    if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+
+
+_SPINS = "20000"
+"""How often a thread looks before it sleeps. Measured in docs/log.md."""
 
 
 def _escape(error: UnicodeError) -> tuple[str | bytes, int]:

@@ -12,7 +12,7 @@ RULES = 10
 """From this ratio of the largest class's images to the smallest's on, a remark says that the large classes rule."""
 FEW = 5
 """A class with fewer training images than this has a remark."""
-_NAMED = 3
+NAMED = 3
 """Largest number of classes that a sentence names."""
 
 
@@ -77,8 +77,8 @@ def listed(names: Iterable[str]) -> str:
 
 def _first(texts: Iterable[str]) -> str:
     texts = list(texts)
-    more = len(texts) - _NAMED
-    return ", ".join(texts[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")
+    more = len(texts) - NAMED
+    return ", ".join(texts[:NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _classes(count: int) -> str:

@@ -41,6 +41,7 @@ _PAGE = (
     "shown.css",
     "page.css",
     "shown.js",
+    "words.js",
     "page.js",
     "worker.js",
     "picture.js",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from deit.data.folders import Split
 from deit.evaluate.models import Evaluation, examine_split
 from deit.evaluate.scores import Accuracy, Comparison, Report, compare
 from deit.predict.predictor import Predictor
-from deit.report.markup import Section, table
+from deit.report.evaluation import cells
+from deit.report.markup import Section, element, joined, table
+from deit.report.words import Text, said
 
 _TIMED = 32
 """Number of images that a model's speed is measured on."""
@@ -165,17 +167,17 @@ def recommend(candidates: Sequence[Candidate], prefer: Prefer) -> tuple[Candidat
     return chosen, reason
 
 
-_COLUMNS = ("model", "head", "accuracy", "95 % interval", "val", "MB", "images/s")
+_COLUMNS = (said("model"), said("head"), said("accuracy"), said("95 % interval"), said("val"), "MB", said("images/s"))
 
 
-def _rows(fitted: Fitted, mark: str) -> list[tuple[str, ...]]:
-    """The cells of the table of all models and heads. `mark` follows the recommended one."""
-    found: list[tuple[str, ...]] = []
+def _rows(fitted: Fitted, marked: Callable[[str], Text]) -> list[tuple[Text, ...]]:
+    """The cells of the table of all models and heads. `marked` makes the name of the recommended one."""
+    found: list[tuple[Text, ...]] = []
     for each in fitted.candidates:
-        name = each.name + mark * (each.name == fitted.recommended)
+        name: Text = marked(each.name) if each.name == fitted.recommended else each.name
         speed = (f"{each.size / 1e6:.1f}", f"{each.images_per_second:.0f}")
         for head, accuracy in each.heads.items():
-            value, interval = accuracy.cells()
+            value, interval = cells(accuracy)
             validation = each.validation.main.report.accuracy(head).value
             found.append((name, head, f"{value:.3f}", interval, f"{validation:.3f}", *speed))
             name, speed = "", ("", "")
@@ -189,9 +191,9 @@ def show(fitted: Fitted, console: Console) -> None:
     title = f"On the {images:,} {kind} images"
     shown = Table(title=title, title_justify="left", box=SIMPLE, collapse_padding=True, pad_edge=False)
     for place, column in enumerate(_COLUMNS):
-        shown.add_column(column, justify="left" if place < 2 else "right", no_wrap=True)
-    for row in _rows(fitted, " *"):
-        shown.add_row(*row)
+        shown.add_column(str(column), justify="left" if place < 2 else "right", no_wrap=True)
+    for row in _rows(fitted, "{} *".format):
+        shown.add_row(*map(str, row))
     console.print(shown)
     for (one, other), found in fitted.pairs.items():
         low, high = found.interval
@@ -205,10 +207,11 @@ def show(fitted: Fitted, console: Console) -> None:
 
 
 def section(fitted: Fitted) -> Section:
-    """The table and the recommendation for a report."""
-    return Section(
-        "fit", "The models that were compared", table(fitted.reason, _COLUMNS, _rows(fitted, " (recommended)"))
-    )
+    """The recommendation and the table for a report."""
+    title = said("The models that were compared")
+    reason = element("p", f"{fitted.reason[0].upper()}{fitted.reason[1:]}.", lang="en")
+    rows = _rows(fitted, lambda name: said("{name} (recommended)", name=name))
+    return Section("fit", title, joined([reason, table(title, _COLUMNS, rows, hidden=True)]))
 
 
 def _say(console: Console, sentence: str) -> None:

@@ -21,7 +21,8 @@ from deit.predict.calibrate import calibrate_split
 from deit.recipe import Distilled, Recipe
 from deit.report import document
 from deit.report.live import LivePage
-from deit.report.markup import Section, table
+from deit.report.markup import Section, english, table
+from deit.report.words import Text, said
 from deit.terminal import shown
 from deit.train.budget import TooShort
 from deit.train.labels import teach
@@ -29,7 +30,7 @@ from deit.train.loop import train
 from deit.train.records import METRICS, MODEL, Record, span
 
 _STATE, RESULT, _LABELS = "state.json", "result.json", "labels"
-_STEPS = ("step", "state", "validation accuracy", "what it does")
+_STEPS = (said("step of the plan"), said("state"), said("validation accuracy"), said("what it does"))
 _TRIED = (4, 16)
 """Numbers of batches whose labels are timed before it is decided how many are stored."""
 
@@ -188,24 +189,26 @@ class _Work:
     """The step that is being taken."""
 
     def __post_init__(self) -> None:
-        self.live = LivePage(self.out / document.FILE, self.progress, "fit")
+        self.live = LivePage(self.out / document.FILE, self.progress, said("fit"))
 
     def progress(self) -> Section:
         """The steps, for the page: what is done, what is being done, what is to come."""
         rows = []
         for step in self.plan.steps:
             seconds = self.state.seconds.get(step.name)
-            done = "now" if step.name == self.now else "to come" if seconds is None else f"done in {span(seconds)}"
+            done: Text = said("to come") if seconds is None else said("done in {time}", time=span(seconds))
+            if step.name == self.now:
+                done = said("now")
             score = self.state.scores.get(step.name)
-            rows.append((step.name, done, "" if score is None else f"{score:.3f}", step.why))
-        return Section("steps", "The steps of the fit", table("Steps", _STEPS, rows, hidden=True))
+            rows.append((step.name, done, "" if score is None else f"{score:.3f}", english(step.why)))
+        return Section("steps", said("The steps of the fit"), table(said("Steps"), _STEPS, rows, hidden=True))
 
     def begin(self, name: StepName) -> None:
         """Shows on the page which step begins. A run shows it by itself."""
         self.now = name
         if self.plan.recipe(name) is None:
             with suppress(Exception):  # the page is not worth the fit
-                self.live.write("No model trains in this step. The page shows the latest run.")
+                self.live.write(said("No model trains in this step. The page shows the latest run."))
 
     def take(self, name: StepName, seconds: float) -> float:
         """Takes a step in about `seconds`. Returns the seconds that sessions before this one gave it."""

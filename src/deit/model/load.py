@@ -50,12 +50,14 @@ def load_model(name_or_folder: str | Path, **options: Any) -> Any:
         type(read_config(path)) if config.get("model_type") == ConvNet.model_type or "architecture" in config else None
     )
     if kind in (ConvNetConfig, TimmConfig):
-        if others := options.keys() - where.keys():
+        if refused := options.keys() - where.keys():
             raise ValueError(
                 f"{name_or_folder} holds a {'ConvNet' if kind is ConvNetConfig else 'model of timm'}, which is loaded "
-                f"as it is; leave out {', '.join(sorted(others))}, and change the loaded model"
+                f"as it is; leave out {', '.join(sorted(refused))}, and change the loaded model"
             )
-        return (ConvNet if kind is ConvNetConfig else TimmClassifier).from_pretrained(name_or_folder, **where)
+        if kind is ConvNetConfig:
+            return ConvNet.from_pretrained(name_or_folder, **where)
+        return TimmClassifier.from_pretrained(name_or_folder, **where)
     named = config.get("architectures") or [""]
     if not isinstance(named, list) or not isinstance(named[0], str):
         raise files.CheckpointError(

@@ -30,14 +30,22 @@ from deit.model.pretrained import PreTrained, initialise
 
 
 def _project(patch: nn.Module, pixels: Tensor, rows: int, columns: int) -> Tensor:
-    """The projections of all patches, (B, R * S, D).
-
-    On a GPU one matrix product computes them, because patches don't overlap, and cuDNN's convolution took 5 of the 92
-    ms of a step of DeiT-Ti (docs/log.md).
-    """
-    if pixels.device.type != "cuda" or type(patch) is not nn.Conv2d or hooked(patch):
+    """The projections of all patches, (B, R * S, D). Patches don't overlap, so one matrix product can compute them."""
+    if type(patch) is not nn.Conv2d or hooked(patch) or not _product_is_faster(patch, pixels):
         return patch(pixels).flatten(2).transpose(1, 2)
     return _product(patch, pixels, rows, columns)
+
+
+def _product_is_faster(patch: nn.Conv2d, pixels: Tensor) -> bool:
+    """Whether a product takes less time than a convolution, as measured in docs/log.md.
+
+    cuDNN's convolution took 5 of the 92 ms of a step of DeiT-Ti. On a CPU in bfloat16, the gradient of the weights took
+    eight times as long as that of a product: a third of a step with patches of 28 pixels.
+    """
+    if pixels.device.type != "cpu":
+        return pixels.device.type == "cuda"
+    learns = torch.is_grad_enabled() and patch.weight.requires_grad
+    return (learns or torch.is_autocast_enabled("cpu")) and not torch.compiler.is_compiling()
 
 
 def _product(patch: nn.Conv2d, pixels: Tensor, rows: int, columns: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The report of a run or an evaluation: one HTML file without scripts or requests."""
+"""The report of a run or an evaluation: one HTML file without requests, in English and in Chinese."""
 
 from typing import TYPE_CHECKING
 

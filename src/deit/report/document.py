@@ -1,4 +1,4 @@
-"""Puts the report of a run or an evaluation together, as one HTML file that needs no script, network or other file."""
+"""Puts the report of a run or an evaluation together, as one HTML file that needs no network or other file."""
 
 from __future__ import annotations
 
@@ -25,10 +25,23 @@ from deit.machine import resolve_device
 from deit.report import evaluation as report_evaluation
 from deit.report import maps as report_maps
 from deit.report import run as report_run
-from deit.report.evaluation import deciding, images_of, picture
+from deit.report.evaluation import cells, deciding, images_of, picture
 from deit.report.maps import Maps
-from deit.report.markup import Html, Section, date, element, isolated, joined, named, plural, scrolled, shortened
+from deit.report.markup import (
+    Html,
+    Section,
+    date,
+    element,
+    english,
+    isolated,
+    joined,
+    named,
+    phrase,
+    scrolled,
+    shortened,
+)
 from deit.report.run import counted
+from deit.report.words import Said, Text, plural, said, series
 from deit.train.records import MODEL, RECIPE, Record, is_number, span
 
 FILE = "report.html"
@@ -37,7 +50,7 @@ _SHARE = 0.1
 costs at least three times as much as an image, because of its backward pass, so this adds at most 4 % to the run."""
 _RELOAD = 30
 """Seconds after which the page of an unfinished run loads itself again."""
-Figure = tuple[str, Image.Image]
+Figure = tuple[Text, Image.Image]
 """A caption and a picture."""
 
 
@@ -47,12 +60,14 @@ def page(
     *,
     maps: Maps | None = None,
     figures: Sequence[Figure] = (),
-    missing: str = "",
+    missing: Text = "",
     first: Sequence[Section] = (),
     unfinished: bool = False,
     beware: Sequence[str] = (),
 ) -> str:
     """Returns the report as HTML. It needs a record or an evaluation.
+
+    The page is in English. A script in it shows it in Chinese if the browser's language is Chinese.
 
     Args:
         record: the record of the run; None for a model outside a run.
@@ -68,27 +83,34 @@ def page(
     sections = [*first, *_sections(record, evaluation, maps, figures, missing, unfinished, beware)]
     shown = [section for section in sections if section.body]
     main, rest = _title(record, evaluation)
-    names = [shortened(main), *filter(None, [", ".join(map(shortened, rest))])]
-    title = f"{'Unfinished run' if unfinished else 'Report'}: {': '.join(names)}"
+    name: Text = shortened(main)
+    if rest:
+        kinds = series(", ", (each if isinstance(each, Said) else shortened(each) for each in rest))
+        name = series(": ", [name, kinds])
+    title = said("Unfinished run: {name}", name=name) if unfinished else said("Report: {name}", name=name)
     contents = element(
         "nav",
         element("ul", *(element("li", element("a", section.title, href=f"#{section.key}")) for section in shown)),
-        aria_label="Contents",
+        aria_label=said("Contents"),
     )
     body = element(
         "body",
-        element("a", "Skip to the content", href="#content", class_="skip"),
+        element("a", said("Skip to the content"), href="#content", class_="skip"),
         _header(record, evaluation, contents),
         element("main", *(section.html for section in shown), id="content"),
         element(
             "footer",
             element(
                 "p",
-                f"Written {date(datetime.now(UTC).isoformat())} by deit "
-                f"{host.VERSION}. Intervals are Wilson's, at 95 %; that of the balanced accuracy takes the effective "
-                "number of images.",
+                said(
+                    "Written {date} by deit {version}. Intervals are Wilson's, at 95 %; that of the balanced accuracy "
+                    "takes the effective number of images.",
+                    date=date(datetime.now(UTC).isoformat()),
+                    version=host.VERSION,
+                ),
             ),
         ),
+        element("script", Html(_part("report.js"))),
     )
     return f"<!DOCTYPE html>\n{element('html', _head(title, unfinished), body, lang='en')}\n"
 
@@ -98,7 +120,7 @@ def _sections(
     evaluation: Evaluation | None,
     maps: Maps | None,
     figures: Sequence[Figure],
-    missing: str,
+    missing: Text,
     unfinished: bool,
     beware: Sequence[str],
 ) -> Iterator[Section]:
@@ -120,15 +142,30 @@ def _sections(
     if record:
         yield report_run.machine(record)
     if figures:
-        pictures = (picture(image, isolated(caption), element("p", named(caption)), 640) for caption, image in figures)
-        yield Section("pictures", "Pictures", element("div", *pictures, class_="figures"))
+        pictures = (
+            picture(
+                image, caption if isinstance(caption, Said) else isolated(caption), element("p", named(caption)), 640
+            )
+            for caption, image in figures
+        )
+        yield Section("pictures", said("Pictures"), element("div", *pictures, class_="figures"))
     yield _repeat(record, evaluation)
 
 
-def _head(title: str, unfinished: bool) -> Html:
-    style = resources.files("deit.report").joinpath("report.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+def _part(name: str) -> str:
+    return resources.files("deit.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _head(title: Text, unfinished: bool) -> Html:
+    style = _part("report.css")
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_digest(style)}; script-src {_digest(_part('report.js'))}; "
+        "base-uri 'none'; form-action 'none'"
+    )
     return element(
         "head",
         element("meta", charset="utf-8"),
@@ -148,7 +185,7 @@ def write(
     *,
     maps: Maps | None = None,
     figures: Sequence[Figure] = (),
-    missing: str = "",
+    missing: Text = "",
     first: Sequence[Section] = (),
     unfinished: bool = False,
     beware: Sequence[str] = (),
@@ -179,11 +216,12 @@ def _turn(run: str | Path) -> Iterator[None]:
 
 
 def _of_training(run: str | Path, val_split: Split, device: str) -> Path:
-    record, evaluation, missing = Record.read(run), None, ""
+    record, evaluation = Record.read(run), None
+    missing: Text = ""
     if record.labelled and len(val_split) > _SHARE * (record.last("images") or 0):
-        missing = (
-            f"The training was so short that the model was not evaluated again on its {len(val_split):,} validation "
-            "images."
+        missing = said(
+            "The training was so short that the model was not evaluated again on its {count:,} validation images.",
+            count=len(val_split),
         )
     elif record.labelled:
         folder = record.about.data if record.about else ""
@@ -212,7 +250,8 @@ def of_run(
 
 
 def _of_run(run: str | Path, data: str | Path | None, device: str, console: Console | None) -> Path:
-    record, evaluation, missing = Record.read(run), None, ""
+    record, evaluation = Record.read(run), None
+    missing: Text = ""
     if data is not None:
         evaluation = examine_files(record.folder / MODEL, data, device=device, console=console)
     elif record.labelled:
@@ -229,13 +268,13 @@ def _of_run(run: str | Path, data: str | Path | None, device: str, console: Cons
 
 def _examined(
     record: Record, images: Callable[[], tuple[Split, str]], device: str, console: Console | None
-) -> tuple[Evaluation | None, str]:
+) -> tuple[Evaluation | None, Text]:
     """Evaluates the run's model on its validation images, or says in a sentence why that is not possible."""
     try:
         split, folder = images()
         return examine_split(record.folder / MODEL, split, folder, "val", device=device, console=console), ""
     except (ValueError, OSError, RuntimeError) as error:
-        return None, f"The run's validation images were not evaluated: {error}."
+        return None, phrase("The run's validation images were not evaluated: {error}.", error=english(error))
 
 
 def _explained(evaluation: Evaluation | None, device: str) -> Maps | None:
@@ -243,7 +282,7 @@ def _explained(evaluation: Evaluation | None, device: str) -> Maps | None:
     try:
         return report_maps.explained(evaluation, resolve_device(device)) if evaluation else None
     except Exception as error:
-        return Maps(missing=f"What the answers rest on could not be shown: {error}.")
+        return Maps(missing=phrase("What the answers rest on could not be shown: {error}.", error=english(error)))
 
 
 def of_evaluation(
@@ -287,8 +326,11 @@ def _reconstruction(record: Record) -> list[Figure]:
         try:
             return [
                 (
-                    "Validation images, the parts that the model saw, and what it painted in the hidden patches "
-                    f"({path.name})",
+                    said(
+                        "Validation images, the parts that the model saw, and what it painted in the hidden patches "
+                        "({file})",
+                        file=isolated(path.name),
+                    ),
                     load_image(path),
                 )
             ]
@@ -305,18 +347,19 @@ def _header(record: Record | None, evaluation: Evaluation | None, contents: Html
         lines.append(_judged(evaluation))
     about = record.about if record else None
     main, rest = _title(record, evaluation)
-    when = [element("p", f"Trained {date(about.began)}", class_="when")] if about else []
+    when = [element("p", said("Trained {date}", date=date(about.began)), class_="when")] if about else []
+    names = [named(main), *([joined(map(named, rest), said(", "))] if rest else [])]
     return element(
         "header",
         *when,
-        element("h1", joined([named(main), *([": "] if rest else []), joined(map(named, rest), ", ")])),
+        element("h1", joined(names, said(": "))),
         *(element("p", line, class_="lead") for line in lines),
         _headline(record, evaluation),
         contents,
     )
 
 
-def _title(record: Record | None, evaluation: Evaluation | None) -> tuple[str, Sequence[str]]:
+def _title(record: Record | None, evaluation: Evaluation | None) -> tuple[str, Sequence[Text]]:
     """The main name of the page and the names that follow it: a run's data and its classes, or a model."""
     if record:
         return report_run.title(record)
@@ -326,78 +369,81 @@ def _title(record: Record | None, evaluation: Evaluation | None) -> tuple[str, S
 def _story(record: Record) -> Html:
     """A sentence about the training."""
     steps, epoch, about = record.last("step"), record.last("epoch"), record.about
-    parts: list[object] = [element("code", named(record.folder)), ": "]
-    if record.recipe.get("name"):
-        parts += ["the recipe ", element("code", named(record.name)), ", "]
-    if steps is None:
-        return joined([*parts, "a run that has not written any metrics."])
-    parts.append(f"{steps:,.0f} steps" + (f", {epoch:,.4g} epochs" if epoch is not None else ""))
-    if about:
-        kinds = f" of {len(about.classes):,} classes" if record.labelled else ""
-        parts.append(f", on {sum(about.train):,} images{kinds}")
+    told = said("a run that has not written any metrics")
+    if steps is not None:
+        told = said("{steps:,.0f} steps", steps=steps)
+        if epoch is not None:
+            told = said("{steps}, {epochs:,.4g} epochs", steps=told, epochs=epoch)
+        if about:
+            told = said("{steps}, on {images:,} images", steps=told, images=sum(about.train))
+            if record.labelled:
+                told = said("{images} of {classes:,} classes", images=told, classes=len(about.classes))
+    facts = [told]
     if skipped := record.last("skipped"):
-        parts.append(f"; {skipped:,.0f} steps were skipped because their loss or gradient was not finite")
+        facts.append(
+            said("{count:,.0f} steps were skipped because their loss or gradient was not finite", count=skipped)
+        )
     if bad := record.last("bad_images"):
-        parts.append(f"; {bad:,.0f} training images can't be read")
-    return joined([*parts, "."])
+        facts.append(said("{count:,.0f} training images can't be read", count=bad))
+    folder, all_facts = element("code", named(record.folder)), series("; ", facts)
+    if not record.recipe.get("name"):
+        return phrase("{folder}: {facts}.", folder=folder, facts=all_facts)
+    recipe = element("code", named(record.name))
+    return phrase("{folder}: the recipe {recipe}, {facts}.", folder=folder, recipe=recipe, facts=all_facts)
 
 
 def _judged(evaluation: Evaluation) -> Html:
     main, report = evaluation.main, evaluation.main.report
     height, width = main.image_size
     shown = sum(each.support > 0 for each in report.by_class)
-    kinds = (
-        f"{len(report.classes):,}"
-        if shown == len(report.classes)
-        else (f"{shown:,} of the model's {len(report.classes):,}")
+    classes: Text = f"{len(report.classes):,}"
+    if shown != len(report.classes):
+        classes = said("{shown:,} of the model's {all:,}", shown=shown, all=len(report.classes))
+    size = said("{height} by {width} pixels", height=height, width=width)
+    if main.crop_ratio is not None:
+        size = said("{size} and crop ratio {ratio:.4g}", size=size, ratio=main.crop_ratio)
+    judged = phrase(
+        "Judged by {count:,} {images} of {classes} classes, at {size}.",
+        count=report.images,
+        images=images_of(evaluation),
+        classes=classes,
+        size=size,
     )
-    return joined(
-        [
-            f"Judged by {report.images:,} ",
-            images_of(evaluation),
-            f" of {kinds} classes, at {height} by {width} pixels",
-            "" if main.crop_ratio is None else f" and crop ratio {main.crop_ratio:.4g}",
-            ".",
-            f" {len(report.unreadable):,} more can't be read and are left out." if report.unreadable else "",
-        ]
-    )
+    if not report.unreadable:
+        return judged
+    return joined([judged, said("{count:,} more can't be read and are left out.", count=len(report.unreadable))], " ")
 
 
 def _headline(record: Record | None, evaluation: Evaluation | None) -> Html:
-    tiles: list[tuple[str, str, Sequence[str]]] = []
+    tiles: list[tuple[Text, str, Sequence[Text]]] = []
     if evaluation:
         report = evaluation.main.report
         which = deciding(report)
-        tiles.append(_accuracy_tile("accuracy" + f", {which}" * (which != "model"), report.accuracy()))
+        name = said("accuracy, {heads}", heads=which) if which else said("accuracy")
+        tiles.append(_accuracy_tile(name, report.accuracy()))
         balanced = report.balanced()
-        value, interval = balanced.cells()
-        tiles.append(
-            (
-                "balanced accuracy",
-                f"{value:.3f}",
-                [interval, f"mean of {plural(balanced.classes, 'recall', 'recalls')}"],
-            )
-        )
+        value, interval = cells(balanced)
+        mean = plural(balanced.classes, "mean of {count:,} recall", "mean of {count:,} recalls")
+        tiles.append((said("balanced accuracy"), f"{value:.3f}", [interval, mean]))
         if len(report.classes) > 5:
-            tiles.append(_accuracy_tile("top-5 accuracy", report.accuracy(top=5)))
-        tiles.append(
-            ("calibration error", f"{report.calibration_error:.3f}", [f"negative log likelihood {report.nll:.3f}"])
-        )
+            tiles.append(_accuracy_tile(said("top-5 accuracy"), report.accuracy(top=5)))
+        likelihood = said("negative log likelihood {nll:.3f}", nll=report.nll)
+        tiles.append((said("calibration error"), f"{report.calibration_error:.3f}", [likelihood]))
     elif record and (best := record.best):
-        after = [f"after step {best['step']:,}"]
+        after = [said("after step {step:,}", step=best["step"])]
         if is_number(best.get("val_loss")):
-            tiles.append(("loss on validation images", f"{best['val_loss']:.4g}", after))
+            tiles.append((said("loss on validation images"), f"{best['val_loss']:.4g}", after))
         elif found := counted(record, best["val_accuracy"]):
-            tiles.append(_accuracy_tile("accuracy on validation images", found))
+            tiles.append(_accuracy_tile(said("accuracy on validation images"), found))
         else:
-            tiles.append(("accuracy on validation images", f"{best['val_accuracy']:.3f}", after))
+            tiles.append((said("accuracy on validation images"), f"{best['val_accuracy']:.3f}", after))
     if record and (seconds := record.last("seconds")) is not None:
         memory = record.last("memory")
-        tiles.append(
-            ("training time", span(seconds), [f"at most {memory / 2**30:.1f} GiB of memory"] if memory else [])
-        )
+        most = [said("at most {memory:.1f} GiB of memory", memory=memory / 2**30)] if memory else []
+        tiles.append((said("training time"), span(seconds), most))
     if record and (rate := record.last("images_per_second")):
-        tiles.append(("images/s in training", f"{rate:,.0f}", [record.about.device] if record.about else []))
+        device = [english(record.about.device)] if record.about else []
+        tiles.append((said("images/s in training"), f"{rate:,.0f}", device))
     shown = (
         element(
             "div",
@@ -409,9 +455,10 @@ def _headline(record: Record | None, evaluation: Evaluation | None) -> Html:
     return element("dl", *shown, class_="tiles") if tiles else Html()
 
 
-def _accuracy_tile(name: str, accuracy: Accuracy) -> tuple[str, str, Sequence[str]]:
-    value, interval = accuracy.cells()
-    return name, f"{value:.3f}", [interval, f"{accuracy.correct:,} of {accuracy.total:,}"]
+def _accuracy_tile(name: Text, accuracy: Accuracy) -> tuple[Text, str, Sequence[Text]]:
+    value, interval = cells(accuracy)
+    correct = said("{correct:,} of {total:,}", correct=accuracy.correct, total=accuracy.total)
+    return name, f"{value:.3f}", [interval, correct]
 
 
 def _repeat(record: Record | None, evaluation: Evaluation | None) -> Section:
@@ -453,6 +500,6 @@ def _repeat(record: Record | None, evaluation: Evaluation | None) -> Section:
         )
     return Section(
         "repeat",
-        "How to repeat it",
-        scrolled("Commands", element("pre", element("code", "\n".join(map(shlex.join, lines))))),
+        said("How to repeat it"),
+        scrolled(said("Commands"), element("pre", element("code", "\n".join(map(shlex.join, lines))))),
     )

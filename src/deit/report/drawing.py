@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from deit.evaluate.scores import Accuracy, Bin
 from deit.report.markup import Html, element, joined, shortened
+from deit.report.words import Text, said, series
 
 _WIDTH, _HEIGHT = 480, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 30, 40
@@ -21,7 +22,7 @@ _MARKS = 16
 class Line:
     """A series of points with rising x. A y that is not finite interrupts the line."""
 
-    name: str
+    name: Text
     points: Sequence[tuple[float, float]]
     style: int
     """Number of its colour, dashes and shape, 0 to 5."""
@@ -29,7 +30,7 @@ class Line:
 
 def curves(
     key: str,
-    title: str,
+    title: Text,
     lines: Sequence[Line],
     *,
     epoch: float | None = None,
@@ -53,7 +54,7 @@ def curves(
     parts = [
         _grid(up, _LEFT, _WIDTH - _RIGHT),
         joined(_label(across(x), _HEIGHT - _BOTTOM + 17, f"{x:,.6g}", "middle") for x in across.ticks()),
-        _label((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, "steps", "middle", "soft"),
+        _label((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, said("steps"), "middle", "soft"),
     ]
     if epoch:
         epochs = _Axis(0, right / epoch, _LEFT, _WIDTH - _RIGHT)
@@ -63,15 +64,16 @@ def curves(
                 for x in epochs.ticks()
                 if x
             ),
-            _label(_LEFT, _TOP - 8, "epochs", "start", "soft"),
+            _label(_LEFT, _TOP - 8, said("epochs"), "start", "soft"),
         ]
     parts += [_drawn(line, across, up) for line in lines]
     ends = (
-        f"{line.name} from {known[0]:.4g} to {known[-1]:.4g}"
+        said("{name} from {first:.4g} to {last:.4g}", name=line.name, first=known[0], last=known[-1])
         for line in lines
         if (known := [y for _, y in line.points if math.isfinite(y)])
     )
-    return _figure(key, title, "; ".join(ends) + f", over {right:,.6g} steps", _HEIGHT, parts)
+    told = said("{lines}, over {steps:,.6g} steps", lines=series("; ", ends), steps=right)
+    return _figure(key, title, told, _HEIGHT, parts)
 
 
 def swatch(style: int) -> Html:
@@ -87,7 +89,7 @@ def swatch(style: int) -> Html:
     )
 
 
-def intervals(key: str, title: str, rows: Sequence[tuple[str, Accuracy]]) -> Html:
+def intervals(key: str, title: Text, rows: Sequence[tuple[str, Accuracy]]) -> Html:
     """Draws each accuracy as a dot and its interval as a whisker."""
     low = min(accuracy.interval[0] for _, accuracy in rows)
     step = _step(max(1 - low, 0.01))
@@ -112,14 +114,18 @@ def intervals(key: str, title: str, rows: Sequence[tuple[str, Accuracy]]) -> Htm
             element("path", d=f"M{left} {y}H{right}M{left} {y - 5}v10M{right} {y - 5}v10", class_=f"whisker s{i % 6}"),
             _mark(across(accuracy.value), y, i),
         ]
-    told = "; ".join(
-        f"{name} {accuracy.value:.3f}, 95 % interval {accuracy.interval[0]:.3f} to {accuracy.interval[1]:.3f}"
-        for name, accuracy in rows
-    )
+    told = series("; ", (_told(name, accuracy) for name, accuracy in rows))
     return _figure(key, title, told, bottom + 26, parts)
 
 
-def reliability(key: str, title: str, bins: Sequence[Bin]) -> Html:
+def _told(name: str, accuracy: Accuracy) -> Text:
+    low, high = accuracy.interval
+    return said(
+        "{name} {value:.3f}, 95 % interval {low:.3f} to {high:.3f}", name=name, value=accuracy.value, low=low, high=high
+    )
+
+
+def reliability(key: str, title: Text, bins: Sequence[Bin]) -> Html:
     """Draws accuracy over confidence with 95 % intervals, the line of perfect calibration, and the number of images in
     each bin."""
     top, bottom, floor, height = 12, 232, 322, 60
@@ -155,11 +161,11 @@ def reliability(key: str, title: str, bins: Sequence[Bin]) -> Html:
         joined(_mark(across(x), up(y), 0) for x, y in found),
         element("path", d=f"M{_LEFT} {floor}H{_WIDTH - _RIGHT}", class_="grid"),
         joined(_label(across(x), floor + 17, f"{x:.6g}", "middle") for x in across.ticks()),
-        _label((_LEFT + _WIDTH - _RIGHT) / 2, floor + 34, "confidence", "middle", "soft"),
-        _turned(12, (top + bottom) / 2, "accuracy"),
-        _turned(12, floor - height / 2, "images"),
+        _label((_LEFT + _WIDTH - _RIGHT) / 2, floor + 34, said("confidence"), "middle", "soft"),
+        _turned(12, (top + bottom) / 2, said("accuracy")),
+        _turned(12, floor - height / 2, said("images")),
     ]
-    told = "; ".join(f"confidence {x:.2f}, accuracy {y:.2f}" for x, y in found)
+    told = series("; ", (said("confidence {x:.2f}, accuracy {y:.2f}", x=x, y=y) for x, y in found))
     return _figure(key, title, told, floor + 40, parts)
 
 
@@ -196,7 +202,7 @@ class _Axis:
         return [round(i * step, 12) for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
-def _figure(key: str, title: str, description: str, height: float, parts: Sequence[Html]) -> Html:
+def _figure(key: str, title: Text, description: Text, height: float, parts: Sequence[Html]) -> Html:
     return element(
         "svg",
         element("title", title, id=f"{key}-title"),
@@ -226,11 +232,11 @@ def _tick(x: float, y: float) -> Html:
     return element("path", d=f"M{x} {y}v-4", class_="grid")
 
 
-def _label(x: float, y: float, text: str, anchor: str, kind: str | None = None) -> Html:
+def _label(x: float, y: float, text: Text, anchor: str, kind: str | None = None) -> Html:
     return element("text", text, x=round(x, 1), y=round(y, 1), text_anchor=anchor, class_=kind)
 
 
-def _turned(x: float, y: float, text: str) -> Html:
+def _turned(x: float, y: float, text: Text) -> Html:
     return element("text", text, transform=f"translate({x:g} {y:g}) rotate(-90)", text_anchor="middle", class_="soft")
 
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
-from deit.data.counts import listed
+from deit.data.counts import NAMED
 from deit.evaluate.models import Evaluation, Examined
-from deit.evaluate.scores import Accuracy, ClassScore, Report
+from deit.evaluate.scores import Accuracy, BalancedAccuracy, ClassScore, Report
 from deit.image.decode import load_image
 from deit.report import drawing
 from deit.report.markup import (
@@ -18,18 +18,18 @@ from deit.report.markup import (
     Section,
     beside,
     element,
-    escaped,
     facts,
     folded,
     isolated,
     joined,
     named,
+    phrase,
     pictured,
-    plural,
     scrolled,
     sentence,
     table,
 )
+from deit.report.words import Said, Text, plural, said, series
 
 _ROWS = 30
 """Largest number of classes in a confusion matrix, and in a table of classes that is shown unfolded."""
@@ -41,42 +41,62 @@ _NAME = 60
 """Maximum number of characters of a class in a table or a caption."""
 _SIDE = 128
 """Longer side of a thumbnail, in pixels."""
+_HEADS = {
+    "fused": said("fused heads"),
+    "softmax": said("softmax head"),
+    "class": said("class head"),
+    "distillation": said("distillation head"),
+}
+_KINDS = {"val": said("validation images"), "train": said("training images"), "test": said("test images")}
 
 
 def accuracy(report: Report) -> Section:
     heads = [(head, report.accuracy(head)) for head in report.heads]
     columns, rows = heads_table(heads)
     if len(report.classes) > 5:
-        columns += ["top-5", "95 % interval"]
-        rows = [[*row, *report.accuracy(head, 5).cells()] for head, row in zip(report.heads, rows, strict=True)]
-    columns += ["balanced", "95 % interval"]
-    rows = [[*row, *report.balanced(head).cells()] for head, row in zip(report.heads, rows, strict=True)]
-    told = (
+        columns += ["top-5", said("95 % interval")]
+        rows = [[*row, *cells(report.accuracy(head, 5))] for head, row in zip(report.heads, rows, strict=True)]
+    columns += [said("balanced"), said("95 % interval")]
+    rows = [[*row, *cells(report.balanced(head))] for head, row in zip(report.heads, rows, strict=True)]
+    told = said(
         "Balanced accuracy is the mean of the recalls of the classes that have images, so each class counts the same."
     )
     if absent := report.absent:
-        told += f" No image shows {listed(map(isolated, absent))}."
+        told = series(" ", [told, said("No image shows {classes}.", classes=_listed(absent))])
     return Section(
         "accuracy",
-        "Accuracy",
+        said("Accuracy"),
         beside(
             heads_drawn(heads),
-            element("div", table("Accuracy of each head", columns, rows, hidden=True), sentence(told)),
+            element("div", table(said("Accuracy of each head"), columns, rows, hidden=True), sentence(told)),
         ),
     )
+
+
+def cells(found: Accuracy | BalancedAccuracy) -> tuple[float, Said]:
+    """The value and its interval, as two cells of a table."""
+    low, high = found.interval
+    return found.value, said("{low:.3f} to {high:.3f}", low=low, high=high)
+
+
+def _listed(names: Sequence[str]) -> Said:
+    """The first names in quotes, and how many more there are."""
+    listed = series(", ", (said('"{name}"', name=isolated(name)) for name in names[:NAMED]))
+    more = len(names) - NAMED
+    return said("{names} and {more:,} more", names=listed, more=more) if more > 0 else listed
 
 
 def heads_drawn(rows: Sequence[tuple[str, Accuracy]]) -> Html:
     return element(
         "figure",
-        element("figcaption", "Accuracy of each head, with 95 % intervals"),
-        drawing.intervals("heads", "Accuracy of each head with its 95 % interval", rows),
+        element("figcaption", said("Accuracy of each head, with 95 % intervals")),
+        drawing.intervals("heads", said("Accuracy of each head with its 95 % interval"), rows),
     )
 
 
-def heads_table(rows: Sequence[tuple[str, Accuracy]]) -> tuple[list[str], list[list[object]]]:
-    return ["head", "top-1", "95 % interval", "correct"], [
-        [head, *found.cells(), found.correct] for head, found in rows
+def heads_table(rows: Sequence[tuple[str, Accuracy]]) -> tuple[list[Text], list[list[object]]]:
+    return [said("head"), "top-1", said("95 % interval"), said("correct")], [
+        [head, *cells(found), found.correct] for head, found in rows
     ]
 
 
@@ -85,9 +105,9 @@ def sections(evaluation: Evaluation) -> Iterable[Section]:
     if evaluation.other is not None:
         yield comparison(evaluation.main, evaluation.other, evaluation)
     yield _calibration(report)
-    yield Section("confusions", "Confusions", _confusions(report))
-    yield Section("classes", "Classes", _classes(report))
-    yield Section("images", "Images", _wrong_and_doubtful(evaluation))
+    yield Section("confusions", said("Confusions"), _confusions(report))
+    yield Section("classes", said("Classes"), _classes(report))
+    yield Section("images", said("Images"), _wrong_and_doubtful(evaluation))
 
 
 def comparison(main: Examined, other: Examined, evaluation: Evaluation) -> Section:
@@ -96,23 +116,39 @@ def comparison(main: Examined, other: Examined, evaluation: Evaluation) -> Secti
     low, high = found.interval
     return Section(
         "comparison",
-        "Comparison",
+        said("Comparison"),
         joined(
             [
                 sentence(
-                    f"The {main.report.head} heads of two models, on the {found.images:,} images that both could read."
+                    said(
+                        "The {head} heads of two models, on the {count:,} images that both could read.",
+                        head=main.report.head,
+                        count=found.images,
+                    )
                 ),
                 table(
-                    "Two models on the same images",
-                    ["model", "top-1", "95 % interval", "correct", "only this one correct"],
+                    said("Two models on the same images"),
                     [
-                        [named(main.model), *found.first.cells(), found.first.correct, found.only_first],
-                        [named(other.model), *found.second.cells(), found.second.correct, found.only_second],
+                        said("model"),
+                        "top-1",
+                        said("95 % interval"),
+                        said("correct"),
+                        said("only this one correct"),
+                    ],
+                    [
+                        [named(main.model), *cells(found.first), found.first.correct, found.only_first],
+                        [named(other.model), *cells(found.second), found.second.correct, found.only_second],
                     ],
                 ),
                 sentence(
-                    f"Difference {found.difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f} (Newcombe's, for "
-                    f"paired proportions). McNemar's exact test: p = {found.p_value:.3g}."
+                    said(
+                        "Difference {difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f} (Newcombe's, for "
+                        "paired proportions). McNemar's exact test: p = {p:.3g}.",
+                        difference=found.difference,
+                        low=low,
+                        high=high,
+                        p=found.p_value,
+                    )
                 ),
             ]
         ),
@@ -121,50 +157,56 @@ def comparison(main: Examined, other: Examined, evaluation: Evaluation) -> Secti
 
 def _calibration(report: Report) -> Section:
     rows = [
-        [f"{each.low:.2f} to {each.high:.2f}", each.count, each.confidence, each.accuracy]
+        [said("{low:.2f} to {high:.2f}", low=each.low, high=each.high), each.count, each.confidence, each.accuracy]
         for each in report.bins
         if each.count
     ]
     figure = element(
         "figure",
-        element("figcaption", "Accuracy over confidence, with 95 % intervals, and below it the images in each bin"),
-        drawing.reliability("reliability", "Accuracy over confidence, and the images in each bin", report.bins),
+        element(
+            "figcaption",
+            said("Accuracy over confidence, with 95 % intervals, and below it the images in each bin"),
+        ),
+        drawing.reliability("reliability", said("Accuracy over confidence, and the images in each bin"), report.bins),
     )
     told = sentence(
-        f"Confidence is the largest probability of the {deciding(report)}. On the dashed line, confidence equals "
-        "accuracy. Above the line the model is not sure enough, and below the line it is too sure."
+        said(
+            "Confidence is the largest probability of the {heads}. On the dashed line, confidence equals accuracy. "
+            "Above the line the model is not sure enough, and below the line it is too sure.",
+            heads=deciding(report) or said("model"),
+        )
     )
     scores = facts(
         [
-            ("expected calibration error", f"{report.calibration_error:.4f}"),
-            ("Brier score", f"{report.brier:.4f}"),
-            ("negative log likelihood", f"{report.nll:.4f}"),
+            (said("expected calibration error"), f"{report.calibration_error:.4f}"),
+            (said("Brier score"), f"{report.brier:.4f}"),
+            (said("negative log likelihood"), f"{report.nll:.4f}"),
         ]
     )
-    numbers = folded(
-        "The numbers of the diagram",
-        table("Calibration", ["confidence", "images", "mean confidence", "accuracy"], rows, hidden=True),
-    )
-    return Section("calibration", "Calibration", beside(figure, element("div", told, scores, numbers)))
+    columns = [said("confidence"), said("images"), said("mean confidence"), said("accuracy")]
+    numbers = folded(said("The numbers of the diagram"), table(said("Calibration"), columns, rows, hidden=True))
+    return Section("calibration", said("Calibration"), beside(figure, element("div", told, scores, numbers)))
 
 
-def deciding(report: Report) -> str:
-    return "model" if len(report.heads) == 1 else "fused heads" if report.head == "fused" else f"{report.head} head"
+def deciding(report: Report) -> Said | None:
+    """The head or heads that the answers are from; None if the model has only one."""
+    return None if len(report.heads) == 1 else _HEADS[report.head]
 
 
-def images_of(evaluation: Evaluation) -> Html:
-    kind = {"val": "validation images", "train": "training images", "test": "test images"}.get(
-        evaluation.split or "", "images"
-    )
-    return joined([kind, " in ", element("code", named(evaluation.data))]) if evaluation.data else escaped(kind)
+def images_of(evaluation: Evaluation) -> Html | Said:
+    kind = _KINDS.get(evaluation.split or "", said("images"))
+    if not evaluation.data:
+        return kind
+    return phrase("{images} in {folder}", images=kind, folder=element("code", named(evaluation.data)))
 
 
 def _confusions(report: Report) -> Html:
     cells = report.cells
     wrong = sorted((cell for cell in cells if cell[0] != cell[1]), key=lambda cell: -cell[2])
     if not wrong:
-        return sentence("No image was taken for another class.")
-    parts = []
+        return sentence(said("No image was taken for another class."))
+    parts: list[Html] = []
+    names: list[Text]
     used = sorted({place for label, answer, _ in cells for place in (label, answer)})
     if len(used) > _ROWS:
         weight: dict[int, int] = {}
@@ -175,26 +217,33 @@ def _confusions(report: Report) -> Html:
         rest = len(used) - len(chosen)
         parts.append(
             sentence(
-                f"The {len(chosen)} classes with the most confusions, and the {rest:,} others together. If one of the "
-                "others was taken for another of them, it is shown as right."
+                said(
+                    "The {count} classes with the most confusions, and the {rest:,} others together. If one of the "
+                    "others was taken for another of them, it is shown as right.",
+                    count=len(chosen),
+                    rest=rest,
+                )
             )
         )
-        names = [report.classes[place] for place in chosen] + [f"{rest:,} others"]
+        names = [*(report.classes[place] for place in chosen), said("{count:,} others", count=rest)]
     else:
         chosen, names = used, [report.classes[place] for place in used]
     if absent := len(report.classes) - len(used):
         parts.append(
             sentence(
-                f"{plural(absent, 'class', 'classes')} of the model without images or answers "
-                f"{'is' if absent == 1 else 'are'} left out."
+                plural(
+                    absent,
+                    "{count:,} class of the model without images or answers is left out.",
+                    "{count:,} classes of the model without images or answers are left out.",
+                )
             )
         )
     parts += [
         beside(
             _matrix(names, _counts(cells, chosen, len(names))),
             table(
-                "Most common confusions",
-                ["class", "taken for", "images", "share of the class"],
+                said("Most common confusions"),
+                [said("class"), said("taken for"), said("images"), said("share of the class")],
                 [
                     [
                         named(report.classes[label], _NAME),
@@ -219,7 +268,7 @@ def _counts(cells: Iterable[tuple[int, int, int]], chosen: Sequence[int], side: 
     return found
 
 
-def _matrix(names: Sequence[str], counts: np.ndarray) -> Html:
+def _matrix(names: Sequence[Text], counts: np.ndarray) -> Html:
     """A table whose cells are shaded by their share of the row: right ones in one colour, wrong ones in another."""
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     rows = []
@@ -232,17 +281,17 @@ def _matrix(names: Sequence[str], counts: np.ndarray) -> Html:
         rows.append(element("tr", element("th", named(name, 40), scope="row"), *row))
     head = element(
         "tr",
-        element("th", "true ↓ answered →", scope="col"),
+        element("th", said("true ↓ answered →"), scope="col"),
         *(element("th", element("span", named(name, 40)), scope="col") for name in names),
     )
     return scrolled(
-        "Confusion matrix",
+        said("Confusion matrix"),
         element(
             "table",
-            element("caption", "Images by true class (rows) and answer (columns)"),
+            element("caption", said("Images by true class (rows) and answer (columns)")),
             element("thead", head),
             element("tbody", *rows),
-            class_="matrix long" if max(map(len, names)) > 4 else "matrix",
+            class_="matrix long" if max(len(str(name)) for name in names) > 4 else "matrix",
         ),
     )
 
@@ -253,29 +302,34 @@ def _classes(report: Report) -> Html:
     note = (
         [
             sentence(
-                f"{plural(left_out, 'class', 'classes')} without images or answers "
-                f"{'is' if left_out == 1 else 'are'} left out."
+                plural(
+                    left_out,
+                    "{count:,} class without images or answers is left out.",
+                    "{count:,} classes without images or answers are left out.",
+                )
             )
         ]
         if left_out
         else []
     )
     if len(shown) <= _ROWS:
-        return joined([*note, _class_table("Classes", shown, hidden=True)])
+        return joined([*note, _class_table(said("Classes"), shown, hidden=True)])
     worst = sorted((each for each in shown if each.support), key=lambda each: (each.recall, each.f1))[:_FEW]
     return joined(
         [
             *note,
-            _class_table("Worst classes", worst),
-            folded(f"All {len(shown):,} classes", _class_table("All classes", shown, hidden=True)),
+            _class_table(said("Worst classes"), worst),
+            folded(
+                said("All {count:,} classes", count=len(shown)), _class_table(said("All classes"), shown, hidden=True)
+            ),
         ]
     )
 
 
-def _class_table(title: str, rows: Iterable[ClassScore], *, hidden: bool = False) -> Html:
+def _class_table(title: Text, rows: Iterable[ClassScore], *, hidden: bool = False) -> Html:
     return table(
         title,
-        ["class", "images", "answered", "precision", "recall", "F1"],
+        [said("class"), said("images"), said("answered"), said("precision"), said("recall"), "F1"],
         (
             [
                 named(each.name, _NAME),
@@ -303,17 +357,17 @@ def wrong_and_doubtful(report: Report) -> tuple[np.ndarray, np.ndarray]:
 def _wrong_and_doubtful(evaluation: Evaluation) -> Html:
     report = evaluation.main.report
     if len(evaluation.files) != len(report.labels):
-        return sentence("The files of the images are not known, so no image is shown.")
+        return sentence(said("The files of the images are not known, so no image is shown."))
     wrong, doubtful = wrong_and_doubtful(report)
     parts = []
     for title, rows, none in (
-        ("Most wrong", wrong, "No answer is wrong."),
-        ("Most doubtful", doubtful, "There are no other images."),
+        (said("Most wrong"), wrong, said("No answer is wrong.")),
+        (said("Most doubtful"), doubtful, said("There are no other images.")),
     ):
         about = (
-            "Wrong answers of the highest confidence: hard images, or wrong labels."
+            said("Wrong answers of the highest confidence: hard images, or wrong labels.")
             if rows is wrong
-            else "Answers of the lowest confidence, right or wrong."
+            else said("Answers of the lowest confidence, right or wrong.")
         )
         parts += [
             element("h3", title),
@@ -331,15 +385,22 @@ def _example(evaluation: Evaluation, row: int) -> Html:
         image = load_image(file, min_side=_SIDE)
     except (ValueError, OSError, MemoryError):
         return element(
-            "figure", element("p", "This image can't be read any more.", class_="gone"), element("figcaption", caption)
+            "figure",
+            element("p", said("This image can't be read any more."), class_="gone"),
+            element("figcaption", caption),
         )
     return picture(image, told(report, row), caption, _SIDE)
 
 
-def told(report: Report, row: int) -> str:
+def told(report: Report, row: int) -> Said:
     """A sentence with an image's label and answer, for readers who don't see the image."""
-    label, answer = (report.classes[int(each[row])] for each in (report.labels, report.predicted))
-    return f"True label {isolated(label)}; predicted {isolated(answer)} with probability {report.confidence[row]:.2f}"
+    label, answer = (isolated(report.classes[int(each[row])]) for each in (report.labels, report.predicted))
+    return said(
+        "True label {label}; predicted {answer} with probability {probability:.2f}",
+        label=label,
+        answer=answer,
+        probability=report.confidence[row],
+    )
 
 
 def answered(report: Report, row: int) -> Html:
@@ -347,25 +408,25 @@ def answered(report: Report, row: int) -> Html:
     label, answer = int(report.labels[row]), int(report.predicted[row])
     found = joined(
         [
-            element("span", "answered ", class_="soft"),
+            element("span", said("answered "), class_="soft"),
             element("b", named(report.classes[answer], _NAME)),
             f" ({report.confidence[row]:.2f})",
         ]
     )
     return (
-        element("p", found, ", correct")
+        element("p", found, said(", correct"))
         if label == answer
         else element("p", found)
         + element(
             "p",
-            element("span", "true ", class_="soft"),
+            element("span", said("true "), class_="soft"),
             element("b", named(report.classes[label], _NAME)),
             f" ({report.probability[row]:.2f})",
         )
     )
 
 
-def picture(image: Image.Image, alt: str, caption: Html, side: int) -> Html:
+def picture(image: Image.Image, alt: Text, caption: Html, side: int) -> Html:
     """A figure with its picture inside the document, as PNG if the picture is small, else as JPEG."""
     crisp = max(image.size) <= side / 2
     if image.mode not in ("L", "RGB"):

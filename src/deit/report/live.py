@@ -12,10 +12,10 @@ from deit import files
 from deit.recipe import Recipe
 from deit.report import document
 from deit.report.markup import Html, Section, date, facts, joined, sentence
+from deit.report.words import Text, said, series
 from deit.train.progress import MUCH
 from deit.train.records import Record, is_number, span
 
-_FASTER = "Resume with more loader processes (compute.workers), or install the extra fast."
 _RECENT = 20
 """Number of latest rows that tell how fast the run is."""
 
@@ -27,11 +27,11 @@ class LivePage:
         file: where the page is written; `RUN/report.html` if it is None.
         more: makes a section about the work that the run is a part of. The page then stays unfinished when the run
             ends.
-        what: the name of the whole work, for people.
+        what: the name of the whole work, for people; a run if it is None.
     """
 
-    def __init__(self, file: Path | None = None, more: Callable[[], Section] | None = None, what: str = "run"):
-        self.file, self.more, self.what = file, more, what
+    def __init__(self, file: Path | None = None, more: Callable[[], Section] | None = None, what: Text | None = None):
+        self.file, self.more, self.what = file, more, what or said("run")
         self.out: Path | None = None
 
     def begin(self, out: Path, recipe: Recipe, step: int) -> None:
@@ -45,19 +45,27 @@ class LivePage:
     def close(self, finished: bool) -> None:
         assert self.out is not None
         if not finished:
-            move = "The same command goes on" + (" with --resume." if self.more is None else ".")
-            self.write(f"A signal or an error has ended the {self.what} early; its terminal or log says which. {move}")
+            told = said(
+                "A signal or an error has ended the {what} early; its terminal or log says which.", what=self.what
+            )
+            move = (
+                said("The same command goes on with --resume.")
+                if self.more is None
+                else said("The same command goes on.")
+            )
+            self.write(series(" ", [told, move]))
         elif self.more:
-            self.write("A step has reached its end, and the next one follows.")
+            self.write(said("A step has reached its end, and the next one follows."))
         else:
             self._put(self.out, Record.read(self.out), [])
 
-    def write(self, state: str = "") -> None:
+    def write(self, state: Text = "") -> None:
         """Writes the page of the latest run, if there is one. `state` says it if the run doesn't train now."""
         if self.out is None:
             return
         record = Record.read(self.out)
-        first = [Section("unfinished", f"This {self.what} is not finished", self._status(record, state))]
+        title = said("This {what} is not finished", what=self.what)
+        first = [Section("unfinished", title, self._status(record, state))]
         self._put(self.out, record, [*first, *([self.more()] if self.more else [])])
 
     def _put(self, out: Path, record: Record, first: list[Section]) -> None:
@@ -66,29 +74,43 @@ class LivePage:
             files.sweep(file.parent, file.name)
             document.write(file, record, None, first=first, unfinished=bool(first))
 
-    def _status(self, record: Record, state: str) -> Html:
-        known: list[tuple[str, object]] = []
+    def _status(self, record: Record, state: Text) -> Html:
+        known: list[tuple[Text, object]] = []
         step, total = record.last("step") or self.first, self._total(record)
-        known.append(("steps", f"{step:,.0f} of {total:,}" if total else f"{step:,.0f}"))
+        steps = said("{step:,.0f} of {total:,}", step=step, total=total) if total else f"{step:,.0f}"
+        known.append((said("steps"), steps))
         if (epoch := record.last("epoch")) is not None:
-            known.append(("epochs", f"{epoch:.4g}"))
+            known.append((said("epochs"), f"{epoch:.4g}"))
         if (seconds := record.last("seconds")) is not None:
-            known.append(("training time so far", span(seconds)))
+            known.append((said("training time so far"), span(seconds)))
         left = remaining(record, total) if total else None
         if left is not None and not state:
-            known.append(("time left", f"about {span(left)}"))
-        for key, name in (("val_accuracy", "best accuracy"), ("val_loss", "lowest loss on validation images")):
+            known.append((said("time left"), said("about {time}", time=span(left))))
+        for key, name in (
+            ("val_accuracy", said("best accuracy so far")),
+            ("val_loss", said("lowest loss on validation images so far")),
+        ):
             if (best := record.best) and is_number(best.get(key)):
-                known.append((f"{name} so far", f"{best[key]:.4g}, after step {best['step']:,.0f}"))
-        known.append(("this page", f"as of {date(datetime.now(UTC).isoformat())}"))
-        told = state or (
+                found = said("{value:.4g}, after step {step:,.0f}", value=best[key], step=best["step"])
+                known.append((name, found))
+        now = date(datetime.now(UTC).isoformat())
+        known.append((said("this page"), said("as of {date}", date=now)))
+        told = state or said(
             "The numbers are those of the latest evaluation. The page loads itself again while the run goes on, and "
             "the report replaces it at the end. If its date stays the same for long, the run was killed, or its disk "
             "is full: look into its terminal or log."
         )
         waits = []
         if (waiting := record.last("waiting")) is not None and waiting > MUCH:
-            waits.append(sentence(f"{waiting:.0%} of the recent time went by waiting for images. {_FASTER}"))
+            waits.append(
+                sentence(
+                    said(
+                        "{share:.0%} of the recent time went by waiting for images. Resume with more loader processes "
+                        "(compute.workers), or install the extra fast.",
+                        share=waiting,
+                    )
+                )
+            )
         return joined([sentence(told), *waits, facts(known)])
 
     def _total(self, record: Record) -> int | None:

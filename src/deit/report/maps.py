@@ -17,13 +17,30 @@ from deit.explain.picture import fitted, overlay
 from deit.image.decode import ImageError
 from deit.model.load import load_classifier
 from deit.report.evaluation import answered, told, wrong_and_doubtful
-from deit.report.markup import Html, Section, element, isolated, joined, named, pictured, sentence
+from deit.report.markup import Html, Section, element, isolated, joined, named, phrase, pictured, sentence
+from deit.report.words import Text, said
 
 _METHOD: Method = "relevance"
 """The method of the maps. Of those that look inside the model it scores best (docs/explain.md), and it tells classes
 apart."""
-_TITLE = "What answers rest on"
-_GROUPS = ("Most wrong", "Most doubtful", "Surest right answers")
+_TITLE = said("What answers rest on")
+_GROUPS = (said("Most wrong"), said("Most doubtful"), said("Surest right answers"))
+_TOKENS = {"class": said("class token"), "distillation": said("distillation token")}
+_PLACES = {
+    str(place): place
+    for place in (
+        said("in the upper left"),
+        said("at the top"),
+        said("in the upper right"),
+        said("on the left"),
+        said("in the middle"),
+        said("on the right"),
+        said("in the lower left"),
+        said("at the bottom"),
+        said("in the lower right"),
+        said("nowhere more than elsewhere"),
+    )
+}
 _SIDE = 160
 """Longer side of a picture, in pixels."""
 
@@ -33,7 +50,7 @@ class Maps:
     """Explanations of answers by the image's row in the evaluation, or a sentence that says why there are none."""
 
     found: Mapping[int, Explanation] = field(default_factory=dict)
-    missing: str = ""
+    missing: Text = ""
 
 
 def explained(evaluation: Evaluation, device: str | torch.device = "cpu") -> Maps | None:
@@ -80,20 +97,17 @@ def section(evaluation: Evaluation, maps: Maps) -> Section:
     if not parts:
         return Section("maps", _TITLE, sentence(maps.missing) if maps.missing else Html())
     two = any(len(explanation.answers) > 1 for explanation in maps.found.values())
-    about = element(
-        "p",
-        "Gradient-weighted relevance (",
-        element("a", "Chefer, Gur and Wolf 2021", href="https://arxiv.org/abs/2103.15679"),
-        ") follows attention through all blocks, as far as it supports the answer of ",
-        "each token\u2019s own head" if two else "the model",
-        ". Each map lies over the image as the model saw it, in grey. You can compare colours within a map, but not "
-        "between maps. ",
-        element("code", "deit explain"),
-        " draws other methods too, and scores them.",
+    about = phrase(
+        "Gradient-weighted relevance ({source}) follows attention through all blocks, as far as it supports the answer "
+        "of {head}. Each map lies over the image as the model saw it, in grey. You can compare colours within a map, "
+        "but not between maps. {command} draws other methods too, and scores them.",
+        source=element("a", "Chefer, Gur and Wolf 2021", href="https://arxiv.org/abs/2103.15679", lang="en"),
+        head=said("each token\u2019s own head") if two else said("the model"),
+        command=element("code", "deit explain"),
     )
-    scale = element("span", class_="scale", role="img", aria_label="from violet to yellow")
-    legend = element("p", "counts least ", scale, " counts most", class_="soft")
-    return Section("maps", _TITLE, joined([about, legend, *parts]))
+    scale = element("span", class_="scale", role="img", aria_label=said("from violet to yellow"))
+    legend = element("p", phrase("counts least {scale} counts most", scale=scale), class_="soft")
+    return Section("maps", _TITLE, joined([element("p", about), legend, *parts]))
 
 
 def _example(evaluation: Evaluation, row: int, explanation: Explanation) -> Html:
@@ -103,19 +117,24 @@ def _example(evaluation: Evaluation, row: int, explanation: Explanation) -> Html
         element(
             "figure",
             pictured(seen, told(report, row)),
-            element("figcaption", element("p", "as the model saw it", class_="soft")),
+            element("figcaption", element("p", said("as the model saw it"), class_="soft")),
         )
     ]
     for answer in explanation.answers:
         for each in explanation.of(answer.token):
-            alt = f"Map of the {each.token} token, which answers {isolated(answer.label)}: strongest {each.strongest}"
+            alt = said(
+                "Map of the {token}, which answers {answer}: strongest {strongest}",
+                token=_TOKENS[each.token],
+                answer=isolated(answer.label),
+                strongest=_PLACES[each.strongest],
+            )
             cells.append(
                 element(
                     "figure",
                     pictured(overlay(seen, each.values), alt),
                     element(
                         "figcaption",
-                        element("p", f"{each.token} token", class_="soft"),
+                        element("p", _TOKENS[each.token], class_="soft"),
                         element("p", element("b", named(answer.label, 40)), f" ({answer.probability:.2f})"),
                     ),
                 )

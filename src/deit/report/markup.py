@@ -1,5 +1,7 @@
 """Builds HTML and SVG as text. Whatever is not `Html` is escaped when it becomes part of an element.
 
+A text in both languages (`Said`) becomes the English one, and its Chinese stands in an attribute of the same element.
+
 Names of classes and files come from strangers. They may hold markup, quotes, control characters, halves of surrogate
 pairs (from file names that are not UTF-8) and marks that turn the direction of writing.
 """
@@ -11,11 +13,15 @@ import html
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from string import Formatter
 
 from PIL import Image
+
+from deit.report.chinese import CHINESE
+from deit.report.words import Said, Text, in_chinese
 
 LONGEST = 160
 """Maximum number of characters of a name that are shown. A longer name loses its middle."""
@@ -42,21 +48,59 @@ def clean(text: object) -> str:
 
 
 def escaped(value: object) -> Html:
+    """The value as markup. A text in both languages gets an element of its own."""
+    if isinstance(value, Said):
+        return element("span", value)
     return value if isinstance(value, Html) else Html(html.escape(clean(value)))
 
 
-def joined(parts: Iterable[object], between: str = "") -> Html:
-    return Html(between.join(map(escaped, parts)))
+def joined(parts: Iterable[object], between: Text = "") -> Html:
+    return Html(escaped(between).join(map(escaped, parts)))
 
 
 def element(name: str, /, *children: object, **attributes: object) -> Html:
     """An element. Attributes that are None are left out; `class_` is class, `aria_label` is aria-label."""
     given = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escaped(value)}"'
-        for key, value in attributes.items()
-        if value is not None
+        _attribute(key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None
     )
+    if len(children) == 1 and isinstance(children[0], Said):
+        given += _chinese("data-zh", children[0])
+        children = (children[0].english,)
     return Html(f"<{name}{given}>" if name in _VOID else f"<{name}{given}>{joined(children)}</{name}>")
+
+
+def _attribute(name: str, value: object) -> str:
+    if isinstance(value, Said):
+        return f' {name}="{escaped(value.english)}"{_chinese(f"data-zh-{name}", value)}'
+    return f' {name}="{escaped(value)}"'
+
+
+def _chinese(name: str, text: Said) -> str:
+    return "" if text.chinese == text.english else f' {name}="{escaped(text.chinese)}"'
+
+
+def phrase(template: str, /, **values: object) -> Html:
+    """Fills in a template and its Chinese, as `said` does, with values of which some are markup. Those must stand in
+    the same order in both languages."""
+    ours, parts = _apart(template, values)
+    theirs, same = _apart(CHINESE[template], in_chinese(values))
+    assert same == parts, f"the markup has another order in the Chinese of: {template}"
+    texts = [Said(*pair) if any(pair) else "" for pair in zip(ours, theirs, strict=True)]
+    return joined([texts[0], *(each for pair in zip(parts, texts[1:], strict=True) for each in pair)])
+
+
+def _apart(template: str, values: Mapping[str, object]) -> tuple[list[str], list[Html]]:
+    """The texts before, between and behind the values that are markup, and those values."""
+    texts, parts = [""], []
+    for text, name, form, _ in Formatter().parse(template):
+        texts[-1] += text
+        value = "" if name is None else values[name]
+        if isinstance(value, Html):
+            parts.append(value)
+            texts.append("")
+        else:
+            texts[-1] += format(value, form or "")
+    return texts, parts
 
 
 def shortened(name: object, longest: int = LONGEST) -> str:
@@ -76,7 +120,12 @@ def isolated(name: object) -> str:
 
 def named(name: object, longest: int = LONGEST) -> Html:
     """A name for markup, isolated so that it can't turn the direction of the text around it."""
-    return element("bdi", shortened(name, longest))
+    return element("bdi", name if isinstance(name, Said) else shortened(name, longest))
+
+
+def english(text: object) -> Html:
+    """A text that is English in the Chinese page too, because it comes from elsewhere."""
+    return element("span", text, lang="en")
 
 
 # ------------------------------------------------------------------------------------------------------ parts of a page
@@ -85,7 +134,7 @@ def named(name: object, longest: int = LONGEST) -> Html:
 @dataclass(frozen=True)
 class Section:
     key: str
-    title: str
+    title: Text
     body: Html
 
     @property
@@ -97,26 +146,26 @@ def beside(*parts: Html) -> Html:
     return element("div", *parts, class_="beside")
 
 
-def sentence(text: str) -> Html:
+def sentence(text: Text) -> Html:
     return element("p", text)
 
 
-def folded(summary: str, body: Html) -> Html:
+def folded(summary: Text, body: Html) -> Html:
     return element("details", element("summary", summary), body)
 
 
-def facts(facts: Iterable[tuple[str, object]]) -> Html:
+def facts(facts: Iterable[tuple[Text, object]]) -> Html:
     return element(
         "dl", *(element("div", element("dt", name), element("dd", value)) for name, value in facts), class_="facts"
     )
 
 
-def scrolled(label: str, body: Html) -> Html:
+def scrolled(label: Text, body: Html) -> Html:
     """A part that may be wider than the page. It scrolls on its own, with the keyboard too."""
     return element("div", body, class_="scroll", tabindex=0, role="group", aria_label=label)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, hidden: bool = False) -> Html:
+def table(title: Text, columns: Sequence[Text], rows: Iterable[Sequence[object]], *, hidden: bool = False) -> Html:
     """A table with numbers on the right, three digits for fractions and a dash for None.
 
     The first cell of a row is its heading. An empty cell may stand in any column.
@@ -147,14 +196,17 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
 
 def _is_numeric(cell: object) -> bool:
     """Whether a cell holds a number or an interval."""
+    cell = cell.english if isinstance(cell, Said) else cell
     return not isinstance(cell, str) or (cell[:1].isdigit() if not isinstance(cell, Html) else cell[-1:].isdigit())
 
 
-def _cell(value: object) -> Html:
+def _cell(value: object) -> Html | Said:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return Html("-")
     if isinstance(value, float):
         return escaped(f"{value:.3f}")
+    if isinstance(value, Said):
+        return value
     return escaped(f"{value:,}" if isinstance(value, int) else value)
 
 
@@ -168,7 +220,7 @@ def data_uri(picture: Image.Image, *, crisp: bool = False) -> str:
     return f"data:image/{'png' if crisp else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def pictured(picture: Image.Image, alt: str, *, crisp: bool = False) -> Html:
+def pictured(picture: Image.Image, alt: Text, *, crisp: bool = False) -> Html:
     """A picture as part of the page. If it is `crisp` and the browser enlarges it, its pixels show as squares."""
     return element(
         "img",
@@ -180,13 +232,9 @@ def pictured(picture: Image.Image, alt: str, *, crisp: bool = False) -> Html:
     )
 
 
-def plural(number: int, one: str, many: str) -> str:
-    return f"{number:,} {one if number == 1 else many}"
-
-
-def date(text: str) -> str:
+def date(text: str) -> Text:
     try:
         when = datetime.fromisoformat(text).astimezone(UTC)
     except (ValueError, OverflowError):
         return text[:40]
-    return f"{when.day} {when:%B %Y, %H:%M} UTC"
+    return Said(f"{when.day} {when:%B %Y, %H:%M} UTC", f"{when.year} 年 {when.month} 月 {when.day} 日 {when:%H:%M} UTC")

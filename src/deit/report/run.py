@@ -22,16 +22,18 @@ from deit.report.markup import (
     Section,
     beside,
     element,
+    english,
     facts,
     folded,
     isolated,
     joined,
     named,
-    plural,
+    phrase,
     sentence,
     shortened,
     table,
 )
+from deit.report.words import Text, plural, said
 from deit.train.records import Record, flat, is_number, span
 
 _METRICS = 120
@@ -41,10 +43,10 @@ _FAULTS = 200
 _NAMES = 60
 """Maximum number of characters that the names of classes take in the title. If they take more, they are counted."""
 _CURVES = (
-    ("loss", "Loss", ("loss", "val_loss"), (0.0, math.inf)),
+    ("loss", said("Loss"), ("loss", "val_loss"), (0.0, math.inf)),
     (
         "accuracy-curve",
-        "Accuracy",
+        said("Accuracy"),
         (
             "accuracy",
             "val_accuracy",
@@ -55,22 +57,37 @@ _CURVES = (
         ),
         (0.0, 1.0),
     ),
-    ("rate", "Learning rate", ("lr",), (0.0, math.inf)),
+    ("rate", said("Learning rate"), ("lr",), (0.0, math.inf)),
 )
 _CALLED = {
-    "loss": "training",
-    "val_loss": "validation",
-    "accuracy": "training views",
-    "agreement": "agreement with the teacher",
-    "val_accuracy": "validation, fused heads",
-    "val_balanced_accuracy": "validation, balanced",
-    "val_accuracy_class": "validation, class head",
-    "val_accuracy_distillation": "validation, distillation head",
-    "lr": "learning rate",
+    "loss": said("training"),
+    "val_loss": said("validation"),
+    "accuracy": said("training views"),
+    "agreement": said("agreement with the teacher"),
+    "val_accuracy": said("validation, fused heads"),
+    "val_balanced_accuracy": said("validation, balanced"),
+    "val_accuracy_class": said("validation, class head"),
+    "val_accuracy_distillation": said("validation, distillation head"),
+    "lr": said("learning rate"),
 }
+"""The names of the lines."""
+_COLUMNS = {
+    "step": said("step"),
+    "epoch": said("epoch"),
+    "loss": said("loss"),
+    "val_loss": said("val loss"),
+    "accuracy": said("accuracy"),
+    "agreement": said("agreement"),
+    "val_accuracy": said("val accuracy"),
+    "val_balanced_accuracy": said("val balanced accuracy"),
+    "val_accuracy_class": said("val accuracy class"),
+    "val_accuracy_distillation": said("val accuracy distillation"),
+    "lr": said("lr"),
+}
+"""The columns of the table behind the curves."""
 
 
-def title(record: Record) -> tuple[str, Sequence[str]]:
+def title(record: Record) -> tuple[str, Sequence[Text]]:
     """The name of the folder that holds the run's data, and its classes, or their number if their names are long.
 
     If the data are not known, the name of the run's folder stands for them.
@@ -82,7 +99,7 @@ def title(record: Record) -> tuple[str, Sequence[str]]:
     if not record.labelled:
         return folder, ()
     long = len(", ".join(about.classes)) > _NAMES
-    return folder, [plural(len(about.classes), "class", "classes")] if long else about.classes
+    return folder, [plural(len(about.classes), "{count:,} class", "{count:,} classes")] if long else about.classes
 
 
 def alarms(record: Record | None, evaluation: Evaluation | None, more: Sequence[str] = ()) -> Section:
@@ -100,16 +117,27 @@ def alarms(record: Record | None, evaluation: Evaluation | None, more: Sequence[
     except OSError:  # the model's name is none that a folder can have
         pass
     found += more
-    return Section("alarms", "Beware", joined(sentence(f"{told[0].upper()}{told[1:]}.") for told in found))
+    return Section("alarms", said("Beware"), joined(map(_in_english, found)))
 
 
-def unevaluated(record: Record, missing: str, unfinished: bool = False) -> Section:
+def _in_english(told: str) -> Html:
+    """A sentence that comes from elsewhere and is in English in the Chinese page too."""
+    return element("p", f"{told[0].upper()}{told[1:]}.", lang="en")
+
+
+def _gaps(record: Record, about: str) -> Html:
+    return joined(element("p", f"{gap}.", lang="en") for gap in record.gaps if about in gap)
+
+
+def unevaluated(record: Record, missing: Text, unfinished: bool = False) -> Section:
     """The section about a model without an evaluation: what the metrics say about the model that was kept."""
     if not record.labelled:
         return Section(
             "accuracy",
-            "Evaluation",
-            sentence("The model learnt to paint hidden patches and has no classes to judge. Its loss is drawn below."),
+            said("Evaluation"),
+            sentence(
+                said("The model learnt to paint hidden patches and has no classes to judge. Its loss is drawn below.")
+            ),
         )
     best, parts = record.best, []
     rows: list[tuple[str, Accuracy | float]] = []
@@ -123,32 +151,32 @@ def unevaluated(record: Record, missing: str, unfinished: bool = False) -> Secti
     if best and rows:
         parts.append(
             sentence(
-                "Accuracy of the model that was kept, on the validation images after step "
-                f"{best['step']:,.0f}. It was chosen by the first of these numbers, so they flatter it. Test images "
-                "do not."
+                said(
+                    "Accuracy of the model that was kept, on the validation images after step {step:,.0f}. It was "
+                    "chosen by the first of these numbers, so they flatter it. Test images do not.",
+                    step=best["step"],
+                )
             )
         )
         whole = [(head, found) for head, found in rows if isinstance(found, Accuracy)]
         if len(whole) == len(rows):
-            parts.append(beside(heads_drawn(whole), table("Accuracy of each head", *heads_table(whole), hidden=True)))
+            heads = table(said("Accuracy of each head"), *heads_table(whole), hidden=True)
+            parts.append(beside(heads_drawn(whole), heads))
         else:
-            parts.append(table("Accuracy of each head", ["head", "accuracy"], rows))
+            parts.append(table(said("Accuracy of each head"), [said("head"), said("accuracy")], rows))
     else:
-        parts.append(sentence("The run has no evaluation yet."))
+        parts.append(sentence(said("The run has no evaluation yet.")))
     if unfinished:
-        parts.append(sentence("Calibration, confusions, classes and single images follow when the run is finished."))
-        return Section("accuracy", "Accuracy", joined(parts))
-    parts.append(
-        element(
-            "p",
-            missing,
-            " " if missing else "",
-            "Calibration, confusions, classes and single images appear here after ",
-            element("code", shlex.join(["deit", "report", str(record.folder), "--data", "DATA"])),
-            ".",
+        parts.append(
+            sentence(said("Calibration, confusions, classes and single images follow when the run is finished."))
         )
+        return Section("accuracy", said("Accuracy"), joined(parts))
+    follows = phrase(
+        "Calibration, confusions, classes and single images appear here after {command}.",
+        command=element("code", shlex.join(["deit", "report", str(record.folder), "--data", "DATA"])),
     )
-    return Section("accuracy", "Accuracy", joined(parts))
+    parts.append(element("p", joined([missing, follows] if missing else [follows], " ")))
+    return Section("accuracy", said("Accuracy"), joined(parts))
 
 
 def counted(record: Record, value: float) -> Accuracy | None:
@@ -166,9 +194,8 @@ def training(record: Record) -> Section:
     if not record.rows:
         return Section(
             "training",
-            "Training",
-            joined(sentence(f"{gap}.") for gap in record.gaps if "metrics" in gap)
-            or sentence("The run has not written any metrics."),
+            said("Training"),
+            _gaps(record, "metrics") or sentence(said("The run has not written any metrics.")),
         )
     figures = []
     two = any("val_accuracy_class" in row for row in record.rows)
@@ -181,7 +208,7 @@ def training(record: Record) -> Section:
                 if name in row
             ]
             if any(math.isfinite(y) for _, y in points):
-                called = "validation" if name == "val_accuracy" and not two else _CALLED[name]
+                called = said("validation") if name == "val_accuracy" and not two else _CALLED[name]
                 lines.append(Line(called, points, style))
         if lines:
             legend = (
@@ -195,20 +222,17 @@ def training(record: Record) -> Section:
                 element(
                     "figure",
                     element("figcaption", title),
-                    drawing.curves(key, f"{title} over steps", lines, epoch=_per_epoch(record), within=within),
+                    drawing.curves(
+                        key, said("{title} over steps", title=title), lines, epoch=_per_epoch(record), within=within
+                    ),
                     legend,
                 )
             )
         elif key != "accuracy-curve" or record.labelled:
-            figures.append(sentence(f"{title}: the metrics hold no number that could be drawn."))
-    gaps = joined(sentence(f"{gap}.") for gap in record.gaps if "metrics" in gap)
-    return Section(
-        "training",
-        "Training",
-        joined(
-            [gaps, element("div", *figures, class_="curves"), folded("The numbers of the curves", _metrics(record))]
-        ),
-    )
+            figures.append(sentence(said("{title}: the metrics hold no number that could be drawn.", title=title)))
+    numbers = folded(said("The numbers of the curves"), _metrics(record))
+    drawn = element("div", *figures, class_="curves")
+    return Section("training", said("Training"), joined([_gaps(record, "metrics"), drawn, numbers]))
 
 
 def _per_epoch(record: Record) -> float | None:
@@ -221,40 +245,31 @@ def _metrics(record: Record) -> Html:
     rows = [row for row in record.rows if any(key.startswith("val_") for key in row)] or list(record.rows)
     every = math.ceil(len(rows) / _METRICS)
     kept = rows[::-1][::every][::-1]
-    keys = [key for key in ("step", "epoch", *_CALLED) if any(key in row for row in kept)]
-    note = (
-        ""
-        if len(kept) == len(record.rows)
-        else (f"{len(kept):,} of {len(record.rows):,} rows; metrics.jsonl holds all.")
-    )
-    return joined(
-        [
-            sentence(note) if note else Html(),
-            table(
-                "Metrics",
-                [key.replace("_", " ") for key in keys],
-                ([_metric(key, row.get(key)) for key in keys] for row in kept),
-            ),
-        ]
-    )
+    keys = [key for key in _COLUMNS if any(key in row for row in kept)]
+    cells = ([_metric(key, row.get(key)) for key in keys] for row in kept)
+    numbers = table(said("Metrics"), [_COLUMNS[key] for key in keys], cells)
+    if len(kept) == len(record.rows):
+        return numbers
+    note = said("{kept:,} of {all:,} rows; metrics.jsonl holds all.", kept=len(kept), all=len(record.rows))
+    return joined([sentence(note), numbers])
 
 
-def _metric(key: str, value: object) -> str | None:
+def _metric(key: str, value: object) -> Text | None:
     if value is None:
         return None
     if not isinstance(value, int | float):
-        return "no number"
+        return said("no number")
     return f"{value:,.0f}" if key == "step" and is_number(value) else f"{value:.4g}"
 
 
 def recipe(record: Record) -> Section:
     if not record.recipe:
-        return Section("recipe", "Recipe", joined(sentence(f"{gap}.") for gap in record.gaps if "recipe" in gap))
+        return Section("recipe", said("Recipe"), _gaps(record, "recipe"))
     ours = flat(_completed(record.recipe))
     parts = []
     shipped = recipes.shipped().get(record.name)
     if shipped is None:
-        parts.append(sentence("No shipped recipe has this name, so there is none to compare with."))
+        parts.append(sentence(said("No shipped recipe has this name, so there is none to compare with.")))
     else:
         theirs = flat(shipped().to_dict())
         changed = [
@@ -263,9 +278,13 @@ def recipe(record: Record) -> Section:
             if theirs.get(key) != ours.get(key)
         ]
         parts.append(
-            table("Changed from the shipped recipe of this name", ["field", "shipped", "here"], changed)
+            table(
+                said("Changed from the shipped recipe of this name"),
+                [said("field"), said("shipped"), said("here")],
+                changed,
+            )
             if changed
-            else sentence("The shipped recipe of this name, unchanged.")
+            else sentence(said("The shipped recipe of this name, unchanged."))
         )
     groups: dict[str, list[list[object]]] = {}
     for key, value in ours.items():
@@ -273,11 +292,15 @@ def recipe(record: Record) -> Section:
         name, shown = (group, field) if field else ("run", group)
         groups.setdefault(name, []).append([element("code", shown), named(_setting(value))])
     blocks = (
-        element("div", element("h3", name), table(f"Recipe: {name}", ["field", "value"], rows, hidden=True))
+        element(
+            "div",
+            element("h3", name, lang="en"),
+            table(said("Recipe: {part}", part=name), [said("field"), said("value")], rows, hidden=True),
+        )
         for name, rows in groups.items()
     )
-    parts.append(folded("The whole recipe", element("div", *blocks, class_="groups")))
-    return Section("recipe", "Recipe", joined(parts))
+    parts.append(folded(said("The whole recipe"), element("div", *blocks, class_="groups")))
+    return Section("recipe", said("Recipe"), joined(parts))
 
 
 def _completed(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -298,27 +321,29 @@ def _setting(value: object) -> str:
 
 
 def data(record: Record | None, evaluation: Evaluation | None) -> Section:
-    known: list[tuple[str, object]] = []
+    known: list[tuple[Text, object]] = []
     parts: list[Html] = []
     about = record.about if record else None
     if record and about:
+        folder = element("code", named(about.data)) if about.data else said("the images have no common folder")
         known += [
-            ("folder", element("code", named(about.data)) if about.data else "the images have no common folder"),
-            ("training images", f"{sum(about.train):,}"),
-            ("validation images", f"{sum(about.val):,}"),
-            *([("classes", f"{len(about.classes):,}")] if record.labelled else []),
-            ("fingerprint of the training images", element("code", about.fingerprint)),
+            (said("folder"), folder),
+            (said("training images"), f"{sum(about.train):,}"),
+            (said("validation images"), f"{sum(about.val):,}"),
+            *([(said("classes"), f"{len(about.classes):,}")] if record.labelled else []),
+            (said("fingerprint of the training images"), element("code", about.fingerprint)),
         ]
     elif record:
         parts += [
-            sentence(f"The images that the run was trained on are not known: {gap}.")
+            element("p", phrase("The images that the run was trained on are not known: {gap}.", gap=english(gap)))
             for gap in record.gaps
             if "about" in gap
         ]
     if evaluation:
+        count = evaluation.main.report.images
         known += [
-            ("evaluated", f"{evaluation.main.report.images:,} " + images_of(evaluation)),
-            ("fingerprint of the evaluated images", element("code", evaluation.fingerprint)),
+            (said("evaluated"), phrase("{count:,} {images}", count=count, images=images_of(evaluation))),
+            (said("fingerprint of the evaluated images"), element("code", evaluation.fingerprint)),
         ]
     if known:
         parts.append(facts(known))
@@ -326,17 +351,14 @@ def data(record: Record | None, evaluation: Evaluation | None) -> Section:
         objective = record.recipe.get("objective")
         balanced = not isinstance(objective, dict) or objective.get("class_weights", "balanced") == "balanced"
         names = [isolated(name) for name in about.classes]
-        parts += [
-            sentence(f"{told[0].upper()}{told[1:]}.")
-            for told in remarks(names, about.train, about.val, balanced=balanced)
-        ]
+        parts += map(_in_english, remarks(names, about.train, about.val, balanced=balanced))
         smallest, largest = min(about.train, default=0), max(about.train, default=0)
         parts.append(
             folded(
-                f"Images of each class: {smallest:,} to {largest:,} in training",
+                said("Images of each class: {low:,} to {high:,} in training", low=smallest, high=largest),
                 table(
-                    "Images of each class",
-                    ["class", "training", "validation"],
+                    said("Images of each class"),
+                    [said("class"), said("training"), said("validation")],
                     (
                         [named(name, 60), train, val]
                         for name, train, val in zip(about.classes, about.train, about.val, strict=True)
@@ -348,42 +370,41 @@ def data(record: Record | None, evaluation: Evaluation | None) -> Section:
     if evaluation and (faults := evaluation.main.report.unreadable):
         parts.append(
             folded(
-                plural(len(faults), "image that can't be read", "images that can't be read"),
+                plural(len(faults), "{count:,} image that can't be read", "{count:,} images that can't be read"),
                 table(
-                    "Images that can't be read",
-                    ["file", "reason"],
-                    [[named(file), shortened(reason)] for file, reason in faults[:_FAULTS]],
+                    said("Images that can't be read"),
+                    [said("file"), said("reason")],
+                    [[named(file), english(shortened(reason))] for file, reason in faults[:_FAULTS]],
                     hidden=True,
                 ),
             )
         )
-    return Section("data", "Data", joined(parts))
+    return Section("data", said("Data"), joined(parts))
 
 
 def machine(record: Record) -> Section:
-    known: list[tuple[str, object]] = []
+    known: list[tuple[Text, object]] = []
     if about := record.about:
         known += [
-            ("device", about.device),
-            ("processes", about.processes),
-            ("precision", about.precision),
-            *((name, version) for name, version in about.versions.items()),
+            (said("device"), english(about.device)),
+            (said("processes"), about.processes),
+            (said("numeric precision"), about.precision),
+            *about.versions.items(),
         ]
-    for key, name, form in (
-        ("images_per_second", "rate of recent steps", "{:,.1f} images/s"),
-        ("waiting", "share of the time spent on waiting for images", "{:.0%}"),
-        ("images", "views shown", "{:,.0f}"),
-    ):
-        if (value := record.last(key)) is not None:
-            known.append((name, form.format(value)))
+    if (rate := record.last("images_per_second")) is not None:
+        known.append((said("rate of recent steps"), said("{rate:,.1f} images/s", rate=rate)))
+    if (waiting := record.last("waiting")) is not None:
+        known.append((said("share of the time spent on waiting for images"), f"{waiting:.0%}"))
+    if (views := record.last("images")) is not None:
+        known.append((said("views shown"), f"{views:,.0f}"))
     if (seconds := record.last("seconds")) is not None:
-        known.append(("training time", span(seconds)))
+        known.append((said("training time"), span(seconds)))
     if memory := record.last("memory"):
-        known.append(("largest memory", f"{memory / 2**30:.2f} GiB"))
+        known.append((said("largest memory"), f"{memory / 2**30:.2f} GiB"))
     return Section(
         "machine",
-        "Speed and machine",
+        said("Speed and machine"),
         facts(known)
         if known
-        else sentence("Neither the metrics nor about.json say how fast the run was, or on which machine."),
+        else sentence(said("Neither the metrics nor about.json say how fast the run was, or on which machine.")),
     )

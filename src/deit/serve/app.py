@@ -78,6 +78,7 @@ _PAGES = {
             _HERE / "page.js",
             _HERE / "page.css",
             _HERE.parent / "web/shown.js",
+            _HERE.parent / "web/words.js",
             _HERE.parent / "web/shown.css",
         )
     },

@@ -1,7 +1,10 @@
-import { at, fail, listen, preview, say, show, work } from "./shown.js";
+import { at, describe, fail, listen, preview, say, show } from "./shown.js";
+import { said, translate } from "./words.js";
+
+translate();
 
 const asSentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + ".";
-const UNREACHABLE = "the server can\u2019t be reached; try again later";
+const UNREACHABLE = said("The server can\u2019t be reached; try again later.");
 let asking = new AbortController();
 let calibration = null;
 let scoring = "softmax";
@@ -19,6 +22,7 @@ async function post(path, file, mine) {
   const headers = { "Content-Type": "application/octet-stream", ...authorization() };
   try {
     const answer = await (await fetch(path, { method: "POST", headers, body: file, signal: mine.signal })).json();
+    if (answer.error) answer.error = asSentence(answer.error);
     return mine.signal.aborted ? null : answer;
   } catch (error) {
     return mine.signal.aborted ? null : { error: UNREACHABLE };
@@ -31,9 +35,9 @@ async function ask(file) {
   at("error").textContent = "";
   forget();
   preview(file);
-  say("Looking\u2026");
+  say(said("Looking\u2026"));
   const answer = await post("/v1/classify", file, mine);
-  if (answer?.error) fail(asSentence(answer.error));
+  if (answer?.error) fail(answer.error);
   else if (answer) {
     show(answer.results[0], scoring, calibration?.error_rate);
     sent = file;
@@ -53,15 +57,18 @@ function forget() {
 
 function fold(hidden) {
   at("looked").hidden = hidden;
-  at("why").textContent = (hidden ? "Show" : "Hide") + " what it looked at";
+  at("why").textContent = hidden ? said("Show what it looked at") : said("Hide what it looked at");
 }
 
 function draw(token) {
   const map = found.maps.find((each) => each.token === token);
   const { label } = found.answers.find((each) => each.token === token);
+  const place = said(map.strongest);
   at("map").src = map.overlay;
-  at("map").alt = `Map over the image, strongest ${map.strongest}`;
-  at("said").textContent = `The ${token} token answers \u201c${label}\u201d. Its map is strongest ${map.strongest}.`;
+  at("map").alt = said("Map over the image, strongest {place}", { place });
+  at("said").textContent = token === "class" ?
+    said("The class token answers \u201c{label}\u201d. Its map is strongest {place}.", { label, place }) :
+    said("The distillation token answers \u201c{label}\u201d. Its map is strongest {place}.", { label, place });
 }
 
 async function explain() {
@@ -72,13 +79,13 @@ async function explain() {
   }
   looking = true;
   at("map-error").textContent = "";
-  at("why").textContent = "Looking closer\u2026";
+  at("why").textContent = said("Looking closer\u2026");
   const answer = await post("/v1/explain", sent, asking);
   if (!answer) return;
   looking = false;
   fold(Boolean(answer.error));
   if (answer.error) {
-    at("map-error").textContent = asSentence(answer.error);
+    at("map-error").textContent = answer.error;
     return;
   }
   found = answer;
@@ -101,10 +108,10 @@ listen(ask, (sentence) => {
   fail(sentence);
 });
 at("key-row").addEventListener("submit", (event) => event.preventDefault());
-at("key").addEventListener("change", describe);
+at("key").addEventListener("change", introduce);
 
 // A private server tells about its model only with a key.
-async function describe() {
+async function introduce() {
   try {
     const model = await (await fetch("/model", { headers: authorization() })).json();
     at("key-row").hidden = !(model.key || model.error);
@@ -112,11 +119,12 @@ async function describe() {
     calibration = model.calibration;
     scoring = model.scoring;
     explains = model.explain;
-    at("about").textContent = `This model ${work(model.labels.length, scoring)}. ` +
-      `It takes ${model.formats.join(", ")}, up to ${Math.floor(model.limits.bytes / 2 ** 20 * 10) / 10} MiB.`;
+    describe(model.labels, scoring);
+    const size = Math.floor(model.limits.bytes / 2 ** 20 * 10) / 10;
+    at("takes").textContent = said("It takes {formats}, up to {size} MiB.", { formats: model.formats.join(", "), size });
   } catch (error) {
-    fail(asSentence(UNREACHABLE));
+    fail(UNREACHABLE);
   }
 }
 
-describe();
+introduce();

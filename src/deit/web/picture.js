@@ -1,6 +1,8 @@
 // Decodes an image file to its pixels: upright, with the values that the file holds. A pixel is four bytes: red, green,
 // blue, alpha.
 
+import { said } from "./words.js";
+
 const MAX_PIXELS = 178956970;  // as in deit's own decoding
 const STRIP = 2 ** 22;  // pixels that go through a canvas at once, because browsers limit its size
 
@@ -11,13 +13,13 @@ export async function decoded(file) {
     image = await createImageBitmap(file, { imageOrientation: "from-image", colorSpaceConversion: "none",
       premultiplyAlpha: "none" });
   } catch {
-    throw new Error("This browser can\u2019t read that as an image. Choose a JPEG, PNG or WebP file.");
+    throw new Error(said("This browser can\u2019t read that as an image. Choose a JPEG, PNG or WebP file."));
   }
   try {
     const { height, width } = image;
     if (height * width > MAX_PIXELS) {
-      throw new Error(`The image has ${width} \u00d7 ${height} pixels, more than ${MAX_PIXELS} in all. Choose a ` +
-        "smaller one.");
+      throw new Error(said("The image has {width} \u00d7 {height} pixels, more than {most} in all. Choose a smaller one.",
+        { width, height, most: MAX_PIXELS }));
     }
     const data = drawn(image);
     return { data: hasAlpha(data) ? unblended(image) ?? data : data, height, width };

@@ -1,15 +1,33 @@
-// Shared by the server's page and the exported page: the ways to give an image, and the display of an answer.
+// Shared by the server's page and the exported page: what the model does, the ways to give an image, and the display of
+// an answer.
 
+import { said } from "./words.js";
+
+const FEW = 12;  // number of labels that are shown unfolded
 export const at = (id) => document.getElementById(id);
-const percent = (score) => (score > 0 && score < 0.001 ? "under 0.1" : (100 * score).toFixed(1)) + " %";
+const percent = (score) => (score > 0 && score < 0.001 ? said("under 0.1 %") : (100 * score).toFixed(1) + " %");
 
 const plain = (score) => String(Number(score.toPrecision(4)));
 
 // What a model of `count` labels does with an image, by its scoring (see answer.js).
-export function work(count, scoring) {
-  const labels = count === 1 ? "its label" : `each of ${count} labels`;
-  return { sigmoid: `says how likely ${labels} is, by itself`, none: `measures ${count === 1 ? "1 quantity" :
-    `${count} quantities`}` }[scoring] ?? `tells ${count} labels apart`;
+function work(count, scoring) {
+  if (scoring === "sigmoid" && count === 1) return said("This model says how likely its label is.");
+  if (scoring === "sigmoid") return said("This model says how likely each of {count} labels is, by itself.", { count });
+  if (scoring === "none" && count === 1) return said("This model measures 1 quantity.");
+  if (scoring === "none") return said("This model measures {count} quantities.", { count });
+  return said("This model tells {count} labels apart.", { count });
+}
+
+// Shows what the model does, and its labels.
+export function describe(labels, scoring) {
+  at("about").textContent = work(labels.length, scoring);
+  at("names").hidden = false;
+  at("names").open = labels.length <= FEW;
+  at("names").lastElementChild.replaceChildren(...labels.map((label) => {
+    const found = document.createElement("li");
+    found.textContent = label;
+    return found;
+  }));
 }
 
 export function say(heading, note = "", labels = [], scoring = "softmax") {
@@ -44,15 +62,14 @@ function row({ label, score }, scoring) {
 // errors.
 export function show({ labels, sure }, scoring, errorRate) {
   if (scoring === "none") {
-    say("Measured", "", labels, scoring);
+    say(said("Measured"), "", labels, scoring);
   } else if (scoring === "sigmoid") {
-    say("How likely each label is", "", labels);
+    say(said("How likely each label is"), "", labels);
   } else if (sure === false) {
-    say("I don\u2019t know", "No single label is certain enough. The candidates:", labels);
+    say(said("I don\u2019t know"), said("No single label is certain enough. The candidates:"), labels);
   } else {
-    const note = sure && errorRate ? `Sure: at most ${percent(errorRate)} of images like this get a label that is ` +
-      "sure and wrong." : "";
-    say(labels[0].label, note, labels);
+    const note = "Sure: at most {share} of images like this get a label that is sure and wrong.";
+    say(labels[0].label, sure && errorRate ? said(note, { share: percent(errorRate) }) : "", labels);
   }
 }
 
@@ -71,7 +88,8 @@ export function preview(file) {
 // Calls `ask` with each file that is chosen, photographed, pasted or dropped. If it was no file, calls `refuse` with a
 // sentence.
 export function listen(ask, refuse) {
-  const given = ([file]) => (file ? ask(file) : refuse("That was not an image file. Choose one from this device."));
+  const given = ([file]) =>
+    (file ? ask(file) : refuse(said("That was not an image file. Choose one from this device.")));
   for (const id of ["file", "camera"]) {
     at(id).addEventListener("change", (event) => {
       const [file] = event.target.files;

@@ -4,11 +4,12 @@ import { answer } from "./answer.js";
 import * as ort from "./ort.wasm.bundle.min.js";
 import { decoded } from "./picture.js";
 import { pixelValues } from "./pixels.js";
+import { said } from "./words.js";
 
 let latest = 0;  // number of the latest image; older ones that still wait are skipped
 let working = load().catch((error) => {
-  const sentence = `The model can\u2019t be loaded (${error.message}). Reload the page to try again.`;
-  postMessage({ kind: "broken", sentence });
+  const sentence = "The model can\u2019t be loaded ({reason}). Reload the page to try again.";
+  postMessage({ kind: "broken", sentence: said(sentence, { reason: error.message }) });
 });
 let session, record, options, names, calibration;
 
@@ -33,7 +34,7 @@ async function load() {
   ort.env.wasm.numThreads = crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
   ort.env.wasm.wasmBinary = runtime;
   session = await ort.InferenceSession.create(model, { executionProviders: ["wasm"] });
-  postMessage({ kind: "ready", labels: Object.keys(names).length, scoring: record.scoring ?? "softmax",
+  postMessage({ kind: "ready", labels: Object.values(names), scoring: record.scoring ?? "softmax",
     errorRate: calibration?.error_rate ?? null });
 }
 
@@ -43,7 +44,7 @@ async function fetched(name) {
   try {
     return await fetch(new URL(name, import.meta.url));
   } catch {
-    throw new Error(`${name} can\u2019t be reached`);
+    throw new Error(said("{name} can\u2019t be reached", { name }));
   }
 }
 
@@ -74,7 +75,8 @@ async function look(id, file) {
   let sentence = (error) => error.message;
   try {
     const picture = await decoded(file);
-    sentence = (error) => `The model can\u2019t answer (${error.message}). Try a smaller image, or reload the page.`;
+    sentence = ({ message }) => said("The model can\u2019t answer ({reason}). Try a smaller image, or reload the page.",
+      { reason: message });
     const { data, dims } = pixelValues(picture, options);
     const outputs = await session.run({ [record.input.name]: new ort.Tensor("float32", data, [1, ...dims]) });
     postMessage({ kind: "answer", id, ...answer(outputs.logits.data, names, calibration, record.scoring) });

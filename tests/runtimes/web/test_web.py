@@ -60,6 +60,7 @@ def test_the_folder_is_whole(models, exported):
         "page.js",
         "shown.css",
         "shown.js",
+        "words.js",
         "worker.js",
         "picture.js",
         "pixels.js",

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.browser import AXE, BROWSER
+from support.browser import AXE, BROWSER, LATIN_WORDS
 from support.exports import calibration, encoded, noise, smooth
 from support.pictures import exif
 
@@ -140,7 +140,8 @@ def test_the_page_in_a_browser(calibrated, chromium, scheme, width):
         page.on("request", lambda request: requests.append(request.url))
         loaded = sorted(asked)
         page.context.set_offline(True)
-        assert page.inner_text("#about") == "It tells 5 labels apart."
+        assert page.inner_text("#about") == "This model tells 5 labels apart."
+        assert page.inner_text("#names li:nth-child(2)") == Predictor(folder).labels[1]
         assert "nothing is sent anywhere" in page.inner_text("main")
         for sure, (content, answer) in answers.items():
             page.set_input_files("#file" if sure else "#camera", chosen(content))
@@ -178,6 +179,7 @@ def test_the_keyboard_is_enough(calibrated, chromium):
     content, answer = answers[True]
     with served(folder) as (address, _), opened(chromium, address) as (page, _):
         page.on("filechooser", lambda chooser: chooser.set_files(chosen(content)))
+        page.keyboard.press("Tab")  # the list of the labels
         for name, key in (("file", "Enter"), ("camera", "Space")):
             page.keyboard.press("Tab")
             assert page.evaluate("document.activeElement.id") == name
@@ -186,6 +188,22 @@ def test_the_keyboard_is_enough(calibrated, chromium):
             page.keyboard.press(key)
             assert shown(page) == expected_of(answer)
         assert page.get_attribute("section", "aria-live") == "polite"
+
+
+@pytest.mark.slow
+def test_the_page_in_chinese(calibrated, chromium, tmp_path):
+    folder, answers = calibrated
+    with served(folder) as (address, _), opened(chromium, address, ready=False, locale="zh-CN") as (page, said):
+        page.wait_for_selector("#about:has-text('此模型可区分 5 个标签。')")
+        assert page.evaluate("document.documentElement.lang") == "zh-CN"
+        for sure, (content, answer) in answers.items():
+            page.set_input_files("#file", chosen(content))
+            heading, rows = shown(page)
+            assert (heading, rows) == (answer.labels[0]["label"] if sure else "无法确定", expected_of(answer)[1])
+        page.set_input_files("#file", chosen(b"x"))  # which the worker says
+        page.wait_for_selector("#error:has-text('此浏览器无法将该文件读取为图片')")
+        assert LATIN_WORDS.findall(page.inner_text("main")) == []
+        assert said == []
 
 
 @pytest.mark.slow

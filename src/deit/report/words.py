@@ -1,0 +1,46 @@
+"""What a report says, in English and in Chinese. The reader's browser shows one of them (`report.js`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from deit.report.chinese import CHINESE
+
+
+@dataclass(frozen=True)
+class Said:
+    """A text in both languages."""
+
+    english: str
+    chinese: str
+
+    def __str__(self) -> str:
+        return self.english
+
+
+Text = str | Said
+"""A `str` is the same in both languages: a name, a number, or a sentence that the terminal shows in English too."""
+
+
+def said(template: str, /, **values: object) -> Said:
+    """Fills in a template and its Chinese (`chinese.py`). A value that has both languages is filled in by language."""
+    return Said(template.format(**values), CHINESE[template].format(**in_chinese(values)))
+
+
+def plural(count: int, one: str, many: str, /, **values: object) -> Said:
+    """The template `one` if there is one, else `many`. The templates may name the field `count`."""
+    return said(one if count == 1 else many, count=count, **values)
+
+
+def series(between: str, parts: Iterable[Text]) -> Said:
+    """Joins texts. `between` is a template without fields, because Chinese has other commas."""
+    texts = list(parts)
+    return Said(
+        between.join(map(str, texts)),
+        CHINESE[between].join(each.chinese if isinstance(each, Said) else each for each in texts),
+    )
+
+
+def in_chinese(values: dict[str, object]) -> dict[str, object]:
+    return {name: value.chinese if isinstance(value, Said) else value for name, value in values.items()}
