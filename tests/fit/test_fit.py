@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -418,6 +419,21 @@ def test_the_plan_for_people(data, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run" / "teacher").exists()
     assert main(["fit", str(data), "--out", str(tmp_path / "run"), "--time", "20m"]) == 1
     assert "holds a plan with minutes=10.0, found minutes=20.0; edit" in capsys.readouterr().err
+
+
+def test_without_test_images_the_plan_tells_the_way_to_some(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(planning, "_reachable", lambda recipe: False)
+    monkeypatch.chdir(tmp_path)
+    photos(tmp_path / "my photos", count=12)
+    assert main(["fit", "my photos", "--plan", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "my photos has no test images. The validation images choose the model" in said
+    split, again = (shlex.split(command) for command in re.findall(r"`deit ([^`]*)`", said))
+    assert main(split) == 0
+    assert main([*again, "--out", "another", "--plan", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "30 to train, 3 to validate, 3 to test" in said
+    assert "no test images" not in said
 
 
 def test_other_folders_and_other_images_are_refused(data, tmp_path, start):

@@ -17,7 +17,7 @@ def commands(text):
     """The arguments of every `deit` command in the shell blocks of a page, also after `torchrun … -m` and `srun`."""
     for block in blocks(text, "sh"):
         for line in block.replace("\\\n", " ").splitlines():
-            if found := re.match(r"(?:.* -m |srun .*? )?deit (.*)", line.split(" #")[0].removesuffix(" &")):
+            if found := re.match(r"(?:.* -m |srun .*? )?deit (.*)", re.split(" #| > ", line)[0].removesuffix(" &")):
                 yield shlex.split(found[1])
 
 

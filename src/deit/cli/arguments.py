@@ -78,10 +78,10 @@ def _add_train(verbs: Any) -> None:
     verb = verbs.add_parser(
         "train",
         help="train a recipe on a folder or list of images",
-        description="Trains a recipe on labelled images. A folder holds DATA/train/CLASS/* and DATA/val/CLASS/*, or "
-        "just DATA/CLASS/*; then a share of the images is held out for validation. A list is a .csv or .jsonl file "
-        "with the columns or keys path, label and, if you like, split (train, val or test). To use many GPUs or "
-        "machines, start with torchrun -m deit.",
+        description="Trains a recipe on labelled images. A folder holds DATA/train/CLASS/* and DATA/val/CLASS/* (or "
+        "valid, validation), or just DATA/CLASS/*. Without validation images, a share of the others is held out. A "
+        "list is a .csv or .jsonl file with the columns or keys path, label and, if you like, split (train, val or "
+        "test). To use many GPUs or machines, start with torchrun -m deit.",
     )
     verb.add_argument("recipe", metavar="RECIPE", help="a name from `deit recipes`, FILE.py:FUNCTION, or a recipe.json")
     verb.add_argument("--data", type=Path, required=True, metavar="DATA", help="folder or list of labelled images")

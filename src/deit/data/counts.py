@@ -53,7 +53,8 @@ def remarks(classes: Sequence[str], train: Sequence[int], val: Sequence[int], *,
                 f'the classes differ much in size: of {sum(train):,} training images, "{classes[most]}" has '
                 f'{train[most]:,} and "{classes[least]}" has {train[least]:,}. So the model learns mostly the large '
                 "classes, and a high accuracy may hide that it misses the small ones. To let each class count the "
-                "same, use --set objective.class_weights=balanced, and look at the balanced accuracy"
+                "same, use --set objective.class_weights=balanced (for deit fit, set it in the recipes beside its "
+                "plan.json), and look at the balanced accuracy"
             )
     if few := sorted((count, place) for place, count in enumerate(train) if count < FEW):
         counted = [f'"{classes[place]}" ({count})' for count, place in few]

@@ -69,16 +69,31 @@ def split(
 
 
 def without_test_images(data: Path) -> str:
-    """What the accuracy on validation images lacks, and the commands that give an honest one."""
-    if data.is_file():
-        file = data.with_name(f"{data.stem}-parts{data.suffix}")
-    else:
-        file = Path("parts.csv" if data.name in ("", "..") else f"{data}.csv")
+    """What the accuracy on validation images lacks after a training, and the commands that give an honest one."""
+    split, file = _splitting(data)
     return (
         f"{data} has no test images. The validation images chose the model, so their accuracy flatters it. For an "
-        f"accuracy that does not, run `{shlex.join(['deit', 'split', str(data), '--out', str(file)])}`, train again "
-        f"with {shlex.join(['--data', str(file)])}, and give that to deit eval"
+        f"accuracy that does not, run `{split}`, train again with {shlex.join(['--data', file])}, and give that to "
+        "deit eval"
     )
+
+
+def fit_without_test_images(data: Path) -> str:
+    """The same before a fit."""
+    split, file = _splitting(data)
+    return (
+        f"{data} has no test images. The validation images choose the model, so their accuracy flatters it. For an "
+        f"accuracy that does not, run `{split}`, and then `{shlex.join(['deit', 'fit', file])}` with another --out"
+    )
+
+
+def _splitting(data: Path) -> tuple[str, str]:
+    """The command that sets test images aside, and the list that it writes."""
+    if data.is_file():
+        file = str(data.with_name(f"{data.stem}-parts{data.suffix}"))
+    else:
+        file = "parts.csv" if data.name in ("", "..") else f"{data}.csv"
+    return shlex.join(["deit", "split", str(data), "--out", file]), file
 
 
 def _shares(data: str, parts: dict[str, Split], asked: dict[str, float | None]) -> dict[str, float]:

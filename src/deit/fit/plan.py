@@ -22,7 +22,7 @@ from deit.config import TimmConfig
 from deit.data.batches import processor_for
 from deit.data.counts import class_counts, remarks
 from deit.data.folders import Split, fingerprint
-from deit.data.splitting import without_test_images
+from deit.data.splitting import fit_without_test_images
 from deit.image.decode import ImageError
 from deit.machine import described, resolve_device, resolve_precision
 from deit.recipe import Compute, Distilled, LastBlocks, LinearProbe, Recipe
@@ -265,7 +265,7 @@ def looked(data: str | Path, splits: tuple[Split, Split], test: Split | None, de
     )
     yield from remarks(train.classes, counts, class_counts(val, len(train.classes)), balanced=False)
     if test is None:
-        yield without_test_images(Path(data))
+        yield fit_without_test_images(Path(data))
     yield f"machine: {described(resolve_device(device))}"
 
 
