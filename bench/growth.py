@@ -43,7 +43,7 @@ SHOWN = {
     "classes": "classes",
     "images": "images in the folder",
 }
-_SECONDS, _STEPS = 8.0, 5
+_SECONDS, _STEPS = 4.0, 5
 """How long a point is measured at least, and in how many steps."""
 
 
