@@ -12,7 +12,7 @@ import pytest
 from support.pages import PAGES, ROOT
 from support.runs import photos
 
-from bench import fortress, harness
+from bench import fortress, growth, harness
 from bench import photos as photos_bench
 from bench.speed import __main__ as speed
 from bench.speed import keras, merge, predict, reading, train
@@ -339,6 +339,22 @@ def test_the_latest_record_of_each_kind_of_processor_is_shown(tmp_path):
         "| a | 2 cores of X, AVX2 | 9.9 | 5.0 (2.00 x, 1.00 to 9.00) |",
     ]
     assert speed.table(records[1:2], speed.CHINESE, False).splitlines()[2] == "| b | AMX | 120 | 48 (2.50 x) |"
+
+
+def test_the_curves_of_growth(tmp_path):
+    """A point in a process of its own, and a table whose powers are those of the numbers."""
+    found = growth.measured({"batch": 2, "image": 32, "width": 96, "classes": 5})
+    assert found["seconds"] > 0
+    assert 0 <= found["memory"] < 2000
+    listed = growth.measured({"images": 20})
+    assert 0 < listed["seconds"] < 60
+    points = [{"batch": n, "seconds": 0.5 * n, "memory": 3.0 * n**2} for n in (4, 8, 16)]
+    about = {"machine": "2 cores of X", "bfloat16": "AMX"}
+    record = {"curve": "batch", "points": points, **about}
+    (tmp_path / "growth.jsonl").write_text(json.dumps({**record, "points": []}) + "\n" + json.dumps(record) + "\n")
+    text = growth.table(growth.records(tmp_path / "growth.jsonl"))
+    assert "| images in a batch | 4, 8, 16 | 2, 4, 8 | 1.0 | 48, 192, 768 | 2.0 |" in text
+    assert text.endswith("2 cores of X (AMX).\n")
 
 
 def test_the_packages_of_a_record_exist():
