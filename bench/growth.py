@@ -11,6 +11,7 @@ at its highest. Each run appends its points to growth.jsonl beside this file, an
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import resource
@@ -133,11 +134,10 @@ def listed(images: int) -> dict[str, float]:
 
     from deit.data.folders import fingerprint, read_split
 
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    content = buffer.getvalue()
     with tempfile.TemporaryDirectory() as scratch:
-        picture = Path(scratch) / "one.png"
-        Image.new("RGB", (8, 8)).save(picture)
-        content = picture.read_bytes()
-        picture.unlink()
         for number in range(10):
             folder = Path(scratch) / "train" / f"class{number}"
             folder.mkdir(parents=True)
@@ -161,7 +161,7 @@ def records(file: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
-    rows = ["| | values | seconds of a step | grow as | MiB | grow as |", "|---|---|---|---|---|---|"]
+    rows = ["| | values | seconds | grow as | MiB | grow as |", "|---|---|---|---|---|---|"]
     for curve, record in found.items():
         points = record["points"]
         values = [each[curve] for each in points]
@@ -175,13 +175,13 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(rows) + f"\n\n{machines}.\n"
 
 
-def powers(values: list[int], numbers: list[float]) -> tuple[float, float]:
+def powers(values: list[int], numbers: list[float]) -> list[float]:
     """With which power of the value a number grows, between the first two points and between the last two."""
-    ends = ((0, 1), (-2, -1))
-    return tuple(  # type: ignore[return-value]
-        math.log(max(numbers[last], 1e-9) / max(numbers[first], 1e-9)) / math.log(values[last] / values[first])
-        for first, last in ends
-    )
+    kept = [max(number, 1e-9) for number in numbers]
+    return [
+        math.log(kept[last] / kept[first]) / math.log(values[last] / values[first])
+        for first, last in ((0, 1), (-2, -1))
+    ]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import numpy as np
 
 import deit
 from deit.explain.explanation import Map
+from deit.report.chinese import CHINESE
 
 HERE = Path(deit.__file__).parent
 SCRIPTS = [HERE / "serve/page.js", *(HERE / "web" / f"{name}.js" for name in ("page", "shown", "worker", "picture"))]
@@ -75,6 +76,11 @@ def test_every_sentence_is_there_in_chinese():
     for english, text in chinese.items():
         fields = [sorted(re.findall(r"\{\w+\}", each)) for each in (english, text)]
         assert fields[0] == fields[1], english
+
+
+def test_a_place_has_the_same_name_on_the_page_and_in_a_report():
+    chinese = catalogue()
+    assert {place: chinese[place] for place in PLACES} == {place: CHINESE[place] for place in PLACES}
 
 
 def test_the_places_are_those_of_the_maps():

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001 (Chinese has punctuation of its own)
 """The Chinese of what a report says: each template of `words.said`, and the same template in Chinese.
 
 The terms are those of the Chinese guides. Names of commands, files, heads and fields stay as they are.

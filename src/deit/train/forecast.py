@@ -31,7 +31,7 @@ class Room:
 
     @classmethod
     def of(cls, work: Work, out: Path) -> Room:
-        """Of a run in the folder `out`. What an earlier session left there is counted once."""
+        """What a run in the folder `out` needs. What an earlier session left there is counted once."""
         model = _size(work.model)
         state = model + work.optimizers.size + (work.average.size if work.average else 0)
         older = min(checkpoint.KEPT, len(checkpoint.saved(out / "checkpoints")))
