@@ -1,7 +1,7 @@
 """How time and memory of training grow, on the CPU: with the batch, the resolution, the width, the classes, the images.
 
-    python -m bench.growth run                                # measures every curve, each point in a process of its own
-    python -m bench.growth table --write docs/performance.md
+    python -m bench.growth run             # measures every curve, each point in a process of its own
+    python -m bench.growth table           # prints them; --write FILE puts them between the markers of a page
 
 A step is the forward pass of a distilled DeiT with both heads, the losses, the backward pass and fused AdamW, on random
 pixels, in the precision that `deit train` takes here. Memory is what the process takes beyond PyTorch itself,
