@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -789,6 +790,22 @@ def test_evaluation_sees_every_image_once_through_the_processor(root, monkeypatc
     for _ in range(2):
         assert all(torch.equal(one.pixels, other.pixels) for one, other in zip(large, batches, strict=True))
     assert not large.kept
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux")
+def test_kept_images_leave_shared_memory(split):
+    """It is small in containers, and each tensor there keeps a file open."""
+    processor = processor_for(recipe())
+    expected = list(EvaluationBatches(split, processor, 2))
+    source = EvaluationBatches(split, processor, 2, workers=1)
+    first = list(source)
+    assert [*map(len, first)] == [*map(len, expected)]
+    files = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+    assert [file for file in files if "/torch_" in file] == []
+    for batches in (first, list(source)):
+        for one, other in zip(batches, expected, strict=True):
+            assert torch.equal(one.pixels, other.pixels)
+            assert torch.equal(one.labels, other.labels)
 
 
 @pytest.mark.parametrize(("world", "batch"), [(1, 10), (2, 10), (3, 5), (3, 29), (4, 1), (29, 4), (30, 4)])

@@ -89,6 +89,10 @@ class Batch:
         """A copy in memory that a GPU can copy from while it computes. The loader calls this."""
         return self._changed(Tensor.pin_memory)
 
+    def copied(self) -> Batch:
+        """A copy in memory of this process alone."""
+        return self._changed(Tensor.clone)
+
     def used_by(self, stream: torch.Stream) -> None:
         """Keeps the GPU memory of the batch until a stream is done with it, if another stream made the batch."""
 
@@ -550,10 +554,13 @@ class EvaluationBatches:
             yield from self.kept
             return
         kept: list[Batch] = []
+        # What loader processes hand over lies in shared memory, of which containers have little, and each tensor in it
+        # keeps a file open. What is pinned is a copy already.
+        copies = self.workers > 0 and self.device.type != "cuda"
         for batch in loaded(self.views, range(len(self)), self.workers, self.device):
             if self.keeps:
-                kept.append(batch)
-            yield batch
+                kept.append(batch.copied() if copies else batch)
+            yield kept[-1] if self.keeps else batch
         self.kept = kept
 
 
