@@ -71,6 +71,27 @@ def test_what_others_could_have_put_there_is_removed(name, bits, home, monkeypat
     assert mode(place) == 0o700
 
 
+def test_what_is_no_cache_is_not_removed(home):
+    """XDG_CACHE_HOME may be any folder, and a clone of this project in it would be named as the cache is."""
+    clone = home / "cache" / "deit"
+    (clone / "src").mkdir(parents=True)
+    clone.chmod(0o777)
+    with raises_saying(
+        PermissionError, "is not used", f"others can write to {clone}, and it also holds src", "set XDG_CACHE_HOME"
+    ):
+        files.cache_folder("engines")
+    assert (clone / "src").is_dir()
+
+
+@pytest.mark.parametrize("name", ["cache", "cache/deit"])
+def test_a_folder_that_can_not_be_made_is_told(name, home):
+    """A file in its place stands for a home that is read-only. Callers do without the cache."""
+    (home / name).parent.mkdir(exist_ok=True)
+    (home / name).touch()
+    with raises_saying(PermissionError, "is not used", "it can't be made ([Errno ", home / name, "XDG_CACHE_HOME"):
+        files.cache_folder("engines")
+
+
 def test_the_group_of_one_user_is_no_other_user(home, monkeypatch):
     folder = files.cache_folder("engines")
     (folder / "kept").mkdir()

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from deit import host
 
@@ -155,29 +155,48 @@ def _download(name: str, filename: str, **options: Any) -> Path:
         ) from None
 
 
-def cache_folder(name: str) -> Path:
+Cache = Literal["engines", "features", "packages"]
+"""What this user's cache may hold: models in other runtimes, features of frozen models, packages for web pages."""
+
+
+class CacheUnused(PermissionError):
+    """The cache can't be made, or others could change it. The message says what was found and what to do."""
+
+    def __init__(self, folder: Path, found: str):
+        super().__init__(
+            f"the cache {folder} is not used, because {found}; expected folders that only you can change: set "
+            "XDG_CACHE_HOME to one of them"
+        )
+
+
+def cache_folder(name: Cache) -> Path:
     """This user's folder for files that can be made again: in `XDG_CACHE_HOME`, by default `~/.cache`.
 
     Makes the folder if it is missing, so that nobody else can write there. A folder of this user's that others could
-    write to is made anew. Raises `PermissionError` if it belongs to another user, or if others could replace it because
-    a folder above it is theirs or open to all.
+    write to is made anew. Raises `CacheUnused` if that would remove anything but a cache, if the folder can't be
+    made, if it belongs to another user, or if others could replace it because a folder above it is theirs or open to
+    all.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute()
     folder = base / "deit" / name
-    base.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for part in (folder.parent, folder):
-        if part.is_dir() and not part.is_symlink() and _open_to_others(part, sticky=False) and _is_mine(part):
-            shutil.rmtree(part)
-        part.mkdir(mode=0o700, exist_ok=True)
+    try:
+        base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for part in (folder.parent, folder):
+            if part.is_dir() and not part.is_symlink() and _open_to_others(part, sticky=False) and _is_mine(part):
+                if part == folder.parent and (other := sorted({*os.listdir(part)} - {*get_args(Cache)})):
+                    raise CacheUnused(folder, f"others can write to {part}, and it also holds {other[0]}")
+                shutil.rmtree(part)
+            part.mkdir(mode=0o700, exist_ok=True)
+    except CacheUnused:
+        raise
+    except OSError as error:  # the home folder may be read-only
+        raise CacheUnused(folder, f"it can't be made ({error})") from None
     for place in (folder, Path(os.path.realpath(folder))):
         for part in (place, *place.parents):
             own = part in (place, place.parent)
             if not _is_mine(part) or _open_to_others(part, sticky=not own):
                 found = "which others can write to" if _is_mine(part) else "which belongs to another user"
-                raise PermissionError(
-                    f"the cache {folder} is not used, because it lies in {part}, {found}; expected folders that only "
-                    "you can change: set XDG_CACHE_HOME to one of them"
-                )
+                raise CacheUnused(folder, f"it lies in {part}, {found}")
     return folder
 
 

@@ -28,7 +28,7 @@ def cached_engine(classifier: Classifier, to: Literal["onnx", "openvino"]) -> En
     wait. The folder lies in this user's cache, and its name is a hash of the model's content. A folder that another
     user could have written is made anew. The first use also removes folders that were not used for a month.
 
-    Raises the errors of `export`, and `PermissionError` if others could change the cache (`files.cache_folder`).
+    Raises the errors of `export`, and `files.CacheUnused`.
     """
     import_packages(to)
     folder = files.cache_folder("engines") / f"{to}-{_digest(classifier.model, to)}"
