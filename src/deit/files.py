@@ -105,7 +105,8 @@ def reachable(address: str, patience: float = _PATIENCE) -> bool:
 
     parts = urllib.parse.urlsplit(address)
     host, port = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
-    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
+    proxied = {parts.scheme, "all"} & urllib.request.getproxies().keys()
+    if proxied and not urllib.request.proxy_bypass(host):
         return True
     if time.monotonic() - _failed.get(address, -_FORGOTTEN) < _FORGOTTEN:
         return False

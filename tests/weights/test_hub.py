@@ -11,7 +11,7 @@ import torch
 from support.checks import assert_close, run_python
 from support.models import build, small
 
-from deit import weights
+from deit import files, weights
 from deit.config import DeiTConfig
 from deit.model.network import DeiTForImageClassification
 from deit.weights import hub
@@ -273,6 +273,25 @@ def test_card_of_many_classes():
     assert "LABEL_19 and 5 more." in card
     assert "without a distillation token" in card
     assert "- vit\n" in card
+
+
+@pytest.mark.parametrize("name", ["ALL_PROXY", "HTTP_PROXY", "all_proxy"])
+def test_what_lies_behind_a_proxy_is_not_asked_directly(monkeypatch, name):
+    """Its client sends everything through ALL_PROXY, too, unless the host is named in NO_PROXY."""
+
+    def refused(*_, **__):
+        raise ConnectionRefusedError
+
+    for other in ("all", "http", "https", "no"):
+        monkeypatch.delenv(f"{other}_proxy", raising=False)
+        monkeypatch.delenv(f"{other}_proxy".upper(), raising=False)
+    monkeypatch.setattr(socket, "create_connection", refused)
+    monkeypatch.setattr(files, "_failed", {})
+    assert not files.reachable("http://hub.invalid")
+    monkeypatch.setenv(name, "socks5://127.0.0.1:9")
+    assert files.reachable("http://hub.invalid")
+    monkeypatch.setenv("NO_PROXY", "hub.invalid")
+    assert not files.reachable("http://hub.invalid")
 
 
 @pytest.mark.parametrize("closed", [True, False])
