@@ -36,7 +36,7 @@ class CheckpointError(ValueError):
 
 
 class NotFetched(FileNotFoundError):
-    """A file is not in the local cache, and the hub was not reachable or not asked."""
+    """A file is not in the local cache, and the hub was not asked, not reachable, or broke off."""
 
 
 WHERE = ("revision", "subfolder", "cache_dir", "local_files_only", "token", "force_download")
@@ -153,6 +153,14 @@ def _download(name: str, filename: str, **options: Any) -> Path:
     except errors.HfHubHTTPError as error:
         raise FileNotFoundError(
             f"the hub did not send {filename} of {name} ({str(error).splitlines()[0]}); check the token"
+        ) from None
+    except (OSError, ValueError, TypeError):  # of the disk, or of the options
+        raise
+    except Exception as error:  # of whichever package the client sends and receives with
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise NotFetched(
+            f"{filename} of {name} was not fetched to its end ({reason}); check the network, then give the same "
+            "command again"
         ) from None
 
 

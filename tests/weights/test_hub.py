@@ -3,6 +3,7 @@
 import http.server
 import re
 import socket
+import struct
 import threading
 from pathlib import Path
 
@@ -70,7 +71,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command == "GET" and self.resets:
+            self.wfile.write(body[: len(body) // 2])
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()  # in a way that the other end sees as a reset
+        elif self.command == "GET":
             self.wfile.write(body)
 
     do_GET = do_HEAD = answer
@@ -80,9 +85,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def served(saved, tmp_path):
-    """The environment of a process that knows a loopback hub, and what that hub was asked."""
-    handler = type("Handler", (Hub,), {"folder": saved[1], "seen": []})
+def served(saved, tmp_path, request):
+    """The environment of a process that knows a loopback hub, and what that hub was asked. As a parameter, whether it
+    resets the connection within each file."""
+    handler = type("Handler", (Hub,), {"folder": saved[1], "seen": [], "resets": getattr(request, "param", False)})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = {
@@ -150,6 +156,23 @@ def test_hub_refuses(arguments, sentence, served):
         "except FileNotFoundError as error: print(error)"
     )
     assert run_python(code, **served[0]) == sentence.replace("ENDPOINT", served[0]["HF_ENDPOINT"])
+
+
+@pytest.mark.parametrize("served", [True], indirect=True)
+def test_a_connection_that_is_reset_is_one_sentence(served):
+    """It is no OSError of Python, but an error of the client's transport."""
+    code = (
+        "from deit import DeiTConfig\n"
+        "try: DeiTConfig.from_pretrained('org/tiny', revision='v1')\n"
+        "except FileNotFoundError as error: print(error)"
+    )
+    found = re.fullmatch(
+        r"config\.json of org/tiny was not fetched to its end \((.+)\); check the network, then give the same command "
+        "again",
+        run_python(code, **served[0]),
+    )
+    assert found is not None
+    assert "reset" in found[1]
 
 
 def test_unanswering_hub_is_waited_for_once(saved, tmp_path, monkeypatch):
