@@ -1,5 +1,6 @@
 """Only one process writes a thing at a time, and no dead one keeps the others out."""
 
+import errno
 import json
 import os
 import signal
@@ -133,6 +134,35 @@ def test_clocks_that_jump(tmp_path, owner, monkeypatch, jump):
     os.utime(tmp_path / ".lock", (time.time() + jump,) * 2)
     with files.held(tmp_path):
         pass
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux")
+def test_a_system_that_flushes_no_file_that_is_open_for_reading_alone(tmp_path, monkeypatch):
+    """Windows. A copy of a read-only file is flushed by systems that can."""
+    import fcntl
+
+    flushed, opened = [], os.open
+
+    def flush(descriptor):
+        access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & (os.O_RDWR | os.O_WRONLY)
+        name = os.readlink(f"/proc/self/fd/{descriptor}").rpartition("/")[2]
+        if not access and name != "fixed":
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flushed.append(name.rpartition(".")[0] or name)
+
+    def refused(path, flags, *more, **options):
+        if str(path).endswith("fixed") and flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return opened(path, flags, *more, **options)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    files.write_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "new"
+    with files.replacing_folder(tmp_path / "b", check=lambda _: None) as temporary:
+        (temporary / "fixed").touch(0o444)
+        monkeypatch.setattr(os, "open", refused)
+    assert (tmp_path / "b" / "fixed").is_file()
+    assert flushed == [".a", "fixed"]
 
 
 def test_what_killed_processes_left_is_swept(tmp_path):

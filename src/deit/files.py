@@ -334,11 +334,22 @@ def replacing(path: Path) -> Iterator[Path]:
             mode = temporary.stat().st_mode
             yield temporary
             temporary.chmod(mode)  # safetensors lets only the owner read its files, but a server may be another user
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+            _flush(temporary)
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Returns when the disk has the file. Windows flushes no file that is open for reading alone."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except PermissionError:  # the copy of a file that is read-only
+        descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class DiskFull(OSError):
@@ -401,8 +412,7 @@ def replacing_folder(folder: Path, *, check: Callable[[Path], None]) -> Iterator
             temporary.mkdir()
             yield temporary
             for path in temporary.iterdir():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+                _flush(path)
         check(folder)
         if folder.exists():
             folder.rename(former)

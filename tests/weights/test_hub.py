@@ -45,6 +45,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     folder: Path
     seen: list[tuple[str, str, str | None]]
+    resets: bool
 
     def answer(self):
         self.seen.append((self.command, self.path, self.headers.get("Authorization")))
