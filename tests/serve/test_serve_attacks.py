@@ -1,11 +1,13 @@
 """What costs its sender little and the server much: it is refused soon, and others are served meanwhile."""
 
 import asyncio
+import io
 import os
 import signal
 import time
 
 import pytest
+from PIL import Image
 from support.bombs import blank, deep, grown, scans
 from support.serving import TEXT, ask, assert_labels, assert_refused, client, concurrently, picture, raw
 
@@ -36,6 +38,17 @@ def test_as_many_parts_as_programs_write_are_no_reason(web):
     """Two hundred parts of a colour profile, ten thousand chunks, and ten scans more than usual."""
     for data in (grown("markers", 800), grown("chunks", 120_000), scans(10, 64)):
         assert ask(web, data).status_code == 200
+
+
+@pytest.mark.parametrize(("progressive", "part"), [(False, 4), (True, 1)])
+def test_the_preview_of_a_camera_is_no_scan(progressive, part):
+    """A large photograph with one would wait for the few decoders of large images."""
+    preview, photo = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (16, 12)).save(preview, "JPEG")
+    exif = Image.Exif().tobytes() + preview.getvalue()
+    Image.new("RGB", (400, 300)).save(photo, "JPEG", exif=exif, progressive=progressive)
+    assert photo.getvalue().count(b"\xff\xda") >= 2
+    assert check_header(photo.getvalue(), 10**6) == 400 * 300 // part
 
 
 def test_pixels_that_take_too_much_memory_are_refused(web):

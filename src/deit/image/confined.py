@@ -25,6 +25,8 @@ FORMATS = {"JPEG": "JPEG", "MPO": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "
 of them (EPS) starts a program."""
 
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_SCAN = b"\xff\xda"
+"""What a scan of a JPEG begins with."""
 _FIRST_BYTES = (_JPEG, _PNG, b"RIFF", b"GIF8", b"II*\x00", b"MM\x00*", b"BM")
 
 _SCANS = 100
@@ -143,7 +145,9 @@ def _check_header(data: bytes, max_pixels: int) -> int:
     pixels = found.width * found.height
     if pixels > max_pixels:
         raise ImageError(too_large)
-    return pixels // _LIGHT if found.format == "JPEG" and data.count(b"\xff\xda") == 1 else pixels
+    # Pillow has read up to the pixels of the first scan, and not counted that of a camera's preview before it.
+    once = found.format == "JPEG" and found.fp is not None and data.find(_SCAN, found.fp.tell()) < 0
+    return pixels // _LIGHT if once else pixels
 
 
 def _refuse_countless(data: bytes) -> None:
@@ -156,7 +160,7 @@ def _refuse_countless(data: bytes) -> None:
             parts += 1
         _refuse(parts > _CHUNKS, f"{_CHUNKS} chunks")
     elif data.startswith(_JPEG):
-        _refuse(data.count(b"\xff\xda") > _SCANS, f"{_SCANS} scans")
+        _refuse(data.count(_SCAN) > _SCANS, f"{_SCANS} scans")
         place, parts = 2, 0
         while place + 4 <= len(data) and parts <= _SEGMENTS and data[place + 1] != 0xDA:
             whole = data[place] == 0xFF and data[place + 1] not in (0, 0xFF)
