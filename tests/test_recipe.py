@@ -17,6 +17,7 @@ from support.checks import raises_saying
 from support.models import shrink
 
 from deit.config import VARIANTS, DeiTConfig
+from deit.data.batches import processor_for
 from deit.model.network import (
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
@@ -536,6 +537,17 @@ def test_the_built_in_convnet_in_a_record():
         override(teacher, ["model.hidden_size=8"])
     with raises_saying(ValueError, "neither compute.checkpoint_blocks nor start"):
         override(teacher, ["start=facebook/deit-tiny-patch16-224"])
+
+
+@pytest.mark.parametrize("name", ["teacher", "frozen"])
+def test_a_model_of_timm_takes_squares(name):
+    """timm's config.json, which the trained folder has, can't say how the evaluation cuts out a rectangle."""
+    taken = override(recipe_of(name), ["model.image_size=(192, 192)"])
+    assert taken.model.image_hw == (192, 192)
+    with raises_saying(ValueError, "timm is trained on square images", "(192, 320)", "set one number"):
+        override(recipe_of(name), ["model.image_size=(192, 320)"])
+    with pytest.raises(ValueError, match="timm's keys say a square crop"):
+        processor_for(override(deit_tiny(), ["model.image_size=(192, 320)"])).to_timm()
 
 
 @pytest.mark.parametrize("name", ["deit_tiny", "deit_tiny_distilled"])

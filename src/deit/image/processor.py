@@ -352,7 +352,10 @@ class DeiTImageProcessor:
         """
         size, crop = self.size, self.crop_size if self.do_center_crop else self.size
         if "height" not in crop or ("shortest_edge" in size and crop["height"] != crop["width"]):
-            raise ValueError(f"timm's keys say a square crop, found crop {crop} after size {size}; set crop_size")
+            raise ValueError(
+                f"timm's keys say a square crop, found crop {crop} after size {size}; set crop_size, or keep the "
+                "format of Hugging Face, which can say it"
+            )
         edge = size.get("shortest_edge") or size["height"]
         ratio = crop["height"] / edge
         if int(crop["height"] / ratio) != edge:  # timm rounds down

@@ -21,7 +21,8 @@ class Data:
     holdout: float = 0.1
     """Share of each class's training images that is held out for validation if the folder has no validation images."""
     crop_ratio: float = 0.875
-    """Side of the centre crop in evaluation, divided by the shortest edge of the image (224/256 in the paper)."""
+    """Side of the centre crop in evaluation, of a rectangle its longer one, divided by the shortest edge of the image
+    (224/256 in the paper)."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 

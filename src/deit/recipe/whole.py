@@ -122,6 +122,13 @@ class Recipe:
                 self.optim is None or self.optim.layer_decay == 1,
                 "layer_decay needs a model with blocks, and the built-in ConvNet has none; set optim.layer_decay=1",
             )
+        if isinstance(model, TimmConfig):
+            check(
+                model.image_hw[0] == model.image_hw[1],
+                "a model of timm is trained on square images, because its config.json can't say how others are cut "
+                f"out, found model.image_size={model.image_size}; set one number, or take a DeiT or ViT, which any "
+                "rectangle suits",
+            )
         if isinstance(model, ConvNetConfig | TimmConfig):
             check(
                 not isinstance(self.optim, Muon),
