@@ -89,6 +89,16 @@ def test_a_jsonl_list(tmp_path, monkeypatch):
         assert shown(read_examples(name)[0], tmp_path) == [("a.png", "7"), ("b.png", "cat")]
 
 
+def test_spaces_around_a_label_make_no_other_class(tmp_path):
+    """A class of its own would be learnt without a word."""
+    lines = ["path, label, split", "a.png,cat,train", "b.png, cat, train", "c.png,cat ,val", "d.png,big cat,train"]
+    train, val = read_data(write(tmp_path / "list.csv", *lines), holdout=0.1, seed=0)
+    assert train.classes == val.classes == ("big cat", "cat")
+    assert (train.labels, val.labels) == ((1, 1, 0), (1,))
+    rows = [json.dumps({"path": f"{i}.png", "label": label}) for i, label in enumerate(["cat", "\tcat", "dog\u00a0"])]
+    assert read_examples(write(tmp_path / "list.jsonl", *rows))[0].classes == ("cat", "dog")
+
+
 def test_the_same_images_by_folder_and_by_list(tmp_path):
     folder, _ = read_examples(photos(tmp_path), "train")
     lines = [

@@ -134,8 +134,8 @@ def read_examples(place: str | Path, split: str | None = None) -> tuple[Split, s
 
     A list is a UTF-8 file of paths and class names, one image per line. Relative paths start from the list's folder.
     A `.csv` file has commas and a header that names the columns `path` and `label`. A `.jsonl` file has an object with
-    the strings `path` and `label` in every line. The column or key `split` may say train, val or test; others are
-    ignored.
+    the strings `path` and `label` in every line. Spaces around a label don't count. The column or key `split` may say
+    train, val or test; others are ignored.
 
     Raises `FileNotFoundError` or `ValueError` that says what is expected and, for a list, in which line.
     """
@@ -512,7 +512,7 @@ def _read_list(file: Path, labelled: bool = True) -> list[_Row]:
                             f"{file}, line {number}: {key} is {json.dumps(value)}, expected "
                             f"{'a path' if key == 'path' else 'the name of a class'} as text"
                         )
-                path, label = os.path.normpath(os.path.join(root, native(path, root))), nfc(label)
+                path, label = os.path.normpath(os.path.join(root, native(path, root))), nfc(label.strip())
                 if path in rows:
                     raise ValueError(
                         f"{file}, line {number}: {path} is already listed in line {rows[path].line}, and each image "
