@@ -576,6 +576,8 @@ def test_from_dict_refuses_what_is_no_recipe():
         ("seed", None, ["seed: expected int, found None"]),
         ("sede", 3, ["recipe: there is no 'sede'", "did you mean 'seed'"]),
         ("model", {**record["model"], "depth": 3}, ["model: there is no field 'depth'"]),
+        ("model", {**record["model"], "num_labels": 5}, ["model: num_labels comes from the data", "leave it out"]),
+        ("model", {**record["model"], "id2label": {"0": "cat", "1": "dog"}}, ["model: id2label comes from the data"]),
         ("optim", {"lr": 1e-3}, ["optim: expected kind_of to be one of AdamW", "found None"]),
         ("optim", {"kind_of": {}, "lr": 1e-3}, ["optim: expected kind_of to be one of AdamW", "found {}"]),
         ("data", {}, ["data: batch must be given"]),

@@ -17,6 +17,8 @@ from deit.config import ConvNetConfig, DeiTConfig, TimmConfig
 
 _OF_TIMM = ("architecture", "image_size", "num_channels", "model_args")
 """The fields of `TimmConfig` that a recipe sets. The others come from the data."""
+_OF_THE_DATA = ("num_labels", "id2label", "label2id")
+"""The fields of a model that a recipe does not set."""
 WHOLE = "recipe"
 """The path of the outermost dataclass, which messages leave out."""
 
@@ -53,7 +55,7 @@ def to_plain(value: Any, hint: Any = None) -> Any:
     if isinstance(value, TimmConfig):
         return {"model_type": value.model_type, **{name: getattr(value, name) for name in _OF_TIMM}}
     if isinstance(value, DeiTConfig | ConvNetConfig):
-        return {key: found for key, found in value.to_dict().items() if key not in ("id2label", "label2id")}
+        return {key: found for key, found in value.to_dict().items() if key not in _OF_THE_DATA}
     if is_dataclass(value):
         hints = typing.get_type_hints(type(value))
         written = {f.name: to_plain(getattr(value, f.name), hints[f.name]) for f in fields(value)}
@@ -129,6 +131,8 @@ def from_plain(value: Any, hint: Any, path: str) -> Any:
 
 def _config(value: Mapping[str, Any], kind: type[DeiTConfig] | type[ConvNetConfig], path: str) -> Any:
     """A model's config. Fields that this package does not know are refused, because in a recipe they are mistakes."""
+    for name in _OF_THE_DATA:
+        check(name not in value, f"{path}: {name} comes from the data, so a recipe does not set it; leave it out")
     try:
         config = kind.from_dict({**value, "id2label": {0: "LABEL_0", 1: "LABEL_1"}})
     except (ValueError, TypeError) as error:
