@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from support.pictures import noise, smooth, worst
 from transformers import AutoImageProcessor
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -275,14 +276,17 @@ HISTORIC = [
         for kind in ("", "Fast", "Pil")
     ),
     {"size": 200, "crop_size": {"height": 150, "width": 160}},
+    {"image_processor_type": "BitImageProcessor"},
+    {"image_processor_type": "BitImageProcessorFast", "size": 90, "crop_size": 80},
 ]
+PEERS = {"DeiT": DeiTImageProcessorPil, "ViT": ViTImageProcessorPil, "Bit": BitImageProcessorPil}
 
 
 @pytest.mark.parametrize("data", HISTORIC)
 def test_historic_files(tmp_path, data):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(data))
     kind = data.get("image_processor_type") or data.get("feature_extractor_type") or "DeiT"
-    theirs = (ViTImageProcessorPil if kind.startswith("ViT") else DeiTImageProcessorPil).from_pretrained(tmp_path)
+    [theirs] = [peer.from_pretrained(tmp_path) for name, peer in PEERS.items() if kind.startswith(name)]
     ours = DeiTImageProcessor.from_pretrained(tmp_path)
     image = smooth(210, 140)
     expected = theirs(image, return_tensors="np").pixel_values

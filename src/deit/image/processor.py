@@ -493,6 +493,8 @@ class DeiTImageProcessor:
         if kind not in _TYPES:
             kind = kind if kind.isidentifier() else repr(kind)
             raise ValueError(f"the file is for {kind}, which is not supported; expected one of {', '.join(_TYPES)}")
+        if kind.startswith("Bit") and isinstance(extra.get("size"), int):  # a square for the other types
+            extra["size"] = {"shortest_edge": extra["size"]}
         _refuse_undone(extra)
         known = {name: extra.pop(name) for name in _CHECKS if name in extra}
         processor = cls(**{**_TYPES[kind], **_given(known), **_given(overrides)})
