@@ -74,6 +74,7 @@ class Recipe:
 
     def _check(self) -> None:
         model, objective = self.model, self.objective
+        self._check_parts()
         if isinstance(objective, Distilled):
             self._check_distillation(objective)
         if isinstance(objective, MaskedImage):
@@ -134,6 +135,12 @@ class Recipe:
             "statistics=start keeps those of the start, and there is none; set start, or statistics=batch",
         )
         check(self.seed >= 0, f"seed can't be negative, found {self.seed}")
+
+    def _check_parts(self) -> None:
+        """Refuses what `from_dict` could not read back. A misspelt choice would count as another one."""
+        for name, hint in typing.get_type_hints(type(self)).items():
+            if name != "model":  # which checks itself
+                from_plain(to_plain(getattr(self, name), hint), hint, name)
 
     def _check_distillation(self, objective: Distilled) -> None:
         model, token = self.model, getattr(self.model, "distillation_token", False)
