@@ -273,6 +273,34 @@ def test_what_does_not_fit_into_the_time_is_left_out(data, tmp_path, start, own_
     assert fitted.reason == "the frozen baseline is the only model"
 
 
+def test_a_baseline_that_took_all_of_the_time_is_judged(data, tmp_path, start, own_cache, monkeypatch, capsys):
+    """Then no second is left for the labels, and they are left out like the steps that train."""
+    out = tmp_path / "run"
+    plan = small_plan(out, data, start, minutes=1.0)
+    plan.write(out)
+    monkeypatch.setattr(work, "_left", lambda *_: -5.0)
+    fitted = carried(plan, out, data, Console(stderr=True, width=1000))
+    said = capsys.readouterr().err
+    assert "labels: left out, because no time is left" in said
+    for name in ("teacher", "student"):
+        assert re.search(rf"{name}: left out, because .* not even one step fits into the 0 s that are left", said)
+    assert [each.name for each in fitted.candidates] == ["frozen"]
+    assert not (out / "labels").exists()
+
+
+def test_without_any_teacher_the_student_is_left_out(data, tmp_path, start, capsys):
+    out = tmp_path / "run"
+    plan = small_plan(out, data, start, minutes=1.0, shares=(0.1, 1e-9, 0.3, 0.3, 0.3))
+    teaching = replace(plan.steps[1], recipe=replace(plan.recipe("teacher"), start=""))
+    plan = replace(plan, steps=(teaching, *plan.steps[2:]))
+    plan.write(out)
+    with raises_saying(ValueError, "no step of the plan fits into its time; give more --time"):
+        carried(plan, out, data, Console(stderr=True, width=1000))
+    said = capsys.readouterr().err
+    for name in ("labels", "student"):
+        assert f"{name}: left out, because the model that was to teach the student was left out" in said
+
+
 # ------------------------------------------------------------------------------------------------------------ the plan
 
 

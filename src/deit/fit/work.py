@@ -212,6 +212,9 @@ class _Work:
 
     def take(self, name: StepName, seconds: float) -> float:
         """Takes a step in about `seconds`. Returns the seconds that sessions before this one gave it."""
+        if name in ("labels", "student") and self.is_untaught():
+            _say(self.console, f"{name}: left out, because the model that was to teach the student was left out")
+            return 0.0
         if name == "labels":
             began, earlier = time.perf_counter(), self.state.begun
             try:
@@ -247,22 +250,33 @@ class _Work:
         scores = {name: self.state.scores[name] for name in ("teacher", "frozen") if name in self.state.scores}
         return self.out / max(scores, key=lambda name: scores[name]) / MODEL if scores else None
 
+    def learns_from_ours(self, recipe: Recipe) -> bool:
+        """Whether the student's teacher is one of this fit's models."""
+        objective = recipe.objective
+        own = (self.out / "teacher" / MODEL).absolute()
+        return isinstance(objective, Distilled) and Path(objective.teacher) == own
+
+    def is_untaught(self) -> bool:
+        """Whether no model is there that could teach the student, because no time was left for one."""
+        recipe = self.plan.recipe("student")
+        left_out = "teacher" in self.state.seconds and self.teacher() is None
+        return left_out and recipe is not None and self.learns_from_ours(recipe)
+
     def taught(self, recipe: Recipe) -> Recipe:
         objective, best = recipe.objective, self.teacher()
         if not isinstance(objective, Distilled):
             return recipe
-        own = Path(objective.teacher) == (self.out / "teacher" / MODEL).absolute()
         return replace(
             recipe,
             objective=replace(
                 objective,
-                teacher=str(best) if own and best is not None else objective.teacher,
+                teacher=str(best) if self.learns_from_ours(recipe) and best is not None else objective.teacher,
                 cache=objective.cache if self.state.epochs else "",
             ),
         )
 
     def store_labels(self, seconds: float) -> None:
-        """Times a few batches, and then stores as many epochs as fit into the time."""
+        """Times a few batches, and then stores as many epochs as fit into the time: none if there is no time at all."""
         recipe = self.plan.recipe("student")
         assert recipe is not None
         taught = self.taught(recipe)
@@ -290,6 +304,9 @@ class _Work:
             fitting = min(most, stored + rate * (0.9 * seconds - spent))
             self.state.epochs = max(stored, math.floor(fitting) if fitting > 1 else fitting)  # whole ones, if possible
             self.state.write(self.out)
+        if not self.state.epochs:
+            _say(self.console, "labels: left out, because no time is left; the student asks its teacher itself")
+            return
         store(self.state.epochs)
 
     def judge(self, test: Split | None) -> Fitted:
