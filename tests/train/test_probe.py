@@ -124,6 +124,23 @@ def test_too_few_images_for_folds():
         probe.choose(features, labels, LinearProbe(), seed=0)
 
 
+def test_a_rare_class_is_drawn():
+    """The draw is that of all images alike, unless it would miss a class that has an image."""
+    labels = [0] * 500 + [1] * 480 + [2] * 19 + [3]
+    plain = [np.sort(np.random.default_rng(seed).permutation(1000)[:40]) for seed in range(30)]
+    found = [probe.drawn(labels, 40, seed) for seed in range(30)]
+    whole = [len({labels[row] for row in rows}) == 4 for rows in plain]
+    assert 0 < sum(whole) < 30
+    for one, other, complete in zip(found, plain, whole, strict=True):
+        assert len(set(one.tolist())) == 40
+        assert (np.diff(one) > 0).all()
+        assert 999 in one
+        assert len({labels[row] for row in one}) == 4
+        assert len(set(one) & set(other)) >= 38
+        assert not complete or one.tolist() == other.tolist()
+    assert len({labels[row] for row in probe.drawn(labels, 3, 0)}) == 3
+
+
 # ------------------------------------------------------------------------------------------------------------- whole
 
 
@@ -201,6 +218,21 @@ def test_a_run_with_one_image_of_each_class(tmp_path, monkeypatch, capsys):
     assert "NaN" not in text
     assert "cross_validation" not in json.loads(text)
     assert [one[0]["label"] for one in Predictor(run.model)(splits[0].files)] == ["a", "b", "c"]
+
+
+def test_a_rare_class_with_balanced_weights(tmp_path, monkeypatch, capsys):
+    """One of 41 images is of the class c, and four images are drawn. What is said of the classes is of all images."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = photos(photos(photos(tmp_path / "data", count=20, classes="ab"), count=3, split="val"), count=1)
+    splits = read_data(root, holdout=0.1, seed=0)
+    assert splits[0].labels.count(2) == 1
+    recipe = replace(
+        started("distilled", tmp_path / "start"), objective=LinearProbe(images=4, class_weights="balanced")
+    )
+    run = train(recipe, *splits, tmp_path / "run", console=Console(stderr=True, width=999))
+    assert '1 class has fewer than 5 training images, too few to learn from: "c" (1).' in capsys.readouterr().err
+    found = Predictor(run.model)([splits[0].files[splits[0].labels.index(2)]])
+    assert found[0][0]["label"] == "c"
 
 
 def test_features_are_kept_by_content(data, tmp_path, monkeypatch):

@@ -57,10 +57,9 @@ def learn(
     train, validation = splits
     most = recipe.objective.images
     if most is not None and most < len(train):
-        drawn = np.random.default_rng(recipe.seed).permutation(len(train))[:most]
-        train = train.take(np.sort(drawn).tolist())
+        train = train.take(drawn(train.labels, most, recipe.seed).tolist())
     settings = recipe.objective
-    objective = ClassificationObjective(recipe, settings.class_weights, train, us.device)
+    objective = ClassificationObjective(recipe, settings.class_weights, splits[0], us.device)
     for sentence in objective.introduction(nn.Identity(), validation, us):
         reporter.say(sentence)
     model = build_model(recipe, train.classes).to(us.device).eval()
@@ -82,6 +81,14 @@ def learn(
         model, objective.validation(validation, us), us, resolve_precision(recipe.compute.precision, us.device)
     )
     return model, {"strength": strength, **crossed, **verdict.numbers}
+
+
+def drawn(labels: Sequence[int], most: int, seed: int) -> np.ndarray:
+    """The numbers of `most` images, drawn at random, in rising order. An image of each class is among them, as long as
+    there are enough."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    first = np.sort(np.unique(np.asarray(labels)[order], return_index=True)[1])  # the places of each class's first
+    return np.sort(np.concatenate([order[first], np.delete(order, first)])[:most])
 
 
 def linear_heads(model: nn.Module) -> list[nn.Linear]:
