@@ -15,10 +15,12 @@ from support.runs import photos
 from deit import Predictor, load_model
 from deit.config import ConvNetConfig, TimmConfig
 from deit.data.folders import read_data
+from deit.evaluate.calibration import Calibration
 from deit.files import cache_folder
 from deit.image.processor import DeiTImageProcessor
 from deit.machine import Processes
 from deit.model.timm_classifier import TimmClassifier
+from deit.predict.calibrate import calibrate_split
 from deit.recipe import AdamW, Augment, Compute, Cosine, Data, LinearProbe, Recipe, Supervised, epochs
 from deit.train import loop, probe
 from deit.train.loop import train
@@ -257,6 +259,18 @@ def test_features_are_kept_by_content(data, tmp_path, monkeypatch):
         file.write_bytes(b"damaged")
     assert score("six") == first
     assert len(passes) == 4
+
+
+def test_a_run_that_is_replaced_leaves_no_calibration(data, tmp_path, monkeypatch):
+    """It was of another head."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    recipe, splits = started("distilled", tmp_path / "start"), read_data(data, holdout=0.1, seed=0)
+    run = train(recipe, *splits, tmp_path / "run", console=Console(quiet=True))
+    calibrate_split(run.model, splits[1], str(data), error_rate=0.5, device="cpu", console=Console(quiet=True))
+    assert Calibration.of_model(run.model).images == 9
+    other = replace(recipe, objective=LinearProbe(strengths=(1.0,), folds=2))
+    train(other, *splits, tmp_path / "run", console=Console(quiet=True), resume=True)
+    assert Calibration.of_model(run.model) is None
 
 
 def test_an_image_that_cannot_be_read_is_left_out(data, tmp_path, monkeypatch, capsys):
