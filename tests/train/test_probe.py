@@ -1,6 +1,9 @@
 """A linear probe, against scikit-learn on features that timm and transformers give."""
 
+import errno
 import json
+import os
+import re
 import warnings
 from dataclasses import replace
 
@@ -12,7 +15,7 @@ from support.checks import raises_saying
 from support.models import trained_folder
 from support.runs import photos
 
-from deit import Predictor, load_model
+from deit import Predictor, files, load_model
 from deit.config import ConvNetConfig, TimmConfig
 from deit.data.folders import read_data
 from deit.evaluate.calibration import Calibration
@@ -259,6 +262,32 @@ def test_features_are_kept_by_content(data, tmp_path, monkeypatch):
         file.write_bytes(b"damaged")
     assert score("six") == first
     assert len(passes) == 4
+
+
+def _full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _read_only(*_):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), "/home/me/.cache")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "fails", "words"),
+    [(probe, "save_file", _full, "No space left on device"), (files, "cache_folder", _read_only, "Read-only file")],
+)
+def test_a_cache_that_takes_nothing_costs_nothing(owner, name, fails, words, data, tmp_path, monkeypatch, capsys):
+    """A full disk, or a home that is read-only: the features are computed, and the run has the same end."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    recipe, splits = started("distilled", tmp_path / "start"), read_data(data, holdout=0.1, seed=0)
+    monkeypatch.setattr(owner, name, fails)
+    run = train(recipe, *splits, tmp_path / "run", console=Console(stderr=True, width=999))
+    assert re.search(f"the features are not kept for other runs: .*{words}", capsys.readouterr().err)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    again = train(recipe, *splits, tmp_path / "again", console=Console(quiet=True))
+    assert (run.model / "model.safetensors").read_bytes() == (again.model / "model.safetensors").read_bytes()
+    assert len(list(cache_folder("features").iterdir())) == 1
 
 
 def test_a_run_that_is_replaced_leaves_no_calibration(data, tmp_path, monkeypatch):

@@ -211,8 +211,8 @@ def _cached(
     """The features (N, D) in front of each head and the labels (N,) of a split, from the cache if they are there."""
     try:
         cache = files.cache_folder("features")
-    except PermissionError as error:
-        reporter.say(str(error))
+    except OSError as error:
+        reporter.say(f"the features are not kept for other runs: {error}")
         return _computed(recipe, split, model, us, reporter)
     file = cache / f"{_digest(recipe, split, model)}.safetensors"
     if file.is_file() and files.only_mine(file):
@@ -222,9 +222,13 @@ def _cached(
             reporter.say(f"the features of {len(split)} images come from {file}")
             return [kept[f"features.{number}"] for number in range(len(kept) - 1)], kept["labels"]
     features, labels = _computed(recipe, split, model, us, reporter)
-    with files.replacing(file) as temporary:
-        save_file({f"features.{number}": each for number, each in enumerate(features)} | {"labels": labels}, temporary)
-    files.forget_unused(cache)
+    try:
+        with files.replacing(file) as temporary:
+            kept = {f"features.{number}": each for number, each in enumerate(features)} | {"labels": labels}
+            save_file(kept, temporary)
+        files.forget_unused(cache)
+    except OSError as error:  # they are here, and only another run would gain by the file
+        reporter.say(f"the features are not kept for other runs: {file}: {getattr(error, 'reason', error)}")
     return features, labels
 
 
