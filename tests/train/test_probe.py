@@ -319,11 +319,16 @@ def test_what_is_refused(data, tmp_path, monkeypatch):
         ({"augment": Augment(flip=0.5)}, "it has no augment"),
         ({"optim": AdamW(lr=1e-3, per_images=8)}, "it has no optim"),
         ({"schedule": Cosine(total=epochs(1))}, "it has no schedule"),
+        ({"evaluate": epochs(1)}, "it has no evaluate"),
+        ({"data": Data(batch=8, repeats=2)}, "sees each image once, found data.repeats=2"),
     ):
         with raises_saying(ValueError, "recipe probe", words):
             replace(recipe, **changes)
     with raises_saying(ValueError, "training takes steps"):
         replace(started("distilled", tmp_path / "other"), objective=Supervised())
+    with raises_saying(ValueError, "found --time (in Python minutes=5); leave it out", "objective.images"):
+        train(recipe, *splits, tmp_path / "run", console=Console(quiet=True), minutes=5)
+    assert not (tmp_path / "run").exists()
     train(recipe, *splits, tmp_path / "run", console=Console(quiet=True))
     with raises_saying(FileExistsError, "already holds a run", "--resume"):
         train(recipe, *splits, tmp_path / "run", console=Console(quiet=True))

@@ -18,7 +18,7 @@ from deit.data.folders import Split, fingerprint, has_split, read_data, read_exa
 from deit.fit.judging import Fitted, judge, recommend, section, show
 from deit.fit.plan import FILE, Plan, StepName, looked, make_plan
 from deit.predict.calibrate import calibrate_split
-from deit.recipe import Distilled, Recipe
+from deit.recipe import Distilled, LinearProbe, Recipe
 from deit.report import document
 from deit.report.live import LivePage
 from deit.report.markup import Section, english, table
@@ -226,7 +226,7 @@ class _Work:
         recipe = self.plan.recipe(name)
         assert recipe is not None
         recipe = self.taught(recipe) if name == "student" else recipe
-        minutes = None if name == "frozen" or math.isinf(seconds) else seconds / 60
+        minutes = None if isinstance(recipe.objective, LinearProbe) or math.isinf(seconds) else seconds / 60
         began = time.perf_counter()
         try:
             run = train(

@@ -196,12 +196,17 @@ class Recipe:
             "augment": Augment(),
             "tuning": None,
             "statistics": "batch",
+            "evaluate": None,
         }
         for name, value in unused.items():
             check(
                 getattr(self, name) == value,
                 f"a linear probe takes no steps and sees each image as it is, so it has no {name}; leave it out",
             )
+        check(
+            self.data.repeats == 1,
+            f"a linear probe sees each image once, found data.repeats={self.data.repeats}; set it to 1",
+        )
 
     def _check_tuning(self, tuning: Tuning) -> None:
         name, model = type(tuning).__name__, self.model
