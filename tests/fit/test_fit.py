@@ -332,6 +332,7 @@ def edited(out, change):
         (lambda plan: plan["steps"][0].update(recipe="../frozen.json"), "must be a file beside the plan"),
         (lambda plan: plan["steps"][0].pop("recipe"), "the step frozen lacks its recipe"),
         (lambda plan: plan["steps"][0].update(share="much"), "share of frozen must be a number"),
+        (lambda plan: plan["steps"][2].update(share=-0.1), "share of labels can't be negative, found -0.1"),
         (lambda plan: plan.update(minutes="long"), "minutes must be a number"),
         (lambda plan: plan.update(minutes=-1), "minutes must be positive"),
         (lambda plan: plan.update(prefer="size"), "prefer one of accuracy, speed"),
@@ -345,6 +346,36 @@ def test_a_plan_that_makes_no_sense_is_refused(data, tmp_path, start, change, wo
     edited(out, change)
     with raises_saying(ValueError, str(out / "plan.json"), words):
         Plan.read(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("teacher", lambda recipe: recipe["optim"].update(lrr=1), "teacher.json: optim: there is no 'lrr'"),
+        ("frozen", lambda recipe: recipe.update(start=""), "frozen.json: recipe frozen: a linear probe needs"),
+        (
+            "student",
+            lambda recipe: recipe.update(objective={"kind_of": "Supervised"}),
+            "labels are stored for a student that learns from a teacher, and the objective of this one is Supervised",
+        ),
+    ],
+)
+def test_an_edited_recipe_that_makes_no_sense_is_refused(data, tmp_path, start, name, change, words):
+    out = tmp_path / "run"
+    small_plan(out, data, start).write(out)
+    recipe = json.loads((out / f"{name}.json").read_text())
+    change(recipe)
+    (out / f"{name}.json").write_text(json.dumps(recipe))
+    with raises_saying(ValueError, str(out / "plan.json"), words):
+        Plan.read(out)
+
+
+def test_test_images_of_an_unknown_class_are_refused_at_once(tmp_path):
+    """And not after half an hour, when the models are judged."""
+    root = photos(photos(tmp_path / "data"), split="test", classes="abz")
+    with raises_saying(ValueError, "knows no class 'z'", "it knows 'a', 'b', 'c'", "rename the class"):
+        fit(root, tmp_path / "run", console=QUIET, device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_edited_plan_is_carried_out(data, tmp_path, start, own_cache):

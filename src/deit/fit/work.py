@@ -14,7 +14,7 @@ from rich.console import Console
 
 from deit import files
 from deit.choices import Prefer
-from deit.data.folders import Split, fingerprint, has_split, read_data, read_examples
+from deit.data.folders import Split, fingerprint, has_split, matched, read_data, read_examples
 from deit.fit.judging import Fitted, judge, recommend, section, show
 from deit.fit.plan import FILE, Plan, StepName, looked, make_plan
 from deit.predict.calibrate import calibrate_split
@@ -101,6 +101,8 @@ def fit(
         holdout, drawn = (plan.first.data.holdout, plan.first.seed) if plan else (0.1, seed or 0)
         splits = read_data(data, holdout=holdout, seed=drawn)
         test = read_examples(data, "test")[0] if has_split(data, "test") else None
+        if test is not None:
+            matched(test, splits[0].classes)  # or the fit would only end with it
         _say(console, *looked(data, splits, test, device))
         if plan is None:
             plan = make_plan(
