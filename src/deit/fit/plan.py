@@ -25,7 +25,7 @@ from deit.data.folders import Split, fingerprint
 from deit.data.splitting import fit_without_test_images
 from deit.image.decode import ImageError
 from deit.machine import described, resolve_device, resolve_precision
-from deit.recipe import Compute, Distilled, LastBlocks, LinearProbe, Recipe
+from deit.recipe import Compute, Distilled, LastBlocks, LinearProbe, Recipe, is_code
 from deit.recipe import steps as in_steps
 from deit.recipes.finetune import finetune_distilled
 from deit.recipes.photos import frozen, student, teacher, teacher_from_scratch
@@ -174,6 +174,12 @@ def _read_step(out: Path, values: dict[str, Any]) -> Step:
         recipe = Recipe.from_dict(content)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    if isinstance(recipe.objective, Distilled) and is_code(teacher := recipe.objective.teacher):
+        raise ValueError(
+            f"{name} names the Python code {teacher} as its teacher, and a fit would run it, but a recipe.json runs no "
+            f"code by itself; name a model's folder there or, if you trust it, train the student alone: deit train "
+            f"{out / name} --data DATA --out OTHER --set objective.cache= --set objective.teacher={teacher}"
+        )
     return Step(**values, recipe=recipe)
 
 
