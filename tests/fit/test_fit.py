@@ -301,6 +301,27 @@ def test_without_any_teacher_the_student_is_left_out(data, tmp_path, start, caps
         assert f"{name}: left out, because the model that was to teach the student was left out" in said
 
 
+@pytest.mark.parametrize(("free", "epochs_stored"), [(20_000, 13), (None, 40), (10**9, 40), (10, 16 / 4.5)])
+def test_labels_leave_half_of_the_disk_free(data, tmp_path, start, monkeypatch, free, epochs_stored):
+    """An epoch takes 1000 bytes, and 16 batches of 8 are stored already: of 36 images, that are 3.6 epochs."""
+    asked = []
+
+    def taught(recipe, split, folder, *, epochs, **_):
+        asked.append(epochs)
+        folder.mkdir(exist_ok=True, parents=True)
+        (folder / "labels-00000.safetensors").write_bytes(bytes(round(1000 * epochs)))
+
+    monkeypatch.setattr(work, "teach", taught)
+    monkeypatch.setattr(work.files, "free_bytes", lambda _: free)
+    plan = small_plan(tmp_path / "run", data, start)
+    studying = replace(plan.recipe("student"), schedule=Cosine(total=epochs(40)))
+    plan = replace(plan, steps=(*plan.steps[:3], replace(plan.steps[3], recipe=studying), plan.steps[4]))
+    splits, state = read_data(data, holdout=0.1, seed=0), work._State(scores={"teacher": 1.0})
+    work._Work(plan, splits, tmp_path / "run", "cpu", QUIET, state).store_labels(math.inf)
+    assert asked == [4 / 4.5, 16 / 4.5, epochs_stored]
+    assert state.epochs == epochs_stored
+
+
 # ------------------------------------------------------------------------------------------------------------ the plan
 
 

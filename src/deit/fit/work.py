@@ -278,7 +278,8 @@ class _Work:
         )
 
     def store_labels(self, seconds: float) -> None:
-        """Times a few batches, and then stores as many epochs as fit into the time: none if there is no time at all."""
+        """Times a few batches, and then stores as many epochs as fit into the time and half of the free disk: none if
+        there is no time at all."""
         recipe = self.plan.recipe("student")
         assert recipe is not None
         taught = self.taught(recipe)
@@ -303,7 +304,7 @@ class _Work:
                 tried = min(most, batches / per_epoch)
                 took = store(tried)
                 stored, spent, rate = tried, spent + took, (tried - stored) / took
-            fitting = min(most, stored + rate * (0.9 * seconds - spent))
+            fitting = min(most, stored + min(rate * (0.9 * seconds - spent), _room(folder, stored)))
             self.state.epochs = max(stored, math.floor(fitting) if fitting > 1 else fitting)  # whole ones, if possible
             self.state.write(self.out)
         if not self.state.epochs:
@@ -341,6 +342,12 @@ class _Work:
         _say(self.console, *best.judged.alarms(), *beware)
         _say(self.console, f"{page}", f"{span(seconds)} in all")
         return fitted
+
+
+def _room(folder: Path, stored: float) -> float:
+    """Epochs of labels that half of the free disk takes, by the size of those that are `stored` in the folder."""
+    free, size = files.free_bytes(folder), sum(part.stat().st_size for part in folder.glob("labels-*"))
+    return math.inf if free is None or not size else stored * free / 2 / size
 
 
 def _say(console: Console, *sentences: str) -> None:
