@@ -677,7 +677,7 @@ def test_durations(duration, expected):
         ({"objective": Supervised(class_weights="Balanced")}, "objective.class_weights: expected equal or balanced"),
         ({"objective": Supervised(loss="bce")}, "objective.loss: expected cross_entropy or binary, found 'bce'"),
         ({"compute": Compute(parallel="ddp")}, "compute.parallel: expected replicate or shard, found 'ddp'"),
-        ({"augment": Augment(mix=Mix(cutmix=1.0, mode="pairs"))}, "augment.mix.mode: expected batch or pair or element"),
+        ({"augment": Augment(mix=Mix(cutmix=1.0, mode="pairs"))}, "augment.mix.mode: expected batch or pair or"),
         ({"evaluate": Duration(5, "epoch")}, "evaluate.unit: expected epochs or steps, found 'epoch'"),
         ({"statistics": "starts"}, "statistics: expected batch or start, found 'starts'"),
         ({"data": Data(batch=64.0)}, "data.batch: expected int, found 64.0"),

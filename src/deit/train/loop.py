@@ -106,8 +106,8 @@ def train(
     """
     if minutes is not None and isinstance(recipe.objective, LinearProbe):
         raise ValueError(
-            f"a linear probe takes no steps that could be fewer, found --time (in Python minutes={minutes:g}); leave it "
-            "out, or set objective.images to look at fewer images"
+            f"a linear probe takes no steps that could be fewer, found --time (in Python minutes={minutes:g}); leave "
+            "it out, or set objective.images to look at fewer images"
         )
     find_sources(recipe)
     receivers = [*receivers, *named(recipe.compute.log)]
