@@ -28,6 +28,7 @@ from deit.recipe import (
     SGD,
     AdamW,
     Augment,
+    Compute,
     Cosine,
     Data,
     Distilled,
@@ -682,6 +683,26 @@ def test_find_a_record(tmp_path):
 @pytest.mark.parametrize(("duration", "expected"), [(epochs(5), 500), (epochs(0.5), 50), (steps(7), 7)])
 def test_durations(duration, expected):
     assert duration.in_steps(100) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"objective": Supervised(class_weights="Balanced")}, "objective.class_weights: expected equal or balanced"),
+        ({"objective": Supervised(loss="bce")}, "objective.loss: expected cross_entropy or binary, found 'bce'"),
+        ({"compute": Compute(parallel="ddp")}, "compute.parallel: expected replicate or shard, found 'ddp'"),
+        ({"augment": Augment(mix=Mix(cutmix=1.0, mode="pairs"))}, "augment.mix.mode: expected batch or pair or"),
+        ({"evaluate": Duration(5, "epoch")}, "evaluate.unit: expected epochs or steps, found 'epoch'"),
+        ({"statistics": "starts"}, "statistics: expected batch or start, found 'starts'"),
+        ({"data": Data(batch=64.0)}, "data.batch: expected int, found 64.0"),
+        ({"optim": Supervised()}, "optim: expected kind_of to be one of AdamW"),
+        ({"start": Path("runs")}, "start: expected str, found"),
+    ],
+)
+def test_python_is_checked_like_json(change, words):
+    """A misspelt choice would train something else, and a run could not be resumed from such a recipe.json."""
+    with raises_saying(ValueError, f"recipe deit_tiny: {words}"):
+        replace(deit_tiny(), **change)
 
 
 def test_refusals():

@@ -273,6 +273,55 @@ def test_what_does_not_fit_into_the_time_is_left_out(data, tmp_path, start, own_
     assert str(fitted.reason) == "the frozen baseline is the only model"
 
 
+def test_a_baseline_that_took_all_of_the_time_is_judged(data, tmp_path, start, own_cache, monkeypatch, capsys):
+    """Then no second is left for the labels, and they are left out like the steps that train."""
+    out = tmp_path / "run"
+    plan = small_plan(out, data, start, minutes=1.0)
+    plan.write(out)
+    monkeypatch.setattr(work, "_left", lambda *_: -5.0)
+    fitted = carried(plan, out, data, Console(stderr=True, width=1000))
+    said = capsys.readouterr().err
+    assert "labels: left out, because no time is left" in said
+    for name in ("teacher", "student"):
+        assert re.search(rf"{name}: left out, because .* not even one step fits into the 0 s that are left", said)
+    assert [each.name for each in fitted.candidates] == ["frozen"]
+    assert not (out / "labels").exists()
+
+
+def test_without_any_teacher_the_student_is_left_out(data, tmp_path, start, capsys):
+    out = tmp_path / "run"
+    plan = small_plan(out, data, start, minutes=1.0, shares=(0.1, 1e-9, 0.3, 0.3, 0.3))
+    teaching = replace(plan.steps[1], recipe=replace(plan.recipe("teacher"), start=""))
+    plan = replace(plan, steps=(teaching, *plan.steps[2:]))
+    plan.write(out)
+    with raises_saying(ValueError, "no step of the plan fits into its time; give more --time"):
+        carried(plan, out, data, Console(stderr=True, width=1000))
+    said = capsys.readouterr().err
+    for name in ("labels", "student"):
+        assert f"{name}: left out, because the model that was to teach the student was left out" in said
+
+
+@pytest.mark.parametrize(("free", "epochs_stored"), [(20_000, 13), (None, 40), (10**9, 40), (10, 16 / 4.5)])
+def test_labels_leave_half_of_the_disk_free(data, tmp_path, start, monkeypatch, free, epochs_stored):
+    """An epoch takes 1000 bytes, and 16 batches of 8 are stored already: of 36 images, that are 3.6 epochs."""
+    asked = []
+
+    def taught(recipe, split, folder, *, epochs, **_):
+        asked.append(epochs)
+        folder.mkdir(exist_ok=True, parents=True)
+        (folder / "labels-00000.safetensors").write_bytes(bytes(round(1000 * epochs)))
+
+    monkeypatch.setattr(work, "teach", taught)
+    monkeypatch.setattr(work.files, "free_bytes", lambda _: free)
+    plan = small_plan(tmp_path / "run", data, start)
+    studying = replace(plan.recipe("student"), schedule=Cosine(total=epochs(40)))
+    plan = replace(plan, steps=(*plan.steps[:3], replace(plan.steps[3], recipe=studying), plan.steps[4]))
+    splits, state = read_data(data, holdout=0.1, seed=0), work._State(scores={"teacher": 1.0})
+    work._Work(plan, splits, tmp_path / "run", "cpu", QUIET, state).store_labels(math.inf)
+    assert asked == [4 / 4.5, 16 / 4.5, epochs_stored]
+    assert state.epochs == epochs_stored
+
+
 # ------------------------------------------------------------------------------------------------------------ the plan
 
 
@@ -304,6 +353,7 @@ def edited(out, change):
         (lambda plan: plan["steps"][0].update(recipe="../frozen.json"), "must be a file beside the plan"),
         (lambda plan: plan["steps"][0].pop("recipe"), "the step frozen lacks its recipe"),
         (lambda plan: plan["steps"][0].update(share="much"), "share of frozen must be a number"),
+        (lambda plan: plan["steps"][2].update(share=-0.1), "share of labels can't be negative, found -0.1"),
         (lambda plan: plan.update(minutes="long"), "minutes must be a number"),
         (lambda plan: plan.update(minutes=-1), "minutes must be positive"),
         (lambda plan: plan.update(prefer="size"), "prefer one of accuracy, speed"),
@@ -317,6 +367,36 @@ def test_a_plan_that_makes_no_sense_is_refused(data, tmp_path, start, change, wo
     edited(out, change)
     with raises_saying(ValueError, str(out / "plan.json"), words):
         Plan.read(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("teacher", lambda recipe: recipe["optim"].update(lrr=1), "teacher.json: optim: there is no 'lrr'"),
+        ("frozen", lambda recipe: recipe.update(start=""), "frozen.json: recipe frozen: a linear probe needs"),
+        (
+            "student",
+            lambda recipe: recipe.update(objective={"kind_of": "Supervised"}),
+            "labels are stored for a student that learns from a teacher, and the objective of this one is Supervised",
+        ),
+    ],
+)
+def test_an_edited_recipe_that_makes_no_sense_is_refused(data, tmp_path, start, name, change, words):
+    out = tmp_path / "run"
+    small_plan(out, data, start).write(out)
+    recipe = json.loads((out / f"{name}.json").read_text())
+    change(recipe)
+    (out / f"{name}.json").write_text(json.dumps(recipe))
+    with raises_saying(ValueError, str(out / "plan.json"), words):
+        Plan.read(out)
+
+
+def test_test_images_of_an_unknown_class_are_refused_at_once(tmp_path):
+    """And not after half an hour, when the models are judged."""
+    root = photos(photos(tmp_path / "data"), split="test", classes="abz")
+    with raises_saying(ValueError, "knows no class 'z'", "it knows 'a', 'b', 'c'", "rename the class"):
+        fit(root, tmp_path / "run", console=QUIET, device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_edited_plan_is_carried_out(data, tmp_path, start, own_cache):

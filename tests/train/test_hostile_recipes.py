@@ -8,6 +8,8 @@ from support.checks import raises_saying
 from support.runs import small_recipe
 
 from deit.cli import main
+from deit.data.folders import fingerprint, read_data
+from deit.fit.plan import Plan, Step
 from deit.recipe import Distilled
 from deit.recipes import find, find_to_run
 
@@ -45,6 +47,26 @@ def test_python_of_a_recipe_json_is_refused(place, settings, given, tmp_path, ca
     assert said.endswith(f"if you trust it, add --set objective.teacher={name}")
     assert not trace.exists()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:teacher .* does not name its 5 outputs")
+def test_python_of_a_plan_is_refused(given, tmp_path, capsys):
+    """Also if labels are to be stored, for which the teacher is asked."""
+    folder, name, trace = given
+    data = hostile.images(tmp_path / "data")
+    objective = Distilled(teacher=name, cache=str(tmp_path / "labels"))
+    steps = (Step(name="labels"), Step(name="student", recipe=small_recipe(objective)), Step(name="judge"))
+    train = read_data(data, holdout=0.1, seed=0)[0]
+    plan = Plan(data=str(data), fingerprint=fingerprint(train), minutes=None, steps=steps)
+    plan.write(tmp_path / "fit")
+    said = hostile.refused(["fit", str(data), "--out", str(tmp_path / "fit")], capsys)
+    assert f"student.json names the Python code {name} as its teacher" in said
+    assert "name a model's folder there" in said
+    assert not trace.exists()
+    words = said.partition("the student alone: deit ")[2].partition(";")[0].split()
+    places = {"DATA": str(data), "OTHER": str(tmp_path / "alone")}
+    assert main([places.get(word, word) for word in words]) == 0
+    assert trace.exists()
 
 
 @pytest.mark.filterwarnings("ignore:teacher .* does not name its 5 outputs")

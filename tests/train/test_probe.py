@@ -1,6 +1,9 @@
 """A linear probe, against scikit-learn on features that timm and transformers give."""
 
+import errno
 import json
+import os
+import re
 import warnings
 from dataclasses import replace
 
@@ -12,13 +15,15 @@ from support.checks import raises_saying
 from support.models import trained_folder
 from support.runs import photos
 
-from deit import Predictor, load_model
+from deit import Predictor, files, load_model
 from deit.config import ConvNetConfig, TimmConfig
 from deit.data.folders import read_data
+from deit.evaluate.calibration import Calibration
 from deit.files import cache_folder
 from deit.image.processor import DeiTImageProcessor
 from deit.machine import Processes
 from deit.model.timm_classifier import TimmClassifier
+from deit.predict.calibrate import calibrate_split
 from deit.recipe import AdamW, Augment, Compute, Cosine, Data, LinearProbe, Recipe, Supervised, epochs
 from deit.train import loop, probe
 from deit.train.loop import train
@@ -124,6 +129,23 @@ def test_too_few_images_for_folds():
         probe.choose(features, labels, LinearProbe(), seed=0)
 
 
+def test_a_rare_class_is_drawn():
+    """The draw is that of all images alike, unless it would miss a class that has an image."""
+    labels = [0] * 500 + [1] * 480 + [2] * 19 + [3]
+    plain = [np.sort(np.random.default_rng(seed).permutation(1000)[:40]) for seed in range(30)]
+    found = [probe.drawn(labels, 40, seed) for seed in range(30)]
+    whole = [len({labels[row] for row in rows}) == 4 for rows in plain]
+    assert 0 < sum(whole) < 30
+    for one, other, complete in zip(found, plain, whole, strict=True):
+        assert len(set(one.tolist())) == 40
+        assert (np.diff(one) > 0).all()
+        assert 999 in one
+        assert len({labels[row] for row in one}) == 4
+        assert len(set(one) & set(other)) >= 38
+        assert not complete or one.tolist() == other.tolist()
+    assert len({labels[row] for row in probe.drawn(labels, 3, 0)}) == 3
+
+
 # ------------------------------------------------------------------------------------------------------------- whole
 
 
@@ -203,6 +225,21 @@ def test_a_run_with_one_image_of_each_class(tmp_path, monkeypatch, capsys):
     assert [one[0]["label"] for one in Predictor(run.model)(splits[0].files)] == ["a", "b", "c"]
 
 
+def test_a_rare_class_with_balanced_weights(tmp_path, monkeypatch, capsys):
+    """One of 41 images is of the class c, and four images are drawn. What is said of the classes is of all images."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = photos(photos(photos(tmp_path / "data", count=20, classes="ab"), count=3, split="val"), count=1)
+    splits = read_data(root, holdout=0.1, seed=0)
+    assert splits[0].labels.count(2) == 1
+    recipe = replace(
+        started("distilled", tmp_path / "start"), objective=LinearProbe(images=4, class_weights="balanced")
+    )
+    run = train(recipe, *splits, tmp_path / "run", console=Console(stderr=True, width=999))
+    assert '1 class has fewer than 5 training images, too few to learn from: "c" (1).' in capsys.readouterr().err
+    found = Predictor(run.model)([splits[0].files[splits[0].labels.index(2)]])
+    assert found[0][0]["label"] == "c"
+
+
 def test_features_are_kept_by_content(data, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     recipe, splits = started("distilled", tmp_path / "start"), read_data(data, holdout=0.1, seed=0)
@@ -227,6 +264,44 @@ def test_features_are_kept_by_content(data, tmp_path, monkeypatch):
     assert len(passes) == 4
 
 
+def _full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _read_only(*_):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), "/home/me/.cache")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "fails", "words"),
+    [(probe, "save_file", _full, "No space left on device"), (files, "cache_folder", _read_only, "Read-only file")],
+)
+def test_a_cache_that_takes_nothing_costs_nothing(owner, name, fails, words, data, tmp_path, monkeypatch, capsys):
+    """A full disk, or a home that is read-only: the features are computed, and the run has the same end."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    recipe, splits = started("distilled", tmp_path / "start"), read_data(data, holdout=0.1, seed=0)
+    monkeypatch.setattr(owner, name, fails)
+    run = train(recipe, *splits, tmp_path / "run", console=Console(stderr=True, width=999))
+    assert re.search(f"the features are not kept for other runs: .*{words}", capsys.readouterr().err)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    again = train(recipe, *splits, tmp_path / "again", console=Console(quiet=True))
+    assert (run.model / "model.safetensors").read_bytes() == (again.model / "model.safetensors").read_bytes()
+    assert len(list(cache_folder("features").iterdir())) == 1
+
+
+def test_a_run_that_is_replaced_leaves_no_calibration(data, tmp_path, monkeypatch):
+    """It was of another head."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    recipe, splits = started("distilled", tmp_path / "start"), read_data(data, holdout=0.1, seed=0)
+    run = train(recipe, *splits, tmp_path / "run", console=Console(quiet=True))
+    calibrate_split(run.model, splits[1], str(data), error_rate=0.5, device="cpu", console=Console(quiet=True))
+    assert Calibration.of_model(run.model).images == 9
+    other = replace(recipe, objective=LinearProbe(strengths=(1.0,), folds=2))
+    train(other, *splits, tmp_path / "run", console=Console(quiet=True), resume=True)
+    assert Calibration.of_model(run.model) is None
+
+
 def test_an_image_that_cannot_be_read_is_left_out(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     damaged = photos(photos(tmp_path / "data", count=120), split="val", count=3)
@@ -244,11 +319,16 @@ def test_what_is_refused(data, tmp_path, monkeypatch):
         ({"augment": Augment(flip=0.5)}, "it has no augment"),
         ({"optim": AdamW(lr=1e-3, per_images=8)}, "it has no optim"),
         ({"schedule": Cosine(total=epochs(1))}, "it has no schedule"),
+        ({"evaluate": epochs(1)}, "it has no evaluate"),
+        ({"data": Data(batch=8, repeats=2)}, "sees each image once, found data.repeats=2"),
     ):
         with raises_saying(ValueError, "recipe probe", words):
             replace(recipe, **changes)
     with raises_saying(ValueError, "training takes steps"):
         replace(started("distilled", tmp_path / "other"), objective=Supervised())
+    with raises_saying(ValueError, "found --time (in Python minutes=5); leave it out", "objective.images"):
+        train(recipe, *splits, tmp_path / "run", console=Console(quiet=True), minutes=5)
+    assert not (tmp_path / "run").exists()
     train(recipe, *splits, tmp_path / "run", console=Console(quiet=True))
     with raises_saying(FileExistsError, "already holds a run", "--resume"):
         train(recipe, *splits, tmp_path / "run", console=Console(quiet=True))

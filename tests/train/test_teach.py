@@ -132,6 +132,36 @@ def test_the_cache_is_the_teacher_bit_by_bit(tmp_path, split, teacher, objective
     assert len(different) > 4
 
 
+@pytest.mark.parametrize("objective", [{"kind": "hard"}, {"kind": "soft"}], ids=str)
+def test_a_teacher_without_room_for_a_batch(tmp_path, split, teacher, objective):
+    """It answers fewer images at once, when it is introduced and when labels are made, and its labels are the same."""
+    file = tmp_path / "large.py"
+    made = (tmp_path / "teacher.py").read_text()
+    file.write_text(
+        made.replace("nn.Sequential(", "Large(").replace(
+            "def make",
+            """class Large(nn.Sequential):
+    def forward(self, x):
+        if len(x) > 1:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().forward(x)
+
+def make""",
+        )
+    )
+    recipe = pupil(teacher, **objective)
+    run(recipe, split, tmp_path / "cache", validation=split)
+    said = io.StringIO()
+    large = dataclasses.replace(recipe, objective=dataclasses.replace(recipe.objective, teacher=f"{file}:make"))
+    teach(large, split, tmp_path / "other", epochs=2, validation=split, device="cpu", console=Console(file=said))
+    assert said.getvalue().count("out of memory: 1 images are now computed at once instead of 2") == 2
+    assert judged(tmp_path / "other") == judged(tmp_path / "cache")
+    caches = [LabelCache.open(tmp_path / name, split, recipe) for name in ("cache", "other")]
+    for step in range(caches[0].steps):
+        one, other = (labels(cache, step, torch.arange(4)) for cache in caches)
+        torch.testing.assert_close(one, other)
+
+
 def test_parts_hold_what_is_documented(tmp_path, split, teacher):
     recipe = pupil(teacher, kind="soft", top_k=2)
     run(recipe, split, tmp_path / "cache")

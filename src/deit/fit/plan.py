@@ -25,7 +25,7 @@ from deit.data.folders import Split, fingerprint
 from deit.data.splitting import fit_without_test_images
 from deit.image.decode import ImageError
 from deit.machine import described, resolve_device, resolve_precision
-from deit.recipe import Compute, Distilled, LastBlocks, LinearProbe, Recipe
+from deit.recipe import Compute, Distilled, LastBlocks, LinearProbe, Recipe, is_code
 from deit.recipe import steps as in_steps
 from deit.recipes.finetune import finetune_distilled
 from deit.recipes.photos import frozen, student, teacher, teacher_from_scratch
@@ -83,9 +83,17 @@ class Plan:
             )
         if "labels" in names and "student" not in names:
             raise ValueError("labels are stored for a student, and the plan has none; remove the step labels too")
+        student = self.recipe("student")
+        if "labels" in names and student is not None and not isinstance(student.objective, Distilled):
+            raise ValueError(
+                "labels are stored for a student that learns from a teacher, and the objective of this one is "
+                f"{type(student.objective).__name__}; remove the step labels, or set the objective to Distilled"
+            )
         if not any(step.recipe for step in self.steps):
             raise ValueError("the plan trains nothing; give it at least one of frozen, teacher and student")
         for step in self.steps:
+            if step.share < 0:
+                raise ValueError(f"share of {step.name} can't be negative, found {step.share}")
             if (step.recipe is not None) != (step.name in ("frozen", "teacher", "student")):
                 raise ValueError(f"the step {step.name} {'has a' if step.recipe else 'lacks its'} recipe")
         trained = [step.recipe for step in self.steps if step.recipe]
@@ -161,7 +169,17 @@ def _read_step(out: Path, values: dict[str, Any]) -> Step:
         return Step(**values)
     if Path(name).name != name:
         raise ValueError(f"recipe {name!r} must be a file beside the plan")
-    recipe = Recipe.from_dict(files.read_json(out / name))
+    content = files.read_json(out / name)
+    try:
+        recipe = Recipe.from_dict(content)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if isinstance(recipe.objective, Distilled) and is_code(teacher := recipe.objective.teacher):
+        raise ValueError(
+            f"{name} names the Python code {teacher} as its teacher, and a fit would run it, but a recipe.json runs no "
+            f"code by itself; name a model's folder there or, if you trust it, train the student alone: deit train "
+            f"{out / name} --data DATA --out OTHER --set objective.cache= --set objective.teacher={teacher}"
+        )
     return Step(**values, recipe=recipe)
 
 

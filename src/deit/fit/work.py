@@ -14,11 +14,11 @@ from rich.console import Console
 
 from deit import files
 from deit.choices import Prefer
-from deit.data.folders import Split, fingerprint, has_split, read_data, read_examples
+from deit.data.folders import Split, fingerprint, has_split, matched, read_data, read_examples
 from deit.fit.judging import Fitted, judge, recommend, section, show
 from deit.fit.plan import FILE, Plan, StepName, looked, make_plan
 from deit.predict.calibrate import calibrate_split
-from deit.recipe import Distilled, Recipe
+from deit.recipe import Distilled, LinearProbe, Recipe
 from deit.report import document
 from deit.report.live import LivePage
 from deit.report.markup import Section, english, table
@@ -101,6 +101,8 @@ def fit(
         holdout, drawn = (plan.first.data.holdout, plan.first.seed) if plan else (0.1, seed or 0)
         splits = read_data(data, holdout=holdout, seed=drawn)
         test = read_examples(data, "test")[0] if has_split(data, "test") else None
+        if test is not None:
+            matched(test, splits[0].classes)  # or the fit would only end with it
         _say(console, *looked(data, splits, test, device))
         if plan is None:
             plan = make_plan(
@@ -212,6 +214,9 @@ class _Work:
 
     def take(self, name: StepName, seconds: float) -> float:
         """Takes a step in about `seconds`. Returns the seconds that sessions before this one gave it."""
+        if name in ("labels", "student") and self.is_untaught():
+            _say(self.console, f"{name}: left out, because the model that was to teach the student was left out")
+            return 0.0
         if name == "labels":
             began, earlier = time.perf_counter(), self.state.begun
             try:
@@ -223,7 +228,7 @@ class _Work:
         recipe = self.plan.recipe(name)
         assert recipe is not None
         recipe = self.taught(recipe) if name == "student" else recipe
-        minutes = None if name == "frozen" or math.isinf(seconds) else seconds / 60
+        minutes = None if isinstance(recipe.objective, LinearProbe) or math.isinf(seconds) else seconds / 60
         began = time.perf_counter()
         try:
             run = train(
@@ -247,22 +252,34 @@ class _Work:
         scores = {name: self.state.scores[name] for name in ("teacher", "frozen") if name in self.state.scores}
         return self.out / max(scores, key=lambda name: scores[name]) / MODEL if scores else None
 
+    def learns_from_ours(self, recipe: Recipe) -> bool:
+        """Whether the student's teacher is one of this fit's models."""
+        objective = recipe.objective
+        own = (self.out / "teacher" / MODEL).absolute()
+        return isinstance(objective, Distilled) and Path(objective.teacher) == own
+
+    def is_untaught(self) -> bool:
+        """Whether no model is there that could teach the student, because no time was left for one."""
+        recipe = self.plan.recipe("student")
+        left_out = "teacher" in self.state.seconds and self.teacher() is None
+        return left_out and recipe is not None and self.learns_from_ours(recipe)
+
     def taught(self, recipe: Recipe) -> Recipe:
         objective, best = recipe.objective, self.teacher()
         if not isinstance(objective, Distilled):
             return recipe
-        own = Path(objective.teacher) == (self.out / "teacher" / MODEL).absolute()
         return replace(
             recipe,
             objective=replace(
                 objective,
-                teacher=str(best) if own and best is not None else objective.teacher,
+                teacher=str(best) if self.learns_from_ours(recipe) and best is not None else objective.teacher,
                 cache=objective.cache if self.state.epochs else "",
             ),
         )
 
     def store_labels(self, seconds: float) -> None:
-        """Times a few batches, and then stores as many epochs as fit into the time."""
+        """Times a few batches, and then stores as many epochs as fit into the time and half of the free disk: none if
+        there is no time at all."""
         recipe = self.plan.recipe("student")
         assert recipe is not None
         taught = self.taught(recipe)
@@ -287,9 +304,12 @@ class _Work:
                 tried = min(most, batches / per_epoch)
                 took = store(tried)
                 stored, spent, rate = tried, spent + took, (tried - stored) / took
-            fitting = min(most, stored + rate * (0.9 * seconds - spent))
+            fitting = min(most, stored + min(rate * (0.9 * seconds - spent), _room(folder, stored)))
             self.state.epochs = max(stored, math.floor(fitting) if fitting > 1 else fitting)  # whole ones, if possible
             self.state.write(self.out)
+        if not self.state.epochs:
+            _say(self.console, "labels: left out, because no time is left; the student asks its teacher itself")
+            return
         store(self.state.epochs)
 
     def judge(self, test: Split | None) -> Fitted:
@@ -322,6 +342,12 @@ class _Work:
         _say(self.console, *best.judged.alarms(), *beware)
         _say(self.console, f"{page}", f"{span(seconds)} in all")
         return fitted
+
+
+def _room(folder: Path, stored: float) -> float:
+    """Epochs of labels that half of the free disk takes, by the size of those that are `stored` in the folder."""
+    free, size = files.free_bytes(folder), sum(part.stat().st_size for part in folder.glob("labels-*"))
+    return math.inf if free is None or not size else stored * free / 2 / size
 
 
 def _say(console: Console, *sentences: Text) -> None:

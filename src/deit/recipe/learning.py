@@ -148,7 +148,7 @@ class LinearProbe:
     """Choices for C, the weight of the loss beside half the squared norm of the weights for standardised features. A
     smaller one gives smaller weights."""
     images: int | None = None
-    """Largest number of training images, drawn at random; None takes all."""
+    """Largest number of training images; None takes all. They are drawn at random, one of each class first."""
     class_weights: Literal["equal", "balanced"] = "equal"
     """As for `Supervised`."""
     folds: int = 5

@@ -74,6 +74,7 @@ class Recipe:
 
     def _check(self) -> None:
         model, objective = self.model, self.objective
+        self._check_parts()
         if isinstance(objective, Distilled):
             self._check_distillation(objective)
         if isinstance(objective, MaskedImage):
@@ -142,6 +143,12 @@ class Recipe:
         )
         check(self.seed >= 0, f"seed can't be negative, found {self.seed}")
 
+    def _check_parts(self) -> None:
+        """Refuses what `from_dict` could not read back. A misspelt choice would count as another one."""
+        for name, hint in typing.get_type_hints(type(self)).items():
+            if name != "model":  # which checks itself
+                from_plain(to_plain(getattr(self, name), hint), hint, name)
+
     def _check_distillation(self, objective: Distilled) -> None:
         model, token = self.model, getattr(self.model, "distillation_token", False)
         if objective.token == "distillation":
@@ -196,12 +203,17 @@ class Recipe:
             "augment": Augment(),
             "tuning": None,
             "statistics": "batch",
+            "evaluate": None,
         }
         for name, value in unused.items():
             check(
                 getattr(self, name) == value,
                 f"a linear probe takes no steps and sees each image as it is, so it has no {name}; leave it out",
             )
+        check(
+            self.data.repeats == 1,
+            f"a linear probe sees each image once, found data.repeats={self.data.repeats}; set it to 1",
+        )
 
     def _check_tuning(self, tuning: Tuning) -> None:
         name, model = type(tuning).__name__, self.model

@@ -37,7 +37,7 @@ from deit.config import DeiTConfig
 from deit.data.batches import Batch, Faults, TrainingBatches
 from deit.data.folders import Split, fingerprint
 from deit.evaluate.scores import Accuracy
-from deit.machine import resolve_device, resolve_precision
+from deit.machine import Rows, resolve_device, resolve_precision
 from deit.recipe import Distilled, Recipe, difference
 from deit.terminal import shown
 from deit.train import guidance
@@ -183,7 +183,8 @@ def teach(
         if not rank:
             _introduce(teacher, recipe, split, validation, out, bool(todo), place, console)
         if todo:
-            _write_parts(_Work(recipe, split, teacher, layout, place), out, todo, prints, console)
+            rows = Rows(lambda sentence: _say(console, sentence))
+            _write_parts(_Work(recipe, split, teacher, layout, place, rows), out, todo, prints, console)
     return out
 
 
@@ -246,6 +247,8 @@ class _Work:
     teacher: Teacher
     layout: _Layout
     place: torch.device
+    rows: Rows
+    """Decides how many views the teacher answers at once."""
 
     def answers(self, batch: Batch, batches: TrainingBatches) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Yields positions and what is kept of the answers to them, in training's micro-batches and precision."""
@@ -256,7 +259,8 @@ class _Work:
             assert part.positions is not None
             pixels = batches.mix(part).pixels
             with torch.autocast(self.place.type, precision, enabled=precision != torch.float32):
-                yield part.positions.to(self.place, non_blocking=True), self.teacher.kept(pixels, objective)
+                kept = self.rows(lambda given: self.teacher.kept(given, objective), pixels)
+            yield part.positions.to(self.place, non_blocking=True), kept
 
 
 def _write_parts(work: _Work, out: Path, todo: list[int], prints: Mapping[str, str], console: Console) -> None:

@@ -91,19 +91,24 @@ def train(
         console: where progress is shown; standard error if it is None.
         resume: continues a stopped run of this recipe in `out`. The settings of the machine (`compute`) may differ.
             Implied if torchrun starts a process again.
-        minutes: shortens the schedule so that the run ends within this time.
+        minutes: shortens the schedule so that the run ends within this time. A linear probe has no schedule.
         receivers: what receives the rows of `metrics.jsonl` too, beside the recipe's `compute.log`.
 
     Raises:
         FileExistsError: `out` holds a run, and `resume` is False.
         files.InUse: another process trains into `out`.
-        ValueError: the run to resume has another recipe or other images.
+        ValueError: the run to resume has another recipe or other images, or `minutes` are given for a linear probe.
         TooShort: not even one step fits into `minutes`. It is a `ValueError`.
         Diverged: the loss is not finite again and again; the best model so far stays in `out/model`.
         Stopped: SIGTERM or Ctrl-C ended the run, and its state is saved. It is a `SystemExit`.
         data.BadImages: too many images can't be read.
         data.LoaderDied: a loader process died.
     """
+    if minutes is not None and isinstance(recipe.objective, LinearProbe):
+        raise ValueError(
+            f"a linear probe takes no steps that could be fewer, found --time (in Python minutes={minutes:g}); leave "
+            "it out, or set objective.images to look at fewer images"
+        )
     find_sources(recipe)
     receivers = [*receivers, *named(recipe.compute.log)]
     end = math.inf if minutes is None else time.perf_counter() + 60 * minutes

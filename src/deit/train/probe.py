@@ -57,10 +57,9 @@ def learn(
     train, validation = splits
     most = recipe.objective.images
     if most is not None and most < len(train):
-        drawn = np.random.default_rng(recipe.seed).permutation(len(train))[:most]
-        train = train.take(np.sort(drawn).tolist())
+        train = train.take(drawn(train.labels, most, recipe.seed).tolist())
     settings = recipe.objective
-    objective = ClassificationObjective(recipe, settings.class_weights, train, us.device)
+    objective = ClassificationObjective(recipe, settings.class_weights, splits[0], us.device)
     for sentence in objective.introduction(nn.Identity(), validation, us):
         reporter.say(sentence)
     model = build_model(recipe, train.classes).to(us.device).eval()
@@ -82,6 +81,14 @@ def learn(
         model, objective.validation(validation, us), us, resolve_precision(recipe.compute.precision, us.device)
     )
     return model, {"strength": strength, **crossed, **verdict.numbers}
+
+
+def drawn(labels: Sequence[int], most: int, seed: int) -> np.ndarray:
+    """The numbers of `most` images, drawn at random, in rising order. An image of each class is among them, as long as
+    there are enough."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    first = np.sort(np.unique(np.asarray(labels)[order], return_index=True)[1])  # the places of each class's first
+    return np.sort(np.concatenate([order[first], np.delete(order, first)])[:most])
 
 
 def linear_heads(model: nn.Module) -> list[nn.Linear]:
@@ -204,8 +211,8 @@ def _cached(
     """The features (N, D) in front of each head and the labels (N,) of a split, from the cache if they are there."""
     try:
         cache = files.cache_folder("features")
-    except PermissionError as error:
-        reporter.say(str(error))
+    except OSError as error:
+        reporter.say(f"the features are not kept for other runs: {error}")
         return _computed(recipe, split, model, us, reporter)
     file = cache / f"{_digest(recipe, split, model)}.safetensors"
     if file.is_file() and files.only_mine(file):
@@ -215,9 +222,13 @@ def _cached(
             reporter.say(f"the features of {len(split)} images come from {file}")
             return [kept[f"features.{number}"] for number in range(len(kept) - 1)], kept["labels"]
     features, labels = _computed(recipe, split, model, us, reporter)
-    with files.replacing(file) as temporary:
-        save_file({f"features.{number}": each for number, each in enumerate(features)} | {"labels": labels}, temporary)
-    files.forget_unused(cache)
+    try:
+        with files.replacing(file) as temporary:
+            kept = {f"features.{number}": each for number, each in enumerate(features)} | {"labels": labels}
+            save_file(kept, temporary)
+        files.forget_unused(cache)
+    except OSError as error:  # they are here, and only another run would gain by the file
+        reporter.say(f"the features are not kept for other runs: {file}: {getattr(error, 'reason', error)}")
     return features, labels
 
 

@@ -357,11 +357,11 @@ def save_model(work: Work, folder: Path) -> None:
             tuning.save_adapters(tuned, folder.parent / ADAPTER, work.recipe.start or "")
             model = tuning.merged(tuned)
     if work.us.main:
-        (folder / CALIBRATION).unlink(missing_ok=True)  # it was of the model before
         save_classifier(model, work.recipe, folder)
 
 
 def save_classifier(model: Any, recipe: Recipe, folder: Path) -> None:
+    (folder / CALIBRATION).unlink(missing_ok=True)  # it was of the model before
     model.save_pretrained(folder)
     processor_for(recipe).save_pretrained(folder)
 

@@ -23,7 +23,7 @@ from deit.data.batches import EvaluationBatches, processor_for
 from deit.data.folders import Split, nfc
 from deit.evaluate.models import evaluate
 from deit.evaluate.scores import Accuracy
-from deit.machine import Processes
+from deit.machine import Processes, Rows
 from deit.model.load import load_classifier
 from deit.model.network import PreTrained
 from deit.model.timm_classifier import refuse_larger
@@ -259,12 +259,15 @@ class Teacher:
         some = _some(split, _JUDGED)
         batches = EvaluationBatches(some, processor_for(recipe), min(recipe.data.batch, _JUDGED), keep=False)
         correct = total = 0
+        told: list[str] = []
+        rows = Rows(told.append)
         for batch in batches:
             read = batch.labels >= 0
             if read.any():
-                answers = self(batch.pixels[read].to(device)).argmax(-1).cpu()
-                correct += int((answers == batch.labels[read]).sum())
+                logits = rows(lambda pixels: {"logits": self(pixels)}, batch.pixels[read].to(device))["logits"]
+                correct += int((logits.argmax(-1).cpu() == batch.labels[read]).sum())
                 total += int(read.sum())
+        yield from told
         if not total:
             return
         self.judged, often = Accuracy(correct, total), max(Counter(some.labels).values()) / len(some)
