@@ -2,15 +2,19 @@
 
 import inspect
 import json
+import pickle
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.checks import assert_close, raises_saying
 from support.hugging_face import CLASSES, hf_prefix, pair
-from support.models import LABELS, build, images, small
+from support.models import LABELS, build, images, saved, small
 
 import deit
 from deit import weights
+from deit.export.convert import convert
 from deit.files import CheckpointError
 from deit.image.processor import BatchFeature, DeiTImageProcessor
 
@@ -463,6 +467,45 @@ def test_push_with_preprocessing(model, uploads, tmp_path):
     assert [options["repo_id"] for options, _ in uploads] == ["org/ants", "n", "org/ants", "org/ants"]
     found = [files.get("preprocessor_config.json") for _, files in uploads]
     assert found == [processor.to_json_string(), processor.to_json_string(), other.to_json_string(), None]
+
+
+def test_no_token_stays_in_a_model(model, uploads, tmp_path, monkeypatch):
+    """Whoever gets the pickled model would read it. What a push reads of the model's place, it reads with its own."""
+    model.save_pretrained(tmp_path / "m")
+    DeiTImageProcessor.paper(16).save_pretrained(tmp_path / "m")
+    loaded = load(tmp_path / "m", token="hf_secret", revision="v1")
+    assert b"hf_secret" not in pickle.dumps(loaded)
+    of_model, asked = DeiTImageProcessor.of_model, []
+
+    def asking(*place, **where):
+        asked.append((where["token"], where["revision"]))
+        return of_model(*place, **where)
+
+    monkeypatch.setattr(DeiTImageProcessor, "of_model", asking)
+    loaded.push_to_hub("org/ants", token="hf_pushing")
+    loaded.save_pretrained(tmp_path / "n", push_to_hub=True, token="hf_saving")
+    assert asked == [("hf_pushing", "v1"), ("hf_saving", "v1")]
+
+
+@pytest.mark.parametrize("form", ["timm", "file", "unnamed class"])
+def test_every_loaded_model_knows_where_it_came_from(form, uploads, tmp_path):
+    """`load_model` too, whatever tells it the class: a push takes the preprocessing from that place."""
+    plain, folder = build("classification", small(id2label=LABELS, distillation_token=False)), tmp_path / "m"
+    saved(plain, folder)
+    if form == "timm":
+        convert(folder, "timm", tmp_path / "place")
+    else:
+        content = json.loads((folder / "config.json").read_text())
+        del content["architectures"]
+        (folder / "config.json").write_text(json.dumps(content))
+        folder.rename(tmp_path / "place")
+    place = tmp_path / "place" / "model.safetensors" if form == "file" else tmp_path / "place"
+    loaded, _ = deit.load_model(place, output_loading_info=True)
+    assert loaded.name_or_path == place
+    loaded.push_to_hub("org/ants")
+    found = DeiTImageProcessor.from_dict(json.loads(uploads[-1][1]["preprocessor_config.json"]))
+    x = Image.fromarray((np.arange(1200) % 251).astype(np.uint8).reshape(20, 20, 3))
+    np.testing.assert_allclose(found([x]).pixel_values, DeiTImageProcessor.paper(16)([x]).pixel_values, atol=1e-6)
 
 
 def test_push_of_config_and_processor(model, uploads, tmp_path):

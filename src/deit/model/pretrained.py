@@ -57,7 +57,7 @@ class PreTrained(TimmWays, nn.Module):
     name_or_path: str | Path | None = None
     """What `from_pretrained` read."""
     _where: Mapping[str, Any] = MappingProxyType({})
-    """How `from_pretrained` was told to read it."""
+    """How `from_pretrained` was told to read it. The token is left out, because whoever gets a pickled model reads it."""
     _hook_for_gradients: Any = None
 
     @property
@@ -215,7 +215,7 @@ class PreTrained(TimmWays, nn.Module):
         tensors = self._tensors() if state_dict is None else self._own(state_dict)
         hub.write_checkpoint(Path(save_directory), self.config, tensors, max_shard_size=max_shard_size, variant=variant)
         if push_to_hub:
-            self._save_processor(Path(save_directory))
+            self._save_processor(Path(save_directory), token=token)
             hub.push_folder(Path(save_directory), facts=self._facts(), **push)
 
     def push_to_hub(
@@ -244,7 +244,7 @@ class PreTrained(TimmWays, nn.Module):
 
         def save(folder: Path) -> None:
             self.save_pretrained(folder, max_shard_size=max_shard_size, variant=variant)
-            self._save_processor(folder, processor)
+            self._save_processor(folder, processor, token)
 
         known = self._facts()
         facts = Facts(
@@ -260,15 +260,22 @@ class PreTrained(TimmWays, nn.Module):
             facts=facts,
         )
 
+    def _came_from(self, name_or_path: str | Path | None, where: Mapping[str, Any]) -> None:
+        """Keeps where the model was read from, for `push_to_hub`. `where` is as for `from_pretrained`."""
+        self.name_or_path = name_or_path
+        self._where = {name: value for name, value in where.items() if name != "token"}
+
     def for_trainer(self, processor: DeiTImageProcessor) -> TrainerFiles:
         """The `processing_class` with which `transformers.Trainer` saves whole folders of this model."""
         return TrainerFiles(self, processor)
 
-    def _save_processor(self, folder: Path, processor: DeiTImageProcessor | None = None) -> None:
-        """Writes the preprocessing beside the model, if it is known and the folder has none."""
+    def _save_processor(
+        self, folder: Path, processor: DeiTImageProcessor | None = None, token: str | bool | None = None
+    ) -> None:
+        """Writes the preprocessing beside the model, if it is known and the folder has none. `token` may read it."""
         if processor is None and not (folder / "preprocessor_config.json").exists() and self.name_or_path is not None:
             with suppress(FileNotFoundError):
-                processor = DeiTImageProcessor.of_model(self.name_or_path, self.config, **self._where)
+                processor = DeiTImageProcessor.of_model(self.name_or_path, self.config, **self._where, token=token)
         if processor is not None:
             processor.save_pretrained(folder)
 
@@ -409,7 +416,7 @@ class PreTrained(TimmWays, nn.Module):
             **overrides,
         )
         model = loaded[0] if output_loading_info else loaded
-        model.name_or_path, model._where = pretrained_model_name_or_path, where
+        model._came_from(pretrained_model_name_or_path, where)
         return loaded
 
     @classmethod
