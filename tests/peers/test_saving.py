@@ -248,6 +248,28 @@ def test_config_and_state_dict(name):
         assert_close(again(**given).to_tuple(), theirs(**given).to_tuple())
 
 
+def test_a_state_dict_stays_what_it_is():
+    """Training a model changes none of the tensors that it was loaded from."""
+    other = build("classification", small())
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    for state in (other.state_dict(), other.state_dict(keep_vars=True), weights.from_ours(other._tensors(), "timm")):
+        model = load(None, config=other.config, state_dict=state)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        model(images(model.config), labels=torch.tensor([0, 1])).loss.backward()
+        optimizer.step()
+        assert not torch.equal(model.deit.norm.bias, before["deit.norm.bias"])
+        assert_close(other.state_dict(), before, 0)
+
+
+def test_a_state_dict_decides_where_the_model_lies():
+    """Its new parts lie there too."""
+    backbone = build("backbone", small())
+    state = {name: tensor.to("meta") for name, tensor in backbone.state_dict().items()}
+    with pytest.warns(UserWarning, match=r"does not give classifier.weight, classifier.bias: initialised anew"):
+        model = load(None, config=backbone.config, state_dict=state)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
 def test_state_dict_beside_a_folder(model, tmp_path):
     model.save_pretrained(tmp_path)
     other = build("classification", model.config, seed=3)

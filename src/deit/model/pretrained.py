@@ -353,7 +353,7 @@ class PreTrained(TimmWays, nn.Module):
                 `deit_tiny.pth`. None takes everything from `config` and `state_dict`.
             config: replaces the file's own config. Needed if there is none and the shapes don't tell the architecture.
                 A name or a folder stands for the config that is there.
-            state_dict: tensors in any dialect, which are loaded in place of the files'.
+            state_dict: tensors in any dialect, whose values are loaded in place of the files'.
             force_download: fetches files of the hub again though the cache has them.
             variant: reads the files of that name, e.g. "fp16" for `model.fp16.safetensors`.
             use_safetensors: True reads such files alone, False none of them.
@@ -394,7 +394,8 @@ class PreTrained(TimmWays, nn.Module):
         if state_dict is not None:
             if config is None and pretrained_model_name_or_path is not None:
                 config = DeiTConfig.from_pretrained(pretrained_model_name_or_path, **where)
-            found = hub.of_tensors(state_dict, config)
+            # Copies, because training would change the tensors that were given, which may be another model's.
+            found = hub.of_tensors({name: tensor.detach().clone() for name, tensor in state_dict.items()}, config)
         else:
             found = hub.read_checkpoint(
                 pretrained_model_name_or_path,  # type: ignore[arg-type]
@@ -472,10 +473,11 @@ class PreTrained(TimmWays, nn.Module):
         for parameter in self.parameters():
             parameter.requires_grad_(True)
         own = [name[base:] for name in fitted.fresh]
+        place = next(iter(fitted.given.values())).device  # a state dict may lie on a GPU
         for name in own:
             owner, _, leaf = name.rpartition(".")
             module = self.get_submodule(owner)
-            setattr(module, leaf, nn.Parameter(torch.empty(getattr(module, leaf).shape)))
+            setattr(module, leaf, nn.Parameter(torch.empty(getattr(module, leaf).shape, device=place)))
         initialise(self, self.config, own)
         return fitted.info
 
