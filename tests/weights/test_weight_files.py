@@ -14,10 +14,11 @@ import pytest
 import safetensors.torch
 import torch
 from support.checks import assert_close, raises_saying, run_python
-from support.models import CLASS_OF, build, images, small
+from support.models import CLASS_OF, LABELS, build, images, small
 
 from deit import files, weights
 from deit.config import DeiTConfig
+from deit.model.load import load_model
 from deit.model.network import DeiTForImageClassification, DeiTModel
 from deit.weights import hub
 
@@ -238,6 +239,17 @@ def test_config_given(saved):
     assert loaded.config == model.config
     with torch.no_grad():
         assert_close(loaded(images(model.config)).logits, model(images(model.config)).logits, 1e-6)
+
+
+@pytest.mark.parametrize("reading", [load, load_model], ids=["from_pretrained", "load_model"])
+@pytest.mark.parametrize("form", [str, Path])
+def test_config_of_another_place(reading, form, saved, tmp_path):
+    """A name or a folder stands for the config that is there, whatever reads the weights."""
+    model, folder = saved
+    torch.save(model.state_dict(), tmp_path / "m.pth")
+    loaded = reading(tmp_path / "m.pth", config=form(folder))
+    assert loaded.config.id2label == LABELS
+    assert_close(loaded.state_dict(), model.state_dict(), 0)
 
 
 @pytest.mark.parametrize("average", ["state_dict_ema", "model_ema"])

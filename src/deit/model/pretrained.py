@@ -387,13 +387,11 @@ class PreTrained(TimmWays, nn.Module):
         } | ({"force_download": True} if force_download else {})
         _refuse_undone(overrides)
         _one_device(device_map)
-        if isinstance(config, str | Path):
-            config = DeiTConfig.from_pretrained(config, **where)
         if state_dict is None and pretrained_model_name_or_path is None:
             raise ValueError("there is nothing to load; give a name or a folder, or config= and state_dict=")
         if state_dict is not None:
-            if config is None and pretrained_model_name_or_path is not None:
-                config = DeiTConfig.from_pretrained(pretrained_model_name_or_path, **where)
+            config = pretrained_model_name_or_path if config is None else config
+            config = DeiTConfig.from_pretrained(config, **where) if isinstance(config, str | Path) else config
             # Copies, because training would change the tensors that were given, which may be another model's.
             found = hub.of_tensors({name: tensor.detach().clone() for name, tensor in state_dict.items()}, config)
         else:

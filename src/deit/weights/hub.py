@@ -239,7 +239,7 @@ def _others(names: list[str]) -> str:
 def read_checkpoint(
     name_or_folder: str | Path,
     *,
-    config: DeiTConfig | None = None,
+    config: DeiTConfig | str | Path | None = None,
     arrays: Arrays = "torch",
     variant: str | None = None,
     use_safetensors: bool | None = None,
@@ -247,10 +247,13 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Reads a folder, a hub repository or a weight file, in any dialect. `where` is as in `find_file`.
 
-    If there is neither a `config` nor a `config.json`, the shapes of the tensors tell the architecture. `variant` reads
-    files like `model.fp16.safetensors`. `use_safetensors` allows such files alone, or none.
+    If there is neither a `config` nor a `config.json`, the shapes of the tensors tell the architecture. A `config` that
+    is a name or a folder stands for the config that is there. `variant` reads files like `model.fp16.safetensors`.
+    `use_safetensors` allows such files alone, or none.
     """
-    if config is None:
+    if isinstance(config, str | Path):
+        config = DeiTConfig.from_pretrained(config, **where)
+    elif config is None:
         try:
             config = DeiTConfig.from_pretrained(name_or_folder, **where)
         except NotFetched:
