@@ -110,6 +110,14 @@ def test_views_and_shared_storage_are_saved_whole(tmp_path):
     assert_close(DeiTForImageClassification.from_pretrained(tmp_path).state_dict(), model.state_dict(), 0)
 
 
+def test_tied_heads_are_saved_each_for_itself(tmp_path):
+    model = build("with_teacher", small())
+    model.distillation_classifier = model.cls_classifier
+    model.save_pretrained(tmp_path)
+    again = CLASS_OF["with_teacher"].from_pretrained(tmp_path)
+    assert_close(again.state_dict(), model.state_dict(), 0)
+
+
 # ------------------------------------------------------------------------------------------------------- what is read
 
 
@@ -285,6 +293,17 @@ def test_scores_paths_and_times_beside_the_weights_are_left_unread(tmp_path, zip
     with pytest.warns(UserWarning, match=f"^{re.escape(sentence)}$"):
         found = hub.read_tensors(path)
     assert_close(found, tensors, 0)
+
+
+@pytest.mark.parametrize("arrays", ["torch", "numpy"])
+def test_parameters_in_a_pickle(arrays, tmp_path):
+    """Code that saves `named_parameters()` stores parameters, and tied ones share their memory."""
+    weight = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
+    torch.save({"a": weight, "b": weight}, tmp_path / "m.pth")
+    found = hub.read_tensors(tmp_path / "m.pth", arrays)
+    found["a"][:] = 0.0
+    assert_close(found["b"], weight.detach(), 0)
+    assert isinstance(found["a"], np.ndarray) == (arrays == "numpy")
 
 
 def test_weights_that_are_no_tensors_are_refused(tmp_path):

@@ -456,7 +456,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
             "not read; the weights are",
             stacklevel=2,
         )
-    return dict(tensors)
+    return _apart({name: tensor.detach() for name, tensor in tensors.items()})
 
 
 _WEIGHT_KEYS = ("state_dict_ema", "model_ema", "model", "state_dict", "model_state_dict", "module")
@@ -513,7 +513,17 @@ def _save_file(tensors: Mapping[str, Any], path: Path) -> None:
     else:
         from safetensors.torch import save_file
 
-        save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=metadata)
+        save_file(_apart({key: value.contiguous() for key, value in tensors.items()}), path, metadata=metadata)
+
+
+def _apart(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """PyTorch's tensors, each in memory of its own: tied ones are copied."""
+    held: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        found[name] = tensor.clone() if tensor.data_ptr() in held else tensor
+        held.add(tensor.data_ptr())
+    return found
 
 
 def _shards(tensors: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
