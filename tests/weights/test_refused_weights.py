@@ -121,6 +121,27 @@ def altered(saved, change):
     return folder
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int64", "bool", "complex64"])
+def test_numbers_that_are_no_floats(dtype, saved):
+    def change(named):
+        for leaf in ("weight", "bias"):
+            named[f"classifier.{leaf}"] = named[f"classifier.{leaf}"].to(getattr(torch, dtype))
+
+    with raises_saying(
+        files.CheckpointError,
+        f"model.safetensors: classifier.weight holds torch.{dtype} (and 1 more), expected floating-point numbers; ask",
+    ):
+        load(altered(saved, change))
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.to_sparse, lambda tensor: tensor.to("meta")], ids=["sparse", "meta"])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_tensors_without_all_of_their_numbers(change, tmp_path):
+    torch.save({"a": torch.ones(2), "b": change(torch.eye(3))}, tmp_path / "m.pth")
+    with raises_saying(files.CheckpointError, tmp_path / "m.pth", "names more numbers than it holds, expected whole"):
+        load(tmp_path / "m.pth")
+
+
 def test_key_without_a_rule(saved):
     folder = altered(saved, lambda named: named.update({"deit.extra.weight": torch.zeros(1)}))
     with raises_saying(

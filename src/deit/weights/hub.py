@@ -167,10 +167,15 @@ class Checkpoint:
     ) -> tuple[dict[str, Any], list[str], list[str]]:
         """The tensors that a model expects, and the names of the missing ones and of those in another shape.
 
-        Raises `CheckpointError` if a tensor has another shape, or if one is missing that a file may not lack (it may
-        lack heads, the pooler and the mask token), or is too large to be made up.
+        Raises `CheckpointError` if a tensor has another shape or holds whole numbers, or if one is missing that a file
+        may not lack (it may lack heads, the pooler and the mask token), or is too large to be made up.
         """
         given = {name: tensor for name, tensor in self.tensors.items() if name in expected}
+        if whole := [name for name, tensor in given.items() if "float" not in str(tensor.dtype)]:
+            raise CheckpointError(
+                f"{self.file}: {whole[0]} holds {given[whole[0]].dtype}{_others(whole)}, expected floating-point "
+                "numbers; ask for the model as it was before it was quantised"
+            )
         mismatched = [name for name in expected if name in given and tuple(given[name].shape) != expected[name]]
         wide = "classifier.weight" in mismatched and _reads_the_mean(given["classifier.weight"], expected)
         if wide:  # its bias would fit, but it belongs to weights that don't
@@ -445,7 +450,8 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f'{path}: {other[0]!r} is {kind}, expected tensors only, or a dictionary with them under "model"'
         )
-    if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > 4 * path.stat().st_size:
+    whole = all(tensor.layout == torch.strided and not tensor.is_meta for tensor in tensors.values())
+    if not whole or sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > 4 * path.stat().st_size:
         raise CheckpointError(
             f"{path} names more numbers than it holds, expected whole tensors; ask for a safetensors file"
         )
