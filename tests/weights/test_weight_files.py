@@ -165,6 +165,27 @@ def test_backbone_of_a_classifier(saved):
     assert_close(backbone.state_dict(), model.deit.state_dict(), 0)
 
 
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [
+        ({"qkv_bias": False}, "deit.blocks.0.attention.qkv.bias (and 2 more)"),
+        ({"layer_scale_init_value": None}, "deit.blocks.0.scale1 (and 5 more)"),
+        ({"num_hidden_layers": 2}, "deit.blocks.2.attention.out.bias (and 13 more)"),
+    ],
+    ids=str,
+)
+def test_tensors_that_the_config_has_no_place_for(changes, left, tmp_path):
+    """The model would answer as no model that was trained."""
+    build("classification", small(layer_scale_init_value=0.1)).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning) as caught:
+        load(tmp_path, **changes)
+    assert [str(warning.message) for warning in caught] == [
+        f"{tmp_path / 'model.safetensors'} holds {left}, which this model's config does not ask for: left out, so the "
+        "model is not the one that was trained; check the config"
+    ]
+    assert caught[0].filename == __file__
+
+
 def test_other_number_of_labels(saved):
     model, folder = saved
     with raises_saying(

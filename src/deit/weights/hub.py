@@ -142,14 +142,22 @@ class Checkpoint:
         )
 
     def fit(self, expected: Mapping[str, tuple[int, ...]], ignore_mismatched_sizes: bool) -> Fitted:
-        """The tensors for a model that expects these names and shapes. Warns of tensors that start from fresh values.
+        """The tensors for a model that expects these names and shapes.
 
+        Warns of tensors that start from fresh values, and of tensors of the transformer that the model has no place for.
         Raises `CheckpointError` as `faults` does.
         """
         given, missing, mismatched = self.faults(expected, ignore_mismatched_sizes)
         if fresh := [*missing, *mismatched]:
             warnings.warn(
                 f"{self.file} does not give {', '.join(fresh)}: initialised anew, train before use", stacklevel=5
+            )
+        unused = sorted(self.tensors.keys() - expected.keys())
+        if left := [name for name in unused if not name.startswith(_MAY_BE_MISSING)]:
+            warnings.warn(
+                f"{self.file} holds {left[0]}{_others(left)}, which this model's config does not ask for: left out, so "
+                "the model is not the one that was trained; check the config",
+                stacklevel=5,
             )
         return Fitted(
             {name: given[name] for name in given if name not in mismatched},
@@ -158,7 +166,7 @@ class Checkpoint:
                 "missing_keys": missing,
                 "mismatched_keys": mismatched,
                 "error_msgs": [],
-                "unexpected_keys": sorted(self.tensors.keys() - expected.keys()),
+                "unexpected_keys": unused,
             },
         )
 
@@ -230,6 +238,7 @@ _MAY_BE_MISSING = (
     "deit.pooler.",
     "deit.mask_token",
 )
+"""What the names of the parts begin with that a file may lack, or have for another class."""
 
 
 def _reads_the_mean(classifier: Any, expected: Mapping[str, tuple[int, ...]]) -> bool:
