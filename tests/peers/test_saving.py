@@ -466,6 +466,9 @@ def uploads(monkeypatch):
         def create_repo(self, repo_id, **options):
             pass
 
+        def create_branch(self, repo_id, **options):
+            pass
+
         def upload_folder(self, *, folder_path, **options):
             files = {path.name: path.read_text(errors="replace") for path in folder_path.iterdir()}
             done.append((options, files))

@@ -215,6 +215,9 @@ def uploads(monkeypatch):
         def create_repo(self, repo_id, **options):
             done.append(("create", repo_id, options))
 
+        def create_branch(self, repo_id, **options):
+            done.append(("branch", repo_id, options))
+
         def upload_folder(self, *, folder_path, **options):
             files = {p.name: p.read_bytes() for p in Path(folder_path).iterdir()}
             done.append(("upload", options, files))
@@ -230,9 +233,10 @@ def test_push(saved, uploads):
         model.push_to_hub("org/ants", token="secret", private=True, revision="dev", commit_message="First")
         == "https://hub/commit/1"
     )
-    token, create, (_, options, files) = uploads
+    token, create, branch, (_, options, files) = uploads
     assert token == ("token", "secret")
     assert create == ("create", "org/ants", {"private": True, "exist_ok": True})
+    assert branch == ("branch", "org/ants", {"branch": "dev", "exist_ok": True})  # which the hub does not make itself
     assert options == {"repo_id": "org/ants", "revision": "dev", "commit_message": "First"}
     assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     assert files["config.json"] == (folder / "config.json").read_bytes()
@@ -246,6 +250,13 @@ def test_push(saved, uploads):
         'model = deit.load_model("org/ants")',
     ):
         assert part in card
+
+
+@pytest.mark.parametrize("revision", [None, "refs/pr/3"])
+def test_push_that_needs_no_branch(revision, saved, uploads):
+    saved[0].push_to_hub("org/ants", revision=revision)
+    assert [what for what, *_ in uploads] == ["token", "create", "upload"]
+    assert uploads[-1][1]["revision"] == revision
 
 
 def test_push_of_a_saved_folder(saved, uploads):
