@@ -457,6 +457,7 @@ def test_batch_feature_casts_floats_alone(target):
 @pytest.fixture
 def uploads(monkeypatch):
     """Stands in for the hub's client: the names and the contents of each upload."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
     done = []
 
     class Api:
@@ -464,7 +465,7 @@ def uploads(monkeypatch):
             pass
 
         def create_repo(self, repo_id, **options):
-            pass
+            return huggingface_hub.RepoUrl(f"https://hub/{repo_id if '/' in repo_id else f'me/{repo_id}'}", "https://hub")
 
         def create_branch(self, repo_id, **options):
             pass
@@ -474,7 +475,7 @@ def uploads(monkeypatch):
             done.append((options, files))
             return "https://hub/commit/1"
 
-    monkeypatch.setattr(pytest.importorskip("huggingface_hub"), "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     return done
 
 
@@ -489,7 +490,7 @@ def test_push_with_preprocessing(model, uploads, tmp_path):
     other = DeiTImageProcessor.paper(16)
     model.push_to_hub("org/ants", processor=other)
     model.push_to_hub("org/ants")
-    assert [options["repo_id"] for options, _ in uploads] == ["org/ants", "n", "org/ants", "org/ants"]
+    assert [options["repo_id"] for options, _ in uploads] == ["org/ants", "me/n", "org/ants", "org/ants"]
     found = [files.get("preprocessor_config.json") for _, files in uploads]
     assert found == [processor.to_json_string(), processor.to_json_string(), other.to_json_string(), None]
 
@@ -548,7 +549,7 @@ def test_push_of_config_and_processor(model, uploads, tmp_path):
         ["preprocessor_config.json"],
         ["config.json"],
     ]
-    assert [options["repo_id"] for options, _ in uploads] == ["org/a", "org/b", "org/c", "c"]
+    assert [options["repo_id"] for options, _ in uploads] == ["org/a", "org/b", "org/c", "me/c"]
     assert [options["commit_message"] for options, _ in uploads] == [
         "Upload config",
         "Mine",

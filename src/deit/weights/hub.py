@@ -605,10 +605,21 @@ def push_folder(
 
     A README.md is written if there is none; `facts` are what it says beyond the files.
     """
-    card = folder / "README.md"
-    if not card.exists():
-        write_text(card, model_card(DeiTConfig.from_pretrained(folder), repo_id, facts))
-    return upload(folder, repo_id, token=token, private=private, revision=revision, commit_message=commit_message)
+
+    def describe(name: str) -> None:
+        card = folder / "README.md"
+        if not card.exists():
+            write_text(card, model_card(DeiTConfig.from_pretrained(folder), name, facts))
+
+    return upload(
+        folder,
+        repo_id,
+        token=token,
+        private=private,
+        revision=revision,
+        commit_message=commit_message,
+        describe=describe,
+    )
 
 
 def push_saved(save: Callable[[Path], object], repo_id: str, **options: Any) -> str:
