@@ -3,6 +3,7 @@
 import os
 import random
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -119,6 +120,22 @@ def altered(saved, change):
     change(named)
     safetensors.torch.save_file({k: v.contiguous() for k, v in named.items()}, folder / "model.safetensors")
     return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("flax_model.msgpack", "is a file of Flax, expected safetensors, .bin, .pth or .h5; load its folder with from_fl"),
+        ("ViT-B_16.npz", "is a file of NumPy, as Google's ViTs have, expected safetensors, .bin, .pth or .h5; load it"),
+        ("model.keras", "is a whole model of Keras, expected safetensors, .bin, .pth or .h5; import deit.model_keras"),
+    ],
+)
+def test_formats_that_are_not_read(name, said, tmp_path):
+    """They are not called damaged."""
+    np.savez(tmp_path / "a.npz", a=np.ones(3))
+    (tmp_path / "a.npz").rename(tmp_path / name)
+    with raises_saying(files.CheckpointError, f"{tmp_path / name} {said}"):
+        load(tmp_path / name)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int64", "bool", "complex64"])

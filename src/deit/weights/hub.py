@@ -302,6 +302,8 @@ def read_tensors(path: Path, arrays: Arrays = "torch") -> dict[str, Any]:
 
     Tensors that TensorFlow stored get the names and the layout of Hugging Face's PyTorch files.
     """
+    if path.suffix in _UNREAD_FORMATS:
+        raise CheckpointError(f"{path} is {_UNREAD_FORMATS[path.suffix]}")
     if path.suffix == ".h5":
         return _as(arrays, weights.from_tensorflow(_read_h5(path), file=str(path)))
     if path.suffix != ".safetensors":
@@ -323,6 +325,17 @@ def read_tensors(path: Path, arrays: Arrays = "torch") -> dict[str, Any]:
     if any(name.endswith(":0") for name in tensors):
         return _as(arrays, weights.from_tensorflow(_as("numpy", tensors), file=str(path)))
     return tensors
+
+
+_UNREAD_FORMATS = {
+    ".msgpack": "a file of Flax, expected safetensors, .bin, .pth or .h5; load its folder with from_flax=True in "
+    "transformers 4, and save it with save_pretrained",
+    ".npz": "a file of NumPy, as Google's ViTs have, expected safetensors, .bin, .pth or .h5; load it with timm's "
+    "create_model(NAME, checkpoint_path=FILE), and save its state_dict()",
+    ".keras": "a whole model of Keras, expected safetensors, .bin, .pth or .h5; import deit.model_keras, load it with "
+    "keras.saving.load_model, and save it with save_pretrained",
+}
+"""Files that people take for weights to read, and how they get such weights from them."""
 
 
 def _as(arrays: Arrays, tensors: Mapping[str, Any]) -> dict[str, Any]:
