@@ -128,6 +128,32 @@ def test_refused_state_dicts(model, tmp_path):
     assert names(tmp_path) == set()
 
 
+@pytest.mark.parametrize("part", ["block", "backbone"])
+def test_compiled_parts_save_as_themselves(part, model, tmp_path):
+    """`torch.compile` wraps a module, and the names of its tensors say so."""
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if part == "block":
+        model.deit.blocks[1] = torch.compile(model.deit.blocks[1])
+    else:
+        model.deit = torch.compile(model.deit)
+    assert model.state_dict().keys() != expected.keys()
+    model.save_pretrained(tmp_path / "a")
+    model.save_pretrained(tmp_path / "b", state_dict=model.state_dict())
+    for folder in ("a", "b"):
+        assert_close(load(tmp_path / folder).state_dict(), expected, 0)
+
+
+def test_tensors_that_no_file_has_a_place_for(model, tmp_path):
+    torch.nn.utils.parametrizations.weight_norm(model.deit.blocks[0].mlp.fc1)
+    with raises_saying(
+        ValueError,
+        "the model has the tensor deit.blocks.0.mlp.fc1.parametrizations.weight.original0, and no file of this family "
+        "has a place for it; merge adapters, remove parametrizations",
+    ):
+        model.save_pretrained(tmp_path)
+    assert names(tmp_path) == set()
+
+
 def test_other_processes_save_nothing(model, tmp_path):
     model.save_pretrained(tmp_path / "m", is_main_process=False)
     assert not (tmp_path / "m").exists()

@@ -317,7 +317,7 @@ class PreTrained(TimmWays, nn.Module):
     def _tensors(self) -> dict[str, Tensor]:
         """The parameters under the names of `weights.manifest`."""
         base = weights.BASE if self.kind == "backbone" else ""
-        return {base + name: tensor.detach() for name, tensor in self.state_dict().items()}
+        return {base + weights.unwrap(name): tensor.detach() for name, tensor in self.state_dict().items()}
 
     @classmethod
     def from_pretrained(
