@@ -215,7 +215,9 @@ def uploads(monkeypatch):
 
         def create_repo(self, repo_id, **options):
             done.append(("create", repo_id, options))
-            return huggingface_hub.RepoUrl(f"https://hub/{repo_id if '/' in repo_id else f'me/{repo_id}'}", "https://hub")
+            return huggingface_hub.RepoUrl(
+                f"https://hub/{repo_id if '/' in repo_id else f'me/{repo_id}'}", "https://hub"
+            )
 
         def create_branch(self, repo_id, **options):
             done.append(("branch", repo_id, options))

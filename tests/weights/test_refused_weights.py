@@ -125,7 +125,7 @@ def altered(saved, change):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("flax_model.msgpack", "is a file of Flax, expected safetensors, .bin, .pth or .h5; load its folder with from_fl"),
+        ("flax_model.msgpack", "is a file of Flax, expected safetensors, .bin, .pth or .h5; load its folder with"),
         ("ViT-B_16.npz", "is a file of NumPy, as Google's ViTs have, expected safetensors, .bin, .pth or .h5; load it"),
         ("model.keras", "is a whole model of Keras, expected safetensors, .bin, .pth or .h5; import deit.model_keras"),
     ],

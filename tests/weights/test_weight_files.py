@@ -177,7 +177,7 @@ def test_backbone_of_a_classifier(saved):
 def test_tensors_that_the_config_has_no_place_for(changes, left, tmp_path):
     """The model would answer as no model that was trained."""
     build("classification", small(layer_scale_init_value=0.1)).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="does not ask for") as caught:
         load(tmp_path, **changes)
     assert [str(warning.message) for warning in caught] == [
         f"{tmp_path / 'model.safetensors'} holds {left}, which this model's config does not ask for: left out, so the "

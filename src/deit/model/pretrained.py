@@ -57,7 +57,7 @@ class PreTrained(TimmWays, nn.Module):
     name_or_path: str | Path | None = None
     """What `from_pretrained` read."""
     _where: Mapping[str, Any] = MappingProxyType({})
-    """How `from_pretrained` was told to read it. The token is left out, because whoever gets a pickled model reads it."""
+    """How `from_pretrained` was told to read it, without the token: whoever gets a pickled model would read it."""
     _hook_for_gradients: Any = None
 
     @property

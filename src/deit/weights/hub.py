@@ -144,7 +144,7 @@ class Checkpoint:
     def fit(self, expected: Mapping[str, tuple[int, ...]], ignore_mismatched_sizes: bool) -> Fitted:
         """The tensors for a model that expects these names and shapes.
 
-        Warns of tensors that start from fresh values, and of tensors of the transformer that the model has no place for.
+        Warns of tensors that start from fresh values, and of the transformer's tensors that the model has no place for.
         Raises `CheckpointError` as `faults` does.
         """
         given, missing, mismatched = self.faults(expected, ignore_mismatched_sizes)
@@ -473,7 +473,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
             f'{path}: {other[0]!r} is {kind}, expected tensors only, or a dictionary with them under "model"'
         )
     whole = all(tensor.layout == torch.strided and not tensor.is_meta for tensor in tensors.values())
-    if not whole or sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > 4 * path.stat().st_size:
+    if not whole or sum(tensor.nbytes for tensor in tensors.values()) > 4 * path.stat().st_size:
         raise CheckpointError(
             f"{path} names more numbers than it holds, expected whole tensors; ask for a safetensors file"
         )
