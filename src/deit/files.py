@@ -687,14 +687,23 @@ def upload(
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str = "Upload model",
+    describe: Callable[[str], object] | None = None,
 ) -> str:
-    """Uploads a folder to the hub, and creates the repository if it is missing. Returns the commit's address."""
+    """Uploads a folder to the hub, and creates the repository and the branch `revision` if they are missing.
+
+    A `repo_id` without an owner is one of the token's owner. `describe` is called with the whole name, before the
+    upload. Returns the commit's address.
+    """
     try:
         from huggingface_hub import HfApi
     except ImportError:
         raise host.missing("pushing to the hub needs huggingface_hub", "hub") from None
     api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/"):  # the hub makes no branch by itself
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    if describe is not None:
+        describe(repo_id)
     return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message))
 
 

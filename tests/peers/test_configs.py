@@ -83,6 +83,30 @@ def test_fields_do_not_change():
     assert config == DeiTConfig(favourite="tea")
 
 
+def test_labels_do_not_change_in_place():
+    """A name that changed on one side alone would leave a model that can't be saved, at the end of its training."""
+    config = small(id2label=LABELS)
+    changes = [
+        lambda labels: labels.__setitem__(0, "fox"),
+        lambda labels: labels.update({0: "fox"}),
+        lambda labels: labels.pop(next(iter(labels))),
+        lambda labels: labels.clear(),
+        lambda labels: labels.__ior__({0: "fox"}),
+    ]
+    for again in (config, build("classification", config).config, copy.deepcopy(config)):
+        for labels in (again.id2label, again.label2id):
+            for change in changes:
+                with raises_saying(FrozenInstanceError, "does not change its labels; use config.replace(id2label=..."):
+                    change(labels)
+        assert again.replace() == config
+        assert pickle.loads(pickle.dumps(again)) == config
+    written = config.to_dict()
+    written["label2id"]["fox"] = 5
+    written["id2label"]["5"] = "fox"
+    assert DeiTConfig.from_dict(written).id2label == {**LABELS, 5: "fox"}
+    assert config.id2label == LABELS
+
+
 def test_update():
     config = DeiTConfig(id2label=LABELS)
     config.update(

@@ -2,15 +2,19 @@
 
 import inspect
 import json
+import pickle
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.checks import assert_close, raises_saying
 from support.hugging_face import CLASSES, hf_prefix, pair
-from support.models import LABELS, build, images, small
+from support.models import LABELS, build, images, saved, small
 
 import deit
 from deit import weights
+from deit.export.convert import convert
 from deit.files import CheckpointError
 from deit.image.processor import BatchFeature, DeiTImageProcessor
 
@@ -121,6 +125,32 @@ def test_refused_state_dicts(model, tmp_path):
         model.save_pretrained(tmp_path, state_dict={**state, "deit.pooler.bias": torch.ones(24)})
     with raises_saying(ValueError, "the state_dict has classifier.bias of shape (2,), expected (5,)"):
         model.save_pretrained(tmp_path, state_dict={**state, "classifier.bias": torch.ones(2)})
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("part", ["block", "backbone"])
+def test_compiled_parts_save_as_themselves(part, model, tmp_path):
+    """`torch.compile` wraps a module, and the names of its tensors say so."""
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if part == "block":
+        model.deit.blocks[1] = torch.compile(model.deit.blocks[1])
+    else:
+        model.deit = torch.compile(model.deit)
+    assert model.state_dict().keys() != expected.keys()
+    model.save_pretrained(tmp_path / "a")
+    model.save_pretrained(tmp_path / "b", state_dict=model.state_dict())
+    for folder in ("a", "b"):
+        assert_close(load(tmp_path / folder).state_dict(), expected, 0)
+
+
+def test_tensors_that_no_file_has_a_place_for(model, tmp_path):
+    torch.nn.utils.parametrizations.weight_norm(model.deit.blocks[0].mlp.fc1)
+    with raises_saying(
+        ValueError,
+        "the model has the tensor deit.blocks.0.mlp.fc1.parametrizations.weight.original0, and no file of this family "
+        "has a place for it; merge adapters, remove parametrizations",
+    ):
+        model.save_pretrained(tmp_path)
     assert names(tmp_path) == set()
 
 
@@ -242,6 +272,28 @@ def test_config_and_state_dict(name):
     given = {"pixel_values": images(config)}
     with torch.no_grad():
         assert_close(again(**given).to_tuple(), theirs(**given).to_tuple())
+
+
+def test_a_state_dict_stays_what_it_is():
+    """Training a model changes none of the tensors that it was loaded from."""
+    other = build("classification", small())
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    for state in (other.state_dict(), other.state_dict(keep_vars=True), weights.from_ours(other._tensors(), "timm")):
+        model = load(None, config=other.config, state_dict=state)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        model(images(model.config), labels=torch.tensor([0, 1])).loss.backward()
+        optimizer.step()
+        assert not torch.equal(model.deit.norm.bias, before["deit.norm.bias"])
+        assert_close(other.state_dict(), before, 0)
+
+
+def test_a_state_dict_decides_where_the_model_lies():
+    """Its new parts lie there too."""
+    backbone = build("backbone", small())
+    state = {name: tensor.to("meta") for name, tensor in backbone.state_dict().items()}
+    with pytest.warns(UserWarning, match=r"does not give classifier.weight, classifier.bias: initialised anew"):
+        model = load(None, config=backbone.config, state_dict=state)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
 def test_state_dict_beside_a_folder(model, tmp_path):
@@ -431,6 +483,7 @@ def test_batch_feature_casts_floats_alone(target):
 @pytest.fixture
 def uploads(monkeypatch):
     """Stands in for the hub's client: the names and the contents of each upload."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
     done = []
 
     class Api:
@@ -438,6 +491,11 @@ def uploads(monkeypatch):
             pass
 
         def create_repo(self, repo_id, **options):
+            return huggingface_hub.RepoUrl(
+                f"https://hub/{repo_id if '/' in repo_id else f'me/{repo_id}'}", "https://hub"
+            )
+
+        def create_branch(self, repo_id, **options):
             pass
 
         def upload_folder(self, *, folder_path, **options):
@@ -445,7 +503,7 @@ def uploads(monkeypatch):
             done.append((options, files))
             return "https://hub/commit/1"
 
-    monkeypatch.setattr(pytest.importorskip("huggingface_hub"), "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     return done
 
 
@@ -460,9 +518,48 @@ def test_push_with_preprocessing(model, uploads, tmp_path):
     other = DeiTImageProcessor.paper(16)
     model.push_to_hub("org/ants", processor=other)
     model.push_to_hub("org/ants")
-    assert [options["repo_id"] for options, _ in uploads] == ["org/ants", "n", "org/ants", "org/ants"]
+    assert [options["repo_id"] for options, _ in uploads] == ["org/ants", "me/n", "org/ants", "org/ants"]
     found = [files.get("preprocessor_config.json") for _, files in uploads]
     assert found == [processor.to_json_string(), processor.to_json_string(), other.to_json_string(), None]
+
+
+def test_no_token_stays_in_a_model(model, uploads, tmp_path, monkeypatch):
+    """Whoever gets the pickled model would read it. What a push reads of the model's place, it reads with its own."""
+    model.save_pretrained(tmp_path / "m")
+    DeiTImageProcessor.paper(16).save_pretrained(tmp_path / "m")
+    loaded = load(tmp_path / "m", token="hf_secret", revision="v1")
+    assert b"hf_secret" not in pickle.dumps(loaded)
+    of_model, asked = DeiTImageProcessor.of_model, []
+
+    def asking(*place, **where):
+        asked.append((where["token"], where["revision"]))
+        return of_model(*place, **where)
+
+    monkeypatch.setattr(DeiTImageProcessor, "of_model", asking)
+    loaded.push_to_hub("org/ants", token="hf_pushing")
+    loaded.save_pretrained(tmp_path / "n", push_to_hub=True, token="hf_saving")
+    assert asked == [("hf_pushing", "v1"), ("hf_saving", "v1")]
+
+
+@pytest.mark.parametrize("form", ["timm", "file", "unnamed class"])
+def test_every_loaded_model_knows_where_it_came_from(form, uploads, tmp_path):
+    """`load_model` too, whatever tells it the class: a push takes the preprocessing from that place."""
+    plain, folder = build("classification", small(id2label=LABELS, distillation_token=False)), tmp_path / "m"
+    saved(plain, folder)
+    if form == "timm":
+        convert(folder, "timm", tmp_path / "place")
+    else:
+        content = json.loads((folder / "config.json").read_text())
+        del content["architectures"]
+        (folder / "config.json").write_text(json.dumps(content))
+        folder.rename(tmp_path / "place")
+    place = tmp_path / "place" / "model.safetensors" if form == "file" else tmp_path / "place"
+    loaded, _ = deit.load_model(place, output_loading_info=True)
+    assert loaded.name_or_path == place
+    loaded.push_to_hub("org/ants")
+    found = DeiTImageProcessor.from_dict(json.loads(uploads[-1][1]["preprocessor_config.json"]))
+    x = Image.fromarray((np.arange(1200) % 251).astype(np.uint8).reshape(20, 20, 3))
+    np.testing.assert_allclose(found([x]).pixel_values, DeiTImageProcessor.paper(16)([x]).pixel_values, atol=1e-6)
 
 
 def test_push_of_config_and_processor(model, uploads, tmp_path):
@@ -480,7 +577,7 @@ def test_push_of_config_and_processor(model, uploads, tmp_path):
         ["preprocessor_config.json"],
         ["config.json"],
     ]
-    assert [options["repo_id"] for options, _ in uploads] == ["org/a", "org/b", "org/c", "c"]
+    assert [options["repo_id"] for options, _ in uploads] == ["org/a", "org/b", "org/c", "me/c"]
     assert [options["commit_message"] for options, _ in uploads] == [
         "Upload config",
         "Mine",

@@ -230,6 +230,7 @@ except FileNotFoundError as error:
 @pytest.fixture
 def uploads(monkeypatch):
     """Stands in for the hub's client: what it was asked to do, and the files as they were then."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
     done = []
 
     class Api:
@@ -238,13 +239,19 @@ def uploads(monkeypatch):
 
         def create_repo(self, repo_id, **options):
             done.append(("create", repo_id, options))
+            return huggingface_hub.RepoUrl(
+                f"https://hub/{repo_id if '/' in repo_id else f'me/{repo_id}'}", "https://hub"
+            )
+
+        def create_branch(self, repo_id, **options):
+            done.append(("branch", repo_id, options))
 
         def upload_folder(self, *, folder_path, **options):
             files = {p.name: p.read_bytes() for p in Path(folder_path).iterdir()}
             done.append(("upload", options, files))
             return "https://hub/commit/1"
 
-    monkeypatch.setattr(pytest.importorskip("huggingface_hub"), "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     return done
 
 
@@ -254,9 +261,10 @@ def test_push(saved, uploads):
         model.push_to_hub("org/ants", token="secret", private=True, revision="dev", commit_message="First")
         == "https://hub/commit/1"
     )
-    token, create, (_, options, files) = uploads
+    token, create, branch, (_, options, files) = uploads
     assert token == ("token", "secret")
     assert create == ("create", "org/ants", {"private": True, "exist_ok": True})
+    assert branch == ("branch", "org/ants", {"branch": "dev", "exist_ok": True})  # which the hub does not make itself
     assert options == {"repo_id": "org/ants", "revision": "dev", "commit_message": "First"}
     assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     assert files["config.json"] == (folder / "config.json").read_bytes()
@@ -272,6 +280,13 @@ def test_push(saved, uploads):
         assert part in card
 
 
+@pytest.mark.parametrize("revision", [None, "refs/pr/3"])
+def test_push_that_needs_no_branch(revision, saved, uploads):
+    saved[0].push_to_hub("org/ants", revision=revision)
+    assert [what for what, *_ in uploads] == ["token", "create", "upload"]
+    assert uploads[-1][1]["revision"] == revision
+
+
 def test_push_of_a_saved_folder(saved, uploads):
     """What lies in the folder goes along, and a card that is there stays."""
     model, folder = saved
@@ -281,7 +296,19 @@ def test_push_of_a_saved_folder(saved, uploads):
     assert set(uploads[-1][2]) == {"config.json", "model.safetensors", "README.md", "preprocessor_config.json"}
     assert uploads[-1][2]["README.md"] == b"mine"
     model.save_pretrained(folder, push_to_hub=True)
-    assert uploads[-1][1]["repo_id"] == "m"
+    assert uploads[-1][1]["repo_id"] == "me/m"
+
+
+def test_a_name_without_an_owner_is_the_users(saved, uploads):
+    """The hub creates such a repository for the user, and then knows it by its whole name alone."""
+    model, _ = saved
+    model.push_to_hub("ants", revision="dev")
+    _, create, branch, (_, options, files) = uploads
+    assert [each[1] for each in (create, branch)] == ["ants", "me/ants"]
+    assert options["repo_id"] == "me/ants"
+    assert 'model = deit.load_model("me/ants")' in files["README.md"].decode()
+    model.config.push_to_hub("ants")
+    assert uploads[-1][1]["repo_id"] == "me/ants"
 
 
 def test_card_of_a_model_without_classifier(saved, uploads):

@@ -3,6 +3,7 @@
 import os
 import random
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -119,6 +120,43 @@ def altered(saved, change):
     change(named)
     safetensors.torch.save_file({k: v.contiguous() for k, v in named.items()}, folder / "model.safetensors")
     return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("flax_model.msgpack", "is a file of Flax, expected safetensors, .bin, .pth or .h5; load its folder with"),
+        ("ViT-B_16.npz", "is a file of NumPy, as Google's ViTs have, expected safetensors, .bin, .pth or .h5; load it"),
+        ("model.keras", "is a whole model of Keras, expected safetensors, .bin, .pth or .h5; import deit.model_keras"),
+    ],
+)
+def test_formats_that_are_not_read(name, said, tmp_path):
+    """They are not called damaged."""
+    np.savez(tmp_path / "a.npz", a=np.ones(3))
+    (tmp_path / "a.npz").rename(tmp_path / name)
+    with raises_saying(files.CheckpointError, f"{tmp_path / name} {said}"):
+        load(tmp_path / name)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int64", "bool", "complex64"])
+def test_numbers_that_are_no_floats(dtype, saved):
+    def change(named):
+        for leaf in ("weight", "bias"):
+            named[f"classifier.{leaf}"] = named[f"classifier.{leaf}"].to(getattr(torch, dtype))
+
+    with raises_saying(
+        files.CheckpointError,
+        f"model.safetensors: classifier.weight holds torch.{dtype} (and 1 more), expected floating-point numbers; ask",
+    ):
+        load(altered(saved, change))
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.to_sparse, lambda tensor: tensor.to("meta")], ids=["sparse", "meta"])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_tensors_without_all_of_their_numbers(change, tmp_path):
+    torch.save({"a": torch.ones(2), "b": change(torch.eye(3))}, tmp_path / "m.pth")
+    with raises_saying(files.CheckpointError, tmp_path / "m.pth", "names more numbers than it holds, expected whole"):
+        load(tmp_path / "m.pth")
 
 
 def test_key_without_a_rule(saved):

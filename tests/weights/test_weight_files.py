@@ -14,10 +14,11 @@ import pytest
 import safetensors.torch
 import torch
 from support.checks import assert_close, raises_saying, run_python
-from support.models import CLASS_OF, build, images, small
+from support.models import CLASS_OF, LABELS, build, images, small
 
 from deit import files, weights
 from deit.config import DeiTConfig
+from deit.model.load import load_model
 from deit.model.network import DeiTForImageClassification, DeiTModel
 from deit.weights import hub
 
@@ -109,6 +110,14 @@ def test_views_and_shared_storage_are_saved_whole(tmp_path):
     assert_close(DeiTForImageClassification.from_pretrained(tmp_path).state_dict(), model.state_dict(), 0)
 
 
+def test_tied_heads_are_saved_each_for_itself(tmp_path):
+    model = build("with_teacher", small())
+    model.distillation_classifier = model.cls_classifier
+    model.save_pretrained(tmp_path)
+    again = CLASS_OF["with_teacher"].from_pretrained(tmp_path)
+    assert_close(again.state_dict(), model.state_dict(), 0)
+
+
 # ------------------------------------------------------------------------------------------------------- what is read
 
 
@@ -154,6 +163,27 @@ def test_backbone_of_a_classifier(saved):
     assert backbone.pooler is None
     assert info["unexpected_keys"] == ["classifier.bias", "classifier.weight"]
     assert_close(backbone.state_dict(), model.deit.state_dict(), 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [
+        ({"qkv_bias": False}, "deit.blocks.0.attention.qkv.bias (and 2 more)"),
+        ({"layer_scale_init_value": None}, "deit.blocks.0.scale1 (and 5 more)"),
+        ({"num_hidden_layers": 2}, "deit.blocks.2.attention.out.bias (and 13 more)"),
+    ],
+    ids=str,
+)
+def test_tensors_that_the_config_has_no_place_for(changes, left, tmp_path):
+    """The model would answer as no model that was trained."""
+    build("classification", small(layer_scale_init_value=0.1)).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="does not ask for") as caught:
+        load(tmp_path, **changes)
+    assert [str(warning.message) for warning in caught] == [
+        f"{tmp_path / 'model.safetensors'} holds {left}, which this model's config does not ask for: left out, so the "
+        "model is not the one that was trained; check the config"
+    ]
+    assert caught[0].filename == __file__
 
 
 def test_other_number_of_labels(saved):
@@ -240,6 +270,17 @@ def test_config_given(saved):
         assert_close(loaded(images(model.config)).logits, model(images(model.config)).logits, 1e-6)
 
 
+@pytest.mark.parametrize("reading", [load, load_model], ids=["from_pretrained", "load_model"])
+@pytest.mark.parametrize("form", [str, Path])
+def test_config_of_another_place(reading, form, saved, tmp_path):
+    """A name or a folder stands for the config that is there, whatever reads the weights."""
+    model, folder = saved
+    torch.save(model.state_dict(), tmp_path / "m.pth")
+    loaded = reading(tmp_path / "m.pth", config=form(folder))
+    assert loaded.config.id2label == LABELS
+    assert_close(loaded.state_dict(), model.state_dict(), 0)
+
+
 @pytest.mark.parametrize("average", ["state_dict_ema", "model_ema"])
 @pytest.mark.parametrize("raw", ["model", "state_dict"])
 def test_averaged_weights_come_before_raw_ones(tmp_path, average, raw):
@@ -273,6 +314,17 @@ def test_scores_paths_and_times_beside_the_weights_are_left_unread(tmp_path, zip
     with pytest.warns(UserWarning, match=f"^{re.escape(sentence)}$"):
         found = hub.read_tensors(path)
     assert_close(found, tensors, 0)
+
+
+@pytest.mark.parametrize("arrays", ["torch", "numpy"])
+def test_parameters_in_a_pickle(arrays, tmp_path):
+    """Code that saves `named_parameters()` stores parameters, and tied ones share their memory."""
+    weight = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
+    torch.save({"a": weight, "b": weight}, tmp_path / "m.pth")
+    found = hub.read_tensors(tmp_path / "m.pth", arrays)
+    found["a"][:] = 0.0
+    assert_close(found["b"], weight.detach(), 0)
+    assert isinstance(found["a"], np.ndarray) == (arrays == "numpy")
 
 
 def test_weights_that_are_no_tensors_are_refused(tmp_path):

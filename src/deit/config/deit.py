@@ -16,6 +16,7 @@ from deit.config import foreign
 from deit.config.values import (
     MAX_LABELS,
     NOT_WRITTEN,
+    Labels,
     Pair,
     built_from_file,
     check_count,
@@ -253,8 +254,8 @@ class DeiTConfig:
                 "label2id is not the inverse of id2label; give one of the two, or use config.replace(id2label=...)"
             )
         object.__setattr__(self, "num_labels", count)
-        object.__setattr__(self, "id2label", names)
-        object.__setattr__(self, "label2id", dict(given))
+        object.__setattr__(self, "id2label", Labels(names))
+        object.__setattr__(self, "label2id", Labels(given))
 
     def _check(self) -> None:
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
@@ -403,6 +404,7 @@ class DeiTConfig:
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NOT_WRITTEN}
         known = {name: list(value) if isinstance(value, tuple) else value for name, value in known.items()}
         known["id2label"] = {str(i): label for i, label in self.id2label.items()}  # type: ignore[union-attr]
+        known["label2id"] = dict(self.label2id)  # type: ignore[arg-type]
         del known["num_labels"]  # derived from id2label, as in `transformers`
         if not self.merge:
             del known["merge"]  # so that a plain model's file is that of other libraries

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import FrozenInstanceError
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from deit import files
 from deit.choices import Scoring
@@ -81,6 +82,21 @@ def label_number(number: Any, where: str = "id2label", what: str = "key") -> int
         return int(number)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{where} has the {what} {number!r:.80}, expected the number of a class") from None
+
+
+class Labels(dict[Any, Any]):
+    """The labels of a config. They do not change, because the names and the numbers would contradict each other."""
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise FrozenInstanceError(
+            "a config does not change its labels; use config.replace(id2label=...), and give the changed copy to the "
+            "model when it is built or loaded"
+        )
+
+    __setitem__ = __delitem__ = __ior__ = pop = popitem = setdefault = update = clear = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
 
 
 def unnamed(count: int) -> dict[int, str]:

@@ -18,6 +18,7 @@ from deit.export.engines import import_openvino
 from deit.image.processor import FILE_NAME
 from deit.model.load import Classifier, refuse_not_finite
 from deit.model.network import DeiTForImageClassificationWithTeacher, PreTrained
+from deit.weights import hub
 
 
 class _Logits(nn.Module):
@@ -75,7 +76,7 @@ class Subject:
     def merging(self, count: int) -> Subject:
         """The same model, which merges `count` patch tokens in each block."""
         config, tensors = self.model.config.replace(merge=count), self.model.state_dict()
-        model = type(self.model).from_pretrained(None, config=config, state_dict=tensors, dtype="auto")
+        model = type(self.model).from_checkpoint(hub.of_tensors(tensors, config), dtype="auto")  # of the same memory
         return Subject(Classifier(self.name, model, self.processor, self.classes))
 
     @property

@@ -70,7 +70,10 @@ def load_model(name_or_folder: str | Path, **options: Any) -> Any:
     reading = where | {key: options[key] for key in ("config", "variant", "use_safetensors") if key in options}
     found = hub.read_checkpoint(name_or_folder, **reading)
     others = {key: value for key, value in options.items() if key not in reading}
-    return _OF_KIND[weights.kind_of(found.tensors)].from_checkpoint(found, **others)
+    loaded = _OF_KIND[weights.kind_of(found.tensors)].from_checkpoint(found, **others)
+    model: PreTrained = loaded[0] if others.get("output_loading_info") else loaded
+    model._came_from(name_or_folder, where)
+    return loaded
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class PreTrained(TimmWays, nn.Module):
     name_or_path: str | Path | None = None
     """What `from_pretrained` read."""
     _where: Mapping[str, Any] = MappingProxyType({})
-    """How `from_pretrained` was told to read it."""
+    """How `from_pretrained` was told to read it, without the token: whoever gets a pickled model would read it."""
     _hook_for_gradients: Any = None
 
     @property
@@ -215,7 +215,7 @@ class PreTrained(TimmWays, nn.Module):
         tensors = self._tensors() if state_dict is None else self._own(state_dict)
         hub.write_checkpoint(Path(save_directory), self.config, tensors, max_shard_size=max_shard_size, variant=variant)
         if push_to_hub:
-            self._save_processor(Path(save_directory))
+            self._save_processor(Path(save_directory), token=token)
             hub.push_folder(Path(save_directory), facts=self._facts(), **push)
 
     def push_to_hub(
@@ -244,7 +244,7 @@ class PreTrained(TimmWays, nn.Module):
 
         def save(folder: Path) -> None:
             self.save_pretrained(folder, max_shard_size=max_shard_size, variant=variant)
-            self._save_processor(folder, processor)
+            self._save_processor(folder, processor, token)
 
         known = self._facts()
         facts = Facts(
@@ -260,15 +260,22 @@ class PreTrained(TimmWays, nn.Module):
             facts=facts,
         )
 
+    def _came_from(self, name_or_path: str | Path | None, where: Mapping[str, Any]) -> None:
+        """Keeps where the model was read from, for `push_to_hub`. `where` is as for `from_pretrained`."""
+        self.name_or_path = name_or_path
+        self._where = {name: value for name, value in where.items() if name != "token"}
+
     def for_trainer(self, processor: DeiTImageProcessor) -> TrainerFiles:
         """The `processing_class` with which `transformers.Trainer` saves whole folders of this model."""
         return TrainerFiles(self, processor)
 
-    def _save_processor(self, folder: Path, processor: DeiTImageProcessor | None = None) -> None:
-        """Writes the preprocessing beside the model, if it is known and the folder has none."""
+    def _save_processor(
+        self, folder: Path, processor: DeiTImageProcessor | None = None, token: str | bool | None = None
+    ) -> None:
+        """Writes the preprocessing beside the model, if it is known and the folder has none. `token` may read it."""
         if processor is None and not (folder / "preprocessor_config.json").exists() and self.name_or_path is not None:
             with suppress(FileNotFoundError):
-                processor = DeiTImageProcessor.of_model(self.name_or_path, self.config, **self._where)
+                processor = DeiTImageProcessor.of_model(self.name_or_path, self.config, **self._where, token=token)
         if processor is not None:
             processor.save_pretrained(folder)
 
@@ -310,7 +317,7 @@ class PreTrained(TimmWays, nn.Module):
     def _tensors(self) -> dict[str, Tensor]:
         """The parameters under the names of `weights.manifest`."""
         base = weights.BASE if self.kind == "backbone" else ""
-        return {base + name: tensor.detach() for name, tensor in self.state_dict().items()}
+        return {base + weights.unwrap(name): tensor.detach() for name, tensor in self.state_dict().items()}
 
     @classmethod
     def from_pretrained(
@@ -346,7 +353,7 @@ class PreTrained(TimmWays, nn.Module):
                 `deit_tiny.pth`. None takes everything from `config` and `state_dict`.
             config: replaces the file's own config. Needed if there is none and the shapes don't tell the architecture.
                 A name or a folder stands for the config that is there.
-            state_dict: tensors in any dialect, which are loaded in place of the files'.
+            state_dict: tensors in any dialect, whose values are loaded in place of the files'.
             force_download: fetches files of the hub again though the cache has them.
             variant: reads the files of that name, e.g. "fp16" for `model.fp16.safetensors`.
             use_safetensors: True reads such files alone, False none of them.
@@ -380,14 +387,13 @@ class PreTrained(TimmWays, nn.Module):
         } | ({"force_download": True} if force_download else {})
         _refuse_undone(overrides)
         _one_device(device_map)
-        if isinstance(config, str | Path):
-            config = DeiTConfig.from_pretrained(config, **where)
         if state_dict is None and pretrained_model_name_or_path is None:
             raise ValueError("there is nothing to load; give a name or a folder, or config= and state_dict=")
         if state_dict is not None:
-            if config is None and pretrained_model_name_or_path is not None:
-                config = DeiTConfig.from_pretrained(pretrained_model_name_or_path, **where)
-            found = hub.of_tensors(state_dict, config)
+            config = pretrained_model_name_or_path if config is None else config
+            config = DeiTConfig.from_pretrained(config, **where) if isinstance(config, str | Path) else config
+            # Copies, because training would change the tensors that were given, which may be another model's.
+            found = hub.of_tensors({name: tensor.detach().clone() for name, tensor in state_dict.items()}, config)
         else:
             found = hub.read_checkpoint(
                 pretrained_model_name_or_path,  # type: ignore[arg-type]
@@ -409,7 +415,7 @@ class PreTrained(TimmWays, nn.Module):
             **overrides,
         )
         model = loaded[0] if output_loading_info else loaded
-        model.name_or_path, model._where = pretrained_model_name_or_path, where
+        model._came_from(pretrained_model_name_or_path, where)
         return loaded
 
     @classmethod
@@ -465,10 +471,11 @@ class PreTrained(TimmWays, nn.Module):
         for parameter in self.parameters():
             parameter.requires_grad_(True)
         own = [name[base:] for name in fitted.fresh]
+        place = next(iter(fitted.given.values())).device  # a state dict may lie on a GPU
         for name in own:
             owner, _, leaf = name.rpartition(".")
             module = self.get_submodule(owner)
-            setattr(module, leaf, nn.Parameter(torch.empty(getattr(module, leaf).shape)))
+            setattr(module, leaf, nn.Parameter(torch.empty(getattr(module, leaf).shape, device=place)))
         initialise(self, self.config, own)
         return fitted.info
 

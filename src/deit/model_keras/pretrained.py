@@ -232,7 +232,7 @@ class PreTrainedKeras(keras.Model):
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
-        config: DeiTConfig | None = None,
+        config: DeiTConfig | str | Path | None = None,
         revision: str | None = None,
         subfolder: str = "",
         cache_dir: str | Path | None = None,
@@ -252,6 +252,7 @@ class PreTrainedKeras(keras.Model):
             pretrained_model_name_or_path: e.g. `facebook/deit-tiny-distilled-patch16-224`, `runs/x/model`,
                 `deit_tiny.pth`.
             config: replaces the file's own config. Needed if there is none and the shapes don't tell the architecture.
+                A name or a folder stands for the config that is there.
             dtype: a Keras dtype policy; None is the global one.
             ignore_mismatched_sizes: initialises tensors anew whose shape differs from the model's, instead of raising.
             output_loading_info: returns `(model, info)`. The info has missing, unexpected and mismatched keys.

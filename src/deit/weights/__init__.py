@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from deit.weights.names import resize_matrix as resize_matrix
     from deit.weights.names import resize_positions as resize_positions
     from deit.weights.names import to_ours as to_ours
+    from deit.weights.names import unwrap as unwrap
 
 __getattr__, __dir__ = offer(
     __name__,
@@ -42,6 +43,7 @@ __getattr__, __dir__ = offer(
             "resize_matrix",
             "resize_positions",
             "to_ours",
+            "unwrap",
         ),
     },
 )

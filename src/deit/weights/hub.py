@@ -142,14 +142,22 @@ class Checkpoint:
         )
 
     def fit(self, expected: Mapping[str, tuple[int, ...]], ignore_mismatched_sizes: bool) -> Fitted:
-        """The tensors for a model that expects these names and shapes. Warns of tensors that start from fresh values.
+        """The tensors for a model that expects these names and shapes.
 
+        Warns of tensors that start from fresh values, and of the transformer's tensors that the model has no place for.
         Raises `CheckpointError` as `faults` does.
         """
         given, missing, mismatched = self.faults(expected, ignore_mismatched_sizes)
         if fresh := [*missing, *mismatched]:
             warnings.warn(
                 f"{self.file} does not give {', '.join(fresh)}: initialised anew, train before use", stacklevel=5
+            )
+        unused = sorted(self.tensors.keys() - expected.keys())
+        if left := [name for name in unused if not name.startswith(_MAY_BE_MISSING)]:
+            warnings.warn(
+                f"{self.file} holds {left[0]}{_others(left)}, which this model's config does not ask for: left out, so "
+                "the model is not the one that was trained; check the config",
+                stacklevel=5,
             )
         return Fitted(
             {name: given[name] for name in given if name not in mismatched},
@@ -158,7 +166,7 @@ class Checkpoint:
                 "missing_keys": missing,
                 "mismatched_keys": mismatched,
                 "error_msgs": [],
-                "unexpected_keys": sorted(self.tensors.keys() - expected.keys()),
+                "unexpected_keys": unused,
             },
         )
 
@@ -167,10 +175,15 @@ class Checkpoint:
     ) -> tuple[dict[str, Any], list[str], list[str]]:
         """The tensors that a model expects, and the names of the missing ones and of those in another shape.
 
-        Raises `CheckpointError` if a tensor has another shape, or if one is missing that a file may not lack (it may
-        lack heads, the pooler and the mask token), or is too large to be made up.
+        Raises `CheckpointError` if a tensor has another shape or holds whole numbers, or if one is missing that a file
+        may not lack (it may lack heads, the pooler and the mask token), or is too large to be made up.
         """
         given = {name: tensor for name, tensor in self.tensors.items() if name in expected}
+        if whole := [name for name, tensor in given.items() if "float" not in str(tensor.dtype)]:
+            raise CheckpointError(
+                f"{self.file}: {whole[0]} holds {given[whole[0]].dtype}{_others(whole)}, expected floating-point "
+                "numbers; ask for the model as it was before it was quantised"
+            )
         mismatched = [name for name in expected if name in given and tuple(given[name].shape) != expected[name]]
         wide = "classifier.weight" in mismatched and _reads_the_mean(given["classifier.weight"], expected)
         if wide:  # its bias would fit, but it belongs to weights that don't
@@ -225,6 +238,7 @@ _MAY_BE_MISSING = (
     "deit.pooler.",
     "deit.mask_token",
 )
+"""What the names of the parts begin with that a file may lack, or have for another class."""
 
 
 def _reads_the_mean(classifier: Any, expected: Mapping[str, tuple[int, ...]]) -> bool:
@@ -239,7 +253,7 @@ def _others(names: list[str]) -> str:
 def read_checkpoint(
     name_or_folder: str | Path,
     *,
-    config: DeiTConfig | None = None,
+    config: DeiTConfig | str | Path | None = None,
     arrays: Arrays = "torch",
     variant: str | None = None,
     use_safetensors: bool | None = None,
@@ -247,10 +261,13 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Reads a folder, a hub repository or a weight file, in any dialect. `where` is as in `find_file`.
 
-    If there is neither a `config` nor a `config.json`, the shapes of the tensors tell the architecture. `variant` reads
-    files like `model.fp16.safetensors`. `use_safetensors` allows such files alone, or none.
+    If there is neither a `config` nor a `config.json`, the shapes of the tensors tell the architecture. A `config` that
+    is a name or a folder stands for the config that is there. `variant` reads files like `model.fp16.safetensors`.
+    `use_safetensors` allows such files alone, or none.
     """
-    if config is None:
+    if isinstance(config, str | Path):
+        config = DeiTConfig.from_pretrained(config, **where)
+    elif config is None:
         try:
             config = DeiTConfig.from_pretrained(name_or_folder, **where)
         except NotFetched:
@@ -285,6 +302,8 @@ def read_tensors(path: Path, arrays: Arrays = "torch") -> dict[str, Any]:
 
     Tensors that TensorFlow stored get the names and the layout of Hugging Face's PyTorch files.
     """
+    if path.suffix in _UNREAD_FORMATS:
+        raise CheckpointError(f"{path} is {_UNREAD_FORMATS[path.suffix]}")
     if path.suffix == ".h5":
         return _as(arrays, weights.from_tensorflow(_read_h5(path), file=str(path)))
     if path.suffix != ".safetensors":
@@ -306,6 +325,17 @@ def read_tensors(path: Path, arrays: Arrays = "torch") -> dict[str, Any]:
     if any(name.endswith(":0") for name in tensors):
         return _as(arrays, weights.from_tensorflow(_as("numpy", tensors), file=str(path)))
     return tensors
+
+
+_UNREAD_FORMATS = {
+    ".msgpack": "a file of Flax, expected safetensors, .bin, .pth or .h5; load its folder with from_flax=True in "
+    "transformers 4, and save it with save_pretrained",
+    ".npz": "a file of NumPy, as Google's ViTs have, expected safetensors, .bin, .pth or .h5; load it with timm's "
+    "create_model(NAME, checkpoint_path=FILE), and save its state_dict()",
+    ".keras": "a whole model of Keras, expected safetensors, .bin, .pth or .h5; import deit.model_keras, load it with "
+    "keras.saving.load_model, and save it with save_pretrained",
+}
+"""Files that people take for weights to read, and how they get such weights from them."""
 
 
 def _as(arrays: Arrays, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -442,7 +472,8 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f'{path}: {other[0]!r} is {kind}, expected tensors only, or a dictionary with them under "model"'
         )
-    if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > 4 * path.stat().st_size:
+    whole = all(tensor.layout == torch.strided and not tensor.is_meta for tensor in tensors.values())
+    if not whole or sum(tensor.nbytes for tensor in tensors.values()) > 4 * path.stat().st_size:
         raise CheckpointError(
             f"{path} names more numbers than it holds, expected whole tensors; ask for a safetensors file"
         )
@@ -453,7 +484,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
             "not read; the weights are",
             stacklevel=2,
         )
-    return dict(tensors)
+    return _apart({name: tensor.detach() for name, tensor in tensors.items()})
 
 
 _WEIGHT_KEYS = ("state_dict_ema", "model_ema", "model", "state_dict", "model_state_dict", "module")
@@ -510,7 +541,17 @@ def _save_file(tensors: Mapping[str, Any], path: Path) -> None:
     else:
         from safetensors.torch import save_file
 
-        save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=metadata)
+        save_file(_apart({key: value.contiguous() for key, value in tensors.items()}), path, metadata=metadata)
+
+
+def _apart(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """PyTorch's tensors, each in memory of its own: tied ones are copied."""
+    held: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        found[name] = tensor.clone() if tensor.data_ptr() in held else tensor
+        held.add(tensor.data_ptr())
+    return found
 
 
 def _shards(tensors: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
@@ -577,10 +618,21 @@ def push_folder(
 
     A README.md is written if there is none; `facts` are what it says beyond the files.
     """
-    card = folder / "README.md"
-    if not card.exists():
-        write_text(card, model_card(DeiTConfig.from_pretrained(folder), repo_id, facts))
-    return upload(folder, repo_id, token=token, private=private, revision=revision, commit_message=commit_message)
+
+    def describe(name: str) -> None:
+        card = folder / "README.md"
+        if not card.exists():
+            write_text(card, model_card(DeiTConfig.from_pretrained(folder), name, facts))
+
+    return upload(
+        folder,
+        repo_id,
+        token=token,
+        private=private,
+        revision=revision,
+        commit_message=commit_message,
+        describe=describe,
+    )
 
 
 def push_saved(save: Callable[[Path], object], repo_id: str, **options: Any) -> str:

@@ -211,7 +211,7 @@ def _fold(name: str) -> tuple[str, str | None]:
 
 def detect(names: Iterable[str]) -> str:
     """The dialect of a file, by the names of its tensors. Raises `ValueError` if none fits."""
-    names = [_unwrap(name) for name in names]
+    names = [unwrap(name) for name in names]
     marks = {
         "hf": ".layernorm_before.",
         "dinov2": ".attention.attention.query.",
@@ -235,7 +235,7 @@ def detect(names: Iterable[str]) -> str:
     )
 
 
-def _unwrap(name: str) -> str:
+def unwrap(name: str) -> str:
     """The name without what wrappers add: DistributedDataParallel in front, torch.compile and FSDP anywhere."""
     name = re.sub(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", name)
     return name.removeprefix("module.")
@@ -257,7 +257,7 @@ def to_ours(tensors: Mapping[str, Any], *, join: Callable[[Sequence[Any]], Any],
 
     `join` concatenates arrays along the first axis. Raises `ValueError`, naming `file`, for a key that no rule covers.
     """
-    tensors = {_unwrap(name): value for name, value in tensors.items()}
+    tensors = {unwrap(name): value for name, value in tensors.items()}
     try:
         dialect = detect(tensors)
     except ValueError as error:
@@ -368,6 +368,11 @@ def from_ours(tensors: Mapping[str, Any], dialect: str, *, prefix: str = BASE) -
     named: dict[str, Any] = {}
     for ours, value in tensors.items():
         folded, number = _fold(ours)
+        if folded not in table:
+            raise ValueError(
+                f"the model has the tensor {ours}, and no file of this family has a place for it; merge adapters, "
+                "remove parametrizations, or save the state_dict() with torch.save"
+            )
         theirs = table[folded]
         if theirs is None:
             raise ValueError(f"{dialect} has no name for {ours}; convert a classification model, or keep --to hf")
