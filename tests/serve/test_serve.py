@@ -95,6 +95,23 @@ def test_keys(folder, tmp_path):
         read_keys(tmp_path / "none")
 
 
+def test_keys_that_not_every_client_can_send(folder, tmp_path):
+    """In a file they are refused. Another text of as many characters must never open the server in their place."""
+    file = tmp_path / "keys"
+    file.write_bytes(b"\xef\xbb\xbffirst-key\r\nsecond-key\r\n")  # as an editor of Windows saves it
+    assert read_keys(file) == ("first-key", "second-key")
+    for content in ("first-key\n\u5bc6\u7801\n".encode(), b"first-key\nke\xff\n", b"\nke\x00y\n"):
+        file.write_bytes(content)
+        with raises_saying(ValueError, "keys, line 2: expected a key of printable ASCII characters", "another key"):
+            read_keys(file)
+    file.write_bytes("first-key\n".encode("utf-16"))
+    with raises_saying(ValueError, "keys, line 1: expected a key of printable ASCII", "save the file in UTF-8"):
+        read_keys(file)
+    with client(folder, keys=("\u5bc6\u7801",)) as web:
+        for given, status in ((b"??", 401), ("\u5bc6\u7801".encode(), 200)):
+            assert ask(web, picture(0), {**RAW, "Authorization": b"Bearer " + given}).status_code == status
+
+
 def test_every_answer_has_the_security_headers(web):
     for answer in (
         web.get("/"),

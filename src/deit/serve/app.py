@@ -192,7 +192,7 @@ class Routes:
 
     def _check_key(self, request: Request) -> None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        [found] = _digests([given.strip()])
+        found = _digest(given.strip(" \t").encode("latin-1"))  # the bytes as they came
         matches = [hmac.compare_digest(found, key) for key in self.keys]  # all, so that the time doesn't tell which one
         if self.keys and not (scheme.lower() == "bearer" and any(matches)):
             refuse(401, "this needs a key; send it as Authorization: Bearer KEY", **{"WWW-Authenticate": "Bearer"})
@@ -341,8 +341,12 @@ class Routes:
 
 
 def _digests(keys: Iterable[str]) -> list[bytes]:
-    """Keys in a form that takes the same time to compare, whatever their length."""
-    return [hashlib.sha256(key.encode("latin-1", "replace")).digest() for key in keys]
+    return [_digest(key.encode()) for key in keys]
+
+
+def _digest(key: bytes) -> bytes:
+    """A key in a form that takes the same time to compare, whatever its length."""
+    return hashlib.sha256(key).digest()
 
 
 def _unexplained(predictor: Predictor) -> str:

@@ -66,8 +66,18 @@ class Service:
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
-    """Reads API keys from a file, one on each line. Raises `ValueError` if the file has none."""
-    keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    """Reads API keys from a file, one on each line.
+
+    Raises `ValueError` if the file has none, or one that can't be sent in a header by every client.
+    """
+    lines = path.read_bytes().decode("utf-8-sig", "replace").splitlines()
+    keys = {number: line.strip() for number, line in enumerate(lines, start=1) if line.strip()}
     if not keys:
         raise ValueError(f"{path} holds no key; write one on each line")
-    return keys
+    for number, key in keys.items():
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(
+                f"{path}, line {number}: expected a key of printable ASCII characters, because clients send it in a "
+                "header, found others; write another key there, and save the file in UTF-8"
+            )
+    return tuple(keys.values())
