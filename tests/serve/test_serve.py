@@ -182,8 +182,23 @@ def test_settings_that_make_no_sense_are_refused(folder, capsys):
         Service(max_pixels=10**9)
     with raises_saying(ValueError, "timeout must be above 0, found 0"):
         Service(timeout=0)
+    with raises_saying(ValueError, "timeout must be above 0, found nan"):
+        Service(timeout=float("nan"))
+    with raises_saying(ValueError, "timeout must be at most 86400 s, a day, found inf"):
+        Service(timeout=float("inf"))
+    for milliseconds in (-1.0, float("nan"), float("inf"), 2000.0):
+        with raises_saying(ValueError, f"below the timeout, 2000 ms, found {milliseconds:g}; an image that waits"):
+            Service(max_wait_ms=milliseconds, timeout=2)
+    for host in ("http://models.example", "models.example:8000", "models.example/", "[::1]", "a b", ""):
+        with raises_saying(ValueError, f"nothing else, found {host!r}; leave out http:// and the port"):
+            Service(hosts=(host,))
+    Service(hosts=("models.example", "localhost", "192.0.2.7", "::", "2001:db8::1"))
     assert main(["serve", str(folder), "--queue", "8"]) == 1
     assert "a queue of 8 images can't fill" in capsys.readouterr().err
+    for port in ("65536", "-1", "http", "\u0663"):
+        with pytest.raises(SystemExit):
+            main(["serve", str(folder), f"--port={port}"])
+        assert f"expected a port from 0 to 65535, found {port!r}" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["serve", str(folder), "--max-bytes", "20MB"])
     assert "expected a size like 500KiB or 20MiB, found '20MB'" in capsys.readouterr().err
