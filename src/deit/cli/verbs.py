@@ -271,7 +271,7 @@ def explain(options: argparse.Namespace) -> None:
     from deit.explain.explanation import explain_file
     from deit.explain.maps import METHODS
     from deit.explain.picture import figure
-    from deit.files import replacing
+    from deit.files import replacing, turn
 
     if options.out.suffix.lower() != ".png":
         raise ValueError(f"expected a .png file after --out, found {options.out}; give a name that ends in .png")
@@ -284,7 +284,7 @@ def explain(options: argparse.Namespace) -> None:
         device=options.device,
         methods=METHODS if options.method == "all" else (options.method,),
     )
-    with replacing(options.out) as temporary:
+    with turn(options.out), replacing(options.out) as temporary:
         figure(found).save(temporary, format="PNG")
     print(json.dumps({**found.to_dict(), "figure": str(options.out)}) if options.json else f"{found}\n\n{options.out}")
 

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
@@ -201,18 +200,8 @@ def of_training(run: str | Path, val_split: Split, *, device: str = "auto") -> P
 
     The model is examined on the validation images if that costs little beside the training.
     """
-    with _turn(run):
+    with files.turn(Path(run) / FILE):
         return _of_training(run, val_split, device)
-
-
-@contextmanager
-def _turn(run: str | Path) -> Iterator[None]:
-    """Waits until other processes have written the report of a run, so that none replaces a later one. Removes what
-    killed ones left."""
-    file = Path(run) / FILE
-    with files.held(file, lock=files.lock_beside(file), wait=True):
-        files.sweep(file.parent, file.name)
-        yield
 
 
 def _of_training(run: str | Path, val_split: Split, device: str) -> Path:
@@ -245,7 +234,7 @@ def of_run(
     are still there. Raises `FileNotFoundError` if there is no run, and the errors of `examine_files` for `data`.
     """
     Record.read(run)  # or a lock would make the folder of a run that isn't there
-    with _turn(run):
+    with files.turn(Path(run) / FILE):
         return _of_run(run, data, device, console)
 
 
@@ -302,7 +291,9 @@ def of_evaluation(
             record = Record.read(folder.resolve().parent if folder.name != MODEL else folder.parent)
         except FileNotFoundError:
             record = None
-    return write(file, record, evaluation, maps=_explained(evaluation, device), first=first, beware=beware)
+    maps = _explained(evaluation, device)
+    with files.turn(Path(file)):
+        return write(file, record, evaluation, maps=maps, first=first, beware=beware)
 
 
 def _validation(record: Record) -> tuple[Split, str]:
