@@ -66,9 +66,16 @@ def test_eval_writes_one_with_the_record_of_the_run(trained, capsys, tmp_path):
     page = checked((tmp_path / "new" / "page.html").read_text())
     page.sees("15 steps", f"{found['nll']:.4f}", "Learning rate", "Judged by 18 test images")
     trained_folder(tmp_path / "model", "plain", "abc")
-    assert main(["eval", str(tmp_path / "model"), *plain[2:], "--report", str(tmp_path / "alone.html")]) == 0
+    other = ["eval", str(tmp_path / "model"), *plain[2:], "--head", "class", "--crop-ratio", "0.7"]
+    assert main([*other, "--report", str(tmp_path / "alone.html")]) == 0
     alone = checked((tmp_path / "alone.html").read_text())
     assert "Training" not in [heading[2] for heading in alone.all("h2")]
+    [[_, _, command]] = alone.all("pre")  # repeats it as it was
+    capsys.readouterr()
+    for words in (other, [*shlex.split(command)[1:], "--device", "cpu", "--json"]):
+        assert main(words) == 0
+    first, again = capsys.readouterr().out.splitlines()
+    assert json.loads(first) == json.loads(again)
 
 
 def test_training_without_test_images_ends_with_the_way_to_some(trained, capsys, tmp_path, monkeypatch):

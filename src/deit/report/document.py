@@ -476,16 +476,19 @@ def _repeat(record: Record | None, evaluation: Evaluation | None) -> Section:
                 *(["--data", evaluation.data] if evaluation and not own and evaluation.data else []),
             ],
         ]
-    if evaluation and not (own and evaluation.main.report.head == "fused" and evaluation.other is None):
+    main = evaluation.main if evaluation else None
+    usual = main is not None and main.report.head == "fused" and main.crop_asked is None
+    if evaluation and main and not (own and usual and evaluation.other is None):
         lines.append(
             [
                 "deit",
                 "eval",
-                evaluation.main.model,
+                main.model,
                 "--data",
                 evaluation.data or "DATA",
                 *(["--split", evaluation.split] if evaluation.split else []),
-                *(["--head", evaluation.main.report.head] if evaluation.main.report.head != "fused" else []),
+                *(["--head", main.report.head] if main.report.head != "fused" else []),
+                *([] if main.crop_asked is None else ["--crop-ratio", str(main.crop_asked)]),
                 *(["--compare", evaluation.other.model] if evaluation.other else []),
             ]
         )
