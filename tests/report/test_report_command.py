@@ -78,6 +78,19 @@ def test_eval_writes_one_with_the_record_of_the_run(trained, capsys, tmp_path):
     assert json.loads(first) == json.loads(again)
 
 
+def test_a_page_that_can_not_be_written_costs_no_evaluation(trained, capsys, tmp_path, monkeypatch):
+    command = ["eval", str(trained / "run" / "model"), "--data", str(trained / "data"), "--device", "cpu", "--json"]
+    monkeypatch.setattr("deit.report.document.write", lambda *_, **__: (_ for _ in ()).throw(OSError("no space left")))
+    assert main([*command, "--report", str(tmp_path / "page.html")]) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["images"] == 18
+    assert shown.err.splitlines()[-1] == "deit eval: no space left"
+    monkeypatch.setattr("deit.evaluate.models.examine_files", lambda *_, **__: pytest.fail("evaluated"))
+    assert main([*command, "--report", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert f"expected a file after --report, found the folder {tmp_path}; give a name in it, like {tmp_path}" in said
+
+
 def test_training_without_test_images_ends_with_the_way_to_some(trained, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = f"{trained / 'recipes.py'}:short"

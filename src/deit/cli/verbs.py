@@ -249,6 +249,11 @@ def evaluate(options: argparse.Namespace) -> None:
     from deit.evaluate.models import examine_files
     from deit.evaluate.tables import show
 
+    if options.report and options.report.is_dir():
+        raise ValueError(
+            f"expected a file after --report, found the folder {options.report}; give a name in it, like "
+            f"{options.report / 'report.html'}"
+        )
     found = examine_files(
         options.model,
         options.data,
@@ -259,12 +264,12 @@ def evaluate(options: argparse.Namespace) -> None:
         device=options.device,
     )
     show(found, Console(stderr=options.json))
+    if options.json:
+        print(json.dumps(found.to_dict()), flush=True)
     if options.report:
         from deit.report import document
 
         print(document.of_evaluation(options.report, found, device=options.device), file=sys.stderr)
-    if options.json:
-        print(json.dumps(found.to_dict()))
 
 
 def explain(options: argparse.Namespace) -> None:
