@@ -14,6 +14,7 @@ from support.runs import photos, small_recipe
 
 from deit.cli import main
 from deit.data.folders import fingerprint, read_data, read_split
+from deit.evaluate import alarms
 from deit.evaluate.models import examine_files
 from deit.recipe import Cosine, Data, MaskedImage, steps
 from deit.report import document
@@ -76,6 +77,20 @@ def test_eval_writes_one_with_the_record_of_the_run(trained, capsys, tmp_path):
         assert main(words) == 0
     first, again = capsys.readouterr().out.splitlines()
     assert json.loads(first) == json.loads(again)
+
+
+def test_images_that_trained_the_model_are_known_for_it(trained, capsys, tmp_path):
+    """On the terminal and on the page: all images of a folder of which the run held some out, but no test images."""
+    page = tmp_path / "page.html"
+    evaluated = ["eval", str(trained / "run" / "model"), "--device", "cpu", "--report", str(page), "--data"]
+    for data, told in ((trained / "data" / "train", True), (trained / "data", False)):
+        assert main([*evaluated, str(data)]) == 0
+        assert (f"{alarms.trained_on_these()}\n" in capsys.readouterr().out) == told
+        assert ("Warning: the model was trained on these images" in page.read_text()) == told
+    assert main([*evaluated, str(trained / "data"), "--split", "train"]) == 0
+    shown = capsys.readouterr().out
+    assert alarms.judged_by_training("train")[0] in shown
+    assert alarms.trained_on_these() not in shown
 
 
 def test_a_page_that_can_not_be_written_costs_no_evaluation(trained, capsys, tmp_path, monkeypatch):

@@ -248,6 +248,8 @@ def evaluate(options: argparse.Namespace) -> None:
 
     from deit.evaluate.models import examine_files
     from deit.evaluate.tables import show
+    from deit.report import document
+    from deit.report import run as report_run
 
     if options.report and options.report.is_dir():
         raise ValueError(
@@ -263,12 +265,10 @@ def evaluate(options: argparse.Namespace) -> None:
         other=options.compare,
         device=options.device,
     )
-    show(found, Console(stderr=options.json))
+    show(found, Console(stderr=options.json), report_run.remembered(report_run.record_of(found), found))
     if options.json:
         print(json.dumps(found.to_dict()), flush=True)
     if options.report:
-        from deit.report import document
-
         print(document.of_evaluation(options.report, found, device=options.device), file=sys.stderr)
 
 

@@ -284,14 +284,7 @@ def of_evaluation(
 ) -> Path:
     """Writes the report of an evaluation. If the model belongs to a run, the run's record is part of it. `first` and
     `beware` are as for `page`."""
-    record = None
-    folder = Path(evaluation.main.model)
-    if folder.is_dir() and folder.resolve().name == MODEL:
-        try:
-            record = Record.read(folder.resolve().parent if folder.name != MODEL else folder.parent)
-        except FileNotFoundError:
-            record = None
-    maps = _explained(evaluation, device)
+    record, maps = report_run.record_of(evaluation), _explained(evaluation, device)
     with files.turn(Path(file)):
         return write(file, record, evaluation, maps=maps, first=first, beware=beware)
 
