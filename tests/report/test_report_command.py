@@ -89,8 +89,8 @@ def test_images_that_trained_the_model_are_known_for_it(trained, capsys, tmp_pat
         assert ("Warning: the model was trained on these images" in page.read_text()) == told
     assert main([*evaluated, str(trained / "data"), "--split", "train"]) == 0
     shown = capsys.readouterr().out
-    assert alarms.judged_by_training("train")[0] in shown
-    assert alarms.trained_on_these() not in shown
+    assert str(alarms.judged_by_training("train")[0]) in shown
+    assert str(alarms.trained_on_these()) not in shown
 
 
 def test_a_page_that_can_not_be_written_costs_no_evaluation(trained, capsys, tmp_path, monkeypatch):

@@ -9,16 +9,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deit.data.counts import listed
 from deit.evaluate.models import Evaluation, Examined
 from deit.evaluate.scores import Comparison, Report
 from deit.terminal import shown
+from deit.words import Said, listed, quoted
 
 _LINES = 10
 """Number of worst classes and of confusions to show."""
 
 
-def show(evaluation: Evaluation, console: Console, beware: Sequence[str] = ()) -> None:
+def show(evaluation: Evaluation, console: Console, beware: Sequence[Said] = ()) -> None:
     """Prints heads, calibration, worst classes, most common confusions, warnings (those of `beware` too), and the
     comparison with the other model."""
     main, report = evaluation.main, evaluation.main.report
@@ -33,7 +33,8 @@ def show(evaluation: Evaluation, console: Console, beware: Sequence[str] = ()) -
         f"{sum(each.support > 0 for each in report.by_class)} of the model's {len(report.classes)} classes"
     )
     if absent := report.absent:
-        say(f"No image shows {listed(absent)}, so nothing here is about {'it' if len(absent) == 1 else 'them'}")
+        it = "it" if len(absent) == 1 else "them"
+        say(f"No image shows {listed(map(quoted, absent))}, so nothing here is about {it}")
     if report.unreadable:
         say(f"{len(report.unreadable)} more can't be read and are left out")
     console.print(
@@ -79,7 +80,7 @@ def show(evaluation: Evaluation, console: Console, beware: Sequence[str] = ()) -
             )
         )
     for sentence in [*evaluation.alarms(), *beware]:
-        say(sentence)
+        say(str(sentence))
     if evaluation.other is not None and (comparison := evaluation.comparison):
         _compare(main, evaluation.other, comparison, console, say)
 

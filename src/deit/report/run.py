@@ -34,9 +34,10 @@ from deit.report.markup import (
     sentence,
     shortened,
     table,
+    told,
 )
-from deit.report.words import Text, plural, said
 from deit.train.records import MODEL, Record, flat, is_number, span
+from deit.words import Said, Text, plural, said
 
 _METRICS = 120
 """Maximum number of rows in the table behind the curves."""
@@ -115,17 +116,17 @@ def record_of(evaluation: Evaluation) -> Record | None:
         return None
 
 
-def remembered(record: Record | None, evaluation: Evaluation) -> list[str]:
+def remembered(record: Record | None, evaluation: Evaluation) -> list[Said]:
     """Warns if the run was trained on the images that judge its model, beyond what `Evaluation.alarms` says."""
     about = record.about if record else None
     known = about is not None and about.trained_on(evaluation.data, evaluation.split, evaluation.fingerprint)
     return [trained_on_these()] if known and evaluation.split != "train" else []
 
 
-def alarms(record: Record | None, evaluation: Evaluation | None, more: Sequence[str] = ()) -> Section:
+def alarms(record: Record | None, evaluation: Evaluation | None, more: Sequence[Text] = ()) -> Section:
     """What to beware of: in the run, in the evaluation, in the model's calibration, and `more`. Empty if there is
     nothing."""
-    found: list[str] = [*evaluation.alarms(isolated), *remembered(record, evaluation)] if evaluation else []
+    found: list[Text] = [*evaluation.alarms(isolated), *remembered(record, evaluation)] if evaluation else []
     best = record.best if record and record.labelled else None
     if record and record.about and best and is_number(best.get("val_accuracy")):
         found += [each for each in record.about.alarms(best["val_accuracy"], isolated) if each not in found]
@@ -137,12 +138,7 @@ def alarms(record: Record | None, evaluation: Evaluation | None, more: Sequence[
     except OSError:  # the model's name is none that a folder can have
         pass
     found += more
-    return Section("alarms", said("Beware"), joined(map(_in_english, found)))
-
-
-def _in_english(told: str) -> Html:
-    """A sentence that comes from elsewhere and is in English in the Chinese page too."""
-    return element("p", f"{told[0].upper()}{told[1:]}.", lang="en")
+    return Section("alarms", said("Beware"), joined(map(told, found)))
 
 
 def _gaps(record: Record, about: str) -> Html:
@@ -371,7 +367,7 @@ def data(record: Record | None, evaluation: Evaluation | None) -> Section:
         objective = record.recipe.get("objective")
         balanced = not isinstance(objective, dict) or objective.get("class_weights", "balanced") == "balanced"
         names = [isolated(name) for name in about.classes]
-        parts += map(_in_english, remarks(names, about.train, about.val, balanced=balanced))
+        parts += map(told, remarks(names, about.train, about.val, balanced=balanced))
         smallest, largest = min(about.train, default=0), max(about.train, default=0)
         parts.append(
             folded(
