@@ -72,7 +72,7 @@ def main():
         name: override(small(), [*options.set, *more])
         for name, more in (("mixed", []), ("plain", ["augment.mix=None"]))
     }
-    splits = read_data(options.data, holdout=small().data.holdout, seed=0)
+    splits = read_data(options.data, holdout=recipes["mixed"].data.holdout, seed=recipes["mixed"].seed)
     models = {name: train(recipe, *splits, Path(options.out) / name).model for name, recipe in recipes.items()}
     found = examine_split(models["mixed"], splits[1], options.data, "val", other=models["plain"]).comparison
     print(

@@ -45,8 +45,8 @@ class Client:
                     return answer.read()
             except urllib.error.HTTPError as error:
                 with error:
-                    seconds, sentence = error.headers.get("Retry-After"), json.loads(error.read())["error"]
-                if error.code != 503 or seconds is None or attempt == self.tries:
+                    seconds, sentence = error.headers.get("Retry-After", ""), reason(error)
+                if error.code != 503 or not seconds.isdigit() or attempt == self.tries:
                     raise RuntimeError(f"{error.code}: {sentence}") from None
             time.sleep(int(seconds) + 0.5 * (attempt - 1))
 
@@ -58,6 +58,14 @@ class Client:
     def explain(self, image):
         """A PNG of the maps of each token for one image file."""
         return self.ask("/v1/explain", {"images": [encoded(image)]}, accept="image/png")
+
+
+def reason(error):
+    """The server's sentence. A proxy in front of the server may refuse with a page of its own."""
+    try:
+        return json.loads(error.read())["error"]
+    except (ValueError, LookupError, TypeError):
+        return error.reason
 
 
 def encoded(image):

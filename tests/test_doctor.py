@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
 import time
 from importlib import metadata
@@ -190,6 +191,14 @@ def test_torchvision_that_does_not_fit(tmp_path, monkeypatch, broken, fault):
     )
 
 
+def test_torchvision_without_pytorch(monkeypatch):
+    """PyTorch that is missing is a fault of its own, and no version of it can be named."""
+    monkeypatch.setattr(doctor, "_version", {"torchvision": "0.20.0"}.get)
+    broken = [sys.executable, "-c", "raise ImportError('no torch')"]
+    with subprocess.Popen(broken, stderr=subprocess.PIPE, text=True) as importing:
+        assert doctor.check_torchvision(importing) is None
+
+
 def torch_of(cuda, reason=None):
     def init():
         raise RuntimeError(reason)
@@ -328,6 +337,8 @@ def test_without_pytorch():
     line, status, *page, again = run_python(code, HF_HUB_OFFLINE="1").splitlines()
     found = json.loads(line)
     assert (status, again, found["chosen"]) == ("1", "1", {})
+    assert found["unknown"] == {}
+    assert found["machine"]["processor"] == host.processor()
     assert any(fault["what"].startswith("PyTorch can't be imported (") for fault in found["broken"])
     assert any("-> pip install --force-reinstall torch" in line for line in page)
 

@@ -1,6 +1,7 @@
-"""How many cores this process may use, in control groups of both versions, and how much memory it has used."""
+"""The processor, how many cores this process may use, in control groups of both versions, and its memory."""
 
 import os
+import platform
 import sys
 
 import pytest
@@ -33,6 +34,20 @@ def test_cores_are_those_that_machine_and_groups_allow(tmp_path, monkeypatch, gr
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert host.cores(str(tmp_path)) == expected
+
+
+def test_the_processor_and_the_cores_of_this_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 4}, raising=False)
+    (tmp_path / "proc").mkdir()
+    lines = "processor\t: 0\nmodel name\t: Xeon(R): 8-core @ 2.10GHz\nflags\t\t: fpu\nmodel name\t: another\n"
+    (tmp_path / "proc" / "cpuinfo").write_text(lines)
+    assert host.processor(str(tmp_path)) == "Xeon(R): 8-core @ 2.10GHz, 2 cores"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1}, raising=False)
+    monkeypatch.setattr(platform, "processor", lambda: "arm")
+    for content in ("processor\t: 0\nBogoMIPS\t: 50.00\n", "model name\t:\n"):
+        (tmp_path / "proc" / "cpuinfo").write_text(content)
+        assert host.processor(str(tmp_path)) == "arm, 1 core"
+    assert host.processor(str(tmp_path / "another system")) == "arm, 1 core"
 
 
 def used_by(child, mib):

@@ -17,6 +17,7 @@ from support.models import trained_folder
 from support.runs import photos
 
 from deit import files
+from deit.cli import main
 from deit.evaluate.calibration import FILE
 from deit.predict.calibrate import calibrate
 from deit.report import document
@@ -214,6 +215,21 @@ def test_one_process_calibrates_a_model_and_none_that_still_trains(tmp_path):
     calibrate(model, data, error_rate=0.5, console=QUIET)
     assert json.loads((model / FILE).read_text())["images"] == 24
     assert list(run.rglob(".*")) == []
+
+
+def test_what_killed_commands_left_is_removed_by_the_same_command(tmp_path):
+    model = trained_folder(tmp_path / "model", labels="abc")
+    data, out = photos(tmp_path / "data", split="test", count=1), tmp_path / "out"
+    out.mkdir()
+    for command, left in (
+        (["convert", model, "--to", "hf", "--out", out], ("model.safetensors", "config.json", "deit.pth")),
+        (["explain", model, data / "test/a/0.png", "--method", "rollout", "--out", out / "why.png"], ("why.png",)),
+        (["eval", model, "--data", data, "--report", out / "page.html"], ("page.html",)),
+    ):
+        for name in left:
+            (out / f".{name}.0123abcd").write_text("half")
+        assert main([*map(str, command), *(["--device", "cpu"] if command[0] != "convert" else [])]) == 0
+        assert list(out.glob(".*")) == []
 
 
 def test_reports_of_a_run_wait_for_each_other(tmp_path, monkeypatch):

@@ -227,7 +227,7 @@ def check_requirements() -> Fault | None:
 def _machine(findings: Findings, torch: Any) -> dict[str, Any]:
     asked: dict[str, Callable[[], Any]] = {
         "system": platform.platform,
-        "processor": processor,
+        "processor": host.processor,
         "cores": host.cores,
         "memory": host.available_memory,
         "disk": lambda: shutil.disk_usage(os.curdir).free,
@@ -237,14 +237,6 @@ def _machine(findings: Findings, torch: Any) -> dict[str, Any]:
     if torch is not None:
         asked |= {"instructions": lambda: instructions(torch), "gpus": lambda: gpus(torch)}
     return {name: findings.probe(name, ask) for name, ask in asked.items()}
-
-
-def processor() -> str:
-    import torch
-
-    from deit.machine import described
-
-    return described(torch.device("cpu"))
 
 
 def instructions(torch: Any) -> list[str]:
@@ -436,17 +428,20 @@ def _importing_torchvision() -> subprocess.Popen[str] | None:
 
 
 def check_torchvision(importing: subprocess.Popen[str]) -> Fault | None:
-    """Whether torchvision fits PyTorch. `deit` doesn't need it, but timm does, and transformers uses it."""
+    """Whether torchvision fits PyTorch. `deit` doesn't need it, but timm does, and transformers uses it.
+
+    If PyTorch is missing, that is a fault of its own.
+    """
     try:
         _, told = importing.communicate(timeout=_IMPORT_PATIENCE)
     except subprocess.TimeoutExpired:
         importing.kill()
         importing.communicate()
         raise
-    if not importing.returncode:
+    version = _version("torch")
+    if not importing.returncode or version is None:
         return None
     reason = next((line for line in reversed(told.splitlines()) if line.strip()), f"status {importing.returncode}")
-    version = _version("torch") or ""
     base, _, local = version.partition("+")
     index = f" --index-url {_INDEX}/{local}" if local else ""
     return Fault(

@@ -447,6 +447,15 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
+@contextmanager
+def turn(file: Path) -> Iterator[None]:
+    """Waits until other processes have written `file`, so that none replaces a later one. Removes what killed ones left
+    of it."""
+    with held(file, lock=lock_beside(file), wait=True):
+        sweep(file.parent, file.name)
+        yield
+
+
 def sweep(folder: Path, *names: str) -> None:
     """Removes the temporary files and folders that killed processes left in `folder` for `names`, which may be
     patterns.

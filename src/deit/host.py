@@ -1,9 +1,10 @@
-"""What this installation and this machine offer: the version, cores, memory, the extras. Loads no framework."""
+"""What this installation and this machine offer: version, processor, cores, memory, extras. Loads no framework."""
 
 from __future__ import annotations
 
 import math
 import os
+import platform
 from collections.abc import Iterator, Sequence
 
 VERSION = "0.1.0"
@@ -18,6 +19,15 @@ def cores(root: str = "/") -> int:
     known = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shares = (_share_of_time(*place) for place in _groups(root, "cpu", ("cpu.max",), _CPU_OF_V1))
     return min([known, *(math.ceil(share) for share in shares if share is not None)])
+
+
+def processor(root: str = "/") -> str:
+    """The processor in words: its name, and the number of cores that this process may use. `root` is as for `cores`."""
+    lines = (line.partition(":") for line in _lines(os.path.join(root, "proc/cpuinfo")))
+    named = (value.strip() for key, _, value in lines if key.strip() == "model name")
+    name = next(named, "") or platform.processor() or platform.machine() or "an unnamed processor"
+    count = cores(root)
+    return f"{name}, {count} core{'s' * (count != 1)}"
 
 
 def available_memory(root: str = "/") -> int | None:

@@ -6,7 +6,6 @@ import ctypes
 import gc
 import hashlib
 import os
-import platform
 import re
 import sys
 import time
@@ -15,14 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
 from deit import host
-from deit.host import cores
 
 _Named = TypeVar("_Named", bound=dict[Any, Any])
 _PATIENCE = timedelta(minutes=30)
@@ -409,14 +406,7 @@ def described(device: torch.device) -> str:
     """A device in words: the GPU's name, or the processor's name and the number of cores that this process may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return str(device)
-    try:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:  # no Linux
-        found = None
-    name = found[1].strip() if found else platform.processor() or platform.machine() or "an unnamed processor"
-    return f"{name}, {cores()} core{'s' * (cores() != 1)}"
+    return host.processor() if device.type == "cpu" else str(device)
 
 
 def keep_memory() -> None:

@@ -27,7 +27,7 @@ def ending() -> Iterator[None]:
 
     Python can't raise while that thread waits for the system, as for a file on a server that is gone. If the block has
     not ended within `PATIENCE` seconds after a signal, the process ends at once, with the same status. What it was
-    writing then stays under its temporary name.
+    writing then stays under its temporary name. Another signal changes nothing, so the block can tidy up meanwhile.
     """
     if threading.current_thread() is not threading.main_thread() or os.name != "posix":
         yield
@@ -36,7 +36,7 @@ def ending() -> Iterator[None]:
 
     def catch(number: int, _: object) -> None:
         nonlocal caught
-        if caught and number == signal.SIGTERM:  # some batch systems send it again and again
+        if caught:  # some batch systems and some people send it again and again
             return
         caught = number
         raise Interrupted(number)

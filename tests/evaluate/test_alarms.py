@@ -5,6 +5,7 @@ import json
 import shlex
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from support.models import trained_folder
 from support.runs import photos, small_recipe
 
 from deit.cli import main
-from deit.data.folders import read_data
+from deit.data.folders import fingerprint, read_data
 from deit.evaluate import alarms
 from deit.evaluate.calibration import Calibration, fit
 from deit.evaluate.scores import Accuracy
@@ -64,6 +65,32 @@ def test_a_student_below_its_teacher(correct, teacher, said):
 
 def test_validation_images_that_judge():
     assert [len(alarms.judged_by_validation(part)) for part in ("val", "test", "train", None)] == [1, 0, 0, 0]
+
+
+def test_training_images_that_judge(root):
+    """Those of the same fingerprint, wherever they are, and all images of a place of which some were for training."""
+    assert [len(alarms.judged_by_training(part)) for part in ("train", "val", "test", None)] == [1, 0, 0, 0]
+    training, validation = (fingerprint(split) for split in read(root))
+    about = About(
+        began="",
+        data="photos",
+        fingerprint=training,
+        classes=(),
+        train=(),
+        val=(),
+        device="",
+        processes=1,
+        precision="",
+        versions={},
+    )
+    assert about.trained_on("elsewhere", None, training)
+    assert about.trained_on("elsewhere", "val", training)
+    assert about.trained_on(str(Path("photos").absolute()), None, validation)
+    assert not about.trained_on("photos", "val", validation)
+    assert not about.trained_on("photos/", "test", validation)
+    assert not about.trained_on("elsewhere", None, validation)
+    assert not about.trained_on("", None, validation)
+    assert not replace(about, data="").trained_on("", None, validation)
 
 
 def calibrated(wrong, sure):

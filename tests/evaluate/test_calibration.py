@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from deit.evaluate.calibration import Calibration, HeadCalibration, fit
 from deit.image.processor import DeiTImageProcessor
 from deit.model.heads import fuse_heads
 from deit.model.network import DeiTForImageClassificationWithTeacher
+from deit.predict.calibrate import calibrate
 from deit.predict.predictor import Predictor
+from deit.train.records import About
 
 
 def draws(count, sharpness, seed=0, classes=6):
@@ -138,12 +141,38 @@ def test_refusals(folder, capsys):
     assert math.isclose(Predictor(folder / "m", head="class").calibration.temperature("class"), 2.0)
 
 
+def test_training_images_are_warned_of(folder):
+    """Of which a run's about.json tells, or which are called so. Its validation images are no reason."""
+    about = About(
+        began="",
+        data=str(folder / "data/val"),
+        fingerprint="",
+        classes=(),
+        train=(),
+        val=(),
+        device="",
+        processes=1,
+        precision="",
+        versions={},
+    )
+    (folder / "about.json").write_text(json.dumps(about.to_dict()))
+    shutil.copytree(folder / "data/val", folder / "data/train")
+    options = {"error_rate": 0.4, "device": "cpu"}
+    calibrate(folder / "m", folder / "data", **options)
+    for place, part in (("data/val", None), ("data", "train")):
+        with pytest.warns(
+            UserWarning, match="and more than 0.4 of new images may get one label that is sure and wrong"
+        ):
+            calibrate(folder / "m", folder / place, split=part, **options)
+    (folder / "about.json").write_text("[]")
+    calibrate(folder / "m", folder / "data/val", **options)
+
+
 @pytest.mark.parametrize("to", ["torch", "onnx"])
 def test_an_export_takes_the_calibration_along(folder, to):
     """And a folder with one can be exported anew; what is exported can be calibrated itself."""
     pytest.importorskip({"torch": "torch", "onnx": "onnxruntime"}[to])
     from deit.export.write import export
-    from deit.predict.calibrate import calibrate
 
     calibrate(folder / "m", folder / "data", error_rate=0.4, device="cpu")
     for _ in range(2):

@@ -40,11 +40,12 @@ class Busy(BaseHTTPRequestHandler):
     """Answers with the next of `answers`: a status and a `Retry-After`."""
 
     answers: list
+    page = b""
 
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
         status, seconds = self.answers.pop(0)
-        body = json.dumps({"results": ["done"]} if status == 200 else {"error": "no room"}).encode()
+        body = self.page or json.dumps({"results": ["done"]} if status == 200 else {"error": "no room"}).encode()
         self.send_response(status)
         if seconds is not None:
             self.send_header("Retry-After", seconds)
@@ -84,3 +85,14 @@ def test_it_gives_up_with_the_sentence_of_the_server(answers, times, busy, photo
         client.classify(photos[:1])
     assert len(waits) == times
     assert Busy.answers == []
+
+
+@pytest.mark.parametrize("page", [b"<html>502 Bad Gateway</html>", b"[]", b"{}", b"\xff"])
+def test_a_proxy_refuses_with_a_page_of_its_own(page, busy, photos, monkeypatch):
+    client, waits = busy
+    monkeypatch.setattr(Busy, "page", page)
+    for status, seconds, said in ((502, None, "Bad Gateway"), (503, "Fri, 1 Jan 2027 00:00:00 GMT", "Service Unav")):
+        Busy.answers = [(status, seconds)]
+        with pytest.raises(RuntimeError, match=f"{status}: {said}"):
+            client.classify(photos[:1])
+    assert waits == []

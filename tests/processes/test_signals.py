@@ -58,6 +58,30 @@ def given(tmp_path_factory):
     return model_data_and_recipes(tmp_path_factory.mktemp("signals"))
 
 
+AGAIN = """
+import os, signal, sys, time
+from deit import signals
+try:
+    with signals.ending():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+            time.sleep(0.1)
+            print("tidied up")
+except signals.Interrupted as error:
+    sys.exit(error.status)
+"""
+
+
+def test_signals_that_come_again_let_a_command_tidy_up():
+    """Or a second Ctrl-C would leave half a file under its temporary name."""
+    found = subprocess.run([sys.executable, "-c", AGAIN], capture_output=True, text=True, timeout=20, check=False)
+    assert (found.stdout, found.stderr, found.returncode) == ("tidied up\n", "", 130)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize(
     ("number", "waits"),

@@ -14,6 +14,7 @@ from support.runs import photos, small_recipe
 
 from deit.cli import main
 from deit.data.folders import fingerprint, read_data, read_split
+from deit.evaluate import alarms
 from deit.evaluate.models import examine_files
 from deit.recipe import Cosine, Data, MaskedImage, steps
 from deit.report import document
@@ -66,9 +67,43 @@ def test_eval_writes_one_with_the_record_of_the_run(trained, capsys, tmp_path):
     page = checked((tmp_path / "new" / "page.html").read_text())
     page.sees("15 steps", f"{found['nll']:.4f}", "Learning rate", "Judged by 18 test images")
     trained_folder(tmp_path / "model", "plain", "abc")
-    assert main(["eval", str(tmp_path / "model"), *plain[2:], "--report", str(tmp_path / "alone.html")]) == 0
+    other = ["eval", str(tmp_path / "model"), *plain[2:], "--head", "class", "--crop-ratio", "0.7"]
+    assert main([*other, "--report", str(tmp_path / "alone.html")]) == 0
     alone = checked((tmp_path / "alone.html").read_text())
     assert "Training" not in [heading[2] for heading in alone.all("h2")]
+    [[_, _, command]] = alone.all("pre")  # repeats it as it was
+    capsys.readouterr()
+    for words in (other, [*shlex.split(command)[1:], "--device", "cpu", "--json"]):
+        assert main(words) == 0
+    first, again = capsys.readouterr().out.splitlines()
+    assert json.loads(first) == json.loads(again)
+
+
+def test_images_that_trained_the_model_are_known_for_it(trained, capsys, tmp_path):
+    """On the terminal and on the page: all images of a folder of which the run held some out, but no test images."""
+    page = tmp_path / "page.html"
+    evaluated = ["eval", str(trained / "run" / "model"), "--device", "cpu", "--report", str(page), "--data"]
+    for data, told in ((trained / "data" / "train", True), (trained / "data", False)):
+        assert main([*evaluated, str(data)]) == 0
+        assert (f"{alarms.trained_on_these()}\n" in capsys.readouterr().out) == told
+        assert ("Warning: the model was trained on these images" in page.read_text()) == told
+    assert main([*evaluated, str(trained / "data"), "--split", "train"]) == 0
+    shown = capsys.readouterr().out
+    assert str(alarms.judged_by_training("train")[0]) in shown
+    assert str(alarms.trained_on_these()) not in shown
+
+
+def test_a_page_that_can_not_be_written_costs_no_evaluation(trained, capsys, tmp_path, monkeypatch):
+    command = ["eval", str(trained / "run" / "model"), "--data", str(trained / "data"), "--device", "cpu", "--json"]
+    monkeypatch.setattr("deit.report.document.write", lambda *_, **__: (_ for _ in ()).throw(OSError("no space left")))
+    assert main([*command, "--report", str(tmp_path / "page.html")]) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["images"] == 18
+    assert shown.err.splitlines()[-1] == "deit eval: no space left"
+    monkeypatch.setattr("deit.evaluate.models.examine_files", lambda *_, **__: pytest.fail("evaluated"))
+    assert main([*command, "--report", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert f"expected a file after --report, found the folder {tmp_path}; give a name in it, like {tmp_path}" in said
 
 
 def test_training_without_test_images_ends_with_the_way_to_some(trained, capsys, tmp_path, monkeypatch):

@@ -75,6 +75,18 @@ def test_maps_are_those_of_explain(judged, ratio):
     assert len(document.page(None, judged, maps=maps)) - len(document.page(None, judged)) < 300_000
 
 
+def test_maps_are_over_the_crop_that_was_asked_for(judged, tmp_path):
+    """A side of 29, of which the ratio 20 / 29 that the report shows would make 28."""
+    model = trained_folder(tmp_path / "m", image_size=20)
+    found = examine_files(model, judged.data, crop_ratio=0.68, device="cpu", console=QUIET)
+    processor = DeiTImageProcessor.from_pretrained(model).with_crop_ratio(0.68)
+    assert (processor.size, int(20 / found.main.crop_ratio)) == ({"shortest_edge": 29}, 28)
+    for row, explanation in report_maps.explained(found).found.items():
+        pixels = processor([found.files[row]], return_tensors="pt").pixel_values
+        [seen] = seen_by(load_model(model).config, pixels, processor)
+        assert np.array_equal(np.asarray(explanation.seen), np.asarray(seen))
+
+
 def test_images_without_a_map_are_left_out(judged, tmp_path):
     maps = report_maps.explained(judged)
     first, *others = maps.found

@@ -95,6 +95,23 @@ def test_keys(folder, tmp_path):
         read_keys(tmp_path / "none")
 
 
+def test_keys_that_not_every_client_can_send(folder, tmp_path):
+    """In a file they are refused. Another text of as many characters must never open the server in their place."""
+    file = tmp_path / "keys"
+    file.write_bytes(b"\xef\xbb\xbffirst-key\r\nsecond-key\r\n")  # as an editor of Windows saves it
+    assert read_keys(file) == ("first-key", "second-key")
+    for content in ("first-key\n\u5bc6\u7801\n".encode(), b"first-key\nke\xff\n", b"\nke\x00y\n"):
+        file.write_bytes(content)
+        with raises_saying(ValueError, "keys, line 2: expected a key of printable ASCII characters", "another key"):
+            read_keys(file)
+    file.write_bytes("first-key\n".encode("utf-16"))
+    with raises_saying(ValueError, "keys, line 1: expected a key of printable ASCII", "save the file in UTF-8"):
+        read_keys(file)
+    with client(folder, keys=("\u5bc6\u7801",)) as web:
+        for given, status in ((b"??", 401), ("\u5bc6\u7801".encode(), 200)):
+            assert ask(web, picture(0), {**RAW, "Authorization": b"Bearer " + given}).status_code == status
+
+
 def test_every_answer_has_the_security_headers(web):
     for answer in (
         web.get("/"),
@@ -165,8 +182,23 @@ def test_settings_that_make_no_sense_are_refused(folder, capsys):
         Service(max_pixels=10**9)
     with raises_saying(ValueError, "timeout must be above 0, found 0"):
         Service(timeout=0)
+    with raises_saying(ValueError, "timeout must be above 0, found nan"):
+        Service(timeout=float("nan"))
+    with raises_saying(ValueError, "timeout must be at most 86400 s, a day, found inf"):
+        Service(timeout=float("inf"))
+    for milliseconds in (-1.0, float("nan"), float("inf"), 2000.0):
+        with raises_saying(ValueError, f"below the timeout, 2000 ms, found {milliseconds:g}; an image that waits"):
+            Service(max_wait_ms=milliseconds, timeout=2)
+    for host in ("http://models.example", "models.example:8000", "models.example/", "[::1]", "a b", ""):
+        with raises_saying(ValueError, f"nothing else, found {host!r}; leave out http:// and the port"):
+            Service(hosts=(host,))
+    Service(hosts=("models.example", "localhost", "192.0.2.7", "::", "2001:db8::1"))
     assert main(["serve", str(folder), "--queue", "8"]) == 1
     assert "a queue of 8 images can't fill" in capsys.readouterr().err
+    for port in ("65536", "-1", "http", "\u0663"):
+        with pytest.raises(SystemExit):
+            main(["serve", str(folder), f"--port={port}"])
+        assert f"expected a port from 0 to 65535, found {port!r}" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["serve", str(folder), "--max-bytes", "20MB"])
     assert "expected a size like 500KiB or 20MiB, found '20MB'" in capsys.readouterr().err

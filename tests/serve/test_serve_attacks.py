@@ -207,8 +207,9 @@ def test_hosts(folder):
     def status(web, host):
         return asyncio.run(raw(web.app, [picture(0)], [(b"host", host.encode())], wait=9)).status_code
 
-    with client(folder, hosts=("Models.Example", "192.0.2.7")) as web:
-        for host in ("localhost", "LOCALHOST:80", "127.0.0.1:8000", "[::1]:8000", "models.example.", "192.0.2.7:1"):
+    with client(folder, hosts=("Models.Example", "192.0.2.7", "other.example.")) as web:
+        ours = ("localhost", "LOCALHOST:80", "127.0.0.1:8000", "[::1]:8000", "models.example.", "192.0.2.7:1")
+        for host in (*ours, "other.example"):
             assert status(web, host) == 200, host
         for host in ("evil.example", "localhost.evil.example", "192.0.2.8", "[::2]", "0.0.0.0", "x@localhost", "]"):
             assert status(web, host) == 421, host

@@ -5,7 +5,23 @@ import time
 
 import pytest
 import torch
-from support.serving import Gate, ask, assert_labels, assert_refused, client, concurrently, metric, picture, raw, until
+from support.models import trained_folder
+from support.serving import (
+    RAW,
+    Gate,
+    ask,
+    assert_labels,
+    assert_refused,
+    client,
+    concurrently,
+    httpx,
+    metric,
+    picture,
+    raw,
+    until,
+)
+
+from deit.predict.predictor import Predictor
 
 
 def test_a_hundred_clients_get_their_own_answers_from_few_batches(folder):
@@ -88,6 +104,41 @@ def test_images_of_clients_that_have_gone_are_not_computed(folder):
         assert sum(batches) == 2
         assert metric(web, 'deit_requests_total{route="/v1/classify",status="499"}') == 6
         assert web.batcher.waiting == 0
+
+
+def test_a_request_whose_body_still_arrives_keeps_its_model(folder, tmp_path):
+    """Another model takes the place of the one that it came to, between two pieces of its body."""
+    image, other = picture(3), Predictor(trained_folder(tmp_path / "other", seed=5))
+
+    async def run(path):
+        routes, arrived = web.app.state.routes, asyncio.Event()
+        old = routes.served
+
+        async def slowly():
+            yield image[:100]
+            await arrived.wait()
+            yield image[100:]
+
+        transport = httpx.ASGITransport(web.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as asking:
+            asked = asyncio.create_task(asking.post(path, content=slowly(), headers=RAW))
+            await until(lambda: old.requests == 1)
+            renewed = asyncio.create_task(asyncio.to_thread(routes.renew, lambda: other, tuple))
+            await until(lambda: routes.served is not old)
+            await asyncio.sleep(0.5)  # long enough for the old one to end, if nothing kept it
+            assert old.batcher.alive
+            arrived.set()
+            answer = await asked
+            await asyncio.wait_for(renewed, 20)
+        assert not old.batcher.alive
+        return answer
+
+    with client(folder, timeout=20) as web:
+        answer = asyncio.run(run("/v1/classify"))
+        assert answer.status_code == 200, answer.text
+        assert_labels(answer.json()["results"][0]["labels"], web.predictor([image])[0])
+        assert_labels(ask(web, image).json()["results"][0]["labels"], other([image])[0])
+        assert asyncio.run(run("/v1/explain")).status_code == 200
 
 
 def test_a_model_that_fails_is_503_and_goes_on(folder):

@@ -133,3 +133,35 @@ def test_a_server_whose_gpu_failed_ends_so_that_its_supervisor_starts_it_again(f
         assert process.stderr.read().splitlines()[-1] == (
             "deit serve: the GPU failed (CUDA error: device-side assert triggered); the server has to be started again"
         )
+
+
+LOADING = """
+import signal, sys, time
+from deit.cli import main
+from deit.predict.predictor import Predictor
+
+def loads(*_, **__):
+    print("loading", flush=True)
+    time.sleep(100)
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+Predictor.__init__ = loads
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_sigterm_ends_a_server_whose_model_still_loads(folder):
+    """Also the first process of a container, for which the system ignores every signal that has no handler."""
+    with subprocess.Popen(
+        [sys.executable, "-c", LOADING, "serve", str(folder), "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(10) == 143
+        finally:
+            process.kill()
+        assert process.stderr.read() == "interrupted\n"

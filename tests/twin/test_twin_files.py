@@ -277,6 +277,22 @@ def test_convert_to_keras(kind, tmp_path):
     assert_alike(ours, again, given_for(ours.config, mask=mask_of(kind)))
 
 
+def test_a_stopped_conversion_to_keras_leaves_nothing(tmp_path, monkeypatch):
+    """Keras writes under a name of its own, also if another process was killed there."""
+    saved(build("classification", small(distillation_token=False)), tmp_path / "hf")
+    (tmp_path / "keras").mkdir()
+    (tmp_path / "keras" / ".model.keras.0123abcd.keras").write_text("half")
+
+    def stopped(_, file):
+        Path(file).write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TWIN_OF["classification"], "save", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "hf", "keras", tmp_path / "keras")
+    assert list((tmp_path / "keras").iterdir()) == []
+
+
 # ----------------------------------------------------------------------------------------------- one framework alone
 
 

@@ -332,7 +332,7 @@ def _add_serve(verbs: Any) -> None:
         help="address to listen on; 0.0.0.0 for all addresses of this machine (default: %(default)s)",
     )
     verb.add_argument(
-        "--port", type=int, default=8000, help="port to listen on; 0 for any free one (default: %(default)s)"
+        "--port", type=_port, default=8000, help="port to listen on; 0 for any free one (default: %(default)s)"
     )
     _add_head(verb)
     _add_device(verb)
@@ -474,6 +474,12 @@ def _size(text: str) -> int:
     if not number.isdecimal() or not int(number) or unit not in units:
         raise argparse.ArgumentTypeError(f"expected a size like 500KiB or 20MiB, found {text!r}")
     return int(number) * units[unit]
+
+
+def _port(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, found {text!r}")
+    return int(text)
 
 
 def _count(text: str) -> int:

@@ -248,7 +248,14 @@ def evaluate(options: argparse.Namespace) -> None:
 
     from deit.evaluate.models import examine_files
     from deit.evaluate.tables import show
+    from deit.report import document
+    from deit.report import run as report_run
 
+    if options.report and options.report.is_dir():
+        raise ValueError(
+            f"expected a file after --report, found the folder {options.report}; give a name in it, like "
+            f"{options.report / 'report.html'}"
+        )
     found = examine_files(
         options.model,
         options.data,
@@ -258,20 +265,18 @@ def evaluate(options: argparse.Namespace) -> None:
         other=options.compare,
         device=options.device,
     )
-    show(found, Console(stderr=options.json))
-    if options.report:
-        from deit.report import document
-
-        print(document.of_evaluation(options.report, found, device=options.device), file=sys.stderr)
+    show(found, Console(stderr=options.json), report_run.remembered(report_run.record_of(found), found))
     if options.json:
-        print(json.dumps(found.to_dict()))
+        print(json.dumps(found.to_dict()), flush=True)
+    if options.report:
+        print(document.of_evaluation(options.report, found, device=options.device), file=sys.stderr)
 
 
 def explain(options: argparse.Namespace) -> None:
     from deit.explain.explanation import explain_file
     from deit.explain.maps import METHODS
     from deit.explain.picture import figure
-    from deit.files import replacing
+    from deit.files import replacing, turn
 
     if options.out.suffix.lower() != ".png":
         raise ValueError(f"expected a .png file after --out, found {options.out}; give a name that ends in .png")
@@ -284,7 +289,7 @@ def explain(options: argparse.Namespace) -> None:
         device=options.device,
         methods=METHODS if options.method == "all" else (options.method,),
     )
-    with replacing(options.out) as temporary:
+    with turn(options.out), replacing(options.out) as temporary:
         figure(found).save(temporary, format="PNG")
     print(json.dumps({**found.to_dict(), "figure": str(options.out)}) if options.json else f"{found}\n\n{options.out}")
 

@@ -60,6 +60,28 @@ def judged_by_validation(part: str | None) -> list[Said]:
     ]
 
 
+def judged_by_training(part: str | None) -> list[Said]:
+    """Warns if a model is judged by training images, which may be its own. `part` is as for `judged_by_validation`."""
+    if part != "train":
+        return []
+    return [
+        said(
+            "warning: if the model was trained on these images, their accuracy says how well it remembers them, and "
+            "not how often it is right on others. Take validation or test images, or set some aside with `deit split` "
+            "and train again"
+        )
+    ]
+
+
+def trained_on_these() -> Said:
+    """Says that the images which judge a model are, or hold, those that it was trained on."""
+    return said(
+        "warning: the model was trained on these images, or on some of them, so their accuracy says how well it "
+        "remembers them, and not how often it is right on others. Take validation or test images, or set some aside "
+        "with `deit split` and train again"
+    )
+
+
 def chosen_by_validation(command: str) -> str:
     """Says after a training that its accuracy flatters the model. `command` judges it by test images."""
     return (

@@ -217,6 +217,8 @@ class Examined:
     crop_ratio: float | None
     """Side of the crop divided by that of the resized image; None if nothing is resized."""
     report: Report
+    crop_asked: float | None = None
+    """The crop ratio that was asked for; None for the model's own. `crop_ratio` may differ: sizes are whole pixels."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"model": self.model, "image_size": list(self.image_size), "crop_ratio": self.crop_ratio}
@@ -248,6 +250,7 @@ class Evaluation:
         return [
             *alarms.learnt_nothing(report.accuracy().value, [*map(named, report.classes)], images),
             *alarms.judged_by_validation(self.split),
+            *alarms.judged_by_training(self.split),
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -320,7 +323,7 @@ class _Subject:
     """A model that is about to be examined. Everything that could be wrong with it is already checked."""
 
     def __init__(self, name: str | Path, examples: Split, head: Head, crop_ratio: float | None, device: torch.device):
-        self.name, self.head, self.device = str(name), head, device
+        self.name, self.head, self.device, self.crop_asked = str(name), head, device, crop_ratio
         classifier = load_classifier(name)
         refuse_other_scoring(name, classifier.model.config.scoring, "an evaluation")
         refuse_head(head, classifier.heads)
@@ -350,7 +353,7 @@ class _Subject:
             device=self.device,
             rows=Rows(partial(console.print, markup=False, highlight=False, soft_wrap=True)),
         )
-        return Examined(self.name, self.image_size, self.processor.crop_ratio, report)
+        return Examined(self.name, self.image_size, self.processor.crop_ratio, report, self.crop_asked)
 
 
 def _telling(batches: Iterable[Batch], console: Console) -> Iterator[Batch]:

@@ -12,14 +12,15 @@ from rich.text import Text
 from deit.evaluate.models import Evaluation, Examined
 from deit.evaluate.scores import Comparison, Report
 from deit.terminal import shown
-from deit.words import listed, quoted
+from deit.words import Said, listed, quoted
 
 _LINES = 10
 """Number of worst classes and of confusions to show."""
 
 
-def show(evaluation: Evaluation, console: Console) -> None:
-    """Prints heads, calibration, worst classes, most common confusions, and the comparison with the other model."""
+def show(evaluation: Evaluation, console: Console, beware: Sequence[Said] = ()) -> None:
+    """Prints heads, calibration, worst classes, most common confusions, warnings (those of `beware` too), and the
+    comparison with the other model."""
     main, report = evaluation.main, evaluation.main.report
 
     def say(sentence: str) -> None:
@@ -78,7 +79,7 @@ def show(evaluation: Evaluation, console: Console) -> None:
                 ),
             )
         )
-    for sentence in evaluation.alarms():
+    for sentence in [*evaluation.alarms(), *beware]:
         say(str(sentence))
     if evaluation.other is not None and (comparison := evaluation.comparison):
         _compare(main, evaluation.other, comparison, console, say)

@@ -30,6 +30,7 @@ def convert(source: str | Path, to: Dialect, out: str | Path, **where: Any) -> P
     if folder.resolve() == place.resolve():
         raise ValueError(f"writing to {folder} would replace the files of {source}; write to another folder")
     with files.held(folder, lock=files.lock_beside(folder.absolute())):
+        files.sweep(folder, "*.safetensors*", "config.json", "preprocessor_config.json", "*.pth", "model.keras")
         return _converted(source, to, folder, where)
 
 
@@ -82,10 +83,15 @@ def _to_keras(checkpoint: hub.Checkpoint, processor: DeiTImageProcessor, folder:
         "with_teacher": network.TFDeiTForImageClassificationWithTeacher,
     }[weights.kind_of(checkpoint.tensors)]
     model, path = cls.from_checkpoint(checkpoint), folder / "model.keras"
+    for left in folder.glob(f".{path.name}.*.keras"):  # by a process that was killed
+        left.unlink()
     with files.replacing(path) as temporary:
-        renamed = temporary.with_suffix(".keras")  # Keras writes to no other suffix
-        model.save(renamed)
-        renamed.replace(temporary)
+        renamed = temporary.with_name(f"{temporary.name}.keras")  # Keras writes to no other suffix
+        try:
+            model.save(renamed)
+            renamed.replace(temporary)
+        finally:
+            renamed.unlink(missing_ok=True)
     processor.save_pretrained(folder)
     return path
 

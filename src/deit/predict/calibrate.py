@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +21,7 @@ from deit.model.heads import head_probabilities
 from deit.model.load import refuse_other_scoring
 from deit.model.outputs import ImageClassifierOutput, ModelOutput
 from deit.predict.predictor import Predictor
-from deit.train.records import RECIPE
+from deit.train.records import ABOUT, RECIPE, About
 
 _BATCH = 64
 
@@ -43,7 +44,7 @@ def calibrate(
         error_rate: share of new images that may get a label that is sure and wrong; above 0 and below 1.
 
     Raises `FileNotFoundError` if there is no such folder, and `ValueError` if the images don't fit the model or are too
-    few. Nothing is stored then.
+    few. Nothing is stored then. Warns if the model was trained on the images, as far as its run says it.
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(
@@ -52,8 +53,25 @@ def calibrate(
         )
     if split is None and has_split(data, "val"):
         split = "val"
-    examples, _ = read_examples(data, split)
-    return calibrate_split(folder, examples, str(data), error_rate=error_rate, device=device, console=console)
+    examples, part = read_examples(data, split)
+    found = calibrate_split(folder, examples, str(data), error_rate=error_rate, device=device, console=console)
+    if part == "train" or _trained_on(folder, str(data), part, found.data):
+        warnings.warn(
+            "if the model was trained on these images, or on some of them, it is surer of them than of others, and "
+            f"more than {error_rate:.3g} of new images may get one label that is sure and wrong; calibrate with "
+            "validation images",
+            stacklevel=2,
+        )
+    return found
+
+
+def _trained_on(folder: str | Path, data: str, part: str | None, fingerprint: str) -> bool:
+    """Whether the model's run says that it was trained on these images. False if there is no run that says anything."""
+    try:
+        about = About.from_dict(files.read_json(Path(os.path.abspath(folder)).parent / ABOUT))
+    except (OSError, ValueError):
+        return False
+    return about.trained_on(data, part, fingerprint)
 
 
 @torch.inference_mode()

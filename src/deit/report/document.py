@@ -6,7 +6,6 @@ import base64
 import hashlib
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
@@ -201,18 +200,8 @@ def of_training(run: str | Path, val_split: Split, *, device: str = "auto") -> P
 
     The model is examined on the validation images if that costs little beside the training.
     """
-    with _turn(run):
+    with files.turn(Path(run) / FILE):
         return _of_training(run, val_split, device)
-
-
-@contextmanager
-def _turn(run: str | Path) -> Iterator[None]:
-    """Waits until other processes have written the report of a run, so that none replaces a later one. Removes what
-    killed ones left."""
-    file = Path(run) / FILE
-    with files.held(file, lock=files.lock_beside(file), wait=True):
-        files.sweep(file.parent, file.name)
-        yield
 
 
 def _of_training(run: str | Path, val_split: Split, device: str) -> Path:
@@ -245,7 +234,7 @@ def of_run(
     are still there. Raises `FileNotFoundError` if there is no run, and the errors of `examine_files` for `data`.
     """
     Record.read(run)  # or a lock would make the folder of a run that isn't there
-    with _turn(run):
+    with files.turn(Path(run) / FILE):
         return _of_run(run, data, device, console)
 
 
@@ -295,14 +284,9 @@ def of_evaluation(
 ) -> Path:
     """Writes the report of an evaluation. If the model belongs to a run, the run's record is part of it. `first` and
     `beware` are as for `page`."""
-    record = None
-    folder = Path(evaluation.main.model)
-    if folder.is_dir() and folder.resolve().name == MODEL:
-        try:
-            record = Record.read(folder.resolve().parent if folder.name != MODEL else folder.parent)
-        except FileNotFoundError:
-            record = None
-    return write(file, record, evaluation, maps=_explained(evaluation, device), first=first, beware=beware)
+    record, maps = report_run.record_of(evaluation), _explained(evaluation, device)
+    with files.turn(Path(file)):
+        return write(file, record, evaluation, maps=maps, first=first, beware=beware)
 
 
 def _validation(record: Record) -> tuple[Split, str]:
@@ -485,16 +469,19 @@ def _repeat(record: Record | None, evaluation: Evaluation | None) -> Section:
                 *(["--data", evaluation.data] if evaluation and not own and evaluation.data else []),
             ],
         ]
-    if evaluation and not (own and evaluation.main.report.head == "fused" and evaluation.other is None):
+    main = evaluation.main if evaluation else None
+    usual = main is not None and main.report.head == "fused" and main.crop_asked is None
+    if evaluation and main and not (own and usual and evaluation.other is None):
         lines.append(
             [
                 "deit",
                 "eval",
-                evaluation.main.model,
+                main.model,
                 "--data",
                 evaluation.data or "DATA",
                 *(["--split", evaluation.split] if evaluation.split else []),
-                *(["--head", evaluation.main.report.head] if evaluation.main.report.head != "fused" else []),
+                *(["--head", main.report.head] if main.report.head != "fused" else []),
+                *([] if main.crop_asked is None else ["--crop-ratio", str(main.crop_asked)]),
                 *(["--compare", evaluation.other.model] if evaluation.other else []),
             ]
         )

@@ -68,8 +68,8 @@ def explained(evaluation: Evaluation, device: str | torch.device = "cpu") -> Map
     if len(evaluation.files) != len(main.report.labels):
         return None
     model.to(device)
-    if main.crop_ratio is not None and main.crop_ratio != processor.crop_ratio:
-        processor = processor.with_crop_ratio(main.crop_ratio)
+    if main.crop_asked is not None:
+        processor = processor.with_crop_ratio(main.crop_asked)
     found = {}
     for row in (int(row) for rows in _chosen(main.report) for row in rows):
         try:

@@ -6,10 +6,12 @@ import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from deit import recipes
 from deit.data.counts import remarks
+from deit.evaluate.alarms import trained_on_these
 from deit.evaluate.calibration import Calibration
 from deit.evaluate.models import Evaluation
 from deit.evaluate.scores import Accuracy
@@ -34,8 +36,8 @@ from deit.report.markup import (
     table,
     told,
 )
-from deit.train.records import Record, flat, is_number, span
-from deit.words import Text, plural, said
+from deit.train.records import MODEL, Record, flat, is_number, span
+from deit.words import Said, Text, plural, said
 
 _METRICS = 120
 """Maximum number of rows in the table behind the curves."""
@@ -103,10 +105,28 @@ def title(record: Record) -> tuple[str, Sequence[Text]]:
     return folder, [plural(len(about.classes), "{count:,} class", "{count:,} classes")] if long else about.classes
 
 
+def record_of(evaluation: Evaluation) -> Record | None:
+    """The record of the run that the evaluated model belongs to; None if it belongs to none."""
+    folder = Path(evaluation.main.model)
+    if not folder.is_dir() or folder.resolve().name != MODEL:
+        return None
+    try:
+        return Record.read(folder.resolve().parent if folder.name != MODEL else folder.parent)
+    except FileNotFoundError:
+        return None
+
+
+def remembered(record: Record | None, evaluation: Evaluation) -> list[Said]:
+    """Warns if the run was trained on the images that judge its model, beyond what `Evaluation.alarms` says."""
+    about = record.about if record else None
+    known = about is not None and about.trained_on(evaluation.data, evaluation.split, evaluation.fingerprint)
+    return [trained_on_these()] if known and evaluation.split != "train" else []
+
+
 def alarms(record: Record | None, evaluation: Evaluation | None, more: Sequence[Text] = ()) -> Section:
     """What to beware of: in the run, in the evaluation, in the model's calibration, and `more`. Empty if there is
     nothing."""
-    found: list[Text] = [*evaluation.alarms(isolated)] if evaluation else []
+    found: list[Text] = [*evaluation.alarms(isolated), *remembered(record, evaluation)] if evaluation else []
     best = record.best if record and record.labelled else None
     if record and record.about and best and is_number(best.get("val_accuracy")):
         found += [each for each in record.about.alarms(best["val_accuracy"], isolated) if each not in found]

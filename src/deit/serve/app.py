@@ -13,9 +13,10 @@ import hmac
 import io
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -103,12 +104,21 @@ class _Served:
             computed=computed,
         )
         self.unexplained = _unexplained(predictor)
+        self.requests = 0
+        """Number of requests under way that came to this model, also of those whose bodies still arrive."""
 
     def start(self) -> None:
         """Computes a first image, which takes longest and fails if the model can't be used, and starts processes."""
         height, width = self.predictor.config.image_hw
         self.predictor([Image.new("RGB", (width, height))])
         self.batcher.start()
+
+    def close(self, seconds: float) -> None:
+        """Ends threads and processes when no request needs them any more, or after `seconds`."""
+        until = time.monotonic() + seconds
+        while self.requests and time.monotonic() < until:
+            time.sleep(0.01)
+        self.batcher.close(max(0.0, until - time.monotonic()))
 
 
 class Routes:
@@ -125,11 +135,24 @@ class Routes:
         self.parser = ThreadPoolExecutor(1, thread_name_prefix="deit-parse")
         self.ending = False
         self._renewing = threading.Lock()
+        self._taking = threading.Lock()  # for a moment: a request takes the model, or another model takes its place
 
     @property
     def batcher(self) -> Batcher:
         """What makes the batches of the model that is served now."""
         return self.served.batcher
+
+    @contextmanager
+    def _taken(self) -> Iterator[_Served]:
+        """The model that is served now. It is not closed before the block ends."""
+        with self._taking:
+            served = self.served
+            served.requests += 1
+        try:
+            yield served
+        finally:
+            with self._taking:
+                served.requests -= 1
 
     def _computed(self, images: int) -> None:
         self.metrics.batches.observe(images)
@@ -155,9 +178,10 @@ class Routes:
                 new.batcher.close(0)
                 _log.error("the model stays as it was: %s", error)
                 return
-            old, self.served = self.served, new
+            with self._taking:
+                old, self.served = self.served, new
             _log.warning("the model was loaded again from %s", self.name)
-            old.batcher.close(2 * self.service.timeout)
+            old.close(2 * self.service.timeout)  # a body may take one timeout to arrive, and its answer another
 
     @asynccontextmanager
     async def life(self, _: FastAPI) -> AsyncIterator[None]:
@@ -168,7 +192,7 @@ class Routes:
 
     def _check_key(self, request: Request) -> None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        [found] = _digests([given.strip()])
+        found = _digest(given.strip(" \t").encode("latin-1"))  # the bytes as they came
         matches = [hmac.compare_digest(found, key) for key in self.keys]  # all, so that the time doesn't tell which one
         if self.keys and not (scheme.lower() == "bearer" and any(matches)):
             refuse(401, "this needs a key; send it as Authorization: Bearer KEY", **{"WWW-Authenticate": "Bearer"})
@@ -200,12 +224,12 @@ class Routes:
     async def classify(self, request: Request) -> Response:
         """Labels for one image or many, sent as raw bytes, as files in a form, or as base64 in JSON."""
         self._check_key(request)
-        served = self.served
         question = Question(("top_k",), '{"images": ["<base64>", ...], "top_k": 3}', self.service.max_batch)
-        async with self._asked(request, question, labels_asked) as (images, top_k):
-            futures = served.batcher.submit(images, min(top_k, len(served.predictor.labels)))
-            del images
-            await self._done(request, futures)
+        with self._taken() as served:
+            async with self._asked(request, question, labels_asked) as (images, top_k):
+                futures = served.batcher.submit(images, min(top_k, len(served.predictor.labels)))
+                del images
+                await self._done(request, futures)
         results: list[dict[str, Any]] = []
         for future in futures:
             try:
@@ -223,16 +247,14 @@ class Routes:
         """Maps of what the answer to one image rests on, one for each token, as numbers, in words and as pictures. With
         Accept: image/png, one figure."""
         self._check_key(request)
-        served = self.served
-        if served.unexplained:
-            refuse(501, served.unexplained)
-        async with self._asked(request, EXPLANATION, partial(explanation_asked, labels=served.predictor.labels)) as (
-            [image],
-            why,
-        ):
-            future = served.batcher.explain(image, why)
-            del image
-            await self._done(request, [future])
+        with self._taken() as served:
+            if served.unexplained:
+                refuse(501, served.unexplained)
+            asked = partial(explanation_asked, labels=served.predictor.labels)
+            async with self._asked(request, EXPLANATION, asked) as ([image], why):
+                future = served.batcher.explain(image, why)
+                del image
+                await self._done(request, [future])
         try:
             found = self._result(future)
         except ImageError as error:
@@ -319,8 +341,12 @@ class Routes:
 
 
 def _digests(keys: Iterable[str]) -> list[bytes]:
-    """Keys in a form that takes the same time to compare, whatever their length."""
-    return [hashlib.sha256(key.encode("latin-1", "replace")).digest() for key in keys]
+    return [_digest(key.encode()) for key in keys]
+
+
+def _digest(key: bytes) -> bytes:
+    """A key in a form that takes the same time to compare, whatever its length."""
+    return hashlib.sha256(key).digest()
 
 
 def _unexplained(predictor: Predictor) -> str:

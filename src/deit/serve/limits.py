@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,8 @@ MAX_HEAD = 16 * 2**10
 """Largest head of a request, in bytes."""
 MAX_PIXELS = 50_000_000
 """Decoding one image takes at most 10 bytes for each of these pixels."""
+_LONGEST = 24 * 60 * 60
+"""Largest `timeout`. Some of the system's clocks take no more than weeks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,23 +45,33 @@ class Service:
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "queue", "max_bytes", "max_pixels", "timeout", "connections"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
+        if self.timeout > _LONGEST:
+            raise ValueError(f"timeout must be at most {_LONGEST} s, a day, found {self.timeout:g}")
         if self.max_pixels > decode.MAX_PIXELS:
             raise ValueError(
                 f"max_pixels must be at most {decode.MAX_PIXELS}, because Pillow refuses larger images, found "
                 f"{self.max_pixels}"
             )
-        if self.max_wait_ms < 0:
-            raise ValueError(f"max_wait_ms must be at least 0, found {self.max_wait_ms:g}")
+        if not 0 <= self.max_wait_ms < 1000 * self.timeout:
+            raise ValueError(
+                f"max_wait_ms must be at least 0 and below the timeout, {1000 * self.timeout:g} ms, found "
+                f"{self.max_wait_ms:g}; an image that waits longer gets no answer"
+            )
         if self.queue < self.max_batch:
             raise ValueError(
                 f"a queue of {self.queue} images can't fill a batch of {self.max_batch}; give a queue of at least "
                 f"{self.max_batch}"
             )
-
         if self.private and not self.keys:
             raise ValueError("nothing can need a key, because there is none; give a file of keys too")
+        for name in self.hosts:
+            if not _is_host(name):
+                raise ValueError(
+                    f"expected the name or the address of a host and nothing else, found {name!r}; leave out http:// "
+                    "and the port"
+                )
 
     @property
     def decode_seconds(self) -> float:
@@ -65,9 +79,28 @@ class Service:
         return self.timeout / 3
 
 
+def _is_host(name: str) -> bool:
+    """Whether a `Host` header can hold this, apart from its port."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return re.fullmatch(r"[^\s/:@\[\]]+", name) is not None
+    return True
+
+
 def read_keys(path: Path) -> tuple[str, ...]:
-    """Reads API keys from a file, one on each line. Raises `ValueError` if the file has none."""
-    keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    """Reads API keys from a file, one on each line.
+
+    Raises `ValueError` if the file has none, or one that can't be sent in a header by every client.
+    """
+    lines = path.read_bytes().decode("utf-8-sig", "replace").splitlines()
+    keys = {number: line.strip() for number, line in enumerate(lines, start=1) if line.strip()}
     if not keys:
         raise ValueError(f"{path} holds no key; write one on each line")
-    return keys
+    for number, key in keys.items():
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(
+                f"{path}, line {number}: expected a key of printable ASCII characters, because clients send it in a "
+                "header, found others; write another key there, and save the file in UTF-8"
+            )
+    return tuple(keys.values())

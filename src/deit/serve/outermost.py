@@ -74,7 +74,7 @@ class Outermost:
 
     def __init__(self, app: ASGIApp, metrics: Metrics, hosts: tuple[str, ...]):
         self.app, self.metrics = app, metrics
-        self.hosts = {name.lower() for name in (*_LOOPBACK, *hosts)}
+        self.hosts = {name.lower().rstrip(".") for name in (*_LOOPBACK, *hosts)}  # as `_name_in` gives them
         self.any_address = any(name in _ALL for name in hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

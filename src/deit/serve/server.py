@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import uvicorn
 
+from deit import signals
 from deit.predict.predictor import Predictor
 from deit.serve.app import Routes, create_app
 from deit.serve.connection import connections
@@ -69,6 +70,7 @@ def serve(
     listening: Callable[[Predictor, str], object],
 ) -> None:
     """Serves until SIGTERM or Ctrl-C. Then it takes no more connections, answers the requests that came, and returns.
+    While the model still loads, both raise `signals.Interrupted`.
 
     At SIGHUP, it loads the model and the keys again. If the GPU fails, it ends as at SIGTERM and raises, because only a
     new process can use the GPU again.
@@ -83,10 +85,11 @@ def serve(
     Raises `OSError` if the address can't be used, and `RuntimeError` after the GPU failed.
     """
     _make_room(service.connections)
-    predictor = load()
-    app = create_app(predictor, replace(service, hosts=(*service.hosts, host)), name)
-    routes: Routes = app.state.routes
-    routes.served.start()
+    with signals.ending():  # without a handler, the first process of a container gets no SIGTERM
+        predictor = load()
+        app = create_app(predictor, replace(service, hosts=(*service.hosts, host)), name)
+        routes: Routes = app.state.routes
+        routes.served.start()
     with socket.create_server(
         (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
     ) as listener:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -49,6 +50,12 @@ class About:
             *learnt_nothing(accuracy, [*map(named, self.classes)], self.val),
             *below_teacher(accuracy, None if self.teacher is None else Accuracy(*self.teacher)),
         ]
+
+    def trained_on(self, data: str, split: str | None, fingerprint: str) -> bool:
+        """Whether the run was trained on some of these images: they have the fingerprint of its training images, or are
+        all that lie where those do. The arguments are those of an `Evaluation`."""
+        places = [os.path.abspath(place) for place in (self.data, data) if place]
+        return fingerprint == self.fingerprint or (split is None and len(places) == 2 and places[0] == places[1])
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

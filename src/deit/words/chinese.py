@@ -136,6 +136,18 @@ CHINESE = {
         "警告：如果模型在训练中是用这些验证图像挑选出来的，那么它们给出的准确率偏高。测试图像没有这个问题："
         "请使用数据的测试部分，或者用 `deit split` 划出一部分，再重新训练"
     ),
+    "warning: if the model was trained on these images, their accuracy says how well it remembers them, and not how "
+    "often it is right on others. Take validation or test images, or set some aside with `deit split` and train "
+    "again": (
+        "警告：如果模型是用这些图像训练的，那么它们给出的准确率只说明模型记住了多少，不说明它在其他图像上有多准。"
+        "请改用验证图像或测试图像，或者用 `deit split` 划出一部分，再重新训练"
+    ),
+    "warning: the model was trained on these images, or on some of them, so their accuracy says how well it remembers "
+    "them, and not how often it is right on others. Take validation or test images, or set some aside with `deit "
+    "split` and train again": (
+        "警告：模型是用这些图像或其中一部分训练的，所以它们给出的准确率只说明模型记住了多少，不说明它在其他图像上有多准。"
+        "请改用验证图像或测试图像，或者用 `deit split` 划出一部分，再重新训练"
+    ),
     "warning: the temperature of the head {head} is the least that is tried ({low:g}), because it is right on almost "
     "all of the {images:,} images, so they can't tell how sure it may be. Calibrate with more or harder images": (
         "警告：头 {head} 的温度是所尝试的最小值（{low:g}），因为它在 {images:,} 张图像上几乎全对，"
