@@ -53,6 +53,7 @@ def test_every_template_has_its_chinese_with_the_same_fields():
     assert [one for one, other in CHINESE.items() if fields(one) != fields(other)] == []
     words = {one for one in CHINESE if re.search("[A-Za-z]", re.sub("{[^}]*}", "", one))}
     assert {one for one in words if not re.search("[\u4e00-\u9fff]", CHINESE[one])} == {
+        " and ",
         "fit",
         "{step:,.0f} of {total:,}",
     }
