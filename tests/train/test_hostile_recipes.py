@@ -52,7 +52,7 @@ def test_python_of_a_recipe_json_is_refused(place, settings, given, tmp_path, ca
 @pytest.mark.filterwarnings("ignore:teacher .* does not name its 5 outputs")
 def test_python_of_a_plan_is_refused(given, tmp_path, capsys):
     """Also if labels are to be stored, for which the teacher is asked."""
-    folder, name, trace = given
+    _, name, trace = given
     data = hostile.images(tmp_path / "data")
     objective = Distilled(teacher=name, cache=str(tmp_path / "labels"))
     steps = (Step(name="labels"), Step(name="student", recipe=small_recipe(objective)), Step(name="judge"))
