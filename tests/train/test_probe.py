@@ -132,10 +132,10 @@ def test_too_few_images_for_folds():
 def test_a_rare_class_is_drawn():
     """The draw is that of all images alike, unless it would miss a class that has an image."""
     labels = [0] * 500 + [1] * 480 + [2] * 19 + [3]
-    plain = [np.sort(np.random.default_rng(seed).permutation(1000)[:40]) for seed in range(30)]
-    found = [probe.drawn(labels, 40, seed) for seed in range(30)]
+    plain = [np.sort(np.random.default_rng(seed).permutation(1000)[:40]) for seed in range(200)]
+    found = [probe.drawn(labels, 40, seed) for seed in range(200)]
     whole = [len({labels[row] for row in rows}) == 4 for rows in plain]
-    assert 0 < sum(whole) < 30
+    assert 0 < sum(whole) < 200
     for one, other, complete in zip(found, plain, whole, strict=True):
         assert len(set(one.tolist())) == 40
         assert (np.diff(one) > 0).all()

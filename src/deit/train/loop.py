@@ -179,8 +179,8 @@ def _train(
         with compiling.graphs(reporter.say) if work.compiled else nullcontext():
             _loop(_Session(work, state, out, reporter, signals, end))
         if about and state.best is not None and not isinstance(recipe.objective, MaskedImage):
-            for sentence in about.alarms(state.best):
-                reporter.say(str(sentence))
+            for alarm in about.alarms(state.best):
+                reporter.say(str(alarm))
     return Run(out / "model", state.best if state.best is not None else -math.inf, state.seconds)
 
 
