@@ -270,7 +270,7 @@ def test_what_does_not_fit_into_the_time_is_left_out(data, tmp_path, start, own_
     said = capsys.readouterr().err
     assert "teacher: left out, because a step takes about" in said
     assert [each.name for each in fitted.candidates] == ["frozen"]
-    assert fitted.reason == "the frozen baseline is the only model"
+    assert str(fitted.reason) == "the frozen baseline is the only model"
 
 
 # ------------------------------------------------------------------------------------------------------------ the plan
@@ -640,7 +640,7 @@ def test_the_recommendation(rights, rates, prefer, chosen, words):
     made = [_Made(name, answers(right), rate) for name, right, rate in zip(names, rights, rates, strict=True)]
     best, reason = recommend(made, prefer)
     assert best.name == chosen
-    assert words in reason
+    assert words in str(reason)
 
 
 def test_of_equal_models_the_likelier_is_recommended():
@@ -649,8 +649,12 @@ def test_of_equal_models_the_likelier_is_recommended():
     made.append(_Made("student", answers(1, 2), 500, 0.2))
     best, reason = recommend(made, "accuracy")
     assert best.name == "teacher"
-    assert reason == (
+    assert str(reason) == (
         "the teacher is right on 1 of 2 validation images, the frozen baseline on 1 and the student on 1; it gives the "
         "true classes higher probabilities than the frozen baseline and the student; the difference to the frozen "
         "baseline and the student may be chance"
+    )
+    assert reason.chinese == (
+        "2 张验证图像中，教师答对 1 张，冻结基线答对 1 张，学生答对 1 张；它给真实类别的概率比冻结基线和学生更高；"
+        "与冻结基线和学生的差距可能只是偶然"
     )

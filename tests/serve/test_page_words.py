@@ -9,7 +9,7 @@ import numpy as np
 
 import deit
 from deit.explain.explanation import Map
-from deit.report.chinese import CHINESE
+from deit.words.chinese import CHINESE
 
 HERE = Path(deit.__file__).parent
 SCRIPTS = [HERE / "serve/page.js", *(HERE / "web" / f"{name}.js" for name in ("page", "shown", "worker", "picture"))]

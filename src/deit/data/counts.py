@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from deit.data.folders import Split
+from deit.words import Said, listed, plural, quoted, said
 
 RULES = 10
 """From this ratio of the largest class's images to the smallest's on, a remark says that the large classes rule."""
 FEW = 5
 """A class with fewer training images than this has a remark."""
-NAMED = 3
-"""Largest number of classes that a sentence names."""
 
 
 def class_counts(split: Split, classes: int | None = None) -> list[int]:
@@ -32,12 +31,12 @@ def balanced_weights(split: Split) -> list[float]:
     if missing := [name for name, count in zip(split.classes, counts, strict=True) if not count]:
         raise ValueError(
             f"objective.class_weights=balanced needs a training image of each class, found none of "
-            f"{listed(missing)}; add some, leave such classes out, or set objective.class_weights=equal"
+            f"{listed(map(quoted, missing))}; add some, leave such classes out, or set objective.class_weights=equal"
         )
     return [len(split) / (len(counts) * count) for count in counts]
 
 
-def remarks(classes: Sequence[str], train: Sequence[int], val: Sequence[int], *, balanced: bool) -> list[str]:
+def remarks(classes: Sequence[str], train: Sequence[int], val: Sequence[int], *, balanced: bool) -> list[Said]:
     """Sentences about what the numbers of images make hard to learn or to judge, each with the next move.
 
     Args:
@@ -50,37 +49,42 @@ def remarks(classes: Sequence[str], train: Sequence[int], val: Sequence[int], *,
         most, least = max(present, key=train.__getitem__), min(present, key=train.__getitem__)
         if train[most] >= RULES * train[least] and not balanced:
             found.append(
-                f'the classes differ much in size: of {sum(train):,} training images, "{classes[most]}" has '
-                f'{train[most]:,} and "{classes[least]}" has {train[least]:,}. So the model learns mostly the large '
-                "classes, and a high accuracy may hide that it misses the small ones. To let each class count the "
-                "same, use --set objective.class_weights=balanced (for deit fit, set it in the recipes beside its "
-                "plan.json), and look at the balanced accuracy"
+                said(
+                    'the classes differ much in size: of {total:,} training images, "{largest}" has {most:,} and '
+                    '"{smallest}" has {least:,}. So the model learns mostly the large classes, and a high accuracy may '
+                    "hide that it misses the small ones. To let each class count the same, use --set "
+                    "objective.class_weights=balanced (for deit fit, set it in the recipes beside its plan.json), and "
+                    "look at the balanced accuracy",
+                    total=sum(train),
+                    largest=classes[most],
+                    most=train[most],
+                    smallest=classes[least],
+                    least=train[least],
+                )
             )
     if few := sorted((count, place) for place, count in enumerate(train) if count < FEW):
-        counted = [f'"{classes[place]}" ({count})' for count, place in few]
         found.append(
-            f"{_classes(len(few))} fewer than {FEW} training images, too few to learn from: "
-            f"{_first(counted)}. Add images, or leave "
-            "such classes out"
+            plural(
+                len(few),
+                "{count:,} class has fewer than {least} training images, too few to learn from: {classes}. Add images, "
+                "or leave such classes out",
+                "{count:,} classes have fewer than {least} training images, too few to learn from: {classes}. Add "
+                "images, or leave such classes out",
+                least=FEW,
+                classes=listed(
+                    said('"{name}" ({images:,})', name=classes[place], images=count) for count, place in few
+                ),
+            )
         )
     if unseen := [classes[place] for place, count in enumerate(val) if not count]:
         found.append(
-            f"{_classes(len(unseen))} no validation image, so nothing tells how well the model knows "
-            f"{'it' if len(unseen) == 1 else 'them'}: {listed(unseen)}. Add such images"
+            plural(
+                len(unseen),
+                "{count:,} class has no validation image, so nothing tells how well the model knows it: {classes}. Add "
+                "such images",
+                "{count:,} classes have no validation image, so nothing tells how well the model knows them: {classes}."
+                " Add such images",
+                classes=listed(map(quoted, unseen)),
+            )
         )
     return found
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first names in quotes, and how many more there are."""
-    return _first(f'"{name}"' for name in names)
-
-
-def _first(texts: Iterable[str]) -> str:
-    texts = list(texts)
-    more = len(texts) - NAMED
-    return ", ".join(texts[:NAMED]) + (f" and {more:,} more" if more > 0 else "")
-
-
-def _classes(count: int) -> str:
-    return "1 class has" if count == 1 else f"{count:,} classes have"

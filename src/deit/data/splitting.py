@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deit import files
-from deit.data.counts import listed
 from deit.data.folders import LIST_SUFFIXES, SPLITS, Split, contents, drawn, read_parts, size_of
 from deit.image.packs import BadPack
+from deit.words import listed, quoted
 
 SHARE = 0.1
 """Share of the training images that becomes validation or test images if nobody says another."""
@@ -64,7 +64,9 @@ def split(
     for name in shares:
         there = {label for _, label, part in rows if part == name}
         if missing := [label for label in train.classes if label not in there]:
-            found.append(f"no {name} image of {listed(missing)}: too few images, or too many copies of the same one")
+            found.append(
+                f"no {name} image of {listed(map(quoted, missing))}: too few images, or too many copies of the same one"
+            )
     return found + _doubts(rows, copies)
 
 

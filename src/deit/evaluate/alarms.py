@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from deit.evaluate.scores import Accuracy
+from deit.words import Said, said
 
 
-def learnt_nothing(accuracy: float, classes: Sequence[str], images: Sequence[int]) -> list[str]:
+def learnt_nothing(accuracy: float, classes: Sequence[str], images: Sequence[int]) -> list[Said]:
     """Warns if a model is no better than the answer that never looks: the commonest class.
 
     Args:
@@ -18,31 +19,44 @@ def learnt_nothing(accuracy: float, classes: Sequence[str], images: Sequence[int
     if total == most or accuracy > most / total:  # images of a single class tell nothing
         return []
     return [
-        f'warning: the accuracy {accuracy:.3f} is not above {most / total:.3f}, the share of "'
-        f'{classes[images.index(most)]}" among these images, so the model is no better than this one answer. Check '
-        "that the labels and the preprocessing are right, train longer, or lower the learning rate"
+        said(
+            'warning: the accuracy {accuracy:.3f} is not above {share:.3f}, the share of "{commonest}" among these '
+            "images, so the model is no better than this one answer. Check that the labels and the preprocessing are "
+            "right, train longer, or lower the learning rate",
+            accuracy=accuracy,
+            share=most / total,
+            commonest=classes[images.index(most)],
+        )
     ]
 
 
-def below_teacher(accuracy: float, teacher: Accuracy | None) -> list[str]:
+def below_teacher(accuracy: float, teacher: Accuracy | None) -> list[Said]:
     """Warns if a student is right on fewer validation images than its teacher was before the training."""
     if teacher is None or accuracy >= teacher.value:
         return []
-    chance = ", which may be chance" if accuracy > teacher.interval[0] else ""
+    chance = said(", which may be chance") if accuracy > teacher.interval[0] else ""
     return [
-        f"warning: the student is right on {accuracy:.3f} of the validation images, its teacher on {teacher.value:.3f} "
-        f"of {teacher.total:,} of them{chance}. Compare both on test images (deit eval --compare), train longer, or "
-        "take the teacher itself"
+        said(
+            "warning: the student is right on {accuracy:.3f} of the validation images, its teacher on {teacher:.3f} of "
+            "{total:,} of them{chance}. Compare both on test images (deit eval --compare), train longer, or take the "
+            "teacher itself",
+            accuracy=accuracy,
+            teacher=teacher.value,
+            total=teacher.total,
+            chance=chance,
+        )
     ]
 
 
-def judged_by_validation(part: str | None) -> list[str]:
+def judged_by_validation(part: str | None) -> list[Said]:
     """Warns if a model is judged by the images that may have chosen it. `part` is the part of the data: val, test, …"""
     if part != "val":
         return []
     return [
-        "warning: if these validation images chose the model in its training, their accuracy flatters it. Test images "
-        "do not: take the test part of the data, or set one aside with `deit split` and train again"
+        said(
+            "warning: if these validation images chose the model in its training, their accuracy flatters it. Test "
+            "images do not: take the test part of the data, or set one aside with `deit split` and train again"
+        )
     ]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from deit import files
 from deit.evaluate.scores import LEAST
+from deit.words import Said, said
 
 FILE = "calibration.json"
 LIMITS = (0.05, 20.0)
@@ -84,22 +85,32 @@ class Calibration:
         """Whether exactly one label is likely enough, for each row of probabilities (N, C) after the temperature."""
         return ((probabilities >= self._of(head).threshold).sum(1) == 1).tolist()
 
-    def alarms(self) -> list[str]:
+    def alarms(self) -> list[Said]:
         """A warning for each head whose temperature is at a limit, with the next move."""
         low, high = LIMITS
         found = []
         for name, head in self.heads.items():
             if head.temperature <= low * _AT_LIMIT:
                 found.append(
-                    f"warning: the temperature of the head {name} is the least that is tried ({low:g}), because it is "
-                    f"right on almost all of the {self.images:,} images, so they can't tell how sure it may be. "
-                    "Calibrate with more or harder images"
+                    said(
+                        "warning: the temperature of the head {head} is the least that is tried ({low:g}), because it "
+                        "is right on almost all of the {images:,} images, so they can't tell how sure it may be. "
+                        "Calibrate with more or harder images",
+                        head=name,
+                        low=low,
+                        images=self.images,
+                    )
                 )
             elif head.temperature * _AT_LIMIT >= high:
                 found.append(
-                    f"warning: the temperature of the head {name} is the greatest that is tried ({high:g}), because "
-                    f"its probabilities tell next to nothing about the labels of the {self.images:,} images. Check "
-                    "labels and preprocessing with deit eval"
+                    said(
+                        "warning: the temperature of the head {head} is the greatest that is tried ({high:g}), because "
+                        "its probabilities tell next to nothing about the labels of the {images:,} images. Check "
+                        "labels and preprocessing with deit eval",
+                        head=name,
+                        high=high,
+                        images=self.images,
+                    )
                 )
         return found
 

@@ -29,6 +29,7 @@ from deit.machine import Processes, Rows, full_float32, resolve_device
 from deit.model.heads import head_probabilities
 from deit.model.load import load_classifier, refuse_head, refuse_not_finite, refuse_other_scoring
 from deit.terminal import shown
+from deit.words import Said
 
 _BATCH = 64
 _MANY = 512
@@ -240,7 +241,7 @@ class Evaluation:
     def comparison(self) -> Comparison | None:
         return None if self.other is None else compare(self.main.report, self.other.report)
 
-    def alarms(self, named: Callable[[str], str] = str) -> list[str]:
+    def alarms(self, named: Callable[[str], str] = str) -> list[Said]:
         """What to beware of in these numbers, each with the next move. `named` shows the name of a class."""
         report = self.main.report
         images = [each.support for each in report.by_class]

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deit.data.counts import listed
 from deit.evaluate.models import Evaluation, Examined
 from deit.evaluate.scores import Comparison, Report
 from deit.terminal import shown
+from deit.words import listed, quoted
 
 _LINES = 10
 """Number of worst classes and of confusions to show."""
@@ -32,7 +32,8 @@ def show(evaluation: Evaluation, console: Console) -> None:
         f"{sum(each.support > 0 for each in report.by_class)} of the model's {len(report.classes)} classes"
     )
     if absent := report.absent:
-        say(f"No image shows {listed(absent)}, so nothing here is about {'it' if len(absent) == 1 else 'them'}")
+        it = "it" if len(absent) == 1 else "them"
+        say(f"No image shows {listed(map(quoted, absent))}, so nothing here is about {it}")
     if report.unreadable:
         say(f"{len(report.unreadable)} more can't be read and are left out")
     console.print(
@@ -78,7 +79,7 @@ def show(evaluation: Evaluation, console: Console) -> None:
             )
         )
     for sentence in evaluation.alarms():
-        say(sentence)
+        say(str(sentence))
     if evaluation.other is not None and (comparison := evaluation.comparison):
         _compare(main, evaluation.other, comparison, console, say)
 

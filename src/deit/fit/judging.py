@@ -19,14 +19,14 @@ from deit.evaluate.models import Evaluation, examine_split
 from deit.evaluate.scores import Accuracy, Comparison, Report, compare
 from deit.predict.predictor import Predictor
 from deit.report.evaluation import cells
-from deit.report.markup import Section, element, joined, table
-from deit.report.words import Text, said
+from deit.report.markup import Section, joined, table, told
+from deit.words import Said, Text, said, series
 
 _TIMED = 32
 """Number of images that a model's speed is measured on."""
 _SURE = 0.05
 """The p-value below which two models count as different."""
-_NAMES = {"frozen": "frozen baseline", "teacher": "teacher", "student": "student"}
+_NAMES = {"frozen": said("frozen baseline"), "teacher": said("teacher"), "student": said("student")}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Fitted:
     """Folder of the recommended model."""
     recommended: str
     """The step that trained it: frozen, teacher or student."""
-    reason: str
+    reason: Said
     """Why this one, in a sentence."""
     candidates: tuple[Candidate, ...]
     seconds: float
@@ -90,7 +90,7 @@ class Fitted:
         return {
             "model": str(self.model),
             "recommended": self.recommended,
-            "reason": self.reason,
+            "reason": str(self.reason),
             "seconds": round(self.seconds, 1),
             "split": self.split,
             "images": self.candidates[0].report.images,
@@ -134,7 +134,7 @@ def _speed(folder: Path, evaluation: Evaluation, device: str) -> float:
     return len(files) / (time.perf_counter() - began)
 
 
-def recommend(candidates: Sequence[Candidate], prefer: Prefer) -> tuple[Candidate, str]:
+def recommend(candidates: Sequence[Candidate], prefer: Prefer) -> tuple[Candidate, Said]:
     """The model to take, and why. Validation images decide, so that test images judge a choice that they did not make.
 
     `accuracy` takes the model that is right most often, and of equal ones that which gives the true classes the higher
@@ -145,26 +145,38 @@ def recommend(candidates: Sequence[Candidate], prefer: Prefer) -> tuple[Candidat
     right = {name: report.accuracy() for name, report in reports.items()}
     best = max(candidates, key=lambda each: (right[each.name].value, -reports[each.name].nll))
     if len(candidates) == 1:
-        return best, f"the {_NAMES[best.name]} is the only model"
+        return best, said("the {name} is the only model", name=_NAMES[best.name])
     as_good = [
         each for each in candidates if each is best or compare(reports[best.name], reports[each.name]).p_value >= _SURE
     ]
     chosen = max(as_good, key=lambda each: each.images_per_second) if prefer == "speed" else best
-    rest = [f"the {_NAMES[each.name]} on {right[each.name].correct}" for each in candidates if each is not chosen]
-    found = right[chosen.name]
-    reason = (
-        f"the {_NAMES[chosen.name]} is right on {found.correct} of {found.total} validation images, "
-        f"{' and '.join(rest)}"
-    )
+    rest = [
+        said("the {name} on {correct}", name=_NAMES[each.name], correct=right[each.name].correct)
+        for each in candidates
+        if each is not chosen
+    ]
+    reasons = [
+        said(
+            "the {name} is right on {correct} of {total} validation images, {rest}",
+            name=_NAMES[chosen.name],
+            correct=right[chosen.name].correct,
+            total=right[chosen.name].total,
+            rest=series(" and ", rest),
+        )
+    ]
     if chosen is not best:
-        return chosen, f"{reason}; it is the fastest of those that are not surely worse than the {_NAMES[best.name]}"
+        reasons.append(
+            said("it is the fastest of those that are not surely worse than the {name}", name=_NAMES[best.name])
+        )
+        return chosen, series("; ", reasons)
     equal = [_NAMES[each.name] for each in candidates if each is not best and right[each.name] == right[best.name]]
     if equal:
-        reason += f"; it gives the true classes higher probabilities than the {' and the '.join(equal)}"
+        names = series(" and the ", equal)
+        reasons.append(said("it gives the true classes higher probabilities than the {names}", names=names))
     ties = [_NAMES[each.name] for each in as_good if each is not best]
     if ties:
-        reason += f"; the difference to the {' and the '.join(ties)} may be chance"
-    return chosen, reason
+        reasons.append(said("the difference to the {names} may be chance", names=series(" and the ", ties)))
+    return chosen, series("; ", reasons)
 
 
 _COLUMNS = (said("model"), said("head"), said("accuracy"), said("95 % interval"), said("val"), "MB", said("images/s"))
@@ -209,9 +221,8 @@ def show(fitted: Fitted, console: Console) -> None:
 def section(fitted: Fitted) -> Section:
     """The recommendation and the table for a report."""
     title = said("The models that were compared")
-    reason = element("p", f"{fitted.reason[0].upper()}{fitted.reason[1:]}.", lang="en")
     rows = _rows(fitted, lambda name: said("{name} (recommended)", name=name))
-    return Section("fit", title, joined([reason, table(title, _COLUMNS, rows, hidden=True)]))
+    return Section("fit", title, joined([told(fitted.reason), table(title, _COLUMNS, rows, hidden=True)]))
 
 
 def _say(console: Console, sentence: str) -> None:

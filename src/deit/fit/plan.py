@@ -263,7 +263,7 @@ def looked(data: str | Path, splits: tuple[Split, Split], test: Split | None, de
         f"images: {', '.join(parts)}; {len(train.classes)} classes, from {counts[few]:,} ({train.classes[few]}) to "
         f"{counts[many]:,} ({train.classes[many]}) training images"
     )
-    yield from remarks(train.classes, counts, class_counts(val, len(train.classes)), balanced=False)
+    yield from map(str, remarks(train.classes, counts, class_counts(val, len(train.classes)), balanced=False))
     if test is None:
         yield fit_without_test_images(Path(data))
     yield f"machine: {described(resolve_device(device))}"

@@ -22,12 +22,12 @@ from deit.recipe import Distilled, Recipe
 from deit.report import document
 from deit.report.live import LivePage
 from deit.report.markup import Section, english, table
-from deit.report.words import Text, said
 from deit.terminal import shown
 from deit.train.budget import TooShort
 from deit.train.labels import teach
 from deit.train.loop import train
 from deit.train.records import METRICS, MODEL, Record, span
+from deit.words import Said, Text, said
 
 _STATE, RESULT, _LABELS = "state.json", "result.json", "labels"
 _STEPS = (said("step of the plan"), said("state"), said("validation accuracy"), said("what it does"))
@@ -304,7 +304,7 @@ class _Work:
         with files.replacing_folder(model, check=lambda _: None) as temporary:
             for file in best.folder.iterdir():
                 shutil.copy2(file, temporary / file.name)
-        beware: list[str] = []
+        beware: list[Said] = []
         try:
             beware = calibrate_split(model, self.splits[1], self.plan.data, **options).alarms()
         except ValueError as error:
@@ -324,6 +324,6 @@ class _Work:
         return fitted
 
 
-def _say(console: Console, *sentences: str) -> None:
+def _say(console: Console, *sentences: Text) -> None:
     for sentence in sentences:
         console.print(shown(sentence), markup=False, highlight=False, soft_wrap=True)

@@ -41,8 +41,8 @@ from deit.report.markup import (
     shortened,
 )
 from deit.report.run import counted
-from deit.report.words import Said, Text, plural, said, series
 from deit.train.records import MODEL, RECIPE, Record, is_number, span
+from deit.words import Said, Text, plural, said, series
 
 FILE = "report.html"
 _SHARE = 0.1
@@ -63,7 +63,7 @@ def page(
     missing: Text = "",
     first: Sequence[Section] = (),
     unfinished: bool = False,
-    beware: Sequence[str] = (),
+    beware: Sequence[Text] = (),
 ) -> str:
     """Returns the report as HTML. It needs a record or an evaluation.
 
@@ -122,7 +122,7 @@ def _sections(
     figures: Sequence[Figure],
     missing: Text,
     unfinished: bool,
-    beware: Sequence[str],
+    beware: Sequence[Text],
 ) -> Iterator[Section]:
     """The sections of a page, in order. Those without a body are not shown."""
     yield report_run.alarms(record, evaluation, beware)
@@ -188,7 +188,7 @@ def write(
     missing: Text = "",
     first: Sequence[Section] = (),
     unfinished: bool = False,
-    beware: Sequence[str] = (),
+    beware: Sequence[Text] = (),
 ) -> Path:
     """Writes the report as a whole or not at all. The arguments are those of `page`."""
     options: dict[str, Any] = {"first": first, "unfinished": unfinished, "beware": beware}
@@ -291,7 +291,7 @@ def of_evaluation(
     *,
     device: str = "auto",
     first: Sequence[Section] = (),
-    beware: Sequence[str] = (),
+    beware: Sequence[Text] = (),
 ) -> Path:
     """Writes the report of an evaluation. If the model belongs to a run, the run's record is part of it. `first` and
     `beware` are as for `page`."""

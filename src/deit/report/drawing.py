@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from deit.evaluate.scores import Accuracy, Bin
 from deit.report.markup import Html, element, joined, shortened
-from deit.report.words import Text, said, series
+from deit.words import Text, said, series
 
 _WIDTH, _HEIGHT = 480, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 30, 40

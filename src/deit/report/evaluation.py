@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
-from deit.data.counts import NAMED
 from deit.evaluate.models import Evaluation, Examined
 from deit.evaluate.scores import Accuracy, BalancedAccuracy, ClassScore, Report
 from deit.image.decode import load_image
@@ -29,7 +28,7 @@ from deit.report.markup import (
     sentence,
     table,
 )
-from deit.report.words import Said, Text, plural, said, series
+from deit.words import Said, Text, listed, plural, quoted, said, series
 
 _ROWS = 30
 """Largest number of classes in a confusion matrix, and in a table of classes that is shown unfolded."""
@@ -62,7 +61,9 @@ def accuracy(report: Report) -> Section:
         "Balanced accuracy is the mean of the recalls of the classes that have images, so each class counts the same."
     )
     if absent := report.absent:
-        told = series(" ", [told, said("No image shows {classes}.", classes=_listed(absent))])
+        told = series(
+            " ", [told, said("No image shows {classes}.", classes=listed(quoted(isolated(name)) for name in absent))]
+        )
     return Section(
         "accuracy",
         said("Accuracy"),
@@ -77,13 +78,6 @@ def cells(found: Accuracy | BalancedAccuracy) -> tuple[float, Said]:
     """The value and its interval, as two cells of a table."""
     low, high = found.interval
     return found.value, said("{low:.3f} to {high:.3f}", low=low, high=high)
-
-
-def _listed(names: Sequence[str]) -> Said:
-    """The first names in quotes, and how many more there are."""
-    listed = series(", ", (said('"{name}"', name=isolated(name)) for name in names[:NAMED]))
-    more = len(names) - NAMED
-    return said("{names} and {more:,} more", names=listed, more=more) if more > 0 else listed
 
 
 def heads_drawn(rows: Sequence[tuple[str, Accuracy]]) -> Html:

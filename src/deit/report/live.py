@@ -12,9 +12,9 @@ from deit import files
 from deit.recipe import Recipe
 from deit.report import document
 from deit.report.markup import Html, Section, date, facts, joined, sentence
-from deit.report.words import Text, said, series
 from deit.train.progress import MUCH
 from deit.train.records import Record, is_number, span
+from deit.words import Text, said, series
 
 _RECENT = 20
 """Number of latest rows that tell how fast the run is."""

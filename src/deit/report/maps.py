@@ -18,7 +18,7 @@ from deit.image.decode import ImageError
 from deit.model.load import load_classifier
 from deit.report.evaluation import answered, told, wrong_and_doubtful
 from deit.report.markup import Html, Section, element, isolated, joined, named, phrase, pictured, sentence
-from deit.report.words import Text, said
+from deit.words import Text, said
 
 _METHOD: Method = "relevance"
 """The method of the maps. Of those that look inside the model it scores best (docs/explain.md), and it tells classes

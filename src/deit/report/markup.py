@@ -20,8 +20,8 @@ from string import Formatter
 
 from PIL import Image
 
-from deit.report.chinese import CHINESE
-from deit.report.words import Said, Text, in_chinese
+from deit.words import Said, Text, in_chinese
+from deit.words.chinese import CHINESE
 
 LONGEST = 160
 """Maximum number of characters of a name that are shown. A longer name loses its middle."""
@@ -148,6 +148,12 @@ def beside(*parts: Html) -> Html:
 
 def sentence(text: Text) -> Html:
     return element("p", text)
+
+
+def told(text: Text) -> Html:
+    """A sentence of the terminal, which begins with a small letter there and has no full stop."""
+    english = f"{str(text)[0].upper()}{str(text)[1:]}."
+    return sentence(Said(english, f"{text.chinese}。")) if isinstance(text, Said) else element("p", english, lang="en")
 
 
 def folded(summary: Text, body: Html) -> Html:

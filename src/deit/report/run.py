@@ -32,9 +32,10 @@ from deit.report.markup import (
     sentence,
     shortened,
     table,
+    told,
 )
-from deit.report.words import Text, plural, said
 from deit.train.records import Record, flat, is_number, span
+from deit.words import Text, plural, said
 
 _METRICS = 120
 """Maximum number of rows in the table behind the curves."""
@@ -102,10 +103,10 @@ def title(record: Record) -> tuple[str, Sequence[Text]]:
     return folder, [plural(len(about.classes), "{count:,} class", "{count:,} classes")] if long else about.classes
 
 
-def alarms(record: Record | None, evaluation: Evaluation | None, more: Sequence[str] = ()) -> Section:
+def alarms(record: Record | None, evaluation: Evaluation | None, more: Sequence[Text] = ()) -> Section:
     """What to beware of: in the run, in the evaluation, in the model's calibration, and `more`. Empty if there is
     nothing."""
-    found: list[str] = evaluation.alarms(isolated) if evaluation else []
+    found: list[Text] = [*evaluation.alarms(isolated)] if evaluation else []
     best = record.best if record and record.labelled else None
     if record and record.about and best and is_number(best.get("val_accuracy")):
         found += [each for each in record.about.alarms(best["val_accuracy"], isolated) if each not in found]
@@ -117,12 +118,7 @@ def alarms(record: Record | None, evaluation: Evaluation | None, more: Sequence[
     except OSError:  # the model's name is none that a folder can have
         pass
     found += more
-    return Section("alarms", said("Beware"), joined(map(_in_english, found)))
-
-
-def _in_english(told: str) -> Html:
-    """A sentence that comes from elsewhere and is in English in the Chinese page too."""
-    return element("p", f"{told[0].upper()}{told[1:]}.", lang="en")
+    return Section("alarms", said("Beware"), joined(map(told, found)))
 
 
 def _gaps(record: Record, about: str) -> Html:
@@ -351,7 +347,7 @@ def data(record: Record | None, evaluation: Evaluation | None) -> Section:
         objective = record.recipe.get("objective")
         balanced = not isinstance(objective, dict) or objective.get("class_weights", "balanced") == "balanced"
         names = [isolated(name) for name in about.classes]
-        parts += map(_in_english, remarks(names, about.train, about.val, balanced=balanced))
+        parts += map(told, remarks(names, about.train, about.val, balanced=balanced))
         smallest, largest = min(about.train, default=0), max(about.train, default=0)
         parts.append(
             folded(

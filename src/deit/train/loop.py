@@ -175,7 +175,7 @@ def _train(
             _loop(_Session(work, state, out, reporter, signals, end))
         if about and state.best is not None and not isinstance(recipe.objective, MaskedImage):
             for sentence in about.alarms(state.best):
-                reporter.say(sentence)
+                reporter.say(str(sentence))
     return Run(out / "model", state.best if state.best is not None else -math.inf, state.seconds)
 
 
@@ -223,7 +223,7 @@ def _probe(
         images = len(splits[0])
         reporter.row({"step": 1, "epoch": 1.0, "images": images, **numbers, "seconds": round(seconds, 3)})
         for sentence in about.alarms(numbers["val_accuracy"]):
-            reporter.say(sentence)
+            reporter.say(str(sentence))
     return Run(out / "model", numbers["val_accuracy"], seconds)
 
 

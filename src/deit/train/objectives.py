@@ -127,7 +127,7 @@ class ClassificationObjective:
 
     def introduction(self, model: nn.Module, validation: Split, us: Processes) -> Iterable[str]:
         counts = (class_counts(split, len(self.split.classes)) for split in (self.split, validation))
-        return remarks(self.split.classes, *counts, balanced=self.weighting == "balanced")
+        return map(str, remarks(self.split.classes, *counts, balanced=self.weighting == "balanced"))
 
     def validation(self, split: Split, us: Processes) -> EvaluationBatches:
         return _share(self.recipe, split, us)

@@ -12,6 +12,7 @@ from typing import Any
 from deit import files
 from deit.evaluate.alarms import below_teacher, learnt_nothing
 from deit.evaluate.scores import Accuracy
+from deit.words import Said
 
 ABOUT, RECIPE, METRICS, MODEL, ADAPTER = "about.json", "recipe.json", "metrics.jsonl", "model", "adapter"
 
@@ -41,7 +42,7 @@ class About:
     """Number of validation images that the teacher was right on before the first step, and of how many. None without a
     teacher, or if it was not tried."""
 
-    def alarms(self, accuracy: float, named: Callable[[str], str] = str) -> list[str]:
+    def alarms(self, accuracy: float, named: Callable[[str], str] = str) -> list[Said]:
         """What to beware of in a model with this accuracy on the validation images, each with the next move. `named`
         shows the name of a class."""
         return [

@@ -1,11 +1,14 @@
-"""What a report says, in English and in Chinese. The reader's browser shows one of them (`report.js`)."""
+"""Texts in English and Chinese. A terminal shows the English, and a report shows that of its reader's browser."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from deit.report.chinese import CHINESE
+from deit.words.chinese import CHINESE
+
+_LISTED = 3
+"""Largest number of things that a sentence lists."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Said:
 
 
 Text = str | Said
-"""A `str` is the same in both languages: a name, a number, or a sentence that the terminal shows in English too."""
+"""A `str` is the same in both languages: a name, a number, or a message that comes from elsewhere."""
 
 
 def said(template: str, /, **values: object) -> Said:
@@ -40,6 +43,17 @@ def series(between: str, parts: Iterable[Text]) -> Said:
         between.join(map(str, texts)),
         CHINESE[between].join(each.chinese if isinstance(each, Said) else each for each in texts),
     )
+
+
+def quoted(name: str) -> Said:
+    return said('"{name}"', name=name)
+
+
+def listed(parts: Iterable[Text]) -> Said:
+    """The first of the texts, and how many more there are."""
+    texts = list(parts)
+    first, more = series(", ", texts[:_LISTED]), len(texts) - _LISTED
+    return said("{names} and {more:,} more", names=first, more=more) if more > 0 else first
 
 
 def in_chinese(values: dict[str, object]) -> dict[str, object]:

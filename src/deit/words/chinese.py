@@ -1,4 +1,4 @@
-"""The Chinese of what a report says: each template of `words.said`, and the same template in Chinese.
+"""The Chinese of what reports say: each template of `words.said`, and the same template in Chinese.
 
 The terms are those of the Chinese guides. Names of commands, files, heads and fields stay as they are.
 """
@@ -102,8 +102,73 @@ CHINESE = {
     "{name} (recommended)": "{name}（推荐）",
     "val": "验证",
     "images/s": "张/秒",
-    # accuracy
+    # the recommendation of a fit
+    "frozen baseline": "冻结基线",
+    "teacher": "教师",
+    "student": "学生",
+    " and ": "，",
+    " and the ": "和",
+    "the {name} is the only model": "只有{name}这一个模型",
+    "the {name} is right on {correct} of {total} validation images, {rest}": (
+        "{total} 张验证图像中，{name}答对 {correct} 张，{rest}"
+    ),
+    "the {name} on {correct}": "{name}答对 {correct} 张",
+    "it is the fastest of those that are not surely worse than the {name}": "在不能断定比{name}差的模型中，它最快",
+    "it gives the true classes higher probabilities than the {names}": "它给真实类别的概率比{names}更高",
+    "the difference to the {names} may be chance": "与{names}的差距可能只是偶然",
+    # warnings, and what the numbers of images make hard
     "Beware": "请注意",
+    'warning: the accuracy {accuracy:.3f} is not above {share:.3f}, the share of "{commonest}" among these images, so '
+    "the model is no better than this one answer. Check that the labels and the preprocessing are right, train longer, "
+    "or lower the learning rate": (
+        "警告：准确率 {accuracy:.3f} 没有超过“{commonest}”在这些图像中所占的比例 {share:.3f}，"
+        "所以这个模型并不比永远只答这一个类别更好。请检查标签和预处理是否正确，延长训练，或者降低学习率"
+    ),
+    "warning: the student is right on {accuracy:.3f} of the validation images, its teacher on {teacher:.3f} of "
+    "{total:,} of them{chance}. Compare both on test images (deit eval --compare), train longer, or take the teacher "
+    "itself": (
+        "警告：学生在验证图像上的准确率是 {accuracy:.3f}，教师在其中 {total:,} 张上的准确率是 {teacher:.3f}{chance}。"
+        "请在测试图像上比较两者（deit eval --compare），延长训练，或者直接使用教师"
+    ),
+    ", which may be chance": "，这一差距可能只是偶然",
+    "warning: if these validation images chose the model in its training, their accuracy flatters it. Test images do "
+    "not: take the test part of the data, or set one aside with `deit split` and train again": (
+        "警告：如果模型在训练中是用这些验证图像挑选出来的，那么它们给出的准确率偏高。测试图像没有这个问题："
+        "请使用数据的测试部分，或者用 `deit split` 划出一部分，再重新训练"
+    ),
+    "warning: the temperature of the head {head} is the least that is tried ({low:g}), because it is right on almost "
+    "all of the {images:,} images, so they can't tell how sure it may be. Calibrate with more or harder images": (
+        "警告：头 {head} 的温度是所尝试的最小值（{low:g}），因为它在 {images:,} 张图像上几乎全对，"
+        "所以从这些图像看不出它可以有多大把握。请用更多或更难的图像来校准"
+    ),
+    "warning: the temperature of the head {head} is the greatest that is tried ({high:g}), because its probabilities "
+    "tell next to nothing about the labels of the {images:,} images. Check labels and preprocessing with deit eval": (
+        "警告：头 {head} 的温度是所尝试的最大值（{high:g}），因为它给出的概率与 {images:,} 张图像的标签几乎无关。"
+        "请用 deit eval 检查标签和预处理"
+    ),
+    'the classes differ much in size: of {total:,} training images, "{largest}" has {most:,} and "{smallest}" has '
+    "{least:,}. So the model learns mostly the large classes, and a high accuracy may hide that it misses the small "
+    "ones. To let each class count the same, use --set objective.class_weights=balanced (for deit fit, set it in the "
+    "recipes beside its plan.json), and look at the balanced accuracy": (
+        "各个类别的图像数相差很大：在 {total:,} 张训练图像中，“{largest}”有 {most:,} 张，“{smallest}”有 {least:,} 张。"
+        "因此模型主要学到大的类别，准确率再高，也可能掩盖它认不出小的类别。要让每个类别的分量相同，"
+        "请使用 --set objective.class_weights=balanced（使用 deit fit 时，在 plan.json 旁边的配方里设置），"
+        "并查看平衡准确率"
+    ),
+    "{count:,} class has fewer than {least} training images, too few to learn from: {classes}. Add images, or leave "
+    "such classes out": (
+        "有 {count:,} 个类别的训练图像少于 {least} 张，太少，学不到东西：{classes}。请增加图像，或者去掉这样的类别"
+    ),
+    "{count:,} classes have fewer than {least} training images, too few to learn from: {classes}. Add images, or leave "
+    "such classes out": (
+        "有 {count:,} 个类别的训练图像少于 {least} 张，太少，学不到东西：{classes}。请增加图像，或者去掉这样的类别"
+    ),
+    '"{name}" ({images:,})': "“{name}”（{images:,}）",
+    "{count:,} class has no validation image, so nothing tells how well the model knows it: {classes}. Add such "
+    "images": "有 {count:,} 个类别没有验证图像，所以无从知道模型掌握得如何：{classes}。请增加这样的图像",
+    "{count:,} classes have no validation image, so nothing tells how well the model knows them: {classes}. Add such "
+    "images": "有 {count:,} 个类别没有验证图像，所以无从知道模型掌握得如何：{classes}。请增加这样的图像",
+    # accuracy
     "Evaluation": "评测",
     "Accuracy": "准确率",
     "accuracy": "准确率",
