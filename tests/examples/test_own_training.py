@@ -80,11 +80,12 @@ def test_recipes_of_ones_own(examples, data, tmp_path, capsys):
     shorter = ["schedule.total=steps(2)", "model.num_hidden_layers=1", "data.batch=8", "data.holdout=0.3", "seed=1"]
     given = ["--data", data / "train", "--out", tmp_path / "out", *(word for one in shorter for word in ("--set", one))]
     examples.run("custom_recipe", *given)
-    recipes = [Record.read(tmp_path / "out" / name).recipe for name in ("mixed", "plain")]
+    records = [Record.read(tmp_path / "out" / name) for name in ("mixed", "plain")]
+    recipes = [record.recipe for record in records]
     assert recipes[0]["augment"].pop("mix")
     assert recipes[1]["augment"].pop("mix") is None
     assert recipes[0] == recipes[1]
     _, val = read_data(data / "train", holdout=0.3, seed=1)
-    assert len(val) == 6
+    assert [record.about.val for record in records] == [tuple(np.bincount(val.labels))] * 2 == [(2, 2, 2)] * 2
     mixed, plain = (accuracy(tmp_path / "out" / name / "model", val) for name in ("mixed", "plain"))
     assert f"mixed {mixed:.3f}, plain {plain:.3f}: p = " in capsys.readouterr().out
