@@ -6,10 +6,11 @@ Both `recipe.json` and `--set` go through here, so both refuse the same mistakes
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ _OF_THE_DATA = ("num_labels", "id2label", "label2id")
 """The fields of a model that a recipe does not set."""
 WHOLE = "recipe"
 """The path of the outermost dataclass, which messages leave out."""
+hints_of: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
+"""The type hints of a dataclass. Kept, because to evaluate them takes longer than to check a whole recipe."""
 
 
 def check(holds: bool, message: str) -> None:
@@ -57,7 +60,7 @@ def to_plain(value: Any, hint: Any = None) -> Any:
     if isinstance(value, DeiTConfig | ConvNetConfig):
         return {key: found for key, found in value.to_dict().items() if key not in _OF_THE_DATA}
     if is_dataclass(value):
-        hints = typing.get_type_hints(type(value))
+        hints = hints_of(type(value))
         written = {f.name: to_plain(getattr(value, f.name), hints[f.name]) for f in fields(value)}
         return written if hint is not None and len(_classes(hint)) < 2 else {**written, "kind_of": type(value).__name__}
     return list(value) if isinstance(value, tuple) else value
@@ -108,7 +111,7 @@ def from_plain(value: Any, hint: Any, path: str) -> Any:
         expected = _written(hint)  # type: ignore[arg-type]
         given = value.get("kind_of", hint.__name__) if isinstance(value, Mapping) else repr(value)  # type: ignore[union-attr]
         check(given == hint.__name__, f"{path}: expected {expected}, found {given}")  # type: ignore[union-attr]
-        hints = typing.get_type_hints(hint)
+        hints = hints_of(hint)
         for name in value.keys() - {"kind_of"}:
             known(name, (f.name for f in fields(hint)), path)
         missing = [

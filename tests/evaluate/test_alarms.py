@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 from support.models import trained_folder
+from support.reports import ABOUT
 from support.runs import photos, small_recipe
 
 from deit.cli import main
@@ -63,26 +64,17 @@ def test_a_student_below_its_teacher(correct, teacher, said):
         assert said in sentence
 
 
-def test_validation_images_that_judge():
-    assert [len(alarms.judged_by_validation(part)) for part in ("val", "test", "train", None)] == [1, 0, 0, 0]
+def test_images_that_chose_or_trained_the_model_judge():
+    told = {part: [str(each) for each in alarms.judged_by(part)] for part in ("val", "train", "test", None)}
+    assert [sentence.startswith("warning: if these validation images chose") for sentence in told["val"]] == [True]
+    assert [sentence.startswith("warning: if the model was trained on these") for sentence in told["train"]] == [True]
+    assert told["test"] == told[None] == []
 
 
 def test_training_images_that_judge(root):
     """Those of the same fingerprint, wherever they are, and all images of a place of which some were for training."""
-    assert [len(alarms.judged_by_training(part)) for part in ("train", "val", "test", None)] == [1, 0, 0, 0]
     training, validation = (fingerprint(split) for split in read(root))
-    about = About(
-        began="",
-        data="photos",
-        fingerprint=training,
-        classes=(),
-        train=(),
-        val=(),
-        device="",
-        processes=1,
-        precision="",
-        versions={},
-    )
+    about = replace(ABOUT, fingerprint=training)
     assert about.trained_on("elsewhere", None, training)
     assert about.trained_on("elsewhere", "val", training)
     assert about.trained_on(str(Path("photos").absolute()), None, validation)
@@ -232,7 +224,7 @@ def test_eval_and_report_warn(root, capsys):
     shown = capsys.readouterr()
     found = json.loads(shown.out)
     accuracy = found["heads"]["fused"]["top1"]["value"]
-    expected = [*alarms.learnt_nothing(accuracy, "abc", (5, 6, 6)), *alarms.judged_by_validation("val")]
+    expected = [*alarms.learnt_nothing(accuracy, "abc", (5, 6, 6)), *alarms.judged_by("val")]
     assert len(expected) == 2
     assert all(str(sentence) in shown.err.splitlines() for sentence in expected)
     assert "Warning: if these validation images chose the model" in (root / "e.html").read_text()

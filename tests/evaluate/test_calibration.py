@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from support.checks import raises_saying
 from support.models import trained_folder
+from support.reports import ABOUT
 
 from deit.cli import main
 from deit.evaluate.calibration import Calibration, HeadCalibration, fit
@@ -18,7 +20,6 @@ from deit.model.heads import fuse_heads
 from deit.model.network import DeiTForImageClassificationWithTeacher
 from deit.predict.calibrate import calibrate
 from deit.predict.predictor import Predictor
-from deit.train.records import About
 
 
 def draws(count, sharpness, seed=0, classes=6):
@@ -143,18 +144,7 @@ def test_refusals(folder, capsys):
 
 def test_training_images_are_warned_of(folder):
     """Of which a run's about.json tells, or which are called so. Its validation images are no reason."""
-    about = About(
-        began="",
-        data=str(folder / "data/val"),
-        fingerprint="",
-        classes=(),
-        train=(),
-        val=(),
-        device="",
-        processes=1,
-        precision="",
-        versions={},
-    )
+    about = replace(ABOUT, data=str(folder / "data/val"))
     (folder / "about.json").write_text(json.dumps(about.to_dict()))
     shutil.copytree(folder / "data/val", folder / "data/train")
     options = {"error_rate": 0.4, "device": "cpu"}

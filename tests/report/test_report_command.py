@@ -89,7 +89,7 @@ def test_images_that_trained_the_model_are_known_for_it(trained, capsys, tmp_pat
         assert ("Warning: the model was trained on these images" in page.read_text()) == told
     assert main([*evaluated, str(trained / "data"), "--split", "train"]) == 0
     shown = capsys.readouterr().out
-    assert str(alarms.judged_by_training("train")[0]) in shown
+    assert str(alarms.judged_by("train")[0]) in shown
     assert str(alarms.trained_on_these()) not in shown
 
 

@@ -48,29 +48,25 @@ def below_teacher(accuracy: float, teacher: Accuracy | None) -> list[Said]:
     ]
 
 
-def judged_by_validation(part: str | None) -> list[Said]:
-    """Warns if a model is judged by the images that may have chosen it. `part` is the part of the data: val, test, …"""
-    if part != "val":
-        return []
-    return [
-        said(
-            "warning: if these validation images chose the model in its training, their accuracy flatters it. Test "
-            "images do not: take the test part of the data, or set one aside with `deit split` and train again"
-        )
-    ]
-
-
-def judged_by_training(part: str | None) -> list[Said]:
-    """Warns if a model is judged by training images, which may be its own. `part` is as for `judged_by_validation`."""
-    if part != "train":
-        return []
-    return [
-        said(
-            "warning: if the model was trained on these images, their accuracy says how well it remembers them, and "
-            "not how often it is right on others. Take validation or test images, or set some aside with `deit split` "
-            "and train again"
-        )
-    ]
+def judged_by(part: str | None) -> list[Said]:
+    """Warns if a model is judged by images that may have chosen or trained it. `part` is the part of the data: val,
+    train, …"""
+    if part == "val":
+        return [
+            said(
+                "warning: if these validation images chose the model in its training, their accuracy flatters it. Test "
+                "images do not: take the test part of the data, or set one aside with `deit split` and train again"
+            )
+        ]
+    if part == "train":
+        return [
+            said(
+                "warning: if the model was trained on these images, their accuracy says how well it remembers them, "
+                "and not how often it is right on others. Take validation or test images, or set some aside with "
+                "`deit split` and train again"
+            )
+        ]
+    return []
 
 
 def trained_on_these() -> Said:

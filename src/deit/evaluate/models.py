@@ -249,8 +249,7 @@ class Evaluation:
         images = [each.support for each in report.by_class]
         return [
             *alarms.learnt_nothing(report.accuracy().value, [*map(named, report.classes)], images),
-            *alarms.judged_by_validation(self.split),
-            *alarms.judged_by_training(self.split),
+            *alarms.judged_by(self.split),
         ]
 
     def to_dict(self) -> dict[str, Any]:

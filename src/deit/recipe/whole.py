@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from deit.config import ConvNetConfig, DeiTConfig, TimmConfig
-from deit.plain import WHOLE, check, from_plain, to_plain, within
+from deit.plain import WHOLE, check, from_plain, hints_of, to_plain, within
 from deit.recipe.learning import (
     MICRO_BATCHES_REFUSED,
     Compute,
@@ -145,7 +145,7 @@ class Recipe:
 
     def _check_parts(self) -> None:
         """Refuses what `from_dict` could not read back. A misspelt choice would count as another one."""
-        for name, hint in typing.get_type_hints(type(self)).items():
+        for name, hint in hints_of(type(self)).items():
             if name != "model":  # which checks itself
                 from_plain(to_plain(getattr(self, name), hint), hint, name)
 
