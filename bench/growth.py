@@ -5,7 +5,8 @@
 
 A step is the forward pass of a distilled DeiT with both heads, the losses, the backward pass and fused AdamW, on random
 pixels, in the precision that `deit train` takes here. Memory is what the process takes beyond PyTorch itself,
-at its highest. Each run appends its points to growth.jsonl beside this file, and the table is made of the last run.
+at its highest. The points of a curve take turns, and the lowest of each counts, because other work only adds to it. Each
+run appends its points to growth.jsonl beside this file, and the table is made of the last run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ SHOWN = {
     "classes": "classes",
     "images": "images in the folder",
 }
-_SECONDS, _STEPS = 4.0, 5
-"""How long a point is measured at least, and in how many steps."""
+_SECONDS, _STEPS, _ROUNDS = 2.0, 5, 5
+"""How long a point is measured at least in a round, in how many steps, and the number of rounds."""
 
 
 def main() -> None:
@@ -65,7 +66,7 @@ def main() -> None:
         write_between(options.write, "growth", text) if options.write else print(text)
     else:
         for curve in options.curve or CURVES:
-            points = [measured(settings(curve, value)) for value in CURVES[curve]]
+            points = lowest([[measured(settings(curve, value)) for value in CURVES[curve]] for _ in range(_ROUNDS)])
             with options.records.open("a", encoding="utf-8") as file:
                 print(json.dumps({"curve": curve, "points": points, **machine("torch")}), file=file)
 
@@ -79,6 +80,11 @@ def measured(given: Mapping[str, int]) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.growth", "point", json.dumps(given)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return {**given, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def lowest(rounds: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Each point of the rounds, with the lowest of what was measured."""
+    return [{name: min(each[name] for each in found) for name in found[0]} for found in zip(*rounds, strict=True)]
 
 
 def point(given: Mapping[str, int]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from rich.table import Table
 SECONDS = 3.0
 """Approximate length of a contender's turn. A turn has at least one step."""
 OURS = "deit"
+HELD = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+"""The environment that holds PyTorch to AVX2 on a processor with more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +52,17 @@ class Comparison:
     """The setting that says how many images a step takes."""
     packages: tuple[str, ...]
     """Packages whose versions the record gives."""
+    held: Callable[[Mapping[str, Any]], Iterable[str]] | None = None
+    """As `contenders`, for `--avx2`. They compute with PyTorch alone, in float32. None: there is no such option."""
     circumstances: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of the record."""
 
-    def measure(self, case: str, rounds: int) -> dict[str, Any]:
-        """Measures a case and returns its record."""
+    def measure(self, case: str, rounds: int, avx2: bool = False) -> dict[str, Any]:
+        """Measures a case and returns its record. With `avx2`, the contenders do without newer instructions."""
         settings = self.cases[case]
-        contenders = [Contender(self.module, name, case) for name in self.contenders(settings)]
+        named = self.held if avx2 and self.held else self.contenders
+        environment = {**os.environ, **HELD} if avx2 else None
+        contenders = [Contender(self.module, name, case, environment) for name in named(settings)]
         for _ in range(rounds):
             for contender in contenders:
                 contender.take_turn()
@@ -74,6 +81,7 @@ class Comparison:
             f"first_{self.step}_seconds": {contender.name: round(contender.first, 2) for contender in contenders},
             "ratio_to_best": ratios(rates),
             **machine(*self.packages),
+            **({"bfloat16": "held"} if avx2 else {}),
         }
 
     def main(self) -> None:
@@ -90,13 +98,17 @@ class Comparison:
         parser.add_argument(
             "--records", type=Path, default=self.records, help="append to this file (default: %(default)s)"
         )
+        if self.held:
+            parser.add_argument(
+                "--avx2", action="store_true", help="hold PyTorch to AVX2, the newest that most laptops have"
+            )
         parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
         options = parser.parse_args()
         if options.work:
             name, case = options.work
             return self.work(name, **self.cases[case])
         for case in options.case or self.cases:
-            record = self.measure(case, options.rounds)
+            record = self.measure(case, options.rounds, getattr(options, "avx2", False))
             with options.records.open("a", encoding="utf-8") as file:
                 print(json.dumps(record), file=file)
             Console().print(self.table(record))
@@ -131,13 +143,14 @@ def answer(step: Callable[[], Any]) -> None:
 class Contender:
     """A process that takes steps when it is told to. It has warmed up when this object exists."""
 
-    def __init__(self, module: str, name: str, case: str):
+    def __init__(self, module: str, name: str, case: str, environment: Mapping[str, str] | None = None):
         self.name = name
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, "--work", name, case],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=environment,
         )
         self.seconds: list[float] = []
         """Seconds for a step, one value for each turn."""

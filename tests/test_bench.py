@@ -27,7 +27,10 @@ harness.SECONDS = 0.1
 
 def work(name, pause, batch):
     assert name != "broken"
-    harness.answer(lambda: time.sleep(pause * (1 if name == "deit" else 10)))
+    if name.endswith("held"):
+        import torch
+        assert torch.backends.cpu.get_cpu_capability() == "AVX2", torch.backends.cpu.get_cpu_capability()
+    harness.answer(lambda: time.sleep(pause * (1 if name.startswith("deit") else 10)))
 
 COMPARISON = harness.Comparison(
     module="toy",
@@ -35,6 +38,7 @@ COMPARISON = harness.Comparison(
     records=Path(__file__).with_suffix(".jsonl"),
     cases={"short": {"pause": 0.01, "batch": 4}, "broken": {"pause": 0.0, "batch": 4}},
     contenders=lambda case: ["deit", "peer slow"] if case["pause"] else ["broken"],
+    held=lambda case: ["deit held", "peer held"],
     work=work,
     step="nap",
     images="batch",
@@ -86,6 +90,13 @@ def test_a_comparison_takes_turns_and_appends_a_record(toy, tmp_path):
     assert 1 < low <= middle <= high
 
 
+def test_contenders_can_be_held_to_avx2(toy, tmp_path):
+    done = toy("--case", "short", "--rounds", "1", "--avx2")
+    assert done.returncode == 0, done.stderr  # the contenders look
+    record = json.loads((tmp_path / "toy.jsonl").read_text())
+    assert (record["bfloat16"], list(record["images_per_second"])) == ("held", ["deit held", "peer held"])
+
+
 def test_a_contender_that_ends_is_named(toy, tmp_path):
     done = toy("--case", "broken", "--rounds", "1", "--records", "other.jsonl")
     assert "AssertionError" in done.stderr  # its own
@@ -130,7 +141,8 @@ def test_stored_records_have_the_fields_of_new_ones(script):
     for record in records:
         settings = comparison.cases[record["case"]]
         assert {name: record[name] for name in settings} == settings
-        assert list(record["images_per_second"]) == list(comparison.contenders(settings))
+        named = comparison.held if comparison.held and record["bfloat16"] == "held" else comparison.contenders
+        assert list(record["images_per_second"]) == list(named(settings))
         assert list(record) == [
             *("case", *settings, "rounds", *comparison.circumstances, "images_per_second"),
             *(f"first_{comparison.step}_seconds", "ratio_to_best", "machine", "bfloat16"),

@@ -38,7 +38,7 @@ class Language:
 ENGLISH = Language(
     machine="machine",
     over="{} (ours over it)",
-    kinds={"none": "AVX2", "AVX512": "AVX-512, bfloat16", "AMX": "AMX"},
+    kinds={"none": "AVX2", "held": "held to AVX2", "AVX512": "AVX-512, bfloat16", "AMX": "AMX"},
     names={"pytorch": "deit, PyTorch", "timm-packed": "timm, the packed files"},
     cases={
         "32/4": "32 pixels, patches of 4, batch 128",
@@ -54,7 +54,7 @@ ENGLISH = Language(
 CHINESE = Language(
     machine="机器",
     over="{}（我们是它的几倍）",
-    kinds={"none": "AVX2", "AVX512": "AVX-512，bfloat16", "AMX": "AMX"},
+    kinds={"none": "AVX2", "held": "限制为 AVX2", "AVX512": "AVX-512，bfloat16", "AMX": "AMX"},
     names={"pytorch": "deit，PyTorch"},
     cases={
         "32/4": "32 像素，图块 4，批大小 128",

@@ -1,9 +1,10 @@
 """Training speed on the CPU, beside timm and transformers: steps of DeiT-Ti with distillation token.
 
-    python -m bench.speed.train [--rounds 7] [--case "32/4"|"224/16"|...]
+    python -m bench.speed.train [--rounds 7] [--case "32/4"|"224/16"|...] [--avx2]
 
 A step is the forward pass, the cross-entropies of both heads (with labels and a teacher's decisions), the backward
-pass, and fused AdamW. The peers run in their own float32 and in bfloat16 autocast.
+pass, and fused AdamW. The peers run in their own float32 and in bfloat16 autocast. With `--avx2`, all run in float32,
+without instructions newer than AVX2.
 """
 
 from __future__ import annotations
@@ -89,6 +90,10 @@ def contenders(case: Mapping[str, Any]) -> list[str]:
     return [name for name in CONTENDERS if not (case["drop_path"] and name.startswith("transformers"))]
 
 
+def held(case: Mapping[str, Any]) -> list[str]:
+    return ["deit float32", *(name for name in contenders(case) if name.endswith("float32"))]
+
+
 def work(contender: str, image: int, patch: int, batch: int, drop_path: float) -> None:
     """Trains a contender on random pixels, for as many steps as it is asked to."""
     from deit.machine import resolve_precision
@@ -119,6 +124,7 @@ COMPARISON = Comparison(
     records=Path(__file__).with_suffix(".jsonl"),
     cases=CASES,
     contenders=contenders,
+    held=held,
     work=work,
     step="update",
     images="batch",

@@ -19,6 +19,9 @@ CHANGES = [
 ]
 
 
+MERGING = [{"merge": 3}, {"merge": 2, "layer_scale_init_value": 0.1, "drop_path_rate": 0.5}]
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """Counts the branches that are computed by hand."""
@@ -49,8 +52,12 @@ def given_for(kind, config, batch=5):
     return given | ({"bool_masked_pos": mask_for(config, batch)} if kind == "masked_image" else {})
 
 
-@KINDS
-@pytest.mark.parametrize("changes", CHANGES, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [(kind, changes) for kind in CLASS_OF for changes in CHANGES]
+    + [(kind, changes) for kind in CLASS_OF if kind != "masked_image" for changes in MERGING],
+    ids=str,
+)
 def test_values_and_gradients_are_autograds(kind, changes, calls):
     config = small(**changes)
     model, given = build(kind, config), given_for(kind, config)
@@ -63,7 +70,7 @@ def test_values_and_gradients_are_autograds(kind, changes, calls):
         torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("changes", CHANGES[:3], ids=str)
+@pytest.mark.parametrize("changes", [*CHANGES[:3], MERGING[0]], ids=str)
 def test_in_bfloat16_they_are_no_farther_from_float32_than_autocasts(changes):
     """Over eight models, because the distance of a single one is noise: from 0.89 to 1.35 times that of autocast."""
     config = small(**changes)

@@ -135,8 +135,7 @@ class Block(nn.Module):
 
     In training on the CPU, `cpu_training` computes both branches, because it gives the same values with less work.
     Autograd takes over if only it can do what is needed: dropout, attention weights, another activation, compilation,
-    `torch.func`, forward-mode differentiation, hooks on the parts, replaced parts. With merging, it computes the
-    attention, because merging needs the keys of all images, those that stochastic depth drops too.
+    `torch.func`, forward-mode differentiation, hooks on the parts, replaced parts.
     """
 
     scale1: Tensor | None
@@ -167,15 +166,15 @@ class Block(nn.Module):
         """The tokens, the attention weights, the tokens' sizes, and the match by which patches were merged."""
         first, second = (None, None) if keep is None else keep
         by_hand, attention, match = self._by_hand(x, head_mask, need_weights), None, None
-        if by_hand and not self.merge:
-            x = self._attention_by_hand(x, first, x.shape[1] if read is None else read)
+        count = min(self.merge, (x.shape[1] - self.prefix) // 2) if read is None else 0
+        if by_hand:
+            x, keys = self._attention_by_hand(x, first, x.shape[1] if read is None else read, sizes, count > 0)
         else:
-            count = min(self.merge, (x.shape[1] - self.prefix) // 2) if read is None else 0
             y, attention, keys = self.attention(self.norm1(x), head_mask, need_weights, read, sizes, count > 0)
             x = x[:, :read] + self._branch(y, self.scale1, first, x.dtype)
-            if keys is not None:
-                match = merging.match(keys[:, :, self.prefix :], count)
-                x, sizes = merging.merge(x, sizes, match, self.prefix)
+        if keys is not None:
+            match = merging.match(keys[:, :, self.prefix :], count)
+            x, sizes = merging.merge(x, sizes, match, self.prefix)
         if by_hand:
             return self._mlp_by_hand(x, second), None, sizes, match
         x = x + self._branch(self.mlp(self.norm2(x)), self.scale2, second, x.dtype)
@@ -196,7 +195,9 @@ class Block(nn.Module):
             and all(_untouched(part) for child in self.children() for part in child.modules())
         )
 
-    def _attention_by_hand(self, x: Tensor, keep: Tensor | None, read: int) -> Tensor:
+    def _attention_by_hand(
+        self, x: Tensor, keep: Tensor | None, read: int, sizes: Tensor | None, need_keys: bool
+    ) -> tuple[Tensor, Tensor | None]:
         attention, dtype = self.attention, cpu_training.compute_dtype(x)
         with torch.autocast("cpu", enabled=False):  # the branches choose the type of each operation themselves
             return cpu_training.AttentionBranch.apply(
@@ -206,6 +207,8 @@ class Block(nn.Module):
                 attention.heads,
                 self.norm1.eps,
                 dtype,
+                sizes,
+                need_keys,
                 self.norm1.weight,
                 self.norm1.bias,
                 attention.qkv.weight,

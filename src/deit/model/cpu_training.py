@@ -5,8 +5,9 @@ precisions, a separate pass that scales the scores, gradients that are added in 
 a branch for an image, the branch is not computed. This saves about a tenth of a step of DeiT-Ti (docs/log.md). Only the
 gradients that somebody needs are computed, so frozen layers cost none.
 
-B images, N tokens, D width, H heads, K head width. R images are kept by stochastic depth. M tokens, the first ones, are
-read by the caller: all tokens, except in the last block of a classifier.
+B images, N tokens, D width, H heads, K head width. R images are kept by stochastic depth, which are all of them if the
+caller wants the keys. M tokens, the first ones, are read by the caller: all tokens, except in the last block of a
+classifier.
 
 A backward pass that is differentiated itself, or that runs for many gradients at once, is autograd's.
 """
@@ -45,6 +46,8 @@ class _OfAttention(NamedTuple):
     heads: Any = None
     eps: Any = None
     dtype: Any = None
+    sizes: Any = None
+    need_keys: Any = None
     norm_weight: Any = None
     norm_bias: Any = None
     qkv_weight: Any = None
@@ -72,9 +75,10 @@ class _OfMLP(NamedTuple):
 
 
 class AttentionBranch(torch.autograd.Function):
-    """x (B, N, D) -> x[:, :M] + keep * scale * attention(norm(x))[:, :M].
+    """x (B, N, D) -> x[:, :M] + keep * scale * attention(norm(x))[:, :M], and the keys (B, H, N, K), without gradient.
 
-    `qkv_bias`, `scale` (D,) and `keep` (B,) may be None.
+    `qkv_bias`, `scale` (D,), `keep` (B,) and `sizes` (B, N) may be None. The keys are None unless `need_keys`. A token
+    counts as many times as `sizes` says.
     """
 
     @staticmethod
@@ -86,6 +90,8 @@ class AttentionBranch(torch.autograd.Function):
         heads: int,
         eps: float,
         dtype: torch.dtype,
+        sizes: Tensor | None,
+        need_keys: bool,
         norm_weight: Tensor,
         norm_bias: Tensor,
         qkv_weight: Tensor,
@@ -93,8 +99,8 @@ class AttentionBranch(torch.autograd.Function):
         out_weight: Tensor,
         out_bias: Tensor,
         scale: Tensor | None,
-    ) -> Tensor:
-        rows = _kept(keep)
+    ) -> tuple[Tensor, Tensor | None]:
+        rows = None if need_keys else _kept(keep)
         inside = x if rows is None else x[rows]
         (images, tokens, width), head_width = inside.shape, inside.shape[2] // heads
         normed, mean, rstd = _norm(inside, norm_weight, norm_bias, eps, dtype)  # (R * N, D)
@@ -102,7 +108,10 @@ class AttentionBranch(torch.autograd.Function):
         qkv = _linear(normed, qkv_matrix, qkv_bias).view(images, tokens, 3, heads, head_width)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous().view(3, images * heads, tokens, head_width)
         q = q[:, :read]
-        attention = _scaled_bmm(q, k.transpose(1, 2), head_width**-0.5).softmax(-1)  # (R * H, M, N)
+        bias = None
+        if sizes is not None:
+            bias = (sizes if rows is None else sizes[rows]).log().to(dtype).repeat_interleave(heads, 0).unsqueeze(1)
+        attention = _scaled_bmm(q, k.transpose(1, 2), head_width**-0.5, bias).softmax(-1)  # (R * H, M, N)
         y = torch.bmm(attention, v).view(images, heads, read, head_width).transpose(1, 2).reshape(-1, width)
         branch = _linear(y, out_matrix, out_bias)  # (R * M, D)
         ctx.save_for_backward(
@@ -120,6 +129,7 @@ class AttentionBranch(torch.autograd.Function):
             rows,
             x,
             keep,
+            sizes,
             norm_weight,
             norm_bias,
             qkv_weight,
@@ -129,10 +139,13 @@ class AttentionBranch(torch.autograd.Function):
             scale,
         )
         ctx.settings = read, heads, eps, dtype
-        return _added(x[:, :read], branch, scale, rows, keep)
+        keys = k.unflatten(0, (images, heads)) if need_keys else None
+        if keys is not None:
+            ctx.mark_non_differentiable(keys)
+        return _added(x[:, :read], branch, scale, rows, keep), keys
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> _OfAttention:
+    def backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> _OfAttention:
         (
             mean,
             rstd,
@@ -148,9 +161,10 @@ class AttentionBranch(torch.autograd.Function):
             rows,
             x,
             keep,
+            sizes,
             *parameters,
         ) = ctx.saved_tensors
-        given = _OfAttention(x, keep, *ctx.settings, *parameters)
+        given = _OfAttention(x, keep, *ctx.settings, sizes, False, *parameters)
         if _only_autograd_can(gradient):
             return _OfAttention(*_differentiated(attention_branch, given, ctx.needs_input_grad, gradient))
         inside = x if rows is None else x[rows]
@@ -283,7 +297,8 @@ def attention_branch(of: _OfAttention) -> Tensor:
     normed = F.layer_norm(x, x.shape[-1:], of.norm_weight, of.norm_bias, of.eps)
     qkv = F.linear(normed, of.qkv_weight, of.qkv_bias).unflatten(-1, (3, of.heads, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, K)
-    attention = ((q[:, :, : of.read] * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
+    scores = (q[:, :, : of.read] * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    attention = (scores if of.sizes is None else scores + of.sizes.log().to(q.dtype)[:, None, None]).softmax(-1)
     y = F.linear((attention @ v).transpose(1, 2).flatten(2), of.out_weight, of.out_bias)
     return x[:, : of.read] + _gained(y, of.scale, of.keep)
 
@@ -371,17 +386,21 @@ def _summed(x: Tensor) -> Tensor:
     return (x.new_ones(1, len(x)) @ x)[0]  # takes half the time of `x.sum(0)`
 
 
-def _scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
+def _scaled_bmm(a: Tensor, b: Tensor, scale: float, added: Tensor | None = None) -> Tensor:
+    if added is None:
+        return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
+    return torch.baddbmm(added, a, b, alpha=scale)
 
 
 def _added(x: Tensor, branch: Tensor, scale: Tensor | None, rows: Tensor | None, keep: Tensor | None) -> Tensor:
-    """x (B, M, D) plus the branch (R * M, D), for those images for which the branch was computed."""
+    """x (B, M, D) plus the branch (R * M, D), for those images for which the branch was computed (None: all)."""
     if scale is not None:
         branch = branch * scale
     branch = branch.view(-1, *x.shape[1:])
-    if rows is None or keep is None:
+    if keep is None:
         return x + branch
+    if rows is None:
+        return x + (branch * keep.view(-1, 1, 1)).to(x.dtype)
     return x.clone().index_add_(0, rows, (branch * keep[rows].view(-1, 1, 1)).to(x.dtype))
 
 
@@ -394,8 +413,9 @@ def _into_branch(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of what `_added` adds to x: of the branch (R * M, D), and of the scale (D,)."""
-    if rows is not None and keep is not None:
-        gradient = gradient[rows] * keep[rows].view(-1, 1, 1)
+    if keep is not None:
+        gradient, keep = (gradient, keep) if rows is None else (gradient[rows], keep[rows])
+        gradient = gradient * keep.view(-1, 1, 1)
     gradient = gradient.flatten(0, 1)
     if scale is None or branch is None:
         return gradient.to(dtype), None
