@@ -5,8 +5,9 @@
 
 A step is the forward pass of a distilled DeiT with both heads, the losses, the backward pass and fused AdamW, on random
 pixels, in the precision that `deit train` takes here. Memory is what the process takes beyond PyTorch itself,
-at its highest. The points of a curve take turns, and the lowest of each counts, because other work only adds to it. Each
-run appends its points to growth.jsonl beside this file, and the table is made of the last run.
+at its highest. The points of a curve take turns, and the lowest of each counts, because other work only adds to it.
+
+Each run appends its points to growth.jsonl beside this file, and the table is made of the last run.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ SHOWN = {
     "classes": "classes",
     "images": "images in the folder",
 }
-_SECONDS, _STEPS, _ROUNDS = 2.0, 5, 5
+_SECONDS, _STEPS, _ROUNDS = 2.0, 5, 3
 """How long a point is measured at least in a round, in how many steps, and the number of rounds."""
 
 

@@ -110,7 +110,7 @@ def test_dropped_images_are_not_computed(monkeypatch):
     given["depth_draws"] = torch.tensor([[[0.9, 0.1], [0.1, 0.9]]]).repeat(5, 1, 1)
     given["depth_draws"][0] = 0.9
     trained(model, "auto", **given)
-    assert rows == [5, 1, 1, 5]
+    assert rows == [5, 1, 1, 5, 5, 1, 1, 5]  # and once more backwards
 
 
 def test_frozen_parameters_get_no_gradient():

@@ -3,7 +3,8 @@
 The values and the operations are those of autograd on `Block`, without what autograd adds between them: copies between
 precisions, a separate pass that scales the scores, gradients that are added in fresh memory. If stochastic depth drops
 a branch for an image, the branch is not computed. This saves about a tenth of a step of DeiT-Ti (docs/log.md). Only the
-gradients that somebody needs are computed, so frozen layers cost none.
+gradients that somebody needs are computed, so frozen layers cost none. The backward pass computes the activation again,
+and in float32 the norms too. That saves a fifth of the memory and takes hardly longer than reading what was kept.
 
 B images, N tokens, D width, H heads, K head width. R images are kept by stochastic depth, which are all of them if the
 caller wants the keys. M tokens, the first ones, are read by the caller: all tokens, except in the last block of a
@@ -117,7 +118,7 @@ class AttentionBranch(torch.autograd.Function):
         ctx.save_for_backward(
             mean,
             rstd,
-            normed,
+            _worth_keeping(normed),
             q,
             k,
             v,
@@ -169,7 +170,7 @@ class AttentionBranch(torch.autograd.Function):
             return _OfAttention(*_differentiated(attention_branch, given, ctx.needs_input_grad, gradient))
         inside = x if rows is None else x[rows]
         (images, tokens, width), heads, read = inside.shape, given.heads, gradient.shape[1]
-        head_width, dtype = width // heads, normed.dtype
+        head_width, dtype = width // heads, given.dtype
         wanted = _OfAttention(*ctx.needs_input_grad)
         through_norm = (wanted.x, wanted.norm_weight, wanted.norm_bias)
         d_branch, d_scale = _into_branch(gradient, branch, given.scale, rows, keep, dtype)  # (R * M, D)
@@ -184,7 +185,7 @@ class AttentionBranch(torch.autograd.Function):
         d_y = (d_branch @ out_matrix).view(images, read, heads, head_width).transpose(1, 2)
         d_y = d_y.reshape(images * heads, read, head_width)
         d_scores = torch._softmax_backward_data(torch.bmm(d_y, v.transpose(1, 2)), attention, -1, dtype)
-        d_qkv = normed.new_empty(images, tokens, 3, heads, head_width)
+        d_qkv = q.new_empty(images, tokens, 3, heads, head_width)
         d_qkv[:, read:, 0] = 0.0
         parts = (
             _scaled_bmm(d_scores, k, head_width**-0.5),
@@ -201,7 +202,7 @@ class AttentionBranch(torch.autograd.Function):
             x=_through(d_x, gradient, rows, len(x)),
             norm_weight=d_norm_weight,
             norm_bias=d_norm_bias,
-            qkv_weight=_outer(d_qkv, normed) if wanted.qkv_weight else None,
+            qkv_weight=_outer(d_qkv, _normed(normed, inside, given)) if wanted.qkv_weight else None,
             qkv_bias=_summed(d_qkv) if wanted.qkv_bias else None,
         )
 
@@ -235,9 +236,8 @@ class MLPBranch(torch.autograd.Function):
         ctx.save_for_backward(
             mean,
             rstd,
-            normed,
+            _worth_keeping(normed),
             before,
-            after,
             fc1_matrix,
             fc2_matrix,
             None if scale is None else branch,
@@ -257,19 +257,17 @@ class MLPBranch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> _OfMLP:
-        mean, rstd, normed, before, after, fc1_matrix, fc2_matrix, branch, rows, x, keep, *parameters = (
-            ctx.saved_tensors
-        )
+        mean, rstd, normed, before, fc1_matrix, fc2_matrix, branch, rows, x, keep, *parameters = ctx.saved_tensors
         given = _OfMLP(x, keep, *ctx.settings, *parameters)
         if _only_autograd_can(gradient):
             return _OfMLP(*_differentiated(mlp_branch, given, ctx.needs_input_grad, gradient))
         inside = x if rows is None else x[rows]
         wanted = _OfMLP(*ctx.needs_input_grad)
         through_norm = (wanted.x, wanted.norm_weight, wanted.norm_bias)
-        d_branch, d_scale = _into_branch(gradient, branch, given.scale, rows, keep, normed.dtype)
+        d_branch, d_scale = _into_branch(gradient, branch, given.scale, rows, keep, given.dtype)
         found = _OfMLP(
             x=None,
-            fc2_weight=_outer(d_branch, after) if wanted.fc2_weight else None,
+            fc2_weight=_outer(d_branch, F.gelu(before, approximate=given.approximate)) if wanted.fc2_weight else None,
             fc2_bias=_summed(d_branch) if wanted.fc2_bias else None,
             scale=d_scale,
         )
@@ -283,7 +281,7 @@ class MLPBranch(torch.autograd.Function):
             x=_through(d_x, gradient, rows, len(x)),
             norm_weight=d_norm_weight,
             norm_bias=d_norm_bias,
-            fc1_weight=_outer(d_before, normed) if wanted.fc1_weight else None,
+            fc1_weight=_outer(d_before, _normed(normed, inside, given)) if wanted.fc1_weight else None,
             fc1_bias=_summed(d_before) if wanted.fc1_bias else None,
         )
 
@@ -347,6 +345,15 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtyp
     return normed.to(dtype).flatten(0, 1), mean, rstd
 
 
+def _worth_keeping(normed: Tensor) -> Tensor | None:
+    return None if normed.dtype == torch.float32 else normed
+
+
+def _normed(kept: Tensor | None, x: Tensor, given: _OfAttention | _OfMLP) -> Tensor:
+    """What the norm gave for x: as it was kept, or computed again."""
+    return _norm(x, given.norm_weight, given.norm_bias, given.eps, given.dtype)[0] if kept is None else kept
+
+
 def _norm_backward(
     d_product: Tensor,
     matrix: Tensor,
@@ -366,7 +373,10 @@ def _norm_backward(
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # The library multiplies a fifth faster by a weight that is transposed in memory, and the copy is nearly free.
+    if x.dtype == torch.float32:
+        y = x @ weight.t()
+        return y if bias is None else y.add_(bias)  # `addmm` writes the bias everywhere first, which takes longer
+    # In bfloat16, a weight that is transposed in memory multiplies a fifth faster, and the copy is nearly free.
     weight = weight.t().contiguous()
     return x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
 
