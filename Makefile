@@ -56,6 +56,7 @@ docs-links: .venv/installed-docs  ## try the site's links to other sites; needs 
 
 bench: .venv/installed-bench      ## compare the speed with timm, transformers and keras-hub; needs a quiet machine
 	$(BIN)/python -m bench.speed.train
+	$(BIN)/python -m bench.speed.memory
 	$(BIN)/python -m bench.speed.reading
 	$(BIN)/python -m bench.speed.keras
 	$(BIN)/python -m bench.speed.predict

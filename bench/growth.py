@@ -102,7 +102,7 @@ def trained(batch: int, image: int, width: int, classes: int) -> dict[str, float
 
     keep_memory()
     torch.manual_seed(0)
-    before = _peak()
+    before = peak()
     config = DeiTConfig(
         hidden_size=width,
         num_attention_heads=width // 32,
@@ -132,7 +132,7 @@ def trained(batch: int, image: int, width: int, classes: int) -> dict[str, float
         began = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - began)
-    return {"seconds": round(statistics.median(seconds), 4), "memory": round(_peak() - before, 1)}
+    return {"seconds": round(statistics.median(seconds), 4), "memory": round(peak() - before, 1)}
 
 
 def listed(images: int) -> dict[str, float]:
@@ -150,12 +150,12 @@ def listed(images: int) -> dict[str, float]:
             folder.mkdir(parents=True)
             for each in range(images // 10):
                 (folder / f"{each}.png").write_bytes(content)
-        before, began = _peak(), time.perf_counter()
+        before, began = peak(), time.perf_counter()
         fingerprint(read_split(Path(scratch), "train"))
-        return {"seconds": round(time.perf_counter() - began, 4), "memory": round(_peak() - before, 1)}
+        return {"seconds": round(time.perf_counter() - began, 4), "memory": round(peak() - before, 1)}
 
 
-def _peak() -> float:
+def peak() -> float:
     """The most memory that the process has had, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import OURS, write_between
+from bench.speed import memory
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -126,6 +127,9 @@ def write(root: Path) -> None:
         for name in comparisons:
             shown = [each for each in latest(HERE / f"{name}.jsonl") if _is_shown(each)]
             write_between(root / page, f"speed {name}", table(shown, language, whole))
+
+    newest = json.loads(memory.RECORDS.read_text(encoding="utf-8").splitlines()[-1])
+    write_between(root / "docs/performance.md", "speed memory", memory.table(newest))
 
 
 def _is_shown(record: Record) -> bool:

@@ -94,8 +94,15 @@ def held(case: Mapping[str, Any]) -> list[str]:
     return ["deit float32", *(name for name in contenders(case) if name.endswith("float32"))]
 
 
-def work(contender: str, image: int, patch: int, batch: int, drop_path: float) -> None:
-    """Trains a contender on random pixels, for as many steps as it is asked to."""
+def work(
+    contender: str,
+    image: int,
+    patch: int,
+    batch: int,
+    drop_path: float,
+    take: Callable[[Callable[[], None]], None] = answer,
+) -> None:
+    """Trains a contender on random pixels, for as many steps as `take` wants."""
     from deit.machine import resolve_precision
 
     name, _, precision = contender.partition(" ")
@@ -115,7 +122,7 @@ def work(contender: str, image: int, patch: int, batch: int, drop_path: float) -
         optimizer.step()
         optimizer.zero_grad()
 
-    answer(update)
+    take(update)
 
 
 COMPARISON = Comparison(

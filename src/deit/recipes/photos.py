@@ -48,7 +48,8 @@ def frozen(architecture: str = _LITE0, start: str = "installed") -> Recipe:
 
     Source: ours.
     Expected: nothing published for these settings.
-    Ours: not run at full scale.
+    Ours: 0.874 to 0.879 of 372 test photos of clothing (three runs, docs/results.md), in 40 s on 2 cores of an Intel
+    Xeon.
     """
     return Recipe(
         name="frozen",
@@ -69,7 +70,8 @@ def teacher(architecture: str = _LITE0, start: str = "installed") -> Recipe:
 
     Source: ours.
     Expected: nothing published for these settings.
-    Ours: not run at full scale.
+    Ours: 0.927 to 0.930 of the photos that `frozen` was judged by, in 8 minutes, as `deit fit` runs it: from
+    `frozen`, with the last three stages trained.
     """
     return Recipe(
         name="teacher",
@@ -115,7 +117,8 @@ def student(teacher: str = "") -> Recipe:
 
     Source: ours.
     Expected: nothing published for this network.
-    Ours: not run at full scale.
+    Ours: 0.866 to 0.876 of the photos that `frozen` was judged by, in 13 minutes with stored labels, as `deit fit`
+    runs it.
     """
     return Recipe(
         name="student",
