@@ -175,8 +175,13 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
         cells = [", ".join(f"{value:,}" for value in values)]
         for name in ("seconds", "memory"):
             numbers = [each[name] for each in points]
+            if not any(numbers):  # less than what PyTorch took before
+                cells += ["–", "–"]
+                continue
             cells += [", ".join(f"{number:.3g}" if number < 1000 else f"{number:,.0f}" for number in numbers)]
-            cells += [" to ".join(dict.fromkeys(f"{power:.1f}" for power in powers(values, numbers)))]
+            cells += [
+                " to ".join(dict.fromkeys(f"{power:.1f}".replace("-0.0", "0.0") for power in powers(values, numbers)))
+            ]
         rows.append(f"| {SHOWN[curve]} | {' | '.join(cells)} |")
     machines = "; ".join(sorted({f"{each['machine']} ({each['bfloat16']})" for each in found.values()}))
     return "\n".join(rows) + f"\n\n{machines}.\n"

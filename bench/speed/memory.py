@@ -22,7 +22,7 @@ from bench.harness import machine
 from bench.speed import train
 
 RECORDS = Path(__file__).with_suffix(".jsonl")
-CASE = {"image": 224, "patch": 16, "batch": 64, "drop_path": 0.0}
+CASE: Mapping[str, Any] = {"image": 224, "patch": 16, "batch": 64, "drop_path": 0.0}
 PRECISIONS = ("float32", "bfloat16")
 
 

@@ -47,8 +47,8 @@ class _OfAttention(NamedTuple):
     heads: Any = None
     eps: Any = None
     dtype: Any = None
-    sizes: Any = None
     need_keys: Any = None
+    sizes: Any = None
     norm_weight: Any = None
     norm_bias: Any = None
     qkv_weight: Any = None
@@ -91,8 +91,8 @@ class AttentionBranch(torch.autograd.Function):
         heads: int,
         eps: float,
         dtype: torch.dtype,
-        sizes: Tensor | None,
         need_keys: bool,
+        sizes: Tensor | None,
         norm_weight: Tensor,
         norm_bias: Tensor,
         qkv_weight: Tensor,
@@ -139,7 +139,7 @@ class AttentionBranch(torch.autograd.Function):
             out_bias,
             scale,
         )
-        ctx.settings = read, heads, eps, dtype
+        ctx.settings = read, heads, eps, dtype, need_keys
         keys = k.unflatten(0, (images, heads)) if need_keys else None
         if keys is not None:
             ctx.mark_non_differentiable(keys)
@@ -162,10 +162,9 @@ class AttentionBranch(torch.autograd.Function):
             rows,
             x,
             keep,
-            sizes,
             *parameters,
         ) = ctx.saved_tensors
-        given = _OfAttention(x, keep, *ctx.settings, sizes, False, *parameters)
+        given = _OfAttention(x, keep, *ctx.settings, *parameters)
         if _only_autograd_can(gradient):
             return _OfAttention(*_differentiated(attention_branch, given, ctx.needs_input_grad, gradient))
         inside = x if rows is None else x[rows]
