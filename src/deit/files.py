@@ -137,8 +137,8 @@ def _download(name: str, filename: str, **options: Any) -> Path:
     except errors.EntryNotFoundError as error:
         if isinstance(error, errors.LocalEntryNotFoundError):
             raise NotFetched(
-                f"{filename} of {name} is not in the local cache and could not be fetched (offline, no "
-                "network, or the hub does not answer); connect, or give a local folder"
+                f"{filename} of {name} is not in the local cache and could not be fetched (offline, no network, or the "
+                f"hub does not answer), and there is no local folder {name}; check its path, or connect"
             ) from None
         raise FileNotFoundError(f"{name} on the hub holds no {filename}") from None
     except errors.RevisionNotFoundError:

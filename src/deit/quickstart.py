@@ -69,7 +69,8 @@ def _quickstart(out: Path, seed: int, console: Console) -> Result:
         ),
     )
     plan.write(out)
-    fitted = carry_out(plan, (train, val), test, out, device="auto", console=console)
+    onward = "but the same command begins anew"
+    fitted = carry_out(plan, (train, val), test, out, device="auto", console=console, onward=onward)
 
     student = fitted["student"]
     examples = test.files[::72]

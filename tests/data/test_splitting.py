@@ -83,7 +83,7 @@ def test_parts_that_are_there_stay(tmp_path, layout):
     assert set(found["train"].files) | set(found[drawn_part].files) == set(before["train"].files)
     with raises_saying(ValueError, f"has {kept} images already, and they stay as they are; leave --{kept} out"):
         split(given, tmp_path / "other.csv", **{kept: 0.2})
-    with raises_saying(ValueError, "there is nothing to draw", "train, val, test"):
+    with raises_saying(ValueError, "there is nothing to draw", "train, val, test", "list.csv itself to the commands"):
         split(tmp_path / "list.csv", tmp_path / "other.csv")
 
 
@@ -147,7 +147,7 @@ def test_what_is_refused(tmp_path):
             split(data, out, test=share)
     with raises_saying(ValueError, "leave nothing to train on, found 1.1 together"):
         split(data, out, val=0.6, test=0.5)
-    with raises_saying(ValueError, "there is nothing to draw"):
+    with raises_saying(ValueError, "there is nothing to draw", "give --test or --val above 0"):
         split(data, out, val=0, test=0)
     with raises_saying(ValueError, "--seed can't be negative, found -1"):
         split(data, out, seed=-1)

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,7 @@ from deit.recipe import Augment, Compute, Cosine, Distilled, LinearProbe, epochs
 from deit.recipes.photos import student, teacher_from_scratch
 from deit.report import document
 from deit.train import budget, objectives, stepping
+from deit.train.loop import Stopped
 
 pytest.importorskip("sklearn")
 QUIET = Console(quiet=True)
@@ -493,9 +495,10 @@ def test_the_plan_for_people(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(planning, "_reachable", lambda recipe: False)
     assert main(["fit", str(data), "--out", str(tmp_path / "run"), "--time", "10m", "--plan", "--device", "cpu"]) == 0
     said = capsys.readouterr().out
-    assert "36 to train, 24 to validate, 18 to test; 3 classes, from 12 (a) to 12 (a) training images" in said
+    assert "36 to train, 24 to validate, 18 to test; 3 classes, 12 training images each" in said
     assert "1. teacher    4 min  the built-in ConvNet, trained from scratch" in said
     assert "3. student    3 min  a small DeiT from scratch" in said
+    assert "the recommended one is calibrated" in said
     assert not (tmp_path / "run" / "teacher").exists()
     assert main(["fit", str(data), "--out", str(tmp_path / "run"), "--time", "20m"]) == 1
     assert "holds a plan with minutes=10.0, found minutes=20.0; edit" in capsys.readouterr().err
@@ -574,6 +577,23 @@ def test_labels_that_were_stopped_count(data, tmp_path, start, own_cache, monkey
     after = json.loads((out / "state.json").read_text())["seconds"]
     assert after["labels"] > state["begun"]
     assert fitted.seconds > sum(after.values()) - 1e-6
+
+
+def test_a_stop_says_how_a_fit_goes_on(data, tmp_path, start, own_cache, monkeypatch):
+    """`deit fit` has no --resume."""
+    out, said = tmp_path / "run", io.StringIO()
+    plan = small_plan(out, data, start)
+    plan.write(out)
+
+    def interrupting(self, numbers):
+        if (out / "teacher" / "metrics.jsonl").exists():
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(work.LivePage, "row", interrupting)
+    with pytest.raises(Stopped):
+        carried(plan, out, data, Console(file=said, width=1000))
+    assert "the state is saved, the same command goes on" in said.getvalue()
+    assert "--resume" not in said.getvalue()
 
 
 def test_killed_again_and_again_is_uninterrupted(data, tmp_path, start):

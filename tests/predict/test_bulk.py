@@ -356,3 +356,11 @@ def test_what_is_passed_over_is_said_once(folder, capsys):
     assert [line for line in shown.err.splitlines() if "passed over" in line] == [
         "deit predict: 4 files were passed over, because they are no images that Pillow reads: 2 .heic, 1 .mp4, 1 .txt"
     ]
+
+
+def test_a_folder_without_images_is_told(folder, capsys):
+    (folder / "none").mkdir()
+    assert main(["predict", str(folder / "m"), str(folder / "none")]) == 0
+    assert "found no image; give image files, or a folder that holds some" in capsys.readouterr().err
+    assert main(["predict", str(folder / "m"), str(folder / "none"), "--shard", "1/2"]) == 0
+    assert "found no image" not in capsys.readouterr().err

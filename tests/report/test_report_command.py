@@ -171,6 +171,10 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 1
     assert "holds no run (neither recipe.json nor metrics.jsonl)" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "recipe.json").write_text("{}")
+    assert main(["report", str(tmp_path)]) == 1
+    assert f"give one of the runs in it: {tmp_path / 'teacher'}" in capsys.readouterr().err
 
 
 def test_masked_images_show_their_reconstruction(tmp_path):

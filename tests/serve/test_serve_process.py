@@ -165,3 +165,13 @@ def test_sigterm_ends_a_server_whose_model_still_loads(folder):
         finally:
             process.kill()
         assert process.stderr.read() == "interrupted\n"
+
+
+def test_an_address_that_is_taken_is_told(folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "deit", "serve", str(folder), "--engine", "torch", "--port", port]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert f"the server can't listen at 127.0.0.1, port {port} (" in done.stderr
+    assert "choose another --port or --host" in done.stderr

@@ -100,7 +100,10 @@ except OSError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "step-000000002.safetensors can't be written" in done.stdout
-    assert "step-000000001.safetensors is untouched; free space, then continue with --resume" in done.stdout
+    assert (
+        "step-000000001.safetensors is untouched; free space, then give the same command again (deit train with "
+        "--resume)" in done.stdout
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001.safetensors"]
     assert checkpoint.restore(tmp_path)[1] == STATE
 

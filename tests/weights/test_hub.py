@@ -203,8 +203,8 @@ def test_unreachable_hub(tmp_path):
         "except FileNotFoundError as error: print(error)"
     )
     sentence = (
-        "config.json of org/tiny is not in the local cache and could not be fetched (offline, no network, or "
-        "the hub does not answer); connect, or give a local folder"
+        "config.json of org/tiny is not in the local cache and could not be fetched (offline, no network, or the hub "
+        "does not answer), and there is no local folder org/tiny; check its path, or connect"
     )
     assert run_python(code, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)) == sentence
 
@@ -370,7 +370,7 @@ except FileNotFoundError: print(asked.count('deit.files'), time.monotonic() - be
 """
     environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": None, "NO_PROXY": "*"}
     sentence = (
-        "model.safetensors of org/tiny is not in the local cache and could not be fetched (offline, no network, or "
-        "the hub does not answer); connect, or give a local folder"
+        "model.safetensors of org/tiny is not in the local cache and could not be fetched (offline, no network, or the "
+        "hub does not answer), and there is no local folder org/tiny; check its path, or connect"
     )
     assert run_python(code, **environment).splitlines() == [sentence, sentence, "2 True"]

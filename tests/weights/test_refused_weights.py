@@ -27,9 +27,17 @@ def test_missing_places(tmp_path):
         load("best.pth")
     with raises_saying(FileNotFoundError, tmp_path / "empty", "holds no weights; expected one of model.safetensors, "):
         load(tmp_path / "empty")
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    with raises_saying(FileNotFoundError, f"the model of a run is in {tmp_path / 'run' / 'model'}"):
+        load(tmp_path / "run")
+    (tmp_path / "photo.JPG").write_bytes(b"photo")
+    with raises_saying(files.CheckpointError, "photo.JPG is an image, expected a model"):
+        load(tmp_path / "photo.JPG")
     with raises_saying(FileNotFoundError, "'a b/c' is neither a folder nor a possible hub name"):
         load("a b/c")
-    with raises_saying(FileNotFoundError, "model.safetensors of org/none is not in the local cache", "a local folder"):
+    with raises_saying(
+        FileNotFoundError, "model.safetensors of org/none is not in the local cache", "no local folder org/none"
+    ):
         load("org/none", cache_dir=tmp_path, local_files_only=True)
 
 

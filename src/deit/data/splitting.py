@@ -109,9 +109,13 @@ def _shares(data: str, parts: dict[str, Split], asked: dict[str, float | None]) 
         shares[name] = 0.0 if name in parts else SHARE if share is None else share
     shares = {name: share for name, share in shares.items() if share}
     if not shares:
+        lacking = [f"--{name}" for name in asked if name not in parts]
+        move = (
+            f"{' or '.join(lacking)} above 0 for a part that it lacks" if lacking else f"{data} itself to the commands"
+        )
         raise ValueError(
             f"there is nothing to draw: {data} has the parts {', '.join(parts)}, and no other part is asked for; give "
-            "--val or --test above 0 for a part that it lacks"
+            f"{move}"
         )
     if sum(shares.values()) >= 1:
         raise ValueError(f"--val and --test leave nothing to train on, found {sum(shares.values()):g} together")

@@ -215,7 +215,7 @@ def checked(model: nn.Module) -> Any:
     if not isinstance(model, DeiTForImageClassification | DeiTForImageClassificationWithTeacher):
         raise ValueError(
             f"a {type(model).__name__} can't be explained, because the maps show attention, and a decision between "
-            "classes; give a DeiT or ViT classifier"
+            "classes; give a DeiT or ViT classifier, such as the student of a fit (RUN/student/model)"
         )
     if (model.config.num_labels or 0) < 2:
         raise ValueError(

@@ -245,7 +245,7 @@ def make_plan(
         Step(
             name="judge",
             share=_SHARES["judge"],
-            why="all models on the same images; the better one is calibrated, and a report is written",
+            why="all models on the same images; the recommended one is calibrated, and a report is written",
         ),
     ]
     return Plan(
@@ -277,10 +277,10 @@ def looked(data: str | Path, splits: tuple[Split, Split], test: Split | None, de
     parts = [f"{len(train):,} to train, {len(val):,} to validate"]
     parts.append(f"{len(test):,} to test" if test else "none to test")
     few, many = counts.index(min(counts)), counts.index(max(counts))
-    yield (
-        f"images: {', '.join(parts)}; {len(train.classes)} classes, from {counts[few]:,} ({train.classes[few]}) to "
-        f"{counts[many]:,} ({train.classes[many]}) training images"
-    )
+    sizes = f"from {counts[few]:,} ({train.classes[few]}) to {counts[many]:,} ({train.classes[many]}) training images"
+    if counts[few] == counts[many]:
+        sizes = f"{counts[few]:,} training image{'s' * (counts[few] != 1)} each"
+    yield f"images: {', '.join(parts)}; {len(train.classes)} classes, {sizes}"
     yield from map(str, remarks(train.classes, counts, class_counts(val, len(train.classes)), balanced=False))
     if test is None:
         yield fit_without_test_images(Path(data))

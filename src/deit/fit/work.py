@@ -154,16 +154,23 @@ def _left(plan: Plan, state: _State, out: Path) -> float:
 
 
 def carry_out(
-    plan: Plan, splits: tuple[Split, Split], test: Split | None, out: Path, *, device: str, console: Console
+    plan: Plan,
+    splits: tuple[Split, Split],
+    test: Split | None,
+    out: Path,
+    *,
+    device: str,
+    console: Console,
+    onward: str = "the same command goes on",
 ) -> Fitted:
-    """Does what is left of a plan. Each step writes into a folder of its name in `out`."""
+    """Does what is left of a plan. Each step writes into a folder of its name in `out`. `onward` is as for `train`."""
     state = _State.read(out)
     if fingerprint(splits[0]) != plan.fingerprint:
         raise ValueError(
             f"the training images in {plan.data} are not those that {out / FILE} is for (names, sizes or contents "
             "differ); restore them, or choose another --out"
         )
-    work = _Work(plan, splits, out, device, console, state)
+    work = _Work(plan, splits, out, device, console, state, onward)
     for step in plan.steps[:-1]:
         if step.name in state.seconds:
             continue
@@ -187,6 +194,7 @@ class _Work:
     device: str
     console: Console
     state: _State
+    onward: str
     now: StepName | None = None
     """The step that is being taken."""
 
@@ -240,6 +248,7 @@ class _Work:
                 resume=True,
                 minutes=minutes,
                 receivers=[self.live],
+                onward=self.onward,
             )
         except TooShort as error:
             _say(self.console, f"{name}: left out, because {error}")

@@ -79,7 +79,7 @@ def predict_files(
     def rows_of(paths: Iterable[str]) -> Iterator[dict[str, Any]]:
         return tally.counted(answer.to_dict() for answer in predictor.stream(paths, top_k=top_k, batch=batch))
 
-    before = 0
+    before = done = 0
     if isinstance(to, Path):
         job = Job(model, identity(model), head, predictor.engine, top_k, tuple(inputs), shard)
         with Results(to, job) as results:
@@ -88,10 +88,12 @@ def predict_files(
                 print(f"continuing after {results.done} images", file=sys.stderr)
             for _ in results.write(rows_of(left)):
                 pass
-        before = results.unreadable
+        before, done = results.unreadable, results.done
     else:
         _print(rows_of(paths), to, top_k)
     tally.finish()
+    if not tally.images and not done and shard == (1, 1):
+        print("deit predict: found no image; give image files, or a folder that holds some", file=sys.stderr)
     if passed:
         print(f"deit predict: {shown(passed_over(passed))}", file=sys.stderr)
     return tally.unreadable + before

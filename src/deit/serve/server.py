@@ -59,6 +59,19 @@ def _make_room(connections: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
+def _listener(host: str, port: int) -> socket.socket:
+    """A socket that listens at the address. Raises `OSError` with the next move."""
+    try:
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+        )
+    except OSError as error:
+        raise OSError(
+            f"the server can't listen at {host}, port {port} ({error.strerror or error}); choose another --port or "
+            "--host"
+        ) from None
+
+
 def serve(
     load: Callable[[], Predictor],
     service: Service,
@@ -90,9 +103,7 @@ def serve(
         app = create_app(predictor, replace(service, hosts=(*service.hosts, host)), name)
         routes: Routes = app.state.routes
         routes.served.start()
-    with socket.create_server(
-        (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
-    ) as listener:
+    with _listener(host, port) as listener:
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
         logging.getLogger("uvicorn").setLevel(logging.ERROR)  # lower levels report every client's mistake
         server = _server(routes, lambda: routes.renew(load, keys))(

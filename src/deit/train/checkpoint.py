@@ -45,7 +45,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
         raise OSError(
             f"{path} can't be written ({getattr(error, 'reason', error)}); "
             + (f"{left[-1].name} is untouched; " if left else "")
-            + "free space, then continue with --resume"
+            + "free space, then give the same command again (deit train with --resume)"
         ) from None
     for old in saved(folder)[:-KEPT]:
         old.unlink(missing_ok=True)

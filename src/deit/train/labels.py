@@ -430,7 +430,10 @@ _KEYS = ("fingerprints", "teacher", "steps", "steps_per_part", "images", "views"
 def _description(folder: Path) -> dict[str, Any]:
     path = folder / "cache.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no cache.json; expected a folder that deit teach wrote")
+        raise FileNotFoundError(
+            f"{folder} holds no cache.json; expected a folder that deit teach wrote, or set objective.cache to nothing "
+            "(--set objective.cache=), and the teacher answers during training"
+        )
     description = files.read_json(path)
     if description.get("version") != VERSION:
         raise ValueError(

@@ -43,6 +43,8 @@ from deit.train.stepping import Diverged
 
 _ROWS = 50
 """Largest number of steps between two rows of metrics."""
+_ONWARD = "continue with --resume"
+"""How people continue a run that `deit train` began."""
 _FEW = 10
 """Least number of steps after which it is said whether a run waits for images."""
 
@@ -80,6 +82,7 @@ def train(
     resume: bool = False,
     minutes: float | None = None,
     receivers: Sequence[Receiver] = (),
+    onward: str = _ONWARD,
 ) -> Run:
     """Trains a recipe on images. Under torchrun, it trains together with the other processes.
 
@@ -93,6 +96,7 @@ def train(
             Implied if torchrun starts a process again.
         minutes: shortens the schedule so that the run ends within this time. A linear probe has no schedule.
         receivers: what receives the rows of `metrics.jsonl` too, beside the recipe's `compute.log`.
+        onward: how people continue, for the sentence about a stop.
 
     Raises:
         FileExistsError: `out` holds a run, and `resume` is False.
@@ -120,7 +124,8 @@ def train(
             if isinstance(recipe.objective, LinearProbe):
                 with signals.interrupting():
                     return _probe(recipe, (train_split, val_split), Path(out), us, console, resume, receivers)
-            return _train(recipe, (train_split, val_split), Path(out), us, signals, console, resume, end, receivers)
+            splits = train_split, val_split
+            return _train(recipe, splits, Path(out), us, signals, console, resume, end, receivers, onward)
         except _Interrupted:
             if us.main:
                 (console or Console(stderr=True)).print(f"stopped by {signals.name} before it began")
@@ -137,6 +142,7 @@ def _train(
     resume: bool,
     end: float,
     receivers: Sequence[Receiver],
+    onward: str,
 ) -> Run:
     """Trains until `end` at the latest, a time of `time.perf_counter`. Keeps nothing of the run when it returns."""
     with signals.interrupting():
@@ -177,7 +183,7 @@ def _train(
                     about = replace(about, teacher=(teacher.correct, teacher.total))
                     files.write_json(out / ABOUT, about.to_dict())
         with compiling.graphs(reporter.say) if work.compiled else nullcontext():
-            _loop(_Session(work, state, out, reporter, signals, end))
+            _loop(_Session(work, state, out, reporter, signals, end, onward))
         if about and state.best is not None and not isinstance(recipe.objective, MaskedImage):
             for alarm in about.alarms(state.best):
                 reporter.say(str(alarm))
@@ -235,9 +241,18 @@ def _probe(
 class _Session:
     """One part of a run, from its beginning or a checkpoint to its end or a signal."""
 
-    def __init__(self, work: Work, state: State, out: Path, reporter: Reporter, signals: _Signals, deadline: float):
+    def __init__(
+        self,
+        work: Work,
+        state: State,
+        out: Path,
+        reporter: Reporter,
+        signals: _Signals,
+        deadline: float,
+        onward: str,
+    ):
         self.work, self.state, self.out = work, state, out
-        self.reporter, self.signals, self.deadline = reporter, signals, deadline
+        self.reporter, self.signals, self.deadline, self.onward = reporter, signals, deadline, onward
         self.faults, self.val_faults = Faults(len(work.batches.split)), Faults(len(work.validation.split))
         self.faults.load_state(state.faults)
         self.last_saved = time.perf_counter()
@@ -274,7 +289,7 @@ class _Session:
         self.save()
         self.reporter.say(
             f"stopped by {self.signals.name} after step {self.state.step} of {self.work.total}; the "
-            "state is saved, continue with --resume"
+            f"state is saved, {self.onward}"
         )
         raise Stopped(128 + (self.signals.caught or signal.SIGTERM))
 
@@ -286,7 +301,7 @@ class _Session:
         if self.signals.caught:
             self.stop()
         self.save()
-        raise LoaderDied(f"{error}; the state after step {self.state.step} is saved, continue with --resume")
+        raise LoaderDied(f"{error}; the state after step {self.state.step} is saved, {self.onward}")
 
     def out_of_patience(self) -> bool:
         state, part, total = self.state, self.work.recipe.patience, self.work.total
@@ -390,7 +405,8 @@ def _loop(session: _Session) -> None:
             if late or stop or save:
                 stepping.settle(work, state, say)
             if late and state.step < work.total:
-                say(f"the time is up after step {state.step} of {work.total}; continue with --resume")
+                more = f"; {_ONWARD}" if session.onward == _ONWARD else ""  # a fit goes on to its next step
+                say(f"the time is up after step {state.step} of {work.total}{more}")
                 session.judge()
                 break
             if stop:

@@ -104,8 +104,11 @@ class Record:
         """Reads the folder of a run. Raises `FileNotFoundError` if it holds no run at all."""
         folder = Path(folder)
         if not any((folder / name).exists() for name in (RECIPE, METRICS)):
+            steps = sorted(str(place.parent) for place in folder.glob(f"*/{RECIPE}"))
+            move = f"give one of the runs in it: {', '.join(steps)}" if steps else ""
             raise FileNotFoundError(
-                f"{folder} holds no run (neither {RECIPE} nor {METRICS}); give the folder that `deit train --out` wrote"
+                f"{folder} holds no run (neither {RECIPE} nor {METRICS}); "
+                + (move or "give the folder that `deit train --out` wrote")
             )
         gaps: list[str] = []
         recipe = _object(folder / RECIPE, gaps)

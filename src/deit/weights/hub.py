@@ -53,6 +53,8 @@ def find_weights(
 ) -> list[Path]:
     """The weight file, or all shards of it."""
     if (place := Path(name_or_folder).expanduser()).is_file():
+        if place.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"):
+            raise CheckpointError(f"{place} is an image, expected a model; give the model's folder there")
         if use_safetensors is not None and use_safetensors != (place.suffix == ".safetensors"):
             raise ValueError(f"use_safetensors={use_safetensors} contradicts the file {place}; leave it out")
         return [place]
@@ -94,6 +96,8 @@ def find_weights(
         asked = "" if variant is None else f" of variant {variant!r}"
         asked += "" if use_safetensors is None else f" with use_safetensors={use_safetensors}"
         also = "" if variant is not None or use_safetensors else " or one .pth file"
+        if (place / "model").is_dir():
+            raise FileNotFoundError(f"{place} holds no weights{asked}; the model of a run is in {place / 'model'}")
         raise FileNotFoundError(f"{place} holds no weights{asked}; expected one of {', '.join(names)}{also}")
     raise reasons[0]
 
