@@ -67,7 +67,7 @@ def test_the_image_has_a_version_of_python_that_is_tested():
     [image] = re.findall(r"^FROM python:([\d.]+)-", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     named = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
     assert image in named
-    assert re.search(rf"tests run on Python {'and '.join(named)}", (ROOT / "README.md").read_text())
+    assert re.search(rf"tests run on Python {' and '.join(named)}:", (ROOT / "README.md").read_text())
 
 
 @pytest.mark.slow

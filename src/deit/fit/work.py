@@ -31,6 +31,7 @@ from deit.words import Said, Text, said
 
 _STATE, RESULT, _LABELS = "state.json", "result.json", "labels"
 _STEPS = (said("step of the plan"), said("state"), said("validation accuracy"), said("what it does"))
+_ONWARD = "the same command goes on"
 _TRIED = (4, 16)
 """Numbers of batches whose labels are timed before it is decided how many are stored."""
 
@@ -161,7 +162,7 @@ def carry_out(
     *,
     device: str,
     console: Console,
-    onward: str = "the same command goes on",
+    onward: str = _ONWARD,
 ) -> Fitted:
     """Does what is left of a plan. Each step writes into a folder of its name in `out`. `onward` is as for `train`."""
     state = _State.read(out)
@@ -194,7 +195,7 @@ class _Work:
     device: str
     console: Console
     state: _State
-    onward: str
+    onward: str = _ONWARD
     now: StepName | None = None
     """The step that is being taken."""
 
