@@ -16,7 +16,6 @@ import argparse
 import io
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness import machine, write_between
+from bench.harness import machine, peak, write_between
 
 RECORDS = Path(__file__).with_suffix(".jsonl")
 USUAL = {"batch": 16, "image": 224, "width": 192, "classes": 1000}
@@ -155,11 +154,6 @@ def listed(images: int) -> dict[str, float]:
         return {"seconds": round(time.perf_counter() - began, 4), "memory": round(peak() - before, 1)}
 
 
-def peak() -> float:
-    """The most memory that the process has had, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def records(file: Path) -> dict[str, Mapping[str, Any]]:
     """The last record of each curve."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
@@ -179,9 +173,9 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
                 cells += ["–", "–"]
                 continue
             cells += [", ".join(f"{number:.3g}" if number < 1000 else f"{number:,.0f}" for number in numbers)]
-            cells += [
-                " to ".join(dict.fromkeys(f"{power:.1f}".replace("-0.0", "0.0") for power in powers(values, numbers)))
-            ]
+            # The zero turns a rounded -0.0 into 0.0.
+            grown = [f"{round(power, 1) + 0.0:.1f}" for power in powers(values, numbers)]
+            cells += [" to ".join(dict.fromkeys(grown))]
         rows.append(f"| {SHOWN[curve]} | {' | '.join(cells)} |")
     machines = "; ".join(sorted({f"{each['machine']} ({each['bfloat16']})" for each in found.values()}))
     return "\n".join(rows) + f"\n\n{machines}.\n"

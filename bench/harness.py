@@ -91,7 +91,7 @@ class Comparison:
             description=self.description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        parser.add_argument("--rounds", type=_count, default=7, help="turns of each contender (default: %(default)s)")
+        parser.add_argument("--rounds", type=count, default=7, help="turns of each contender (default: %(default)s)")
         parser.add_argument(
             "--case", choices=tuple(self.cases), action="append", help="a case; may be repeated (default: all)"
         )
@@ -219,6 +219,13 @@ def machine(*packages: str) -> dict[str, Any]:
     }
 
 
+def peak() -> float:
+    """The most memory that the process has had, in MiB."""
+    import resource  # which Windows lacks
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def write_between(path: Path, name: str, text: str) -> None:
     """Puts tables between the markers of this name in a Markdown file."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
@@ -232,7 +239,7 @@ def _peer(name: str) -> str:
     return name.partition(" ")[0]
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, found {text}")
     return int(text)

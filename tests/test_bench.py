@@ -15,7 +15,7 @@ from support.runs import photos
 from bench import fortress, growth, harness
 from bench import photos as photos_bench
 from bench.speed import __main__ as speed
-from bench.speed import keras, merge, predict, reading, train
+from bench.speed import keras, memory, merge, predict, reading, train
 from deit.data.folders import read_parts
 
 TOY = """
@@ -372,6 +372,20 @@ def test_the_curves_of_growth(tmp_path):
     text = growth.table(growth.records(tmp_path / "growth.jsonl"))
     assert "| images in a batch | 4, 8, 16 | 2, 4, 8 | 1.0 | 48, 192, 768 | 2.0 |" in text
     assert text.endswith("2 cores of X (AMX).\n")
+
+
+def test_the_table_of_memory():
+    mib = {"deit": 1000, "timm": 1250, "transformers": 2000}
+    record = {
+        "mib": {f"{name} float32": value for name, value in mib.items()}
+        | {f"{name} bfloat16": 2 * value for name, value in mib.items()},
+        "machine": "2 cores of X",
+    }
+    assert memory.table(record).splitlines()[2:4] == [
+        "| float32 | 1,000 | 1,250 (0.80 x) | 2,000 (0.50 x) |",
+        "| bfloat16 | 2,000 | 2,500 (0.80 x) | 4,000 (0.50 x) |",
+    ]
+    assert json.loads(memory.RECORDS.read_text().splitlines()[-1])["mib"].keys() == record["mib"].keys()
 
 
 def test_the_packages_of_a_record_exist():

@@ -17,8 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.growth import peak
-from bench.harness import machine
+from bench.harness import count, machine, peak
 from bench.speed import train
 
 RECORDS = Path(__file__).with_suffix(".jsonl")
@@ -28,7 +27,7 @@ PRECISIONS = ("float32", "bfloat16")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each contender (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=3, help="processes of each contender (default: %(default)s)")
     parser.add_argument("--records", type=Path, default=RECORDS, help="append to this file (default: %(default)s)")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -126,7 +126,7 @@ def test_stopped_work_goes_on(folder, name, capsys, monkeypatch):
             read.append(source)
             if order.index(str(source)) >= limit:  # by its place, because threads read in an order of their own
                 written = folder / "stopped" / f"{name}.parts"
-                waited = time.monotonic() + 60  # images are read ahead of the rows that are written
+                waited = time.monotonic() + 10  # images are read ahead of the rows that are written
                 while len(list(written.glob("*[0-9].jsonl"))) < parts and time.monotonic() < waited:
                     time.sleep(0.01)
                 raise Killed
