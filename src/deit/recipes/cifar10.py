@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from deit.config import ConvNetConfig, DeiTConfig
 from deit.recipe import (
+    SGD,
     AdamW,
     Augment,
     Cosine,
@@ -109,20 +110,21 @@ def cifar10(start: str = "runs/cifar10_coarse/model", teacher: str = "runs/cifar
 
 
 def cifar10_gpu_teacher() -> Recipe:
-    """`cifar10_teacher` with 4.6 million parameters and 100 epochs, for a GPU.
+    """`cifar10_teacher` with 9.3 million parameters and 100 epochs, for a GPU.
 
     Source: ours.
     Expected: nothing published for this network.
-    Ours: not run at full scale.
+    Ours: 0.920 of the 10,000 test images (one run with `--time 125s`, JPEG files), 79 epochs in 103 s on an H100.
     """
     return Recipe(
         name="cifar10_gpu_teacher",
-        model=ConvNetConfig(widths=(128, 256, 512), depth=2, image_size=32),
+        model=ConvNetConfig(widths=(128, 256, 512, 512), depth=2, image_size=32),
         data=replace(_DATA, batch=512),
-        augment=replace(_SHORT, mix=Mix(cutmix=1.0, probability=0.5)),
+        augment=_SHORT,
         objective=Supervised(smoothing=0.1),
-        optim=AdamW(lr=4e-3, per_images=512, weight_decay=0.05),
+        optim=SGD(lr=0.2, per_images=512, weight_decay=5e-4),
         schedule=Cosine(total=epochs(100), warmup=epochs(5)),
+        ema=0.999,
     )
 
 
@@ -135,7 +137,8 @@ def cifar10_gpu(teacher: str = "runs/cifar10_gpu_teacher/model") -> Recipe:
 
     Source: ours.
     Expected: nothing published for this network.
-    Ours: not run at full scale.
+    Ours: 0.924 of the 10,000 test images (fused heads; one run with `--time 340s`, JPEG files, with a teacher that has
+    0.920 of them right), 190 epochs in 301 s on an H100.
     """
     return Recipe(
         name="cifar10_gpu",
