@@ -154,6 +154,17 @@ def test_a_model_is_exported_once_and_again_where_it_changed(distilled, photos, 
     assert written == ["onnx"] * 3
 
 
+def test_a_command_says_that_it_exports(distilled, photos, cache, capsys):
+    command = ["predict", str(distilled), str(photos[0]), "--engine", "onnx"]
+    said = "deit predict: exporting the model for ONNX Runtime and checking it, once; this can take a minute\n"
+    assert main(command) == 0
+    first = capsys.readouterr()
+    assert first.err == said
+    assert main(command) == 0
+    again = capsys.readouterr()
+    assert (again.out, again.err) == (first.out, "")
+
+
 def test_two_that_export_at_once_both_have_their_engine(distilled, cache, monkeypatch):
     write, calls = exporting.write_float, []
 

@@ -889,6 +889,12 @@ def test_reading_counts_once(evaluate, seconds):
     assert taken == pytest.approx(found, abs=1, rel=0.005)
 
 
+def test_a_whole_run_takes_its_steps_its_evaluations_and_the_first_reading():
+    costs = budget.Costs(step=0.25, reading=1.0, unread=20, judging=0.5, first=2.0)
+    assert costs.whole(SimpleNamespace(every=40.0, total=100)) == pytest.approx(100 * 0.25 + 20 * 1.0 + 3 * 0.5 + 2.0)
+    assert costs.whole(SimpleNamespace(every=40.0, total=10)) == pytest.approx(10 * 0.25 + 10 * 1.0 + 0.5 + 2.0)
+
+
 def test_kept_images_are_read_once_and_timed_once(splits, tmp_path, monkeypatch):
     """On a clock on which to read an image takes a second, and nothing else takes time but a step."""
     now, honest, take = [0.0], batching.read, stepping.take

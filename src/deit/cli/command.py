@@ -8,8 +8,8 @@ import os
 import select
 import sys
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from deit import signals
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit", append=True)
         formatted, warnings.formatwarning = warnings.formatwarning, _sentence(options.verb, warnings.formatwarning)
         try:
-            with nullcontext() if options.verb in _OWN_SIGNALS else signals.ending():
+            with _told_of_exports(options.verb), nullcontext() if options.verb in _OWN_SIGNALS else signals.ending():
                 status = int(BY_NAME[options.verb](options) or 0)
                 sys.stdout.flush()
             return status
@@ -105,6 +105,23 @@ def _sentence(verb: str, otherwise: Any) -> Any:
         )
 
     return formatted
+
+
+@contextmanager
+def _told_of_exports(verb: str) -> Iterator[None]:
+    """Shows what the room `export` logs, because a minute of silence looks like a program that hangs."""
+    import logging  # here and not above, because it slows `deit --help`
+
+    log, handler = logging.getLogger("deit.export"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"deit {verb}: %(message)s"))
+    level = log.level
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def _nobody_reads() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from contextlib import suppress
@@ -19,6 +20,9 @@ from deit.export.formats import import_packages, versions, write_float
 from deit.export.subject import Subject
 from deit.export.write import refuse_occupied
 from deit.model.load import Classifier
+
+_log = logging.getLogger("deit.export")
+_NAMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 def cached_engine(classifier: Classifier, to: Literal["onnx", "openvino"]) -> Engine:
@@ -56,6 +60,7 @@ def _used(folder: Path) -> Engine:
 
 
 def _written(classifier: Classifier, to: Literal["onnx", "openvino"], folder: Path) -> Engine:
+    _log.info("exporting the model for %s and checking it, once; this can take a minute", _NAMES[to])
     subject = Subject(classifier)
     written: Engine | None = None
     try:

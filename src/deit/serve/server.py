@@ -59,13 +59,16 @@ def _make_room(connections: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def _listener(host: str, port: int) -> socket.socket:
-    """A socket that listens at the address. Raises `OSError` with the next move."""
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that has the address, but does not listen yet. Raises `OSError` with the next move."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        return socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
-        )
+        if sys.platform != "win32":  # where it would let two servers have one port
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+        return bound
     except OSError as error:
+        bound.close()
         raise OSError(
             f"the server can't listen at {host}, port {port} ({error.strerror or error}); choose another --port or "
             "--host"
@@ -98,12 +101,13 @@ def serve(
     Raises `OSError` if the address can't be used, and `RuntimeError` after the GPU failed.
     """
     _make_room(service.connections)
-    with signals.ending():  # without a handler, the first process of a container gets no SIGTERM
-        predictor = load()
-        app = create_app(predictor, replace(service, hosts=(*service.hosts, host)), name)
-        routes: Routes = app.state.routes
-        routes.served.start()
-    with _listener(host, port) as listener:
+    with _bound(host, port) as listener:  # loading can take a minute, and a taken port is told before
+        with signals.ending():  # without a handler, the first process of a container gets no SIGTERM
+            predictor = load()
+            app = create_app(predictor, replace(service, hosts=(*service.hosts, host)), name)
+            routes: Routes = app.state.routes
+            routes.served.start()
+        listener.listen(2048)
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
         logging.getLogger("uvicorn").setLevel(logging.ERROR)  # lower levels report every client's mistake
         server = _server(routes, lambda: routes.renew(load, keys))(

@@ -65,6 +65,8 @@ def fitted(
             f", with {count} evaluation{'s' * (count != 1)}, because one after each epoch would take more than a tenth "
             "of it"
         )
+    if total < work.total:
+        reason += f"; all of them would take about {span(costs.whole(work))}"
     if us.main:
         (console or Console(stderr=True)).print(
             f"a step takes about {costs.step:.2g} s and an evaluation {costs.judging:.2g} s, so {taken} of the "
@@ -102,6 +104,11 @@ class Costs:
             if total > most * work.every:
                 return total, math.ceil(total / most)
         return self._steps(seconds - self.judging, self.step + self.judging / work.every), 0
+
+    def whole(self, work: Work) -> float:
+        """Seconds of all steps of the recipe, with its evaluations."""
+        evaluations = math.ceil(work.total / work.every) * self.judging
+        return self.first + min(work.total, self.unread) * self.reading + work.total * self.step + evaluations
 
     def _steps(self, seconds: float, each: float) -> float:
         """How many steps fit that take `each` second, and some of them the time of reading."""
