@@ -41,6 +41,7 @@ LIGHT = [
     "deit.files",
     "deit.host",
     "deit.image.processor",
+    "deit.locks",
     "deit.model.loss_rules",
     "deit.model.outputs",
     "deit.recipe",

@@ -16,7 +16,7 @@ from support.checks import raises_saying
 from support.models import trained_folder
 from support.runs import photos
 
-from deit import files
+from deit import files, locks
 from deit.cli import main
 from deit.evaluate.calibration import FILE
 from deit.predict.calibrate import calibrate
@@ -26,9 +26,9 @@ QUIET = Console(quiet=True)
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from deit import files
-files._BEAT = 0.05
-with files.held(Path(sys.argv[1])):
+from deit import locks
+locks._BEAT = 0.05
+with locks.held(Path(sys.argv[1])):
     if len(sys.argv) > 2 and os.fork() == 0:  # as a loader process
         time.sleep(60)
         os._exit(0)
@@ -61,15 +61,15 @@ def test_another_process_is_refused_by_name(tmp_path, owner):
     process = owner()
     with (
         raises_saying(
-            files.InUse, f"{tmp_path} is being written by another process (process {process.pid} on", ", since 20"
+            locks.InUse, f"{tmp_path} is being written by another process (process {process.pid} on", ", since 20"
         ),
-        files.held(tmp_path),
+        locks.held(tmp_path),
     ):
         pass
 
 
 def test_another_thread_is_refused(tmp_path):
-    with files.held(tmp_path), raises_saying(files.InUse, f"process {os.getpid()} on"), files.held(tmp_path):
+    with locks.held(tmp_path), raises_saying(locks.InUse, f"process {os.getpid()} on"), locks.held(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -81,7 +81,7 @@ def test_a_killed_process_lets_go_at_once(tmp_path, owner):
         process.kill()
         process.wait()
         began = time.monotonic()
-        with files.held(tmp_path):
+        with locks.held(tmp_path):
             pass
         assert time.monotonic() - began < 2
 
@@ -90,10 +90,10 @@ def test_waiting_for_the_other(tmp_path):
     order = []
 
     def second():
-        with files.held(tmp_path, wait=True):
+        with locks.held(tmp_path, wait=True):
             order.append("second")
 
-    with files.held(tmp_path):
+    with locks.held(tmp_path):
         thread = threading.Thread(target=second)
         thread.start()
         time.sleep(0.5)
@@ -105,18 +105,18 @@ def test_waiting_for_the_other(tmp_path):
 @pytest.mark.parametrize("host", ["elsewhere", None])
 def test_a_machine_that_the_system_does_not_know(tmp_path, owner, monkeypatch, host):
     """Another machine, or a file system without locks: the owner lives as long as it touches the file."""
-    monkeypatch.setattr(files, "_WATCHED", 1.0)
-    monkeypatch.setattr(files, "_flock", lambda descriptor: True if host else None)
+    monkeypatch.setattr(locks, "_WATCHED", 1.0)
+    monkeypatch.setattr(locks, "_flock", lambda descriptor: True if host else None)
     process = owner()
     if host:
         own = json.loads((tmp_path / ".lock").read_text())
         (tmp_path / ".lock").write_text(json.dumps({**own, "host": host}))
-    with raises_saying(files.InUse, f"process {process.pid} on {host or ''}"), files.held(tmp_path):
+    with raises_saying(locks.InUse, f"process {process.pid} on {host or ''}"), locks.held(tmp_path):
         pass
     process.kill()
     process.wait()
     began = time.monotonic()
-    with files.held(tmp_path):
+    with locks.held(tmp_path):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
     assert 1 <= time.monotonic() - began < 5
 
@@ -126,14 +126,14 @@ def test_clocks_that_jump(tmp_path, owner, monkeypatch, jump):
     """A lock's file from the past or the future is judged as any other, and so is the time of the asking process."""
     process = owner()
     os.utime(tmp_path / ".lock", (time.time() + jump,) * 2)
-    with monkeypatch.context() as patched, raises_saying(files.InUse, f"process {process.pid} on"):
+    with monkeypatch.context() as patched, raises_saying(locks.InUse, f"process {process.pid} on"):
         patched.setattr(time, "time", lambda: 0.0)
-        with files.held(tmp_path):
+        with locks.held(tmp_path):
             pass
     process.kill()
     process.wait()
     os.utime(tmp_path / ".lock", (time.time() + jump,) * 2)
-    with files.held(tmp_path):
+    with locks.held(tmp_path):
         pass
 
 
@@ -209,7 +209,7 @@ def test_one_process_calibrates_a_model_and_none_that_still_trains(tmp_path):
     (model / f".{FILE}.0123abcd").write_text("half")
     (run / "recipe.json").write_text("{}")
     for busy in (model, run):
-        with files.held(busy), raises_saying(files.InUse, f"{busy} is being written by another process"):
+        with locks.held(busy), raises_saying(locks.InUse, f"{busy} is being written by another process"):
             calibrate(model, data, error_rate=0.5, console=QUIET)
     assert not (model / FILE).exists()
     calibrate(model, data, error_rate=0.5, console=QUIET)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from deit import files
+from deit import files, locks
 from deit.data.folders import fingerprint, read_data, read_split, write_digits
 from deit.fit.plan import Plan, Step
 from deit.fit.work import carry_out
@@ -38,7 +38,7 @@ def quickstart(out: Path, *, seed: int = 0, console: Console) -> Result:
 
     An earlier quickstart in `out` is replaced. Raises `FileExistsError` if `out` holds anything else.
     """
-    with files.held(out, lock=files.lock_beside(out.absolute())):
+    with locks.held(out, lock=locks.beside(out.absolute())):
         return _quickstart(out, seed, console)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from support.checks import raises_saying
 from support.models import trained_folder
 
-from deit import files
+from deit import locks
 from deit.cli import main
 from deit.predict import bulk
 from deit.predict.bulk import Job, Results, csv_lines, find_images, identity, parse_shard, share
@@ -255,7 +255,7 @@ def test_rows_without_their_job_are_no_ones(folder, capsys):
 
 def test_one_process_writes_a_file(folder, capsys):
     out = folder / "rows.jsonl"
-    with files.held(out, lock=files.lock_beside(out)):
+    with locks.held(out, lock=locks.beside(out)):
         assert main(["predict", str(folder / "m"), str(folder / "photos"), "--json", str(out)]) == 1
     assert f"{out} is being written by another process (process {os.getpid()} on" in capsys.readouterr().err
     assert not out.exists()

@@ -11,7 +11,7 @@ from support.models import small, trained_folder
 from support.reports import ABOUT, QUIET, checked, record
 from support.runs import assert_same_end, photos, small_recipe
 
-from deit import files
+from deit import files, locks
 from deit.cli import main
 from deit.data.folders import read_data
 from deit.machine import Processes
@@ -206,10 +206,10 @@ def test_a_full_disk_is_one_warning(splits, tmp_path, monkeypatch):
 
 
 def test_whoever_writes_the_report_now_is_not_disturbed(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_DYING", 0.0)
+    monkeypatch.setattr(locks, "_DYING", 0.0)
     file = record(tmp_path / "run") / document.FILE
     file.write_text("theirs")
-    with files.held(file, lock=files.lock_beside(file)):
+    with locks.held(file, lock=locks.beside(file)):
         page = LivePage()
         page.begin(tmp_path / "run", RECIPE, 0)
         assert file.read_text() == "theirs"

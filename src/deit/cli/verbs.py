@@ -276,7 +276,8 @@ def explain(options: argparse.Namespace) -> None:
     from deit.explain.explanation import explain_file
     from deit.explain.maps import METHODS
     from deit.explain.picture import figure
-    from deit.files import replacing, turn
+    from deit.files import replacing
+    from deit.locks import turn
 
     if options.out.suffix.lower() != ".png":
         raise ValueError(f"expected a .png file after --out, found {options.out}; give a name that ends in .png")

@@ -17,7 +17,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from deit import files, host
+from deit import files, host, locks
 from deit.data.batches import Faults, fault
 from deit.data.folders import SPLITS, contents, has_split, read_parts
 from deit.image import packs
@@ -82,7 +82,7 @@ def pack(
         for file, label in zip(part.files, part.labels, strict=True)
     ]
     faults = Faults(len(images))
-    with files.held(out, lock=files.lock_beside(out)):
+    with locks.held(out, lock=locks.beside(out)):
         files.sweep(out.parent, out.name)
         _refuse_existing(out)  # because another process may just have finished it
         with files.replacing_folder(out, check=_refuse_existing) as folder:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from deit import files
+from deit import files, locks
 from deit.export.checking import Checked
 from deit.export.engines import DESCRIPTION, Engine, load_engine
 from deit.export.formats import import_packages, versions, write_float
@@ -41,7 +41,7 @@ def cached_engine(classifier: Classifier, to: Literal["onnx", "openvino"]) -> En
     with suppress(FileNotFoundError, files.CheckpointError):
         return _used(folder)
     # Others that need the same engine wait for it, because exporting takes the memory of a model several times.
-    with files.held(folder, lock=files.lock_beside(folder), wait=True):
+    with locks.held(folder, lock=locks.beside(folder), wait=True):
         files.restore_folder(folder)
         try:
             return _used(folder)

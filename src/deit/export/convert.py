@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deit import files, weights
+from deit import files, locks, weights
 from deit.choices import Dialect
 from deit.config import VARIANTS, DeiTConfig
 from deit.image.processor import DeiTImageProcessor
@@ -23,13 +23,13 @@ def convert(source: str | Path, to: Dialect, out: str | Path, **where: Any) -> P
     The image preprocessing is written too if the format has a place for it. Beside `model.keras` it is a separate file.
 
     Raises `ValueError` for another `to`, for an `out` that is the folder of `source`, for tensors that don't fit their
-    config, and for a model that the project can't express. Raises `files.InUse` if another process converts into `out`.
+    config, and for a model that the project can't express. Raises `locks.InUse` if another process converts into `out`.
     """
     folder = Path(out)
     place = Path(source).parent if Path(source).is_file() else Path(source)
     if folder.resolve() == place.resolve():
         raise ValueError(f"writing to {folder} would replace the files of {source}; write to another folder")
-    with files.held(folder, lock=files.lock_beside(folder.absolute())):
+    with locks.held(folder, lock=locks.beside(folder.absolute())):
         files.sweep(folder, "*.safetensors*", "config.json", "preprocessor_config.json", "*.pth", "model.keras")
         return _converted(source, to, folder, where)
 

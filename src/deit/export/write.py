@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from deit import files
+from deit import files, locks
 from deit.choices import Format
 from deit.evaluate.calibration import Calibration
 from deit.evaluate.scores import Accuracy
@@ -95,7 +95,7 @@ def export(
     Raises:
         ValueError: `source` is no classifier, the images don't fit it, an answer differs, or int8 costs accuracy.
         FileExistsError: `out` holds anything but an earlier export.
-        files.InUse: another process exports to `out`.
+        locks.InUse: another process exports to `out`.
         ImportError: a package is missing.
         FileNotFoundError: for `web`, Node is missing, or onnxruntime-web is not cached and can't be fetched.
     """
@@ -110,7 +110,7 @@ def export(
     folder = Path(out).absolute()
     refuse_occupied(folder)
     import_packages(to)
-    with files.held(folder, lock=files.lock_beside(folder)):
+    with locks.held(folder, lock=locks.beside(folder)):
         files.restore_folder(folder)
         return _written(source, to, Path(out), calibrate, merge, where)
 

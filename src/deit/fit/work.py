@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from deit import files
+from deit import files, locks
 from deit.choices import Prefer
 from deit.data.folders import Split, fingerprint, has_split, matched, read_data, read_examples
 from deit.fit.judging import Fitted, judge, recommend, section, show
@@ -90,7 +90,7 @@ def fit(
     out = Path(out)
     console = console or Console(stderr=True)
     _refuse_inside(data, out)
-    with files.held(out, lock=files.lock_beside(out.absolute())):
+    with locks.held(out, lock=locks.beside(out.absolute())):
         asked = {"minutes": minutes, "prefer": prefer, "seed": seed}
         plan = Plan.read(out) if (out / FILE).exists() else None
         if plan is None and out.exists() and any(out.iterdir()):

@@ -20,7 +20,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, Literal, Self
 
-from deit import files, host
+from deit import files, host, locks
 from deit.choices import Head, Runtime
 from deit.data.folders import native, passed_over, walk_images
 from deit.export.engines import sha256
@@ -314,7 +314,7 @@ class Results:
     Used as a context, it keeps other processes from writing the file.
 
     Raises `ValueError` for another suffix or for parts of other work, `FileExistsError` if the file exists already, and
-    `files.InUse` if another process is writing it.
+    `locks.InUse` if another process is writing it.
     """
 
     def __init__(self, path: Path, job: Job):
@@ -337,7 +337,7 @@ class Results:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            stack.enter_context(files.held(self.path, lock=files.lock_beside(self.path)))
+            stack.enter_context(locks.held(self.path, lock=locks.beside(self.path)))
             self._refuse_existing(self.path)  # because another process may just have finished it
             files.sweep(self.path.parent, self.path.name, self.folder.name)
             claim(self.folder, asdict(self.job))

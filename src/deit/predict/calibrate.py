@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from deit import files
+from deit import files, locks
 from deit.data.batches import EvaluationBatches
 from deit.data.folders import Split, fingerprint, has_split, matched, read_examples
 from deit.evaluate.calibration import FILE, Calibration, HeadCalibration, fit
@@ -86,13 +86,13 @@ def calibrate_split(
 ) -> Calibration:
     """Like `calibrate`, for images that were already read. `data` only names them.
 
-    Raises `files.InUse` if another process calibrates the model, or if the run that it belongs to is still training.
+    Raises `locks.InUse` if another process calibrates the model, or if the run that it belongs to is still training.
     """
     run = Path(os.path.abspath(folder)).parent
     with ExitStack() as held:
         if (run / RECIPE).exists():  # a better model may replace the one that is calibrated
-            held.enter_context(files.held(run))
-        held.enter_context(files.held(Path(folder)))
+            held.enter_context(locks.held(run))
+        held.enter_context(locks.held(Path(folder)))
         files.sweep(Path(folder), FILE)
         return _calibrated(folder, examples, data, error_rate, device, console or Console(stderr=True))
 

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from deit import files
+from deit import locks
 from deit.choices import Head
 from deit.predict import bulk
 from deit.predict.predictor import Predictor
@@ -38,7 +38,7 @@ class Part:
                 f"these parts are for the head {self.head}, found a predictor with {predictor.head}; give both the "
                 "same head"
             )
-        with files.held(self.file, lock=files.lock_beside(self.file), wait=True):
+        with locks.held(self.file, lock=locks.beside(self.file), wait=True):
             rows: Iterable[dict[str, Any]] | None = bulk.read_part(self.file, self.images)
             if rows is None:
                 stamps: deque[bulk.Stamp] = deque()
@@ -72,7 +72,7 @@ def missing_parts(
     if size < 1:
         raise ValueError(f"size must be at least 1, found {size}")
     folder = Path(folder).absolute()
-    with files.held(folder, wait=True):  # two machines may begin at once
+    with locks.held(folder, wait=True):  # two machines may begin at once
         bulk.claim(folder, {"model": model, "files": bulk.identity(model), "head": head, "top_k": top_k, "size": size})
     return _missing(iter(images), folder, head, top_k, size)
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from deit import files, host
+from deit import files, host, locks
 from deit.data.folders import Split, read_data
 from deit.evaluate.models import Evaluation, examine_files, examine_split
 from deit.evaluate.scores import Accuracy
@@ -200,7 +200,7 @@ def of_training(run: str | Path, val_split: Split, *, device: str = "auto") -> P
 
     The model is examined on the validation images if that costs little beside the training.
     """
-    with files.turn(Path(run) / FILE):
+    with locks.turn(Path(run) / FILE):
         return _of_training(run, val_split, device)
 
 
@@ -234,7 +234,7 @@ def of_run(
     are still there. Raises `FileNotFoundError` if there is no run, and the errors of `examine_files` for `data`.
     """
     Record.read(run)  # or a lock would make the folder of a run that isn't there
-    with files.turn(Path(run) / FILE):
+    with locks.turn(Path(run) / FILE):
         return _of_run(run, data, device, console)
 
 
@@ -285,7 +285,7 @@ def of_evaluation(
     """Writes the report of an evaluation. If the model belongs to a run, the run's record is part of it. `first` and
     `beware` are as for `page`."""
     record, maps = report_run.record_of(evaluation), _explained(evaluation, device)
-    with files.turn(Path(file)):
+    with locks.turn(Path(file)):
         return write(file, record, evaluation, maps=maps, first=first, beware=beware)
 
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from deit import files
+from deit import files, locks
 from deit.recipe import Recipe
 from deit.report import document
 from deit.report.markup import Html, Section, date, facts, joined, sentence
@@ -70,7 +70,7 @@ class LivePage:
 
     def _put(self, out: Path, record: Record, first: list[Section]) -> None:
         file = self.file or out / document.FILE
-        with suppress(files.InUse), files.held(file, lock=files.lock_beside(file)):  # `deit report` writes it now
+        with suppress(locks.InUse), locks.held(file, lock=locks.beside(file)):  # `deit report` writes it now
             files.sweep(file.parent, file.name)
             document.write(file, record, None, first=first, unfinished=bool(first))
 

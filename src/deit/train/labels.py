@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from deit import files, host
+from deit import files, host, locks
 from deit.config import DeiTConfig
 from deit.data.batches import Batch, Faults, TrainingBatches
 from deit.data.folders import Split, fingerprint
@@ -145,7 +145,7 @@ def teach(
     Raises:
         ValueError: the recipe has no teacher, `out` holds something else, or its answers come from other data, other
             views or another teacher.
-        files.InUse: a process of the same rank is writing into `out`.
+        locks.InUse: a process of the same rank is writing into `out`.
         files.DiskFull: the disk has no room for the answers.
         data.BadImages: too many images can't be read.
     """
@@ -167,7 +167,7 @@ def teach(
     layout = _layout(recipe, split, math.ceil(epochs * len(split) / recipe.data.batch), channels)
     prints = {"data": fingerprint(split), "views": _hash(views(recipe, split)), "teacher": teacher.fingerprint()}
     console = Console(quiet=True) if rank else console or Console(stderr=True)
-    with files.held(out, lock=out / f".rank-{rank}.lock"):
+    with locks.held(out, lock=out / f".rank-{rank}.lock"):
         layout = _claim(out, recipe, split, layout, prints)
         todo = []
         for part in range(rank, layout.parts, world):

@@ -100,7 +100,7 @@ def train(
 
     Raises:
         FileExistsError: `out` holds a run, and `resume` is False.
-        files.InUse: another process trains into `out`.
+        locks.InUse: another process trains into `out`.
         ValueError: the run to resume has another recipe or other images, or `minutes` are given for a linear probe.
         TooShort: not even one step fits into `minutes`. It is a `ValueError`.
         Diverged: the loss is not finite again and again; the best model so far stays in `out/model`.

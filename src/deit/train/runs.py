@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deit import files, host
+from deit import files, host, locks
 from deit.config import TimmConfig
 from deit.data.batches import EvaluationBatches, TrainingBatches, processor_for, steps_per_epoch
 from deit.data.folders import Split, fingerprint
@@ -147,14 +147,14 @@ class Stopped:
 def held(out: Path, us: Processes) -> Iterator[None]:
     """Keeps other trainings out of `out`, and removes the half-written files of those that were killed.
 
-    The main process has the lock. Raises `files.InUse` in every process if another training has it.
+    The main process has the lock. Raises `locks.InUse` in every process if another training has it.
     """
     with ExitStack() as stack:
-        refused: files.InUse | None = None
+        refused: locks.InUse | None = None
         if us.main:
             try:
-                stack.enter_context(files.held(out))
-            except files.InUse as error:
+                stack.enter_context(locks.held(out))
+            except locks.InUse as error:
                 refused = error
         if refused := us.gather(refused)[0]:
             raise refused
