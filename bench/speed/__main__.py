@@ -50,6 +50,9 @@ ENGLISH = Language(
         "tiny 32": "tiny, batches of 32",
         "base 1": "base, one by one",
         "base 32": "base, batches of 32",
+        "photos for a GPU": "photos, RandAugment on the GPU",
+        "12 megapixels for a GPU": "12 megapixels, RandAugment on the GPU",
+        "packed photos for a GPU": "packed photos, RandAugment on the GPU",
     },
 )
 CHINESE = Language(

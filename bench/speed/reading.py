@@ -10,6 +10,9 @@ which timm leaves to the GPU. `deit Pillow` decodes without the extra `fast`.
 In the cases with `packed`, `deit` reads what `deit pack --short-side 288` makes of the photos, `timm-packed` reads the
 same JPEG files, and the others read the photos as they were.
 
+In the cases `for a GPU`, `deit` makes what its loader processes make with `augment.on=device`: random crops, because
+the device does RandAugment. timm has no such way, so it makes whole views.
+
 In the cases `on the device`, nothing is compared with timm. `deit` makes whole views, `crops` is what loader processes
 do with `augment.on=device`, and `changes` is the rest, for a batch of crops on the CPU.
 
@@ -47,6 +50,14 @@ CASES = (
             ("photos", False, 3, 360),
             ("photos one view", False, 1, 360),
             ("12 megapixels", True, 3, 24),
+        )
+    }
+    | {
+        f"{name} for a GPU": {"large": large, "repeats": 3, "views": views, "on": "device"} | pack
+        for name, large, views, pack in (
+            ("photos", False, 360, {}),
+            ("12 megapixels", True, 24, {}),
+            ("packed photos", False, 360, {"short_side": 288}),
         )
     }
     | {
@@ -169,7 +180,15 @@ def without_simplejpeg() -> Iterator[None]:
         jpeg._fast = fast
 
 
-def work(contender: str, large: bool, repeats: int, views: int, short_side: int = 0, divided: bool = False) -> None:
+def work(
+    contender: str,
+    large: bool,
+    repeats: int,
+    views: int,
+    short_side: int = 0,
+    divided: bool = False,
+    on: Literal["loader", "device"] = "loader",
+) -> None:
     """Makes batches, as many as it is asked to."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -188,7 +207,7 @@ def work(contender: str, large: bool, repeats: int, views: int, short_side: int 
         elif contender.startswith("timm"):
             answer(timm_batches(images, repeats).__next__)
         elif contender in ("deit", "deit originals"):
-            answer(our_batches(images, repeats).__next__)
+            answer(our_batches(images, repeats, on).__next__)
         else:
             with without_simplejpeg():
                 answer(our_batches(images, repeats).__next__)
@@ -204,6 +223,8 @@ COMPARISON = Comparison(
         if "short_side" in case
         else ("deit", "crops", "changes")
         if "divided" in case
+        else ("deit", "timm")
+        if "on" in case
         else ("deit", "deit Pillow", "timm")
     ),
     work=work,
