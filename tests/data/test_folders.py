@@ -127,6 +127,9 @@ def test_refused_folders(tmp_path):
     folder(tmp_path / "one", (("cat", 5),))
     with raises_saying(ValueError, tmp_path / "one" / "train", "'cat'", "a classifier needs two"):
         read_data(tmp_path / "one", holdout=0.1, seed=0)
+    above = folder(tmp_path / "above" / "photos").parent
+    with raises_saying(ValueError, "'photos'", f"If the classes are the folders in {above / 'photos'}, give that"):
+        read_data(above, holdout=0.1, seed=0)
     write(folder(tmp_path / "loose") / "train" / "lost.png")
     with raises_saying(ValueError, "lost.png", tmp_path / "loose" / "train"):
         read_data(tmp_path / "loose", holdout=0.1, seed=0)

@@ -100,6 +100,13 @@ def test_images_beside_class_folders_are_refused(data, command):
     command.assert_refused(data, saying=[data / "val" / "stray.JPG", "is in no class folder", "move"])
 
 
+def test_the_folder_of_a_class_is_refused_with_the_folder_above(data, command):
+    cats = next(place for place in sorted((data / "train").iterdir()) if place.is_dir())
+    command.assert_refused(
+        cats, saying=["in no class folder", f"If {cats} is the folder of a class, give the one above"]
+    )
+
+
 def test_images_without_classes_are_refused(tmp_path, command):
     for i in range(3):
         save(tmp_path / "data" / f"{i}.png")

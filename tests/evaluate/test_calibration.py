@@ -129,7 +129,7 @@ def test_refusals(folder, capsys):
     assert "40 images are too few for an error rate of 0.01; give at least 99" in capsys.readouterr().err
     assert not (folder / "m/calibration.json").exists()
     assert main(["calibrate", "facebook/deit-tiny", "--data", str(folder / "data")]) == 1
-    assert "is not a folder on this machine, and the calibration is stored in" in capsys.readouterr().err
+    assert "the calibration is stored in the model's folder; check the path, or save" in capsys.readouterr().err
     for text in ('{"heads": {}}', "[]", '{"heads": {"fused": {"temperature": -1}}}'):
         (folder / "m/calibration.json").write_text(text)
         with raises_saying(ValueError, "calibration.json"):

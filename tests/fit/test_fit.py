@@ -502,6 +502,8 @@ def test_the_plan_for_people(data, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run" / "teacher").exists()
     assert main(["fit", str(data), "--out", str(tmp_path / "run"), "--time", "20m"]) == 1
     assert "holds a plan with minutes=10.0, found minutes=20.0; edit" in capsys.readouterr().err
+    assert main(["fit", str(data), "--out", str(tmp_path / "short"), "--time", "60s", "--plan", "--device", "cpu"]) == 0
+    assert re.search(r"1\. teacher +\d\d s  the built-in ConvNet", capsys.readouterr().out)
 
 
 def test_without_test_images_the_plan_tells_the_way_to_some(tmp_path, capsys, monkeypatch):

@@ -9,14 +9,17 @@ import pytest
 import torch
 from support.checks import raises_saying
 from support.exports import INT8, OUTPUTS, needs, tampering
+from support.models import saved
 from support.runs import photos
 
+from deit.config import TimmConfig
 from deit.export import checking, formats, write
 from deit.export.checking import Examples
 from deit.export.engines import load_engine
 from deit.export.subject import Subject
 from deit.image.processor import DeiTImageProcessor
 from deit.model.load import load_classifier, load_model
+from deit.model.timm_classifier import TimmClassifier
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
 
@@ -124,6 +127,24 @@ def test_layers_that_8_bits_hurt_stay_in_float(digits, tmp_path, monkeypatch, to
     model = load_model(digits / "convnet")
     whole = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d))
     assert weights_in_int8(done.folder, to) == whole - model.get_submodule(name).weight.numel()
+
+
+def test_depthwise_convolutions_are_found_in_the_graph_of_openvino(tmp_path, monkeypatch):
+    """The convnets of `deit fit` have them, and OpenVINO keeps their weights in five dimensions."""
+    needs(to := "openvino-int8")
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = TimmClassifier(
+        TimmConfig(architecture="test_efficientnet", image_size=32, id2label={0: "bee", 1: "eel"})
+    ).eval()
+    folder = saved(model, tmp_path / "m", DeiTImageProcessor.paper(32, crop_ratio=1.0))
+    data = photos(tmp_path / "data", classes=("bee", "eel"), count=4, split="all")
+    monkeypatch.setattr(checking, "LOSS", 1.0)
+    done = write.export(folder, to, tmp_path / "out", calibrate=data / "all")
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
+    assert any(getattr(layer, "groups", 1) > 1 for layer in layers)
+    assert done.description["accuracy"]["int8_weights"] == 1.0
+    assert weights_in_int8(done.folder, to) == sum(layer.weight.numel() for layer in layers)
 
 
 def test_layers_are_ranked_by_what_8_bits_do_to_the_logits(digits):

@@ -30,6 +30,10 @@ def test_missing_places(tmp_path):
     (tmp_path / "run" / "model").mkdir(parents=True)
     with raises_saying(FileNotFoundError, f"the model of a run is in {tmp_path / 'run' / 'model'}"):
         load(tmp_path / "run")
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "export.json").write_text("{}")
+    with raises_saying(FileNotFoundError, tmp_path / "exported", "holds an exported model", "that was exported"):
+        load(tmp_path / "exported")
     (tmp_path / "photo.JPG").write_bytes(b"photo")
     with raises_saying(files.CheckpointError, "photo.JPG is an image, expected a model"):
         load(tmp_path / "photo.JPG")

@@ -116,9 +116,11 @@ def read_data(root: str | Path, *, holdout: float, seed: int, labelled: bool = T
     with _counting(root) as passed:
         whole = read(train or root, passed, None, apart)
         if labelled and len(whole.classes) < 2:
+            only = (train or root) / whole.classes[0]
+            inside = f". If the classes are the folders in {only}, give that folder" if _listed(only, ())[0] else ""
             raise ValueError(
                 f"{train or root} has one class, {whole.classes[0]!r}, and a classifier needs two; add a "
-                "folder for each other class"
+                f"folder for each other class{inside}"
             )
         return (whole, read(val, passed, whole.classes)) if val else _hold_out(whole, holdout, seed, train or root)
 
@@ -288,9 +290,10 @@ def _read_labelled(
     passed += others
     if stray:
         more = f" and {len(stray) - 1} more images are" if len(stray) > 1 else " is"
+        above = "" if folders else f". If {folder} is the folder of a class, give the one above it"
         raise ValueError(
             f"{folder / stray[0]}{more} in no class folder, so the class is not known; move such images to "
-            f"{folder}/CLASS/, or remove them"
+            f"{folder}/CLASS/, or remove them{above}"
         )
     if not folders:
         raise ValueError(f"{folder} has no images; expected {folder}/CLASS/{_COMMON}")

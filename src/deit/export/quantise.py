@@ -47,10 +47,13 @@ def quantised_openvino(
     """Does the same as `quantised_onnx` for an OpenVINO model."""
     weights = {}
     for node in model.get_ops():
-        if node.get_type_name() in ("MatMul", "Convolution"):
+        if node.get_type_name() in ("MatMul", "Convolution", "GroupConvolution"):
             constant = node.input_value(1).get_node()
             if constant.get_type_name() == "Constant":
-                weights[node.get_friendly_name()] = constant.get_data()
+                values = constant.get_data()
+                if node.get_type_name() == "GroupConvolution":  # (groups, outputs of a group, inputs, height, width)
+                    values = values.reshape(-1, *values.shape[2:])
+                weights[node.get_friendly_name()] = values
     nodes = [node.get_friendly_name() for node in model.get_ops()]
     return _quantised(model, layers, calibration, kept, nodes, weights, transformer)
 

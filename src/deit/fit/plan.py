@@ -30,6 +30,7 @@ from deit.recipe import steps as in_steps
 from deit.recipes.finetune import finetune_distilled
 from deit.recipes.photos import frozen, student, teacher, teacher_from_scratch
 from deit.train.build import build_model, find_sources
+from deit.train.records import span
 
 VERSION = 1
 FILE = "plan.json"
@@ -156,7 +157,7 @@ class Plan:
             told = "done" if step.name in done else ""
             if not told and self.minutes is not None:
                 given = self.seconds(step.name, seconds)
-                told, seconds = f"{max(1, round(given / 60))} min", seconds - given
+                told, seconds = span(given), seconds - given
             yield f"{number}. {step.name:8} {told:>7}  {step.why}"
 
 

@@ -48,8 +48,8 @@ def calibrate(
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(
-            f"{folder} is not a folder on this machine, and the calibration is stored in the model's folder; save the "
-            "model first"
+            f"{folder} is not a folder on this machine, and the calibration is stored in the model's folder; check the "
+            "path, or save a model of the hub into a folder first"
         )
     if split is None and has_split(data, "val"):
         split = "val"

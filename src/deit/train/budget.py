@@ -55,7 +55,8 @@ def fitted(
     if total < 1:
         raise TooShort(
             f"a step takes about {costs.step:.1f} s and an evaluation {costs.judging:.1f} s, so not even one step fits "
-            f"into the {max(0.0, seconds):.0f} s that are left; give more time, or take a smaller model"
+            f"into the {max(0.0, left):.0f} s that are left of {max(0.0, seconds):.0f} s after they were measured; "
+            "give more time, take a smaller data.batch, or take a smaller model"
         )
     taken, reason = min(total, work.total), ""
     if interval:

@@ -98,6 +98,11 @@ def find_weights(
         also = "" if variant is not None or use_safetensors else " or one .pth file"
         if (place / "model").is_dir():
             raise FileNotFoundError(f"{place} holds no weights{asked}; the model of a run is in {place / 'model'}")
+        if (place / "export.json").is_file():
+            raise FileNotFoundError(
+                f"{place} holds an exported model and no weights{asked}; deit predict, serve and calibrate take it, "
+                "and everything else takes the folder of the model that was exported"
+            )
         raise FileNotFoundError(f"{place} holds no weights{asked}; expected one of {', '.join(names)}{also}")
     raise reasons[0]
 
