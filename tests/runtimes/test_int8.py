@@ -117,7 +117,7 @@ def test_layers_that_8_bits_hurt_stay_in_float(digits, tmp_path, monkeypatch, to
 
     def counted(classifier, folder, calibration, kept):
         attempts.append(list(kept))
-        real(classifier, folder, calibration, kept)
+        return real(classifier, folder, calibration, kept)
 
     monkeypatch.setattr(formats, quantise, counted)
     tampering(monkeypatch, lambda answers: answers if attempts[-1] else {k: -v for k, v in answers.items()})
@@ -129,9 +129,11 @@ def test_layers_that_8_bits_hurt_stay_in_float(digits, tmp_path, monkeypatch, to
     assert weights_in_int8(done.folder, to) == whole - model.get_submodule(name).weight.numel()
 
 
-def test_depthwise_convolutions_are_found_in_the_graph_of_openvino(tmp_path, monkeypatch):
-    """The convnets of `deit fit` have them, and OpenVINO keeps their weights in five dimensions."""
-    needs(to := "openvino-int8")
+@pytest.mark.parametrize("to", INT8)
+def test_depthwise_convolutions_are_in_8_bits_and_what_is_not_is_named(tmp_path, monkeypatch, to):
+    """The convnets of `deit fit` have them. OpenVINO keeps their weights in five dimensions, and in ONNX, NNCF leaves
+    squeeze-and-excitation in float."""
+    needs(to)
     pytest.importorskip("timm")
     torch.manual_seed(0)
     model = TimmClassifier(
@@ -141,10 +143,14 @@ def test_depthwise_convolutions_are_found_in_the_graph_of_openvino(tmp_path, mon
     data = photos(tmp_path / "data", classes=("bee", "eel"), count=4, split="all")
     monkeypatch.setattr(checking, "LOSS", 1.0)
     done = write.export(folder, to, tmp_path / "out", calibrate=data / "all")
-    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
-    assert any(getattr(layer, "groups", 1) > 1 for layer in layers)
-    assert done.description["accuracy"]["int8_weights"] == 1.0
-    assert weights_in_int8(done.folder, to) == sum(layer.weight.numel() for layer in layers)
+    found = done.description["accuracy"]
+    layers = {n: each for n, each in model.named_modules() if isinstance(each, torch.nn.Linear | torch.nn.Conv2d)}
+    in_8_bits = {name: layer for name, layer in layers.items() if name not in found["float_layers"]}
+    assert all(".se." in name for name in found["float_layers"])
+    assert any(getattr(layer, "groups", 1) > 1 for layer in in_8_bits.values())
+    held, whole = (sum(layer.weight.numel() for layer in each.values()) for each in (in_8_bits, layers))
+    assert weights_in_int8(done.folder, to) == held
+    assert found["int8_weights"] == pytest.approx(held / whole)
 
 
 def test_layers_are_ranked_by_what_8_bits_do_to_the_logits(digits):

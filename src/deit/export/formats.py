@@ -262,7 +262,7 @@ def write_int8(
         if share and not order:
             order = by_sensitivity(subject.logits, subject.layers(), calibration)
         kept = order[: math.ceil(share * len(order))]
-        quantise(subject, folder, calibration, kept)
+        left = quantise(subject, folder, calibration, kept)
         description = _described(subject, to, folder)
         engine = load_engine(folder, precision="float32")
         after = accuracy_of(engine, batches)
@@ -276,33 +276,36 @@ def write_int8(
             f"{to.removesuffix('-int8')}, or calibrate with more images"
         )
     weights = {name: layer.weight.numel() for name, layer in subject.layers().items()}
-    quantised = 1 - sum(weights[name] for name in kept) / sum(weights.values())
+    quantised = 1 - sum(weights[name] for name in left) / sum(weights.values())
     accuracy = {
         "images": before.total,
         "source": examples.source,
         "float": before.to_dict(),
         "calibrated": len(calibration),
         "int8": after.to_dict(),
-        "float_layers": kept,
+        "float_layers": left,
         "int8_weights": quantised,
     }
     return replace(_checked_description(description, checked.agreement(engine), checked, folder), accuracy=accuracy)
 
 
-def _quantise_onnx(subject: Subject, folder: Path, calibration: Sequence[np.ndarray], kept: Sequence[str]) -> None:
+def _quantise_onnx(subject: Subject, folder: Path, calibration: Sequence[np.ndarray], kept: Sequence[str]) -> list[str]:
+    """Writes the model, and returns the names of the layers that are in float."""
     import onnx
 
     with tempfile.TemporaryDirectory() as scratch:
         _save_onnx(subject, Path(scratch))
         model = onnx.load(Path(scratch) / "model.onnx")
-    onnx.save(
-        quantised_onnx(model, subject.layers(), calibration, kept, transformer=subject.transformer),
-        folder / "model.onnx",
-    )
+    model, left = quantised_onnx(model, subject.layers(), calibration, kept, transformer=subject.transformer)
+    onnx.save(model, folder / "model.onnx")
+    return left
 
 
-def _quantise_openvino(subject: Subject, folder: Path, calibration: Sequence[np.ndarray], kept: Sequence[str]) -> None:
-    model = quantised_openvino(
+def _quantise_openvino(
+    subject: Subject, folder: Path, calibration: Sequence[np.ndarray], kept: Sequence[str]
+) -> list[str]:
+    model, left = quantised_openvino(
         subject.openvino_model.clone(), subject.layers(), calibration, kept, transformer=subject.transformer
     )
     import_openvino().save_model(model, folder / "model.xml", compress_to_fp16=False)
+    return left

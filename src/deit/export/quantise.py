@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -22,29 +22,40 @@ _RANKED = 32
 
 def quantised_onnx(
     model: Any, layers: Layers, calibration: Sequence[np.ndarray], kept: Sequence[str], *, transformer: bool
-) -> Any:
-    """Returns an ONNX model in int8, with the layers in `kept` in float.
+) -> tuple[Any, list[str]]:
+    """Returns an ONNX model in int8, and the names of its layers in float: those in `kept`, and those that NNCF leaves
+    so, such as squeeze-and-excitation.
 
     `calibration` holds images (1, C, H, W), which set the ranges of the inputs. Raises `ValueError` if a layer is not
     found in the graph.
     """
-    import onnx
-
-    values = {tensor.name: tensor for tensor in model.graph.initializer}
-    weights = {
-        node.name: onnx.numpy_helper.to_array(values[node.input[1]])
-        for node in model.graph.node
-        if node.op_type in ("MatMul", "Gemm", "Conv") and node.input[1] in values
-    }
     nodes = [node.name for node in model.graph.node]
     given = [{"pixel_values": pixels} for pixels in calibration]
-    return _quantised(model, layers, given, kept, nodes, weights, transformer)
+    return _quantised(model, layers, given, kept, nodes, _onnx_weights, transformer)
 
 
 def quantised_openvino(
     model: Any, layers: Layers, calibration: Sequence[np.ndarray], kept: Sequence[str], *, transformer: bool
-) -> Any:
+) -> tuple[Any, list[str]]:
     """Does the same as `quantised_onnx` for an OpenVINO model."""
+    nodes = [node.get_friendly_name() for node in model.get_ops()]
+    return _quantised(model, layers, calibration, kept, nodes, _openvino_weights, transformer)
+
+
+def _onnx_weights(model: Any) -> dict[str, np.ndarray]:
+    """The constants of the nodes that multiply with one. In int8, a node multiplies with what is made of a constant."""
+    import onnx
+
+    values = {tensor.name: tensor for tensor in model.graph.initializer}
+    return {
+        node.name: onnx.numpy_helper.to_array(values[node.input[1]])
+        for node in model.graph.node
+        if node.op_type in ("MatMul", "Gemm", "Conv") and node.input[1] in values
+    }
+
+
+def _openvino_weights(model: Any) -> dict[str, np.ndarray]:
+    """The same for OpenVINO."""
     weights = {}
     for node in model.get_ops():
         if node.get_type_name() in ("MatMul", "Convolution", "GroupConvolution"):
@@ -54,8 +65,7 @@ def quantised_openvino(
                 if node.get_type_name() == "GroupConvolution":  # (groups, outputs of a group, inputs, height, width)
                     values = values.reshape(-1, *values.shape[2:])
                 weights[node.get_friendly_name()] = values
-    nodes = [node.get_friendly_name() for node in model.get_ops()]
-    return _quantised(model, layers, calibration, kept, nodes, weights, transformer)
+    return weights
 
 
 def _quantised(
@@ -64,12 +74,10 @@ def _quantised(
     calibration: Sequence[Any],
     kept: Sequence[str],
     nodes: Sequence[str],
-    weights: Mapping[str, np.ndarray],
+    weights_of: Callable[[Any], Mapping[str, np.ndarray]],
     transformer: bool,
-) -> Any:
-    """Quantises a graph.
-
-    `nodes` names all nodes of the graph. `weights` holds the constants of the nodes that multiply with one.
+) -> tuple[Any, list[str]]:
+    """Quantises a graph. `nodes` names all of its nodes.
 
     Products inside attention stay in float, because runtimes then recognise the attention. Sums and norms stay in float
     because 8 bits hurt a transformer most there and save little time.
@@ -84,10 +92,10 @@ def _quantised(
     settings = AdvancedQuantizationParameters(
         disable_bias_correction=True, activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
     )
-    node_of = _nodes_of(layers, weights)
+    node_of = _nodes_of(layers, weights_of(model))
     chosen = {node for layer, node in node_of.items() if layer not in kept}
     with redirect_stdout(io.StringIO()):  # NNCF prints a progress bar for each pass
-        return nncf.quantize(
+        quantised = nncf.quantize(
             model,
             nncf.Dataset(calibration),
             subset_size=len(calibration),
@@ -96,6 +104,8 @@ def _quantised(
             advanced_parameters=settings,
             ignored_scope=nncf.IgnoredScope(names=[name for name in nodes if name not in chosen], validate=False),
         )
+    left = weights_of(quantised)
+    return quantised, [layer for layer, node in node_of.items() if node in left]
 
 
 def _nodes_of(layers: Mapping[str, nn.Module], weights: Mapping[str, np.ndarray]) -> dict[str, str]:
