@@ -821,6 +821,14 @@ def test_evaluations_take_a_tenth_of_the_time(step, judging, total, evaluate, ex
     assert (count in said) == chosen
 
 
+@pytest.mark.parametrize(("step", "taken"), [(40.0, 1), (20.0, 2), (11.0, 3)])
+def test_planning_ends_with_the_time(step, taken, splits, monkeypatch):
+    costs = Costs(monkeypatch, step, 1.0)
+    with raises_saying(budget.TooShort, f"a step takes about {step} s", "of 30 s after they were measured"):
+        planned(CONVNET, splits, 30.0)
+    assert costs.now == pytest.approx(taken * step + 1.5)
+
+
 def test_a_run_with_rarer_evaluations_goes_on_as_it_began(splits, tmp_path, monkeypatch):
     """The interval that the time gave stands in the record. The same command goes on with it, with or without a time,
     and so does one that repeats the record."""

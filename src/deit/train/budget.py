@@ -136,11 +136,16 @@ def _measured(work: Work, state: State, us: Processes, seconds: float) -> Costs:
     def spent_above(part: float) -> bool:
         return _by_main(sum(times) > part * seconds, us) > 0
 
-    while len(times) < 3 or not (
-        spent_above(_MOST_PLANNED)
-        or (len(times) >= first + max(4, burst) and (len(times) - first) % burst == 0 and spent_above(_PLANNED))
-        or len(times) >= first + 12 * burst
-    ):
+    def enough() -> bool:
+        if len(times) < 3:
+            return bool(times) and spent_above(1.0)
+        return (
+            spent_above(_MOST_PLANNED)
+            or (len(times) >= first + max(4, burst) and (len(times) - first) % burst == 0 and spent_above(_PLANNED))
+            or len(times) >= first + 12 * burst
+        )
+
+    while not enough():
         started = time.perf_counter()
         batch = next(stream)
         if not times:
@@ -179,6 +184,7 @@ def _judging_seconds(work: Work, us: Processes) -> tuple[float, float]:
 
 def _seconds_per_step(times: list[float], first: int, burst: int) -> float:
     """The mean over the whole bursts of steps from the `first` on; if there is none, over all but the two first steps,
-    which start things, although loaders then gave some batches that they had made ahead."""
+    which start things, although loaders then gave some batches that they had made ahead. If there are no more than two
+    steps, the last one counts."""
     whole = (len(times) - first) // burst * burst
-    return statistics.fmean(times[first : first + whole] if whole > 0 else times[2:])
+    return statistics.fmean(times[first : first + whole] if whole > 0 else times[2:] or times[-1:])
