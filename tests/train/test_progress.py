@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import signal
 import time
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from deit import files, machine
 from deit.data.folders import read_data
 from deit.recipe import Compute, Cosine, Data, epochs, steps
 from deit.train import checkpoint, forecast, progress, runs, train
+from deit.train.loop import Stopped
 from deit.train.records import amount
 
 QUIET = Console(quiet=True)
@@ -127,6 +129,27 @@ def said_by(tmp_path, splits, recipe, **options):
     with open(tmp_path / "said", "w") as file:
         run = train(recipe, *splits, tmp_path / "run", device="cpu", console=Console(file=file, width=1000), **options)
     return run, (tmp_path / "said").read_text().splitlines()
+
+
+def test_a_stop_says_how_a_program_goes_on(splits, tmp_path):
+    """It has no --resume."""
+
+    class Stopping:
+        def begin(self, out, recipe, step):
+            pass
+
+        def row(self, numbers):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        def close(self, finished):
+            pass
+
+    with pytest.raises(Stopped):
+        said_by(tmp_path, splits, RECIPE, receivers=[Stopping()])
+    said = (tmp_path / "said").read_text()
+    assert "stopped by SIGTERM after step " in said
+    assert "; the state is saved, resume=True continues it" in said
+    assert "--resume" not in said
 
 
 def test_a_run_says_first_what_it_will_take(splits, tmp_path):

@@ -67,6 +67,7 @@ def train(options: argparse.Namespace) -> None:
         resume=options.resume,
         minutes=options.time,
         receivers=[LivePage()],
+        onward="continue with --resume",
     )
     if os.environ.get("RANK", "0") == "0":
         print(

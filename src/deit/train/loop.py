@@ -43,8 +43,6 @@ from deit.train.stepping import Diverged
 
 _ROWS = 50
 """Largest number of steps between two rows of metrics."""
-_ONWARD = "continue with --resume"
-"""How people continue a run that `deit train` began."""
 _FEW = 10
 """Least number of steps after which it is said whether a run waits for images."""
 
@@ -82,7 +80,7 @@ def train(
     resume: bool = False,
     minutes: float | None = None,
     receivers: Sequence[Receiver] = (),
-    onward: str = _ONWARD,
+    onward: str = "resume=True continues it",
 ) -> Run:
     """Trains a recipe on images. Under torchrun, it trains together with the other processes.
 
@@ -405,8 +403,7 @@ def _loop(session: _Session) -> None:
             if late or stop or save:
                 stepping.settle(work, state, say)
             if late and state.step < work.total:
-                more = f"; {_ONWARD}" if session.onward == _ONWARD else ""  # a fit goes on to its next step
-                say(f"the time is up after step {state.step} of {work.total}{more}")
+                say(f"the time is up after step {state.step} of {work.total}; its state is saved")
                 session.judge()
                 break
             if stop:
