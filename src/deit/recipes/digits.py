@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from deit.config import ConvNetConfig, DeiTConfig
-from deit.recipe import AdamW, Affine, Augment, Cosine, Data, Distilled, Recipe, Supervised, epochs
+from deit.recipe import AdamW, Affine, Augment, Cosine, Data, Distilled, Muon, Recipe, Supervised, epochs
 
 # Digits keep their meaning under small turns, slants and shifts, but a mirrored digit is another shape or none.
 _HANDWRITING = Augment(affine=Affine(rotate=12, shear=8, scale=(0.85, 1.15), shift=0.08))
@@ -56,7 +56,8 @@ def digits(teacher: str | Path = "") -> Recipe:
         data=_DATA,
         augment=_HANDWRITING,
         objective=Distilled(teacher=str(teacher), kind="hard", smoothing=0.1),
-        optim=AdamW(lr=1e-3, per_images=64, weight_decay=0.05),
-        schedule=Cosine(total=epochs(50), warmup=epochs(3)),
+        # 25 epochs with Muon are as good as 50 with AdamW (docs/log.md).
+        optim=Muon(lr=2e-3, others_lr=4e-3, per_images=64, weight_decay=0.05, clip=1.0),
+        schedule=Cosine(total=epochs(25), warmup=epochs(2)),
         ema=0.99,
     )
