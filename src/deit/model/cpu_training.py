@@ -4,7 +4,7 @@ The values and the operations are those of autograd on `Block`, without what aut
 precisions, a separate pass that scales the scores, gradients that are added in fresh memory. If stochastic depth drops
 a branch for an image, the branch is not computed. This saves about a tenth of a step of DeiT-Ti (docs/log.md). Only the
 gradients that somebody needs are computed, so frozen layers cost none. The backward pass computes the activation again,
-and in float32 the norms and the attention weights too. That saves an eighth to a third of the memory, for 2 % of a step.
+and in float32 the norms and the attention weights too. It saves an eighth to a third of the memory, for 2 % of a step.
 
 B images, N tokens, D width, H heads, K head width. R images are kept by stochastic depth, which are all of them if the
 caller wants the keys. M tokens, the first ones, are read by the caller: all tokens, except in the last block of a
