@@ -1,7 +1,8 @@
 """Recipes of your own: a file of functions that return one, for the command line and for Python.
 
     deit train examples/custom_recipe.py:small --data photos --out runs/small
-    deit train examples/custom_recipe.py:small_soft --data photos --out runs/soft --set objective.teacher=runs/big/model
+    deit train examples/custom_recipe.py:small_soft --data photos --out runs/soft \\
+        --set objective.teacher=runs/small/model
     python examples/custom_recipe.py --data photos --out runs/compared
 
 A recipe is the complete description of an experiment, so a changed copy is a second experiment. The last command trains
@@ -9,6 +10,7 @@ two that differ in one field, and tests whether the difference between them may 
 """
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,4 +84,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"{error}")

@@ -36,11 +36,11 @@ class Client:
 
     def ask(self, path, question, accept="application/json"):
         """The body of the answer. Raises `RuntimeError` with the server's sentence if it refuses, or has no room in the
-        end."""
+        end, and with one of its own if no server is there."""
         body = json.dumps(question).encode()
         for attempt in range(1, self.tries + 1):
-            request = urllib.request.Request(self.url + path, body, {**self.headers, "Accept": accept})
             try:
+                request = urllib.request.Request(self.url + path, body, {**self.headers, "Accept": accept})
                 with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                     return answer.read()
             except urllib.error.HTTPError as error:
@@ -48,6 +48,11 @@ class Client:
                     seconds, sentence = error.headers.get("Retry-After", ""), reason(error)
                 if error.code != 503 or not seconds.isdigit() or attempt == self.tries:
                     raise RuntimeError(f"{error.code}: {sentence}") from None
+            except (urllib.error.URLError, ValueError) as error:
+                raise RuntimeError(
+                    f"{self.url} can't be reached ({getattr(error, 'reason', error)}); start `deit serve MODEL`, or name its address with "
+                    "--url http://HOST:PORT"
+                ) from None
             time.sleep(int(seconds) + 0.5 * (attempt - 1))
 
     def classify(self, images, top_k=3):

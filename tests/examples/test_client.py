@@ -96,3 +96,9 @@ def test_a_proxy_refuses_with_a_page_of_its_own(page, busy, photos, monkeypatch)
         with pytest.raises(RuntimeError, match=f"{status}: {said}"):
             client.classify(photos[:1])
     assert waits == []
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "127.0.0.1:9", "localhost"])
+def test_without_a_server_it_says_how_to_start_one(url, examples, photos):
+    with pytest.raises(SystemExit, match=rf"^{url} can't be reached \(.+\); start `deit serve MODEL`, or name its"):
+        examples.run("serve_client", photos[0], "--url", url)

@@ -89,3 +89,7 @@ def test_recipes_of_ones_own(examples, data, tmp_path, capsys):
     assert [record.about.val for record in records] == [tuple(np.bincount(val.labels))] * 2 == [(2, 2, 2)] * 2
     mixed, plain = (accuracy(tmp_path / "out" / name / "model", val) for name in ("mixed", "plain"))
     assert f"mixed {mixed:.3f}, plain {plain:.3f}: p = " in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="mixed already holds a run"):
+        examples.run("custom_recipe", *given)
+    with pytest.raises(SystemExit, match=r"schedule.warmup: expected epochs\(NUMBER\) or steps"):
+        examples.run("custom_recipe", *given, "--set", "schedule.warmup=0")
