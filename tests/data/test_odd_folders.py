@@ -275,7 +275,7 @@ def test_masked_images_from_folders_of_any_depth(train, tmp_path, command):
     assert not {"unseen.png"} & {*names(kept), *names(held)}
     assert not set(kept.files) & set(held.files)
     command.trains(root, "masked")
-    assert re.search(r"minus the loss -\d+\.\d+ on 2 validation images", command.shown.out)
+    assert re.search(r": loss \d+\.\d+ on 2 validation images", command.shown.out)
     if train == "train":
         photos(root, split="val", count=1)
         kept, held = found_in(root, labelled=False)

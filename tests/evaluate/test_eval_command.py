@@ -221,7 +221,9 @@ def test_what_does_not_fit_is_refused_before_any_image_is_evaluated(evaluate, ro
     assert "the model calls 2 of its classes 'b'" in evaluate.said
     build("masked_image", small()).save_pretrained(root / "masked")
     evaluate("masked", status=1)
-    assert "DeiTForMaskedImageModeling without classes; expected a classifier" in evaluate.said
+    assert (
+        "DeiTForMaskedImageModeling without classes; expected a classifier. To make one of it, train" in evaluate.said
+    )
     trained_folder(root / "wrong", processor=DeiTImageProcessor.paper(24))
     evaluate("wrong", status=1)
     assert "images are 24x24, this model takes 16x16" in evaluate.said

@@ -70,7 +70,10 @@ def test_what_the_command_refuses(folder, capsys):
     broken.cls_classifier.bias.data[0] = float("nan")
     saved(broken, folder / "nan")
     for arguments, said in [
-        (("m", photo, "--target", "Ant"), "the model knows no class 'Ant'; it knows 'ant'"),
+        (
+            ("m", photo, "--target", "Ant"),
+            "the model knows no class 'Ant'; it knows 'ant' and 'cat', among others; give",
+        ),
         (("cranes", photo, "--target", "crane"), "the model calls 2 of its classes 'crane'"),
         (("convnet", photo), "a ConvNet can't be explained"),
         (("backbone", photo), "holds a DeiTModel without classes; expected a classifier"),

@@ -196,6 +196,8 @@ def test_other_work_is_not_gone_on_with(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
     with raises_saying(FileExistsError, "rows.jsonl exists already; remove it to predict again"):
         Results(tmp_path / "rows.jsonl", job)
+    with raises_saying(FileExistsError, "remove it to predict again, or give each shard a file of its own"):
+        Results(tmp_path / "rows.jsonl", replace(job, shard=(2, 4)))
     with raises_saying(ValueError, "expected a .jsonl, .csv, .parquet file for the results, found"):
         Results(tmp_path / "rows.txt", job)
 
@@ -310,6 +312,9 @@ def test_options_that_swallow_an_image_are_refused(folder, capsys):
     assert "expected a .jsonl file after --json, found" in capsys.readouterr().err
     assert main(["predict", str(folder / "m"), image, "--json", "--csv"]) == 1
     assert "--json and --csv exclude each other; choose one" in capsys.readouterr().err
+    for given in (image, "-"):  # no rows of Parquet go to standard output
+        assert main(["predict", str(folder / "m"), image, "--parquet", given]) == 1
+        assert f"expected a .parquet file after --parquet, found {given}; give such a name\n" in capsys.readouterr().err
     assert (folder / "photos/x/1.png").read_bytes() == before
 
 

@@ -307,7 +307,12 @@ def as_json(count=1, **fields):
         (as_json(method="saliency"), TEXT, 400, "method is not one of rollout, relevance, attention; give one of them"),
         (as_json(method=None), TEXT, 400, "method is not one of"),
         (as_json(method=["rollout"]), TEXT, 400, "method is not one of"),
-        (as_json(target="C"), TEXT, 400, "the model knows no class 'C'; it knows 'c'; give one of its labels"),
+        (
+            as_json(target="C"),
+            TEXT,
+            400,
+            "the model knows no class 'C'; it knows 'c', among others; give one of its labels",
+        ),
         (as_json(target=""), TEXT, 400, "the model knows no class ''; it knows 'a'"),
         (as_json(target=2), TEXT, 400, "target is not one of the model's labels; give one that /model lists"),
         (as_json(target="c" * 201), TEXT, 400, "target is not one of the model's labels"),

@@ -165,6 +165,9 @@ def test_a_run_says_first_what_it_will_take(splits, tmp_path):
     assert "that are free on the disk" in lines[1]
     _, lines = said_by(tmp_path, splits, replace(RECIPE, data=Data(batch=7)), resume=True)
     assert lines[1].startswith("goes on after step 30, which took ")
+    (tmp_path / "one").mkdir()
+    _, lines = said_by(tmp_path / "one", splits, replace(RECIPE, data=Data(batch=7), schedule=Cosine(total=epochs(1))))
+    assert lines[0].startswith("small: 3 steps of 7 images, 1 epoch of 21 images, and 1 evaluation on ")
 
 
 def test_under_a_budget_it_says_what_was_assumed(splits, tmp_path):

@@ -70,9 +70,9 @@ def train(options: argparse.Namespace) -> None:
         onward="continue with --resume",
     )
     if os.environ.get("RANK", "0") == "0":
+        measured = f"accuracy {run.score:.4f}" if labelled else f"loss {-run.score:.4f}"
         print(
-            f"{run.model}: {'accuracy' if labelled else 'minus the loss'} {run.score:.4f} on {len(splits[1])} "
-            f"validation images, {run.seconds:.0f} s",
+            f"{run.model}: {measured} on {len(splits[1])} validation images, {run.seconds:.0f} s",
             flush=True,
         )
         _report_training(options, splits[1])
@@ -181,13 +181,12 @@ def _destination(options: argparse.Namespace) -> Any:
     if len(chosen) > 1:
         raise ValueError(f"{' and '.join(f'--{name}' for name, _, _ in chosen)} exclude each other; choose one")
     for name, suffix, value in chosen:
-        if value == "-":
+        streams = name != "parquet"
+        if streams and value == "-":
             return name
         if not value.endswith(suffix):
-            raise ValueError(
-                f"expected a {suffix} file after --{name}, found {value}; give such a name, or put "
-                f"--{name} last for standard output"
-            )
+            otherwise = f", or put --{name} last for standard output" if streams else ""
+            raise ValueError(f"expected a {suffix} file after --{name}, found {value}; give such a name{otherwise}")
         return Path(value)
     return "text"
 

@@ -236,7 +236,8 @@ def near(name: str, classes: Sequence[str]) -> str:
     close = [folded[one] for one in difflib.get_close_matches(name.casefold(), folded, n=3)]
     close += [one for key, one in folded.items() if name.casefold() in key and one not in close]
     if close:
-        return f"it knows {' and '.join(map(repr, close[:3]))}"
+        others = ", among others" if len(classes) > len(close[:3]) else ""
+        return f"it knows {' and '.join(map(repr, close[:3]))}{others}"
     return f"it knows {', '.join(map(repr, classes[:5]))}{' and others' if len(classes) > 5 else ''}"
 
 

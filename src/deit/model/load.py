@@ -116,7 +116,10 @@ def classifier_of(model: Any, processor: DeiTImageProcessor, name: str = "") -> 
 def _refuse_no_classifier(model: Any, found: str) -> None:
     kinds = (DeiTForImageClassification, DeiTForImageClassificationWithTeacher, ConvNet, TimmClassifier)
     if not isinstance(model, kinds) or not model.config.num_labels:
-        raise ValueError(f"{found} a {type(model).__name__} without classes; expected a classifier")
+        raise ValueError(
+            f"{found} a {type(model).__name__} without classes; expected a classifier. To make one of it, train it on "
+            "labels with deit train and --set start=FOLDER"
+        )
 
 
 def heads_of(distilled: bool, scoring: Scoring) -> tuple[Head, ...]:

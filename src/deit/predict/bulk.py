@@ -320,7 +320,7 @@ class Results:
     def __init__(self, path: Path, job: Job):
         if path.suffix not in _WRITERS:
             raise ValueError(f"expected a {', '.join(_WRITERS)} file for the results, found {path}; rename it")
-        self._refuse_existing(path)
+        self._refuse_existing(path, job.shard)
         if path.suffix == ".parquet":
             _pyarrow()
         self.path, self.job, self.folder = path, job, path.with_name(path.name + ".parts")
@@ -331,14 +331,15 @@ class Results:
         self.held = ExitStack()
 
     @staticmethod
-    def _refuse_existing(path: Path) -> None:
+    def _refuse_existing(path: Path, shard: tuple[int, int]) -> None:
         if path.exists():
-            raise FileExistsError(f"{path} exists already; remove it to predict again")
+            other = ", or give each shard a file of its own" if shard[1] > 1 else ""
+            raise FileExistsError(f"{path} exists already; remove it to predict again{other}")
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.enter_context(locks.held(self.path, lock=locks.beside(self.path)))
-            self._refuse_existing(self.path)  # because another process may just have finished it
+            self._refuse_existing(self.path, self.job.shard)  # because another process may just have finished it
             files.sweep(self.path.parent, self.path.name, self.folder.name)
             claim(self.folder, asdict(self.job))
             self.held = stack.pop_all()

@@ -64,9 +64,10 @@ class Room:
 def opening(work: Work, state: State) -> Iterator[str]:
     """Says how many steps and evaluations the run has, and where it goes on."""
     images, views = len(work.batches.split), work.total * work.recipe.data.batch
+    epochs = f"{views / images:.4g}"
     count = 1 + int((work.total - 1) / work.every)
     yield (
-        f"{work.recipe.name}: {work.total:,} steps of {work.recipe.data.batch:,} images, {views / images:.4g} epochs "
+        f"{work.recipe.name}: {work.total:,} steps of {work.recipe.data.batch:,} images, {epochs} epoch{'s' * (epochs != '1')} "
         f"of {images:,} images, and {count:,} evaluation{'s' * (count != 1)} on {len(work.validation.split):,} others"
     )
     if state.step:
