@@ -49,9 +49,10 @@ class Client:
                 if error.code != 503 or not seconds.isdigit() or attempt == self.tries:
                     raise RuntimeError(f"{error.code}: {sentence}") from None
             except (urllib.error.URLError, ValueError) as error:
+                why = getattr(error, "reason", error)
                 raise RuntimeError(
-                    f"{self.url} can't be reached ({getattr(error, 'reason', error)}); start `deit serve MODEL`, or name its address with "
-                    "--url http://HOST:PORT"
+                    f"{self.url} can't be reached ({why}); start `deit serve MODEL`, or name its address with --url "
+                    "http://HOST:PORT"
                 ) from None
             time.sleep(int(seconds) + 0.5 * (attempt - 1))
 

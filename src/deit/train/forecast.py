@@ -67,8 +67,9 @@ def opening(work: Work, state: State) -> Iterator[str]:
     epochs = f"{views / images:.4g}"
     count = 1 + int((work.total - 1) / work.every)
     yield (
-        f"{work.recipe.name}: {work.total:,} steps of {work.recipe.data.batch:,} images, {epochs} epoch{'s' * (epochs != '1')} "
-        f"of {images:,} images, and {count:,} evaluation{'s' * (count != 1)} on {len(work.validation.split):,} others"
+        f"{work.recipe.name}: {work.total:,} steps of {work.recipe.data.batch:,} images, "
+        f"{epochs} epoch{'s' * (epochs != '1')} of {images:,} images, "
+        f"and {count:,} evaluation{'s' * (count != 1)} on {len(work.validation.split):,} others"
     )
     if state.step:
         yield f"goes on after step {state.step:,}, which took {span(state.seconds)}"
