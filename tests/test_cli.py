@@ -172,7 +172,7 @@ def test_a_reader_that_goes_away_is_no_error(folder, arguments):
     """As `head` does: before the first line, and after it."""
     command = [sys.executable, "-m", "deit", arguments[0]]
     if arguments[0] == "predict":
-        command += [str(folder / "m"), *[str(folder / "0.png")] * 3000, *arguments[1:]]
+        command += [str(folder / "m"), *[str(folder / "0.png")] * 3000, "--engine", "torch", *arguments[1:]]
     for lines in (0, 1):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for _ in range(lines):

@@ -264,7 +264,7 @@ def test_differences_from_the_shipped_recipe(tmp_path):
     changed = {**shipped, "seed": 7, "schedule": {**shipped["schedule"], "total": {"amount": 3.0, "unit": "epochs"}}}
     page = checked(document.page(Record.read(record(tmp_path / "changed", **changed)), None))
     assert page.table("Changed from the shipped recipe of this name")[1:] == [
-        ["schedule.total", "50 epochs", "3 epochs"],
+        ["schedule.total", "25 epochs", "3 epochs"],
         ["seed", "0", "7"],
     ]
 
