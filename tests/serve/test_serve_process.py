@@ -159,6 +159,24 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+SECOND = """
+import socket, sys
+from deit.cli import main
+from deit.predict.predictor import Predictor
+
+first, honest = socket.socket(), Predictor.__init__
+
+def loads(*given, **options):
+    first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    first.bind(("127.0.0.1", int(sys.argv[-1])))
+    first.listen()
+    honest(*given, **options)
+
+Predictor.__init__ = loads
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_sigterm_ends_a_server_whose_model_still_loads(folder):
     """Also the first process of a container, for which the system ignores every signal that has no handler."""
     with subprocess.Popen(
@@ -176,6 +194,15 @@ def test_sigterm_ends_a_server_whose_model_still_loads(folder):
         finally:
             process.kill()
         assert process.stderr.read() == "interrupted\n"
+
+
+def test_of_two_servers_that_load_at_once_one_is_told_that_the_address_is_taken(folder):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-c", SECOND, "serve", str(folder), "--engine", "torch", "--port", port]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 1
+    assert f"the server can't listen at 127.0.0.1, port {port} (" in done.stderr
 
 
 def test_an_address_that_is_taken_is_told_before_the_model_loads(folder):

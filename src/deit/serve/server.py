@@ -8,7 +8,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import uvicorn
@@ -59,16 +60,23 @@ def _make_room(connections: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket that has the address, but does not listen yet. Raises `OSError` with the next move."""
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    try:
+@contextmanager
+def _bound(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that has the address, but does not listen yet, so that nobody can connect."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as bound:
         if sys.platform != "win32":  # where it would let two servers have one port
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host, port))
-        return bound
+        with _told_if_taken(host, port):
+            bound.bind((host, port))
+        yield bound
+
+
+@contextmanager
+def _told_if_taken(host: str, port: int) -> Iterator[None]:
+    """Raises `OSError` with the next move if the block fails."""
+    try:
+        yield
     except OSError as error:
-        bound.close()
         raise OSError(
             f"the server can't listen at {host}, port {port} ({error.strerror or error}); choose another --port or "
             "--host"
@@ -107,7 +115,8 @@ def serve(
             app = create_app(predictor, replace(service, hosts=(*service.hosts, host)), name)
             routes: Routes = app.state.routes
             routes.served.start()
-        listener.listen(2048)
+        with _told_if_taken(host, port):  # two servers that load at once may both have the address
+            listener.listen(2048)
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
         logging.getLogger("uvicorn").setLevel(logging.ERROR)  # lower levels report every client's mistake
         server = _server(routes, lambda: routes.renew(load, keys))(
