@@ -553,6 +553,20 @@ def test_closing_raises_nothing_if_there_was_another_loader(split, another_loade
     assert multiprocessing.active_children() == []
 
 
+def test_a_loader_that_is_killed_with_a_lock_does_not_stop_the_end(split, monkeypatch):
+    """A loader process looks at this event again and again, and may be killed while it does."""
+    events = []
+    monkeypatch.setattr(loading, "_unwatch", lambda batches: events.append(batches._workers_done_event))
+    stream = TrainingBatches(split, recipe(workers=1)).from_step(0)
+    next(stream)
+    assert events[0]._cond.acquire(timeout=10)
+    closing = threading.Thread(target=stream.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive()
+    assert multiprocessing.active_children() == []
+
+
 def test_another_loader_is_watched_as_ever(split, another_loader):
     """After ours and beside it."""
     before = signal.getsignal(signal.SIGCHLD)

@@ -93,8 +93,10 @@ def loaded(views: Dataset[Any], wanted: Iterable[Any], workers: int, device: tor
             yield batch
     finally:
         loaders = getattr(batches, "_workers", ())  # each is a process that may wait for a file for ever
-        if not pinned:
+        if loaders and not pinned:
             _kill(loaders)
+            # PyTorch sets it, and a killed process may have its lock, for which PyTorch would wait for ever.
+            batches._workers_done_event = threading.Event()  # type: ignore[attr-defined]
         del batches
         _kill(loaders)  # not before, because the thread that pins waits for what they send
 
