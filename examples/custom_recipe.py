@@ -87,4 +87,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"{error}")
+        sys.exit(str(error))

@@ -348,6 +348,8 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtyp
 
 
 def _worth_keeping(value: Tensor) -> Tensor | None:
+    """The value if it is in bfloat16, which takes half the memory. To compute it again would cost a larger part of a
+    step there."""
     return None if value.dtype == torch.float32 else value
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from deit import files
 from deit.train import checkpoint
-from deit.train.records import MODEL, amount, span
+from deit.train.records import MODEL, amount, in_epochs, span
 from deit.train.runs import State, Work
 
 
@@ -64,11 +64,10 @@ class Room:
 def opening(work: Work, state: State) -> Iterator[str]:
     """Says how many steps and evaluations the run has, and where it goes on."""
     images, views = len(work.batches.split), work.total * work.recipe.data.batch
-    epochs = f"{views / images:.4g}"
     count = 1 + int((work.total - 1) / work.every)
     yield (
         f"{work.recipe.name}: {work.total:,} steps of {work.recipe.data.batch:,} images, "
-        f"{epochs} epoch{'s' * (epochs != '1')} of {images:,} images, "
+        f"{in_epochs(views, images)} of {images:,} images, "
         f"and {count:,} evaluation{'s' * (count != 1)} on {len(work.validation.split):,} others"
     )
     if state.step:

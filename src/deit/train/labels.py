@@ -42,7 +42,7 @@ from deit.recipe import Distilled, Recipe, difference
 from deit.terminal import shown
 from deit.train import guidance
 from deit.train.bar import Bar
-from deit.train.records import amount, is_part, span
+from deit.train.records import amount, in_epochs, is_part, span
 from deit.train.teacher import Teacher
 
 VERSION = 1
@@ -197,11 +197,10 @@ def _foretell(out: Path, layout: _Layout, todo: list[int], split: Split, console
     needed, free = sum(layout.size(len(layout.steps_of(part))) + _HEADER for part in missing), files.free_bytes(out)
     files.refuse_full(out, f"the labels need {amount(needed)} there", needed, free)
     views, images = steps * layout.batch, len(split)
-    epochs = f"{views / images:.4g}"
     left = "" if free is None else f" of the {amount(free)} that are free on the disk"
     _say(
         console,
-        f"{views:,} views to answer, {epochs} epoch{'s' * (epochs != '1')} of {images:,} images; the labels take "
+        f"{views:,} views to answer, {in_epochs(views, images)} of {images:,} images; the labels take "
         f"{amount(needed)}{left}",
     )
 

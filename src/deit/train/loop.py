@@ -403,7 +403,7 @@ def _loop(session: _Session) -> None:
             if late or stop or save:
                 stepping.settle(work, state, say)
             if late and state.step < work.total:
-                say(f"the time is up after step {state.step} of {work.total}; its state is saved")
+                say(f"the time is up after step {state.step} of {work.total}")
                 session.judge()
                 break
             if stop:

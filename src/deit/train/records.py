@@ -217,6 +217,12 @@ def span(seconds: float) -> str:
     return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
+def in_epochs(views: int, images: int) -> str:
+    """How often so many views show each image, for people: `1 epoch` or `2.5 epochs`."""
+    number = f"{views / images:.4g}"
+    return f"{number} epoch{'s' * (number != '1')}"
+
+
 def amount(count: int) -> str:
     """A number of bytes for people: `45 KiB`, `12 MiB` or `1.5 GiB`."""
     if count < 2**20:
